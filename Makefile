@@ -1,0 +1,39 @@
+# Every target works on a fresh machine that has Python 3.11, pip and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install demo test test-all check lint clean
+
+install: $(INSTALLED)
+
+# torch goes first and from the constraints alone: it decides between a CPU build and gigabytes of CUDA libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,s3]"
+	touch $@
+
+demo: install
+	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --seed 1
+	$(BIN)/vcf-batch contact-sheet out/demo
+
+test: install
+	$(BIN)/pytest -m "not slow"
+
+test-all: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf out build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,148 @@
+"""A configuration is validated once, and its fingerprint names what it produces."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from vcf_batch.config import NOT_CONTENT, RunConfig, fingerprint, fingerprint_fields, load_yaml
+from vcf_batch.errors import UsageError
+
+IDENTITIES = {"manifest": "m", "model": "w", "judge": "j", "lpips": "p"}
+
+OTHER: dict[str, Any] = {
+    "manifest": "n.parquet", "output": "elsewhere", "model": "org/model", "revision": "v1", "fusion": "naive",
+    "strength": 0.5, "steps": 7, "guidance_scale": 3.0, "scheduler": "euler", "height": 64, "width": 72,
+    "dtype": "float16", "negative_prompt": "blurry", "batch_size": 9, "shard_size": 10, "reference_root": ("s3://b",),
+    "max_pixels": 5, "max_failed": 0.5, "judge": "org/clip", "lpips": "none", "lpips_weights": "folder",
+    "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2,
+    "address": "auto",
+}  # fmt: skip
+"""A valid value other than the default, for every setting."""
+
+
+def config(**values: Any) -> RunConfig:
+    return RunConfig(**{"manifest": "m.parquet", "output": "out"} | values)
+
+
+def name_of(run: RunConfig) -> str:
+    return fingerprint(fingerprint_fields(run, **IDENTITIES))
+
+
+def test_every_setting_has_a_row_in_this_test() -> None:
+    assert set(OTHER) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert all(getattr(config(), name) != value for name, value in OTHER.items())
+
+
+@pytest.mark.parametrize("setting", sorted(OTHER))
+def test_fingerprint_covers_what_changes_content_or_layout(setting: str) -> None:
+    """The fingerprint covers what changes content or layout, not workers, address or progress."""
+    changed = config(**{setting: OTHER[setting]})
+    assert (name_of(changed) == name_of(config())) == (setting in NOT_CONTENT)
+
+
+@pytest.mark.parametrize("identity", sorted(IDENTITIES))
+def test_fingerprint_covers_the_identities(identity: str) -> None:
+    fields = fingerprint_fields(config(), **IDENTITIES | {identity: "other"})
+    assert fingerprint(fields) != name_of(config())
+
+
+def test_fingerprint_is_the_same_everywhere() -> None:
+    """The fingerprint names the run: another process and another order of the settings give the same one."""
+    fields = fingerprint_fields(config(), **IDENTITIES)
+    assert fingerprint(dict(reversed(fields.items()))) == fingerprint(fields)
+    code = (
+        "from vcf_batch.config import *; c = RunConfig(manifest='x', output='y');"
+        "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p')))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == fingerprint(fields)
+
+
+def test_a_number_has_one_spelling() -> None:
+    """Rerunning the same command is the resume, whether a file says 5 or the command line 5.0."""
+    assert config(guidance_scale=5, strength=1) == config(guidance_scale=5.0, strength=1.0)
+    assert name_of(config(guidance_scale=5, strength=1)) == name_of(config(guidance_scale=5.0, strength=1.0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "limit"),
+    [
+        ("fusion", "blend", "one of naive, concat, cross_attention"),
+        ("scheduler", "pndm", "one of ddim"),
+        ("image_format", "gif", "one of png"),
+        ("dtype", "int8", "one of auto"),
+        ("lpips", "squeeze", "one of auto"),
+        ("strength", -0.1, "between 0 and 1000"),
+        ("strength", math.nan, "between 0 and 1000"),
+        ("guidance_scale", math.inf, "between 0 and 1000"),
+        ("steps", 0, "between 1 and 1000"),
+        ("batch_size", 0, "between 1 and 4096"),
+        ("shard_size", 0, "between 1 and 1000000"),
+        ("max_pixels", 0, "between 1 and"),
+        ("max_failed", 1.5, "between 0 and 1"),
+        ("limit", 0, "at least 1"),
+        ("num_workers", 0, "at least 1"),
+        ("gpus_per_worker", -1.0, "between 0 and 16"),
+        ("cpus_per_worker", 0, "between 1 and 1024"),
+        ("seed", -1, "between 0 and"),
+        ("seed", 2**63, "between 0 and"),
+        ("height", 100, "a multiple of 8"),
+        ("width", 8200, "between [0-9]+ and 8192"),
+    ],
+)
+def test_a_value_outside_its_limits_names_value_and_limit(setting: str, value: Any, limit: str) -> None:
+    with pytest.raises(UsageError, match=f"{setting} is '?{value}'?; it must be {limit}"):
+        config(**{setting: value})
+
+
+@pytest.mark.parametrize("lpips", ["alex", "vgg"])
+def test_published_lpips_needs_its_weights(lpips: str) -> None:
+    with pytest.raises(UsageError, match="--lpips-weights, or turn the score off with --lpips none"):
+        config(lpips=lpips)
+    assert config(lpips=lpips, lpips_weights="weights").lpips == lpips
+
+
+def test_mapping_round_trip() -> None:
+    run = config(**OTHER)
+    assert RunConfig.from_mapping(run.to_dict()) == run
+    assert run.replace(steps=9).steps == 9
+    with pytest.raises(UsageError, match="steps is 0"):
+        run.replace(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 1}, "unknown setting 'stepz'; known are: manifest, output"),
+        ({"output": None}, "output is missing"),
+        ({"manifest": ""}, "manifest is missing"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number or null"),
+        ({"steps": "20"}, "steps is '20'; it must be a whole number or null"),
+        ({"seed": True}, "seed is True; it must be a whole number"),
+        ({"strength": "high"}, "strength is 'high'; it must be a number or null"),
+        ({"model": 7}, "model is 7; it must be a text"),
+        ({"model": None}, "model is None; it must be a text"),
+        ({"reference_root": "s3://b"}, "reference_root is 's3://b'; it must be a list of texts"),
+        ({"reference_root": ["s3://b", 7]}, r"reference_root is \['s3://b', 7\]; it must be a list of texts"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RunConfig.from_mapping({"manifest": "m.parquet", "output": "out"} | values)
+
+
+def test_yaml_with_either_spelling_of_a_name() -> None:
+    values = load_yaml("manifest: m.parquet\noutput: out\nguidance-scale: 5\nimage_format: webp\n", "run.yaml")
+    assert RunConfig.from_mapping(values) == config(guidance_scale=5.0, image_format="webp")
+    assert load_yaml("", "run.yaml") == {}
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b\n", "just text", "!!python/object/apply:os.getcwd []"])
+def test_yaml_that_is_no_mapping_is_refused(text: str) -> None:
+    """Nothing runs that the user did not bring: tags that build objects are refused."""
+    with pytest.raises(UsageError, match=r"run\.yaml (is not valid YAML|must be a mapping)"):
+        load_yaml(text, "run.yaml")

@@ -1,0 +1,221 @@
+"""RunConfig: everything one run was asked to do, validated once, and the fingerprint that names its content."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from vcf_batch.errors import UsageError
+
+FUSIONS = ("naive", "concat", "cross_attention")
+SCHEDULERS = ("ddim", "dpm++", "euler")
+IMAGE_FORMATS = ("png", "webp", "jpg")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LPIPS_NETWORKS = ("auto", "alex", "vgg", "none")
+
+MAX_GUIDANCE_SCALE = 1000.0
+MAX_STRENGTH = 1000.0
+MAX_PIXELS = 178_000_000
+"""Of a reference. Pillow itself opens nothing larger."""
+MIN_EDGE = 32
+"""Of an output, in pixels. The perceptual networks cannot take less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run of ``vcf-batch generate``. Field names are the command's options.
+
+    Raises:
+        UsageError: a value is outside its limits.
+    """
+
+    manifest: str
+    output: str
+    model: str = "tiny"
+    revision: str | None = None
+    fusion: str = "concat"
+    strength: float | None = None
+    """None is the fusion's default: 1 for ``concat``, 0.3 for the others."""
+    steps: int | None = None
+    """Denoising steps. None is the model's recommendation."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. None is the model's recommendation."""
+    scheduler: str = "ddim"
+    height: int | None = None
+    """Pixels, a multiple of 8. None is the model's native size."""
+    width: int | None = None
+    dtype: str = "auto"
+    """``auto``: bfloat16 on a GPU that has it, else float32."""
+    negative_prompt: str = ""
+    batch_size: int = 8
+    shard_size: int | None = None
+    """Rows in a shard. None: about ten minutes of one worker, at most."""
+    reference_root: tuple[str, ...] = ()
+    """Folders, buckets or web addresses that references may live under, besides the manifest's own folder."""
+    max_pixels: int = 64_000_000
+    """A larger reference image fails its row before it is decoded."""
+    max_failed: float = 0.0
+    """The largest fraction of failed rows that still exits with 0."""
+    judge: str | None = None
+    """The CLIP that scores. None is the model's own: the embedded judge for ``tiny``, else CLIP ViT-B/32."""
+    lpips: str = "auto"
+    lpips_weights: str | None = None
+    """Folder or URL with the official backbone and linear-head files, for ``alex`` and ``vgg``."""
+    image_format: str = "png"
+    seed: int = 0
+    limit: int | None = None
+    num_workers: int | None = None
+    """None: as many as the cluster has GPUs, or one per ``cpus_per_worker`` CPUs where it has none."""
+    gpus_per_worker: float | None = None
+    """None: 1 where the cluster has a GPU, else 0."""
+    cpus_per_worker: int = 1
+    """CPUs reserved for a worker, and the threads that it computes with on a machine without GPUs."""
+    address: str | None = None
+    """Address of the Ray cluster; None: the cluster this runs in, else a new local one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reference_root", tuple(self.reference_root))
+        # One spelling of a number, as 5 and 5.0 would be two fingerprints.
+        for name in ("strength", "guidance_scale", "max_failed", "gpus_per_worker"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
+        _choice("fusion", self.fusion, FUSIONS)
+        _choice("scheduler", self.scheduler, SCHEDULERS)
+        _choice("image_format", self.image_format, IMAGE_FORMATS)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("lpips", self.lpips, LPIPS_NETWORKS)
+        _between("strength", self.strength, 0, MAX_STRENGTH)
+        _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+        _between("steps", self.steps, 1, 1000)
+        _between("batch_size", self.batch_size, 1, 4096)
+        _between("shard_size", self.shard_size, 1, 1_000_000)
+        _between("max_pixels", self.max_pixels, 1, MAX_PIXELS)
+        _between("max_failed", self.max_failed, 0, 1)
+        _between("limit", self.limit, 1, None)
+        _between("num_workers", self.num_workers, 1, None)
+        _between("gpus_per_worker", self.gpus_per_worker, 0, 16)
+        _between("cpus_per_worker", self.cpus_per_worker, 1, 1024)
+        _between("seed", self.seed, 0, 2**63 - 1)
+        for name in ("height", "width"):
+            _between(name, getattr(self, name), MIN_EDGE, 8192)
+            if (getattr(self, name) or 0) % 8:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
+        if self.lpips in ("alex", "vgg") and not self.lpips_weights:
+            raise UsageError(
+                f"lpips is {self.lpips!r}, which needs the published weights: name their folder with --lpips-weights, "
+                "or turn the score off with --lpips none"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Build from option names and values, as a YAML file or the command line gives them.
+
+        Raises:
+            UsageError: an unknown name, a missing one, or a value outside its limits.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise UsageError(f"unknown setting {unknown[0]!r}; known are: {', '.join(fields)}")
+        missing = [name for name in ("manifest", "output") if not values.get(name)]
+        if missing:
+            raise UsageError(f"{missing[0]} is missing: give it on the command line or in the configuration file")
+        for name, value in values.items():
+            expected = fields[name].type
+            if not _is_a(value, expected):
+                raise UsageError(f"{name} is {value!r}; it must be {_in_words(expected)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        return dataclasses.asdict(self) | {"reference_root": list(self.reference_root)}
+
+    def replace(self, **changes: Any) -> "RunConfig":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+NOT_CONTENT = frozenset(
+    {
+        "output",
+        "manifest",
+        "model",
+        "revision",
+        "judge",
+        "lpips_weights",
+        "num_workers",
+        "gpus_per_worker",
+        "address",
+        "max_failed",
+        "reference_root",
+    }
+)
+"""Settings that change neither the content of an output nor its layout. Manifest and models count by their identity,
+not by the name they go by."""
+
+
+def fingerprint_fields(config: RunConfig, *, manifest: str, model: str, judge: str, lpips: str) -> dict[str, Any]:
+    """Everything that changes a run's content or layout, as plain JSON types.
+
+    Args:
+        config: the run, with every default resolved (no ``auto``, no None where the model decides).
+        manifest, model, judge, lpips: exact identities: hashes or revisions, not names.
+    """
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
+    return fields | {"manifest_id": manifest, "model_id": model, "judge_id": judge, "lpips_id": lpips}
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of :func:`fingerprint_fields`: the name of a run's content."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def load_yaml(text: str, source: str) -> dict[str, Any]:
+    """Parse a configuration file: one mapping of setting to value. Tags are refused (safe loader).
+
+    Raises:
+        UsageError: not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} must be a mapping of setting to value, not {type(values).__name__}")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _between(name: str, value: float | None, low: float, high: float | None) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UsageError(f"{name} is {value}; it must be {limit}")
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` fits an annotation of :class:`RunConfig`, such as ``int | None``."""
+    if isinstance(annotation, UnionType):
+        return any(_is_a(value, kind) for kind in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    return isinstance(value, (int, float) if annotation is float else annotation) and not isinstance(value, bool)
+
+
+def _in_words(annotation: Any) -> str:
+    if isinstance(annotation, UnionType):
+        return " or ".join(_in_words(kind) for kind in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "a list of texts"
+    return {str: "a text", int: "a whole number", float: "a number", type(None): "null"}[annotation]

@@ -1,0 +1,76 @@
+"""Everything that can go wrong, and the exit code it ends the command with.
+
+::
+
+    VcfBatchError                  1   something the project raises on purpose
+    ├── UsageError                 2   an option or a configuration file is wrong
+    │   ├── ManifestError          2   the manifest breaks its contract
+    │   └── ModelError             2   the model cannot be resolved or loaded
+    ├── TooManyFailedRows          3   the run is done, but more rows failed than --max-failed allows
+    ├── RefusedError               4   the output belongs to another run
+    ├── DamageFound                5   verify found outputs that do not match their receipts
+    ├── StorageError               1   the storage failed: the attempt fails, never the row
+    └── RowError                   -   one row cannot be generated: ends in its error_message, never as an exit code
+
+    Interrupted                  130   Ctrl-C
+                                 143   SIGTERM: stopped by the cluster
+
+A message gives the value, the limit and the remedy; the command line prints it without a traceback.
+"""
+
+
+class VcfBatchError(Exception):
+    """Base of every error that vcf-batch raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(VcfBatchError, ValueError):
+    """An option or a configuration file is wrong."""
+
+    exit_code = 2
+
+
+class ManifestError(UsageError):
+    """The manifest breaks its contract (see manifests/README.md)."""
+
+
+class ModelError(UsageError):
+    """The model cannot be resolved, or a part of it is missing or unsafe to load."""
+
+
+class TooManyFailedRows(VcfBatchError):
+    """The run is done, but a larger fraction of its rows failed than was allowed."""
+
+    exit_code = 3
+
+
+class RefusedError(VcfBatchError):
+    """The output holds another run's data, or another run is writing it."""
+
+    exit_code = 4
+
+
+class DamageFound(VcfBatchError):
+    """Outputs do not match their receipts."""
+
+    exit_code = 5
+
+
+class StorageError(VcfBatchError):
+    """Storage or network failed. The attempt is retried; no row is blamed."""
+
+
+class RowError(VcfBatchError):
+    """One row cannot be generated. The message becomes the row's ``error_message``."""
+
+
+class Interrupted(BaseException):
+    """The run was told to stop. What is committed stays; the same command resumes.
+
+    Not an Exception, so that nothing that handles failures takes it for one.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,157 @@
+"""The vocabulary every signature uses: Row, Shard, Scores, Sample, Receipt."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["success", "rejected", "failed"]
+
+STATUSES: tuple[Status, ...] = ("success", "rejected", "failed")
+
+OVERRIDES = ("negative_prompt", "guidance_scale", "strength", "fusion")
+"""Manifest columns that replace the run's setting for one row."""
+
+OUTPUT_COLUMNS: tuple[str, ...] = (
+    "key",
+    "status",
+    "error_message",
+    "prompt",
+    "reference",
+    "seed",
+    "negative_prompt",
+    "fusion",
+    "strength",
+    "guidance_scale",
+    "steps",
+    "scheduler",
+    "width",
+    "height",
+    "sha256",
+    "clip_score",
+    "clip_reference",
+    "lpips",
+)
+"""Columns of every shard's parquet, in order; the manifest's carried columns follow and may not reuse these names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One reference image as the manifest gives it: a URI, embedded bytes, or both.
+
+    ``uri`` is what the output records. ``data``, when present, is the image itself and the URI is not opened.
+    """
+
+    uri: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One manifest row, checked, with its seed and its identity settled."""
+
+    number: int
+    """Position in the manifest, from 0."""
+    key: str
+    """``sample_id``, or the row number zero-padded to 9 digits. Names the sample everywhere."""
+    prompt: str
+    references: tuple[Reference, ...] = ()
+    """Empty means text only."""
+    seed: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own values for names in :data:`OVERRIDES`; nulls are left out."""
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    """Columns of the manifest that the outputs repeat."""
+    error: str | None = None
+    """Why the row cannot be generated, when the manifest alone already tells."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Rows ``start`` to ``stop`` (excluded) of the manifest: the unit of work, retry, commit and resume."""
+
+    index: int
+    start: int
+    stop: int
+    name: str
+    """``index`` in the run's number of digits, such as ``00012``; the stem of the shard's files."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A sample's scores. None where a score does not apply (no reference) or was not asked for."""
+
+    clip_score: float | None = None
+    """Cosine of the judge's embeddings of output and prompt, -1 to 1."""
+    clip_reference: float | None = None
+    """Cosine of the judge's embeddings of output and reference, -1 to 1."""
+    lpips: float | None = None
+    """Perceptual distance of output and reference, 0 or more; lower is closer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What became of one row: the encoded image and its scores, or the reason there is none."""
+
+    row: Row
+    status: Status
+    settings: Mapping[str, Any]
+    """The settings that were used: the run's, with the row's overrides applied."""
+    image: bytes | None = None
+    """The encoded image file; None unless ``status`` is ``success``."""
+    width: int | None = None
+    height: int | None = None
+    scores: Scores = Scores()
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size in bytes and hex SHA-256 of one file of a shard."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """``00000_stats.json``: written last, so its existence means that the shard's files are whole.
+
+    Timings, host names and dates live only here, never in the tar or the parquet.
+    """
+
+    shard: Shard
+    fingerprint: str
+    attempt: int
+    counts: Mapping[Status, int]
+    files: Mapping[str, FileEntry]
+    """``tar`` and ``parquet``."""
+    device: Mapping[str, Any]
+    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on."""
+    timings: Mapping[str, Any]
+    """Seconds per phase, start and end date, host name."""
+    means: Mapping[str, float | None] = field(default_factory=dict)
+    """Mean of each score over the successful samples."""
+
+    def to_json(self) -> bytes:
+        """The receipt as indented UTF-8 JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Receipt":
+        """Read back :meth:`to_json`.
+
+        Raises:
+            ValueError: the bytes are not a receipt.
+        """
+        try:
+            record = json.loads(data)
+            record["shard"] = Shard(**record["shard"])
+            record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
+            return cls(**record)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a receipt: {error}") from error
