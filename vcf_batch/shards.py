@@ -1,0 +1,433 @@
+"""One shard's files: write, stage, commit, read back.
+
+A shard is ``NAME.tar`` (the successful samples, for WebDataset readers), ``NAME.parquet`` (one row for every manifest
+row) and ``NAME_stats.json``, the receipt. A worker writes the first two in local scratch (:class:`ShardWriter`) and
+stages them under a name of its own attempt (:func:`stage`); only the driver commits (:func:`commit`), receipt last. A
+shard without a receipt does not exist, and neither does one whose receipt names files that are missing or of another
+size.
+
+The bytes of tar and parquet depend on the samples alone: no times, owners or host names, fixed encoder settings, and
+groups of :data:`ROWS_PER_GROUP` rows in manifest order. (The parquet names the pyarrow version that wrote it.)
+
+``KEY.json`` is the parquet row: the same keys in the same order for every sample. A column has one JSON type, or null:
+
+=========================== =========================================================================================
+integers, booleans, strings as they are (bytes of a string that are not UTF-8 become U+FFFD)
+floating point              number; NaN and infinities are null
+decimals                    string, in the column's scale: ``"1.500"``
+dates, times                string, ISO 8601: ``"2024-02-29"``, ``"23:59:00.000001"``
+timestamps                  string, ISO 8601 in the column's unit, ``"2024-02-29T23:59:00.000"``; where the column has a
+                            time zone in UTC, ending in ``Z``
+durations                   integer, in the column's unit
+binary                      string, base64
+lists, structs, maps        array; object with every field; array of ``{"key": ..., "value": ...}``
+=========================== =========================================================================================
+"""
+
+import base64
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vcf_batch import storage
+from vcf_batch.errors import StorageError
+from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Sample, Shard, Status
+
+STAGING = "_staging"
+"""Folder of the output that holds the files of attempts that are not committed."""
+SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
+"""What follows the shard's name in the names of its files, by their name in :attr:`Receipt.files`."""
+RECEIPT_SUFFIX = "_stats.json"
+ROWS_PER_GROUP = 1024
+
+_SCORES = ("clip_score", "clip_reference", "lpips")
+_SETTINGS = ("negative_prompt", "fusion", "strength", "guidance_scale", "steps", "scheduler")
+_NOT_STRINGS = {
+    "seed": pa.int64(),
+    "strength": pa.float64(),
+    "guidance_scale": pa.float64(),
+    "steps": pa.int32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    **dict.fromkeys(_SCORES, pa.float64()),
+}
+_RECEIPT_NAME = re.compile(r"(\d{5,})" + re.escape(RECEIPT_SUFFIX))
+_READERS = 32
+_RECEIPTS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """A finished shard in local scratch, and what its receipt says about it."""
+
+    tar: str
+    """Local path."""
+    parquet: str
+    """Local path."""
+    counts: Mapping[Status, int]
+    entries: Mapping[str, FileEntry]
+    """``tar`` and ``parquet``."""
+    means: Mapping[str, float | None]
+    """Mean of each score over the successful samples that have it; None if none has."""
+
+
+def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
+    """The columns of a shard's parquet: :data:`OUTPUT_COLUMNS`, then the carried ones with their types.
+
+    Args:
+        carried_schema: columns that the manifest hands through. Its metadata is left out.
+        reference_is_list: ``reference`` is a list of strings, as in the manifest, rather than a string.
+
+    Raises:
+        ValueError: a carried column has the name of an output column.
+    """
+    if taken := [name for name in carried_schema.names if name in OUTPUT_COLUMNS]:
+        raise ValueError(f"carried columns {taken} have names of output columns; rename them in the manifest")
+    types = {**_NOT_STRINGS, "reference": pa.list_(pa.string()) if reference_is_list else pa.string()}
+    own = [pa.field(name, types.get(name, pa.string())) for name in OUTPUT_COLUMNS]
+    return pa.schema(own + [field.with_nullable(True).remove_metadata() for field in carried_schema])
+
+
+class ShardWriter:
+    """Writes one shard's tar and parquet in local scratch; use it with ``with``.
+
+    Leaving the ``with`` block without :meth:`finish` deletes both files: an abandoned shard leaves nothing that looks
+    whole.
+
+    Args:
+        scratch_dir: local folder of this attempt alone; made if there is none.
+        shard: the rows to be written.
+        image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
+        carried_schema: see :func:`schema`.
+        reference_is_list: see :func:`schema`.
+    """
+
+    def __init__(
+        self, scratch_dir: str, shard: Shard, image_format: str, carried_schema: pa.Schema, reference_is_list: bool
+    ) -> None:
+        self._shard = shard
+        self._image_format = image_format
+        self._reference_is_list = reference_is_list
+        self._schema = schema(carried_schema, reference_is_list)
+        self._carried = carried_schema.names
+        self._pending: list[pa.RecordBatch] = []
+        self._added = 0
+        self._counts: Counter[Status] = Counter()
+        self._scores: dict[str, list[float]] = {name: [] for name in _SCORES}
+        self._finished = False
+        os.makedirs(scratch_dir, exist_ok=True)
+        self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
+        # PAX equals USTAR but for names over 100 characters, which keys may have.
+        self._tar = tarfile.open(self._paths["tar"], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._parquet = pq.ParquetWriter(
+            self._paths["parquet"],
+            self._schema,
+            version="2.6",
+            data_page_version="1.0",
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=True,
+            write_statistics=True,
+            store_schema=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self._finished:
+            with contextlib.suppress(OSError):
+                self._close()
+            for path in self._paths.values():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def add(self, sample: Sample) -> None:
+        """Append the next row of the shard, in manifest order.
+
+        Args:
+            sample: with an image if and only if it succeeded, and an ``error_message`` if it failed. Scores that are
+                not finite are recorded as null.
+
+        Raises:
+            ValueError: the sample is out of order, or breaks the rules above.
+            StorageError: the scratch cannot be written.
+        """
+        expected = self._shard.start + self._added
+        if sample.row.number != expected or expected >= self._shard.stop:
+            raise ValueError(
+                f"shard {self._shard.name} has rows {self._shard.start} to {self._shard.stop - 1} in order: "
+                f"expected row {expected}, got {sample.row.number}"
+            )
+        if (sample.status == "success") != (sample.image is not None):
+            raise ValueError(f"sample {sample.row.key}: status {sample.status} with image {sample.image is not None}")
+        if sample.status == "failed" and not sample.error_message:
+            raise ValueError(f"sample {sample.row.key} failed without an error_message")
+        record = self._record(sample)
+        batch = pa.RecordBatch.from_arrays(
+            [pa.array([record[field.name]], field.type) for field in self._schema], schema=self._schema
+        )
+        self._counts[sample.status] += 1
+        self._added += 1
+        self._pending.append(batch)
+        with self._writing():
+            if sample.image is not None:
+                self._add_member(sample.row.key, self._image_format, sample.image)
+                self._add_member(sample.row.key, "txt", sample.row.prompt.encode())
+                self._add_member(sample.row.key, "json", _row_json(batch))
+            if len(self._pending) == ROWS_PER_GROUP:
+                self._flush()
+        if sample.image is not None:
+            for name in _SCORES:
+                if record[name] is not None:
+                    self._scores[name].append(record[name])
+
+    def finish(self) -> ShardFiles:
+        """Close both files and return what they are.
+
+        Raises:
+            ValueError: rows of the shard are missing.
+            StorageError: the scratch cannot be written or read back.
+        """
+        if self._added != len(self._shard):
+            raise ValueError(f"shard {self._shard.name} has {self._added} of its {len(self._shard)} rows")
+        with self._writing():
+            self._flush()
+            self._close()
+        self._finished = True
+        return ShardFiles(
+            tar=self._paths["tar"],
+            parquet=self._paths["parquet"],
+            counts={status: self._counts[status] for status in STATUSES},
+            entries={kind: storage.digest(path) for kind, path in self._paths.items()},
+            means={name: math.fsum(found) / len(found) if found else None for name, found in self._scores.items()},
+        )
+
+    def _record(self, sample: Sample) -> dict[str, Any]:
+        row = sample.row
+        uris = [reference.uri for reference in row.references]
+        reference = (uris or None) if self._reference_is_list else next(iter(uris), None)
+        # File names in messages may hold bytes that are not text.
+        message = sample.error_message and sample.error_message.encode("utf-8", "replace").decode()
+        return {
+            "key": row.key,
+            "status": sample.status,
+            "error_message": message,
+            "prompt": row.prompt,
+            "reference": reference,
+            "seed": row.seed,
+            **{name: sample.settings.get(name) for name in _SETTINGS},
+            "width": sample.width,
+            "height": sample.height,
+            "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),
+            **{name: _finite(getattr(sample.scores, name)) for name in _SCORES},
+            **{name: row.carried.get(name) for name in self._carried},
+        }
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the scratch files of shard {self._shard.name}: {error}. "
+                "Check that there is room, or set TMPDIR to a larger disk."
+            ) from error
+
+    def _add_member(self, key: str, extension: str, data: bytes) -> None:
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+        # tarfile remembers every member, which a large shard feels.
+        self._tar.getmembers().clear()
+
+    def _flush(self) -> None:
+        if self._pending:
+            table = pa.Table.from_batches(self._pending, self._schema).combine_chunks()
+            self._parquet.write_table(table, row_group_size=ROWS_PER_GROUP)
+            self._pending = []
+
+    def _close(self) -> None:
+        self._tar.close()
+        self._parquet.close()
+
+
+def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> dict[str, str]:
+    """Put a finished shard into the output's staging folder, one whole file at a time.
+
+    Args:
+        attempt_id: names this attempt at this shard and no other.
+
+    Returns:
+        The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    staged = {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in SUFFIXES.items()}
+    for kind, path in (("tar", files.tar), ("parquet", files.parquet)):
+        storage.upload(path, storage.join(output_url, staged[kind]))
+    return staged
+
+
+def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None:
+    """Make a staged shard exist: files to their final names, then the receipt. For the driver alone.
+
+    An older receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe.
+
+    Raises:
+        StorageError: the storage failed, or a staged file is missing or not of the receipt's size. The shard is then
+            uncommitted and has to be computed again.
+    """
+    for kind, entry in receipt.files.items():
+        url = storage.join(output_url, staged[kind])
+        try:
+            found = storage.size(url)
+        except FileNotFoundError as error:
+            raise StorageError(f"staged file {storage.redact(url)} is gone; compute the shard again") from error
+        if found != entry.size:
+            raise StorageError(
+                f"staged file {storage.redact(url)} has {found} bytes, its receipt says {entry.size}; "
+                "compute the shard again"
+            )
+    receipt_url = storage.join(output_url, receipt.shard.name + RECEIPT_SUFFIX)
+    storage.remove(receipt_url, missing_ok=True)
+    for kind in receipt.files:
+        source, target = staged[kind], receipt.shard.name + SUFFIXES[kind]
+        storage.move(storage.join(output_url, source), storage.join(output_url, target))
+    storage.publish_bytes(receipt_url, receipt.to_json())
+    # The shard is whole; an empty folder that stays behind is for clean_staging.
+    with contextlib.suppress(StorageError):
+        discard(output_url, staged)
+
+
+def discard(output_url: str, staged: Mapping[str, str]) -> None:
+    """Delete the staging folder of an attempt that will not be committed.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    for folder in {storage.parent(path) for path in staged.values()}:
+        storage.remove_tree(storage.join(output_url, folder))
+
+
+def clean_staging(output_url: str) -> None:
+    """Delete what attempts that were never committed left behind. For the driver, while no worker runs.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    storage.remove_tree(storage.join(output_url, STAGING))
+
+
+def iter_receipts(output_url: str) -> Iterator[Receipt]:
+    """The receipts of the shards that exist, by shard index, without holding them all.
+
+    One listing finds them and tells whether their files are there in the right size; they are read side by side. What
+    is not a receipt, or does not match its own name, counts as absent.
+
+    Raises:
+        PermissionError, StorageError: the output cannot be read.
+    """
+    sizes = storage.list_files(output_url)
+    stems = sorted((m[1] for m in map(_RECEIPT_NAME.fullmatch, sizes) if m), key=int)
+
+    def read(stem: str) -> Receipt | None:
+        try:
+            receipt = Receipt.from_json(storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX)))
+        except (FileNotFoundError, ValueError):
+            return None
+        found = {kind: sizes.get(stem + suffix) for kind, suffix in SUFFIXES.items()}
+        said = {kind: entry.size for kind, entry in receipt.files.items()}
+        own = receipt.shard.name == stem and receipt.shard.index == int(stem)
+        return receipt if own and found == said else None
+
+    with ThreadPoolExecutor(_READERS) as threads:
+        for begin in range(0, len(stems), _RECEIPTS_AT_ONCE):
+            batch = itertools.islice(stems, begin, begin + _RECEIPTS_AT_ONCE)
+            yield from (receipt for receipt in threads.map(read, batch) if receipt)
+
+
+def read_receipts(output_url: str) -> dict[int, Receipt]:
+    """:func:`iter_receipts` by shard index; ``{}`` where there is no output yet.
+
+    Raises:
+        PermissionError, StorageError: the output cannot be read.
+    """
+    return {receipt.shard.index: receipt for receipt in iter_receipts(output_url)}
+
+
+def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
+    """The samples of a shard's tar, streamed, as WebDataset readers give them.
+
+    Yields:
+        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row}``
+
+    Raises:
+        tarfile.ReadError: the file is not a tar, or ends within a member.
+        FileNotFoundError, PermissionError, StorageError: it cannot be read.
+    """
+    with storage.open_read(tar_url) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+
+        def members() -> Iterator[tuple[str, str, bytes]]:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                content = tar.extractfile(member)
+                yield key, extension, content.read() if content else b""
+                tar.members = []  # type: ignore[attr-defined]
+
+        for key, parts in itertools.groupby(members(), key=lambda part: part[0]):
+            sample: dict[str, Any] = {"__key__": key}
+            for _, extension, data in parts:
+                sample[extension] = data
+            yield sample | {"txt": sample["txt"].decode(), "json": json.loads(sample["json"])}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _row_json(batch: pa.RecordBatch) -> bytes:
+    """The one row of ``batch`` in the encoding of the module's docstring, as compact UTF-8."""
+    row = {name: _json_value(column[0]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _json_value(scalar: pa.Scalar) -> Any:
+    kind = scalar.type
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, (pa.ExtensionScalar, pa.DictionaryScalar)):
+        return _json_value(scalar.value)
+    if isinstance(scalar, pa.StructScalar):
+        return {field.name: _json_value(scalar[position]) for position, field in enumerate(kind)}
+    if isinstance(scalar, pa.ListScalar):
+        return [_json_value(value) for value in scalar.values]
+    if isinstance(scalar, pa.StringScalar):
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
+    if isinstance(scalar, pa.BinaryScalar):
+        return base64.b64encode(scalar.as_py()).decode()
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return scalar.as_py()
+    if pa.types.is_floating(kind):
+        return _finite(float(scalar.as_py()))
+    if pa.types.is_duration(kind):
+        return scalar.value
+    if pa.types.is_timestamp(kind):
+        utc = scalar.cast(pa.timestamp(kind.unit, "UTC")) if kind.tz else scalar
+        return utc.cast(pa.string()).as_py().replace(" ", "T", 1)
+    return scalar.cast(pa.string()).as_py()
