@@ -1,0 +1,289 @@
+"""The manifest's columns: which there are, of what types, and how one Arrow batch of them becomes rows."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from vcf_batch import plan
+from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_STRENGTH
+from vcf_batch.errors import ManifestError, RowError
+from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
+
+COLUMNS = ("prompt", "reference", "sample_id", "seed", *OVERRIDES)
+"""Columns with a meaning; any other one is carried through to the outputs."""
+RESERVED = ("pno_steps", "reference_weights", "negative_reference", "fusion_lo", "fusion_hi")
+"""Columns of the contract that this version does not act on. Carrying them along would look as if it did."""
+
+MAX_TEXT_BYTES = 100_000
+"""A longer prompt, negative prompt or reference fails its row."""
+MAX_SEED = 2**63 - 1
+SAFE_ID = "[A-Za-z0-9_-]{1,128}"
+
+_REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"
+
+
+def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa.Schema) -> None:
+    """Check one file's columns against the contract, and against the manifest's first file.
+
+    Raises:
+        ManifestError: one error with everything that is wrong: file, column, what it is and what it must be.
+    """
+    names = schema.names
+    problems = [f"column {name!r} is there {names.count(name)} times" for name in dict.fromkeys(names)
+                if names.count(name) > 1]  # fmt: skip
+    if "prompt" not in names:
+        alike = [name for name in names if name.strip().lower() == "prompt"]
+        problems.append(
+            f"column 'prompt' is missing; rename {alike[0]!r}"
+            if alike
+            else f"column 'prompt' is missing; the file has: {', '.join(names) or 'no columns'}"
+        )
+    for field in schema:
+        expected = _expected_type(field.name, field.type)
+        if expected:
+            problems.append(f"column {field.name!r} is {field.type}; it must be {expected}")
+        elif field.name in RESERVED:
+            problems.append(f"column {field.name!r} is not supported by this version; remove it or rename it")
+        elif field.name not in COLUMNS and field.name in OUTPUT_COLUMNS:
+            problems.append(f"column {field.name!r} would collide with the output's own; rename it")
+    for name in sorted(set(first_schema.names) ^ set(names)):
+        here, there = (file, first_file) if name in names else (first_file, file)
+        problems.append(f"column {name!r} is in {here} but not in {there}; all files need the same columns")
+    if not problems and "reference" in names:
+        kinds = [_reference_kind(each.field("reference").type) for each in (schema, first_schema)]
+        if "null" not in kinds and kinds[0] != kinds[1]:
+            problems.append(f"column 'reference' is a {kinds[0]}, but in {first_file} a {kinds[1]}; make them the same")
+    if problems:
+        raise ManifestError(f"{file} breaks the manifest contract:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def has_reference_lists(schema: pa.Schema) -> bool:
+    """Whether rows of a checked schema may have several references."""
+    return "reference" in schema.names and _reference_kind(schema.field("reference").type) == "list"
+
+
+def carried_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
+    """The columns that the outputs repeat, with the types that they have there.
+
+    Columns that hold bytes are left out, dictionaries and extension types become their plain values, nanoseconds become
+    microseconds, metadata is dropped. Types that differ between files are widened to what holds both.
+
+    Args:
+        schemas: schema of each file, checked, by file name.
+
+    Raises:
+        ManifestError: two files disagree about a column.
+    """
+    merged: pa.Schema | None = None
+    for file, schema in schemas.items():
+        fields = [pa.field(field.name, _plain(field.type)) for field in schema if field.name not in COLUMNS]
+        carried = pa.schema([field for field in fields if not _holds_bytes(field.type)])
+        try:
+            merged = carried if merged is None else pa.unify_schemas([merged, carried], promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            raise ManifestError(f"{file} has columns of other types than the files before it: {error}") from error
+    return merged or pa.schema([])
+
+
+def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa.Schema) -> list[Row]:
+    """Rows from one batch of a manifest's columns.
+
+    Args:
+        batch: columns of :data:`COLUMNS`, as many as the manifest has, and those of ``carried``.
+        first_row: number of the first row in the manifest.
+        run_seed: seeds of rows without one of their own derive from it.
+        carried: see :func:`carried_schema`.
+
+    Raises:
+        ManifestError: an id that is not safe.
+    """
+    errors: dict[int, str] = {}
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        plain = column.cast(carried.field(name).type, safe=False) if name in carried.names else column
+        columns[name] = _values(name, plain, errors)
+    rows = []
+    for at in range(batch.num_rows):
+        values = {name: column[at] for name, column in columns.items()}
+        number = first_row + at
+        key = values.get("sample_id", f"{number:09d}")
+        if key is None or not re.fullmatch(SAFE_ID, key):
+            raise ManifestError(f"column 'sample_id' of row {number} is {shown(key)}, which is not a safe id")
+        prompt, seed, error = values["prompt"] or "", plan.derive_seed(run_seed, key), errors.get(at)
+        references: tuple[Reference, ...] = ()
+        overrides: dict[str, Any] = {}
+        try:
+            if error is None:
+                _check_text("prompt", prompt)
+                if not prompt.strip():
+                    raise RowError("prompt is empty")
+                references = parse_references(values.get("reference"))
+                if values.get("seed") is not None:
+                    seed = _check_number("seed", values["seed"], MAX_SEED)
+                overrides = _parse_overrides(values)
+        except RowError as trouble:
+            error = str(trouble)
+        rows.append(
+            Row(
+                number=number,
+                key=key,
+                prompt=prompt[:MAX_TEXT_BYTES],
+                references=references,
+                seed=seed,
+                overrides=overrides,
+                carried={name: values[name] for name in carried.names},
+                error=error,
+            )
+        )
+    return rows
+
+
+def parse_references(value: Any) -> tuple[Reference, ...]:
+    """The references of one row, from the ``reference`` column's value.
+
+    Args:
+        value: a URI, a mapping with ``bytes`` and ``path`` as Hugging Face ``datasets`` writes images, a list of
+            either, or None for text only.
+
+    Raises:
+        RowError: a reference is null within a list, empty, or not usable as text.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, list):
+        parsed = [parse_references(item) for item in value]
+        if not all(parsed):
+            raise RowError(f"reference {parsed.index(()) + 1} of {len(parsed)} is null; leave it out of the list")
+        return tuple(reference for references in parsed for reference in references)
+    record: Mapping[str, Any] = {"path": value} if isinstance(value, str) else value
+    uri, data = record.get("path"), record.get("bytes")
+    if uri is None and data is None:
+        return ()
+    _check_text("reference", uri or "")
+    if not uri and data is None:
+        raise RowError("reference is an empty text; use null for text only")
+    return (Reference(uri=uri or None, data=data),)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: never more than a line."""
+    text = repr(value.decode(errors="replace") if isinstance(value, bytes) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _expected_type(name: str, kind: pa.DataType) -> str | None:
+    """What a column must be, in words, if it is not."""
+    kind = _plain(kind)
+    if name in ("prompt", "sample_id", "negative_prompt", "fusion"):
+        return None if _is_text(kind) else "string"
+    if name == "seed":
+        return (
+            None
+            if pt.is_integer(kind) or pt.is_null(kind)
+            else "int64 (in pandas, 'Int64' keeps integers beside nulls)"
+        )
+    if name in ("guidance_scale", "strength"):
+        return None if pt.is_floating(kind) or pt.is_integer(kind) or pt.is_null(kind) else "a number, such as float64"
+    if name == "reference":
+        item = kind.value_type if _is_list(kind) else kind
+        return None if _is_text(_plain(item)) or _is_image(item) else _REFERENCE_TYPES
+    return None
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values themselves, at the resolution that Python's dates have."""
+    if pt.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    if pt.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pt.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    if pt.is_time64(kind):
+        return pa.time64("us")
+    return kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    checks = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_list_view, pt.is_large_list_view)
+    return any(check(kind) for check in checks)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    """Whether it is ``struct<bytes, path>``, or one of the two alone."""
+    if not pt.is_struct(kind):
+        return False
+    fields = {kind.field(index).name: _plain(kind.field(index).type) for index in range(kind.num_fields)}
+    data, path = fields.pop("bytes", pa.null()), fields.pop("path", pa.null())
+    return not fields and (pt.is_null(data) or _is_binary(data)) and _is_text(path)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    checks = (pt.is_binary, pt.is_large_binary, pt.is_fixed_size_binary, pt.is_binary_view)
+    return any(check(kind) for check in checks)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    kind = _plain(kind)
+    return _is_binary(kind) or any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _reference_kind(kind: pa.DataType) -> str:
+    if _is_list(_plain(kind)):
+        return "list"
+    return "null" if pt.is_null(_plain(kind)) else "single reference"
+
+
+def _values(name: str, column: pa.Array, errors: dict[int, str]) -> list[Any]:
+    """The column as Python values. One that has none (not UTF-8, a date out of range) is None, with its row's error."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        pass
+    values: list[Any] = []
+    for at, scalar in enumerate(column):
+        try:
+            values.append(scalar.as_py())
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            values.append(None)
+            errors.setdefault(at, f"{name} cannot be read: {error}")
+    return values
+
+
+def _parse_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's own settings; nulls are left out.
+
+    Raises:
+        RowError: one is outside its limits.
+    """
+    given = {name: values[name] for name in OVERRIDES if values.get(name) is not None}
+    if given.get("fusion", FUSIONS[0]) not in FUSIONS:
+        raise RowError(f"fusion is {shown(given['fusion'])}; it must be one of {', '.join(FUSIONS)}")
+    _check_text("negative_prompt", given.get("negative_prompt", ""))
+    for name, high in (("guidance_scale", MAX_GUIDANCE_SCALE), ("strength", MAX_STRENGTH)):
+        if name in given:
+            given[name] = float(_check_number(name, given[name], high))
+    return given
+
+
+def _check_text(name: str, text: str) -> None:
+    if "\0" in text:
+        raise RowError(f"{name} has a NUL character at position {text.index(chr(0))}; remove it")
+    size = len(text.encode())
+    if size > MAX_TEXT_BYTES:
+        raise RowError(f"{name} has {size} bytes; the limit is {MAX_TEXT_BYTES}")
+
+
+def _check_number(name: str, value: Any, high: float) -> Any:
+    if not (math.isfinite(value) and 0 <= value <= high):
+        raise RowError(f"{name} is {value}; it must be between 0 and {high if isinstance(high, int) else f'{high:g}'}")
+    return value

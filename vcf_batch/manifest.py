@@ -1,0 +1,391 @@
+"""The manifest: Parquet in, checked rows out, streamed. And the builder: prompts x references x seeds -> Parquet.
+
+The contract, as a user reads it, is manifests/README.md.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vcf_batch import storage
+from vcf_batch.contract import COLUMNS, SAFE_ID, carried_schema, check_schema, has_reference_lists, parse_rows, shown
+from vcf_batch.errors import ManifestError, StorageError, UsageError
+from vcf_batch.records import Row
+from vcf_batch.unique import RepeatFinder
+
+_SHOWN = 5
+_ROWS_PER_READ = 256
+_CHECK_BYTES = 32 << 20
+_BUFFER_BYTES = 4 << 20
+_TAIL_BYTES = 1 << 16
+_FOOTER_THREADS = 16
+_BUILD_ROWS = 65_536
+_BUILD_SCHEMA = pa.schema([("prompt", pa.string()), ("reference", pa.string()), ("seed", pa.int64())])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _File:
+    """One Parquet file of the manifest, known by its footer."""
+
+    name: str
+    size: int
+    first_row: int
+    group_stops: np.ndarray = field(repr=False)
+    """``[groups]`` int64: the file's rows up to and including each row group."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.group_stops[-1]) if len(self.group_stops) else 0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Manifest:
+    """A manifest whose footers have been read and whose columns have the right types. Small, and picklable.
+
+    Its rows are numbered from 0 through its files in the order of their names.
+    """
+
+    url: str
+    base: str
+    """The folder that relative references resolve against."""
+    num_rows: int
+    """Rows in use: all, or the first ``limit``."""
+    identity: str
+    """Hex SHA-256 over names, sizes and footers of the files: the same for a copy elsewhere, and for any ``limit``."""
+    carried_schema: pa.Schema
+    """The columns that the outputs repeat, as they are written there."""
+    reference_is_list: bool
+    """Whether rows may have several references."""
+    _files: tuple[_File, ...] = field(repr=False)
+    _columns: tuple[str, ...] = field(repr=False)
+    """Those of :data:`contract.COLUMNS` that the manifest has."""
+
+    @classmethod
+    def open(cls, url: str, limit: int | None = None) -> "Manifest":
+        """Read the footers of a Parquet file, or of the ``.parquet`` files in a folder; local or any fsspec URL.
+
+        Args:
+            url: the file or folder.
+            limit: use only the first rows, so many at most.
+
+        Raises:
+            ManifestError: no such file, not Parquet, no rows, or columns that break the contract.
+            StorageError: the storage failed.
+        """
+        url = storage.absolute(url)
+        base, names = _discover(url)
+        with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+            footers = list(threads.map(lambda name: _read_footer(storage.join(base, name)), names))
+        digest = hashlib.sha256()
+        files: list[_File] = []
+        schemas: dict[str, pa.Schema] = {}
+        rows = 0
+        for name, (size, footer) in zip(names, footers, strict=True):
+            digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
+            parsed = _parse_footer(storage.join(base, name), footer)
+            schemas[name] = parsed.schema_arrow
+            groups = [parsed.metadata.row_group(group).num_rows for group in range(parsed.metadata.num_row_groups)]
+            files.append(_File(name, size, rows, np.cumsum(groups, dtype=np.int64)))
+            rows += files[-1].num_rows
+        if not rows:
+            raise ManifestError(f"{storage.redact(url)} has no rows; there is nothing to generate")
+        for name, schema in schemas.items():
+            check_schema(name, schema, names[0], schemas[names[0]])
+        return cls(
+            url=url,
+            base=base,
+            num_rows=rows if limit is None else min(rows, limit),
+            identity=digest.hexdigest(),
+            carried_schema=carried_schema(schemas),
+            reference_is_list=any(map(has_reference_lists, schemas.values())),
+            _files=tuple(files),
+            _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
+        )
+
+    def check(self) -> None:
+        """Stream every row once: prompts that are empty, ids that are missing, unsafe or repeated.
+
+        Memory is bounded; ids go through local scratch (about their own size). Trouble that concerns one row alone,
+        such as an override out of range, is not looked for here: it becomes the :attr:`Row.error` of that row.
+
+        Raises:
+            ManifestError: one error with the columns, how many rows offend, and the file and number of the first ones.
+            StorageError: the storage failed.
+        """
+        findings = _Findings(self)
+        has_ids = "sample_id" in self._columns
+        columns = ["prompt", "sample_id"] if has_ids else ["prompt"]
+        with RepeatFinder(self.num_rows) as finder:
+            for first_row, batch in self._scan(columns):
+                prompts = _decoded(batch["prompt"])
+                findings.add("prompt", "null", first_row, pc.is_null(prompts))
+                findings.add("prompt", "empty", first_row, _blank(prompts))
+                if has_ids:
+                    ids = _decoded(batch["sample_id"]).cast(pa.binary())
+                    unsafe = pc.invert(pc.match_substring_regex(ids, rf"\A{SAFE_ID}\z"))
+                    findings.add("sample_id", "null", first_row, pc.is_null(ids))
+                    findings.add("sample_id", "unsafe", first_row, unsafe, ids)
+                    if not findings.of("sample_id"):
+                        finder.add(ids, first_row)
+            if has_ids and not findings.of("sample_id"):
+                findings.add_repeats(finder)
+        findings.raise_if_any()
+
+    def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
+        """Rows ``start`` to ``stop`` (excluded), reading only the row groups that hold them.
+
+        A row that cannot be generated (an override out of range, unreadable text) has an :attr:`Row.error` saying so.
+
+        Raises:
+            ManifestError: a file is damaged or has changed since it was opened.
+            StorageError: the storage failed.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise ValueError(f"rows {start} to {stop} were asked for; the manifest has 0 to {self.num_rows}")
+        wanted = [*self._columns, *self.carried_schema.names]
+        rows: list[Row] = []
+        for first_row, batch in self._read(start, stop, wanted):
+            rows += parse_rows(batch, first_row, run_seed, self.carried_schema)
+        return rows
+
+    def locate(self, row: int) -> str:
+        """File of a row and its number in that file, from 0, such as ``row 7 of part-2.parquet``."""
+        file = next(file for file in reversed(self._files) if file.first_row <= row)
+        return f"row {row - file.first_row} of {file.name}"
+
+    def _scan(self, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Every row in use, with the number of each batch's first one."""
+        for file in self._files:
+            stop = min(file.num_rows, self.num_rows - file.first_row)
+            if stop > 0:
+                yield from self._read_file(file, 0, stop, columns, rows_per_read=None)
+
+    def _read(self, start: int, stop: int, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        for file in self._files:
+            first, last = max(start - file.first_row, 0), min(stop - file.first_row, file.num_rows)
+            if first < last:
+                yield from self._read_file(file, first, last, columns, _ROWS_PER_READ)
+
+    def _read_file(
+        self, file: _File, start: int, stop: int, columns: list[str], rows_per_read: int | None
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Rows ``start`` to ``stop`` of one file, in batches that fit in memory whatever the size of its row groups."""
+        url = storage.join(self.base, file.name)
+        first_group = int(np.searchsorted(file.group_stops, start, side="right"))
+        last_group = int(np.searchsorted(file.group_stops, stop, side="left"))
+        position = int(file.group_stops[first_group - 1]) if first_group else 0
+        try:
+            with storage.open_read(url) as source:
+                if (size := source.seek(0, 2)) != file.size:
+                    raise ManifestError(
+                        f"{storage.redact(url)} has {size} bytes, and had {file.size} when the run began; "
+                        "a manifest must not change during a run"
+                    )
+                # Unbuffered, Arrow would hold whole column chunks: gigabytes where images are embedded.
+                parquet = pq.ParquetFile(
+                    source, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+                )
+                batches = parquet.iter_batches(
+                    batch_size=rows_per_read or _rows_that_fit(parquet.metadata, columns),
+                    row_groups=range(first_group, last_group + 1),
+                    columns=columns,
+                    use_threads=False,
+                )
+                for batch in batches:
+                    low, high = max(start - position, 0), min(stop - position, batch.num_rows)
+                    if low < high:
+                        yield file.first_row + position + low, batch.slice(low, high - low)
+                    position += batch.num_rows
+                    if position >= stop:
+                        return
+        except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
+            raise StorageError(f"this node cannot read the manifest's file {storage.redact(url)}: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise ManifestError(f"{storage.redact(url)} is damaged: {_first_line(error)}") from error
+
+
+def build(prompts: Iterable[str], references: Sequence[str], seeds: int, out: str) -> int:
+    """Write the cross product prompts x references x seeds as a manifest, streamed.
+
+    Rows go through all references and seeds of a prompt before the next one. Seeds are 0 to ``seeds - 1`` for every
+    pair, so that pairs can be compared. Blank prompts, as at the end of a text file, are skipped.
+
+    Args:
+        prompts: any number; surrounding white space is removed.
+        references: URIs, or paths relative to the folder of ``out``; none means text only.
+        seeds: images for each pair.
+        out: file to write; a path or any fsspec URL.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UsageError: no prompts, or ``seeds`` is below 1.
+        StorageError: the storage failed.
+    """
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}; it must be at least 1")
+    choices = pa.array(references, pa.string()) if references else pa.nulls(1, pa.string())
+    per_prompt = len(choices) * seeds
+    total = 0
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-manifest-") as scratch:
+        path = Path(scratch) / "manifest.parquet"
+        with pq.ParquetWriter(path, _BUILD_SCHEMA, compression="zstd") as writer:
+            pending: list[pa.Table] = []
+            pending_rows = 0
+            for prompt in filter(None, map(str.strip, prompts)):
+                for start in range(0, per_prompt, _BUILD_ROWS):
+                    index = np.arange(start, min(start + _BUILD_ROWS, per_prompt))
+                    columns = [pa.repeat(prompt, len(index)), choices.take(index // seeds), pa.array(index % seeds)]
+                    pending.append(pa.Table.from_arrays(columns, schema=_BUILD_SCHEMA))
+                    pending_rows += len(index)
+                    if pending_rows >= _BUILD_ROWS:
+                        writer.write_table(pa.concat_tables(pending))
+                        total, pending, pending_rows = total + pending_rows, [], 0
+            if pending:
+                writer.write_table(pa.concat_tables(pending))
+                total += pending_rows
+        if not total:
+            raise UsageError("there are no prompts: every line is blank")
+        storage.upload(str(path), out)
+    return total
+
+
+def _discover(url: str) -> tuple[str, list[str]]:
+    """The folder, and the sorted names of the manifest's files in it."""
+    rule = "a manifest is a Parquet file, or a folder with .parquet files directly in it"
+    try:
+        listed = storage.list_files(url)
+        names = sorted(name for name in listed if name.endswith(".parquet") and not name.startswith((".", "_")))
+        if names:
+            return url, names
+        storage.size(url)
+        return storage.parent(url), [storage.name(url)]
+    except FileNotFoundError as error:
+        raise ManifestError(f"{storage.redact(url)} does not exist; {rule}") from error
+    except PermissionError as error:
+        raise ManifestError(f"{storage.redact(url)} may not be read: {error}") from error
+    except storage.NotAFileError as error:
+        raise ManifestError(f"{storage.redact(url)} holds no file named *.parquet; {rule}") from error
+
+
+def _read_footer(url: str) -> tuple[int, bytes]:
+    """Size of a Parquet file, and its footer with the 8 bytes that end it."""
+    try:
+        with storage.open_read(url) as source:
+            size = source.seek(0, 2)
+            source.seek(max(size - _TAIL_BYTES, 0))
+            tail = source.read(_TAIL_BYTES)
+            needed = int.from_bytes(tail[-8:-4], "little") + 8
+            if tail[-4:] == b"PARE":
+                raise ManifestError(f"{storage.redact(url)} is encrypted; write it without Parquet encryption")
+            if tail[-4:] != b"PAR1" or needed > size:
+                raise ManifestError(f"{storage.redact(url)} is not a Parquet file, or is cut short ({size} bytes)")
+            if needed > len(tail):
+                source.seek(size - needed)
+                tail = source.read(needed)
+            return size, tail[-needed:]
+    except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
+        raise ManifestError(f"{storage.redact(url)} cannot be read: {_first_line(error)}") from error
+
+
+def _parse_footer(url: str, footer: bytes) -> pq.ParquetFile:
+    try:
+        parsed = pq.ParquetFile(pa.BufferReader(footer))
+        _ = parsed.schema_arrow
+        return parsed
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{storage.redact(url)} has a damaged footer: {_first_line(error)}") from error
+
+
+def _rows_that_fit(metadata: pq.FileMetaData, columns: list[str]) -> int:
+    """Rows of ``columns`` in about :data:`_CHECK_BYTES`, by the footer's sizes."""
+    widest = 1.0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        size = sum(
+            group.column(column).total_uncompressed_size
+            for column in range(group.num_columns)
+            if group.column(column).path_in_schema in columns
+        )
+        widest = max(widest, size / max(group.num_rows, 1))
+    return int(min(max(_CHECK_BYTES / widest, 64), 65_536))
+
+
+class _Findings:
+    """The first offending rows of each column and complaint, and how many there are."""
+
+    _REMEDIES: Mapping[str, str] = {
+        "null": "every row needs a value",
+        "empty": "every row needs a prompt",
+        "unsafe": "an id is 1 to 128 of the characters A-Z a-z 0-9 _ -",
+        "repeated": "every id must be unique",
+    }
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._counts: dict[tuple[str, str], int] = {}
+        self._examples: dict[tuple[str, str], list[str]] = {}
+
+    def of(self, column: str) -> bool:
+        return any(name == column for name, _ in self._counts)
+
+    def add(
+        self, column: str, complaint: str, first_row: int, offends: pa.Array, values: pa.Array | None = None
+    ) -> None:
+        """``offends``: boolean, one per row from ``first_row`` on; null counts as false."""
+        positions = np.flatnonzero(offends.fill_null(False).to_numpy(zero_copy_only=False))
+        if not len(positions):
+            return
+        examples = []
+        for position in positions[:_SHOWN].tolist():
+            value = "" if values is None else f" ({shown(values[position].as_py())})"
+            examples.append(self._manifest.locate(first_row + position) + value)
+        self._record(column, complaint, len(positions), examples)
+
+    def add_repeats(self, finder: RepeatFinder) -> None:
+        count, repeats = finder.repeats(_SHOWN)
+        locate = self._manifest.locate
+        examples = [f"{locate(repeat.row)} ({repeat.id!r}, as {locate(repeat.first)})" for repeat in repeats]
+        if count:
+            self._record("sample_id", "repeated", count, examples)
+
+    def raise_if_any(self) -> None:
+        if not self._counts:
+            return
+        lines = []
+        for (column, complaint), count in self._counts.items():
+            first = "; ".join(self._examples[column, complaint])
+            rows = "1 row is" if count == 1 else f"{count} rows are"
+            lines.append(f"  column {column!r}: {rows} {complaint} ({self._REMEDIES[complaint]}), first: {first}")
+        raise ManifestError(f"{storage.redact(self._manifest.url)} breaks the manifest contract:\n" + "\n".join(lines))
+
+    def _record(self, column: str, complaint: str, count: int, examples: list[str]) -> None:
+        about = (column, complaint)
+        self._counts[about] = self._counts.get(about, 0) + count
+        self._examples[about] = (self._examples.get(about, []) + examples)[:_SHOWN]
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    """A text column as plain large_string, however the file encodes it."""
+    return column.cast(pa.large_string())
+
+
+def _blank(texts: pa.Array) -> pa.Array:
+    try:
+        return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+    except pa.ArrowInvalid:
+        # Not UTF-8 somewhere in the batch: that fails its row later; the others are judged by ASCII white space.
+        return pc.invert(pc.match_substring_regex(texts.cast(pa.large_binary()), r"[^\s]"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

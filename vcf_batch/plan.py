@@ -1,0 +1,109 @@
+"""Which rows form which shard, which shards are left, and how a shard is cut into batches.
+
+Pure integer functions without I/O: the same arguments give the same plan on every machine, so a resumed run and an
+undisturbed one do the same work.
+"""
+
+import hashlib
+from collections.abc import Container, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from vcf_batch.records import Shard
+
+MIN_DIGITS = 5
+"""Digits of a shard's name, unless the run needs more."""
+
+
+def shard_name(index: int, num_shards: int) -> str:
+    """Name of shard ``index``: as many digits as the run's last index needs, and at least :data:`MIN_DIGITS`.
+
+    Raises:
+        ValueError: ``index`` is not one of the run's.
+    """
+    if not 0 <= index < num_shards:
+        raise ValueError(f"shard index is {index}; it must be 0 to {num_shards - 1}")
+    return f"{index:0{max(MIN_DIGITS, len(str(num_shards - 1)))}d}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan(Sequence[Shard]):
+    """The shards of a run: every row in exactly one shard, in manifest order, only the last one shorter.
+
+    A sequence computed on access, so that a plan takes the same memory for any number of rows.
+
+    Args:
+        num_rows: rows of the manifest, 0 or more.
+        shard_size: rows in a shard, 1 or more.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    num_rows: int
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 0:
+            raise ValueError(f"num_rows is {self.num_rows}; it must be at least 0")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size is {self.shard_size}; it must be at least 1")
+
+    def __len__(self) -> int:
+        return (self.num_rows + self.shard_size - 1) // self.shard_size
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Shard]: ...
+
+    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        start = position * self.shard_size
+        stop = min(start + self.shard_size, self.num_rows)
+        return Shard(position, start, stop, shard_name(position, len(self)))
+
+
+def shards(num_rows: int, shard_size: int) -> ShardPlan:
+    """The plan of a run over ``num_rows`` rows: see :class:`ShardPlan`."""
+    return ShardPlan(num_rows, shard_size)
+
+
+def remaining(plan: Sequence[Shard], done: Container[int]) -> Iterator[Shard]:
+    """The shards whose index is not in ``done``, in order."""
+    return (shard for shard in plan if shard.index not in done)
+
+
+def derive_seed(run_seed: int, key: str) -> int:
+    """Seed of the sample ``key`` in a run with ``run_seed``: 0 to 2**63 - 1.
+
+    A hash (BLAKE2b) of nothing else, so it survives any other shard size, order of rows or addition of rows.
+    """
+    digest = hashlib.blake2b(f"{run_seed}:{key}".encode(), digest_size=8, person=b"vcf-batch seed").digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def batches(group_keys: Sequence[Hashable], batch_size: int) -> list[list[int]]:
+    """Cut a shard into batches of rows that can be computed together.
+
+    Args:
+        group_keys: one key per row of the shard; only rows with equal keys may share a batch.
+        batch_size: rows in a batch at most, 1 or more.
+
+    Returns:
+        Positions in ``group_keys``, each exactly once: groups in order of first appearance, rows in order within.
+
+    Raises:
+        ValueError: ``batch_size`` is out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    groups: dict[Hashable, list[int]] = {}
+    for position, group_key in enumerate(group_keys):
+        groups.setdefault(group_key, []).append(position)
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
