@@ -1,0 +1,205 @@
+"""Images: decode within bounds, orient, resize, convert ranges, encode.
+
+The three ranges that pixels have in this project meet here only: ``uint8`` (files, PIL), ``[0, 1]`` (the pipeline's
+output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]``, sRGB as stored; ICC profiles are not
+applied.
+"""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vcf_batch.errors import RowError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What a reference may be. A closed list, because Pillow's others include EPS, which starts Ghostscript."""
+
+_SIGNATURES = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG", "PNG"),
+    (8, b"WEBP", "WebP"),
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+)
+
+_ORIENTATION_TAG = 0x0112
+
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_ENCODERS: dict[str, dict[str, object]] = {
+    "png": {"format": "PNG", "compress_level": 1},
+    "webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode an image file to plain RGB.
+
+    EXIF orientation is applied, transparency is composed over white, 16-bit greys are rounded to 8 bits, CMYK and
+    palettes are converted, and of an animation the first frame is taken. Pixels are counted from the header, before
+    anything is decoded. Pillow has a limit of its own, ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 million), which holds
+    even where ``max_pixels`` is larger.
+
+    Args:
+        data: the whole file, in one of :data:`FORMATS`.
+        max_pixels: the largest width times height that is decoded.
+
+    Returns:
+        An ``RGB`` image that owns its pixels and carries no metadata.
+
+    Raises:
+        RowError: empty, damaged, truncated, too large, or not an image.
+    """
+    if not data:
+        raise RowError("the image file is empty (0 bytes)")
+    _check_pixels(_webp_size(data), max_pixels)
+    # A damaged file makes Pillow's readers raise nearly any exception; all but running out of memory is the file's own.
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RowError(f"the image is larger than Pillow decodes: {error}; shrink it") from error
+    except Exception as error:
+        raise RowError(_not_readable(data, error)) from error
+    _check_pixels(image.size, max_pixels)
+    try:
+        with image:
+            image.load()
+            return _to_rgb(_oriented(image))
+    except (MemoryError, RowError):
+        raise
+    except Exception as error:
+        raise RowError(_not_readable(data, error)) from error
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The whole image squashed to ``width`` x ``height``: bilinear with antialiasing, no crop."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def to_unit(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [0, 1]."""
+    return _pixels(image).astype(np.float32) / np.float32(255)
+
+
+def to_signed(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [-1, 1]."""
+    return to_unit(image) * np.float32(2) - np.float32(1)
+
+
+def from_unit(array: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Floats ``[H, W, 3]`` in [0, 1] to the nearest uint8; values outside are clipped.
+
+    Raises:
+        RowError: some values are not finite, which is what a number format too narrow for the model leaves behind.
+    """
+    bad = int(np.size(array) - np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise RowError(
+            f"the generated image holds {bad} values that are not finite, of {np.size(array)}; try --dtype float32"
+        )
+    return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+
+
+def encode(image: NDArray[np.uint8], image_format: str) -> bytes:
+    """Encode to a file's bytes: the same pixels always give the same bytes.
+
+    Args:
+        image: uint8 ``[H, W, 3]``.
+        image_format: ``png`` (level 1), ``webp`` (lossless, method 0) or ``jpg`` (quality 95, 4:4:4).
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(_pixels(image)).save(buffer, **_ENCODERS[image_format])  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"an image must be uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
+    return array
+
+
+def _check_pixels(size: tuple[int, int] | None, max_pixels: int) -> None:
+    if size is None:
+        return
+    width, height = size
+    if width * height == 0:
+        raise RowError(f"the image has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise RowError(
+            f"the image has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}; "
+            "shrink it or raise --max-pixels"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Canvas size from a WebP header (RFC 9649), because Pillow allocates the canvas when it opens the file."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return None
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:
+        return image
+    return image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise RowError(
+            f"the image has 32-bit {'integer' if image.mode == 'I' else 'floating-point'} pixels, whose range is "
+            "unknown; convert it to 8 or 16 bits"
+        )
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    else:
+        # A copy even where the mode is already RGB: the caller gets an image without an open file behind it.
+        rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    rgb.info.clear()
+    return rgb
+
+
+def _not_readable(data: bytes, error: Exception) -> str:
+    for offset, signature, name in _SIGNATURES:
+        if data[offset : offset + len(signature)] == signature:
+            return f"the image is a damaged or truncated {name} file of {len(data)} bytes ({error}); replace it"
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "the file is a Git LFS pointer, not the image it stands for; fetch it with 'git lfs pull'"
+    if start.startswith(b"<"):
+        what = "an SVG drawing" if b"<svg" in start else "a web page or XML text"
+        return f"the file is {what}, not an image in one of {', '.join(FORMATS)}"
+    return f"the file of {len(data)} bytes is not an image in one of {', '.join(FORMATS)}"

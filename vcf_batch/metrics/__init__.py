@@ -1,0 +1,1 @@
+"""Scores of generated images: batches in, numbers out (docs/method.md, section 6)."""

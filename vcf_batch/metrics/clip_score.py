@@ -1,0 +1,156 @@
+"""The judge: the CLIP that scores images against prompts and references."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from vcf_batch.errors import ModelError
+
+_CHUNK = 64
+"""Inputs in one forward pass: many references of one batch must not add up to a memory peak."""
+
+_LONGEST_ASPECT = 8
+"""Sides beyond this ratio are trimmed: resizing the short side of a 1 x 30000 image to 224 would give 1.5 G pixels."""
+
+
+class ClipJudge:
+    """Embeds texts and images for cosine similarity (Radford et al. 2021; CLIPScore, Hessel et al. 2021).
+
+    Args:
+        model: the CLIP, on its device.
+        tokenizer: its tokenizer.
+        processor: its image preprocessing, as ``preprocessor_config.json`` says; in Pillow, so that scores do not
+            depend on whether torchvision is installed.
+        name: what ``run.json`` calls it.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        name: str | None = None,
+    ) -> "ClipJudge":
+        """Load model, tokenizer and preprocessing from a folder or from the Hub.
+
+        Args:
+            path: folder or Hub id of a CLIP in transformers' layout.
+            revision: exact revision of a Hub id.
+            device: where it runs.
+            dtype: what it computes in. Embeddings are float32 in any case.
+            name: what ``run.json`` calls it; None: ``path``.
+
+        Raises:
+            ModelError: a part is missing or does not fit.
+        """
+        try:
+            model, report = CLIPModel.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(path, revision=revision)
+            processor = CLIPImageProcessorPil.from_pretrained(path, revision=revision)
+        except Exception as error:
+            raise ModelError(
+                f"cannot load the judge {path!r}: {error}. It must hold a CLIP model, its tokenizer and "
+                "preprocessor_config.json in transformers' layout; name another with --judge"
+            ) from error
+        # transformers fills what a file lacks with random weights, and a tokenizer without files knows three tokens.
+        if report["missing_keys"]:
+            raise ModelError(
+                f"the judge {path!r} lacks {len(report['missing_keys'])} weights, among them "
+                f"{min(report['missing_keys'])}; name a complete CLIP with --judge"
+            )
+        vocabulary = model.config.text_config.vocab_size
+        if not 3 < len(tokenizer) <= vocabulary:
+            raise ModelError(
+                f"the judge {path!r} has a tokenizer of {len(tokenizer)} tokens for a model of {vocabulary}; "
+                "name a CLIP with its own tokenizer with --judge"
+            )
+        if processor.do_resize and processor.size.shortest_edge and not processor.do_center_crop:
+            raise ModelError(
+                f"the judge {path!r} resizes without a crop, so its images would differ in size; set do_center_crop or "
+                "a fixed height and width in its preprocessor_config.json"
+            )
+        return cls(model.to(device), tokenizer, processor, name or path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised embeddings, float32 ``[B, D]`` on the CPU. Text beyond the model's length is cut off.
+
+        Args:
+            texts: ``B`` texts.
+        """
+        parts = []
+        for start in range(0, len(texts), _CHUNK):
+            tokens = self.tokenizer(
+                list(texts[start : start + _CHUNK]),
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.device)
+            features = self.model.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+            parts.append(_normalised(features.pooler_output))
+        return torch.cat(parts) if parts else self._nothing()
+
+    @torch.inference_mode()
+    def embed_images(self, pictures: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
+        """L2-normalised embeddings, float32 ``[B, D]`` on the CPU.
+
+        Args:
+            pictures: ``B`` RGB images or uint8 arrays ``[H, W, 3]`` of any sizes.
+        """
+        parts = []
+        for start in range(0, len(pictures), _CHUNK):
+            chunk = [self._trimmed(_rgb(picture)) for picture in pictures[start : start + _CHUNK]]
+            pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
+            features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype))
+            parts.append(_normalised(features.pooler_output))
+        return torch.cat(parts) if parts else self._nothing()
+
+    def _trimmed(self, image: Image.Image) -> Image.Image:
+        """The middle of a very long image, all that the centre crop will look at; any other image as it is."""
+        limit = _LONGEST_ASPECT * min(image.size)
+        if not self.processor.do_center_crop or max(image.size) <= limit:
+            return image
+        left, top = ((side - limit) // 2 if side > limit else 0 for side in image.size)
+        return image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
+
+    def _nothing(self) -> Tensor:
+        return torch.empty(0, self.model.config.projection_dim)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise cosine of two sets of normalised embeddings: ``[B, D]``, ``[B, D]`` to ``[B]``.
+
+    The raw value between -1 and 1: neither clamped at 0 nor multiplied by 100, as some libraries do.
+    """
+    return (a * b).sum(dim=-1)
+
+
+def _rgb(picture: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def _normalised(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()

@@ -1,0 +1,262 @@
+"""LPIPS and its relatives: perceptual distance over the feature maps of a network.
+
+The computation of "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (Zhang et al., CVPR 2018,
+arXiv 1801.03924, eq. 1) as the ``lpips`` package 0.1.4 publishes it: feature maps are normalised to unit length over
+their channels, their squared difference is weighted per channel, averaged over space and summed over layers.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from vcf_batch import storage
+from vcf_batch.errors import ModelError
+
+Features = Callable[[Tensor], Sequence[Tensor]]
+"""Images ``[B, 3, H, W]`` in [-1, 1] to feature maps, each ``[B, C, h, w]``."""
+
+_EPS = 1e-10
+
+
+class PerceptualDistance:
+    """Weighted squared difference of unit-normalised feature maps.
+
+    Args:
+        features: the network.
+        name: what ``run.json`` calls the distance.
+        weights: for each feature map its channels' weights ``[C]``; None: ``1 / C``, the plain mean.
+        device: where ``features`` runs.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        name: str,
+        weights: Sequence[Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.features = features
+        self.name = name
+        self.weights = None if weights is None else [weight.to(device, torch.float32) for weight in weights]
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of each image of ``a`` to its counterpart in ``b``: 0 for equal images, larger for less alike ones.
+
+        Nothing is resized here: LPIPS compares the reference, squashed bilinearly to the output's size, with the output
+        (see :class:`vcf_batch.metrics.scorer.Scorer`).
+
+        Args:
+            a, b: float ``[B, 3, H, W]`` in [-1, 1], of equal sizes.
+
+        Returns:
+            float32 ``[B]`` on the CPU.
+
+        Raises:
+            ValueError: the shapes differ, are not images, or are too small for the network.
+        """
+        if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
+            raise ValueError(f"images must be two tensors of one shape [B, 3, H, W], not {[*a.shape]} and {[*b.shape]}")
+        maps_a, maps_b = self.features(a.to(self.device)), self.features(b.to(self.device))
+        weights = self.weights or [torch.ones(m.shape[1], device=self.device) / m.shape[1] for m in maps_a]
+        total = torch.zeros(len(a), device=self.device)
+        for map_a, map_b, weight in zip(maps_a, maps_b, weights, strict=True):
+            difference = (_unit(map_a) - _unit(map_b)).square()
+            total += (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
+        return total.cpu()
+
+
+class LPIPS(PerceptualDistance):
+    """LPIPS with the published weights: ``lpips-alex`` or ``lpips-vgg`` (version 0.1)."""
+
+    @classmethod
+    def from_pretrained(cls, network: str, source: str, device: torch.device | str = "cpu") -> "LPIPS":
+        """Load a backbone and its linear heads.
+
+        Args:
+            network: ``alex`` (images of 31 pixels and more) or ``vgg`` (16 pixels and more).
+            source: folder or URL with the official files (see :func:`weight_files`).
+            device: where it runs, always in float32.
+
+        Raises:
+            ModelError: a file is missing, unsafe to load or of another layout.
+        """
+        backbone_url, heads_url = weight_files(network, source)
+        backbone = Backbone(network)
+        layers = {name: t for name, t in _load(backbone_url).items() if name.startswith("features.")}
+        try:
+            backbone.load_state_dict(layers)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{storage.redact(backbone_url)} is not torchvision's {_NETWORKS[network].backbone}: {error}"
+            ) from error
+        heads = _load(heads_url)
+        weights = []
+        for number, channels in enumerate(_NETWORKS[network].channels):
+            weight = heads.get(f"lin{number}.model.1.weight")
+            if weight is None or weight.shape != (1, channels, 1, 1) or not (weight >= 0).all():
+                raise ModelError(
+                    f"{storage.redact(heads_url)} does not hold the lpips package's heads for {network!r}: "
+                    f"lin{number}.model.1.weight must be [1, {channels}, 1, 1] and not negative"
+                )
+            weights.append(weight.flatten())
+        return cls(backbone.to(device).eval().requires_grad_(False), f"lpips-{network}", weights, device)
+
+
+class Backbone(nn.Module):
+    """Convolutions of AlexNet or VGG16 in torchvision's layout (``features.0.weight``...), tapped after five ReLUs.
+
+    Args:
+        network: ``alex`` or ``vgg``.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, network: str) -> None:
+        super().__init__()
+        self.network = _NETWORKS[network]
+        self.features = self.network.build()
+        # ImageNet's mean and standard deviation, as they read for images in [-1, 1].
+        for name, values in {"shift": (-0.030, -0.088, -0.188), "scale": (0.458, 0.448, 0.450)}.items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps at the five taps.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [-1, 1].
+
+        Raises:
+            ValueError: the images are too small for the pooling layers.
+        """
+        if min(images.shape[2:]) < self.network.smallest:
+            raise ValueError(
+                f"images of {images.shape[3]} x {images.shape[2]} pixels are too small for {self.network.backbone}; "
+                f"it needs {self.network.smallest} along each side"
+            )
+        x, maps = (images.float() - self.shift) / self.scale, []
+        for number, layer in enumerate(self.features):
+            x = layer(x)
+            if number in self.network.taps:
+                maps.append(x)
+        return maps
+
+
+def weight_files(network: str, source: str) -> tuple[str, str]:
+    """URLs of backbone and linear heads in a folder of official files.
+
+    The backbone is torchvision's (``alexnet-owt-7be5be79.pth``, ``vgg16-397923af.pth``), the heads are those of the
+    ``lpips`` package (``lpips/weights/v0.1/alex.pth``, ``vgg.pth``); either may be ``.safetensors`` instead. A web
+    address cannot be listed, so there the names must be exactly these.
+
+    Raises:
+        ModelError: one of them is not there.
+    """
+    wanted = {
+        _NETWORKS[network].official: rf"{_NETWORKS[network].backbone}(-[\w-]+)?\.(pth|safetensors)",
+        f"{network}.pth": rf"{network}\.(pth|safetensors)",
+    }
+    if source.startswith(("http://", "https://")):
+        return storage.join(source, _NETWORKS[network].official), storage.join(source, f"{network}.pth")
+    there = sorted(storage.list_files(source))
+    found = {official: [name for name in there if re.fullmatch(p, name)] for official, p in wanted.items()}
+    for official, names in found.items():
+        if not names:
+            raise ModelError(
+                f"{storage.redact(source)} holds no {official}, which LPIPS over {network!r} needs; download it from "
+                "torchvision (backbone) or the lpips package (heads), or turn the score off with --lpips none"
+            )
+    backbone, heads = (storage.join(source, names[0]) for names in found.values())
+    return backbone, heads
+
+
+@dataclass(frozen=True)
+class _Network:
+    backbone: str
+    official: str
+    build: Callable[[], nn.Sequential]
+    taps: tuple[int, ...]
+    channels: tuple[int, ...]
+    smallest: int
+
+
+def _alexnet() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 11, stride=4, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(64, 192, 5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(192, 384, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(256, 256, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _vgg16() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    inputs = 3
+    for block, (outputs, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        if block:
+            layers.append(nn.MaxPool2d(2))
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
+            inputs = outputs
+    return nn.Sequential(*layers)
+
+
+_NETWORKS = {
+    "alex": _Network(
+        backbone="alexnet",
+        official="alexnet-owt-7be5be79.pth",
+        build=_alexnet,
+        taps=(1, 4, 7, 9, 11),
+        channels=(64, 192, 384, 256, 256),
+        smallest=31,
+    ),
+    "vgg": _Network(
+        backbone="vgg16",
+        official="vgg16-397923af.pth",
+        build=_vgg16,
+        taps=(3, 8, 15, 22, 29),
+        channels=(64, 128, 256, 512, 512),
+        smallest=16,
+    ),
+}
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """``[B, C, h, w]`` with every pixel's channels scaled to length 1, in float32."""
+    maps = maps.float()
+    return maps / (maps.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
+
+
+def _load(url: str) -> Mapping[str, Tensor]:
+    """A state dict from ``.safetensors``, or from ``.pth`` without running anything that it holds."""
+    try:
+        data = storage.read_bytes(url)
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {storage.redact(url)}, which LPIPS needs: {error}. Check --lpips-weights, or turn the score "
+            "off with --lpips none"
+        ) from error
+    try:
+        if url.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise TypeError("it is not a state dict")
+    except Exception as error:
+        raise ModelError(f"{storage.redact(url)} does not hold weights that are safe to load: {error}") from error
+    return tensors

@@ -1,0 +1,156 @@
+"""Judge and perceptual distance joined: a batch of outputs in, :class:`vcf_batch.records.Scores` out."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vcf_batch import images
+from vcf_batch.metrics.clip_score import ClipJudge, cosine
+from vcf_batch.metrics.lpips import PerceptualDistance
+from vcf_batch.records import Scores
+
+REFERENCES_KEPT = 256
+"""Distinct references whose embedding and pixels are kept: 450 MB at 768 x 768."""
+
+_PIXELS_AT_ONCE = 2**20
+"""Pixels of one perceptual forward pass, so that VGG16's feature maps stay near 2 GB whatever the batch size."""
+
+
+@dataclass(slots=True)
+class _Reference:
+    embedding: Tensor
+    """``[D]``, normalised."""
+    resized: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
+    """The image at each output size (width, height) that it was compared at."""
+
+
+class Scorer:
+    """Scores outputs against their prompts and references.
+
+    Prompts and references are embedded once per distinct input and shard: call :meth:`new_shard` before each shard.
+    What an input is embedded together with changes its last bits, so nothing may be carried from one shard to the
+    next, or a score would depend on which shards a worker happened to do before.
+
+    Args:
+        judge: the CLIP that scores.
+        perceptual: the perceptual distance; None leaves ``lpips`` empty.
+    """
+
+    def __init__(self, judge: ClipJudge, perceptual: PerceptualDistance | None = None) -> None:
+        self.judge = judge
+        self.perceptual = perceptual
+        self._texts: dict[str, Tensor] = {}
+        self._references: dict[bytes, _Reference] = {}
+
+    def names(self) -> dict[str, str | None]:
+        """For each score the name of the model behind it, for ``run.json``."""
+        return {
+            "clip_score": self.judge.name,
+            "clip_reference": self.judge.name,
+            "lpips": self.perceptual.name if self.perceptual else None,
+        }
+
+    def new_shard(self) -> None:
+        """Forget every embedding."""
+        self._texts.clear()
+        self._references.clear()
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        outputs: Sequence[NDArray[np.uint8]],
+        references: Sequence[Sequence[Image.Image]],
+    ) -> list[Scores]:
+        """Score a batch.
+
+        For the perceptual distance each reference is squashed bilinearly, with antialiasing, to the output's size (as
+        the paper's evaluation does) and both go from uint8 to [-1, 1]. The judge preprocesses on its own.
+
+        Args:
+            prompts: ``B`` prompts.
+            outputs: ``B`` images of one size, uint8 ``[H, W, 3]``.
+            references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``
+                and ``lpips`` are None.
+        """
+        if not len(prompts) == len(outputs) == len(references):
+            raise ValueError(f"{len(prompts)} prompts, {len(outputs)} outputs, {len(references)} lists of references")
+        if not outputs:
+            return []
+        texts = self._embedded_texts(prompts)
+        owners = [number for number, own in enumerate(references) for _ in own]
+        images_of_owners = [image for own in references for image in own]
+        known = self._embedded_references(images_of_owners)
+        pictures = self.judge.embed_images(outputs)
+        cosines: list[float] = []
+        if known:
+            cosines = cosine(pictures[owners], torch.stack([entry.embedding for entry in known])).tolist()
+        distances = self._distances([outputs[owner] for owner in owners], images_of_owners, known)
+        self._forget_oldest()
+        columns = (
+            cosine(pictures, texts).tolist(),
+            _means(cosines, owners, len(outputs)),
+            _means(distances, owners, len(outputs)),
+        )
+        return [Scores(*values) for values in zip(*columns, strict=True)]
+
+    def _embedded_texts(self, prompts: Sequence[str]) -> Tensor:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        self._texts.update(zip(new, self.judge.embed_texts(new), strict=True))
+        return torch.stack([self._texts[prompt] for prompt in prompts])
+
+    def _embedded_references(self, pictures: Sequence[Image.Image]) -> list[_Reference]:
+        """What is known of each image. The same image in many rows is usually one object: it is hashed once."""
+        digests = {number: _digest(image) for number, image in {id(image): image for image in pictures}.items()}
+        keys = [digests[id(image)] for image in pictures]
+        new = {key: image for key, image in zip(keys, pictures, strict=True) if key not in self._references}
+        for key, embedding in zip(new, self.judge.embed_images(list(new.values())), strict=True):
+            self._references[key] = _Reference(embedding)
+        for key in dict.fromkeys(keys):
+            self._references[key] = self._references.pop(key)  # the dictionary's order is that of last use
+        return [self._references[key] for key in keys]
+
+    def _forget_oldest(self) -> None:
+        for digest in list(self._references)[: max(0, len(self._references) - REFERENCES_KEPT)]:
+            del self._references[digest]
+
+    def _distances(
+        self, outputs: Sequence[NDArray[np.uint8]], pictures: Sequence[Image.Image], known: Sequence[_Reference]
+    ) -> list[float]:
+        """Perceptual distance of each output to the reference beside it; ``[]`` where none was asked for."""
+        if self.perceptual is None or not outputs:
+            return []
+        height, width, _ = outputs[0].shape
+        for image, entry in zip(pictures, known, strict=True):
+            if (width, height) not in entry.resized:
+                entry.resized[width, height] = np.asarray(images.resize(image, width, height))
+        step = max(1, _PIXELS_AT_ONCE // (height * width))
+        values: list[float] = []
+        for start in range(0, len(outputs), step):
+            part = slice(start, start + step)
+            resized = [entry.resized[width, height] for entry in known[part]]
+            values += self.perceptual(_signed(outputs[part]), _signed(resized)).tolist()
+        return values
+
+
+def _signed(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """uint8 ``[H, W, 3]`` each, to float32 ``[B, 3, H, W]`` in [-1, 1]."""
+    return torch.from_numpy(np.stack([images.to_signed(picture) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
+
+
+def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float | None]:
+    """Mean of each owner's values, None for an owner without any. No values at all: None for everyone."""
+    collected: list[list[float]] = [[] for _ in range(count)]
+    for owner, value in zip(owners if values else (), values, strict=True):
+        collected[owner].append(value)
+    return [math.fsum(own) / len(own) if own else None for own in collected]

@@ -1,0 +1,305 @@
+"""Reference images of rows: decide whether a reference may be read at all, read it, decode it.
+
+A manifest may come from anyone, so a reference is opened only where the user let references live: under the manifest's
+own folder (in object storage: its own bucket) and under the roots named with ``--reference-root``. Places are compared
+after ``..`` and local links are resolved, and what was compared is what is opened.
+"""
+
+import http.client
+import os
+import re
+import string
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from PIL import Image
+
+from vcf_batch import __version__, images, storage
+from vcf_batch.errors import RowError, StorageError, UsageError
+from vcf_batch.records import Reference
+
+MAX_BYTES = 256 * 2**20
+"""A larger file is not read. An uncompressed image at the default limit of 64 million pixels has 192 MB."""
+
+WEB_ATTEMPTS = 3
+WEB_PAUSE_SECONDS = 1.0
+WEB_TIMEOUT_SECONDS = 20.0
+"""Longest wait for a web server's next bytes."""
+WEB_TOTAL_SECONDS = 120.0
+"""Longest time for one file, so that a server that drips bytes cannot hold a worker."""
+
+_BUCKET_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"})
+_LONGEST_KEY = 1024
+_WEB_PORTS = {"http": 80, "https": 443}
+_WEB_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where something is, normalised so that containment is a comparison of leading segments."""
+
+    scheme: str
+    """Empty for local paths."""
+    host: str
+    """Bucket or server; empty for local paths."""
+    segments: tuple[str, ...]
+    url: str
+    """What is opened: the absolute path without links, or the URL without ``..``."""
+
+    def holds(self, other: "_Place") -> bool:
+        return (self.scheme, self.host, self.segments) == (
+            other.scheme,
+            other.host,
+            other.segments[: len(self.segments)],
+        )
+
+
+class ReferenceReader:
+    """Reads references of one manifest. Keeps no open connection and no state: threads may share it.
+
+    Args:
+        base: the folder or URL that relative references resolve against. References may live there, unless it is a web
+            address: those are read only where ``roots`` name them.
+        roots: further folders, buckets or web addresses that references may live under.
+        max_pixels: a larger image fails its row before it is decoded.
+
+    Raises:
+        UsageError: a root that names no folder, bucket or server, or that contains a password.
+    """
+
+    def __init__(self, base: str, roots: Sequence[str], max_pixels: int) -> None:
+        self._base = storage.absolute(base)
+        self._max_pixels = max_pixels
+        self._roots = [_root(root) for root in roots]
+        try:
+            place = _place(self._base)
+        except ValueError as error:
+            raise UsageError(f"the manifest's folder {_shown(base)} cannot hold references: {error}") from error
+        if place.scheme in _BUCKET_SCHEMES:
+            place = _Place(place.scheme, place.host, (), f"{place.scheme}://{place.host}")
+        if place.scheme not in _WEB_PORTS:
+            self._roots.insert(0, place)
+
+    def policy_error(self, reference: Reference) -> str | None:
+        """Why this reference may not be read, whatever is there; None if it may. Nothing is opened.
+
+        Local links are followed, so the answer is the same that :meth:`read` gives.
+        """
+        if reference.data is not None:
+            return None
+        try:
+            self._locate(reference)
+        except RowError as error:
+            return str(error)
+        return None
+
+    def read(self, reference: Reference) -> Image.Image:
+        """The reference as an RGB image (see :func:`vcf_batch.images.decode`). Embedded bytes are used as they are.
+
+        Raises:
+            RowError: not allowed, missing, not a file, too large, damaged or not an image.
+            StorageError: storage or network failed, or the allowed folder itself is not there on this machine.
+        """
+        shown = _shown(reference.uri) if reference.uri is not None else "(embedded bytes)"
+        if reference.data is not None:
+            data = reference.data
+        else:
+            place, root = self._locate(reference)
+            data = self._fetch(place, root, shown)
+        try:
+            return images.decode(data, self._max_pixels)
+        except RowError as error:
+            raise RowError(f"reference {shown}: {error}") from error
+
+    def _locate(self, reference: Reference) -> tuple[_Place, _Place]:
+        """The reference's place and the root that allows it."""
+        uri = reference.uri
+        if not uri:
+            raise RowError("the reference has neither a URI nor embedded bytes; give one, or null for text only")
+        shown = _shown(uri)
+        if uri[:5].lower() == "data:":
+            raise RowError(f"reference {shown} is a data URI; embed the bytes in a struct<bytes, path> column instead")
+        try:
+            place = _place(self._resolve(uri))
+        except ValueError as error:
+            raise RowError(f"reference {shown} is not a usable path or URL: {error}") from error
+        root = self._root_of(place)
+        if place.scheme not in ("", *_WEB_PORTS) and not place.segments:
+            raise RowError(f"reference {shown} names a bucket or server, not a file in it")
+        if root is None:
+            leads = "" if place.url == uri else f" (it leads to {_shown(place.url)})"
+            allowed = ", ".join(_shown(root.url) for root in self._roots) or "none"
+            raise RowError(
+                f"reference {shown} lies outside the places that references may come from{leads}; allowed: {allowed}. "
+                f"Allow its own with --reference-root {_shown(storage.parent(place.url.partition('?')[0]))}"
+            )
+        return place, root
+
+    def _root_of(self, place: _Place) -> _Place | None:
+        return next((root for root in self._roots if root.holds(place)), None)
+
+    def _resolve(self, uri: str) -> str:
+        if _SCHEME.match(uri) or os.path.isabs(uri):
+            return uri
+        return os.path.join(self._base, uri) if storage.is_local(self._base) else f"{self._base.rstrip('/')}/{uri}"
+
+    def _fetch(self, place: _Place, root: _Place, shown: str) -> bytes:
+        try:
+            if place.scheme in _WEB_PORTS:
+                data = self._fetch_web(place.url, shown)
+            else:
+                data = storage.read_bytes(place.url, MAX_BYTES + 1)
+        except FileNotFoundError as error:
+            if not root.scheme and not os.path.isdir(root.url):
+                raise StorageError(
+                    f"{root.url}, where reference {shown} should be, is not there on this machine; every node "
+                    "must see it"
+                ) from error
+            raise RowError(f"reference {shown} does not exist") from error
+        except PermissionError as error:
+            raise RowError(f"reference {shown} may not be read; check its permissions") from error
+        except storage.NotAFileError as error:
+            raise RowError(f"reference {shown} is a folder, pipe or device, not a file") from error
+        if len(data) > MAX_BYTES:
+            raise RowError(f"reference {shown} is larger than the limit of {MAX_BYTES} bytes; shrink it")
+        return data
+
+    def _fetch_web(self, url: str, shown: str) -> bytes:
+        """At most ``MAX_BYTES + 1`` bytes of a web address, retried while the server or the network is in trouble."""
+        opener = urllib.request.build_opener(_Redirects(self, shown))
+        # Spaces and letters beyond ASCII occur in manifests; what is quoted already stays as it is.
+        request = urllib.request.Request(
+            urllib.parse.quote(url, safe=string.punctuation), headers={"User-Agent": f"vcf-batch/{__version__}"}
+        )
+        deadline = time.monotonic() + WEB_TOTAL_SECONDS
+        for attempt in range(1, WEB_ATTEMPTS + 1):
+            try:
+                with opener.open(request, timeout=WEB_TIMEOUT_SECONDS) as response:
+                    return _read_until(response, deadline)
+            except urllib.error.HTTPError as error:
+                error.close()
+                if error.code in (404, 410):
+                    raise FileNotFoundError(shown) from error
+                if error.code not in _WEB_BUSY:
+                    raise RowError(f"reference {shown}: the web server answers {error.code}, not 200") from error
+                trouble = f"the web server answers {error.code}"
+            except http.client.InvalidURL as error:
+                raise RowError(f"reference {shown} is not a usable web address") from error
+            except (OSError, http.client.HTTPException) as error:
+                trouble = storage.redact(f"{type(error).__name__}: {error}")
+            if attempt == WEB_ATTEMPTS or time.monotonic() > deadline:
+                break
+            time.sleep(WEB_PAUSE_SECONDS * 2 ** (attempt - 1))
+        raise StorageError(f"cannot read reference {shown} after {attempt} attempts: {trouble}")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to a place that the reference could have named itself."""
+
+    def __init__(self, reader: ReferenceReader, shown: str) -> None:
+        self._reader = reader
+        self._shown = shown
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        error = self._reader.policy_error(Reference(uri=newurl))
+        if error is not None:
+            raise RowError(f"reference {self._shown} redirects to a place that is not allowed: {error}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _root(url: str) -> _Place:
+    """A root as the user named it.
+
+    Raises:
+        UsageError: it names no place.
+    """
+    try:
+        if not url:
+            raise ValueError("it is empty")
+        return _place(storage.absolute(url))
+    except ValueError as error:
+        raise UsageError(
+            f"--reference-root {_shown(url)} is not a usable folder, bucket or web address: {error}"
+        ) from error
+
+
+def _place(url: str) -> _Place:
+    """Normalise an absolute path or a URL.
+
+    Raises:
+        ValueError: it names no place, or is written so that two programs could read it differently.
+    """
+    match = _SCHEME.match(url)
+    if match is None or match[1].lower() == "file":
+        path = url[match.end() :] if match else url
+        if not os.path.isabs(path):
+            raise ValueError("a file URL needs an absolute path, as in file:///folder/image.png")
+        path = os.path.realpath(path)
+        return _Place("", "", tuple(part for part in path.split("/") if part), path)
+    scheme, rest = match[1].lower(), url[match.end() :]
+    if "::" in url:
+        raise ValueError("chained URLs ('::') are not followed")
+    if scheme in _WEB_PORTS:
+        return _web_place(scheme, url)
+    host, _, path = rest.partition("/")
+    if not host:
+        raise ValueError(f"{scheme}:// needs a bucket or host name")
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            if not segments:
+                raise ValueError("'..' leads out of the bucket or host")
+            segments.pop()
+        elif segment != ".":
+            segments.append(segment)
+    if scheme in _BUCKET_SCHEMES and len(path.encode()) > _LONGEST_KEY:
+        raise ValueError(f"object names have at most {_LONGEST_KEY} bytes")
+    # A root with a trailing slash is the same root; object keys may hold empty segments elsewhere.
+    while segments and not segments[-1]:
+        segments.pop()
+    return _Place(scheme, host, tuple(segments), "/".join([f"{scheme}://{host}", *segments]))
+
+
+def _web_place(scheme: str, url: str) -> _Place:
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname:
+        raise ValueError(f"{scheme}:// needs a server name")
+    if "@" in parts.netloc:
+        raise ValueError("user names and passwords in web addresses are not used, because outputs repeat the address")
+    # Servers differ on who resolves these: a segment that could climb out of a root is refused in every spelling.
+    path = urllib.parse.unquote(parts.path)
+    segments = [part for part in path.split("/") if part]
+    if "\\" in parts.netloc + path or any(part.partition(";")[0] in (".", "..") for part in segments):
+        raise ValueError("'.', '..' and backslashes are not allowed in web addresses")
+    host = f"{parts.hostname}:{_WEB_PORTS[scheme] if parts.port is None else parts.port}"
+    address = urllib.parse.urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
+    return _Place(scheme, host, tuple(segments), address)
+
+
+def _read_until(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while size <= MAX_BYTES and (chunk := response.read1(min(1 << 20, MAX_BYTES + 1 - size))):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not complete after {WEB_TOTAL_SECONDS:g} s")
+        chunks.append(chunk)
+        size += len(chunk)
+    # read1 ends without a word where a connection breaks off; what is missing is the network's fault, not the row's.
+    if size <= MAX_BYTES and response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(chunks)
+
+
+def _shown(url: str) -> str:
+    """A URI as messages show it: quoted, without credentials, of bounded length."""
+    text = storage.redact(url)
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
