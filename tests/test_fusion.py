@@ -1,0 +1,81 @@
+"""Fusion against the authors' recorded vectors, and what must hold for every input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcf_batch.config import FUSIONS
+from vcf_batch.errors import UsageError
+from vcf_batch.vcf.fusion import default_strength, fuse
+
+GOLDEN = np.load(Path(__file__).parent / "data" / "vcf_golden.npz")
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.from_numpy(GOLDEN[name])
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("naive", "naive_fused"), ("cross_attention", "xattn_fused"), ("concat", "concat_fused")]
+)
+def test_equals_the_authors(mode: str, name: str) -> None:
+    fused = fuse(golden("txt"), golden("img"), mode, 0.3)
+    torch.testing.assert_close(fused, golden(name), atol=1e-5, rtol=0)
+
+
+def test_defaults_are_the_paper() -> None:
+    assert {mode: default_strength(mode) for mode in FUSIONS} == {"naive": 0.3, "concat": 1, "cross_attention": 0.3}
+    assert torch.equal(fuse(golden("txt"), golden("img"), "naive"), fuse(golden("txt"), golden("img"), "naive", 0.3))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    mode=st.sampled_from(FUSIONS),
+    batch=st.integers(1, 4),
+    text=st.integers(1, 6),
+    image=st.integers(1, 6),
+    strength=st.floats(0, 2),
+    seed=st.integers(0, 100),
+)
+def test_a_batch_equals_its_samples(mode: str, batch: int, text: int, image: int, strength: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, text, 8, generator=generator)
+    i = torch.randn(batch, image, 8, generator=generator) * torch.arange(1, batch + 1).reshape(-1, 1, 1)
+    together = fuse(x, i, mode, strength)
+    alone = torch.cat([fuse(x[n : n + 1], i[n : n + 1], mode, strength) for n in range(batch)])
+    assert together.shape == (batch, text + image if mode == "concat" else text, 8)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["naive", "cross_attention"])
+def test_strength_0_is_exactly_the_text(mode: str) -> None:
+    assert torch.equal(fuse(golden("txt"), golden("img"), mode, 0.0), golden("txt"))
+
+
+@pytest.mark.parametrize("mode", ["naive", "cross_attention"])
+def test_order_of_image_tokens_does_not_matter(mode: str) -> None:
+    text, image = golden("txt"), golden("img")
+    torch.testing.assert_close(fuse(text, image.flip(1), mode, 0.7), fuse(text, image, mode, 0.7))
+
+
+@pytest.mark.parametrize("mode", FUSIONS)
+def test_keeps_the_dtype_of_the_text(mode: str) -> None:
+    fused = fuse(golden("txt").bfloat16(), golden("img"), mode)
+    assert fused.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", FUSIONS)
+def test_is_differentiable(mode: str) -> None:
+    text, image = golden("txt").requires_grad_(), golden("img").requires_grad_()
+    fuse(text, image, mode).square().sum().backward()
+    assert text.grad is not None and text.grad.isfinite().all() and text.grad.abs().sum() > 0
+    assert image.grad is not None and image.grad.isfinite().all() and image.grad.abs().sum() > 0
+
+
+def test_unknown_mode_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"'blend'.*naive, concat, cross_attention"):
+        fuse(golden("txt"), golden("img"), "blend", 0.5)

@@ -1,0 +1,176 @@
+"""The image aligner, what it is fed, and the losses that train it (docs/method.md, sections 1 to 3)."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import Tensor, nn
+
+from vcf_batch.errors import ModelError
+
+TOKENS = ("all", "patches", "cls")
+
+INFO_NCE_TEMPERATURE = 0.07
+INFO_NCE_WEIGHT = 0.2
+
+
+class ImageAligner(ModelMixin, ConfigMixin):
+    """Carries vision-tower tokens into the space of the text tokens: the only trained part of VCF.
+
+    ``LayerNorm(Dv) -> Linear(Dv, Dt) -> ReLU -> Linear(Dt, Dt)`` on each token (docs/method.md, section 2).
+    How a reference becomes its input belongs to the aligner, because it holds only for the input it was trained on.
+
+    Args:
+        vision_dim: width ``Dv`` of the vision tower's hidden states.
+        text_dim: width ``Dt`` of the text tokens the UNet is conditioned on.
+        tokens: which image tokens are used, in training and in inference: ``all``, ``patches`` (no CLS) or ``cls``.
+        double_rescale: apply ``(x + 1) / 2`` to images that are in [0, 1] already, as the authors' inference code
+            does. True only for checkpoints that were made with it.
+
+    Raises:
+        ModelError: ``tokens`` is none of :data:`TOKENS`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vision_dim: int,
+        text_dim: int,
+        tokens: Literal["all", "patches", "cls"] = "all",
+        double_rescale: bool = False,
+    ) -> None:
+        super().__init__()
+        if tokens not in TOKENS:
+            raise ModelError(f"the aligner's tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}")
+        self.proj = nn.Sequential(
+            nn.LayerNorm(vision_dim), nn.Linear(vision_dim, text_dim), nn.ReLU(), nn.Linear(text_dim, text_dim)
+        )
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        """Align image tokens.
+
+        Args:
+            image_tokens: ``[B, N, Dv]``, penultimate hidden states after :meth:`select_tokens`.
+
+        Returns:
+            ``[B, N, Dt]``.
+        """
+        return self.proj(image_tokens)
+
+    def select_tokens(self, hidden_states: Tensor) -> Tensor:
+        """Keep the image tokens this aligner uses: ``[B, 1 + P, Dv]``, CLS first, to ``[B, N, Dv]``."""
+        if self.config.tokens == "cls":
+            return hidden_states[:, :1]
+        return hidden_states[:, 1:] if self.config.tokens == "patches" else hidden_states
+
+    def preprocess(
+        self, images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """Turn reference images into the vision tower's input.
+
+        The whole image is squashed to a square, never cropped, so that its composition survives
+        (docs/method.md, section 1).
+
+        Args:
+            images: any size; converted to RGB.
+            size: edge of the vision tower's input in pixels.
+            mean, std: three numbers each, for images in [0, 1].
+
+        Returns:
+            float32 ``[B, 3, size, size]``, normalised.
+        """
+        squashed = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in squashed])) / 255
+        if self.config.double_rescale:
+            pixels = (pixels + 1) / 2
+        normalised = (pixels - torch.tensor(mean)) / torch.tensor(std)
+        return normalised.permute(0, 3, 1, 2).contiguous()
+
+    @classmethod
+    def from_authors(cls, path: str | Path) -> "ImageAligner":
+        """Load a checkpoint of the authors: a ``state_dict`` with keys ``proj.0.*``, ``proj.1.*`` and ``proj.3.*``.
+
+        It gets the preprocessing and the tokens of the authors' inference code (all of them, rescaled twice).
+
+        Raises:
+            ModelError: the file is not such a checkpoint, or holds anything but tensors.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            text_dim, vision_dim = state["proj.1.weight"].shape
+            aligner = cls(vision_dim, text_dim, tokens="all", double_rescale=True)
+            aligner.load_state_dict(state)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # torch.load has no common error type for what it cannot or will not read
+            raise ModelError(
+                f"{path} is not a checkpoint of the authors' aligner, a state_dict of proj.0.*, proj.1.* and proj.3.* "
+                f"({error}); an aligner saved by this project is a folder: load it with ImageAligner.from_pretrained"
+            ) from error
+        return aligner.eval()
+
+
+def info_nce_loss(
+    image_tokens: Tensor, text_tokens: Tensor, temperature: float | Tensor = INFO_NCE_TEMPERATURE
+) -> Tensor:
+    """Symmetric contrastive loss between mean-pooled, L2-normalised image and text tokens (docs/method.md, section 3).
+
+    Args:
+        image_tokens: aligned, ``[B, N, Dt]``.
+        text_tokens: ``[B, T, Dt]``; row i is the caption of image i.
+        temperature: divides the cosines; a tensor may be learned.
+
+    Returns:
+        Scalar, 0 or more.
+    """
+    image = F.normalize(image_tokens.mean(dim=1), dim=-1)
+    text = F.normalize(text_tokens.mean(dim=1), dim=-1)
+    logits = image @ text.T / temperature
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def reconstruction_loss(image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
+    """Mean squared error of the text tokens rebuilt from image tokens (docs/method.md, section 3).
+
+    Scores are ``I X^T / sqrt(Dt)`` with a softmax over the **image** tokens; each text token is rebuilt as the
+    weighted sum of image tokens.
+
+    Args:
+        image_tokens: aligned, ``[B, N, Dt]``.
+        text_tokens: ``[B, T, Dt]``.
+
+    Returns:
+        Scalar, 0 or more.
+    """
+    scores = image_tokens @ text_tokens.mT / math.sqrt(text_tokens.shape[-1])
+    rebuilt = scores.softmax(dim=1).mT @ image_tokens
+    return F.mse_loss(rebuilt, text_tokens)
+
+
+def alignment_loss(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    weight: float = INFO_NCE_WEIGHT,
+    temperature: float | Tensor = INFO_NCE_TEMPERATURE,
+) -> Tensor:
+    """The paper's training loss, ``weight * info_nce_loss + reconstruction_loss`` (docs/method.md, section 3).
+
+    Args:
+        image_tokens: aligned, ``[B, N, Dt]``.
+        text_tokens: ``[B, T, Dt]``; row i is the caption of image i.
+        weight: lambda, of the contrastive part.
+        temperature: of the contrastive part.
+
+    Returns:
+        Scalar, 0 or more.
+    """
+    contrastive = info_nce_loss(image_tokens, text_tokens, temperature)
+    return weight * contrastive + reconstruction_loss(image_tokens, text_tokens)
