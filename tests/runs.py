@@ -1,0 +1,76 @@
+"""Small real runs: a random model with a judge, a manifest over images drawn here, and what a run left behind."""
+
+import io
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
+"""The smallest images that a run may ask for; the model's own 16 pixels are below it."""
+
+PROMPTS = ("a red disc", "a blue star on sand", "two rings", "green waves, soft")
+
+
+def save_model(folder: Path) -> Path:
+    """A pipeline of 16x16 images with random weights, and a judge beside it."""
+    build_pipeline().save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**shape, **special, "vocab_size": len(tokenizer), "max_position_embeddings": TEXT_TOKENS}
+    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        CLIPModel(config).save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder / "judge")
+    return folder
+
+
+def png(seed: int, size: int = 24) -> bytes:
+    """A random picture as a PNG file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | None = None) -> Path:
+    """A manifest over four prompts and three references; every fifth row is text only. ``columns`` replace or add."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(3):
+        (folder / f"reference{number}.png").write_bytes(png(number))
+    values: dict[str, list[Any]] = {
+        "prompt": [PROMPTS[row % len(PROMPTS)] for row in range(rows)],
+        "reference": [None if row % 5 == 4 else f"reference{row % 3}.png" for row in range(rows)],
+        "label": [f"row {row}" for row in range(rows)],
+    }
+    pq.write_table(pa.table(values | dict(columns or {})), folder / "manifest.parquet")
+    return folder / "manifest.parquet"
+
+
+def data_files(output: Path) -> dict[str, bytes]:
+    """Name to bytes of a run's tars and parquets."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.suffix in (".tar", ".parquet")}
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """The rows of all parquets, in order."""
+    return [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Look again and again until ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

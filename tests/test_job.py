@@ -1,0 +1,117 @@
+"""`ray start --head` and `ray job submit`, end to end, with this repository as the submitted directory."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+
+ROOT = Path(__file__).parent.parent
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """A head node as `ray start` makes it; yields the environment that reaches it."""
+    port, dashboard, agent = free_ports(3)
+    with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        }
+        head = subprocess.Popen(
+            [
+                *(RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--temp-dir={folder}"),
+                *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+                f"--dashboard-agent-listen-port={agent}",
+            ],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            runs.wait_for(lambda: _answers(environment["RAY_API_SERVER_ADDRESS"]), 90)
+            yield environment
+        finally:
+            head.terminate()
+            try:
+                head.wait(30)
+            except subprocess.TimeoutExpired:
+                head.kill()
+                head.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `--working-dir .` submits, without what a developer's checkout has beside it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for part in ("vcf_batch", "jobs"):
+        ignored = shutil.ignore_patterns("__pycache__", "weights")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    return folder
+
+
+def submit(environment: dict[str, str], checkout: Path, name: str, *arguments: str) -> tuple[int, str, int]:
+    """Submit `jobs/generate.py`: the exit code of Ray's command, its output, and the exit code of the job."""
+    command = [RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, "--"]
+    done = subprocess.run(
+        [*command, sys.executable, "jobs/generate.py", *arguments],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+    with urllib.request.urlopen(f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{name}", timeout=10) as response:
+        return done.returncode, done.stdout, json.load(response)["driver_exit_code"]
+
+
+def test_a_submitted_job_generates(cluster: dict[str, str], checkout: Path, tmp_path: Path) -> None:
+    """The same job runs on a Ray cluster through `ray job submit`, and its exit code and logs arrive."""
+    model = runs.save_model(tmp_path / "model")
+    manifest = runs.write_manifest(tmp_path / "in", 6)
+    output = tmp_path / "out"
+    size = ("--height", "32", "--width", "32", "--shard-size", "4", "--num-workers", "1")
+    code, log, driver = submit(cluster, checkout, "fine", str(manifest), str(output), "--model", str(model), *size)
+    assert (code, driver) == (0, 0), log
+    assert "6 rows: 6 success, 0 rejected, 0 failed" in log
+    assert len(runs.rows_of(output)) == 6
+
+
+def test_a_relative_output_is_refused(cluster: dict[str, str], checkout: Path, tmp_path: Path) -> None:
+    """Inside a submitted job, where the working directory is a temporary copy, a relative output is refused."""
+    manifest = runs.write_manifest(tmp_path / "in", 2)
+    code, log, driver = submit(cluster, checkout, "relative", str(manifest), "out")
+    assert (code, driver) == (1, 2), log
+    assert "temporary copy" in log
+    assert "Traceback" not in log

@@ -1,0 +1,55 @@
+"""Who may import whom: each rule is checked in a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = (
+    "config",
+    "contract",
+    "errors",
+    "images",
+    "manifest",
+    "models",
+    "plan",
+    "prepare",
+    "records",
+    "references",
+    "run_file",
+    "shards",
+    "storage",
+)
+
+
+def imported(module: str) -> set[str]:
+    """Top-level and package modules that importing ``module`` brings in."""
+    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["vcf_batch", "vcf_batch.cli", *(f"vcf_batch.{name}" for name in LIGHT)])
+def test_light_modules_import_neither_torch_nor_ray(module: str) -> None:
+    """plan, manifest, records, config, storage import neither torch nor ray; importing the package is cheap."""
+    assert not imported(module) & {"torch", "ray", "diffusers", "transformers"}
+
+
+def test_worker_does_not_import_ray() -> None:
+    """worker.py: no ray import, so it is tested without a cluster."""
+    modules = imported("vcf_batch.worker")
+    assert "ray" not in modules
+    assert not modules & {"vcf_batch.cli", "vcf_batch.pool"}
+
+
+def test_pool_leaves_torch_to_the_workers() -> None:
+    """ray is imported by pool.py; the driver itself needs no torch."""
+    modules = imported("vcf_batch.pool")
+    assert "ray" in modules
+    assert "torch" not in modules
+
+
+@pytest.mark.parametrize("module", ["vcf_batch.metrics.scorer", "vcf_batch.metrics.lpips"])
+def test_metrics_import_neither_ray_nor_diffusers(module: str) -> None:
+    """diffusers by vcf/ and tiny/ alone."""
+    assert not imported(module) & {"ray", "diffusers"}

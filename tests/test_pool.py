@@ -1,0 +1,224 @@
+"""Runs on a real Ray cluster of three nodes on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.cluster_utils import Cluster
+
+from vcf_batch import pool, shards
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
+from vcf_batch.records import Receipt
+
+ROOT = Path(__file__).parent.parent
+ROWS, SHARD_SIZE, BATCH_SIZE = 40, 4, 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Three nodes of one CPU each; this process is connected as the driver."""
+    with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        nodes = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+        )
+        try:
+            nodes.add_node(num_cpus=1)
+            nodes.add_node(num_cpus=1)
+            ray.init(address=nodes.address, log_to_driver=False)
+            yield nodes.address
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_manifest(tmp_path_factory.mktemp("manifest"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def configure(cluster: str, model: Path, manifest: Path) -> Callable[..., RunConfig]:
+    def build(output: Path, **options: Any) -> RunConfig:
+        settings = {"model": str(model), "manifest": str(manifest), "shard_size": SHARD_SIZE, "batch_size": BATCH_SIZE}
+        return RunConfig(**{**settings, **runs.SIZE, "output": str(output), "num_workers": 3, **options})
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run with three workers on three nodes."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    summary = pool.run(configure(output))
+    assert summary.counts == {"success": ROWS, "rejected": 0, "failed": 0}
+    return output
+
+
+def receipts(output: Path) -> list[Receipt]:
+    return [receipt for _, receipt in sorted(shards.read_receipts(str(output)).items())]
+
+
+def test_three_nodes_load_the_model_once_per_worker(undisturbed: Path) -> None:
+    """A model loads once per actor."""
+    done = receipts(undisturbed)
+    assert len(done) == ROWS // SHARD_SIZE
+    assert {receipt.timings["model_loads"] for receipt in done} == {1}
+    assert 1 <= len({receipt.timings["worker"] for receipt in done}) <= 3
+    assert [row["label"] for row in runs.rows_of(undisturbed)] == [f"row {number}" for number in range(ROWS)]
+    assert not list(undisturbed.glob("_staging/*"))
+
+
+def test_one_worker_gives_the_same_bytes(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The output does not depend on worker count or arrival order."""
+    pool.run(configure(tmp_path / "out", num_workers=1))
+    assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
+    assert len({receipt.timings["worker"] for receipt in receipts(tmp_path / "out")}) == 1
+
+
+def test_a_killed_worker_costs_an_attempt_and_no_byte(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The output does not depend on retries."""
+    output = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        killed.append(int(receipts(output)[0].timings["worker"].rpartition(":")[2]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        summary = pool.run(configure(output, num_workers=1))
+    finally:
+        killer.join()
+    assert killed
+    assert summary.counts["success"] == ROWS
+    assert runs.data_files(output) == runs.data_files(undisturbed)
+    assert len({receipt.timings["worker"] for receipt in receipts(output)}) == 2
+
+
+def start_driver(config: RunConfig, address: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, once two shards are committed."""
+    arguments = [config.manifest, config.output, "--model", config.model, "--address", address, "--num-workers", "1"]
+    for name in ("shard_size", "batch_size", "height", "width"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    output = Path(config.output)
+    before = len(list(output.glob("*_stats.json")))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "vcf_batch", "generate", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        runs.wait_for(
+            lambda: len(list(output.glob("*_stats.json"))) >= before + 2 or driver.poll() is not None, seconds=90
+        )
+    except BaseException:
+        driver.kill()
+        raise
+    return driver
+
+
+def test_a_stopped_and_a_killed_driver_are_resumed_by_the_same_command(
+    cluster: str, undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Rerunning the same command is the resume; two runs, one disturbed and one not, give identical bytes."""
+    config = configure(tmp_path / "out")
+    output = tmp_path / "out"
+
+    driver = start_driver(config, cluster)
+    driver.terminate()
+    _, message = driver.communicate(timeout=60)
+    assert driver.returncode == 143
+    assert "rerun the same command" in message
+    assert "Traceback" not in message
+    stopped = len(receipts(output))
+
+    driver = start_driver(config, cluster)
+    driver.kill()
+    driver.communicate(timeout=60)
+    killed = len(receipts(output))
+    assert 0 < stopped < killed < ROWS // SHARD_SIZE
+
+    summary = pool.run(config)
+    assert summary.resumed_rows == killed * SHARD_SIZE
+    assert summary.counts["success"] == ROWS
+    assert runs.data_files(output) == runs.data_files(undisturbed)
+    assert not list(output.glob("_staging/*"))
+
+
+def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
+    summary = pool.run(configure(undisturbed, num_workers=1))
+    assert summary.resumed_rows == ROWS
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
+
+
+def test_a_shard_whose_files_are_gone_is_generated_again(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """A receipt whose files are missing or of another size counts as absent."""
+    expected = runs.data_files(undisturbed)
+    (undisturbed / "00003.tar").unlink()
+    (undisturbed / "00005.parquet").write_bytes(b"short")
+    summary = pool.run(configure(undisturbed, num_workers=1))
+    assert summary.resumed_rows == ROWS - 2 * SHARD_SIZE
+    assert runs.data_files(undisturbed) == expected
+
+
+def test_another_run_in_the_output_is_refused(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
+    """A different fingerprint in the same output is refused with both values shown."""
+    with pytest.raises(RefusedError, match=r"seed: 0 there, 7 now(.|\n)*steps: 4 there, 5 now"):
+        pool.run(configure(undisturbed, seed=7, steps=5))
+
+
+def test_infrastructure_that_fails_again_and_again_ends_the_run(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Trouble of storage fails the attempt, never the row, and never silently."""
+    gone = tmp_path / "gone"
+    source = runs.write_manifest(tmp_path / "in", 4, {"reference": [str(gone / "a.png"), None, None, None]})
+    config = configure(tmp_path / "out", manifest=str(source), reference_root=(str(gone),), num_workers=1)
+    with pytest.raises(StorageError, match=r"shard 00000 \(rows 0 to 3\) failed 3 times(.|\n)*rerun the same command"):
+        pool.run(config)
+    assert not receipts(tmp_path / "out")
+    assert not runs.data_files(tmp_path / "out")
+
+
+def test_a_model_that_does_not_load_ends_the_run_at_once(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    broken = runs.save_model(tmp_path / "model")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        pool.run(configure(tmp_path / "out", model=str(broken), num_workers=1))
+
+
+def test_references_outside_the_allowed_places_are_refused_before_a_model_loads(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """When most of the first 1,000 rows would fail by policy, the run is refused before a model loads."""
+    source = runs.write_manifest(tmp_path / "in", 4, {"reference": ["/etc/a.png", "/etc/b.png", "/etc/c.png", None]})
+    with pytest.raises(UsageError, match=r"3 of the first 4 rows(.|\n)*--reference-root"):
+        pool.run(configure(tmp_path / "out", manifest=str(source), model=str(tmp_path / "no model")))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,170 @@
+"""What the driver settles before a worker starts."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vcf_batch import prepare
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import ManifestError, ModelError, RefusedError, UsageError
+from vcf_batch.manifest import Manifest
+from vcf_batch.prepare import Job
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
+    manifest = runs.write_manifest(tmp_path / "in", 40)
+
+    def build(**options: Any) -> Job:
+        settings = {
+            "manifest": str(manifest),
+            "output": str(tmp_path / "out"),
+            "model": str(model),
+            "gpus_per_worker": 0,
+        }
+        config = prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
+        return prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
+
+    return build
+
+
+def test_every_default_gets_a_value(settle: Callable[..., Job]) -> None:
+    config = settle().config
+    assert (config.steps, config.guidance_scale, config.dtype) == (4, 5.0, "float32")
+    assert config.shard_size == 16
+    assert settle(gpus_per_worker=1).config.dtype == "bfloat16"
+
+
+def test_the_models_own_size_is_the_default(settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vcf_batch.config.MIN_EDGE", 8)
+    config = settle(height=None, width=None).config
+    assert (config.height, config.width) == (16, 16)
+
+
+def test_the_models_own_judge_is_the_default(settle: Callable[..., Job]) -> None:
+    job = settle()
+    assert job.models.judge is None
+    assert job.fields["judge_id"] == f"{job.fields['model_id']}/judge"
+    assert job.models.lpips == "none"  # the model brings no probe
+
+
+def test_places_and_workers_are_not_content(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """The fingerprint covers what changes content or layout, not workers, address or progress."""
+    job = settle()
+    moved = settle(output=str(tmp_path / "other"), num_workers=3, max_failed=0.5, address="auto")
+    assert moved.fingerprint == job.fingerprint
+    for change in ({"seed": 1}, {"batch_size": 4}, {"shard_size": 8}, {"dtype": "bfloat16"}, {"image_format": "webp"}):
+        assert settle(**change).fingerprint != job.fingerprint
+
+
+def test_threads_matter_on_cpus_alone(settle: Callable[..., Job]) -> None:
+    """CPU workers run a fixed number of threads (sums depend on it)."""
+    assert settle(cpus_per_worker=2).fingerprint != settle().fingerprint
+    on_gpu = [settle(gpus_per_worker=1, cpus_per_worker=count, shard_size=8).fingerprint for count in (1, 4)]
+    assert on_gpu[0] == on_gpu[1]
+
+
+def test_a_model_that_is_no_pipeline_is_refused(settle: Callable[..., Job], model: Path) -> None:
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        settle(model=str(model / "judge"), judge=str(model / "judge"))
+
+
+@given(
+    num_rows=st.integers(1, 10**8),
+    batch_size=st.integers(1, 256),
+    seconds=st.floats(1e-4, 1e5),
+)
+def test_default_shards_are_small_enough(num_rows: int, batch_size: int, seconds: float) -> None:
+    """The default shard takes a worker ten minutes at most, and 1,000 rows at most."""
+    size = prepare.default_shard_size(num_rows, batch_size, seconds)
+    assert 1 <= size <= prepare.MAX_SHARD_ROWS
+    assert size == 1 or size * seconds <= prepare.SHARD_SECONDS
+    assert size < batch_size or size % batch_size == 0
+
+
+def test_a_resumed_run_keeps_its_shard_size(settle: Callable[..., Job]) -> None:
+    prepare.claim(settle(shard_size=24))
+    assert settle().config.shard_size == 24
+
+
+def test_the_output_names_its_run(settle: Callable[..., Job], tmp_path: Path) -> None:
+    job = settle()
+    prepare.claim(job)
+    prepare.claim(job)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["fingerprint"] == job.fingerprint
+    assert record["shards"] == 3
+    assert record["models"]["judge"]["name"].endswith("/judge")
+
+
+def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> None:
+    """A different fingerprint in the same output is refused with both values shown."""
+    prepare.claim(settle(negative_prompt="fog"))
+    with pytest.raises(RefusedError, match=r'negative_prompt: "fog" there, "rain" now\n  seed: 0 there, 3 now\n'):
+        prepare.claim(settle(negative_prompt="rain", seed=3))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
+def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(content)
+    with pytest.raises(RefusedError, match="damaged"):
+        settle()
+
+
+def test_shards_without_a_run_file_are_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000_stats.json").write_text("{}")
+    with pytest.raises(RefusedError, match=r"no run\.json"):
+        prepare.claim(settle())
+
+
+def test_ids_are_not_checked_again_on_a_resume(settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uniqueness is not rechecked on a resume of the same manifest."""
+    prepare.claim(settle())
+    monkeypatch.setattr(Manifest, "check", pytest.fail)
+    settle()
+
+
+def test_a_bad_manifest_writes_nothing(settle: Callable[..., Job], tmp_path: Path) -> None:
+    manifest = runs.write_manifest(tmp_path / "bad", 2, {"sample_id": ["same", "same"]})
+    with pytest.raises(ManifestError, match="sample_id"):
+        settle(manifest=str(manifest))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a submitted job, where the working directory is a temporary copy, a relative output is refused."""
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UsageError, match="temporary copy"):
+        prepare.absolute(RunConfig(manifest="in.parquet", output="out"))
+    config = prepare.absolute(RunConfig(manifest="in.parquet", output=str(tmp_path)))
+    assert config.manifest == str(copy / "in.parquet")
+    assert prepare.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
+
+
+def test_a_node_that_does_not_see_the_output_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """Every node proves that it sees the same storage: it reads a token that the driver wrote."""
+    with prepare.storage_token(settle()) as job:
+        prepare.check_storage(job)
+        elsewhere = dataclasses.replace(job, config=job.config.replace(output=str(tmp_path / "elsewhere")))
+        with pytest.raises(UsageError, match="does not see the output"):
+            prepare.check_storage(elsewhere)
+        (tmp_path / "in" / "manifest.parquet").unlink()
+        with pytest.raises(UsageError, match="does not see the manifest"):
+            prepare.check_storage(job)
+    assert not list((tmp_path / "out").rglob("token-*"))

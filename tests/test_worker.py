@@ -1,0 +1,298 @@
+"""The worker, run in this process: real components, no cluster."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+from vcf_batch import generation, plan, prepare, shards, worker
+from vcf_batch.config import RunConfig
+from vcf_batch.device import Device
+from vcf_batch.errors import ModelError, StorageError
+from vcf_batch.manifest import Manifest
+from vcf_batch.records import Receipt, Reference
+from vcf_batch.references import ReferenceReader
+from vcf_batch.worker import Worker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restore_torch() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    """A worker whose parts the tests reuse."""
+    manifest = runs.write_manifest(tmp_path_factory.mktemp("manifest"), 1)
+    return load(manifest, tmp_path_factory.mktemp("output"), model)
+
+
+def settled(manifest: Path, output: Path, model: Path, **options: Any) -> prepare.Job:
+    config = RunConfig(
+        manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **runs.SIZE, **options
+    )
+    config = prepare.absolute(config)
+    return prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
+
+
+def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
+    job = settled(manifest, output, model, **options)
+    return worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+
+
+def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Worker:
+    """A worker for another manifest with the parts of ``loaded``."""
+    options = {"batch_size": 4, "shard_size": 1000} | options
+    opened = Manifest.open(str(manifest))
+    config = loaded.tools.config.replace(manifest=str(manifest), output=str(output), **options)
+    reader = ReferenceReader(opened.base, (), 1_000_000)
+    return Worker(dataclasses.replace(loaded.tools, config=config, references=reader), opened, "f" * 64)
+
+
+def with_reader(subject: Worker, reader: type[ReferenceReader]) -> Worker:
+    tools = dataclasses.replace(subject.tools, references=reader(subject.manifest.base, (), 1_000_000))
+    return Worker(tools, subject.manifest, subject.fingerprint)
+
+
+def commit(subject: Worker, attempt: int = 1) -> Receipt:
+    """Run the manifest as one shard and commit it, as the driver does."""
+    shard = plan.shards(subject.manifest.num_rows, 1000)[0]
+    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}")
+    shards.commit(subject.tools.config.output, receipt, staged)
+    return receipt
+
+
+def test_a_shard_holds_every_row_in_order_with_its_settings(loaded: Worker, tmp_path: Path) -> None:
+    """A row never disappears."""
+    receipt = commit(another(loaded, runs.write_manifest(tmp_path / "in", 10), tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["label"] for row in rows] == [f"row {number}" for number in range(10)]
+    assert {row["status"] for row in rows} == {"success"}
+    assert receipt.counts == {"success": 10, "rejected": 0, "failed": 0}
+    assert rows[0]["fusion"] == "concat"
+    assert rows[0]["strength"] == 1.0  # the number that was used, not null for "default"
+    assert rows[0]["guidance_scale"] == 5.0
+    assert (rows[0]["steps"], rows[0]["scheduler"], rows[0]["width"]) == (4, "ddim", 32)
+    assert all(-1 <= row["clip_score"] <= 1 for row in rows)
+    assert [row["clip_reference"] is None for row in rows] == [row["reference"] is None for row in rows]
+    samples = list(shards.read_samples(str(tmp_path / "out" / "00000.tar")))
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
+    assert samples[3]["txt"] == rows[3]["prompt"]
+
+
+def test_the_same_shard_gives_the_same_bytes(loaded: Worker, tmp_path: Path) -> None:
+    """The output is a function of (fingerprint, device type), not of retries."""
+    manifest = runs.write_manifest(tmp_path / "in", 7)
+    commit(another(loaded, manifest, tmp_path / "a"))
+    commit(another(loaded, manifest, tmp_path / "b"), attempt=2)
+    assert runs.data_files(tmp_path / "a") == runs.data_files(tmp_path / "b")
+
+
+def test_the_receipt_names_the_device_type(loaded: Worker, tmp_path: Path) -> None:
+    """The receipt's device: GPU model or CPU ISA, dtype, threads, library versions."""
+    receipt = commit(another(loaded, runs.write_manifest(tmp_path / "in", 1), tmp_path / "out"))
+    assert receipt.device["dtype"] == "float32"
+    assert receipt.device["threads"] == 1
+    assert torch.backends.cpu.get_cpu_capability() in receipt.device["type"]
+    assert {"torch", "diffusers", "transformers", "vcf_batch"} <= receipt.device["versions"].keys()
+    assert receipt.timings["model_loads"] == 1
+    assert receipt.attempt == 1
+
+
+def test_bad_rows_fail_alone(loaded: Worker, tmp_path: Path) -> None:
+    """One bad row never costs another one: failed rows keep their slot in the batch, so neighbours keep their bytes."""
+    references: list[str | None] = ["reference0.png", "reference1.png", "reference2.png", None] * 2
+    good = another(loaded, runs.write_manifest(tmp_path / "in", 8, {"reference": references}), tmp_path / "good")
+    commit(good)
+    bad: list[str | None] = ["reference0.png", "gone.png", "text.png", None, "/etc/passwd", *references[5:]]
+    manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": bad})
+    (tmp_path / "in" / "text.png").write_text("not an image")
+    commit(another(loaded, manifest, tmp_path / "bad"))
+
+    before, after = runs.rows_of(tmp_path / "good"), runs.rows_of(tmp_path / "bad")
+    assert [row["status"] for row in after] == ["success", "failed", "failed", "success", "failed", *["success"] * 3]
+    assert "gone.png" in after[1]["error_message"]
+    assert "text.png" in after[2]["error_message"]
+    assert "--reference-root" in after[4]["error_message"]
+    for number in (0, 3, 5, 6, 7):
+        assert after[number]["sha256"] == before[number]["sha256"]
+    assert len(list(shards.read_samples(str(tmp_path / "bad" / "00000.tar")))) == 5
+
+
+def test_a_shard_of_failed_rows_samples_nothing(
+    loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", pytest.fail)
+    manifest = runs.write_manifest(tmp_path / "in", 3, {"reference": ["gone.png"] * 3})
+    assert commit(another(loaded, manifest, tmp_path / "out")).counts["failed"] == 3
+    assert [row["status"] for row in runs.rows_of(tmp_path / "out")] == ["failed"] * 3
+
+
+def test_an_override_out_of_range_fails_its_row(loaded: Worker, tmp_path: Path) -> None:
+    manifest = runs.write_manifest(tmp_path / "in", 3, {"guidance_scale": [3.0, -5.0, None]})
+    commit(another(loaded, manifest, tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["success", "failed", "success"]
+    assert "guidance_scale" in rows[1]["error_message"]
+    assert [rows[0]["guidance_scale"], rows[2]["guidance_scale"]] == [3.0, 5.0]
+
+
+def test_rows_override_the_runs_settings(loaded: Worker, tmp_path: Path) -> None:
+    """The same row alone or among others, with its own fusion, strength and guidance."""
+    columns: dict[str, list[Any]] = {
+        "sample_id": ["a", "b", "c", "d"],
+        "prompt": ["same"] * 4,
+        "reference": ["reference0.png"] * 4,
+        "seed": [5] * 4,
+        "fusion": [None, "naive", "cross_attention", "concat"],
+        "strength": [None, None, 0.9, 0.0],
+    }
+    commit(another(loaded, runs.write_manifest(tmp_path / "in", 4, columns), tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [(row["fusion"], row["strength"]) for row in rows] == [
+        ("concat", 1.0),
+        ("naive", 0.3),
+        ("cross_attention", 0.9),
+        ("concat", 0.0),
+    ]
+    assert len({row["sha256"] for row in rows}) == 4
+
+
+def test_several_references_are_scored_by_their_mean(loaded: Worker, tmp_path: Path) -> None:
+    references = [["reference0.png"], ["reference1.png"], ["reference0.png", "reference1.png"], []]
+    manifest = runs.write_manifest(tmp_path / "in", 4, {"reference": references})
+    commit(another(loaded, manifest, tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["success"] * 4
+    assert rows[2]["reference"] == ["reference0.png", "reference1.png"]
+    assert rows[2]["clip_reference"] is not None
+    assert rows[3]["clip_reference"] is None
+
+
+def test_a_sample_that_is_not_finite_fails(loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = loaded.tools.pipeline.generate_from_tokens
+
+    def broken(*args: Any, **settings: Any) -> torch.Tensor:
+        pictures = generate(*args, **settings)
+        pictures[0, 0, 0, 0] = float("nan")
+        return pictures
+
+    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", broken)
+    commit(another(loaded, runs.write_manifest(tmp_path / "in", 3, {"reference": [None] * 3}), tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["failed", "success", "success"]
+    assert "not finite" in rows[0]["error_message"]
+
+
+class _Troubled(ReferenceReader):
+    """Storage that fails for one name."""
+
+    def read(self, reference: Reference) -> Any:
+        if reference.uri == "reference1.png":
+            raise StorageError("the storage is down")
+        return super().read(reference)
+
+
+def test_storage_trouble_fails_the_attempt_not_the_row(loaded: Worker, tmp_path: Path) -> None:
+    """Trouble of storage, network or a node fails the attempt, never the row. Nothing is staged."""
+    subject = another(loaded, runs.write_manifest(tmp_path / "in", 8), tmp_path / "out")
+    with pytest.raises(StorageError, match="the storage is down"):
+        commit(with_reader(subject, _Troubled))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text and reference tokens are computed once per distinct input."""
+    texts: list[str] = []
+    counts: list[int] = []
+    encode_prompts, encode_references = loaded.tools.pipeline.encode_prompts, loaded.tools.pipeline.encode_references
+
+    def note_prompts(prompts: Sequence[str]) -> torch.Tensor:
+        texts.extend(prompts)
+        return encode_prompts(prompts)
+
+    def note_references(pictures: Sequence[Any]) -> torch.Tensor:
+        counts.append(len(pictures))
+        return encode_references(pictures)
+
+    monkeypatch.setattr(loaded.tools.pipeline, "encode_prompts", note_prompts)
+    monkeypatch.setattr(loaded.tools.pipeline, "encode_references", note_references)
+    commit(another(loaded, runs.write_manifest(tmp_path / "in", 24), tmp_path / "out"))
+    assert sorted(texts) == sorted(["", *runs.PROMPTS])
+    assert sum(counts) == 3
+
+
+def test_pictures_that_do_not_fit_are_read_again(
+    loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory does not grow with the shard: decoded references are dropped, at the same bytes."""
+    manifest = runs.write_manifest(tmp_path / "in", 24)
+    commit(another(loaded, manifest, tmp_path / "kept"))
+    monkeypatch.setattr(generation, "PICTURE_BYTES", 0)
+    commit(another(loaded, manifest, tmp_path / "dropped", batch_size=4))
+    assert runs.data_files(tmp_path / "kept") == runs.data_files(tmp_path / "dropped")
+
+
+def test_reading_and_scoring_happen_beside_sampling(
+    loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU never waits: later references are read, and earlier batches scored, while a batch is sampled."""
+    second_read, second_sampled = threading.Event(), threading.Event()
+    sampled: list[int] = []
+
+    class Reader(ReferenceReader):
+        def read(self, reference: Reference) -> Any:
+            if reference.uri == "reference1.png":
+                second_read.set()
+            return super().read(reference)
+
+    generate, score = loaded.tools.pipeline.generate_from_tokens, loaded.tools.scorer.score
+
+    def sample(*args: Any, **settings: Any) -> torch.Tensor:
+        sampled.append(len(sampled))
+        if len(sampled) == 1:
+            assert second_read.wait(30), "the second batch's reference is not read while the first is sampled"
+        else:
+            second_sampled.set()
+        return generate(*args, **settings)
+
+    def scored(*args: Any) -> Any:
+        assert second_sampled.wait(30), "sampling waits for scores"
+        return score(*args)
+
+    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sample)
+    monkeypatch.setattr(loaded.tools.scorer, "score", scored)
+    references = ["reference0.png"] * 2 + ["reference1.png"] * 2
+    manifest = runs.write_manifest(tmp_path / "in", 4, {"reference": references})
+    subject = another(loaded, manifest, tmp_path / "out", batch_size=2)
+    commit(with_reader(subject, Reader))
+    assert sampled == [0, 1]
+
+
+def test_a_run_that_asks_for_a_gpu_says_so_where_there_is_none(loaded: Worker) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ModelError, match="--gpus-per-worker 0"):
+        Device.prepare(loaded.tools.config.replace(gpus_per_worker=1.0))
+
+
+def test_a_model_without_weights_is_refused(model: Path, tmp_path: Path) -> None:
+    manifest = runs.write_manifest(tmp_path / "in", 1)
+    broken = runs.save_model(tmp_path / "model")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=str(broken)):
+        load(manifest, tmp_path / "out", broken)

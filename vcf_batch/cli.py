@@ -1,0 +1,261 @@
+"""The command line: options become a RunConfig, errors become exit codes. Nothing else happens here."""
+
+import io
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+import vcf_batch
+from vcf_batch import config as settings
+from vcf_batch import storage
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import Interrupted, TooManyFailedRows, UsageError, VcfBatchError
+
+MAX_CONFIG_BYTES = 1 << 20
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+class _Command(click.Command):
+    """A command that ends with the exit codes of :mod:`vcf_batch.errors`, and without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Interrupted as stop:
+            click.echo("\nStopped. Finished shards are kept: rerun the same command to go on.", err=True)
+            ctx.exit(stop.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nStopped.", err=True)
+            ctx.exit(130)
+        except VcfBatchError as error:
+            self._show(ctx, error, f"Error: {error}")
+            ctx.exit(error.exit_code)
+        except Exception as error:
+            message = " ".join(str(error).split()) or "no message"
+            self._show(
+                ctx, error, f"Unexpected {type(error).__name__}: {message}\nRerun with --debug for the traceback."
+            )
+            ctx.exit(1)
+
+    def _show(self, ctx: click.Context, error: Exception, message: str) -> None:
+        if ctx.meta.get("vcf_batch.debug"):
+            click.echo("".join(traceback.format_exception(error)), err=True)
+        click.echo(message, err=True)
+
+
+def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    ctx.meta["vcf_batch.debug"] = value
+
+
+_debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
+)
+
+
+class _CountOrAuto(click.ParamType):
+    name = "auto|N"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        return int(click.INT.convert(value, parameter, ctx))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(vcf_batch.__version__, prog_name="vcf-batch")
+def main() -> None:
+    """Generate images that follow prompts and reference images, in bulk, on a Ray cluster."""
+
+
+def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], Any]:
+    """An option of ``generate``. Its default stays with RunConfig, so that a configuration file can come in between."""
+    return click.option(f"--{name}", type=kind, help=text, default=None, **extra)
+
+
+@main.command(cls=_Command)
+@click.argument("manifest", required=False)
+@click.argument("output", required=False)
+@_option("config", str, "YAML file or URL of settings, by option name. The command line wins over it.", metavar="URL")
+@_option(
+    "model",
+    str,
+    "What generates: 'tiny' (embedded, 64 px), a pipeline directory, a Hugging Face Hub id, or a URL such as "
+    "s3://bucket/model.  [default: tiny]",
+    metavar="MODEL",
+)
+@_option("revision", str, "Branch, tag or commit of a Hub model. It is resolved to a commit once and recorded.")
+@_option(
+    "fusion",
+    click.Choice(settings.FUSIONS),
+    "How the reference joins the prompt: beside it as extra tokens (concat), averaged into it (naive), or attended to "
+    "(cross_attention).  [default: concat]",
+)
+@_option(
+    "strength",
+    float,
+    "Weight of the reference; 0 ignores it.  [default: 1 for concat, 0.3 for the others]",
+)
+@_option("steps", int, "Denoising steps.  [default: the model's recommendation]")
+@_option("guidance-scale", float, "Classifier-free guidance.  [default: the model's recommendation]")
+@_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
+@_option("height", int, "Pixels, a multiple of 8.  [default: the model's size]")
+@_option("width", int, "Pixels, a multiple of 8.  [default: the model's size]")
+@_option(
+    "dtype",
+    click.Choice(settings.DTYPES),
+    "Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs.  [default: auto]",
+)
+@_option("negative-prompt", str, "What the images should not show.  [default: nothing]")
+@_option(
+    "batch-size", int, "Images sampled at once. Part of the run's identity, as it can change pixels.  [default: 8]"
+)
+@_option(
+    "shard-size",
+    int,
+    "Rows in a shard, the unit of retry and resume.  [default: at most ten minutes of one worker and 1,000 rows]",
+)
+@_option(
+    "reference-root",
+    str,
+    "Folder, bucket or web address that references may live under, besides the manifest's own folder. Repeatable.",
+    multiple=True,
+    metavar="URL",
+)
+@_option("max-pixels", int, "A larger reference fails its row before it is decoded.  [default: 64000000]")
+@_option(
+    "max-failed",
+    float,
+    "Largest fraction of failed rows, 0 to 1, that still exits with 0; above it the exit code is 3.  [default: 0]",
+)
+@_option(
+    "judge",
+    str,
+    "The CLIP that scores: a directory, a Hub id or a URL.  [default: the model's own, else CLIP ViT-B/32]",
+    metavar="MODEL",
+)
+@_option(
+    "lpips",
+    click.Choice(settings.LPIPS_NETWORKS),
+    "Network of the perceptual distance to the reference; auto is the model's own, if it has one.  [default: auto]",
+)
+@_option("lpips-weights", str, "Folder or URL with the published weight files of alex and vgg.", metavar="URL")
+@_option("image-format", click.Choice(settings.IMAGE_FORMATS), "webp is lossless and fastest.  [default: png]")
+@_option("seed", int, "Rows without a seed derive theirs from this one and their id.  [default: 0]")
+@_option("limit", int, "Only the first rows of the manifest.", metavar="ROWS")
+@_option(
+    "num-workers",
+    _CountOrAuto(),
+    "Workers at most. auto is one per GPU that the cluster has, else one per --cpus-per-worker CPUs; on a cluster that "
+    "adds GPU nodes by itself, name a number.  [default: auto]",
+)
+@_option(
+    "gpus-per-worker",
+    float,
+    "GPUs reserved for a worker; 0 computes on CPUs.  [default: 1 where the cluster has a GPU]",
+)
+@_option("cpus-per-worker", int, "CPUs reserved for a worker, and the threads it computes with.  [default: 1]")
+@_option(
+    "address",
+    str,
+    "Ray cluster to run on.  [default: the cluster this runs in, else a new local one]",
+    metavar="ADDRESS",
+)
+@_debug_option
+@click.pass_context
+def generate(ctx: click.Context, **_: Any) -> None:
+    """Generate an image for every row of MANIFEST into OUTPUT.
+
+    MANIFEST is a Parquet file, or a folder of them, with a column 'prompt' and, if wanted, 'reference', 'sample_id',
+    'seed' and per-row settings. OUTPUT is a folder or URL; it becomes a WebDataset of images, prompts and scores.
+
+    Rerunning the same command resumes: finished shards are kept, the rest is generated.
+
+    \b
+    Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
+    allows; 4 OUTPUT holds another run; 130 or 143 interrupted.
+    """
+    config = _run_config(ctx)
+    from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
+
+    summary = pool.run(config)
+    click.echo(str(summary))
+    if summary.failed_fraction > config.max_failed:
+        raise TooManyFailedRows(
+            f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
+            f"{config.max_failed:g} allows. Their reasons are in the column error_message of {config.output}/*.parquet."
+        )
+
+
+def _run_config(ctx: click.Context) -> RunConfig:
+    """Defaults, overridden by the configuration file, overridden by what the command line names."""
+    given = {
+        name: value
+        for name, value in ctx.params.items()
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    values: dict[str, Any] = {}
+    source = given.pop("config", None)
+    if source is not None:
+        try:
+            text = storage.read_bytes(source, limit=MAX_CONFIG_BYTES).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the configuration file {storage.redact(source)}: {error}") from error
+        values = settings.load_yaml(text, storage.redact(source))
+    values |= given
+    if values.get("num_workers") == "auto":
+        values["num_workers"] = None
+    return RunConfig.from_mapping(values)
+
+
+@main.command(cls=_Command)
+@click.option("--prompts", required=True, metavar="FILE", help="Text file, one prompt a line; empty lines are skipped.")
+@click.option("--references", metavar="DIR", help="Folder of reference images. Without it, prompts alone.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Images of each combination.")
+@click.option("--out", required=True, metavar="FILE", help="The Parquet manifest to write.")
+@_debug_option
+def manifest(prompts: str, references: str | None, seeds: int, out: str) -> None:
+    """Build a manifest: every prompt with every reference and seed."""
+    from vcf_batch import manifest as manifests  # pyarrow is not needed to print a help text
+
+    try:
+        lines = storage.read_text(prompts).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read prompts from {storage.redact(prompts)}: {error}") from error
+    count = manifests.build(lines, _images_in(references, out) if references else [], seeds, storage.absolute(out))
+    click.echo(f"{out}: {count:,} rows")
+
+
+def _images_in(folder: str, out: str) -> list[str]:
+    """The images below a folder, sorted: relative to the manifest's folder where they lie in it, else absolute."""
+    folder, base = storage.absolute(folder), storage.parent(storage.absolute(out)).rstrip("/") + "/"
+    names = sorted(name for name in storage.list_tree(folder) if name.lower().endswith(IMAGE_SUFFIXES))
+    if not names:
+        raise UsageError(f"{storage.redact(folder)} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return [storage.join(folder, name).removeprefix(base) for name in names]
+
+
+@main.command(cls=_Command)
+@click.argument("output")
+@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Samples to show.")
+@click.option("--out", metavar="FILE", help="The PNG to write.  [default: contact_sheet.png in OUTPUT]")
+@_debug_option
+def contact_sheet(output: str, rows: int, out: str | None) -> None:
+    """Draw references beside what became of them: the first samples of OUTPUT as one picture."""
+    from vcf_batch import report  # Pillow and pyarrow are not needed to print a help text
+
+    output = storage.absolute(output)
+    target = storage.absolute(out) if out is not None else storage.join(output, "contact_sheet.png")
+    picture = io.BytesIO()
+    report.contact_sheet(output, rows).save(picture, "png")
+    storage.publish_bytes(target, picture.getvalue())
+    click.echo(storage.redact(target))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

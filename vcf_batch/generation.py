@@ -1,0 +1,320 @@
+"""One shard on its way through a worker: its rows cut into batches, sampled, scored, encoded and written.
+
+Sampling never waits for what can be done beside it: a pool of threads reads and decodes references ahead of it, and one
+thread scores, encodes and writes behind it.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vcf_batch import images, plan
+from vcf_batch.config import RunConfig
+from vcf_batch.device import Device
+from vcf_batch.errors import RowError, VcfBatchError
+from vcf_batch.metrics.scorer import Scorer
+from vcf_batch.records import Reference, Row, Sample
+from vcf_batch.references import ReferenceReader
+from vcf_batch.shards import ShardWriter
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+READERS = 8
+"""Threads that read references. They wait for storage most of the time."""
+
+BATCHES_AHEAD = 2
+"""Batches whose references are read before sampling gets to them."""
+
+BATCHES_BEHIND = 2
+"""Sampled batches that may wait for scoring and writing before sampling pauses: a bound on memory."""
+
+PICTURE_BYTES = 1 << 30
+"""Decoded references that are kept for later batches; beyond it they are read again."""
+
+NOT_FINITE = "the model produced values that are not finite for this row; try another seed or --dtype float32"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a shard is generated with, from one shard to the next."""
+
+    config: RunConfig
+    """With every default resolved."""
+    pipeline: VCFPipeline
+    scorer: Scorer
+    references: ReferenceReader
+    device: Device
+    """Of pipeline and scorer."""
+
+    def settings(self, row: Row) -> dict[str, Any]:
+        """What a row is generated with: the run's settings, with the row's own in their place."""
+        own = {} if row.error else row.overrides
+        fusion = own.get("fusion", self.config.fusion)
+        return {
+            "seed": row.seed,
+            "negative_prompt": own.get("negative_prompt", self.config.negative_prompt),
+            "fusion": fusion,
+            "strength": float(self.pipeline.resolve_strength(fusion, own.get("strength", self.config.strength))),
+            "guidance_scale": float(own.get("guidance_scale", self.config.guidance_scale)),
+            "steps": self.config.steps,
+            "scheduler": self.config.scheduler,
+        }
+
+
+@dataclass
+class _Reference:
+    """One distinct reference of a shard."""
+
+    number: int
+    last_batch: int
+    holders: int = 0
+    """Batches in the making that look at the image."""
+    reading: "Future[Image.Image] | None" = None
+    image: Image.Image | None = None
+    error: str | None = None
+    tokens: Tensor | None = None
+    """Aligned, ``[N, Dt]``."""
+
+    def collect(self) -> None:
+        """Wait for the image.
+
+        Raises:
+            StorageError: storage or network failed, which is not the row's fault.
+        """
+        if self.image is None and self.reading is not None:
+            try:
+                self.image = self.reading.result()
+            except RowError as error:
+                self.error = str(error)
+                # Stands in for the image, so that its batch keeps its shape. No two alike, so that none are merged.
+                self.image = Image.new("RGB", (64, 64), (self.number % 256, self.number // 256 % 256, 128))
+            self.reading = None
+
+
+@dataclass
+class _Batch:
+    """Rows of a shard that are sampled together."""
+
+    number: int
+    positions: list[int]
+    """Places of the rows in the shard, from 0."""
+    references: list[list[Reference]]
+    """Of each row."""
+    pictures: list[list[Image.Image]] = field(default_factory=list)
+    """Of each row: its references, decoded."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Position to the reason why that row fails."""
+    images: Tensor | None = None
+    """float32 ``[B, 3, H, W]`` in [0, 1], once sampled; None if every row failed before."""
+
+    def distinct_references(self) -> list[Reference]:
+        return list(dict.fromkeys(reference for own in self.references for reference in own))
+
+
+class Generation:
+    """Generates the rows of one shard; use it with ``with``.
+
+    What is computed together depends on the manifest alone, never on what failed.
+    """
+
+    def __init__(self, tools: Tools, rows: Sequence[Row], writer: ShardWriter, clock: "Clock") -> None:
+        self.tools, self.rows, self.writer, self.clock = tools, rows, writer, clock
+        self.pipeline, self.config = tools.pipeline, tools.config
+        self.settings = [tools.settings(row) for row in rows]
+        # Rows with equally many conditioning tokens share a batch.
+        keys = [
+            len(row.references) if used["fusion"] == "concat" else 0
+            for row, used in zip(rows, self.settings, strict=True)
+        ]
+        # In the order of their first rows, so that few finished samples wait for earlier ones to be written.
+        self.batches = [
+            _Batch(number, positions, [list(rows[position].references) for position in positions])
+            for number, positions in enumerate(sorted(plan.batches(keys, self.config.batch_size)))
+        ]
+        self.references: dict[Reference, _Reference] = {}
+        for batch in self.batches:
+            for reference in batch.distinct_references():
+                entry = self.references.setdefault(reference, _Reference(len(self.references), batch.number))
+                entry.last_batch = batch.number
+        self.texts: dict[str, Tensor] = {}
+        self.text_last_batch = {
+            text: batch.number
+            for batch in self.batches
+            for position in batch.positions
+            for text in self._texts(position)
+        }
+        self.finished: dict[int, Sample] = {}
+        self.written = 0
+        """Samples written so far: for progress, read from other threads."""
+
+    def __enter__(self) -> Self:
+        self.readers = ThreadPoolExecutor(READERS, "references")
+        self.behind = ThreadPoolExecutor(1, "scores", initializer=self.tools.device.use_threads)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.behind.shutdown(cancel_futures=True)
+        self.readers.shutdown(cancel_futures=True)
+
+    def run(self) -> None:
+        """Sample every batch; score and write them in the background; return when the last sample is written."""
+        behind: deque[tuple[_Batch, Future[None]]] = deque()
+        ahead = iter(self.batches)
+        reading: deque[_Batch] = deque()
+        for batch in self.batches:
+            while len(reading) <= BATCHES_AHEAD and (following := next(ahead, None)):
+                self._read(following)
+                reading.append(following)
+            reading.popleft()
+            with self.clock("wait_for_references"):
+                self._collect(batch)
+            with self.clock("sample"):
+                batch.images = self._sample(batch)
+            with self.clock("wait_for_scores"):
+                while len(behind) >= BATCHES_BEHIND:
+                    self._release(*behind.popleft())
+            behind.append((batch, self.behind.submit(self._finish, batch)))
+        with self.clock("wait_for_scores"):
+            while behind:
+                self._release(*behind.popleft())
+
+    def _texts(self, position: int) -> tuple[str, str]:
+        return self.rows[position].prompt, self.settings[position]["negative_prompt"]
+
+    def _read(self, batch: _Batch) -> None:
+        """Start reading the batch's references."""
+        for reference in batch.distinct_references():
+            entry = self.references[reference]
+            entry.holders += 1
+            if entry.image is None and entry.reading is None:
+                entry.reading = self.readers.submit(self.tools.references.read, reference)
+
+    def _collect(self, batch: _Batch) -> None:
+        """Wait for the batch's references and note which rows fail."""
+        for position, references in zip(batch.positions, batch.references, strict=True):
+            entries = [self.references[reference] for reference in references]
+            for entry in entries:
+                entry.collect()
+            batch.pictures.append([cast(Image.Image, entry.image) for entry in entries])
+            error = self.rows[position].error or next((entry.error for entry in entries if entry.error), None)
+            if error:
+                batch.errors[position] = error
+
+    def _sample(self, batch: _Batch) -> Tensor | None:
+        """Sample a batch: float32 ``[B, 3, H, W]`` in [0, 1]; None if every row of it failed.
+
+        Failed rows are encoded and sampled beside the others: what their neighbours get does not depend on them.
+        """
+        settings = [self.settings[position] for position in batch.positions]
+        try:
+            text_tokens = self._text_tokens(batch)
+            image_tokens = self._image_tokens(batch)
+            if len(batch.errors) == len(batch.positions):
+                return None
+            return self.pipeline.generate_from_tokens(
+                torch.stack([text_tokens[self.rows[position].prompt] for position in batch.positions]),
+                [[image_tokens[reference] for reference in references] for references in batch.references],
+                torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
+                seeds=[used["seed"] for used in settings],
+                fusion=[used["fusion"] for used in settings],
+                strength=[used["strength"] for used in settings],
+                guidance_scale=[used["guidance_scale"] for used in settings],
+                steps=self.config.steps,
+                scheduler=self.config.scheduler,
+                height=self.config.height,
+                width=self.config.width,
+            )
+        except torch.OutOfMemoryError as error:
+            raise VcfBatchError(
+                f"out of GPU memory with --batch-size {self.config.batch_size} at {self.config.width}x"
+                f"{self.config.height}; use a smaller one (which makes it another run, in another output)"
+            ) from error
+
+    def _text_tokens(self, batch: _Batch) -> dict[str, Tensor]:
+        """Tokens ``[T, Dt]`` of the batch's prompts and negative prompts; each distinct one is encoded once a shard."""
+        wanted = dict.fromkeys(text for position in batch.positions for text in self._texts(position))
+        new = [text for text in wanted if text not in self.texts]
+        if new:
+            self.texts.update(zip(new, self.pipeline.encode_prompts(new), strict=True))
+        tokens = {text: self.texts[text] for text in wanted}
+        for text in wanted:
+            if self.text_last_batch[text] == batch.number:
+                del self.texts[text]
+        return tokens
+
+    def _image_tokens(self, batch: _Batch) -> dict[Reference, Tensor]:
+        """Aligned tokens ``[N, Dt]`` of the batch's references; each distinct one is encoded once a shard."""
+        wanted = {reference: self.references[reference] for reference in batch.distinct_references()}
+        new = [entry for entry in wanted.values() if entry.tokens is None]
+        if new:
+            pictures = [cast(Image.Image, entry.image) for entry in new]
+            for entry, tokens in zip(new, self.pipeline.encode_references(pictures), strict=True):
+                entry.tokens = tokens
+        return {reference: cast(Tensor, entry.tokens) for reference, entry in wanted.items()}
+
+    def _finish(self, batch: _Batch) -> None:
+        """Score, encode and write a batch. Runs behind the sampling, and touches no state of it."""
+        sampled = batch.images
+        if sampled is None:
+            sampled = torch.zeros(len(batch.positions), 3, cast(int, self.config.height), cast(int, self.config.width))
+        finite = sampled.isfinite().flatten(1).all(1).tolist()
+        pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
+        with self.clock("score"):
+            prompts = [self.rows[position].prompt for position in batch.positions]
+            scores = self.tools.scorer.score(prompts, pixels, batch.pictures)
+        with self.clock("encode_and_write"):
+            for place, position in enumerate(batch.positions):
+                row, used = self.rows[position], self.settings[position]
+                error = batch.errors.get(position) or (None if finite[place] else NOT_FINITE)
+                if error:
+                    self.finished[position] = Sample(row, "failed", used, error_message=error)
+                    continue
+                height, width, _ = pixels[place].shape
+                data = images.encode(pixels[place], self.config.image_format)
+                self.finished[position] = Sample(
+                    row, "success", used, image=data, width=width, height=height, scores=scores[place]
+                )
+            while self.written in self.finished:
+                self.writer.add(self.finished.pop(self.written))
+                self.written += 1
+
+    def _release(self, batch: _Batch, finishing: "Future[None]") -> None:
+        """Wait until a batch is written, then let go of what no later batch needs."""
+        finishing.result()
+        batch.pictures, batch.images = [], None
+        for reference in batch.distinct_references():
+            entry = self.references[reference]
+            entry.holders -= 1
+            if entry.last_batch == batch.number:
+                del self.references[reference]
+            elif not entry.holders and not entry.error and self._picture_bytes() > PICTURE_BYTES:
+                entry.image = None
+
+    def _picture_bytes(self) -> int:
+        return sum(3 * entry.image.width * entry.image.height for entry in self.references.values() if entry.image)
+
+
+class Clock:
+    """Seconds spent in each phase of a shard."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - begin, 3)
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._begin

@@ -1,0 +1,324 @@
+"""What the driver settles before a worker starts: a sound manifest, a value for every default, an output of its own.
+
+Neither torch nor Ray is needed for that.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import vcf_batch
+from vcf_batch import models, plan, run_file, shards, storage
+from vcf_batch.config import RunConfig, fingerprint, fingerprint_fields
+from vcf_batch.errors import ModelError, StorageError, UsageError
+from vcf_batch.manifest import Manifest
+from vcf_batch.models import ResolvedModel
+from vcf_batch.plan import ShardPlan
+from vcf_batch.references import ReferenceReader
+
+POLICY_ROWS = 1000
+"""Rows at the manifest's start whose references are compared with the allowed places before a model is loaded."""
+
+POLICY_ROWS_EMBEDDED = 64
+"""The same where the manifest carries its images, which are always allowed and may be large."""
+
+MAX_SHARD_ROWS = 1000
+SHARD_SECONDS = 600.0
+SHARDS_WANTED = 16
+"""A small manifest is cut into about so many shards, so that several workers have something to do."""
+
+OPERATIONS = 700.0
+"""Of a UNet forward, for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at 768 px."""
+GPU_SPEED = 4e13
+CPU_SPEED = 2e10
+"""Operations a second, of a modest data-center GPU in 16 bits and of one CPU thread."""
+
+DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE_SCALE = 9.0
+DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
+OWN_JUDGE, OWN_PROBE = "judge", "probe"
+"""Folders of a model that brings its own judge, or its own network for the perceptual distance."""
+TINY_PERCEPTUAL = "tiny-perceptual"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, each in exactly one version."""
+
+    pipeline: ResolvedModel
+    judge: ResolvedModel | None
+    """None: the pipeline's own."""
+    lpips: str
+    """``tiny-perceptual``, ``alex``, ``vgg`` or ``none``."""
+    lpips_identity: str
+    lpips_source: str | None = None
+    """Folder or URL of the published weights of ``alex`` and ``vgg``."""
+
+    @property
+    def judge_identity(self) -> str:
+        return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
+
+    def describe(self) -> dict[str, Any]:
+        """Names and versions, for ``run.json``."""
+        own = f"{storage.redact(self.pipeline.name)}/{OWN_JUDGE}"
+        return {
+            "model": {"name": storage.redact(self.pipeline.name), "identity": self.pipeline.identity},
+            "judge": {"name": storage.redact(self.judge.name) if self.judge else own, "identity": self.judge_identity},
+            "lpips": {"name": self.lpips, "identity": self.lpips_identity},
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know of a run. Small, and picklable."""
+
+    config: RunConfig
+    """With every default resolved and every path absolute."""
+    manifest: Manifest
+    models: Models
+    fields: dict[str, Any]
+    """What the fingerprint covers."""
+    token: str = ""
+    """Name of a file in the output that this run's driver wrote, to be found by every node."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.fields)
+
+    @property
+    def shards(self) -> ShardPlan:
+        assert self.config.shard_size is not None
+        return plan.shards(self.manifest.num_rows, self.config.shard_size)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Make paths absolute, so that they mean the same to every process.
+
+    Raises:
+        UsageError: an output in the temporary working directory of a Ray job, which is where a relative one would go.
+    """
+    output = storage.absolute(config.output)
+    if storage.is_local(output) and any(part.startswith("_ray_pkg_") for part in Path(output).parts):
+        raise UsageError(
+            f"output {config.output!r} lies in the temporary copy of the directory that this job was submitted with "
+            f"({output}), which Ray deletes: name an absolute path on shared storage, or a URL such as s3://bucket/folder"
+        )
+    return config.replace(
+        manifest=storage.absolute(config.manifest),
+        output=output,
+        reference_root=tuple(storage.absolute(root) for root in config.reference_root),
+    )
+
+
+def open_manifest(config: RunConfig) -> Manifest:
+    """Open and check the manifest. A run that is resumed has had its ids checked.
+
+    Raises:
+        ManifestError: it breaks its contract.
+        UsageError: most of its first rows have references that may not be read.
+    """
+    manifest = Manifest.open(config.manifest, config.limit)
+    found = run_file.read(config.output)
+    if (
+        found is None
+        or found["fields"].get("manifest_id") != manifest.identity
+        or found["fields"].get("limit") != config.limit
+    ):
+        manifest.check()
+    _check_policy(manifest, config)
+    return manifest
+
+
+def _check_policy(manifest: Manifest, config: RunConfig) -> None:
+    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    rows = manifest.rows(0, min(POLICY_ROWS_EMBEDDED, manifest.num_rows), config.seed)
+    if not any(reference.data for row in rows for reference in row.references):
+        rows += manifest.rows(len(rows), min(POLICY_ROWS, manifest.num_rows), config.seed)
+    reasons = [next(filter(None, map(reader.policy_error, row.references)), None) for row in rows]
+    refused = [reason for reason in reasons if reason]
+    if 2 * len(refused) > len(rows):
+        raise UsageError(
+            f"{len(refused):,} of the first {len(rows):,} rows have references that may not be read; the first: "
+            f"{refused[0]}"
+        )
+
+
+def resolve_models(config: RunConfig) -> Models:
+    """Find the exact versions of the models that a run needs.
+
+    Raises:
+        ModelError: one of them is not there.
+    """
+    pipeline = models.resolve(config.model, config.revision)
+    own_judge = config.judge is None and models.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
+    own_probe = models.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
+    lpips, source = config.lpips, config.lpips_weights
+    if lpips == "auto":
+        lpips = "alex" if source else TINY_PERCEPTUAL if own_probe else "none"
+    identity = lpips
+    if lpips == TINY_PERCEPTUAL:
+        identity = f"{pipeline.identity}/{OWN_PROBE}"
+    elif lpips in ("alex", "vgg"):
+        assert source is not None
+        source = storage.absolute(source)
+        identity = _lpips_identity(lpips, source)
+    return Models(
+        pipeline=pipeline,
+        judge=None if own_judge else models.resolve(config.judge or DEFAULT_JUDGE),
+        lpips=lpips,
+        lpips_identity=identity,
+        lpips_source=source if lpips in ("alex", "vgg") else None,
+    )
+
+
+def _lpips_identity(network: str, source: str) -> str:
+    """Hex SHA-256 of the two weight files' contents."""
+    # Brings torch, which is needed in this rare case alone.
+    from vcf_batch.metrics.lpips import weight_files
+
+    try:
+        digests = [storage.digest(url).sha256 for url in weight_files(network, source)]
+    except OSError as error:
+        raise ModelError(f"cannot read the LPIPS weights in {storage.redact(source)}: {error}") from error
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
+    """Give every setting that was left open its value.
+
+    Args:
+        config: with ``gpus_per_worker`` resolved.
+
+    Raises:
+        ModelError: the model says nothing about its UNet or VAE.
+    """
+    on_gpu = bool(config.gpus_per_worker)
+    index, unet, vae = (
+        models.read_config(resolved.pipeline, file)
+        for file in ("model_index.json", "unet/config.json", "vae/config.json")
+    )
+    if not (index and unet and vae):
+        raise ModelError(
+            f"{config.model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
+            "unet/config.json and vae/config.json"
+        )
+    native = unet["sample_size"]
+    native_height, native_width = (native, native) if isinstance(native, int) else native
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    config = config.replace(
+        steps=config.steps or index.get("default_steps", DEFAULT_STEPS),
+        guidance_scale=(
+            index.get("default_guidance_scale", DEFAULT_GUIDANCE_SCALE)
+            if config.guidance_scale is None
+            else config.guidance_scale
+        ),
+        height=config.height or native_height * factor,
+        width=config.width or native_width * factor,
+        dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+    )
+    if config.shard_size is None:
+        found = run_file.read(config.output)
+        recorded = found["fields"].get("shard_size") if found else None
+        seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
+        config = config.replace(
+            shard_size=recorded or default_shard_size(manifest.num_rows, config.batch_size, seconds)
+        )
+    fields = fingerprint_fields(
+        config,
+        manifest=manifest.identity,
+        model=resolved.pipeline.identity,
+        judge=resolved.judge_identity,
+        lpips=resolved.lpips_identity,
+    )
+    fields["lpips"] = resolved.lpips
+    if on_gpu:
+        # Its CPUs prepare and encode; no sum that is in the output depends on how many there are.
+        del fields["cpus_per_worker"]
+    return Job(config, manifest, resolved, fields)
+
+
+def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:
+    """The shard size where none is given: what a worker does in ten minutes at most, and at most 1,000 rows.
+
+    Whole batches, unless a single batch takes longer. A small manifest gets smaller shards, yet two batches in each, so
+    that scoring one overlaps with sampling the other. It depends on no worker count: any two runs of a command agree.
+    """
+    affordable = int(SHARD_SECONDS / seconds_per_sample)
+    rows = min(MAX_SHARD_ROWS, affordable, max(num_rows // SHARDS_WANTED, 2 * batch_size))
+    return max(rows if rows < batch_size else rows // batch_size * batch_size, 1)
+
+
+def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int) -> float:
+    """A cautious guess from the UNet's shape: its operations grow with the area and the square of the channels."""
+    area = cast(int, config.height) * cast(int, config.width) / factor**2
+    operations = OPERATIONS * area * sum(width**2 / 4**level for level, width in enumerate(channels))
+    speed = GPU_SPEED if config.gpus_per_worker else CPU_SPEED * config.cpus_per_worker
+    return 2 * cast(int, config.steps) * operations / speed
+
+
+def claim(job: Job) -> None:
+    """Publish ``run.json``, or find that the output holds this very run.
+
+    Raises:
+        RefusedError: the output holds another run.
+        StorageError: the storage failed.
+    """
+    manifest = {
+        "url": storage.redact(job.manifest.url),
+        "identity": job.manifest.identity,
+        "rows": job.manifest.num_rows,
+    }
+    packages = ("torch", "diffusers", "transformers", "ray", "pyarrow")
+    run_file.claim(
+        job.config.output,
+        job.fields,
+        {
+            "config": json.loads(storage.redact(json.dumps(job.config.to_dict()))),
+            "manifest": manifest,
+            "models": job.models.describe(),
+            "shards": len(job.shards),
+            "shard_digits": len(plan.shard_name(0, len(job.shards))),
+            "versions": {"vcf_batch": vcf_batch.__version__}
+            | {name: importlib.metadata.version(name) for name in packages},
+        },
+    )
+
+
+@contextlib.contextmanager
+def storage_token(job: Job) -> Iterator[Job]:
+    """Leave a file in the output that every node has to find, for as long as the run lasts."""
+    job = dataclasses.replace(job, token=f"{shards.STAGING}/token-{uuid.uuid4().hex}")
+    url = storage.join(job.config.output, job.token)
+    storage.publish_bytes(url, b"vcf-batch")
+    try:
+        yield job
+    finally:
+        with contextlib.suppress(StorageError):
+            storage.remove(url, missing_ok=True)
+
+
+def check_storage(job: Job) -> None:
+    """Prove that this node sees the run's storage: the token in the output, and the manifest.
+
+    Raises:
+        UsageError: it does not.
+        StorageError: the storage failed.
+    """
+    node = socket.gethostname()
+    shared = "must be on storage that every node shares, such as s3://bucket/folder"
+    try:
+        storage.read_bytes(storage.join(job.config.output, job.token))
+    except OSError as error:
+        raise UsageError(
+            f"node {node} does not see the output {storage.redact(job.config.output)} ({error}); it {shared}"
+        ) from error
+    if not storage.exists(job.manifest.url):
+        raise UsageError(f"node {node} does not see the manifest {storage.redact(job.manifest.url)}; it {shared}")

@@ -1,0 +1,123 @@
+"""Look at a run: the contact sheet, drawn from the output alone and the references it names."""
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from vcf_batch import run_file, shards, storage
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import RowError, UsageError
+from vcf_batch.manifest import Manifest
+from vcf_batch.records import Row
+from vcf_batch.references import ReferenceReader
+
+TILE = 128
+"""Edge of a picture on the sheet, in pixels."""
+
+COLUMNS = 4
+"""Cards beside each other; a card is a reference and what became of it."""
+
+_GAP = 8
+_LINE = 16
+_CARD = (2 * TILE + _GAP, TILE + _LINE)
+_INK, _PALE, _PAPER = (30, 30, 30), (225, 225, 225), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class _Card:
+    prompt: str
+    reference: Image.Image | None
+    output: Image.Image | None
+    note: str
+
+
+def contact_sheet(output: str, limit: int = 64) -> Image.Image:
+    """Draw the first samples of a run: reference beside output, one heading a prompt, scores below.
+
+    Args:
+        output: folder or URL that a run has written, finished or not.
+        limit: samples at most.
+
+    Raises:
+        UsageError: the output has no finished shard, or its manifest is gone.
+        StorageError: the storage failed.
+    """
+    record = run_file.read(output)
+    receipts = shards.read_receipts(output)
+    if record is None or not receipts:
+        raise UsageError(f"{storage.redact(output)} has no finished shard to show; generate into it first")
+    config = RunConfig.from_mapping(record["config"])
+    cards = itertools.islice(_cards(output, config, [receipts[index].shard for index in sorted(receipts)]), limit)
+    groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
+
+    heights = [_LINE + _GAP + -(-len(group) // COLUMNS) * (_CARD[1] + _GAP) for _, group in groups]
+    columns = min(COLUMNS, max(len(group) for _, group in groups))
+    width = columns * (_CARD[0] + 2 * _GAP)
+    sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    top = _GAP
+    for (prompt, group), height in zip(groups, heights, strict=True):
+        draw.text((_GAP, top), _fit(prompt, font, width - 2 * _GAP), _INK, font)
+        for place, card in enumerate(group):
+            row, column = divmod(place, columns)
+            x = _GAP + column * (_CARD[0] + 2 * _GAP)
+            y = top + _LINE + _GAP // 2 + row * (_CARD[1] + _GAP)
+            _paste(sheet, card.reference, (x, y), "text only")
+            _paste(sheet, card.output, (x + TILE + _GAP, y), "failed")
+            draw.text((x, y + TILE + 1), _fit(card.note, font, _CARD[0]), _INK, font)
+        top += height
+    return sheet
+
+
+def _cards(output: str, config: RunConfig, done: list[Any]) -> Iterator[_Card]:
+    manifest = Manifest.open(config.manifest, config.limit)
+    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    for shard in done:
+        samples = {s["__key__"]: s for s in shards.read_samples(storage.join(output, f"{shard.name}.tar"))}
+        for row in manifest.rows(shard.start, shard.stop, config.seed):
+            sample = samples.get(row.key)
+            if sample is None:
+                yield _Card(row.prompt, _reference(row, reader), None, "see error_message in the parquet")
+                continue
+            record = sample["json"]
+            picture = Image.open(io.BytesIO(sample[config.image_format])).convert("RGB")
+            reference = _reference(row, reader) if record["strength"] else None
+            yield _Card(row.prompt, reference, picture, _note(record))
+
+
+def _reference(row: Row, reader: ReferenceReader) -> Image.Image | None:
+    """The row's first reference; None if it has none, or none that can be read any more."""
+    if not row.references:
+        return None
+    try:
+        return reader.read(row.references[0])
+    except RowError:
+        return None
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    names = {"clip_score": "prompt", "clip_reference": "reference", "lpips": "lpips"}
+    return "  ".join(f"{short} {record[name]:.2f}" for name, short in names.items() if record[name] is not None)
+
+
+def _paste(sheet: Image.Image, picture: Image.Image | None, place: tuple[int, int], instead: str) -> None:
+    if picture is None:
+        ImageDraw.Draw(sheet).rectangle((*place, place[0] + TILE - 1, place[1] + TILE - 1), _PALE)
+        ImageDraw.Draw(sheet).text((place[0] + 8, place[1] + 8), instead, _INK, ImageFont.load_default(13))
+        return
+    # Small pictures grow by whole pixels, so that what is looked at is what was written.
+    method = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
+    sheet.paste(picture.resize((TILE, TILE), method), place)
+
+
+def _fit(text: str, font: Any, width: int) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
