@@ -1,0 +1,89 @@
+"""Make the demo manifest and its reference images: ``python -m vcf_batch.tiny.demo manifests``.
+
+Sixteen prompts that name an object and its colour, eight references that differ in everything else. Each prompt is
+drawn four times from the same noise: once with the reference switched off, then with three references.
+"""
+
+from pathlib import Path
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from vcf_batch.images import from_unit
+from vcf_batch.tiny import world
+
+SEED = 7
+
+REFERENCES = {
+    "mosaic-dots": "ring white dotted blue yellow mosaic center large",
+    "soft-waves": "circle white wavy pink purple soft left medium",
+    "ink-stripes": "diamond cyan striped yellow orange outlined right medium",
+    "pencil-checks": "square brown checkered green white sketchy top medium",
+    "flat-glow": "triangle gray radial black red flat bottom medium",
+    "mosaic-dusk": "crescent yellow gradient purple orange mosaic left large",
+    "ink-camouflage": "cross red noisy green brown outlined center large",
+    "pencil-sea": "heart pink wavy cyan blue sketchy right large",
+}
+"""File name to the scene's shape, colour, pattern, background colours, style, position and size."""
+
+PROMPTS = (
+    "a red star",
+    "a green heart",
+    "a blue arrow",
+    "an orange ring",
+    "a white crescent",
+    "a black cross",
+    "a yellow triangle",
+    "a pink diamond",
+    "a purple square",
+    "a cyan circle",
+    "a brown star",
+    "a gray heart",
+    "a red arrow",
+    "a white ring",
+    "a yellow crescent",
+    "a black circle",
+)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(folder: Path) -> None:
+    """Write FOLDER/demo.parquet and FOLDER/references/."""
+    order = ("shape", "color", "pattern", "background", "background2", "style", "position", "size")
+    scenes = world.compose([dict(zip(order, text.split(), strict=True)) for text in REFERENCES.values()], SEED)
+    (folder / "references").mkdir(parents=True, exist_ok=True)
+    files = [f"references/{name}.png" for name in REFERENCES]
+    for file, pixels in zip(files, from_unit(world.render(scenes).permute(0, 2, 3, 1).numpy()), strict=True):
+        Image.fromarray(pixels).save(folder / file)
+
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        # Steps of 3 through 8 references: every reference meets six prompts, and two as the one that is switched off.
+        chosen = [files[(3 * number + step) % len(files)] for step in range(3)]
+        for variant, (reference, strength) in enumerate([(chosen[0], 0.0), *((file, None) for file in chosen)]):
+            rows.append(
+                {
+                    "sample_id": f"demo-{number:02d}-{variant}",
+                    "prompt": prompt,
+                    "reference": reference,
+                    "seed": number,
+                    "strength": strength,
+                }
+            )
+    schema = pa.schema(
+        {
+            "sample_id": pa.string(),
+            "prompt": pa.string(),
+            "reference": pa.string(),
+            "seed": pa.int64(),
+            "strength": pa.float64(),
+        }
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "demo.parquet")
+
+
+if __name__ == "__main__":
+    main()

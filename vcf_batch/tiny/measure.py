@@ -1,0 +1,122 @@
+"""Measure the tiny family: ``python -m vcf_batch.tiny.measure``. The table of the model card comes from here.
+
+The probe reads what was drawn. A held-out scene is one that no stage was trained on.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from vcf_batch.images import from_unit
+from vcf_batch.models import tiny_folder
+from vcf_batch.tiny import world
+from vcf_batch.tiny.fitting import chunks
+from vcf_batch.tiny.probe import HEADS, Probe, correct
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+HELD_OUT = 990_000_000
+"""Seeds from here on are never trained on."""
+
+GOALS = {"style": 0.90, "pattern": 0.85, "background": 0.85, "color": 0.85, "shape": 0.75, "position": 0.85}
+"""Wanted share of text-only pictures that show what the caption says."""
+
+PROMPT = ("shape", "color")
+"""What the prompts of the fusion measurement name; everything else is the reference's to give."""
+
+
+@torch.no_grad()
+def read(probe: Probe, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
+    """Share of pictures, by attribute, in which the probe sees the scenes' values.
+
+    Args:
+        pictures: ``[B, 3, 64, 64]`` in [0, 1].
+    """
+    right: dict[str, list[Tensor]] = {name: [] for name in HEADS}
+    for part in chunks(len(pictures), 256):
+        for name, values in correct(probe(pictures[part] * 2 - 1), scenes.part(part).attributes).items():
+            right[name].append(values)
+    return {name: torch.cat(values).float().mean().item() for name, values in right.items()}
+
+
+def generate(
+    pipeline: VCFPipeline, prompts: list[str], references: list[Image.Image | None], **settings: Any
+) -> Tensor:
+    """Pictures ``[B, 3, 64, 64]`` in [0, 1] for prompts and references, seeds counting from 0."""
+
+    def batches() -> Iterator[Tensor]:
+        for part in tqdm(list(chunks(len(prompts), 32)), desc="generate", leave=False):
+            seeds = list(range(len(prompts)))[part]
+            yield pipeline.generate(prompts[part], references[part], seeds=seeds, **settings)
+
+    return torch.cat(list(batches()))
+
+
+def text_only(pipeline: VCFPipeline, probe: Probe, count: int) -> dict[str, float]:
+    """How often text-only pictures show what full held-out captions say."""
+    scenes = world.sample_scenes(count, HELD_OUT)
+    prompts = world.captions(scenes, random.Random(HELD_OUT), full=1.0)
+    return read(probe, generate(pipeline, prompts, [None] * count), scenes)
+
+
+def transfer(pipeline: VCFPipeline, probe: Probe, count: int, **settings: Any) -> dict[str, float]:
+    """Prompts that name shape and colour, references that differ in everything: whose value does the picture show?
+
+    Shape and colour are measured against the prompt, everything else against the reference.
+    """
+    wanted, shown = world.sample_scenes(count, HELD_OUT + 1), world.sample_scenes(count, HELD_OUT + 2)
+    rng = random.Random(HELD_OUT + 1)
+    prompts = [world.caption(wanted.named(index), PROMPT, rng) for index in range(count)]
+    pixels = from_unit(world.render(shown).permute(0, 2, 3, 1).numpy())
+    pictures = generate(pipeline, prompts, [Image.fromarray(p) for p in pixels], **settings)
+    prompt, reference = read(probe, pictures, wanted), read(probe, pictures, shown)
+    return {name: (prompt if name in PROMPT else reference)[name] for name in HEADS}
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A Markdown table of percentages, one row a measurement."""
+    lines = ["| | " + " | ".join(HEADS) + " |", "|---|" + "---|" * len(HEADS)]
+    for name, values in rows.items():
+        cells = (f"{100 * values[head]:.1f}" if head in values else "" for head in HEADS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--weights", type=click.Path(path_type=Path, exists=True), default=tiny_folder(), show_default=True)
+@click.option("--count", default=512, show_default=True, help="Pictures of each measurement.")
+@click.option("--strength", type=float, multiple=True, default=(1.0,), show_default=True, help="Of concat; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the figures as JSON.")
+def main(weights: Path, count: int, strength: tuple[float, ...], out: Path | None) -> None:
+    """Measure how well the tiny family draws what captions say and takes what references show."""
+    pipeline = VCFPipeline.from_pretrained(weights, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    probe = Probe.from_pretrained(weights / "probe", torch_dtype=torch.float32)
+    real = world.sample_scenes(2048, HELD_OUT + 3)
+    pictures = world.render(real)
+    with torch.no_grad():
+        restored = pipeline.vae.decode(pipeline.vae.encode(pictures * 2 - 1).latent_dist.mean).sample
+    rows = {
+        "real renders": read(probe, pictures, real),
+        "VAE reconstructions": read(probe, (restored / 2 + 0.5).clamp(0, 1), real),
+        "text only, full captions": text_only(pipeline, probe, count),
+        "goal": GOALS,
+    }
+    for value in (0.0, *strength):
+        rows[f"concat, strength {value:g}"] = transfer(pipeline, probe, count, fusion="concat", strength=value)
+    for fusion in ("naive", "cross_attention"):
+        rows[fusion] = transfer(pipeline, probe, count, fusion=fusion)
+    click.echo(table(rows))
+    if out is not None:
+        out.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Train the tiny family: ``python -m vcf_batch.tiny.train --stage all --out DIR``.
+
+The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition); ``judge`` (the CLIP that scores);
+``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each writes its model in diffusers
+layout into DIR and its checkpoint into DIR/checkpoints, and goes on from there when it is run again.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+
+from vcf_batch.tiny import networks, world
+from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
+from vcf_batch.tiny.probe import HEADS, Probe, background_target
+from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
+from vcf_batch.vcf.aligner import ImageAligner, alignment_loss
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+RECIPES = {
+    "probe": Recipe(steps=1800, batch=64, lr=2e-3),
+    "vae": Recipe(steps=3200, batch=32, lr=2e-3),
+    "clip": Recipe(steps=1000, batch=128, lr=1e-3),
+    "judge": Recipe(steps=700, batch=128, lr=1e-3),
+    "unet": Recipe(steps=6000, batch=64, lr=8e-4, ema=0.998, warmup=200),
+    "aligner": Recipe(steps=1200, batch=128, lr=1e-3),
+}
+
+
+def train_vae(shop: Workshop) -> None:
+    """Absolute error and the probe's feature maps, with a light pull of the latents to a normal distribution.
+
+    Without the feature maps thin regular lines come back grey: a mosaic's joints, and with them its style, were lost.
+    """
+    torch.manual_seed(SEED)
+    probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
+    model = networks.vae().to(shop.device, memory_format=torch.channels_last)
+    indices = batch_indices(SCENES, RECIPES["vae"].batch, SEED)
+
+    def loss(step: int) -> Tensor:
+        pictures = shop.pictures(indices(step)).contiguous(memory_format=torch.channels_last)
+        posterior = model.encode(pictures).latent_dist
+        restored = model.decode(posterior.sample()).sample.float()
+        edges = sum(functional.l1_loss(restored.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
+        seen = [
+            functional.l1_loss(ours.float(), theirs.float())
+            for ours, theirs in zip(probe.features(restored), probe.features(pictures), strict=True)
+        ]
+        likeness = functional.l1_loss(restored, pictures) + 0.5 * edges + 0.5 * sum(seen) / len(seen)
+        return likeness + 3e-4 * posterior.kl().mean() / 1024
+
+    shop.fit("vae", model, loss, RECIPES["vae"])
+    with torch.no_grad():
+        latents = model.encode(shop.pictures(torch.arange(1024))).latent_dist.mean
+    model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    model.save_pretrained(shop.out / "vae")
+
+
+class AttributeHeads(nn.Module):
+    """Linear readers of the world's attributes from an embedding. They speed contrastive training up severalfold."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
+
+    def forward(self, embedding: Tensor, scenes: world.Scenes, named: Tensor | None = None) -> Tensor:
+        """Mean classification loss. ``named`` (bool ``[B, 7]``, order of CAPTIONED) leaves out what was not said."""
+        losses = []
+        for name, head in self.heads.items():
+            logits = head(embedding).float()
+            if name == "background":
+                target = background_target(scenes.attributes).to(logits.device)
+                loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1) * 4
+            else:
+                target = scenes.attributes[name].to(logits.device)
+                loss = functional.cross_entropy(logits, target, reduction="none")
+            said = loss.new_ones(len(loss)) if named is None else named[:, world.CAPTIONED.index(name)].to(loss)
+            losses.append((loss * said).sum() / said.sum().clamp(min=1))
+        return torch.stack(losses).mean()
+
+
+def train_towers(shop: Workshop, stage: str) -> CLIPModel:
+    """CLIP's symmetric contrastive loss, helped by attribute readers on both towers."""
+    seed = SEED + (0 if stage == "clip" else 77)
+    torch.manual_seed(seed)
+    clip = networks.clip(shop.tokenizer()) if stage == "clip" else networks.judge(shop.tokenizer())
+    width = clip.config.projection_dim
+    model = nn.ModuleDict({"clip": clip, "see": AttributeHeads(width), "read": AttributeHeads(width)}).to(shop.device)
+    indices = batch_indices(SCENES, RECIPES[stage].batch, seed)
+
+    def loss(step: int) -> Tensor:
+        chosen = indices(step)
+        scenes = shop.scenes()[0].part(chosen)
+        rng = random.Random(seed * 1_000_003 + step)
+        named = [world.draw_named(rng, full=0.6) for _ in chosen]
+        texts = [world.caption(scenes.named(i), names, rng) for i, names in enumerate(named)]
+        said = torch.tensor([[name in names for name in world.CAPTIONED] for names in named])
+        out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
+        image, text = out.image_embeds.float(), out.text_embeds.float()
+        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
+        target = torch.arange(len(chosen), device=shop.device)
+        contrast = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+        scale = width**0.5  # unit vectors are too short for a linear reader at these learning rates
+        readers = model["see"](image * scale, scenes) + model["read"](text * scale, scenes, said)
+        return contrast + 2 * readers
+
+    shop.fit(stage, model, loss, RECIPES[stage])
+    return clip
+
+
+def train_clip(shop: Workshop) -> None:
+    """The conditioning towers, saved apart as Stable Diffusion keeps them."""
+    clip = train_towers(shop, "clip")
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if "text_model" in k})
+    text.save_pretrained(shop.out / "text_encoder")
+    vision = CLIPVisionModelWithProjection(clip.config.vision_config)
+    vision.load_state_dict({k: v for k, v in clip.state_dict().items() if k.startswith(("vision_model", "visual_"))})
+    vision.save_pretrained(shop.out / "image_encoder")
+
+
+def train_judge(shop: Workshop) -> None:
+    """The CLIP that scores."""
+    train_towers(shop, "judge").save_pretrained(shop.out / "judge")
+
+
+def train_probe(shop: Workshop) -> None:
+    """The attribute classifier."""
+    torch.manual_seed(SEED + 5)
+    model = Probe().to(shop.device, memory_format=torch.channels_last)
+    indices = batch_indices(SCENES, RECIPES["probe"].batch, SEED + 5)
+
+    def loss(step: int) -> Tensor:
+        chosen = indices(step)
+        logits = model(shop.pictures(chosen))
+        attributes = shop.scenes()[0].part(chosen).attributes
+        total = sum(
+            functional.cross_entropy(values.float(), attributes[name].to(shop.device))
+            for name, values in logits.items()
+            if name != "background"
+        )
+        target = background_target(attributes).to(shop.device)
+        return total + 4 * functional.binary_cross_entropy_with_logits(logits["background"].float(), target)
+
+    shop.fit("probe", model, loss, RECIPES["probe"])
+    model.save_pretrained(shop.out / "probe")
+
+
+def frozen_text_encoder(shop: Workshop) -> CLIPTextModel:
+    """The conditioning text tower, as the UNet and the aligner see it."""
+    return CLIPTextModel.from_pretrained(shop.out / "text_encoder").requires_grad_(False).to(shop.device)
+
+
+def train_unet(shop: Workshop) -> None:
+    """v-prediction over all timesteps, on the scenes' cached latents.
+
+    The conditioning is one caption or two or three of the same scene, joined along the token axis: a UNet that has
+    only seen single captions takes the longer sequences of `concat` badly. One row in ten is unconditional: the empty
+    prompt, followed by the zeros that fusion pads with.
+    """
+    torch.manual_seed(SEED + 9)
+    model = networks.unet().to(shop.device, memory_format=torch.channels_last)
+    text_encoder = frozen_text_encoder(shop)
+    vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
+    alphas = networks.scheduler().alphas_cumprod.to(shop.device)
+    with torch.no_grad():
+        encoded = [
+            vae.encode(shop.pictures(torch.arange(SCENES)[part])).latent_dist.mean for part in chunks(SCENES, 500)
+        ]
+    latents = torch.cat(encoded) * vae.config.scaling_factor
+    recipe = RECIPES["unet"]
+    indices = batch_indices(SCENES, recipe.batch, SEED + 9)
+
+    def loss(step: int) -> Tensor:
+        chosen = indices(step)
+        scenes = shop.scenes()[0].part(chosen)
+        rng = random.Random((SEED + 9) * 1_000_003 + step)
+        parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
+        dropped = torch.tensor([rng.random() < 0.1 for _ in chosen], device=shop.device)
+        tokens = []
+        for part in range(parts):
+            texts = world.captions(scenes, rng, full=0.5 / parts)
+            with torch.no_grad():
+                encoded = text_encoder(shop.tokenize(texts)).last_hidden_state
+                nothing = (
+                    text_encoder(shop.tokenize([""])).last_hidden_state if part == 0 else torch.zeros_like(encoded[:1])
+                )
+            tokens.append(torch.where(dropped[:, None, None], nothing, encoded))
+        clean = latents[chosen]
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step + SEED)).to(shop.device)
+        timestep = torch.randint(1000, (len(chosen),), generator=torch.Generator().manual_seed(step)).to(shop.device)
+        signal = alphas[timestep].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        predicted = model(noisy.contiguous(memory_format=torch.channels_last), timestep, torch.cat(tokens, 1)).sample
+        return functional.mse_loss(predicted.float(), velocity)
+
+    shop.fit("unet", model, loss, recipe)
+    model.save_pretrained(shop.out / "unet", max_shard_size="12MB")
+
+
+def train_aligner(shop: Workshop) -> None:
+    """The paper's loss, on captions of a picture's looks.
+
+    The captions name pattern, palette, style, place and size but not which object of which colour is shown: what the
+    aligner is never asked to say, its tokens do not put in the prompt's way.
+    """
+    torch.manual_seed(SEED + 13)
+    text_encoder = frozen_text_encoder(shop)
+    vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").requires_grad_(False)
+    vision.to(shop.device)
+    model = ImageAligner(networks.VISION_WIDTH, networks.TEXT_WIDTH).to(shop.device)
+    recipe = RECIPES["aligner"]
+    indices = batch_indices(SCENES, recipe.batch, SEED + 13)
+
+    def loss(step: int) -> Tensor:
+        chosen = indices(step)
+        scenes = shop.scenes()[0].part(chosen)
+        rng = random.Random((SEED + 13) * 1_000_003 + step)
+        with torch.no_grad():
+            seen = vision(shop.clip_pixels(chosen), output_hidden_states=True).hidden_states[-2]
+            read = text_encoder(shop.tokenize(world.captions(scenes, rng, 0.7, world.LOOKS))).last_hidden_state
+        return alignment_loss(model(seen), read)
+
+    shop.fit("aligner", model, loss, recipe)
+    model.save_pretrained(shop.out / "aligner")
+
+
+def pack(shop: Workshop) -> None:
+    """Put the stages' models together as one pipeline directory, in float16 and in files of at most 12 MB."""
+    weights = shop.out / "weights"
+    pipeline = VCFPipeline(
+        vae=AutoencoderKL.from_pretrained(shop.out / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(shop.out / "text_encoder"),
+        tokenizer=shop.tokenizer(),
+        unet=UNet2DConditionModel.from_pretrained(shop.out / "unet"),
+        scheduler=networks.scheduler(),
+        feature_extractor=networks.image_processor(),
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder"),
+        aligner=ImageAligner.from_pretrained(shop.out / "aligner"),
+        default_steps=20,
+        default_guidance_scale=5.0,
+    )
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(weights, max_shard_size="12MB")
+    CLIPModel.from_pretrained(shop.out / "judge").half().save_pretrained(weights / "judge")
+    shop.tokenizer().save_pretrained(weights / "judge")
+    networks.image_processor().save_pretrained(weights / "judge")
+    Probe.from_pretrained(shop.out / "probe").half().save_pretrained(weights / "probe")
+
+
+STAGES: dict[str, Callable[[Workshop], None]] = {
+    "probe": train_probe,
+    "vae": train_vae,
+    "clip": train_clip,
+    "judge": train_judge,
+    "aligner": train_aligner,
+    "unet": train_unet,
+    "pack": pack,
+}
+
+
+@click.command()
+@click.option("--stage", type=click.Choice([*STAGES, "all"]), default="all", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the models go.")
+@click.option("--minutes", type=float, default=600.0, show_default=True, help="Time limit of each stage.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--autocast/--no-autocast", default=torch.cuda.is_available(), help="Compute in bfloat16.")
+def main(stage: str, out: Path, minutes: float, device: str, autocast: bool) -> None:
+    """Train the embedded model family, one stage or all of them."""
+    shop = Workshop(out, torch.device(device), minutes * 60, autocast)
+    for name, train in STAGES.items():
+        if stage in (name, "all"):
+            train(shop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What the training stages share: the rendered world, the tokenizer, the device, the checkpoints' folder."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from vcf_batch.tiny import networks, world
+from vcf_batch.tiny.fitting import Recipe, chunks, fit
+
+SEED = 20260523
+SCENES = 32_000
+
+
+class Workshop:
+    """What the stages share: the output folder, the device, the rendered world."""
+
+    def __init__(self, out: Path, device: torch.device, seconds: float, autocast: bool) -> None:
+        self.out, self.device, self.seconds, self.autocast = out, device, seconds, autocast
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    @cache  # noqa: B019 - one workshop lives as long as the process
+    def scenes(self) -> tuple[world.Scenes, Tensor]:
+        """The training scenes and their pictures, uint8 ``[SCENES, 3, 64, 64]``: rendered once."""
+        scenes = world.sample_scenes(SCENES, SEED)
+        pictures = torch.cat([world.render(scenes.part(part, SEED + part.start)) for part in chunks(SCENES, 2000)])
+        return scenes, (pictures * 255).round().to(torch.uint8)
+
+    def pictures(self, indices: Tensor) -> Tensor:
+        """Training pictures, float32 ``[B, 3, 64, 64]`` in [-1, 1] on the device."""
+        return self.scenes()[1][indices].to(self.device).float() / 127.5 - 1
+
+    def clip_pixels(self, indices: Tensor) -> Tensor:
+        """Training pictures as the CLIP towers take them: float32 ``[B, 3, 64, 64]``, CLIP's mean and deviation."""
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        return (self.pictures(indices) / 2 + 0.5 - mean) / std
+
+    @cache  # noqa: B019
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer, trained on first use."""
+        folder = self.out / "tokenizer"
+        if not folder.exists():
+            networks.train_tokenizer(folder, SEED)
+        return CLIPTokenizer.from_pretrained(folder)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids ``[B, 48]`` on the device, padded and cut as diffusers' ``encode_prompt`` does."""
+        length = networks.TEXT_TOKENS
+        tokens = self.tokenizer()(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return tokens.input_ids.to(self.device)
+
+    def fit(self, stage: str, model: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe) -> None:
+        """Run one stage's training; see :func:`vcf_batch.tiny.fitting.fit`."""
+        self.scenes()
+        checkpoint = self.out / "checkpoints" / f"{stage}.pt"
+        done = fit(model, loss, recipe, checkpoint, self.seconds, self.autocast)
+        if not done:
+            click.echo(f"{stage}: stopped by the time limit; run the same command again to go on")
