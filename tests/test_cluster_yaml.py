@@ -29,8 +29,14 @@ def test_it_is_a_cpu_head_with_autoscaled_spot_gpu_workers(cluster: dict[str, An
     assert gpu["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
 
 
+def test_the_job_that_its_comments_submit_makes_the_autoscaler_start_gpus() -> None:
+    comments = (ROOT / "cluster.yaml").read_text().partition("cluster_name:")[0]
+    assert "--gpus-per-worker 1" in comments.partition("ray job submit")[2].partition("ray down")[0]
+
+
 def test_versions_are_pinned(cluster: dict[str, Any]) -> None:
     setup = "\n".join(cluster["setup_commands"])
     assert f"ray[default]=={ray.__version__}" in setup
     assert "--constraint" in setup
+    assert '"$HOME/vcf-batch[s3]"' in setup, "manifest, output and models are in object storage"
     assert f"ray=={ray.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()

@@ -255,14 +255,6 @@ def test_from_unit_clips_and_rounds() -> None:
     assert images.from_unit(array).tolist() == [[[0, 0, 0]], [[1, 255, 255]]]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_fail_the_row(value: float) -> None:
-    array = np.zeros((2, 2, 3), np.float32)
-    array[0, 0, 0] = value
-    with pytest.raises(RowError, match="1 values that are not finite, of 12; try --dtype float32"):
-        images.from_unit(array)
-
-
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), noise()[..., :2]])
 def test_other_arrays_are_refused(array: np.ndarray) -> None:
     for function in (images.to_unit, lambda a: images.encode(a, "png")):

@@ -17,8 +17,10 @@ LIGHT = (
     "records",
     "references",
     "run_file",
+    "shard_queue",
     "shards",
     "storage",
+    "storage_errors",
 )
 
 

@@ -108,6 +108,19 @@ def test_embedded_images_are_read_in_small_batches(tmp_path: Path, monkeypatch: 
     assert not opened.reference_is_list
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.null(), pa.string(), pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))]
+)
+def test_footers_tell_whether_there_are_references(tmp_path: Path, kind: pa.DataType) -> None:
+    nothing = pa.array([None, None], kind)
+    assert not Manifest.open(write(tmp_path / "none.parquet", prompt=["a", "b"])).has_references
+    assert not Manifest.open(write(tmp_path / "null.parquet", prompt=["a", "b"], reference=nothing)).has_references
+    if not pa.types.is_null(kind):
+        value = "a.png" if kind == pa.string() else [{"bytes": b"x", "path": None}]
+        some = pa.array([None, value], kind)
+        assert Manifest.open(write(tmp_path / "some.parquet", 1, prompt=["a", "b"], reference=some)).has_references
+
+
 def test_lists_of_references(tmp_path: Path) -> None:
     kinds = pa.array([["a.png", "b.png"], [], None], pa.list_(pa.string()))
     opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["x"] * 3, reference=kinds))

@@ -190,10 +190,10 @@ def test_a_url_is_named_by_the_checksums_of_its_store(model_folder: str, monkeyp
     """Where the store keeps checksums the contents are not read; where it has none they are hashed."""
     url = f"local://{model_folder}"
     assert resolve(url).identity == resolve(model_folder).identity
-    monkeypatch.setattr(models, "_checksums", lambda url: dict.fromkeys(FILES, "etag"))
+    monkeypatch.setattr(storage, "list_checksums", lambda url: dict.fromkeys(FILES, (1, "etag")))
     monkeypatch.setattr(models, "_content_identity", None)
     by_checksum = resolve(url).identity
-    monkeypatch.setattr(models, "_checksums", lambda url: dict.fromkeys(FILES, "other etag"))
+    monkeypatch.setattr(storage, "list_checksums", lambda url: dict.fromkeys(FILES, (1, "other etag")))
     assert resolve(url).identity != by_checksum
 
 
@@ -205,9 +205,12 @@ def test_an_absent_url_and_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str) -> dict[str, int]:
         raise PermissionError(13, "refused", url)
 
-    monkeypatch.setattr(storage, "list_tree", refuse)
+    monkeypatch.setattr(storage, "list_checksums", refuse)
     with pytest.raises(ModelError, match=r"the model at memory://x/y cannot be read: .*refused"):
         resolve("memory://x/y")
+    # The driver could read it, so where a worker cannot, its node is to blame.
+    with pytest.raises(StorageError, match=r"this node cannot read the model at memory://x/y: .*refused"):
+        fetch(ResolvedModel("memory://x/y", "url", "memory://x/y", "0"))
 
 
 FETCH = """

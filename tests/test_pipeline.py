@@ -272,6 +272,12 @@ def test_references_are_the_aligned_penultimate_tokens(epsilon: VCFPipeline, ima
     assert expected.shape == (1, IMAGE_TOKENS, TEXT_WIDTH)
 
 
+def test_squashing_before_encoding_changes_nothing(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
+    squashed = [epsilon.squash(image) for image in images]
+    assert {image.size for image in squashed} == {(16, 16)}
+    assert torch.equal(epsilon.encode_references(squashed), epsilon.encode_references(images))
+
+
 @pytest.mark.parametrize(("tokens", "count"), [("patches", IMAGE_TOKENS - 1), ("cls", 1)])
 def test_token_choice_of_the_aligner_is_used(images: list[Image.Image], tokens: str, count: int) -> None:
     pipeline = build_pipeline()

@@ -17,7 +17,7 @@ group_keys = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60)
 @given(num_rows=st.integers(0, 3000), shard_size=st.integers(1, 400))
 def test_shards_cover_every_row_once_in_order(num_rows: int, shard_size: int) -> None:
     """A row never disappears: each manifest row belongs to exactly one shard."""
-    shards = list(plan.shards(num_rows, shard_size))
+    shards = list(plan.ShardPlan(num_rows, shard_size))
     covered = itertools.chain.from_iterable(range(shard.start, shard.stop) for shard in shards)
     assert list(covered) == list(range(num_rows))
     assert all(len(shard) == shard_size for shard in shards[:-1])
@@ -27,7 +27,7 @@ def test_shards_cover_every_row_once_in_order(num_rows: int, shard_size: int) ->
 @settings(deadline=None)
 @given(num_rows=st.integers(1, 10**12), shard_size=st.integers(1, 10**6))
 def test_names_are_unique_and_sort_like_the_rows(num_rows: int, shard_size: int) -> None:
-    shards = plan.shards(num_rows, shard_size)
+    shards = plan.ShardPlan(num_rows, shard_size)
     first, last = shards[0], shards[-1]
     assert len(first.name) == len(last.name) >= plan.MIN_DIGITS
     assert int(last.name) == last.index == len(shards) - 1
@@ -36,21 +36,21 @@ def test_names_are_unique_and_sort_like_the_rows(num_rows: int, shard_size: int)
 
 def test_memory_does_not_grow_with_the_manifest() -> None:
     """Memory does not grow with the manifest: a plan of 10**18 rows is two integers."""
-    shards = plan.shards(10**18, 3)
+    shards = plan.ShardPlan(10**18, 3)
     assert len(shards) == -(-(10**18) // 3)
     assert shards[-1].stop == 10**18
     assert [shard.index for shard in itertools.islice(plan.remaining(shards, {0, 2}), 3)] == [1, 3, 4]
 
 
 def test_plan_behaves_like_a_list() -> None:
-    shards = plan.shards(10, 4)
+    shards = plan.ShardPlan(10, 4)
     assert shards[1:] == [shards[1], shards[2]]
     assert shards[-1] == shards[2]
     assert [shard.name for shard in shards] == ["00000", "00001", "00002"]
     with pytest.raises(IndexError):
         shards[3]
-    assert len(plan.shards(0, 4)) == 0
-    assert list(plan.shards(0, 4)) == []
+    assert len(plan.ShardPlan(0, 4)) == 0
+    assert list(plan.ShardPlan(0, 4)) == []
 
 
 def test_names_take_more_digits_only_when_needed() -> None:
@@ -64,7 +64,7 @@ def test_names_take_more_digits_only_when_needed() -> None:
 @given(num_rows=st.integers(0, 500), shard_size=st.integers(1, 50), done=st.sets(st.integers(0, 600)))
 def test_remaining_and_done_together_are_the_plan(num_rows: int, shard_size: int, done: set[int]) -> None:
     """A rerun redoes uncommitted shards only."""
-    shards = plan.shards(num_rows, shard_size)
+    shards = plan.ShardPlan(num_rows, shard_size)
     left = list(plan.remaining(shards, done))
     assert sorted(left + [shard for shard in shards if shard.index in done]) == list(shards)
     assert not done & {shard.index for shard in left}
@@ -108,6 +108,6 @@ def test_seeds_are_fixed_for_all_time_and_spread() -> None:
 @pytest.mark.parametrize(("num_rows", "shard_size"), [(-1, 4), (4, 0)])
 def test_impossible_sizes_are_refused(num_rows: int, shard_size: int) -> None:
     with pytest.raises(ValueError, match="must be at least"):
-        plan.shards(num_rows, shard_size)
+        plan.ShardPlan(num_rows, shard_size)
     with pytest.raises(ValueError, match="must be at least"):
         plan.batches(["a"], 0)

@@ -1,11 +1,13 @@
 """Runs on a real Ray cluster of three nodes on this machine."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated import common_pb2
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from vcf_batch import pool, shards
+from vcf_batch import pool, prepare, shard_queue, shards
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
+from vcf_batch.progress import Progress
 from vcf_batch.records import Receipt
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +125,40 @@ def test_a_killed_worker_costs_an_attempt_and_no_byte(
     assert len({receipt.timings["worker"] for receipt in receipts(output)}) == 2
 
 
+def died(message: str, preempted: bool = False) -> ActorDiedError:
+    proto: Any = common_pb2
+    context = proto.ActorDiedErrorContext(
+        class_name="_Actor", actor_id=b"0" * 16, pid=4711, node_ip_address="10.0.0.7", error_message=message
+    )
+    if preempted:
+        context.node_death_info.reason = proto.NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+    return ActorDiedError(context)
+
+
+def test_the_reason_of_a_dead_worker_says_where_and_why() -> None:
+    reason = pool._reason(
+        died("The actor is dead because its worker process has died.\nWorker exit type: SYSTEM_ERROR")
+    )
+    assert reason == (
+        "ActorDiedError: pid: 4711, ip: 10.0.0.7, The actor is dead because its worker process has died., "
+        "Worker exit type: SYSTEM_ERROR"
+    )
+    assert len(pool._reason(died("x" * 1000))) < 310
+    assert pool._reason(RuntimeError("CUDA error: device lost\nCompile with ...")) == (
+        "RuntimeError: CUDA error: device lost"
+    )
+    assert pool._reason(StorageError("cannot read " + "x" * 400)).endswith("x" * 400)
+
+
+def test_a_lost_node_is_nobodys_fault() -> None:
+    """Losing a node costs no attempt of a shard."""
+    assert pool._node_died(died("The actor died because its node has died. Node Id: 0"))
+    assert pool._node_died(died("drained", preempted=True))
+    assert pool._node_died(ActorUnavailableError("rpc error", b"0" * 16))
+    assert not pool._node_died(died("Worker exit type: SYSTEM_ERROR"))
+    assert not pool._node_died(StorageError("the node has died"))
+
+
 def start_driver(config: RunConfig, address: str) -> subprocess.Popen[str]:
     """The command in a process of its own, once two shards are committed."""
     arguments = [config.manifest, config.output, "--model", config.model, "--address", address, "--num-workers", "1"]
@@ -193,17 +232,38 @@ def test_another_run_in_the_output_is_refused(undisturbed: Path, configure: Call
         pool.run(configure(undisturbed, seed=7, steps=5))
 
 
-def test_infrastructure_that_fails_again_and_again_ends_the_run(
-    configure: Callable[..., RunConfig], tmp_path: Path
+def test_a_shard_that_fails_again_and_again_does_not_stop_the_others(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trouble of storage fails the attempt, never the row, and never silently."""
+    """Trouble of storage fails the attempt, never the row, and never silently; what fails for good is named, and the
+    rest completes."""
+    monkeypatch.setattr(shard_queue, "PAUSES", (0.1, 0.2))
+    for name in ("00001.tar", "00007.parquet"):
+        (tmp_path / "out" / name / "in the way").mkdir(parents=True)
+    named = (
+        r"2 of 10 shards failed again and again: 0000[17] \(rows .*\), 0000[17] \(rows .*\)\. The last reason: .*0000"
+    )
+    with pytest.raises(StorageError, match=rf"{named}(.|\n)*rerun the same command"):
+        pool.run(configure(tmp_path / "out", num_workers=2))
+    assert [receipt.shard.index for receipt in receipts(tmp_path / "out")] == [0, 2, 3, 4, 5, 6, 8, 9]
+    for name in ("00001.tar", "00007.parquet"):
+        shutil.rmtree(tmp_path / "out" / name)
+    assert pool.run(configure(tmp_path / "out", num_workers=2)).resumed_rows == ROWS - 2 * SHARD_SIZE
+    assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
+
+
+def test_a_reference_whose_storage_is_gone_fails_its_row_in_the_end(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trouble of storage fails the attempt, never the row: only what repeats marks a row."""
+    monkeypatch.setattr(shard_queue, "PAUSES", (0.1, 0.2))
     gone = tmp_path / "gone"
     source = runs.write_manifest(tmp_path / "in", 4, {"reference": [str(gone / "a.png"), None, None, None]})
     config = configure(tmp_path / "out", manifest=str(source), reference_root=(str(gone),), num_workers=1)
-    with pytest.raises(StorageError, match=r"shard 00000 \(rows 0 to 3\) failed 3 times(.|\n)*rerun the same command"):
-        pool.run(config)
-    assert not receipts(tmp_path / "out")
-    assert not runs.data_files(tmp_path / "out")
+    assert pool.run(config).counts == {"success": 3, "rejected": 0, "failed": 1}
+    (receipt,) = receipts(tmp_path / "out")
+    assert receipt.attempt == 3
+    assert "is not there on this machine" in runs.rows_of(tmp_path / "out")[0]["error_message"]
 
 
 def test_a_model_that_does_not_load_ends_the_run_at_once(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -212,6 +272,49 @@ def test_a_model_that_does_not_load_ends_the_run_at_once(configure: Callable[...
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot load the model"):
         pool.run(configure(tmp_path / "out", model=str(broken), num_workers=1))
+
+
+def test_once_a_worker_has_loaded_a_failed_start_is_its_nodes_trouble(
+    undisturbed: Path,
+    configure: Callable[..., RunConfig],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trouble of a node fails the attempt, not the run."""
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, message: notes.append(message))
+    output, own = tmp_path / "out", shutil.copytree(model, tmp_path / "model")
+    weights = own / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def break_for_a_while() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        weights.rename(own / "elsewhere")
+        os.kill(int(receipts(output)[0].timings["worker"].rpartition(":")[2]), signal.SIGKILL)
+        runs.wait_for(lambda: any("did not start" in note for note in notes))
+        (own / "elsewhere").rename(weights)
+
+    breaker = threading.Thread(target=break_for_a_while)
+    breaker.start()
+    try:
+        pool.run(configure(output, model=str(own), num_workers=1))
+    finally:
+        breaker.join()
+    assert runs.data_files(output) == runs.data_files(undisturbed)
+
+
+def test_workers_that_fail_to_start_together_count_once(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = prepare.absolute(configure(tmp_path / "out", gpus_per_worker=0))
+    job = prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
+    trouble = StorageError("no credentials")
+    with Progress(ROWS, 0) as progress:
+        dispatch = pool._Dispatch(job, set(), Counter(), progress)
+        for _ in range(9):
+            dispatch._start_failed(pool._Worker(None, started=1.0), trouble)
+        for _ in range(pool.START_ATTEMPTS - 2):
+            dispatch._start_failed(pool._Worker(None, started=dispatch.failed_at + 1), trouble)
+        with pytest.raises(StorageError, match=r"no worker could start, 5 times; the last time: no credentials"):
+            dispatch._start_failed(pool._Worker(None, started=dispatch.failed_at + 1), trouble)
 
 
 def test_references_outside_the_allowed_places_are_refused_before_a_model_loads(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import prepare
+from vcf_batch import prepare, shards, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import ManifestError, ModelError, RefusedError, UsageError
+from vcf_batch.errors import ManifestError, ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
-from vcf_batch.prepare import Job
+from vcf_batch.models import ResolvedModel
+from vcf_batch.prepare import Job, Models
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
             "model": str(model),
             "gpus_per_worker": 0,
         }
-        config = prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
+        config = prepare.resume(prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options})))
         return prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
 
     return build
@@ -65,8 +68,18 @@ def test_places_and_workers_are_not_content(settle: Callable[..., Job], tmp_path
     job = settle()
     moved = settle(output=str(tmp_path / "other"), num_workers=3, max_failed=0.5, address="auto")
     assert moved.fingerprint == job.fingerprint
-    for change in ({"seed": 1}, {"batch_size": 4}, {"shard_size": 8}, {"dtype": "bfloat16"}, {"image_format": "webp"}):
+    changes: tuple[dict[str, Any], ...] = (
+        {"seed": 1},
+        {"batch_size": 4},
+        {"shard_size": 8},
+        {"dtype": "bfloat16"},
+        {"image_format": "webp"},
+        {"reference_root": ("s3://bucket",)},
+    )
+    for change in changes:
         assert settle(**change).fingerprint != job.fingerprint
+    roots = ("s3://bucket", "s3://other")
+    assert settle(reference_root=roots).fingerprint == settle(reference_root=roots[::-1]).fingerprint
 
 
 def test_threads_matter_on_cpus_alone(settle: Callable[..., Job]) -> None:
@@ -94,9 +107,20 @@ def test_default_shards_are_small_enough(num_rows: int, batch_size: int, seconds
     assert size < batch_size or size % batch_size == 0
 
 
-def test_a_resumed_run_keeps_its_shard_size(settle: Callable[..., Job]) -> None:
-    prepare.claim(settle(shard_size=24))
-    assert settle().config.shard_size == 24
+def commit_a_shard(job: Job) -> None:
+    (Path(job.config.output) / "00000_stats.json").write_text("{}")
+
+
+def test_a_resumed_run_keeps_what_the_cluster_settled(settle: Callable[..., Job]) -> None:
+    """Rerunning the same command is the resume, whatever nodes happen to be up."""
+    job = settle(shard_size=24, gpus_per_worker=1)
+    prepare.claim(job)
+    assert settle(gpus_per_worker=None).config.gpus_per_worker is None  # nothing is there yet to be resumed
+    commit_a_shard(job)
+    resumed = settle(gpus_per_worker=None)
+    assert (resumed.config.shard_size, resumed.config.gpus_per_worker, resumed.config.dtype) == (24, 1.0, "bfloat16")
+    assert resumed.fingerprint == job.fingerprint
+    assert settle(shard_size=8).config.shard_size == 8
 
 
 def test_the_output_names_its_run(settle: Callable[..., Job], tmp_path: Path) -> None:
@@ -106,12 +130,64 @@ def test_the_output_names_its_run(settle: Callable[..., Job], tmp_path: Path) ->
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["fingerprint"] == job.fingerprint
     assert record["shards"] == 3
-    assert record["models"]["judge"]["name"].endswith("/judge")
+
+
+def test_the_run_file_names_the_model_of_each_score(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """Scores, each with the model's name in run.json."""
+    prepare.claim(settle())
+    named = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
+    assert named["clip_score"]["name"] == named["clip_reference"]["name"] == f"{named['model']['name']}/judge"
+    assert named["lpips"] is None
+    model = ResolvedModel("m", "hub", "m", "0" * 40)
+    assert Models(model, model, "alex", "1" * 64, "weights").describe()["lpips"]["name"] == "lpips-alex"
+
+
+def test_credentials_stay_out_of_the_run_file(settle: Callable[..., Job], tmp_path: Path) -> None:
+    roots = ["https://host/a?token=secret", "memory://user:secret@bucket/a"]
+    prepare.claim(settle(reference_root=tuple(roots), negative_prompt='see "https://host/?sig=secret" \\ \n'))
+    text = (tmp_path / "out" / "run.json").read_text()
+    config = json.loads(text)["config"]
+    assert config["reference_root"] == ["https://host/a?...", "memory://bucket/a"]
+    assert config["negative_prompt"] == 'see "https://host/?..." \\ \n'
+    assert "token=secret" not in text
+    assert "user:secret" not in text
+
+
+def test_an_output_without_a_shard_takes_other_settings(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """A mistaken option costs no output: run.json binds from the first finished shard on, or while a driver works."""
+    prepare.claim(settle(steps=5))
+    working = settle()
+    with (
+        prepare.storage_token(working),
+        pytest.raises(RefusedError, match=r"steps: 5 there, 4 now(.|\n)*delete .*token-"),
+    ):
+        prepare.claim(working)
+    prepare.claim(working)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["fingerprint"] == working.fingerprint
+
+
+def test_of_two_drivers_that_race_the_second_is_refused(
+    settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several writers of a new run.json one wins, and no other replaces it."""
+    first, second = settle(steps=5), settle()
+    publish = storage.publish_bytes
+
+    def overtaken(url: str, data: bytes, create: bool = False) -> None:
+        monkeypatch.setattr(storage, "publish_bytes", publish)
+        prepare.claim(first)
+        publish(url, data, create)
+
+    monkeypatch.setattr(storage, "publish_bytes", overtaken)
+    with pytest.raises(RefusedError, match="steps: 5 there, 4 now"):
+        prepare.claim(second)
 
 
 def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> None:
     """A different fingerprint in the same output is refused with both values shown."""
-    prepare.claim(settle(negative_prompt="fog"))
+    job = settle(negative_prompt="fog")
+    prepare.claim(job)
+    commit_a_shard(job)
     with pytest.raises(RefusedError, match=r'negative_prompt: "fog" there, "rain" now\n  seed: 0 there, 3 now\n'):
         prepare.claim(settle(negative_prompt="rain", seed=3))
 
@@ -145,9 +221,10 @@ def test_a_bad_manifest_writes_nothing(settle: Callable[..., Job], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", ["working_dir_files/_ray_pkg_0123456789abcdef", "working_dir_files/unpacked"])
+def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     """Inside a submitted job, where the working directory is a temporary copy, a relative output is refused."""
-    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy = tmp_path / folder
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     with pytest.raises(UsageError, match="temporary copy"):
@@ -168,3 +245,54 @@ def test_a_node_that_does_not_see_the_output_is_refused(settle: Callable[..., Jo
         with pytest.raises(UsageError, match="does not see the manifest"):
             prepare.check_storage(job)
     assert not list((tmp_path / "out").rglob("token-*"))
+
+
+def test_a_node_that_does_not_see_a_reference_root_is_refused(
+    settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is mounted on the driver alone is noticed before a row fails for it."""
+    mounted, gone, web = tmp_path / "mounted", tmp_path / "gone", "https://host.invalid/images"
+    mounted.mkdir()
+    with prepare.storage_token(settle(reference_root=(str(mounted), str(gone), web))) as job:
+        assert job.roots == (str(mounted),)
+        prepare.check_storage(job)
+        mounted.rmdir()
+        with pytest.raises(
+            UsageError, match=rf"node {socket.gethostname()} does not see the --reference-root {mounted}"
+        ):
+            prepare.check_storage(job)
+
+        def refuse(url: str) -> bool:
+            raise PermissionError(13, "refused", url)
+
+        monkeypatch.setattr(storage, "exists", refuse)
+        with pytest.raises(StorageError, match=rf"node {socket.gethostname()} may not look at the output"):
+            prepare.check_storage(job)
+
+
+def test_references_need_a_model_that_takes_them(settle: Callable[..., Job], model: Path, tmp_path: Path) -> None:
+    """A model without an aligner is refused before anything starts, if any row has a reference."""
+    plain = shutil.copytree(model, tmp_path / "plain")
+    index = json.loads((plain / "model_index.json").read_text())
+    (plain / "model_index.json").write_text(json.dumps(index | {"aligner": [None, None]}))
+    with pytest.raises(ModelError, match=r"plain has no aligner, (.|\n)*remove the column 'reference'"):
+        settle(model=str(plain))
+    text_only = runs.write_manifest(tmp_path / "text", 3, {"reference": [None] * 3})
+    settle(model=str(plain), manifest=str(text_only))
+
+
+def test_a_refusal_of_the_output_is_a_storage_error(
+    settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = settle()
+    prepare.claim(job)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "refused; check credentials and permissions")
+
+    monkeypatch.setattr(storage, "read_bytes", refuse)
+    with pytest.raises(StorageError, match="check credentials and permissions"):
+        prepare.claim(job)
+    monkeypatch.setattr(storage, "list_files", refuse)
+    with pytest.raises(StorageError, match="check credentials and permissions"):
+        shards.read_receipts(job.config.output)

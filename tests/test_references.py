@@ -155,12 +155,14 @@ def test_devices_are_not_read() -> None:
         reader("/dev").read(Reference(uri="zero"))
 
 
-def test_no_permission_fails_the_row(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_the_nodes_trouble_not_the_rows(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trouble of storage, network or a node fails the attempt, never the row: credentials expire on single nodes."""
+
     def refuse(*_: object) -> bytes:
         raise PermissionError(13, "refused")
 
     monkeypatch.setattr(references.storage, "read_bytes", refuse)
-    with pytest.raises(RowError, match="check its permissions"):
+    with pytest.raises(StorageError, match="check its permissions and the credentials"):
         reader(base).read(Reference(uri="refs/a.png"))
 
 
@@ -368,6 +370,7 @@ def test_web_answers(base: Path, site: str) -> None:
         (410, RowError, "does not exist"),
         (403, RowError, "answers 403"),
         (503, StorageError, "after 3 attempts"),
+        (530, StorageError, "answers 530"),
         (429, StorageError, "answers 429"),
     ):
         with pytest.raises(error, match=message) as caught:

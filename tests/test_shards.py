@@ -113,7 +113,9 @@ def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         )
     )
     lists = inner.map(lambda one: (pa.list_(one[0]), st.lists(st.none() | one[1], max_size=3)))
-    pairs = inner.map(lambda one: (pa.list_(one[0], 2), st.lists(one[1], min_size=2, max_size=2)))
+    # Arrow itself writes no views within lists of fixed size.
+    written = inner.filter(lambda one: "view" not in str(one[0]))
+    pairs = written.map(lambda one: (pa.list_(one[0], 2), st.lists(one[1], min_size=2, max_size=2)))
     maps = inner.map(
         lambda one: (
             pa.map_(pa.string(), one[0]),

@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import storage
+from vcf_batch import storage, storage_errors
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.records import FileEntry
 
@@ -75,7 +75,7 @@ fsspec.register_implementation("flaky", Flaky, clobber=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, noted and not taken."""
     taken: list[float] = []
-    monkeypatch.setattr(storage, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
+    monkeypatch.setattr(storage_errors, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
     return taken
 
 
@@ -329,6 +329,16 @@ def test_listings_give_sizes_and_see_other_writers_at_once(root: str) -> None:
     assert storage.list_tree(storage.join(root, "a")) == {}
 
 
+def test_checksums_are_those_that_the_store_keeps(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "sub/b"):
+        storage.publish_bytes(f"flaky://checksums/{name}", name.encode())
+    assert storage.list_checksums("flaky://checksums") == {"a": (1, None), "sub/b": (5, None)}
+    find = flaky.find
+    monkeypatch.setattr(flaky, "find", lambda *a, **k: {file: i | {"ETag": "x"} for file, i in find(*a, **k).items()})
+    assert storage.list_checksums("flaky://checksums") == {"a": (1, "x"), "sub/b": (5, "x")}
+    assert storage.list_checksums("flaky://missing") == {}
+
+
 def test_local_listings_leave_out_unfinished_files(tmp_path: Path) -> None:
     (tmp_path / ".tmp-0123").write_bytes(b"half")
     os.symlink("nowhere", tmp_path / "broken")
@@ -395,19 +405,19 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(
     flaky: type[Flaky], pauses: list[float], make: Callable[[], Exception]
 ) -> None:
     storage.publish_bytes("flaky://a", b"x")
-    flaky.failures = {"cat_file": [make() for _ in range(storage.ATTEMPTS - 1)]}
+    flaky.failures = {"cat_file": [make() for _ in range(storage_errors.ATTEMPTS - 1)]}
     assert storage.read_bytes("flaky://a") == b"x"
-    assert len(pauses) == storage.ATTEMPTS - 1
+    assert len(pauses) == storage_errors.ATTEMPTS - 1
     assert pauses == sorted(pauses)
 
     flaky.failures, flaky.calls = {"cat_file": [make() for _ in range(100)]}, []
-    with pytest.raises(StorageError, match=rf"flaky://a after {storage.ATTEMPTS} attempts.*Check"):
+    with pytest.raises(StorageError, match=rf"flaky://a after {storage_errors.ATTEMPTS} attempts.*Check"):
         storage.read_bytes("flaky://a")
-    assert flaky.calls == ["cat_file"] * storage.ATTEMPTS
+    assert flaky.calls == ["cat_file"] * storage_errors.ATTEMPTS
 
 
 def test_no_attempt_starts_after_the_time_limit(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RETRY_SECONDS", -1.0)
+    monkeypatch.setattr(storage_errors, "RETRY_SECONDS", -1.0)
     flaky.failures = {"cat_file": [TimeoutError(), None]}
     with pytest.raises(StorageError):
         storage.read_bytes("flaky://a")
@@ -499,6 +509,11 @@ def test_s3_has_time_limits_and_no_listings_cache_beside_the_users_options(monke
     assert not fs.dircache.use_listings_cache
 
 
+def test_drivers_get_no_option_that_they_refuse() -> None:
+    assert storage._options("gs") == {"use_listings_cache": False}
+    assert storage._options("sftp") == storage._options("ssh") == {}
+
+
 # A web server
 
 
@@ -588,7 +603,7 @@ def test_answers_of_the_web(web: str, status: int, expected: type[Exception]) ->
 
 def test_a_server_that_hangs_is_given_up(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_READ_SECONDS", 0.1)
-    with pytest.raises(StorageError, match=f"after {storage.ATTEMPTS} attempts"):
+    with pytest.raises(StorageError, match=f"after {storage_errors.ATTEMPTS} attempts"):
         storage.read_bytes(web + "/hang")
 
 

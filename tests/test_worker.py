@@ -1,6 +1,7 @@
 """The worker, run in this process: real components, no cluster."""
 
 import dataclasses
+import errno
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+from PIL import Image
 
 from vcf_batch import generation, plan, prepare, shards, worker
 from vcf_batch.config import RunConfig
@@ -17,6 +19,7 @@ from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.records import Receipt, Reference
 from vcf_batch.references import ReferenceReader
+from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import Worker
 
 
@@ -67,10 +70,10 @@ def with_reader(subject: Worker, reader: type[ReferenceReader]) -> Worker:
     return Worker(tools, subject.manifest, subject.fingerprint)
 
 
-def commit(subject: Worker, attempt: int = 1) -> Receipt:
+def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False) -> Receipt:
     """Run the manifest as one shard and commit it, as the driver does."""
-    shard = plan.shards(subject.manifest.num_rows, 1000)[0]
-    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}")
+    shard = plan.ShardPlan(subject.manifest.num_rows, 1000)[0]
+    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt)
     shards.commit(subject.tools.config.output, receipt, staged)
     return receipt
 
@@ -214,6 +217,31 @@ def test_storage_trouble_fails_the_attempt_not_the_row(loaded: Worker, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_fails_on_the_last_attempt_too_is_the_rows(loaded: Worker, tmp_path: Path) -> None:
+    """Only what repeats on a healthy worker marks a row: one dead reference does not keep a run from its end."""
+    manifest = runs.write_manifest(tmp_path / "in", 8)
+    commit(another(loaded, manifest, tmp_path / "whole"))
+    receipt = commit(with_reader(another(loaded, manifest, tmp_path / "out"), _Troubled), 3, last_attempt=True)
+    before, after = runs.rows_of(tmp_path / "whole"), runs.rows_of(tmp_path / "out")
+    failed = [row for row in after if row["status"] == "failed"]
+    assert receipt.counts["failed"] == len(failed) > 0
+    assert {(row["reference"], row["error_message"]) for row in failed} == {("reference1.png", "the storage is down")}
+    assert [row["sha256"] for row in after if row not in failed] == [
+        row["sha256"] for row in before if row["reference"] != "reference1.png"
+    ]
+
+
+def test_a_finished_or_failed_shard_leaves_nothing_in_memory(loaded: Worker, tmp_path: Path) -> None:
+    """Memory does not grow with the manifest: two shards are never held at once."""
+    subject = another(loaded, runs.write_manifest(tmp_path / "in", 4), tmp_path / "out")
+    commit(subject)
+    assert (subject._generation, subject.samples_done) == (None, 0)
+    troubled = with_reader(subject, _Troubled)
+    with pytest.raises(StorageError):
+        commit(troubled)
+    assert troubled._generation is None
+
+
 def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text and reference tokens are computed once per distinct input."""
     texts: list[str] = []
@@ -249,17 +277,18 @@ def test_pictures_that_do_not_fit_are_read_again(
 def test_reading_and_scoring_happen_beside_sampling(
     loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU never waits: later references are read, and earlier batches scored, while a batch is sampled."""
+    """The GPU never waits: later references are read and squashed, and earlier batches scored, beside the sampling."""
     second_read, second_sampled = threading.Event(), threading.Event()
     sampled: list[int] = []
 
-    class Reader(ReferenceReader):
-        def read(self, reference: Reference) -> Any:
-            if reference.uri == "reference1.png":
-                second_read.set()
-            return super().read(reference)
-
     generate, score = loaded.tools.pipeline.generate_from_tokens, loaded.tools.scorer.score
+    squash = loaded.tools.pipeline.squash
+
+    def squashed(image: Image.Image) -> Image.Image:
+        assert threading.current_thread() is not threading.main_thread()
+        if image.tobytes() == second.tobytes():
+            second_read.set()
+        return squash(image)
 
     def sample(*args: Any, **settings: Any) -> torch.Tensor:
         sampled.append(len(sampled))
@@ -274,11 +303,12 @@ def test_reading_and_scoring_happen_beside_sampling(
         return score(*args)
 
     monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sample)
+    monkeypatch.setattr(loaded.tools.pipeline, "squash", squashed)
     monkeypatch.setattr(loaded.tools.scorer, "score", scored)
     references = ["reference0.png"] * 2 + ["reference1.png"] * 2
     manifest = runs.write_manifest(tmp_path / "in", 4, {"reference": references})
-    subject = another(loaded, manifest, tmp_path / "out", batch_size=2)
-    commit(with_reader(subject, Reader))
+    second = Image.open(tmp_path / "in" / "reference1.png").convert("RGB")
+    commit(another(loaded, manifest, tmp_path / "out", batch_size=2))
     assert sampled == [0, 1]
 
 
@@ -296,3 +326,19 @@ def test_a_model_without_weights_is_refused(model: Path, tmp_path: Path) -> None
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match=str(broken)):
         load(manifest, tmp_path / "out", broken)
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"), [(OSError(errno.ESTALE, "Stale file handle"), StorageError), (MemoryError(), MemoryError)]
+)
+def test_a_machine_that_cannot_read_a_model_is_not_the_models_fault(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, expected: type[Exception]
+) -> None:
+    """Trouble of storage or a node fails the attempt, not the run."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(VCFPipeline, "from_pretrained", fail)
+    with pytest.raises(expected):
+        load(runs.write_manifest(tmp_path / "in", 1), tmp_path / "out", model)

@@ -157,13 +157,15 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "gpus-per-worker",
     float,
-    "GPUs reserved for a worker; 0 computes on CPUs.  [default: 1 where the cluster has a GPU]",
+    "GPUs reserved for a worker; 0 computes on CPUs. It decides what --dtype auto is. Where an autoscaler is still to "
+    "add the first GPU node, give 1.  [default: as the run began, else 1 where the cluster has a GPU now]",
 )
 @_option("cpus-per-worker", int, "CPUs reserved for a worker, and the threads it computes with.  [default: 1]")
 @_option(
     "address",
     str,
-    "Ray cluster to run on.  [default: the cluster this runs in, else a new local one]",
+    "Ray cluster to run on; 'local' starts a new one on this machine.  [default: RAY_ADDRESS, else the cluster that "
+    "this runs in or that runs on this machine already, else a new local one]",
     metavar="ADDRESS",
 )
 @_debug_option

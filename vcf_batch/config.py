@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from vcf_batch.errors import UsageError
+from vcf_batch.storage_errors import redact
 
 FUSIONS = ("naive", "concat", "cross_attention")
 SCHEDULERS = ("ddim", "dpm++", "euler")
@@ -19,6 +20,14 @@ IMAGE_FORMATS = ("png", "webp", "jpg")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LPIPS_NETWORKS = ("auto", "alex", "vgg", "none")
 
+DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE_SCALE = 9.0
+"""Where a model recommends nothing else (``default_...`` in its model_index.json)."""
+
+REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
+"""What a model needs beside Stable Diffusion's own parts, once there are references."""
+
+MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_STRENGTH = 1000.0
 MAX_PIXELS = 178_000_000
@@ -51,7 +60,7 @@ class RunConfig:
     """Pixels, a multiple of 8. None is the model's native size."""
     width: int | None = None
     dtype: str = "auto"
-    """``auto``: bfloat16 on a GPU that has it, else float32."""
+    """``auto``: bfloat16 where workers have GPUs (one without it refuses the run), else float32."""
     negative_prompt: str = ""
     batch_size: int = 8
     shard_size: int | None = None
@@ -73,11 +82,11 @@ class RunConfig:
     num_workers: int | None = None
     """None: as many as the cluster has GPUs, or one per ``cpus_per_worker`` CPUs where it has none."""
     gpus_per_worker: float | None = None
-    """None: 1 where the cluster has a GPU, else 0."""
+    """None: what the run in the output began with, else 1 where the cluster has a GPU now, else 0."""
     cpus_per_worker: int = 1
     """CPUs reserved for a worker, and the threads that it computes with on a machine without GPUs."""
     address: str | None = None
-    """Address of the Ray cluster; None: the cluster this runs in, else a new local one."""
+    """Address of the Ray cluster; None: the one this runs in or that runs on this machine, else a new local one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference_root", tuple(self.reference_root))
@@ -101,7 +110,7 @@ class RunConfig:
         _between("num_workers", self.num_workers, 1, None)
         _between("gpus_per_worker", self.gpus_per_worker, 0, 16)
         _between("cpus_per_worker", self.cpus_per_worker, 1, 1024)
-        _between("seed", self.seed, 0, 2**63 - 1)
+        _between("seed", self.seed, 0, MAX_SEED)
         for name in ("height", "width"):
             _between(name, getattr(self, name), MIN_EDGE, 8192)
             if (getattr(self, name) or 0) % 8:
@@ -153,7 +162,6 @@ NOT_CONTENT = frozenset(
         "gpus_per_worker",
         "address",
         "max_failed",
-        "reference_root",
     }
 )
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their identity,
@@ -168,6 +176,8 @@ def fingerprint_fields(config: RunConfig, *, manifest: str, model: str, judge: s
         manifest, model, judge, lpips: exact identities: hashes or revisions, not names.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
+    # They decide which rows fail, in any order; the fields are published, so without credentials.
+    fields["reference_root"] = sorted(map(redact, config.reference_root))
     return fields | {"manifest_id": manifest, "model_id": model, "judge_id": judge, "lpips_id": lpips}
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from vcf_batch import plan
-from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_STRENGTH
+from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STRENGTH
 from vcf_batch.errors import ManifestError, RowError
 from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
 
@@ -20,7 +20,6 @@ RESERVED = ("pno_steps", "reference_weights", "negative_reference", "fusion_lo",
 
 MAX_TEXT_BYTES = 100_000
 """A longer prompt, negative prompt or reference fails its row."""
-MAX_SEED = 2**63 - 1
 SAFE_ID = "[A-Za-z0-9_-]{1,128}"
 
 _REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"

@@ -19,7 +19,7 @@ from torch import Tensor
 from vcf_batch import images, plan
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
-from vcf_batch.errors import RowError, VcfBatchError
+from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Reference, Row, Sample
 from vcf_batch.references import ReferenceReader
@@ -76,25 +76,28 @@ class _Reference:
     last_batch: int
     holders: int = 0
     """Batches in the making that look at the image."""
-    reading: "Future[Image.Image] | None" = None
+    reading: "Future[tuple[Image.Image, Image.Image]] | None" = None
     image: Image.Image | None = None
+    squashed: Image.Image | None = None
+    """What the model gets of it, until there are tokens."""
     error: str | None = None
     tokens: Tensor | None = None
     """Aligned, ``[N, Dt]``."""
 
-    def collect(self) -> None:
+    def collect(self, blamed: type[VcfBatchError] | tuple[type[VcfBatchError], ...]) -> None:
         """Wait for the image.
 
-        Raises:
-            StorageError: storage or network failed, which is not the row's fault.
+        Args:
+            blamed: errors that fail the rows of the reference. Any other is raised.
         """
         if self.image is None and self.reading is not None:
             try:
-                self.image = self.reading.result()
-            except RowError as error:
+                self.image, self.squashed = self.reading.result()
+            except blamed as error:
                 self.error = str(error)
                 # Stands in for the image, so that its batch keeps its shape. No two alike, so that none are merged.
                 self.image = Image.new("RGB", (64, 64), (self.number % 256, self.number // 256 % 256, 128))
+                self.squashed = self.image
             self.reading = None
 
 
@@ -122,10 +125,21 @@ class Generation:
     """Generates the rows of one shard; use it with ``with``.
 
     What is computed together depends on the manifest alone, never on what failed.
+
+    Args:
+        tools: what to generate with.
+        rows: of the shard.
+        writer: takes the samples, in the order of the rows.
+        clock: where the time went.
+        last_attempt: trouble of storage or network with one reference fails its rows. Before that it raises: only what
+            repeats, and on another node if there is one, is blamed on a row.
     """
 
-    def __init__(self, tools: Tools, rows: Sequence[Row], writer: ShardWriter, clock: "Clock") -> None:
+    def __init__(
+        self, tools: Tools, rows: Sequence[Row], writer: ShardWriter, clock: "Clock", last_attempt: bool
+    ) -> None:
         self.tools, self.rows, self.writer, self.clock = tools, rows, writer, clock
+        self.blamed = (RowError, StorageError) if last_attempt else RowError
         self.pipeline, self.config = tools.pipeline, tools.config
         self.settings = [tools.settings(row) for row in rows]
         # Rows with equally many conditioning tokens share a batch.
@@ -194,14 +208,19 @@ class Generation:
             entry = self.references[reference]
             entry.holders += 1
             if entry.image is None and entry.reading is None:
-                entry.reading = self.readers.submit(self.tools.references.read, reference)
+                entry.reading = self.readers.submit(self._read_one, reference)
+
+    def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
+        """The image, and what the model gets of it. Runs beside the sampling."""
+        image = self.tools.references.read(reference)
+        return image, self.pipeline.squash(image)
 
     def _collect(self, batch: _Batch) -> None:
         """Wait for the batch's references and note which rows fail."""
         for position, references in zip(batch.positions, batch.references, strict=True):
             entries = [self.references[reference] for reference in references]
             for entry in entries:
-                entry.collect()
+                entry.collect(self.blamed)
             batch.pictures.append([cast(Image.Image, entry.image) for entry in entries])
             error = self.rows[position].error or next((entry.error for entry in entries if entry.error), None)
             if error:
@@ -254,9 +273,11 @@ class Generation:
         wanted = {reference: self.references[reference] for reference in batch.distinct_references()}
         new = [entry for entry in wanted.values() if entry.tokens is None]
         if new:
-            pictures = [cast(Image.Image, entry.image) for entry in new]
-            for entry, tokens in zip(new, self.pipeline.encode_references(pictures), strict=True):
+            squashed = [cast(Image.Image, entry.squashed) for entry in new]
+            for entry, tokens in zip(new, self.pipeline.encode_references(squashed), strict=True):
                 entry.tokens = tokens
+        for entry in wanted.values():
+            entry.squashed = None
         return {reference: cast(Tensor, entry.tokens) for reference, entry in wanted.items()}
 
     def _finish(self, batch: _Batch) -> None:

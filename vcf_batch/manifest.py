@@ -64,6 +64,8 @@ class Manifest:
     """The columns that the outputs repeat, as they are written there."""
     reference_is_list: bool
     """Whether rows may have several references."""
+    has_references: bool
+    """Whether a row may have one at all: the column is there, and not all null as far as the footers tell."""
     _files: tuple[_File, ...] = field(repr=False)
     _columns: tuple[str, ...] = field(repr=False)
     """Those of :data:`contract.COLUMNS` that the manifest has."""
@@ -87,11 +89,13 @@ class Manifest:
         digest = hashlib.sha256()
         files: list[_File] = []
         schemas: dict[str, pa.Schema] = {}
+        has_references = False
         rows = 0
         for name, (size, footer) in zip(names, footers, strict=True):
             digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
             parsed = _parse_footer(storage.join(base, name), footer)
             schemas[name] = parsed.schema_arrow
+            has_references = has_references or _has_values(parsed, "reference")
             groups = [parsed.metadata.row_group(group).num_rows for group in range(parsed.metadata.num_row_groups)]
             files.append(_File(name, size, rows, np.cumsum(groups, dtype=np.int64)))
             rows += files[-1].num_rows
@@ -106,6 +110,7 @@ class Manifest:
             identity=digest.hexdigest(),
             carried_schema=carried_schema(schemas),
             reference_is_list=any(map(has_reference_lists, schemas.values())),
+            has_references=has_references,
             _files=tuple(files),
             _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
         )
@@ -304,6 +309,21 @@ def _parse_footer(url: str, footer: bytes) -> pq.ParquetFile:
         return parsed
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{storage.redact(url)} has a damaged footer: {_first_line(error)}") from error
+
+
+def _has_values(parsed: pq.ParquetFile, column: str) -> bool:
+    """Whether a column is there and may hold anything but nulls."""
+    index, metadata = parsed.schema_arrow.get_field_index(column), parsed.metadata
+    if index < 0 or pa.types.is_null(parsed.schema_arrow.field(index).type):
+        return False
+    chunks = (
+        metadata.row_group(group).column(number)
+        for number in range(metadata.num_columns)
+        if metadata.schema.column(number).path.partition(".")[0] == column
+        for group in range(metadata.num_row_groups)
+    )
+    statistics = ((chunk.num_values, chunk.statistics) for chunk in chunks)
+    return any(not found or not found.has_null_count or found.null_count < values for values, found in statistics)
 
 
 def _rows_that_fit(metadata: pq.FileMetaData, columns: list[str]) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vcf_batch import storage
-from vcf_batch.errors import ModelError, StorageError
+from vcf_batch.errors import ModelError, StorageError, VcfBatchError
 
 TINY = "tiny"
 CACHE_VARIABLE = "VCF_BATCH_CACHE"
@@ -29,7 +29,6 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 _CONFIGS = ("config.json", "model_index.json")
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
 _MARKER = ".complete.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _THREADS = 8
@@ -105,6 +104,30 @@ def fetch(model: ResolvedModel) -> str:
     if model.kind == "url":
         return _cached(model, lambda folder: _fill_from_url(model, folder))
     return _cached(model, lambda folder: _fill_from_hub(model, folder))
+
+
+@contextlib.contextmanager
+def load_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Tell what is wrong with a model from what is wrong with this machine: loaders have no common error type.
+
+    Args:
+        what: what is loaded, for the message.
+        remedy: a sentence about what else to use, beginning with ". ".
+
+    Raises:
+        ModelError: a part is missing or does not fit.
+        StorageError: the disk failed.
+        MemoryError: as it came.
+    """
+    try:
+        yield
+    except (VcfBatchError, MemoryError):
+        raise
+    except Exception as error:
+        # Loaders report what a model lacks as an OSError without a number.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise StorageError(f"cannot read {what} on this node: {error}") from error
+        raise ModelError(f"cannot load {what}: {error}{remedy}") from error
 
 
 def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
@@ -239,35 +262,30 @@ def _content_identity(place: str, files: Sequence[str]) -> str:
 
 
 def _url_identity(url: str) -> str:
-    where = storage.redact(url)
     try:
-        selected = _selected(where, storage.list_tree(url))
-        _refuse_code(where, list(selected), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
-        checksums = _checksums(url)
-        if all(file in checksums for file in selected):
-            return _combine({file: f"{size} {checksums[file]}" for file, size in selected.items()})
-        return _content_identity(url, list(selected))
+        return _url_files(url)[1]
     except (FileNotFoundError, PermissionError) as error:
-        raise ModelError(f"the model at {where} cannot be read: {error}") from error
+        raise ModelError(f"the model at {storage.redact(url)} cannot be read: {error}") from error
 
 
-def _checksums(url: str) -> dict[str, str]:
-    """Checksums that the store keeps, by relative path; files without one are left out."""
-    fs, path = storage._filesystem(url)
-    prefix = path.rstrip("/") + "/"
-    found: dict[str, dict[str, Any]] = storage._attempt("list", url, lambda: fs.find(path, detail=True))
-    known = {file: next((str(info[key]) for key in _CHECKSUMS if info.get(key)), None) for file, info in found.items()}
-    return {file.removeprefix(prefix): checksum for file, checksum in known.items() if checksum}
+def _url_files(url: str) -> tuple[dict[str, int], str]:
+    """The model's files at a URL with their sizes, and its identity."""
+    where, found = storage.redact(url), storage.list_checksums(url)
+    files = _selected(where, {file: size for file, (size, _) in found.items()})
+    _refuse_code(where, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
+    if all(found[file][1] for file in files):
+        return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})
+    return files, _content_identity(url, list(files))
 
 
 def _fill_from_url(model: ResolvedModel, folder: str) -> None:
     where = storage.redact(model.location)
-    if _url_identity(model.location) != model.identity:
-        raise ModelError(f"the model at {where} has changed since the run was started; start the run again")
     for leftover in Path(folder).rglob(".tmp-*"):
         leftover.unlink()
     try:
-        files = _selected(where, storage.list_tree(model.location))
+        files, identity = _url_files(model.location)
+        if identity != model.identity:
+            raise ModelError(f"the model at {where} has changed since the run was started; start the run again")
 
         def download(file: str) -> None:
             path = Path(folder, file)
@@ -277,7 +295,8 @@ def _fill_from_url(model: ResolvedModel, folder: str) -> None:
         with ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(download, files))
     except (FileNotFoundError, PermissionError) as error:
-        raise ModelError(f"the model at {where} cannot be read: {error}") from error
+        # The driver could read it: this node's trouble.
+        raise StorageError(f"this node cannot read the model at {where}: {error}") from error
 
 
 # The Hugging Face Hub

@@ -67,11 +67,6 @@ class ShardPlan(Sequence[Shard]):
         return Shard(position, start, stop, shard_name(position, len(self)))
 
 
-def shards(num_rows: int, shard_size: int) -> ShardPlan:
-    """The plan of a run over ``num_rows`` rows: see :class:`ShardPlan`."""
-    return ShardPlan(num_rows, shard_size)
-
-
 def remaining(plan: Sequence[Shard], done: Container[int]) -> Iterator[Shard]:
     """The shards whose index is not in ``done``, in order."""
     return (shard for shard in plan if shard.index not in done)

@@ -1,10 +1,10 @@
 """The run on a Ray cluster: the only module of the job that knows Ray.
 
 One short loop over ``ray.wait`` hands shards to actors and commits what comes back. Ray does placement, processes,
-transfer, failure detection and autoscaling; the loop does what Ray's own restarts get wrong for shards (DESIGN.md,
-invariant 4): an actor is never restarted, its task is never retried by Ray, its constructor is light and the model is
-loaded by its first task, and it has one shard in flight. So an actor that waits for a machine holds no shard, and joins
-when the cluster has grown.
+transfer, failure detection and autoscaling; the loop does what Ray's own restarts get wrong for shards: an actor is
+never restarted, its task is never retried by Ray, its constructor is light and the model is loaded by its first task,
+and it has one shard in flight. So an actor that waits for a machine holds no shard, and joins when the cluster has
+grown.
 """
 
 import contextlib
@@ -13,15 +13,14 @@ import os
 import signal
 import threading
 import time
-import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import plan, prepare, shards, storage
@@ -30,9 +29,10 @@ from vcf_batch.errors import Interrupted, StorageError, UsageError, VcfBatchErro
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress, duration
 from vcf_batch.records import STATUSES, Receipt, Shard, Status
+from vcf_batch.shard_queue import ShardQueue, Task
 
-ATTEMPTS = 3
-"""How often a shard is tried before the run gives up."""
+MAX_SET_ASIDE = 16
+"""How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
 
 START_ATTEMPTS = 5
 """How many workers in a row may fail to start, while none works, before the run gives up."""
@@ -48,6 +48,9 @@ WAITING_SECONDS = 30.0
 """How long no worker may be ready before the user is told what the run waits for."""
 
 NODE_CHECK_SECONDS = 60.0
+
+REASON_LENGTH = 300
+"""Characters of an error that is not this package's own."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,13 @@ def run(config: RunConfig) -> Summary:
     Raises:
         UsageError: an option, the manifest or a model is wrong, or the nodes do not share the output.
         RefusedError: the output holds another run.
-        StorageError: the storage failed, again and again.
-        VcfBatchError: a shard or the start of workers failed, again and again.
+        StorageError: the storage failed, again and again; shards that do not need it are finished.
+        VcfBatchError: some shards, or the start of workers, failed again and again; the other shards are finished.
         Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
     """
     begin = time.monotonic()
     with _Signals() as signals:
-        config = prepare.absolute(config)
+        config = prepare.resume(prepare.absolute(config))
         manifest = prepare.open_manifest(config)
         models = prepare.resolve_models(config)
         with _cluster(config.address):
@@ -207,11 +210,10 @@ def _check_nodes(job: Job) -> None:
     for answer in asked:
         try:
             ray.get(answer, timeout=NODE_CHECK_SECONDS)
-        except RayTaskError as error:
-            raise _cause(error) from error
-        except RayError:
-            # The node is leaving or busy; a worker that starts there looks again before it loads anything.
-            continue
+        except RayError as error:
+            # Anything else (the node is leaving, or busy) may pass: a worker that starts there looks again.
+            if isinstance(cause := _cause(error), UsageError):
+                raise cause from error
 
 
 class _Actor:
@@ -221,7 +223,8 @@ class _Actor:
         self._job = job
         self._attempt_id: str | None = None
 
-    def load(self) -> None:
+    def load(self) -> str:
+        """Make the worker ready; the node it is on."""
         prepare.check_storage(self._job)
         # Here and not at the top: the driver needs no torch.
         from vcf_batch import worker
@@ -230,10 +233,11 @@ class _Actor:
         self._worker = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
+        return ray.get_runtime_context().get_node_id()
 
-    def run(self, shard: Shard, attempt: int, attempt_id: str) -> tuple[Receipt, dict[str, str]]:
+    def run(self, shard: Shard, attempt: int, attempt_id: str, last_attempt: bool) -> tuple[Receipt, dict[str, str]]:
         self._attempt_id = attempt_id
-        return self._worker.run(shard, attempt, attempt_id)
+        return self._worker.run(shard, attempt, attempt_id, last_attempt)
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> tuple[str | None, int]:
@@ -241,23 +245,16 @@ class _Actor:
 
 
 @dataclass
-class _Task:
-    """One attempt at a shard."""
-
-    shard: Shard
-    attempt: int = 1
-    failures: int = 0
-    """Attempts that failed for a reason that may lie in the shard; losing a node is none."""
-    attempt_id: str = ""
-    samples_done: int = 0
-
-
-@dataclass
-class _Flight:
-    """What one actor is doing: loading the model, or a task."""
+class _Worker:
+    """An actor, and what it is doing: loading the model, a task, or waiting for one."""
 
     actor: Any
-    task: _Task | None
+    started: float
+    node: str = ""
+    """Once it has loaded."""
+    task: Task | None = None
+    attempt_id: str = ""
+    samples_done: int = 0
 
 
 class _Dispatch:
@@ -268,10 +265,12 @@ class _Dispatch:
         self.counts = counts
         self.finished_rows = sum(counts.values())
         self.left = len(job.shards) - len(done)
-        self.fresh = (_Task(shard) for shard in plan.remaining(job.shards, done))
-        self.again: deque[_Task] = deque()
-        self.flights: dict[ray.ObjectRef, _Flight] = {}
-        self.polls: dict[ray.ObjectRef, _Task] = {}
+        self.queue = ShardQueue(plan.remaining(job.shards, done))
+        self.set_aside: list[tuple[Task, Exception]] = []
+        self.set_aside_in_a_row = 0
+        self.flights: dict[ray.ObjectRef, _Worker] = {}
+        self.idle: list[_Worker] = []
+        self.polls: dict[ray.ObjectRef, _Worker] = {}
         self.job_ref = ray.put(job)
         remote: Any = ray.remote  # whose type hints leave out concurrency groups
         self.actor_class = remote(
@@ -282,16 +281,20 @@ class _Dispatch:
             runtime_env={"env_vars": _environment(self.config)},
             concurrency_groups={"progress": 1},
         )(_Actor)
+        self.loaded = False
         self.failed_starts = 0
-        self.start_after = 0.0
+        self.failed_at = self.start_after = 0.0
         self.capacity, self.capacity_until = 1, 0.0
         self.ready_at = self.polled_at = time.monotonic()
 
     def run(self) -> None:
-        """Work until every shard is committed; the counts grow with them."""
+        """Work until every shard is committed or set aside; the counts grow with them."""
         try:
             while self.left:
                 self._start_workers()
+                for worker in [*self.idle]:
+                    self.idle.remove(worker)
+                    self._send(worker)
                 if self.flights:
                     for ref in ray.wait([*self.flights], num_returns=1, timeout=POLL_SECONDS)[0]:
                         self._land(ref)
@@ -300,13 +303,17 @@ class _Dispatch:
                 self._show_progress()
             self._show_progress(now=True)
         finally:
-            for flight in self.flights.values():
-                ray.kill(flight.actor)
+            for worker in [*self.flights.values(), *self.idle]:
+                ray.kill(worker.actor)
+        if self.set_aside:
+            raise self._incomplete()
 
     def _start_workers(self) -> None:
-        while len(self.flights) < min(self._wanted(), self.left) and time.monotonic() >= self.start_after:
+        while (
+            len(self.flights) + len(self.idle) < min(self._wanted(), self.left) and time.monotonic() >= self.start_after
+        ):
             actor = self.actor_class.remote(self.job_ref)
-            self.flights[actor.load.remote()] = _Flight(actor, None)
+            self.flights[actor.load.remote()] = _Worker(actor, time.monotonic())
 
     def _wanted(self) -> int:
         """Workers at most: as asked, else what the cluster has room for now."""
@@ -319,71 +326,97 @@ class _Dispatch:
 
     def _land(self, ref: ray.ObjectRef) -> None:
         """An actor has answered, or died."""
-        flight = self.flights.pop(ref)
+        worker = self.flights.pop(ref)
         try:
             result = ray.get(ref)
         except RayError as error:
-            cause = _cause(error) if isinstance(error, RayTaskError) else error
-            if isinstance(cause, UsageError):
-                ray.kill(flight.actor)
-                raise cause from error
-            if flight.task is None:
-                ray.kill(flight.actor)
-                self._start_failed(cause)
-                return
-            self._attempt_failed(flight.task, cause)
-            if isinstance(cause, StorageError):
-                self._send(flight.actor)
-            else:
-                # After anything else (an error of the GPU, say) the process is not to be trusted with another shard.
-                ray.kill(flight.actor)
+            self._failed(worker, _cause(error))
             return
-        if flight.task is None:
-            self.failed_starts = 0
-        # First the next shard, then the commit: the worker does not wait for it.
-        self._send(flight.actor)
-        if flight.task is not None:
-            self._commit(flight.task, *result)
-
-    def _send(self, actor: Any) -> None:
-        """Give the actor its next shard, or let it go."""
-        task = self.again.popleft() if self.again else next(self.fresh, None)
+        task = worker.task
         if task is None:
-            ray.kill(actor)
-            return
-        task.attempt_id = f"{task.shard.name}-{task.attempt}-{uuid.uuid4().hex[:8]}"
-        self.flights[actor.run.remote(task.shard, task.attempt, task.attempt_id)] = _Flight(actor, task)
+            self.loaded, self.failed_starts, worker.node = True, 0, result
+        # First the next shard, then the commit: the worker does not wait for it.
+        self._send(worker)
+        if task is not None:
+            self._commit(task, worker.node, *result)
 
-    def _commit(self, task: _Task, receipt: Receipt, staged: dict[str, str]) -> None:
+    def _failed(self, worker: _Worker, error: Exception) -> None:
+        """A start or a task has failed."""
+        task = worker.task
+        # Where a worker has loaded, the run's settings are sound: what another one misses is its node's.
+        if isinstance(error, UsageError) and not (task is None and self.loaded):
+            ray.kill(worker.actor)
+            raise error
+        if task is None:
+            ray.kill(worker.actor)
+            self._start_failed(worker, error)
+            return
+        self._attempt_failed(task, worker.node, error)
+        if isinstance(error, StorageError):
+            self._send(worker)
+        else:
+            # After anything else (an error of the GPU, say) the process is not to be trusted with another shard.
+            ray.kill(worker.actor)
+
+    def _send(self, worker: _Worker) -> None:
+        """Give the worker its next shard; let it wait while failed ones do; else let it go."""
+        nodes = {other.node for other in [worker, *self.idle, *self.flights.values()] if other.node}
+        task = worker.task = self.queue.take(worker.node, nodes)
+        if task is not None:
+            worker.attempt_id, worker.samples_done = task.new_id(), 0
+            ref = worker.actor.run.remote(task.shard, task.attempt, worker.attempt_id, task.is_last)
+            self.flights[ref] = worker
+        elif self.queue.is_waiting:
+            self.idle.append(worker)
+        else:
+            ray.kill(worker.actor)
+
+    def _commit(self, task: Task, node: str, receipt: Receipt, staged: dict[str, str]) -> None:
         try:
             shards.commit(self.config.output, receipt, staged)
         except StorageError as error:
-            self._attempt_failed(task, error)
+            self._attempt_failed(task, node, error)
             return
         self.left -= 1
+        self.set_aside_in_a_row = 0
         self.finished_rows += len(task.shard)
         self.counts.update(receipt.counts)
 
-    def _attempt_failed(self, task: _Task, error: Exception) -> None:
-        """Queue the shard again, or give up."""
-        failures = task.failures + (not _node_died(error))
-        shard = task.shard
-        what = f"shard {shard.name} (rows {shard.start} to {shard.stop - 1})"
-        if failures >= ATTEMPTS:
-            kind = StorageError if isinstance(error, StorageError) else VcfBatchError
-            raise kind(
-                f"{what} failed {failures} times, the last time with: {_reason(error)}\n"
-                "What is finished is kept: once the cause is gone, rerun the same command to go on."
-            ) from error
-        self.progress.note(f"{what}: attempt {task.attempt} failed and is repeated: {_reason(error)}")
-        self.again.append(_Task(shard, task.attempt + 1, failures))
-
-    def _start_failed(self, error: Exception) -> None:
-        """Wait longer and longer before the next start, and give up when nothing ever starts."""
+    def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
+        """Queue the shard again, or set it aside."""
+        what = f"shard {task.title}: attempt {task.attempt} failed and"
         if _node_died(error):
+            self.queue.repeat(task)
+        elif not self.queue.failed(task, node):
+            self.progress.note(f"{what} the shard is set aside: {_reason(error)}")
+            self.left -= 1
+            self.set_aside.append((task, error))
+            self.set_aside_in_a_row += 1
+            if self.set_aside_in_a_row == MAX_SET_ASIDE:
+                raise self._incomplete()
             return
+        self.progress.note(f"{what} is repeated: {_reason(error)}")
+
+    def _incomplete(self) -> VcfBatchError:
+        """What to raise where shards were set aside."""
+        error = self.set_aside[-1][1]
+        kind = StorageError if isinstance(error, StorageError) else VcfBatchError
+        failed = kind(
+            f"{len(self.set_aside)} of {len(self.job.shards)} shards failed again and again: "
+            f"{', '.join(task.title for task, _ in self.set_aside)}. The last reason: {_reason(error)}\n"
+            "What is finished is kept: once the cause is gone, rerun the same command to go on."
+        )
+        failed.__cause__ = error
+        return failed
+
+    def _start_failed(self, worker: _Worker, error: Exception) -> None:
+        """Wait longer and longer before the next start, and give up when nothing ever starts."""
+        # Of workers that were started together, only the first failure counts.
+        if _node_died(error) or worker.started <= self.failed_at:
+            return
+        self.failed_at = time.monotonic()
         self.failed_starts += 1
-        working = any(flight.task for flight in self.flights.values())
+        working = self.idle or any(other.task for other in self.flights.values())
         if self.failed_starts >= START_ATTEMPTS and not working:
             kind = StorageError if isinstance(error, StorageError) else VcfBatchError
             raise kind(f"no worker could start, {self.failed_starts} times; the last time: {_reason(error)}") from error
@@ -392,24 +425,25 @@ class _Dispatch:
         self.progress.note(f"a worker did not start (next one in {pause:.0f} s): {_reason(error)}")
 
     def _show_progress(self, now: bool = False) -> None:
-        ready, _ = ray.wait([*self.polls], num_returns=len(self.polls), timeout=0) if self.polls else ([], [])
-        for ref in ready:
-            task = self.polls.pop(ref)
+        answered, _ = ray.wait([*self.polls], num_returns=len(self.polls), timeout=0) if self.polls else ([], [])
+        for ref in answered:
+            worker = self.polls.pop(ref)
             with contextlib.suppress(RayError):
                 attempt_id, samples = ray.get(ref)
-                if attempt_id == task.attempt_id:
-                    task.samples_done = samples
+                if attempt_id == worker.attempt_id:
+                    worker.samples_done = samples
         if not now and time.monotonic() - self.polled_at < POLL_SECONDS:
             return
         self.polled_at = time.monotonic()
-        busy = [flight for flight in self.flights.values() if flight.task]
-        asked = {id(task) for task in self.polls.values()}
-        for flight in busy:
-            if flight.task is not None and id(flight.task) not in asked:
-                self.polls[flight.actor.progress.remote()] = flight.task
-        done = self.finished_rows + sum(flight.task.samples_done for flight in busy if flight.task)
-        self.progress.update(done, self.counts["failed"], len(busy))
-        if busy or not self.left:
+        busy = [worker for worker in self.flights.values() if worker.task]
+        asked = {id(worker) for worker in self.polls.values()}
+        for worker in busy:
+            if id(worker) not in asked:
+                self.polls[worker.actor.progress.remote()] = worker
+        done = self.finished_rows + sum(worker.samples_done for worker in busy)
+        ready = len(busy) + len(self.idle)
+        self.progress.update(done, self.counts["failed"], ready)
+        if ready or not self.left:
             self.ready_at = time.monotonic()
         elif time.monotonic() - self.ready_at >= WAITING_SECONDS:
             self.ready_at = time.monotonic()
@@ -430,17 +464,30 @@ def _environment(config: RunConfig) -> dict[str, str]:
     }
 
 
-def _cause(error: RayTaskError) -> Exception:
-    """The exception that a task raised."""
-    return error.cause if isinstance(error.cause, Exception) else error
+def _cause(error: RayError) -> Exception:
+    """The exception that a task raised; the error itself where there is none."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    return cause if isinstance(cause, Exception) else error
 
 
 def _node_died(error: Exception) -> bool:
     """Whether a machine went away: nothing that the shard or the worker did."""
+    if isinstance(error, ActorUnavailableError) or (isinstance(error, RayActorError) and error.preempted):
+        return True
     return isinstance(error, RayError) and "node has died" in str(error).lower()
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line; Ray's own messages run over many."""
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return first if isinstance(error, VcfBatchError) else f"{type(error).__name__}: {first}"
+    """The error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if isinstance(error, VcfBatchError):
+        return lines[0]
+    if isinstance(error, RayTaskError):  # a traceback, which ends with the exception
+        text = lines[-1]
+    elif isinstance(error, RayActorError):  # a headline, names of Ray's own, then where it ran and what happened
+        told = [line for line in lines[1:] if not line.startswith(("class_name:", "actor_id:", "name:", "namespace:"))]
+        text = ", ".join(told or lines)
+    else:
+        text = lines[0]
+    text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + "..."

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,14 @@ from typing import Any, cast
 
 import vcf_batch
 from vcf_batch import models, plan, run_file, shards, storage
-from vcf_batch.config import RunConfig, fingerprint, fingerprint_fields
+from vcf_batch.config import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    REFERENCE_PARTS,
+    RunConfig,
+    fingerprint,
+    fingerprint_fields,
+)
 from vcf_batch.errors import ModelError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
@@ -41,8 +47,6 @@ GPU_SPEED = 4e13
 CPU_SPEED = 2e10
 """Operations a second, of a modest data-center GPU in 16 bits and of one CPU thread."""
 
-DEFAULT_STEPS = 50
-DEFAULT_GUIDANCE_SCALE = 9.0
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE = "judge", "probe"
 """Folders of a model that brings its own judge, or its own network for the perceptual distance."""
@@ -67,12 +71,16 @@ class Models:
         return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
 
     def describe(self) -> dict[str, Any]:
-        """Names and versions, for ``run.json``."""
-        own = f"{storage.redact(self.pipeline.name)}/{OWN_JUDGE}"
+        """Name and version of the model and of what each score comes from, for ``run.json``."""
+        own = storage.redact(self.pipeline.name)
+        judge = {"name": storage.redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
+        judge["identity"] = self.judge_identity
+        lpips = {"name": f"lpips-{self.lpips}" if self.lpips_source else self.lpips, "identity": self.lpips_identity}
         return {
-            "model": {"name": storage.redact(self.pipeline.name), "identity": self.pipeline.identity},
-            "judge": {"name": storage.redact(self.judge.name) if self.judge else own, "identity": self.judge_identity},
-            "lpips": {"name": self.lpips, "identity": self.lpips_identity},
+            "model": {"name": own, "identity": self.pipeline.identity},
+            "clip_score": judge,
+            "clip_reference": judge,
+            "lpips": None if self.lpips == "none" else lpips,
         }
 
 
@@ -88,6 +96,8 @@ class Job:
     """What the fingerprint covers."""
     token: str = ""
     """Name of a file in the output that this run's driver wrote, to be found by every node."""
+    roots: tuple[str, ...] = ()
+    """Places of references, besides the manifest's own folder, that the driver sees."""
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +106,7 @@ class Job:
     @property
     def shards(self) -> ShardPlan:
         assert self.config.shard_size is not None
-        return plan.shards(self.manifest.num_rows, self.config.shard_size)
+        return ShardPlan(self.manifest.num_rows, self.config.shard_size)
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -106,7 +116,7 @@ def absolute(config: RunConfig) -> RunConfig:
         UsageError: an output in the temporary working directory of a Ray job, which is where a relative one would go.
     """
     output = storage.absolute(config.output)
-    if storage.is_local(output) and any(part.startswith("_ray_pkg_") for part in Path(output).parts):
+    if storage.is_local(output) and any(map(_is_job_copy, Path(output).parts)):
         raise UsageError(
             f"output {config.output!r} lies in the temporary copy of the directory that this job was submitted with "
             f"({output}), which Ray deletes: name an absolute path on shared storage, or a URL such as s3://bucket/folder"
@@ -116,6 +126,24 @@ def absolute(config: RunConfig) -> RunConfig:
         output=output,
         reference_root=tuple(storage.absolute(root) for root in config.reference_root),
     )
+
+
+def _is_job_copy(folder: str) -> bool:
+    return folder == "working_dir_files" or folder.startswith("_ray_pkg_")
+
+
+def resume(config: RunConfig) -> RunConfig:
+    """Take what is left open, and what a later start could settle otherwise, from the run that has begun the output.
+
+    Raises:
+        RefusedError: the output holds something else than a run.
+        StorageError: the storage failed.
+    """
+    names = [name for name in ("shard_size", "gpus_per_worker") if getattr(config, name) is None]
+    found = run_file.read(config.output) if names else None
+    if found is None or not shards.any_committed(config.output):
+        return config
+    return config.replace(**{name: found.get("config", {}).get(name) for name in names})
 
 
 def open_manifest(config: RunConfig) -> Manifest:
@@ -198,7 +226,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         config: with ``gpus_per_worker`` resolved.
 
     Raises:
-        ModelError: the model says nothing about its UNet or VAE.
+        ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has.
     """
     on_gpu = bool(config.gpus_per_worker)
     index, unet, vae = (
@@ -209,6 +237,13 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         raise ModelError(
             f"{config.model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
             "unet/config.json and vae/config.json"
+        )
+    # model_index.json gives the library and the class of each part, or two nulls.
+    lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
+    if lacking and manifest.has_references:
+        raise ModelError(
+            f"{storage.redact(config.model)} has no {lacking[0]}, and rows of the manifest have references: use a "
+            "model with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
         )
     native = unet["sample_size"]
     native_height, native_width = (native, native) if isinstance(native, int) else native
@@ -225,12 +260,8 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
     )
     if config.shard_size is None:
-        found = run_file.read(config.output)
-        recorded = found["fields"].get("shard_size") if found else None
         seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
-        config = config.replace(
-            shard_size=recorded or default_shard_size(manifest.num_rows, config.batch_size, seconds)
-        )
+        config = config.replace(shard_size=default_shard_size(manifest.num_rows, config.batch_size, seconds))
     fields = fingerprint_fields(
         config,
         manifest=manifest.identity,
@@ -281,7 +312,7 @@ def claim(job: Job) -> None:
         job.config.output,
         job.fields,
         {
-            "config": json.loads(storage.redact(json.dumps(job.config.to_dict()))),
+            "config": {name: _redacted(value) for name, value in job.config.to_dict().items()},
             "manifest": manifest,
             "models": job.models.describe(),
             "shards": len(job.shards),
@@ -292,10 +323,20 @@ def claim(job: Job) -> None:
     )
 
 
+def _redacted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return storage.redact(value) if isinstance(value, str) else value
+
+
 @contextlib.contextmanager
 def storage_token(job: Job) -> Iterator[Job]:
-    """Leave a file in the output that every node has to find, for as long as the run lasts."""
-    job = dataclasses.replace(job, token=f"{shards.STAGING}/token-{uuid.uuid4().hex}")
+    """Leave a file in the output, for as long as the run lasts, and name what every node has to find besides it."""
+    job = dataclasses.replace(
+        job,
+        token=f"{shards.STAGING}/{run_file.TOKEN}{uuid.uuid4().hex}",
+        roots=tuple(root for root in job.config.reference_root if _is_seen(root)),
+    )
     url = storage.join(job.config.output, job.token)
     storage.publish_bytes(url, b"vcf-batch")
     try:
@@ -305,20 +346,32 @@ def storage_token(job: Job) -> Iterator[Job]:
             storage.remove(url, missing_ok=True)
 
 
+def _is_seen(root: str) -> bool:
+    """Whether the driver sees a place of references. Web addresses have no folders, and what fails proves nothing."""
+    if root.startswith(("http://", "https://")):
+        return False
+    try:
+        return storage.exists(root)
+    except (PermissionError, StorageError):
+        return False
+
+
 def check_storage(job: Job) -> None:
-    """Prove that this node sees the run's storage: the token in the output, and the manifest.
+    """Prove that this node sees the run's storage: the driver's token in the output, the manifest, the reference roots.
 
     Raises:
         UsageError: it does not.
-        StorageError: the storage failed.
+        StorageError: the storage failed, or refuses this node.
     """
-    node = socket.gethostname()
-    shared = "must be on storage that every node shares, such as s3://bucket/folder"
-    try:
-        storage.read_bytes(storage.join(job.config.output, job.token))
-    except OSError as error:
-        raise UsageError(
-            f"node {node} does not see the output {storage.redact(job.config.output)} ({error}); it {shared}"
-        ) from error
-    if not storage.exists(job.manifest.url):
-        raise UsageError(f"node {node} does not see the manifest {storage.redact(job.manifest.url)}; it {shared}")
+    node, output = socket.gethostname(), job.config.output
+    wanted = [("output", output, storage.join(output, job.token)), ("manifest", job.manifest.url, job.manifest.url)]
+    for what, place, url in [*wanted, *(("--reference-root", root, root) for root in job.roots)]:
+        try:
+            seen = storage.exists(url)
+        except PermissionError as error:
+            raise StorageError(f"node {node} may not look at the {what}: {error}") from error
+        if not seen:
+            raise UsageError(
+                f"node {node} does not see the {what} {storage.redact(place)}; "
+                "it must be on storage that every node shares, such as s3://bucket/folder"
+            )

@@ -36,7 +36,8 @@ WEB_TOTAL_SECONDS = 120.0
 _BUCKET_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"})
 _LONGEST_KEY = 1024
 _WEB_PORTS = {"http": 80, "https": 443}
-_WEB_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_WEB_BUSY = frozenset({408, 425, 429})
+"""Answers that pass, beside all from 500 on."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHOWN = 200
 
@@ -105,7 +106,8 @@ class ReferenceReader:
 
         Raises:
             RowError: not allowed, missing, not a file, too large, damaged or not an image.
-            StorageError: storage or network failed, or the allowed folder itself is not there on this machine.
+            StorageError: storage, network or a web server failed, they refuse this machine, or the allowed folder
+                itself is not there on it.
         """
         shown = _shown(reference.uri) if reference.uri is not None else "(embedded bytes)"
         if reference.data is not None:
@@ -164,7 +166,10 @@ class ReferenceReader:
                 ) from error
             raise RowError(f"reference {shown} does not exist") from error
         except PermissionError as error:
-            raise RowError(f"reference {shown} may not be read; check its permissions") from error
+            # Credentials belong to a machine, and so may the permissions of a mounted folder.
+            raise StorageError(
+                f"reference {shown} may not be read on this machine; check its permissions and the credentials there"
+            ) from error
         except storage.NotAFileError as error:
             raise RowError(f"reference {shown} is a folder, pipe or device, not a file") from error
         if len(data) > MAX_BYTES:
@@ -187,7 +192,7 @@ class ReferenceReader:
                 error.close()
                 if error.code in (404, 410):
                     raise FileNotFoundError(shown) from error
-                if error.code not in _WEB_BUSY:
+                if error.code not in _WEB_BUSY and error.code < 500:
                     raise RowError(f"reference {shown}: the web server answers {error.code}, not 200") from error
                 trouble = f"the web server answers {error.code}"
             except http.client.InvalidURL as error:

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vcf_batch import run_file, shards, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import RowError, UsageError
+from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
-from vcf_batch.records import Row
+from vcf_batch.records import Row, Shard
 from vcf_batch.references import ReferenceReader
 
 TILE = 128
@@ -73,20 +73,22 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     return sheet
 
 
-def _cards(output: str, config: RunConfig, done: list[Any]) -> Iterator[_Card]:
+def _cards(output: str, config: RunConfig, done: Sequence[Shard]) -> Iterator[_Card]:
     manifest = Manifest.open(config.manifest, config.limit)
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for shard in done:
-        samples = {s["__key__"]: s for s in shards.read_samples(storage.join(output, f"{shard.name}.tar"))}
+        # Both are in manifest order; only successful rows have a sample.
+        samples = shards.read_samples(storage.join(output, f"{shard.name}.tar"))
+        sample = next(samples, None)
         for row in manifest.rows(shard.start, shard.stop, config.seed):
-            sample = samples.get(row.key)
-            if sample is None:
+            if sample is None or sample["__key__"] != row.key:
                 yield _Card(row.prompt, _reference(row, reader), None, "see error_message in the parquet")
                 continue
             record = sample["json"]
             picture = Image.open(io.BytesIO(sample[config.image_format])).convert("RGB")
             reference = _reference(row, reader) if record["strength"] else None
             yield _Card(row.prompt, reference, picture, _note(record))
+            sample = next(samples, None)
 
 
 def _reference(row: Row, reader: ReferenceReader) -> Image.Image | None:
@@ -95,7 +97,7 @@ def _reference(row: Row, reader: ReferenceReader) -> Image.Image | None:
         return None
     try:
         return reader.read(row.references[0])
-    except RowError:
+    except (RowError, StorageError):
         return None
 
 

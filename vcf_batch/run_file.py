@@ -10,6 +10,8 @@ from vcf_batch.errors import RefusedError
 
 NAME = "run.json"
 MAX_BYTES = 1 << 20
+TOKEN = "token-"
+"""What the names of the files begin with that drivers at work keep in the staging folder."""
 
 
 def read(output: str) -> dict[str, Any] | None:
@@ -21,18 +23,21 @@ def read(output: str) -> dict[str, Any] | None:
     """
     url = storage.join(output, NAME)
     try:
-        record = json.loads(storage.read_bytes(url, limit=MAX_BYTES))
+        with storage.refusals_as_storage_errors():
+            record = json.loads(storage.read_bytes(url, limit=MAX_BYTES))
         if isinstance(record["fields"], dict) and record["fingerprint"] == fingerprint(record["fields"]):
             return record
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (storage.NotAFileError, ValueError, KeyError, TypeError):
         pass
     raise RefusedError(f"{storage.redact(url)} is damaged or was not written by vcf-batch; use another output")
 
 
 def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]) -> None:
     """Publish ``run.json``, or find that the output holds this very run.
+
+    What another run left there is replaced as long as it has finished no shard and no driver is at work.
 
     Args:
         output: the run's output.
@@ -43,13 +48,14 @@ def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]
         RefusedError: the output holds another run. Every difference is listed.
         StorageError: the storage failed.
     """
-    found = read(output)
+    url = storage.join(output, NAME)
+    data = json.dumps({"fields": fields, "fingerprint": fingerprint(fields), **description}, indent=2).encode()
+    found = earlier = read(output)
     if found is None:
-        if any(name.endswith(shards.RECEIPT_SUFFIX) for name in storage.list_files(output)):
+        if shards.any_committed(output):
             raise RefusedError(f"{storage.redact(output)} holds shards but no {NAME}; use another output")
-        record = {"fields": fields, "fingerprint": fingerprint(fields), **description}
         try:
-            storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode(), create=True)
+            storage.publish_bytes(url, data, create=True)
             return
         except FileExistsError:  # another driver came first, perhaps with the same run
             found = read(output) or {"fields": {}}
@@ -58,11 +64,20 @@ def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]
         for name in sorted(found["fields"].keys() | fields.keys())
         if found["fields"].get(name) != fields.get(name)
     ]
-    if lines:
-        raise RefusedError(
-            f"{storage.redact(output)} holds another run; they differ in:\n" + "\n".join(lines) + "\n"
-            "Use another output, or rerun with the settings of the run that is there."
-        )
+    if not lines:
+        return
+    remedy = "Use another output, or rerun with the settings of the run that is there."
+    if not shards.any_committed(output):
+        tokens = [name for name in storage.list_files(storage.join(output, shards.STAGING)) if name.startswith(TOKEN)]
+        if earlier and not tokens:
+            storage.publish_bytes(url, data)
+            return
+        remedy += " It has finished no shard yet: once it has ended, any settings will do."
+        if tokens:
+            remedy += f" If it was killed, delete {storage.redact(storage.join(output, shards.STAGING, tokens[0]))}."
+    raise RefusedError(
+        f"{storage.redact(output)} holds another run; they differ in:\n" + "\n".join(lines) + f"\n{remedy}"
+    )
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:

@@ -296,7 +296,8 @@ def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None
     for kind, entry in receipt.files.items():
         url = storage.join(output_url, staged[kind])
         try:
-            found = storage.size(url)
+            with storage.refusals_as_storage_errors():
+                found = storage.size(url)
         except FileNotFoundError as error:
             raise StorageError(f"staged file {storage.redact(url)} is gone; compute the shard again") from error
         if found != entry.size:
@@ -334,6 +335,16 @@ def clean_staging(output_url: str) -> None:
     storage.remove_tree(storage.join(output_url, STAGING))
 
 
+def any_committed(output_url: str) -> bool:
+    """Whether the output has a receipt, of whatever run.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+    with storage.refusals_as_storage_errors():
+        return any(map(_RECEIPT_NAME.fullmatch, storage.list_files(output_url)))
+
+
 def iter_receipts(output_url: str) -> Iterator[Receipt]:
     """The receipts of the shards that exist, by shard index, without holding them all.
 
@@ -341,14 +352,16 @@ def iter_receipts(output_url: str) -> Iterator[Receipt]:
     is not a receipt, or does not match its own name, counts as absent.
 
     Raises:
-        PermissionError, StorageError: the output cannot be read.
+        StorageError: the output cannot be read.
     """
-    sizes = storage.list_files(output_url)
+    with storage.refusals_as_storage_errors():
+        sizes = storage.list_files(output_url)
     stems = sorted((m[1] for m in map(_RECEIPT_NAME.fullmatch, sizes) if m), key=int)
 
     def read(stem: str) -> Receipt | None:
         try:
-            receipt = Receipt.from_json(storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX)))
+            with storage.refusals_as_storage_errors():
+                receipt = Receipt.from_json(storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX)))
         except (FileNotFoundError, ValueError):
             return None
         found = {kind: sizes.get(stem + suffix) for kind, suffix in SUFFIXES.items()}
@@ -366,7 +379,7 @@ def read_receipts(output_url: str) -> dict[int, Receipt]:
     """:func:`iter_receipts` by shard index; ``{}`` where there is no output yet.
 
     Raises:
-        PermissionError, StorageError: the output cannot be read.
+        StorageError: the output cannot be read.
     """
     return {receipt.shard.index: receipt for receipt in iter_receipts(output_url)}
 

@@ -8,7 +8,7 @@ Three promises hold on all of them:
   under its final name: leaving ``with fs.open(url, "wb")`` through an exception publishes the part that was written.
 * Listings are never cached: another writer's file is seen as soon as the storage shows it.
 * Nothing waits for ever: connecting and reading have time limits, and what may pass (throttling, timeouts, resets) is
-  tried :data:`ATTEMPTS` times with growing pauses, with no new attempt after :data:`RETRY_SECONDS`.
+  tried a few times with growing pauses (:mod:`vcf_batch.storage_errors`).
 
 Errors, the same on every storage, with credentials removed from their messages:
 
@@ -27,26 +27,19 @@ import errno
 import hashlib
 import io
 import os
-import random
-import re
 import shutil
 import stat
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import fsspec.config
 import fsspec.core
 
-from vcf_batch.errors import StorageError, UsageError, VcfBatchError
+from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.records import FileEntry
-
-ATTEMPTS = 4
-"""How often an operation is tried in all while its failure may pass."""
-RETRY_SECONDS = 60.0
-"""No new attempt starts later than this after the first: some drivers wait minutes within one attempt."""
+from vcf_batch.storage_errors import MOVING, READING, NotAFileError, T, attempt, redact, translated
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 20
@@ -54,51 +47,9 @@ _HTTP_SECONDS = 1800
 _CONNECTIONS = 64
 _CHUNK = 1 << 20
 _TEMPORARY = ".tmp-"
-_WEB = ("http://", "https://")
-
-_NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
-_PASSING_ERRNO = {
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.EHOSTUNREACH,
-    errno.EIO,
-    errno.ENETUNREACH,
-    errno.ENOTEMPTY,
-    errno.EREMOTEIO,
-    errno.ESTALE,
-}
-_PASSING_HTTP = {408, 409, 425, 429, 500, 502, 503, 504}
-# Drivers have error classes of their own; named here, so that no driver needs to be imported.
-_PASSING_CLASSES = {
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "ConnectionError",
-    "HTTPClientError",
-    "IncompleteRead",
-    "IncompleteReadError",
-    "ResponseStreamingError",
-    "ServiceRequestError",
-    "ServiceResponseError",
-    "TransportError",
-}
-_ABSENT_CLASSES = {"InvalidURL", "TooManyRedirects"}
-_REFUSED_CLASSES = {"NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError"}
-_MISTAKES = (TypeError, AttributeError, LookupError, AssertionError, NotImplementedError, MemoryError)
-
-_jitter = random.Random()
-
-T = TypeVar("T")
-
-
-class NotAFileError(OSError):
-    """A directory, pipe, socket or device stands where a file was expected."""
-
-
-Kinds = tuple[type[OSError], ...]
-
-_READING: Kinds = (FileNotFoundError, PermissionError, NotAFileError)
-_MOVING: Kinds = (FileNotFoundError,)
-
+_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
+_NO_LISTINGS_CACHE = ("sftp", "ssh")
+"""Drivers that keep no listings, and hand every option that they do not know to their connection, which refuses it."""
 
 # Names
 
@@ -135,12 +86,6 @@ def name(url: str) -> str:
     return _split(url)[1].rstrip("/").rpartition("/")[2]
 
 
-def redact(text: str) -> str:
-    """``text`` with user names, passwords and query strings (signatures, tokens) removed from every URL in it."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/'\"]*@", r"\1", text)
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*=[^\s'\"]*", r"\1?...", text)
-
-
 # Reading
 
 
@@ -150,7 +95,7 @@ def open_read(url: str) -> BinaryIO:
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: at opening, and while reading.
     """
-    return cast(BinaryIO, _Reader(_attempt("open", url, lambda: _open(url)), url))
+    return cast(BinaryIO, _Reader(attempt("open", url, lambda: _open(url)), url))
 
 
 def read_bytes(url: str, limit: int | None = None) -> bytes:
@@ -167,7 +112,7 @@ def read_bytes(url: str, limit: int | None = None) -> bytes:
         with contextlib.closing(_open(url)) as file:
             return file.read() if limit is None else _read_fully(file, limit)
 
-    return _attempt("read", url, read)
+    return attempt("read", url, read)
 
 
 def read_text(url: str) -> str:
@@ -234,7 +179,7 @@ def list_files(url: str) -> dict[str, int]:
         entries = fs.ls(path, detail=True)
         return {name(e["name"]): int(e["size"] or 0) for e in entries if e["type"] == "file" and e["name"] != path}
 
-    return _listed("list", url, listing)
+    return _listed(url, listing)
 
 
 def list_tree(url: str) -> dict[str, int]:
@@ -254,17 +199,25 @@ def list_tree(url: str) -> dict[str, int]:
                     for file, length in _local_files(folder):
                         found_locally[os.path.relpath(os.path.join(folder, file), top)] = length
             return found_locally
-        fs, path = _filesystem(url)
-        fs.invalidate_cache(path)
-        prefix = path.rstrip("/") + "/"
-        found = cast(dict[str, dict[str, Any]], fs.find(path, detail=True))
+        return {file: int(info["size"] or 0) for file, info in _find(url)}
+
+    return _listed(url, listing)
+
+
+def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
+    """Like :func:`list_tree` for URLs that are not local: size, and the checksum that the store keeps, if it does.
+
+    Raises:
+        PermissionError, StorageError: see the module.
+    """
+
+    def listing() -> dict[str, tuple[int, str | None]]:
         return {
-            file.removeprefix(prefix): int(info["size"] or 0)
-            for file, info in found.items()
-            if info["type"] == "file" and file.startswith(prefix)
+            file: (int(info["size"] or 0), next((str(info[key]) for key in _CHECKSUMS if info.get(key)), None))
+            for file, info in _find(url)
         }
 
-    return _listed("list", url, listing)
+    return _listed(url, listing)
 
 
 def download(url: str, local_path: str) -> None:
@@ -289,7 +242,20 @@ def download(url: str, local_path: str) -> None:
 
         _publish_local(local_path, fill, create=False)
 
-    _attempt("download", url, fetch)
+    attempt("download", url, fetch)
+
+
+@contextlib.contextmanager
+def refusals_as_storage_errors() -> Iterator[None]:
+    """Within the block a PermissionError becomes a StorageError: for what a run cannot do without.
+
+    Raises:
+        StorageError: instead of the PermissionError, with its message.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise StorageError(str(error)) from error
 
 
 # Writing
@@ -317,7 +283,7 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
         fs.pipe_file(path, data, **({"mode": "create"} if create else {}))
 
     try:
-        _attempt("write", url, publish, (FileExistsError,) if create else ())
+        attempt("write", url, publish, (FileExistsError,) if create else ())
     except FileExistsError:
         # An earlier try may have won and only its answer was lost.
         if tries == 1 or read_bytes(url) != data:
@@ -341,7 +307,7 @@ def upload(local_path: str, url: str) -> None:
         if arrived != sent:
             raise ConnectionError(f"{arrived} of {sent} bytes arrived")
 
-    _attempt("upload", url, put, ())
+    attempt("upload", url, put, ())
 
 
 def move(source: str, target: str) -> None:
@@ -359,10 +325,10 @@ def move(source: str, target: str) -> None:
             os.replace(_local(source), _local(target))
             _sync_folder(_local(target))
 
-        _attempt("move", source, rename, _MOVING)
+        attempt("move", source, rename, MOVING)
         return
     fs, path = _filesystem(source)
-    _attempt("copy", source, lambda: fs.cp_file(path, _filesystem(target)[1]), _MOVING)
+    attempt("copy", source, lambda: fs.cp_file(path, _filesystem(target)[1]), MOVING)
     remove(source, missing_ok=True)
 
 
@@ -384,7 +350,7 @@ def remove(url: str, missing_ok: bool = False) -> None:
         fs.rm_file(path)
 
     with contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
-        _attempt("delete", url, delete, _MOVING)
+        attempt("delete", url, delete, MOVING)
 
 
 def remove_tree(url: str) -> None:
@@ -405,7 +371,7 @@ def remove_tree(url: str) -> None:
             fs.rm_file(file)
 
     with contextlib.suppress(FileNotFoundError):
-        _attempt("delete", url, delete, _MOVING)
+        attempt("delete", url, delete, MOVING)
 
 
 # How it is done
@@ -450,7 +416,7 @@ class _Reader(io.RawIOBase):
         try:
             return call()
         except Exception as error:
-            raise _translated("read", self._url, error, 1, _READING) from error
+            raise translated("read", self._url, error, 1, READING) from error
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -466,7 +432,16 @@ def _local(url: str) -> str:
 def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem (one per process and protocol) and the path in it."""
     protocol = url.partition("://")[0]
-    options: dict[str, Any] = {"use_listings_cache": False}
+    try:
+        return fsspec.core.url_to_fs(url, **_options(protocol))
+    except (ImportError, ValueError) as error:
+        message = f"cannot use {redact(url)}: {error}. Install the fsspec driver of {protocol}:// or use another URL."
+        raise UsageError(message) from error
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """What a driver is created with."""
+    options: dict[str, Any] = {} if protocol in _NO_LISTINGS_CACHE else {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
         # One inner attempt: s3fs itself makes five of each request, and so do we of the whole operation.
         options["config_kwargs"] = {
@@ -483,103 +458,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
     # fsspec lets explicit options replace the user's configuration (FSSPEC_S3_... variables): merge instead.
     for option, value in fsspec.config.conf.get(protocol, {}).items():
         options[option] = {**options[option], **value} if isinstance(options.get(option), dict) else value
+    return options
+
+
+def _listed(url: str, listing: Callable[[], dict[str, T]]) -> dict[str, T]:
     try:
-        return fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
-        message = f"cannot use {redact(url)}: {error}. Install the fsspec driver of {protocol}:// or use another URL."
-        raise UsageError(message) from error
-
-
-def _attempt(action: str, url: str, call: Callable[[], T], stay: Kinds = _READING) -> T:
-    """``call()``, again while its failure may pass; then this module's error.
-
-    Args:
-        stay: errors that a caller of this operation can act on; all others become StorageErrors.
-    """
-    begin = time.monotonic()
-    number = 0
-    while True:
-        number += 1
-        try:
-            return call()
-        except Exception as error:
-            cause = error
-            # fsspec's web driver calls whatever goes wrong in looking a file up, timeouts too, a missing file.
-            if url.startswith(_WEB) and isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-                cause = error.__cause__
-            last = number == ATTEMPTS or time.monotonic() - begin > RETRY_SECONDS
-            if last or not _may_pass(cause):
-                translated = _translated(action, url, cause, number, stay)
-                if translated is error:
-                    raise
-                raise translated from error
-        time.sleep(0.25 * 4 ** (number - 1) * (0.5 + _jitter.random()))
-
-
-def _listed(action: str, url: str, listing: Callable[[], dict[str, int]]) -> dict[str, int]:
-    try:
-        return _attempt(action, url, listing)
+        return attempt("list", url, listing)
     except FileNotFoundError:
         return {}
 
 
-def _http_status(error: BaseException) -> int | None:
-    for candidate in (error, error.__cause__):
-        response = getattr(candidate, "response", None)
-        if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for attribute in ("status", "status_code", "code"):
-            if isinstance(status := getattr(candidate, attribute, None), int):
-                return status
-    return None
-
-
-def _classes(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, (VcfBatchError, *_MISTAKES)):
-        return False
-    return (
-        isinstance(error, (TimeoutError, ConnectionError))
-        or getattr(error, "errno", None) in _PASSING_ERRNO
-        or _http_status(error) in _PASSING_HTTP
-        or bool(_classes(error) & _PASSING_CLASSES)
-    )
-
-
-def _translated(action: str, url: str, error: Exception, attempts: int, stay: Kinds) -> Exception:
-    """The error that the module's docstring promises for ``error``; ``error`` itself where it is a mistake of ours."""
-    if isinstance(error, (VcfBatchError, *_MISTAKES)):
-        return error
-    where, status = redact(url), _http_status(error)
-    reason = redact(f"{type(error).__name__}: {error}")
-    refused = isinstance(error, PermissionError) or status in (401, 403) or bool(_classes(error) & _REFUSED_CLASSES)
-    known: OSError | None = None
-    if isinstance(error, FileExistsError) or status == 412:
-        known = FileExistsError(errno.EEXIST, "the file is there already", where)
-    elif refused:
-        known = PermissionError(errno.EACCES, f"refused ({reason}); check credentials and permissions", where)
-    elif isinstance(error, (NotAFileError, IsADirectoryError)) or getattr(error, "errno", None) == errno.ENXIO:
-        known = NotAFileError(errno.EISDIR, "not a regular file", where)
-    elif _is_absent(url, error, status):
-        known = FileNotFoundError(errno.ENOENT, f"no such file (HTTP {status})" if status else "no such file", where)
-    if isinstance(known, stay):
-        return known
-    tried = f" after {attempts} attempts" if attempts > 1 else ""
-    remedy = "credentials and permissions" if refused else "that the storage is reachable, exists and has room"
-    return StorageError(f"cannot {action} {where}{tried}: {reason}. Check {remedy}.")
-
-
-def _is_absent(url: str, error: Exception, status: int | None) -> bool:
-    if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in _NO_SUCH_FILE:
-        return True
-    if "embedded null" in str(error) or _classes(error) & _ABSENT_CLASSES:
-        return True
-    # A web server that answers with 4xx has nothing at that address, whatever it calls that.
-    refusals = range(400, 500) if url.startswith(_WEB) else (404, 410)
-    return status in refusals and status not in _PASSING_HTTP
+def _find(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Relative path of each file under a folder that is not local, and what its store says of it."""
+    fs, path = _filesystem(url)
+    fs.invalidate_cache(path)
+    prefix = path.rstrip("/") + "/"
+    for file, info in cast(dict[str, dict[str, Any]], fs.find(path, detail=True)).items():
+        if info["type"] == "file" and file.startswith(prefix):
+            yield file.removeprefix(prefix), info
 
 
 def _open(url: str) -> Any:
@@ -613,7 +509,7 @@ def _info(url: str) -> dict[str, Any]:
         fs.invalidate_cache(path)
         return cast(dict[str, Any], fs.info(path))
 
-    return _attempt("look up", url, ask)
+    return attempt("look up", url, ask)
 
 
 def _local_files(folder: str) -> Iterator[tuple[str, int]]:

@@ -10,7 +10,6 @@ import torch
 from vcf_batch import models, shards
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
-from vcf_batch.errors import ModelError, VcfBatchError
 from vcf_batch.generation import Clock, Generation, Tools
 from vcf_batch.manifest import Manifest
 from vcf_batch.metrics.clip_score import ClipJudge
@@ -43,10 +42,9 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     folder = models.fetch(models_used.pipeline)
     judge = models_used.judge
     judge_folder = os.path.join(folder, OWN_JUDGE) if judge is None else models.fetch(judge)
-    judge_name = f"{models_used.pipeline.name}/{OWN_JUDGE}" if judge is None else judge.name
     pipeline = _load_pipeline(folder, device)
     scorer = Scorer(
-        ClipJudge.from_pretrained(judge_folder, device=device.kind, name=judge_name),
+        ClipJudge.from_pretrained(judge_folder, device=device.kind),
         _load_perceptual(models_used, folder, device),
     )
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
@@ -55,12 +53,8 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
 
 
 def _load_pipeline(folder: str, device: Device) -> VCFPipeline:
-    try:
+    with models.load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
-    except VcfBatchError:
-        raise
-    except Exception as error:  # diffusers, transformers and safetensors have no common error type
-        raise ModelError(f"cannot load the model in {folder}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device.kind)
 
@@ -69,8 +63,9 @@ def _load_perceptual(models_used: Models, folder: str, device: Device) -> Percep
     if models_used.lpips == TINY_PERCEPTUAL:
         from vcf_batch.tiny.probe import Probe  # only a model that brings one needs it
 
-        probe = Probe.from_pretrained(os.path.join(folder, OWN_PROBE), dtype=torch.float32).to(device.kind).eval()
-        return PerceptualDistance(probe.features, TINY_PERCEPTUAL, device=device.kind)
+        with models.load_errors(f"the probe of the model in {folder}"):
+            probe = Probe.from_pretrained(os.path.join(folder, OWN_PROBE), dtype=torch.float32)
+        return PerceptualDistance(probe.to(device.kind).eval().features, device=device.kind)
     if models_used.lpips_source is None:
         return None
     return LPIPS.from_pretrained(models_used.lpips, models_used.lpips_source, device=device.kind)
@@ -97,13 +92,16 @@ class Worker:
         generation = self._generation
         return generation.written if generation else 0
 
-    def run(self, shard: Shard, attempt: int, attempt_id: str) -> tuple[Receipt, dict[str, str]]:
+    def run(
+        self, shard: Shard, attempt: int, attempt_id: str, last_attempt: bool = False
+    ) -> tuple[Receipt, dict[str, str]]:
         """Generate one shard and stage its files under the output.
 
         Args:
             shard: rows of the manifest.
             attempt: how often the shard was tried, from 1.
             attempt_id: names the staged files; unique to this attempt.
+            last_attempt: a reference that storage or network do not deliver fails its rows, not the attempt.
 
         Returns:
             The receipt, not published, and what :func:`vcf_batch.shards.commit` needs to publish it.
@@ -115,17 +113,20 @@ class Worker:
         config, clock, started = self.tools.config, Clock(), datetime.now(UTC)
         self.tools.device.use_threads()
         self.tools.scorer.new_shard()
-        with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-            with clock("read_manifest"):
-                rows = self.manifest.rows(shard.start, shard.stop, config.seed)
-            layout = (config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
-            with shards.ShardWriter(scratch, shard, *layout) as writer:
-                with Generation(self.tools, rows, writer, clock) as self._generation:
-                    self._generation.run()
-                with clock("finish_files"):
-                    files = writer.finish()
-            with clock("stage"):
-                staged = shards.stage(files, config.output, shard, attempt_id)
+        try:
+            with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+                with clock("read_manifest"):
+                    rows = self.manifest.rows(shard.start, shard.stop, config.seed)
+                layout = (config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
+                with shards.ShardWriter(scratch, shard, *layout) as writer:
+                    with Generation(self.tools, rows, writer, clock, last_attempt) as self._generation:
+                        self._generation.run()
+                    with clock("finish_files"):
+                        files = writer.finish()
+                with clock("stage"):
+                    staged = shards.stage(files, config.output, shard, attempt_id)
+        finally:
+            self._generation = None  # with the shard's rows: two shards are never in memory
         receipt = Receipt(
             shard=shard,
             fingerprint=self.fingerprint,

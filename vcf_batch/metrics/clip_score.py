@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from vcf_batch.errors import ModelError
+from vcf_batch.models import load_errors
 
 _CHUNK = 64
 """Inputs in one forward pass: many references of one batch must not add up to a memory peak."""
@@ -27,46 +28,33 @@ class ClipJudge:
         tokenizer: its tokenizer.
         processor: its image preprocessing, as ``preprocessor_config.json`` says; in Pillow, so that scores do not
             depend on whether torchvision is installed.
-        name: what ``run.json`` calls it.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil, name: str) -> None:
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.processor = processor
-        self.name = name
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        name: str | None = None,
-    ) -> "ClipJudge":
-        """Load model, tokenizer and preprocessing from a folder or from the Hub.
+    def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> "ClipJudge":
+        """Load model, tokenizer and preprocessing.
 
         Args:
-            path: folder or Hub id of a CLIP in transformers' layout.
-            revision: exact revision of a Hub id.
-            device: where it runs.
-            dtype: what it computes in. Embeddings are float32 in any case.
-            name: what ``run.json`` calls it; None: ``path``.
+            path: folder of a CLIP in transformers' layout.
+            device: where it runs, always in float32.
 
         Raises:
             ModelError: a part is missing or does not fit.
+            StorageError: the disk failed.
         """
-        try:
-            model, report = CLIPModel.from_pretrained(path, revision=revision, dtype=dtype, output_loading_info=True)
-            tokenizer = CLIPTokenizer.from_pretrained(path, revision=revision)
-            processor = CLIPImageProcessorPil.from_pretrained(path, revision=revision)
-        except Exception as error:
-            raise ModelError(
-                f"cannot load the judge {path!r}: {error}. It must hold a CLIP model, its tokenizer and "
-                "preprocessor_config.json in transformers' layout; name another with --judge"
-            ) from error
+        remedy = (
+            ". It must hold a CLIP model, its tokenizer and preprocessor_config.json in transformers' layout; "
+            "name another with --judge"
+        )
+        with load_errors(f"the judge {path!r}", remedy):
+            model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(path)
+            processor = CLIPImageProcessorPil.from_pretrained(path)
         # transformers fills what a file lacks with random weights, and a tokenizer without files knows three tokens.
         if report["missing_keys"]:
             raise ModelError(
@@ -84,7 +72,7 @@ class ClipJudge:
                 f"the judge {path!r} resizes without a crop, so its images would differ in size; set do_center_crop or "
                 "a fixed height and width in its preprocessor_config.json"
             )
-        return cls(model.to(device), tokenizer, processor, name or path)
+        return cls(model.to(device), tokenizer, processor)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +112,7 @@ class ClipJudge:
         for start in range(0, len(pictures), _CHUNK):
             chunk = [self._trimmed(_rgb(picture)) for picture in pictures[start : start + _CHUNK]]
             pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
-            features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype))
+            features = self.model.get_image_features(pixel_values=pixels.to(self.device))
             parts.append(_normalised(features.pooler_output))
         return torch.cat(parts) if parts else self._nothing()
 
@@ -153,4 +141,4 @@ def _rgb(picture: Image.Image | NDArray[np.uint8]) -> Image.Image:
 
 
 def _normalised(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1).cpu()
+    return F.normalize(features, dim=-1).cpu()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vcf_batch import storage
 from vcf_batch.errors import ModelError
+from vcf_batch.models import load_errors
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 """Images ``[B, 3, H, W]`` in [-1, 1] to feature maps, each ``[B, C, h, w]``."""
@@ -28,20 +29,14 @@ class PerceptualDistance:
 
     Args:
         features: the network.
-        name: what ``run.json`` calls the distance.
         weights: for each feature map its channels' weights ``[C]``; None: ``1 / C``, the plain mean.
         device: where ``features`` runs.
     """
 
     def __init__(
-        self,
-        features: Features,
-        name: str,
-        weights: Sequence[Tensor] | None = None,
-        device: torch.device | str = "cpu",
+        self, features: Features, weights: Sequence[Tensor] | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.features = features
-        self.name = name
         self.weights = None if weights is None else [weight.to(device, torch.float32) for weight in weights]
         self.device = torch.device(device)
 
@@ -73,7 +68,7 @@ class PerceptualDistance:
 
 
 class LPIPS(PerceptualDistance):
-    """LPIPS with the published weights: ``lpips-alex`` or ``lpips-vgg`` (version 0.1)."""
+    """LPIPS with the published weights, version 0.1."""
 
     @classmethod
     def from_pretrained(cls, network: str, source: str, device: torch.device | str = "cpu") -> "LPIPS":
@@ -86,6 +81,7 @@ class LPIPS(PerceptualDistance):
 
         Raises:
             ModelError: a file is missing, unsafe to load or of another layout.
+            StorageError: the storage failed.
         """
         backbone_url, heads_url = weight_files(network, source)
         backbone = Backbone(network)
@@ -106,7 +102,7 @@ class LPIPS(PerceptualDistance):
                     f"lin{number}.model.1.weight must be [1, {channels}, 1, 1] and not negative"
                 )
             weights.append(weight.flatten())
-        return cls(backbone.to(device).eval().requires_grad_(False), f"lpips-{network}", weights, device)
+        return cls(backbone.to(device).eval().requires_grad_(False), weights, device)
 
 
 class Backbone(nn.Module):
@@ -244,19 +240,17 @@ def _unit(maps: Tensor) -> Tensor:
 
 def _load(url: str) -> Mapping[str, Tensor]:
     """A state dict from ``.safetensors``, or from ``.pth`` without running anything that it holds."""
-    try:
+    where = storage.redact(url)
+    with load_errors(f"{where}, which LPIPS needs", ". Check --lpips-weights, or turn the score off with --lpips none"):
         data = storage.read_bytes(url)
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {storage.redact(url)}, which LPIPS needs: {error}. Check --lpips-weights, or turn the score "
-            "off with --lpips none"
-        ) from error
     try:
         if url.endswith(".safetensors"):
             return safetensors.torch.load(data)
         tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise TypeError("it is not a state dict")
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ModelError(f"{storage.redact(url)} does not hold weights that are safe to load: {error}") from error
+        raise ModelError(f"{where} does not hold weights that are safe to load: {error}") from error
     return tensors

@@ -49,14 +49,6 @@ class Scorer:
         self._texts: dict[str, Tensor] = {}
         self._references: dict[bytes, _Reference] = {}
 
-    def names(self) -> dict[str, str | None]:
-        """For each score the name of the model behind it, for ``run.json``."""
-        return {
-            "clip_score": self.judge.name,
-            "clip_reference": self.judge.name,
-            "lpips": self.perceptual.name if self.perceptual else None,
-        }
-
     def new_shard(self) -> None:
         """Forget every embedding."""
         self._texts.clear()

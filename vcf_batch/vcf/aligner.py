@@ -86,7 +86,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
         Returns:
             float32 ``[B, 3, size, size]``, normalised.
         """
-        squashed = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images]
+        squashed = [squash(image, size) for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in squashed])) / 255
         if self.config.double_rescale:
             pixels = (pixels + 1) / 2
@@ -115,6 +115,11 @@ class ImageAligner(ModelMixin, ConfigMixin):
                 f"({error}); an aligner saved by this project is a folder: load it with ImageAligner.from_pretrained"
             ) from error
         return aligner.eval()
+
+
+def squash(image: Image.Image, size: int) -> Image.Image:
+    """The whole image as an RGB square of ``size`` pixels along each edge. One of that size stays as it is."""
+    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
 
 
 def info_nce_loss(

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch.config import SCHEDULERS
+from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, REFERENCE_PARTS, SCHEDULERS
 from vcf_batch.errors import ModelError, UsageError
-from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.aligner import ImageAligner, squash
 from vcf_batch.vcf.attention import accept_token_bias
 from vcf_batch.vcf.fusion import Conditioning, condition, default_strength
 
@@ -79,8 +79,8 @@ class VCFPipeline(StableDiffusionPipeline):
         aligner: ImageAligner | None = None,
         safety_checker: StableDiffusionSafetyChecker | None = None,
         requires_safety_checker: bool = False,
-        default_steps: int = 50,
-        default_guidance_scale: float = 9.0,
+        default_steps: int = DEFAULT_STEPS,
+        default_guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         default_strength: float | None = None,
     ) -> None:
         if safety_checker is not None:
@@ -150,14 +150,9 @@ class VCFPipeline(StableDiffusionPipeline):
             ``[B, N, Dt]`` on the pipeline's device, in the aligner's dtype.
 
         Raises:
-            ModelError: the model has no aligner, no image encoder or no feature extractor.
+            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`.
         """
-        for name in ("aligner", "image_encoder", "feature_extractor"):
-            if getattr(self, name) is None:
-                raise ModelError(
-                    f"this model has no {name}, and references need one; "
-                    f"load it with VCFPipeline.from_pretrained(..., {name}=...), or leave the references out"
-                )
+        self._require_reference_parts()
         aligned = []
         for start in range(0, len(images), ENCODE_BATCH):
             pixels = self.aligner.preprocess(
@@ -169,6 +164,25 @@ class VCFPipeline(StableDiffusionPipeline):
             hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
             aligned.append(self.aligner(self.aligner.select_tokens(hidden_states).to(self.aligner.dtype)))
         return torch.cat(aligned)
+
+    def squash(self, image: Image.Image) -> Image.Image:
+        """The first step of :meth:`encode_references`, which is the costly one where an image is large.
+
+        Doing it twice changes nothing, and any thread may do it.
+
+        Raises:
+            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`.
+        """
+        self._require_reference_parts()
+        return squash(image, self.image_encoder.config.image_size)
+
+    def _require_reference_parts(self) -> None:
+        for name in REFERENCE_PARTS:
+            if getattr(self, name) is None:
+                raise ModelError(
+                    f"this model has no {name}, and references need one; "
+                    f"load it with VCFPipeline.from_pretrained(..., {name}=...), or leave the references out"
+                )
 
     def resolve_strength(self, fusion: str, strength: float | None) -> float:
         """The strength that is used: the given one, else the model's for ``concat``, else the paper's.
@@ -312,7 +326,7 @@ class VCFPipeline(StableDiffusionPipeline):
             image_tokens: of each sample, the aligned tokens ``[N, Dt]`` of each of its references; empty is text only.
                 ``concat`` appends the tokens of all, the other fusions work on all of them together.
             negative_tokens: ``[B, T, Dt]``, of the negative prompts.
-            seeds: one per sample, 0 to 2**63 - 1.
+            seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
             fusion: ``concat``, ``naive`` or ``cross_attention``.
             strength: 0 is text only; None is the default of model and fusion.
             guidance_scale: 1 is no guidance; None is the model's default.
