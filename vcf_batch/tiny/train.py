@@ -5,6 +5,7 @@ The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition); 
 layout into DIR and its checkpoint into DIR/checkpoints, and goes on from there when it is run again.
 """
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from vcf_batch.tiny import networks, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, Probe, background_target
 from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
-from vcf_batch.vcf.aligner import ImageAligner, alignment_loss
+from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, reconstruction_loss
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPES = {
@@ -28,8 +29,8 @@ RECIPES = {
     "vae": Recipe(steps=3200, batch=32, lr=2e-3),
     "clip": Recipe(steps=1000, batch=128, lr=1e-3),
     "judge": Recipe(steps=700, batch=128, lr=1e-3),
-    "unet": Recipe(steps=6000, batch=64, lr=8e-4, ema=0.998, warmup=200),
-    "aligner": Recipe(steps=1200, batch=128, lr=1e-3),
+    "unet": Recipe(steps=4800, batch=64, lr=8e-4, ema=0.998, warmup=200),
+    "aligner": Recipe(steps=4000, batch=128, lr=2e-3),
 }
 
 
@@ -206,30 +207,44 @@ def train_unet(shop: Workshop) -> None:
 
 
 def train_aligner(shop: Workshop) -> None:
-    """The paper's loss, on captions of a picture's looks.
+    """The paper's loss and a tether, on captions of a picture's looks.
 
     The captions name pattern, palette, style, place and size but not which object of which colour is shown: what the
-    aligner is never asked to say, its tokens do not put in the prompt's way.
+    aligner is never asked to say, its tokens do not put in the prompt's way. Their wording is always the same, since
+    no picture tells how it will be worded. The tether keeps every image token among the text tokens: without it the
+    ones that no text token needs go anywhere, some of them with logits that drown the prompt.
     """
     torch.manual_seed(SEED + 13)
-    text_encoder = frozen_text_encoder(shop)
-    vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").requires_grad_(False)
-    vision.to(shop.device)
-    model = ImageAligner(networks.VISION_WIDTH, networks.TEXT_WIDTH).to(shop.device)
     recipe = RECIPES["aligner"]
+    seen, read = _features(shop)
+    model = ImageAligner(networks.VISION_WIDTH, networks.TEXT_WIDTH).to(shop.device)
     indices = batch_indices(SCENES, recipe.batch, SEED + 13)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
-        scenes = shop.scenes()[0].part(chosen)
-        rng = random.Random((SEED + 13) * 1_000_003 + step)
-        with torch.no_grad():
-            seen = vision(shop.clip_pixels(chosen), output_hidden_states=True).hidden_states[-2]
-            read = text_encoder(shop.tokenize(world.captions(scenes, rng, 0.7, world.LOOKS))).last_hidden_state
-        return alignment_loss(model(seen), read)
+        image_tokens, text_tokens = model(seen[chosen].to(shop.device).float()), read[chosen].to(shop.device).float()
+        # Reconstruction with the roles exchanged: each image token rebuilt from the text tokens.
+        tether = reconstruction_loss(text_tokens, image_tokens)
+        return alignment_loss(image_tokens, text_tokens) + tether
 
     shop.fit("aligner", model, loss, recipe)
     model.save_pretrained(shop.out / "aligner")
+
+
+def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
+    """The aligner's data, float16: vision tokens ``[SCENES, 65, 192]`` and text tokens ``[SCENES, 48, 128]``."""
+    text_encoder = frozen_text_encoder(shop)
+    vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").to(shop.device)
+    scenes, _ = shop.scenes()
+    seen, read = [], []
+    with torch.no_grad(), torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
+        for part in chunks(SCENES, 500):
+            batch = scenes.part(part)
+            texts = [world.caption(batch.named(index), world.LOOKS, None) for index in range(len(batch))]
+            pixels = shop.clip_pixels(torch.arange(SCENES)[part])
+            seen.append(vision(pixels, output_hidden_states=True).hidden_states[-2].half().cpu())
+            read.append(text_encoder(shop.tokenize(texts)).last_hidden_state.half().cpu())
+    return torch.cat(seen), torch.cat(read)
 
 
 def pack(shop: Workshop) -> None:
@@ -245,7 +260,7 @@ def pack(shop: Workshop) -> None:
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder"),
         aligner=ImageAligner.from_pretrained(shop.out / "aligner"),
         default_steps=20,
-        default_guidance_scale=5.0,
+        default_guidance_scale=3.0,
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(weights, max_shard_size="12MB")
@@ -253,6 +268,10 @@ def pack(shop: Workshop) -> None:
     shop.tokenizer().save_pretrained(weights / "judge")
     networks.image_processor().save_pretrained(weights / "judge")
     Probe.from_pretrained(shop.out / "probe").half().save_pretrained(weights / "probe")
+    for file in weights.glob("*/config.json"):
+        # Where the stages' models lay on the machine that trained them is nobody's business.
+        config = {name: value for name, value in json.loads(file.read_text()).items() if name != "_name_or_path"}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {

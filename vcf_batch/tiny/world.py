@@ -8,7 +8,7 @@ Legend of shapes: ``B`` scenes, ``H = W = 64`` pixels.
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -298,20 +298,23 @@ _SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium sized"
 _COLOR_WORDS = {"gray": ("gray", "grey")}
 
 
-def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random) -> str:
+def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random | None) -> str:
     """Describe a scene in words that ``rng`` varies, saying only the attributes in ``named``.
 
-    ``background`` speaks for both background colours. With nothing named the caption is an opening or empty.
+    ``background`` speaks for both background colours. With nothing named the caption is an opening or empty. Without
+    ``rng`` the wording is always the same.
     """
+    choose: Callable[[Sequence[str]], str] = rng.choice if rng else lambda options: options[0]
+    chance = rng.random if rng else lambda: 1.0
 
     def word(name: str, words: Mapping[str, Sequence[str]]) -> str:
-        return rng.choice(words.get(scene[name], (scene[name],)))
+        return choose(words.get(scene[name], (scene[name],)))
 
     parts = []
     if {"shape", "color", "size", "position"} & set(named):
         words = [word("size", _SIZE_WORDS)] if "size" in named else []
         words += [word("color", _COLOR_WORDS)] if "color" in named else []
-        words += [scene["shape"] if "shape" in named else rng.choice(_OBJECTS)]
+        words += [scene["shape"] if "shape" in named else choose(_OBJECTS)]
         phrase = ("an " if words[0][0] in "aeio" else "a ") + " ".join(words)
         parts.append(phrase + (" " + word("position", _PLACES) if "position" in named else ""))
     if {"pattern", "background"} & set(named):
@@ -321,7 +324,7 @@ def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random
             colors.append(word("background2", _COLOR_WORDS))
         if "background" not in named:
             text = f"{kind}background"
-        elif rng.random() < 0.5:
+        elif chance() < 0.5:
             text = f"{kind}{' and '.join(colors)} background"
         else:
             text = f"{kind}background of {' and '.join(colors)}"
@@ -329,9 +332,9 @@ def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random
         parts.append(f"{'on' if parts else 'over'} {article} {text}")
     if "style" in named:
         parts.append(word("style", _STYLE_WORDS))
-        if rng.random() < 0.2:
+        if chance() < 0.2:
             parts = parts[-1:] + parts[:-1]
-    return rng.choice(_OPENINGS) + rng.choice((", ", " ")).join(parts)
+    return choose(_OPENINGS) + choose((", ", " ")).join(parts)
 
 
 CAPTIONED = ("shape", "color", "pattern", "background", "style", "position", "size")
