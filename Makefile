@@ -1,5 +1,5 @@
 # Every target works on a fresh machine that has Python 3.11, pip and make.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --seed 1
+	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --address local
 	$(BIN)/vcf-batch contact-sheet out/demo
 
 test: install
