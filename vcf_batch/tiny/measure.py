@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vcf_batch.images import from_unit
+from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.models import tiny_folder
 from vcf_batch.tiny import world
 from vcf_batch.tiny.fitting import chunks
@@ -66,6 +67,19 @@ def reconstruct(pipeline: VCFPipeline, pictures: Tensor) -> Tensor:
     return torch.cat([pipeline.decode(latents * factor) for latents in parts])
 
 
+def zero_shot(judge: ClipJudge, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
+    """How often the judge prefers a caption that names a picture's own value of an attribute to those of the others."""
+    embedded = judge.embed_images(list(from_unit(pictures.permute(0, 2, 3, 1).numpy())))
+    shares = {}
+    for name in HEADS:
+        if name == "background":  # two colours at once, which no single value describes
+            continue
+        captions = [world.caption({**scenes.named(0), name: value}, (name,), None) for value in world.VALUES[name]]
+        chosen = (embedded @ judge.embed_texts(captions).T).argmax(1)
+        shares[name] = (chosen == scenes.attributes[name]).float().mean().item()
+    return shares
+
+
 def text_only(pipeline: VCFPipeline, probe: Probe, count: int, **settings: Any) -> dict[str, float]:
     """How often text-only pictures show what full held-out captions say."""
     scenes = world.sample_scenes(count, HELD_OUT)
@@ -111,6 +125,9 @@ def main(weights: Path, count: int, pairs: int, strength: tuple[float, ...]) -> 
     rows: dict[str, Mapping[str, float]] = {
         "real renders": read(probe, pictures, real),
         "VAE reconstructions": read(probe, reconstruct(pipeline, pictures), real),
+        "judge, zero-shot on real renders": zero_shot(
+            ClipJudge.from_pretrained(str(weights / "judge")), pictures, real
+        ),
         "goal of text only": GOALS,
     }
     for scale in sorted({5.0, pipeline.config.default_guidance_scale}):
