@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vcf_batch.tiny import networks, world
+from vcf_batch.images import from_unit
+from vcf_batch.metrics.clip_score import ClipJudge
+from vcf_batch.tiny import measure, networks, train, workshop, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, fit, speed_up_cpu_autocast
 from vcf_batch.tiny.probe import HEADS, Probe, background_target, correct
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPE = Recipe(steps=12, batch=4, lr=1e-2, warmup=2, ema=0.9)
 
@@ -82,6 +86,26 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.0)
+
+
+def test_the_stages_make_a_pipeline_with_judge_and_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of every stage, in order, then the directory that ``--model`` takes."""
+    for module in (train, workshop):
+        monkeypatch.setattr(module, "SCENES", 64)
+    monkeypatch.setattr(train, "RECIPES", {stage: Recipe(steps=1, batch=4, lr=1e-3) for stage in train.RECIPES})
+    shop = workshop.Workshop(tmp_path, torch.device("cpu"), seconds=60.0, autocast=False)
+    for stage in train.STAGES.values():
+        stage(shop)
+
+    weights = tmp_path / "weights"
+    assert "_name_or_path" not in "".join(file.read_text() for file in weights.glob("*/config.json"))
+    pipeline = VCFPipeline.from_pretrained(weights, dtype=torch.float32)
+    scenes, _ = shop.scenes()
+    reference = Image.fromarray(from_unit(world.render(scenes.part(slice(0, 1)))[0].permute(1, 2, 0).numpy()))
+    assert pipeline.generate(["a red star"], [reference], seeds=[0], steps=2).shape == (1, 3, world.SIZE, world.SIZE)
+    judge = ClipJudge.from_pretrained(str(weights / "judge"))
+    assert measure.zero_shot(judge, world.render(scenes), scenes).keys() == HEADS.keys() - {"background"}
+    assert len(Probe.from_pretrained(weights / "probe").features(torch.zeros(1, 3, 64, 64))) == 4
 
 
 def test_the_shortcuts_of_bfloat16_keep_the_result() -> None:

@@ -58,7 +58,7 @@ def train_vae(shop: Workshop) -> None:
 
     shop.fit("vae", model, loss, RECIPES["vae"])
     with torch.no_grad():
-        latents = model.encode(shop.pictures(torch.arange(1024))).latent_dist.mean
+        latents = model.encode(shop.pictures(torch.arange(SCENES)[:1024])).latent_dist.mean
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     model.save_pretrained(shop.out / "vae")
 
