@@ -14,6 +14,9 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from vcf_batch import shards
+from vcf_batch.records import Receipt
+
 SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
 """The smallest images that a run may ask for; the model's own 16 pixels are below it."""
 
@@ -74,3 +77,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def read_receipts(output: str) -> dict[int, Receipt]:
+    """The receipts of an output by shard index."""
+    return {receipt.shard.index: receipt for receipt in shards.iter_receipts(output)}

@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import common_pb2
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from vcf_batch import pool, prepare, shard_queue, shards
+from vcf_batch import pool, prepare, shard_queue
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.progress import Progress
@@ -79,7 +79,7 @@ def undisturbed(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Te
 
 
 def receipts(output: Path) -> list[Receipt]:
-    return [receipt for _, receipt in sorted(shards.read_receipts(str(output)).items())]
+    return [receipt for _, receipt in sorted(runs.read_receipts(str(output)).items())]
 
 
 def test_three_nodes_load_the_model_once_per_worker(undisturbed: Path) -> None:

@@ -13,7 +13,7 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import prepare, shards, storage
+from vcf_batch import prepare, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ManifestError, ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
@@ -295,4 +295,4 @@ def test_a_refusal_of_the_output_is_a_storage_error(
         prepare.claim(job)
     monkeypatch.setattr(storage, "list_files", refuse)
     with pytest.raises(StorageError, match="check credentials and permissions"):
-        shards.read_receipts(job.config.output)
+        runs.read_receipts(job.config.output)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import read_receipts
 
 from vcf_batch import shards, storage
 from vcf_batch.errors import StorageError
@@ -430,10 +431,10 @@ def test_a_staged_shard_does_not_exist_and_a_committed_one_does(output: str, tmp
     receipt = receipt_for(files)
     staged = shards.stage(files, output, receipt.shard, "attempt-1")
     assert set(storage.list_tree(output)) == {"_staging/attempt-1/00000.tar", "_staging/attempt-1/00000.parquet"}
-    assert shards.read_receipts(output) == {}
+    assert read_receipts(output) == {}
     shards.commit(output, receipt, staged)
     assert set(storage.list_tree(output)) == {"00000.tar", "00000.parquet", "00000_stats.json"}
-    assert shards.read_receipts(output) == {0: receipt}
+    assert read_receipts(output) == {0: receipt}
     assert [sample["__key__"] for sample in shards.read_samples(storage.join(output, "00000.tar"))] == ["000000000"]
     assert storage.digest(storage.join(output, "00000.parquet")) == files.entries["parquet"]
 
@@ -456,7 +457,7 @@ def test_a_worker_that_was_declared_dead_never_touches_a_final_name(output: str,
     receipt = receipt_for(alive, attempt=2)
     shards.commit(output, receipt, shards.stage(alive, output, receipt.shard, "attempt-2"))
     shards.stage(dead, output, receipt.shard, "attempt-1")
-    assert shards.read_receipts(output) == {0: receipt}
+    assert read_receipts(output) == {0: receipt}
     assert storage.digest(storage.join(output, "00000.tar")) == alive.entries["tar"]
 
 
@@ -518,12 +519,12 @@ def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
         with pytest.raises(Killed):
             shards.commit(output, second, staged)
 
-    found = shards.read_receipts(output)
+    found = read_receipts(output)
     for receipt in found.values():
         for kind, entry in receipt.files.items():
             assert storage.digest(storage.join(output, "00000" + shards.SUFFIXES[kind])) == entry
     shards.commit(output, second, shards.stage(new, output, second.shard, "three"))
-    assert shards.read_receipts(output) == {0: second}
+    assert read_receipts(output) == {0: second}
     assert storage.digest(storage.join(output, "00000.tar")) == new.entries["tar"]
 
 
@@ -552,12 +553,12 @@ def test_receipts_that_do_not_match_their_files_count_as_absent(output: str) -> 
     _publish(output, 9, **{"_stats.json": None})
     for name in ("x_stats.json", "123_stats.json", "run.json", "00010_stats.json.bak"):
         storage.publish_bytes(storage.join(output, name), good[0].to_json())
-    assert shards.read_receipts(output) == {0: good[0], 100_000: good[1]}
+    assert read_receipts(output) == {0: good[0], 100_000: good[1]}
     assert [receipt.shard.index for receipt in shards.iter_receipts(output)] == [0, 100_000]
 
 
 def test_an_output_that_does_not_exist_has_no_receipts(output: str) -> None:
-    assert shards.read_receipts(output) == {}
+    assert read_receipts(output) == {}
 
 
 def test_many_receipts_are_found_with_one_listing(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +576,7 @@ def test_many_receipts_are_found_with_one_listing(output: str, monkeypatch: pyte
     monkeypatch.setattr(storage, "list_files", noted)
     for name in ("size", "exists", "list_tree"):
         monkeypatch.delattr(storage, name)
-    assert list(shards.read_receipts(output)) == list(range(150))
+    assert list(read_receipts(output)) == list(range(150))
     assert listings == [output]
 
 
@@ -587,7 +588,7 @@ def test_a_storage_that_fails_is_not_an_empty_output(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(storage, "read_bytes", broken)
     with pytest.raises(StorageError):
-        shards.read_receipts(str(tmp_path))
+        read_receipts(str(tmp_path))
 
 
 def test_a_tar_that_is_cut_is_noticed(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +47,16 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
         StorageError: the storage failed.
     """
     record = run_file.read(output)
-    receipts = shards.read_receipts(output)
-    if record is None or not receipts:
+    done = (receipt.shard for receipt in shards.iter_receipts(output))
+    first = next(done, None)
+    if record is None or first is None:
         raise UsageError(f"{storage.redact(output)} has no finished shard to show; generate into it first")
     config = RunConfig.from_mapping(record["config"])
-    cards = itertools.islice(_cards(output, config, [receipts[index].shard for index in sorted(receipts)]), limit)
+    cards = itertools.islice(_cards(output, config, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
 
-    heights = [_LINE + _GAP + -(-len(group) // COLUMNS) * (_CARD[1] + _GAP) for _, group in groups]
     columns = min(COLUMNS, max(len(group) for _, group in groups))
+    heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]
     width = columns * (_CARD[0] + 2 * _GAP)
     sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
@@ -73,7 +74,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     return sheet
 
 
-def _cards(output: str, config: RunConfig, done: Sequence[Shard]) -> Iterator[_Card]:
+def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_Card]:
     manifest = Manifest.open(config.manifest, config.limit)
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for shard in done:

@@ -375,15 +375,6 @@ def iter_receipts(output_url: str) -> Iterator[Receipt]:
             yield from (receipt for receipt in threads.map(read, batch) if receipt)
 
 
-def read_receipts(output_url: str) -> dict[int, Receipt]:
-    """:func:`iter_receipts` by shard index; ``{}`` where there is no output yet.
-
-    Raises:
-        StorageError: the output cannot be read.
-    """
-    return {receipt.shard.index: receipt for receipt in iter_receipts(output_url)}
-
-
 def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard's tar, streamed, as WebDataset readers give them.
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vcf_batch.tiny.world import VALUES
 
@@ -68,6 +69,21 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         nn.GroupNorm(8, outputs),
         nn.SiLU(),
     )
+
+
+def attribute_losses(logits: Mapping[str, Tensor], attributes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a classifier of the attributes is trained with: attribute to loss ``[B]``, of the order of 1 for each."""
+    losses = {}
+    for name, values in logits.items():
+        if name == "background":
+            target = background_target(attributes).to(values.device)
+            losses[name] = 4 * functional.binary_cross_entropy_with_logits(
+                values.float(), target, reduction="none"
+            ).mean(1)
+        else:
+            target = attributes[name].to(values.device)
+            losses[name] = functional.cross_entropy(values.float(), target, reduction="none")
+    return losses
 
 
 def correct(logits: Mapping[str, Tensor], attributes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
 from vcf_batch.tiny import networks, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
-from vcf_batch.tiny.probe import HEADS, Probe, background_target
+from vcf_batch.tiny.probe import HEADS, Probe, attribute_losses
 from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
-from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, reconstruction_loss
+from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPES = {
@@ -58,7 +58,7 @@ def train_vae(shop: Workshop) -> None:
 
     shop.fit("vae", model, loss, RECIPES["vae"])
     with torch.no_grad():
-        latents = model.encode(shop.pictures(torch.arange(SCENES)[:1024])).latent_dist.mean
+        latents = model.encode(shop.pictures(slice(1024))).latent_dist.mean
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     model.save_pretrained(shop.out / "vae")
 
@@ -73,14 +73,8 @@ class AttributeHeads(nn.Module):
     def forward(self, embedding: Tensor, scenes: world.Scenes, named: Tensor | None = None) -> Tensor:
         """Mean classification loss. ``named`` (bool ``[B, 7]``, order of CAPTIONED) leaves out what was not said."""
         losses = []
-        for name, head in self.heads.items():
-            logits = head(embedding).float()
-            if name == "background":
-                target = background_target(scenes.attributes).to(logits.device)
-                loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1) * 4
-            else:
-                target = scenes.attributes[name].to(logits.device)
-                loss = functional.cross_entropy(logits, target, reduction="none")
+        logits = {name: head(embedding) for name, head in self.heads.items()}
+        for name, loss in attribute_losses(logits, scenes.attributes).items():
             said = loss.new_ones(len(loss)) if named is None else named[:, world.CAPTIONED.index(name)].to(loss)
             losses.append((loss * said).sum() / said.sum().clamp(min=1))
         return torch.stack(losses).mean()
@@ -104,9 +98,7 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
         said = torch.tensor([[name in names for name in world.CAPTIONED] for names in named])
         out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
         image, text = out.image_embeds.float(), out.text_embeds.float()
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        target = torch.arange(len(chosen), device=shop.device)
-        contrast = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+        contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
         scale = width**0.5  # unit vectors are too short for a linear reader at these learning rates
         readers = model["see"](image * scale, scenes) + model["read"](text * scale, scenes, said)
         return contrast + 2 * readers
@@ -140,14 +132,8 @@ def train_probe(shop: Workshop) -> None:
     def loss(step: int) -> Tensor:
         chosen = indices(step)
         logits = model(shop.pictures(chosen))
-        attributes = shop.scenes()[0].part(chosen).attributes
-        total = sum(
-            functional.cross_entropy(values.float(), attributes[name].to(shop.device))
-            for name, values in logits.items()
-            if name != "background"
-        )
-        target = background_target(attributes).to(shop.device)
-        return total + 4 * functional.binary_cross_entropy_with_logits(logits["background"].float(), target)
+        losses = attribute_losses(logits, shop.scenes()[0].part(chosen).attributes)
+        return torch.stack([loss.mean() for loss in losses.values()]).sum()
 
     shop.fit("probe", model, loss, RECIPES["probe"])
     model.save_pretrained(shop.out / "probe")
@@ -171,10 +157,8 @@ def train_unet(shop: Workshop) -> None:
     vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
     alphas = networks.scheduler().alphas_cumprod.to(shop.device)
     with torch.no_grad():
-        encoded = [
-            vae.encode(shop.pictures(torch.arange(SCENES)[part])).latent_dist.mean for part in chunks(SCENES, 500)
-        ]
-    latents = torch.cat(encoded) * vae.config.scaling_factor
+        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(SCENES, 500)]
+    latents = torch.cat(means) * vae.config.scaling_factor
     recipe = RECIPES["unet"]
     indices = batch_indices(SCENES, recipe.batch, SEED + 9)
 
@@ -185,14 +169,12 @@ def train_unet(shop: Workshop) -> None:
         parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
         dropped = torch.tensor([rng.random() < 0.1 for _ in chosen], device=shop.device)
         tokens = []
-        for part in range(parts):
-            texts = world.captions(scenes, rng, full=0.5 / parts)
-            with torch.no_grad():
-                encoded = text_encoder(shop.tokenize(texts)).last_hidden_state
-                nothing = (
-                    text_encoder(shop.tokenize([""])).last_hidden_state if part == 0 else torch.zeros_like(encoded[:1])
-                )
-            tokens.append(torch.where(dropped[:, None, None], nothing, encoded))
+        with torch.no_grad():
+            nothing = text_encoder(shop.tokenize([""])).last_hidden_state
+            for _ in range(parts):
+                encoded = text_encoder(shop.tokenize(world.captions(scenes, rng, full=0.5 / parts))).last_hidden_state
+                tokens.append(torch.where(dropped[:, None, None], nothing, encoded))
+                nothing = torch.zeros_like(nothing)
         clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step + SEED)).to(shop.device)
         timestep = torch.randint(1000, (len(chosen),), generator=torch.Generator().manual_seed(step)).to(shop.device)
@@ -241,8 +223,7 @@ def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
         for part in chunks(SCENES, 500):
             batch = scenes.part(part)
             texts = [world.caption(batch.named(index), world.LOOKS, None) for index in range(len(batch))]
-            pixels = shop.clip_pixels(torch.arange(SCENES)[part])
-            seen.append(vision(pixels, output_hidden_states=True).hidden_states[-2].half().cpu())
+            seen.append(vision(shop.clip_pixels(part), output_hidden_states=True).hidden_states[-2].half().cpu())
             read.append(text_encoder(shop.tokenize(texts)).last_hidden_state.half().cpu())
     return torch.cat(seen), torch.cat(read)
 

@@ -31,11 +31,11 @@ class Workshop:
         pictures = torch.cat([world.render(scenes.part(part, SEED + part.start)) for part in chunks(SCENES, 2000)])
         return scenes, (pictures * 255).round().to(torch.uint8)
 
-    def pictures(self, indices: Tensor) -> Tensor:
+    def pictures(self, indices: Tensor | slice) -> Tensor:
         """Training pictures, float32 ``[B, 3, 64, 64]`` in [-1, 1] on the device."""
         return self.scenes()[1][indices].to(self.device).float() / 127.5 - 1
 
-    def clip_pixels(self, indices: Tensor) -> Tensor:
+    def clip_pixels(self, indices: Tensor | slice) -> Tensor:
         """Training pictures as the CLIP towers take them: float32 ``[B, 3, 64, 64]``, CLIP's mean and deviation."""
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return (self.pictures(indices) / 2 + 0.5 - mean) / std
