@@ -28,7 +28,7 @@ RECIPES = {
     "probe": Recipe(steps=1800, batch=64, lr=2e-3),
     "vae": Recipe(steps=3200, batch=32, lr=2e-3),
     "clip": Recipe(steps=1000, batch=128, lr=1e-3),
-    "judge": Recipe(steps=700, batch=128, lr=1e-3),
+    "judge": Recipe(steps=4000, batch=128, lr=1e-3),
     "unet": Recipe(steps=4800, batch=64, lr=8e-4, ema=0.998, warmup=200),
     "aligner": Recipe(steps=4000, batch=128, lr=2e-3),
 }
