@@ -29,11 +29,7 @@ def find(ids: list[str], batch: int, most: int = 100) -> tuple[int, list[unique.
 @settings(deadline=None)
 @given(ids=st.lists(st.text("ab_", min_size=1, max_size=4), max_size=60), batch=st.integers(1, 9))
 def test_same_repeats_as_a_set_finds(ids: list[str], batch: int) -> None:
-    expected = [
-        unique.Repeat(row, ids.index(sample_id), sample_id)
-        for row, sample_id in enumerate(ids)
-        if sample_id in ids[:row]
-    ]
+    expected = [unique.Repeat(row, ids.index(sample_id)) for row, sample_id in enumerate(ids) if sample_id in ids[:row]]
     assert find(ids, batch) == (len(expected), expected)
 
 
@@ -49,14 +45,15 @@ def test_one_id_everywhere_shows_the_first_repeats_only() -> None:
 
 def test_hash_spreads_sequential_ids_evenly() -> None:
     ids = pa.array([f"{row:09d}" for row in range(20_000)]).cast(pa.large_binary())
-    counts = np.bincount(unique.hash_ids(ids) % np.uint64(16), minlength=16)
+    counts = np.bincount(unique.hash_ids(ids)[0] % np.uint64(16), minlength=16)
     assert counts.min() > 1000
     assert counts.max() < 1500
 
 
 def test_hash_sees_the_slice_it_is_given() -> None:
     ids = pa.array(["a", "bb", "", "ccc"]).cast(pa.large_binary())
-    assert unique.hash_ids(ids.slice(1, 3)).tolist() == unique.hash_ids(ids)[1:].tolist()
+    for part, whole in zip(unique.hash_ids(ids.slice(1, 3)), unique.hash_ids(ids), strict=True):
+        assert part.tolist() == whole[1:].tolist()
 
 
 def test_scratch_is_removed() -> None:

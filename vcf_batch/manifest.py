@@ -374,8 +374,12 @@ class _Findings:
     def add_repeats(self, finder: RepeatFinder) -> None:
         count, repeats = finder.repeats(_SHOWN)
         locate = self._manifest.locate
-        examples = [f"{locate(repeat.row)} ({repeat.id!r}, as {locate(repeat.first)})" for repeat in repeats]
         if count:
+            ids = [self._manifest.rows(repeat.row, repeat.row + 1, run_seed=0)[0].key for repeat in repeats]
+            examples = [
+                f"{locate(repeat.row)} ({key!r}, as {locate(repeat.first)})"
+                for key, repeat in zip(ids, repeats, strict=True)
+            ]
             self._record("sample_id", "repeated", count, examples)
 
     def raise_if_any(self) -> None:

@@ -1,9 +1,9 @@
 """Repeated ids among very many, in bounded memory.
 
-The ids are spread by hash over files in local scratch, which are then read back one by one.
+An id is known by 128 bits of hash, which two different ids of a manifest share with a probability below 1e-20. The
+hashes are spread over files in local scratch, which are then read back one by one.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,12 @@ import pyarrow as pa
 ROWS_PER_PARTITION = 500_000
 MAX_PARTITIONS = 256
 _PENDING_ROWS = 500_000
-_SCHEMA = pa.schema([("id", pa.large_binary()), ("row", pa.int64())])
+_RECORD = np.dtype([("hash", np.uint64), ("check", np.uint64), ("row", np.int64)])
+_WORD = 8
+_WORD_MASKS = np.array([(1 << 8 * kept) - 1 for kept in range(_WORD + 1)], dtype=np.uint64)
+"""By the number of bytes that belong to the id."""
+_HASH_FACTOR, _CHECK_FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+"""Odd, with bits all over: the golden ratio's, and a prime of xxHash."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -26,14 +31,13 @@ class Repeat:
 
     row: int
     first: int
-    id: str
 
 
 class RepeatFinder:
     """Finds repeated ids. A context manager: its scratch folder lives as long as the context.
 
-    Memory is bounded by :data:`ROWS_PER_PARTITION` and :data:`MAX_PARTITIONS`, not by the number of repeats: about
-    0.3 GB for 100 M ids. Scratch takes the ids' bytes and 16 more for each.
+    Memory is bounded by :data:`ROWS_PER_PARTITION` and :data:`MAX_PARTITIONS`, not by the number of repeats. Scratch
+    takes 24 bytes for each id.
 
     Args:
         expected: about how many ids will come; decides the number of partitions.
@@ -41,111 +45,100 @@ class RepeatFinder:
 
     def __init__(self, expected: int) -> None:
         self._count = min(max(-(-expected // ROWS_PER_PARTITION), 1), MAX_PARTITIONS)
-        self._stack = contextlib.ExitStack()
-        self._pending: list[pa.RecordBatch] = []
+        self._scratch = tempfile.TemporaryDirectory(prefix="vcf-batch-ids-")
+        self._pending: list[np.ndarray] = []
         self._pending_rows = 0
 
     def __enter__(self) -> Self:
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vcf-batch-ids-")))
-        self._writers = [
-            self._stack.enter_context(pa.ipc.new_stream(str(self._path(partition)), _SCHEMA))
-            for partition in range(self._count)
-        ]
+        self._folder = Path(self._scratch.__enter__())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._scratch.__exit__(kind, error, trace)
 
     def add(self, ids: pa.Array, first_row: int) -> None:
         """Take the ids (binary, no nulls) of the rows from ``first_row`` on. Batches come in the order of the rows."""
-        rows = pa.array(np.arange(first_row, first_row + len(ids)))
-        self._pending.append(pa.RecordBatch.from_arrays([ids.cast(pa.large_binary()), rows], schema=_SCHEMA))
+        records = np.empty(len(ids), _RECORD)
+        records["hash"], records["check"] = hash_ids(ids.cast(pa.large_binary()))
+        records["row"] = np.arange(first_row, first_row + len(ids))
+        self._pending.append(records)
         self._pending_rows += len(ids)
         if self._pending_rows >= _PENDING_ROWS:
             self._spread()
 
     def repeats(self, most: int) -> tuple[int, list[Repeat]]:
-        """How many rows repeat an earlier id, and the ``most`` first of them. Nothing can be added afterwards."""
+        """How many rows repeat an earlier id, and the ``most`` first of them."""
         self._spread()
-        for writer in self._writers:
-            writer.close()
         total = 0
         found: list[Repeat] = []
         for partition in range(self._count):
-            for count, batch_repeats in self._repeats_in(partition, most):
+            for count, some in self._repeats_in(partition, most):
                 total += count
-                found = sorted(found + batch_repeats)[:most]
+                found = sorted(found + some)[:most]
         return total, found
 
     def _path(self, partition: int) -> Path:
-        return self._folder / f"{partition}.arrow"
+        return self._folder / f"{partition}.records"
 
     def _spread(self) -> None:
+        """Append what is pending to its partitions' files."""
         if not self._pending:
             return
-        table = pa.Table.from_batches(self._pending, _SCHEMA).combine_chunks()
+        records = np.concatenate(self._pending)
         self._pending, self._pending_rows = [], 0
-        batch = table.to_batches()[0]
-        partitions = (hash_ids(batch["id"]) % np.uint64(self._count)).astype(np.int16)
-        order = np.argsort(partitions, kind="stable")
-        batch = batch.take(pa.array(order))
-        stops = np.cumsum(np.bincount(partitions, minlength=self._count)).tolist()
-        for writer, start, stop in zip(self._writers, [0, *stops], stops, strict=False):
-            if stop > start:
-                writer.write_batch(batch.slice(start, stop - start))
+        partitions = (records["hash"] % np.uint64(self._count)).astype(np.int16)
+        records = records[np.argsort(partitions, kind="stable")]
+        stops = np.cumsum(np.bincount(partitions, minlength=self._count))
+        for partition, part in enumerate(np.split(records, stops[:-1])):
+            if len(part):
+                with self._path(partition).open("ab") as file:
+                    part.tofile(file)
 
     def _repeats_in(self, partition: int, most: int) -> Iterator[tuple[int, list[Repeat]]]:
         """Repeats of one partition. Holds its distinct ids and one chunk: an id repeated without end stays cheap."""
-        seen = _SCHEMA.empty_table()
-        with pa.OSFile(str(self._path(partition))) as file, pa.ipc.open_stream(file) as reader:
-            for chunk in _chunks(reader):
-                table = pa.concat_tables([seen, chunk]).combine_chunks()
-                encoded = table["id"].combine_chunks().dictionary_encode()
-                if len(encoded.dictionary) == len(table):
-                    seen = table
+        if not self._path(partition).exists():
+            return
+        seen = np.empty(0, _RECORD)
+        with self._path(partition).open("rb") as file:
+            while len(chunk := np.fromfile(file, _RECORD, ROWS_PER_PARTITION)):
+                records = np.concatenate([seen, chunk])
+                if not _equals_previous(np.sort(records["hash"])).any():
+                    seen = records
                     continue
-                codes = encoded.indices.to_numpy()
-                # The dictionary is in order of appearance; assigning backwards leaves each code its first position.
-                first = np.empty(len(encoded.dictionary), dtype=np.int64)
-                first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
-                is_repeat = np.ones(len(codes), dtype=bool)
-                is_repeat[first] = False
-                rows = table["row"].to_numpy()
-                positions = np.flatnonzero(is_repeat)
-                positions_shown = positions[np.argsort(rows[positions], kind="stable")[:most]]
-                yield (
-                    len(positions),
-                    [
-                        Repeat(int(rows[at]), int(rows[first[codes[at]]]), table["id"][int(at)].as_py().decode())
-                        for at in positions_shown
-                    ],
-                )
-                seen = table.take(pa.array(first))
+                # A stable sort: the first of equal ids stays the one that was seen first.
+                records = records[np.lexsort((records["check"], records["hash"]))]
+                is_repeat = _equals_previous(records["hash"]) & _equals_previous(records["check"])
+                seen = records[~is_repeat]
+                firsts = seen["row"][np.cumsum(~is_repeat) - 1][is_repeat]
+                rows = records["row"][is_repeat]
+                shown = np.argsort(rows, kind="stable")[:most]
+                yield len(rows), [Repeat(int(rows[at]), int(firsts[at])) for at in shown]
 
 
-def hash_ids(ids: pa.LargeBinaryArray) -> np.ndarray:
-    """FNV-1a over each id's bytes, then mixed: ``[n]`` uint64. Steps over byte positions, not over rows."""
+def hash_ids(ids: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    """Two independent hashes of each id's bytes, ``[n]`` uint64 each. Steps over words of the ids, not over ids."""
     offsets = np.frombuffer(ids.buffers()[1], dtype=np.int64)[ids.offset : ids.offset + len(ids) + 1]
-    data = np.frombuffer(ids.buffers()[2] or b"", dtype=np.uint8)
-    starts, lengths = offsets[:-1], np.diff(offsets)
-    hashes = np.full(len(ids), 0xCBF29CE484222325, dtype=np.uint64)
-    for position in range(int(lengths.max(initial=0))):
-        alive = np.flatnonzero(lengths > position)
-        hashes[alive] = (hashes[alive] ^ data[starts[alive] + position]) * np.uint64(0x100000001B3)
-    return hashes ^ (hashes >> np.uint64(32))
+    data = np.frombuffer(ids.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
+    padded = np.append(data, np.zeros(_WORD, np.uint8))
+    words = np.ndarray(len(data) + 1, dtype="<u8", buffer=padded, strides=(1,))  # the word that begins at each byte
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    hashes = lengths.astype(np.uint64) * _HASH_FACTOR
+    checks = lengths.astype(np.uint64) * _CHECK_FACTOR
+    for begin in range(0, int(lengths.max(initial=0)), _WORD):
+        alive = np.flatnonzero(lengths > begin)
+        word = words[starts[alive] + begin] & _WORD_MASKS[np.minimum(lengths[alive] - begin, _WORD)]
+        hashes[alive] = _mixed((hashes[alive] ^ word) * _HASH_FACTOR)
+        checks[alive] = _mixed((checks[alive] + word) * _CHECK_FACTOR)
+    return hashes, checks
 
 
-def _chunks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """The reader's batches, gathered into tables of about :data:`ROWS_PER_PARTITION` rows."""
-    gathered: list[pa.RecordBatch] = []
-    rows = 0
-    for batch in reader:
-        gathered.append(batch)
-        rows += batch.num_rows
-        if rows >= ROWS_PER_PARTITION:
-            yield pa.Table.from_batches(gathered)
-            gathered, rows = [], 0
-    if gathered:
-        yield pa.Table.from_batches(gathered)
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """High bits brought down to the low ones, which a product leaves poor."""
+    return values ^ (values >> np.uint64(32))
+
+
+def _equals_previous(values: np.ndarray) -> np.ndarray:
+    """Boolean ``[n]``: whether each value equals the one before it."""
+    return np.concatenate([[False], values[1:] == values[:-1]])

@@ -1,0 +1,132 @@
+"""What a start costs before any model loads: ``python benchmarks/plan.py``.
+
+Writes a manifest of 100 million rows in 100 files and the receipts of 100,000 shards into a scratch folder. Then it
+measures, each in a process of its own: opening and planning the manifest, checking all its prompts and ids, and finding
+the finished shards of a resumed run.
+"""
+
+import hashlib
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vcf_batch import plan, shards
+from vcf_batch.manifest import Manifest
+from vcf_batch.records import FileEntry, Receipt
+
+FILES = 100
+SHARD_SIZE = 1000
+CONTENT = b"."
+"""Of every tar and parquet: a resume looks at their sizes alone."""
+
+
+def write_manifest(folder: Path, rows: int) -> None:
+    """Unique ids, and prompts and references of which each occurs many times, as they do in a cross product."""
+    folder.mkdir(exist_ok=True)
+    prompts = pa.array([f"a photograph of the {number}th thing that came to mind, in oil" for number in range(10_000)])
+    references = pa.array([f"references/{number:05d}.jpg" for number in range(1000)])
+    bounds = np.linspace(0, rows, FILES + 1, dtype=np.int64)
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        index = np.arange(start, stop)
+        table = pa.table(
+            {
+                "sample_id": pc.utf8_lpad(pa.array(index).cast(pa.string()), 12, "0"),
+                "prompt": prompts.take(pa.array(index // len(references) % len(prompts))),
+                "reference": references.take(pa.array(index % len(references))),
+            }
+        )
+        pq.write_table(table, folder / f"part-{number:03d}.parquet", compression="zstd", row_group_size=100_000)
+
+
+def write_receipts(folder: Path, count: int) -> None:
+    """The files of a finished run, as small as they can be."""
+    folder.mkdir(exist_ok=True)
+    entry = FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    for shard in plan.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
+        receipt = Receipt(
+            shard=shard,
+            fingerprint="0" * 64,
+            attempt=1,
+            counts={"success": SHARD_SIZE, "rejected": 0, "failed": 0},
+            files=dict.fromkeys(shards.SUFFIXES, entry),
+            device={"kind": "cpu", "dtype": "float32", "threads": 1},
+            timings={"sample": 1.0, "total": 1.0},
+            means={"clip_score": 0.3},
+        )
+        for suffix in shards.SUFFIXES.values():
+            (folder / f"{shard.name}{suffix}").write_bytes(CONTENT)
+        (folder / f"{shard.name}{shards.RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
+
+
+def open_and_plan(folder: Path) -> str:
+    """Read the footers, cut the rows into shards and walk through all of them."""
+    manifest = Manifest.open(str(folder / "manifest"))
+    shard_plan = plan.ShardPlan(manifest.num_rows, SHARD_SIZE)
+    return f"{manifest.num_rows:,} rows, {sum(1 for _ in plan.remaining(shard_plan, set())):,} shards"
+
+
+def check_ids(folder: Path) -> str:
+    """Stream every prompt and every id: empty, unsafe, repeated."""
+    manifest = Manifest.open(str(folder / "manifest"))
+    manifest.check()
+    return f"{manifest.num_rows:,} rows"
+
+
+def find_receipts(folder: Path) -> str:
+    """List the output and read its receipts."""
+    return f"{sum(1 for _ in shards.iter_receipts(str(folder / 'output'))):,} receipts"
+
+
+MEASURES: dict[str, Callable[[Path], str]] = {
+    "open and plan": open_and_plan,
+    "check prompts and ids": check_ids,
+    "find finished shards": find_receipts,
+}
+
+
+def measure(name: str, folder: Path) -> tuple[str, float, float]:
+    """What was done, its seconds and its peak memory in GiB, from a fresh process."""
+    command = [sys.executable, __file__, "--only", name, "--scratch", str(folder)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return found["done"], found["seconds"], found["gib"]
+
+
+@click.command()
+@click.option("--rows", default=100_000_000, show_default=True, help="Of the manifest.")
+@click.option("--receipts", default=100_000, show_default=True, help="Finished shards.")
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder to use, and to keep.")
+@click.option("--only", type=click.Choice([*MEASURES]), hidden=True)
+def main(rows: int, receipts: int, scratch: Path | None, only: str | None) -> None:
+    """Measure the start of a run over a very large manifest."""
+    if only is not None:
+        assert scratch is not None
+        begin = time.perf_counter()
+        done = MEASURES[only](scratch)
+        seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        click.echo(json.dumps({"done": done, "seconds": seconds, "gib": peak / (1 << 20)}))
+        return
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-plan-") as temporary:
+        folder = scratch or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder / "manifest", rows)
+        write_receipts(folder / "output", receipts)
+        click.echo("| measure | what | seconds | peak memory, GiB |\n|---|---|---|---|")
+        for name in MEASURES:
+            done, seconds, gib = measure(name, folder)
+            click.echo(f"| {name} | {done} | {seconds:.1f} | {gib:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
