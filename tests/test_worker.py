@@ -17,7 +17,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.manifest import Manifest
-from vcf_batch.records import Receipt, Reference
+from vcf_batch.records import Receipt, Reference, Sample, Scores
 from vcf_batch.references import ReferenceReader
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import Worker
@@ -70,10 +70,10 @@ def with_reader(subject: Worker, reader: type[ReferenceReader]) -> Worker:
     return Worker(tools, subject.manifest, subject.fingerprint)
 
 
-def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False) -> Receipt:
+def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **given: Any) -> Receipt:
     """Run the manifest as one shard and commit it, as the driver does."""
     shard = plan.ShardPlan(subject.manifest.num_rows, 1000)[0]
-    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt)
+    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
     shards.commit(subject.tools.config.output, receipt, staged)
     return receipt
 
@@ -198,6 +198,81 @@ def test_a_sample_that_is_not_finite_fails(loaded: Worker, tmp_path: Path, monke
     rows = runs.rows_of(tmp_path / "out")
     assert [row["status"] for row in rows] == ["failed", "success", "success"]
     assert "not finite" in rows[0]["error_message"]
+
+
+def varied(folder: Path, rows: int = 24) -> Path:
+    """A manifest whose rows 2, 9 and 10 have a prompt and a reference, the longest and the only ones of their kind."""
+    for number in (2, 9, 10):
+        folder.mkdir(exist_ok=True)
+        (folder / f"own{number}.png").write_bytes(runs.png(number + 50))
+    own = {2: "own2.png", 9: "own9.png", 10: "own10.png"}
+    return runs.write_manifest(
+        folder,
+        rows,
+        {
+            "prompt": [f"{row} longer than any other" if row in own else f"a {row % 5}" for row in range(rows)],
+            "reference": [own.get(row, None if row % 5 == 4 else f"reference{row % 3}.png") for row in range(rows)],
+            "negative_prompt": ["dull" if row in own else None for row in range(rows)],
+        },
+    )
+
+
+def test_a_row_with_a_verdict_fails_untouched_and_changes_no_other_row(loaded: Worker, tmp_path: Path) -> None:
+    """What kills its worker is recorded, and the other rows get the bytes that they get beside it: rows that are not
+    generated keep their slot as padding."""
+    manifest = varied(tmp_path / "in")
+    commit(another(loaded, manifest, tmp_path / "whole"))
+    before = runs.rows_of(tmp_path / "whole")
+    for number in (2, 9, 10):
+        (tmp_path / "in" / f"own{number}.png").write_text("would fail its row, if it were read")
+    subject = another(loaded, manifest, tmp_path / "out")
+    commit(subject, verdicts={2: "kills its worker", **dict.fromkeys(range(8, 16), "hangs")})
+    after = runs.rows_of(tmp_path / "out")
+    generated = [number for number in range(24) if number != 2 and number not in range(8, 16)]
+    assert [after[number] for number in generated] == [before[number] for number in generated]
+    assert (after[2]["status"], after[2]["error_message"], after[2]["sha256"]) == ("failed", "kills its worker", None)
+    assert after[2]["prompt"] == "2 longer than any other"
+    assert after[2]["negative_prompt"] == "dull"
+    assert {after[number]["error_message"] for number in range(8, 16)} == {"hangs"}
+    keys = [sample["__key__"] for sample in shards.read_samples(str(tmp_path / "out" / "00000.tar"))]
+    assert keys == [before[number]["key"] for number in generated]
+
+
+def test_existing_samples_are_written_as_they_are(loaded: Worker, tmp_path: Path) -> None:
+    """Rows of a shard can be generated again beside samples that are kept, byte for byte."""
+    manifest = varied(tmp_path / "in")
+    commit(another(loaded, manifest, tmp_path / "whole"))
+    subject = another(loaded, manifest, tmp_path / "out")
+    images = {sample["__key__"]: sample["png"] for sample in shards.read_samples(str(tmp_path / "whole" / "00000.tar"))}
+    existing = {}
+    for row, found in zip(subject.manifest.rows(0, 24, 0), runs.rows_of(tmp_path / "whole"), strict=True):
+        if row.number not in (3, 11):
+            scores = Scores(found["clip_score"], found["clip_reference"], found["lpips"])
+            settings = subject.tools.settings(row)
+            existing[row.number] = Sample(row, "success", settings, images[row.key], 32, 32, scores)
+    commit(subject, existing=existing)
+    assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "whole")
+
+
+def test_a_trial_generates_the_selected_rows_and_leaves_nothing(
+    loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard is bisected in its own batches, and batches without a selected row are not sampled."""
+    sampled: list[int] = []
+    generate = loaded.tools.pipeline.generate_from_tokens
+
+    def sample(*args: Any, **settings: Any) -> torch.Tensor:
+        sampled.append(len(settings["seeds"]))
+        return generate(*args, **settings)
+
+    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sample)
+    references = ["reference0.png"] * 12
+    manifest = runs.write_manifest(tmp_path / "in", 12, {"reference": references})
+    subject = another(loaded, manifest, tmp_path / "out")
+    subject.trial(plan.ShardPlan(12, 1000)[0], {0, 3, 11})
+    assert sampled == [4, 4]
+    assert not (tmp_path / "out").exists()
+    assert subject.samples_done == 0
 
 
 class _Troubled(ReferenceReader):

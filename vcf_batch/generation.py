@@ -7,7 +7,7 @@ thread scores, encodes and writes behind it.
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch import images, plan
+from vcf_batch import images, padding, plan
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Reference, Row, Sample
 from vcf_batch.references import ReferenceReader
-from vcf_batch.shards import ShardWriter
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 READERS = 8
@@ -124,23 +123,33 @@ class _Batch:
 class Generation:
     """Generates the rows of one shard; use it with ``with``.
 
-    What is computed together depends on the manifest alone, never on what failed.
+    What is computed together depends on the manifest alone, never on what failed or is left out.
 
     Args:
         tools: what to generate with.
         rows: of the shard.
-        writer: takes the samples, in the order of the rows.
+        known: samples by the number of their row, which are handed on as they are: the row is not touched, and keeps
+            its place in its batch as padding (:mod:`vcf_batch.padding`). A batch of padding alone is not sampled.
+        write: takes the samples, in the order of the rows.
         clock: where the time went.
         last_attempt: trouble of storage or network with one reference fails its rows. Before that it raises: only what
             repeats, and on another node if there is one, is blamed on a row.
     """
 
     def __init__(
-        self, tools: Tools, rows: Sequence[Row], writer: ShardWriter, clock: "Clock", last_attempt: bool
+        self,
+        tools: Tools,
+        rows: Sequence[Row],
+        known: Mapping[int, Sample],
+        write: Callable[[Sample], None],
+        clock: "Clock",
+        last_attempt: bool,
     ) -> None:
-        self.tools, self.rows, self.writer, self.clock = tools, rows, writer, clock
+        self.tools, self.known, self.write, self.clock = tools, known, write, clock
         self.blamed = (RowError, StorageError) if last_attempt else RowError
         self.pipeline, self.config = tools.pipeline, tools.config
+        self.padding = {position for position, row in enumerate(rows) if row.number in known}
+        self.rows = rows = padding.neutral(rows, self.padding, self.config.negative_prompt)
         self.settings = [tools.settings(row) for row in rows]
         # Rows with equally many conditioning tokens share a batch.
         keys = [
@@ -222,12 +231,12 @@ class Generation:
             for entry in entries:
                 entry.collect(self.blamed)
             batch.pictures.append([cast(Image.Image, entry.image) for entry in entries])
-            error = self.rows[position].error or next((entry.error for entry in entries if entry.error), None)
+            error = next((entry.error for entry in entries if entry.error), None)
             if error:
                 batch.errors[position] = error
 
     def _sample(self, batch: _Batch) -> Tensor | None:
-        """Sample a batch: float32 ``[B, 3, H, W]`` in [0, 1]; None if every row of it failed.
+        """Sample a batch: float32 ``[B, 3, H, W]`` in [0, 1]; None if every row of it failed or is padding.
 
         Failed rows are encoded and sampled beside the others: what their neighbours get does not depend on them.
         """
@@ -235,7 +244,7 @@ class Generation:
         try:
             text_tokens = self._text_tokens(batch)
             image_tokens = self._image_tokens(batch)
-            if len(batch.errors) == len(batch.positions):
+            if self.padding.union(batch.errors).issuperset(batch.positions):
                 return None
             return self.pipeline.generate_from_tokens(
                 torch.stack([text_tokens[self.rows[position].prompt] for position in batch.positions]),
@@ -293,6 +302,8 @@ class Generation:
         with self.clock("encode_and_write"):
             for place, position in enumerate(batch.positions):
                 row, used = self.rows[position], self.settings[position]
+                if position in self.padding:
+                    continue
                 error = batch.errors.get(position) or (None if finite[place] else NOT_FINITE)
                 if error:
                     self.finished[position] = Sample(row, "failed", used, error_message=error)
@@ -302,8 +313,9 @@ class Generation:
                 self.finished[position] = Sample(
                     row, "success", used, image=data, width=width, height=height, scores=scores[place]
                 )
-            while self.written in self.finished:
-                self.writer.add(self.finished.pop(self.written))
+            while self.written in self.finished or self.written in self.padding:
+                known = self.written in self.padding
+                self.write(self.known[self.rows[self.written].number] if known else self.finished.pop(self.written))
                 self.written += 1
 
     def _release(self, batch: _Batch, finishing: "Future[None]") -> None:

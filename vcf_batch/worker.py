@@ -1,9 +1,14 @@
 """A worker: one shard in, its staged files and its receipt out. No ray here, so it is tested without a cluster."""
 
+import contextlib
 import os
 import socket
 import tempfile
+from collections import ChainMap
+from collections.abc import Container, Iterator, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import cast
 
 import torch
 
@@ -16,8 +21,9 @@ from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, Models
-from vcf_batch.records import Receipt, Shard
+from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.references import ReferenceReader
+from vcf_batch.shards import ShardFiles
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 _model_loads = 0
@@ -93,15 +99,26 @@ class Worker:
         return generation.written if generation else 0
 
     def run(
-        self, shard: Shard, attempt: int, attempt_id: str, last_attempt: bool = False
+        self,
+        shard: Shard,
+        attempt: int,
+        attempt_id: str,
+        last_attempt: bool = False,
+        verdicts: Mapping[int, str] = MappingProxyType({}),
+        existing: Mapping[int, Sample] = MappingProxyType({}),
     ) -> tuple[Receipt, dict[str, str]]:
         """Generate one shard and stage its files under the output.
+
+        Rows with a verdict or an existing sample are not touched; the other rows' bytes do not depend on which these
+        are.
 
         Args:
             shard: rows of the manifest.
             attempt: how often the shard was tried, from 1.
             attempt_id: names the staged files; unique to this attempt.
             last_attempt: a reference that storage or network do not deliver fails its rows, not the attempt.
+            verdicts: row number to error message: rows that fail without a try.
+            existing: row number to sample: rows that are done. Samples are asked for one by one, in order.
 
         Returns:
             The receipt, not published, and what :func:`vcf_batch.shards.commit` needs to publish it.
@@ -110,23 +127,9 @@ class Worker:
             UsageError: the manifest or the model cannot be used; trying again does not help.
             VcfBatchError: storage, network or the machine failed. No row is to blame; the shard may be tried again.
         """
-        config, clock, started = self.tools.config, Clock(), datetime.now(UTC)
-        self.tools.device.use_threads()
-        self.tools.scorer.new_shard()
-        try:
-            with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-                with clock("read_manifest"):
-                    rows = self.manifest.rows(shard.start, shard.stop, config.seed)
-                layout = (config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
-                with shards.ShardWriter(scratch, shard, *layout) as writer:
-                    with Generation(self.tools, rows, writer, clock, last_attempt) as self._generation:
-                        self._generation.run()
-                    with clock("finish_files"):
-                        files = writer.finish()
-                with clock("stage"):
-                    staged = shards.stage(files, config.output, shard, attempt_id)
-        finally:
-            self._generation = None  # with the shard's rows: two shards are never in memory
+        clock, started = Clock(), datetime.now(UTC)
+        with self._generated(shard, clock, last_attempt, verdicts, existing) as files, clock("stage"):
+            staged = shards.stage(files, self.tools.config.output, shard, attempt_id)
         receipt = Receipt(
             shard=shard,
             fingerprint=self.fingerprint,
@@ -145,3 +148,51 @@ class Worker:
             means=files.means,
         )
         return receipt, staged
+
+    def trial(self, shard: Shard, selected: Container[int]) -> None:
+        """Generate some rows of a shard as :meth:`run` does, and throw them away: what happens to this process?
+
+        Args:
+            shard: rows of the manifest.
+            selected: numbers of the rows that are generated.
+
+        Raises:
+            VcfBatchError: as :meth:`run`, but a reference that storage or network do not deliver fails its rows.
+        """
+        left_out = {
+            number: "left out of a trial" for number in range(shard.start, shard.stop) if number not in selected
+        }
+        with self._generated(shard, Clock(), True, left_out, {}):
+            pass
+
+    @contextlib.contextmanager
+    def _generated(
+        self,
+        shard: Shard,
+        clock: Clock,
+        last_attempt: bool,
+        verdicts: Mapping[int, str],
+        existing: Mapping[int, Sample],
+    ) -> Iterator[ShardFiles]:
+        """The shard's files, in scratch that goes when the block is left."""
+        self.tools.device.use_threads()
+        self.tools.scorer.new_shard()
+        try:
+            with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+                with clock("read_manifest"):
+                    rows = self.manifest.rows(shard.start, shard.stop, self.tools.config.seed)
+                failed = {
+                    row.number: Sample(row, "failed", self.tools.settings(row), error_message=error)
+                    for row in rows
+                    if (error := verdicts.get(row.number) or row.error)
+                }
+                known = ChainMap(failed, cast(dict[int, Sample], existing))
+                layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
+                with shards.ShardWriter(scratch, shard, *layout) as writer:
+                    with Generation(self.tools, rows, known, writer.add, clock, last_attempt) as self._generation:
+                        self._generation.run()
+                    with clock("finish_files"):
+                        files = writer.finish()
+                yield files
+        finally:
+            self._generation = None  # with the shard's rows: two shards are never in memory

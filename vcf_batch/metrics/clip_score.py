@@ -83,6 +83,9 @@ class ClipJudge:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised embeddings, float32 ``[B, D]`` on the CPU. Text beyond the model's length is cut off.
 
+        Texts are padded to that length, and not to the longest of them, whose length would show in the others' last
+        bits.
+
         Args:
             texts: ``B`` texts.
         """
@@ -90,7 +93,7 @@ class ClipJudge:
         for start in range(0, len(texts), _CHUNK):
             tokens = self.tokenizer(
                 list(texts[start : start + _CHUNK]),
-                padding=True,
+                padding="max_length",
                 truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
