@@ -153,17 +153,24 @@ class VCFPipeline(StableDiffusionPipeline):
             ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`.
         """
         self._require_reference_parts()
-        aligned = []
+        tokens = self.aligner.select_tokens(self.vision_tokens(images))
+        return self.aligner(tokens.to(self.aligner.dtype))
+
+    @torch.no_grad()
+    def vision_tokens(self, images: Sequence[Image.Image]) -> Tensor:
+        """What the aligner reads of images: the vision tower's penultimate hidden state (docs/method.md, section 1).
+
+        Returns:
+            ``[B, 1 + P, Dv]``, CLS first, before :meth:`ImageAligner.select_tokens`.
+        """
+        tower, statistics = self.image_encoder, (self.feature_extractor.image_mean, self.feature_extractor.image_std)
+        hidden_states = []
         for start in range(0, len(images), ENCODE_BATCH):
-            pixels = self.aligner.preprocess(
-                images[start : start + ENCODE_BATCH],
-                self.image_encoder.config.image_size,
-                self.feature_extractor.image_mean,
-                self.feature_extractor.image_std,
-            ).to(self._execution_device, self.image_encoder.dtype)
-            hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
-            aligned.append(self.aligner(self.aligner.select_tokens(hidden_states).to(self.aligner.dtype)))
-        return torch.cat(aligned)
+            batch = images[start : start + ENCODE_BATCH]
+            pixels = self.aligner.preprocess(batch, tower.config.image_size, *statistics)
+            pixels = pixels.to(self._execution_device, tower.dtype)
+            hidden_states.append(tower(pixels, output_hidden_states=True).hidden_states[-2])
+        return torch.cat(hidden_states)
 
     def squash(self, image: Image.Image) -> Image.Image:
         """The first step of :meth:`encode_references`, which is the costly one where an image is large.
