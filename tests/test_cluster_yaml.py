@@ -38,5 +38,5 @@ def test_versions_are_pinned(cluster: dict[str, Any]) -> None:
     setup = "\n".join(cluster["setup_commands"])
     assert f"ray[default]=={ray.__version__}" in setup
     assert "--constraint" in setup
-    assert '"$HOME/vcf-batch[s3]"' in setup, "manifest, output and models are in object storage"
+    assert '"$HOME/vcf-batch[plots,s3]"' in setup, "object storage, and evaluations with a plot"
     assert f"ray=={ray.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()

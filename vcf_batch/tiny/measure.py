@@ -1,6 +1,7 @@
-"""Measure the tiny family: ``python -m vcf_batch.tiny.measure``. The table of the model card comes from here.
+"""Measure the tiny family: ``python -m vcf_batch.tiny.measure``. A table of the model card comes from here.
 
-The probe reads what was drawn. A held-out scene is one that no stage was trained on.
+The probe reads what was drawn. A held-out scene is one that no stage was trained on. How references are taken is for
+``vcf-batch evaluate`` to measure.
 """
 
 import random
@@ -10,7 +11,6 @@ from typing import Any
 
 import click
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,42 +19,25 @@ from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.models import tiny_folder
 from vcf_batch.tiny import world
 from vcf_batch.tiny.fitting import chunks
-from vcf_batch.tiny.probe import HEADS, Probe, correct
+from vcf_batch.tiny.pairs import HELD_OUT
+from vcf_batch.tiny.probe import HEADS, Probe, agreement
 from vcf_batch.vcf.pipeline import VCFPipeline
-
-HELD_OUT = 990_000_000
-"""Seeds from here on are never trained on."""
 
 GOALS = {"style": 0.90, "pattern": 0.85, "background": 0.85, "color": 0.85, "shape": 0.75, "position": 0.85}
 """Wanted share of text-only pictures that show what the caption says."""
 
-PROMPT = ("shape", "color")
-"""What the prompts of the fusion measurement name; everything else is the reference's to give."""
 
-
-@torch.no_grad()
 def read(probe: Probe, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
-    """Share of pictures, by attribute, in which the probe sees the scenes' values.
-
-    Args:
-        pictures: ``[B, 3, 64, 64]`` in [0, 1].
-    """
-    right: dict[str, list[Tensor]] = {name: [] for name in HEADS}
-    for part in chunks(len(pictures), 256):
-        for name, values in correct(probe(pictures[part] * 2 - 1), scenes.part(part).attributes).items():
-            right[name].append(values)
-    return {name: torch.cat(values).float().mean().item() for name, values in right.items()}
+    """Share of pictures, by attribute, in which the probe sees the scenes' values; see :func:`probe.agreement`."""
+    return {name: right.float().mean().item() for name, right in agreement(probe, pictures, scenes).items()}
 
 
-def generate(
-    pipeline: VCFPipeline, prompts: list[str], references: list[Image.Image | None], **settings: Any
-) -> Tensor:
-    """Pictures ``[B, 3, 64, 64]`` in [0, 1] for prompts and references, seeds counting from 0."""
+def generate(pipeline: VCFPipeline, prompts: list[str], **settings: Any) -> Tensor:
+    """Pictures ``[B, 3, 64, 64]`` in [0, 1] for prompts alone, seeds counting from 0."""
 
     def batches() -> Iterator[Tensor]:
         for part in tqdm(list(chunks(len(prompts), 32)), desc="generate", leave=False):
-            seeds = list(range(len(prompts)))[part]
-            yield pipeline.generate(prompts[part], references[part], seeds=seeds, **settings)
+            yield pipeline.generate(prompts[part], seeds=list(range(len(prompts)))[part], **settings)
 
     return torch.cat(list(batches()))
 
@@ -84,21 +67,7 @@ def text_only(pipeline: VCFPipeline, probe: Probe, count: int, **settings: Any) 
     """How often text-only pictures show what full held-out captions say."""
     scenes = world.sample_scenes(count, HELD_OUT)
     prompts = world.captions(scenes, random.Random(HELD_OUT), full=1.0)
-    return read(probe, generate(pipeline, prompts, [None] * count, **settings), scenes)
-
-
-def transfer(pipeline: VCFPipeline, probe: Probe, count: int, **settings: Any) -> dict[str, float]:
-    """Prompts that name shape and colour, references that differ in everything: whose value does the picture show?
-
-    Shape and colour are measured against the prompt, everything else against the reference.
-    """
-    wanted, shown = world.sample_scenes(count, HELD_OUT + 1), world.sample_scenes(count, HELD_OUT + 2)
-    rng = random.Random(HELD_OUT + 1)
-    prompts = [world.caption(wanted.named(index), PROMPT, rng) for index in range(count)]
-    pixels = from_unit(world.render(shown).permute(0, 2, 3, 1).numpy())
-    pictures = generate(pipeline, prompts, [Image.fromarray(p) for p in pixels], **settings)
-    prompt, reference = read(probe, pictures, wanted), read(probe, pictures, shown)
-    return {name: (prompt if name in PROMPT else reference)[name] for name in HEADS}
+    return read(probe, generate(pipeline, prompts, **settings), scenes)
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -113,10 +82,8 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 @click.command()
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), default=tiny_folder(), show_default=True)
 @click.option("--count", default=512, show_default=True, help="Text-only pictures of each measurement.")
-@click.option("--pairs", default=256, show_default=True, help="Prompts with references of each measurement.")
-@click.option("--strength", type=float, multiple=True, default=(0.5, 1.0), show_default=True, help="Of concat.")
-def main(weights: Path, count: int, pairs: int, strength: tuple[float, ...]) -> None:
-    """Measure how well the tiny family draws what captions say and takes what references show."""
+def main(weights: Path, count: int) -> None:
+    """Measure how well the tiny family draws what captions say."""
     pipeline = VCFPipeline.from_pretrained(weights, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     probe = Probe.from_pretrained(weights / "probe", dtype=torch.float32)
@@ -132,10 +99,6 @@ def main(weights: Path, count: int, pairs: int, strength: tuple[float, ...]) -> 
     }
     for scale in sorted({5.0, pipeline.config.default_guidance_scale}):
         rows[f"text only, full captions, guidance {scale:g}"] = text_only(pipeline, probe, count, guidance_scale=scale)
-    for value in (0.0, *strength):
-        rows[f"concat, strength {value:g}"] = transfer(pipeline, probe, pairs, fusion="concat", strength=value)
-    for fusion in ("naive", "cross_attention"):
-        rows[fusion] = transfer(pipeline, probe, pairs, fusion=fusion)
     click.echo(table(rows))
 
 

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vcf_batch.tiny.world import VALUES
+from vcf_batch.tiny.world import VALUES, Scenes
 
 HEADS: Mapping[str, int] = {name: len(values) for name, values in VALUES.items() if name != "background2"}
 """Attribute to its number of values. ``background`` answers for both background colours at once."""
@@ -99,6 +99,18 @@ def correct(logits: Mapping[str, Tensor], attributes: Mapping[str, Tensor]) -> d
     single = wanted.sum(1) == 1
     best[single] = torch.zeros_like(wanted[single]).scatter_(1, ranked[single, :1], 1.0)
     return right | {"background": (best == wanted).all(1)}
+
+
+@torch.no_grad()
+def agreement(probe: Probe, pictures: Tensor, scenes: Scenes) -> dict[str, Tensor]:
+    """In which pictures the probe sees the scenes' values: attribute to bool ``[B]``.
+
+    Args:
+        pictures: ``[B, 3, 64, 64]`` in [0, 1].
+    """
+    slices = [slice(start, start + 256) for start in range(0, len(pictures), 256)]
+    parts = [correct(probe(pictures[part] * 2 - 1), scenes.part(part).attributes) for part in slices]
+    return {name: torch.cat([part[name] for part in parts]) for name in HEADS}
 
 
 def background_target(attributes: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,20 @@
+"""Evaluate a model on a Ray cluster: the command ``vcf-batch evaluate`` as a job's entry point.
+
+::
+
+    ray job submit --working-dir . -- python jobs/evaluate.py --model s3://bucket/model --out s3://bucket/evaluation
+
+The output must be a URL or an absolute path on storage that every node shares; the job's working directory is a
+temporary copy.
+"""
+
+import sys
+from pathlib import Path
+
+# Python puts this file's folder on the path, not the folder that holds the package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vcf_batch.cli import evaluate
+
+if __name__ == "__main__":
+    evaluate(prog_name="jobs/evaluate.py")

@@ -1,0 +1,44 @@
+"""Prompts with references of which it is known what a picture of both shows."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from vcf_batch.images import from_unit
+from vcf_batch.tiny import world
+
+HELD_OUT = 990_000_000
+"""Seeds of scenes from here on are never trained on."""
+
+PROMPT = ("shape", "color")
+"""What the prompts name; everything else is the reference's to give."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt that names :data:`PROMPT` only, and a reference that differs in both."""
+
+    prompt: str
+    reference: Image.Image
+    wanted: dict[str, str]
+    """What a picture of both shows: the prompt's shape and colour, and every other attribute as in the reference."""
+
+
+def draw(count: int) -> list[Pair]:
+    """Held-out pairs. The prompt's shape is not the reference's, and its colour is nowhere in the reference."""
+    shown = world.sample_scenes(count, HELD_OUT + 1)
+    generator = torch.Generator().manual_seed(HELD_OUT + 2)
+    other = torch.randint(1, len(world.SHAPES), (count,), generator=generator)
+    chances = torch.rand(count, len(world.COLORS), generator=generator)
+    for name in ("color", "background", "background2"):
+        chances.scatter_(1, shown.attributes[name][:, None], -1.0)
+    named = {"shape": (shown.attributes["shape"] + other) % len(world.SHAPES), "color": chances.argmax(dim=1)}
+    wanted = world.Scenes({**shown.attributes, **named}, shown.seed)
+    rng = random.Random(HELD_OUT + 1)
+    pixels = from_unit(world.render(shown).permute(0, 2, 3, 1).numpy())
+    return [
+        Pair(world.caption(wanted.named(number), PROMPT, rng), Image.fromarray(picture), wanted.named(number))
+        for number, picture in enumerate(pixels)
+    ]

@@ -1,0 +1,107 @@
+"""How an evaluation is shown: as Markdown tables, and as a plot of the prompt's score against the reference's."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vcf_batch.errors import UsageError
+from vcf_batch.metrics.bootstrap import Interval
+
+SCORES = {
+    "clip_score": "CLIP score (up)",
+    "lpips": "LPIPS to reference (down)",
+    "clip_reference": "CLIP to reference (up)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What one method did: a line of the tables."""
+
+    method: str
+    fusion: str
+    strength: float
+    samples: int
+    scores: Mapping[str, Interval]
+    """Mean of each of :data:`SCORES`."""
+    kept: Interval
+    """CLIP score as a share of what text only has with the same prompts and seeds."""
+    shown: Mapping[str, Interval]
+    """Attribute to the share of samples that show the wanted value of it; empty where none is known."""
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """The lines in Markdown: their scores, then what they show, if that is known."""
+    parts = [
+        _table(
+            ["samples", *SCORES.values(), "CLIP score kept"],
+            lines,
+            lambda line: [
+                str(line.samples),
+                *(_cell(line.scores[name], "{:.3f}") for name in SCORES),
+                _cell(line.kept, "{:.0%}"),
+            ],
+        )
+    ]
+    if names := list(lines[0].shown):
+        parts.append(_table(names, lines, lambda line: [_cell(line.shown[name], "{:.0%}") for name in names]))
+    return "\n\n".join(parts)
+
+
+def _table(columns: Sequence[str], lines: Sequence[Line], cells: Callable[[Line], Sequence[str]]) -> str:
+    rows = [["method", "strength", *columns], ["---"] * (2 + len(columns))]
+    rows += [[line.method, f"{line.strength:g}", *cells(line)] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(interval: Interval, form: str) -> str:
+    value, low, high = (form.format(number) for number in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def require_matplotlib() -> None:
+    """Fail before the work rather than after it.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError("the trade-off plot needs matplotlib: pip install 'vcf-batch[plots]'") from error
+
+
+def plot(lines: Sequence[Line]) -> dict[str, bytes]:
+    """CLIP score against LPIPS with their intervals, as files: ``png`` and ``svg``, the same bytes for the same lines.
+
+    Lines of one method, such as the strengths of ``concat``, are joined.
+    """
+    from matplotlib import rc_context  # an optional dependency
+    from matplotlib.figure import Figure
+
+    methods: dict[str, list[Line]] = {}
+    for line in lines:
+        methods.setdefault(line.method, []).append(line)
+    with rc_context({"svg.hashsalt": "vcf-batch", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="LPIPS to the reference (left is closer)", ylabel="CLIP score with the prompt")
+        for method, own in methods.items():
+            (x, x_errors), (y, y_errors) = _values(own, "lpips"), _values(own, "clip_score")
+            axes.errorbar(x, y, xerr=x_errors, yerr=y_errors, fmt="o-", elinewidth=0.7, label=method)
+            for line, place in zip(own, zip(x, y, strict=True), strict=True) if len(own) > 1 else ():
+                axes.annotate(f"{line.strength:g}", place, (4, 4), textcoords="offset points", size=8)
+        axes.legend(frameon=False)
+        return {"png": _file(figure, "png"), "svg": _file(figure, "svg")}
+
+
+def _values(lines: Sequence[Line], score: str) -> tuple[list[float], list[list[float]]]:
+    """A score of each line, and how far its interval reaches below and above."""
+    intervals = [line.scores[score] for line in lines]
+    return [i.value for i in intervals], [[i.value - i.low for i in intervals], [i.high - i.value for i in intervals]]
+
+
+def _file(figure: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
