@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vcf_batch.config import NOT_CONTENT, RunConfig, fingerprint, fingerprint_fields, load_yaml
+from vcf_batch.config import NOT_CONTENT, RunConfig, fingerprint, fingerprint_fields, load_yaml, reference_shares
 from vcf_batch.errors import UsageError
 
 IDENTITIES = {"manifest": "m", "model": "w", "judge": "j", "lpips": "p"}
@@ -19,7 +19,7 @@ OTHER: dict[str, Any] = {
     "dtype": "float16", "negative_prompt": "blurry", "batch_size": 9, "shard_size": 10, "reference_root": ("s3://b",),
     "max_pixels": 5, "max_failed": 0.5, "judge": "org/clip", "lpips": "none", "lpips_weights": "folder",
     "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2,
-    "address": "auto",
+    "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -79,6 +79,10 @@ def test_a_number_has_one_spelling() -> None:
         ("strength", -0.1, "between 0 and 1000"),
         ("strength", math.nan, "between 0 and 1000"),
         ("guidance_scale", math.inf, "between 0 and 1000"),
+        ("fusion_lo", -0.1, "between 0 and 1"),
+        ("fusion_hi", math.nan, "between 0.0 and 1"),
+        ("unconditional", "ones", "one of zeros, blank, negative"),
+        ("image_tokens", "pooled", "one of all, patches, cls"),
         ("steps", 0, "between 1 and 1000"),
         ("batch_size", 0, "between 1 and 4096"),
         ("shard_size", 0, "between 1 and 1000000"),
@@ -97,6 +101,38 @@ def test_a_number_has_one_spelling() -> None:
 def test_a_value_outside_its_limits_names_value_and_limit(setting: str, value: Any, limit: str) -> None:
     with pytest.raises(UsageError, match=f"{setting} is '?{value}'?; it must be {limit}"):
         config(**{setting: value})
+
+
+def test_a_reversed_fusion_range_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"fusion_hi is 0\.4; it must be between 0\.5 and 1"):
+        config(fusion_lo=0.5, fusion_hi=0.4)
+    assert config(fusion_lo=0.5, fusion_hi=0.5).fusion_lo == 0.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "shares"),
+    [
+        (None, 0, ()), (None, 4, (0.25,) * 4), ((), 0, ()), ((3.0,), 1, (1.0,)), ((0.5, 0.5), 2, (0.5, 0.5)),
+        ((1, 0), 2, (1.0, 0.0)), ((1000, 3000 / 3), 2, (0.5, 0.5)), ((5e-324, 5e-324), 2, (0.5, 0.5)),
+    ],
+)  # fmt: skip
+def test_reference_shares_sum_to_1(weights: tuple[float, ...] | None, count: int, shares: tuple[float, ...]) -> None:
+    assert reference_shares(weights, count) == shares
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0,), "reference_weights has 1 values for 2 references"),
+        ((0.0, 0.0), "reference_weights are all 0"),
+        ((1.0, -1.0), "number 2 of reference_weights is -1.0; it must be between 0 and 1000"),
+        ((math.nan, 1.0), "number 1 of reference_weights is nan; it must be between 0 and 1000"),
+        ((math.inf, 1.0), "number 1 of reference_weights is inf"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(weights: tuple[float, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        reference_shares(weights, 2)
 
 
 @pytest.mark.parametrize("lpips", ["alex", "vgg"])

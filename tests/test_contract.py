@@ -76,6 +76,11 @@ def test_reference_types_refused(kind: pa.DataType) -> None:
         ("guidance_scale", pa.string(), "number"),
         ("strength", pa.bool_(), "number"),
         ("fusion", pa.int8(), "string"),
+        ("fusion_lo", pa.string(), "number"),
+        ("fusion_hi", pa.bool_(), "number"),
+        ("negative_reference", pa.list_(pa.string()), "string"),
+        ("reference_weights", pa.float64(), "list of numbers"),
+        ("reference_weights", pa.list_(pa.string()), "list of numbers"),
     ],
 )
 def test_wrong_type_names_file_column_and_remedy(name: str, kind: pa.DataType, expected: str) -> None:
@@ -185,7 +190,10 @@ def test_overrides_are_the_row_s_own_and_nulls_are_left_out() -> None:
         ({"prompt": "\u3000"}, "prompt is empty"),
         ({"negative_prompt": "\0"}, "negative_prompt has a NUL character at position 0; remove it"),
         ({"reference": "a\0.png"}, "reference has a NUL character at position 1; remove it"),
-        ({"reference": ""}, "reference is an empty text; use null for text only"),
+        ({"reference": ""}, "reference is an empty text; use null for none"),
+        ({"fusion_lo": -0.5}, "fusion_lo is -0.5; it must be between 0 and 1"),
+        ({"fusion_hi": math.nan}, "fusion_hi is nan; it must be between 0 and 1"),
+        ({"reference_weights": [1.0]}, "reference_weights has 1 values for 0 references; give one for each"),
         ({"reference": ["a.png", None]}, "reference 2 of 2 is null; leave it out of the list"),
     ],
 )
@@ -198,6 +206,34 @@ def test_a_bad_value_fails_its_row_alone(values: dict[str, Any], message: str) -
     assert before.error is None
     assert after.error is None
     assert (bad.references, bad.overrides) == ((), {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "reference_weights has 1 values for 2 references; give one for each"),
+        ([1.0, None], "number 2 of reference_weights is nan; it must be between 0 and 1000.0"),
+        ([-1.0, 2.0], "number 1 of reference_weights is -1.0; it must be between 0 and 1000.0"),
+        ([0.0, 0.0], "reference_weights are all 0; give one a weight above 0, or strength 0 for text only"),
+    ],
+)
+def test_bad_weights_fail_their_row_alone(weights: list[float | None], message: str) -> None:
+    parsed = rows(
+        prompt=["a cat"] * 3,
+        reference=[["a.png", "b.png"], ["a.png", "b.png"], ["a.png"]],
+        reference_weights=[[3, 1], weights, None],
+    )
+    assert [each.error for each in parsed] == [None, message, None]
+    assert [dict(each.overrides) for each in parsed] == [{"reference_weights": (3.0, 1.0)}, {}, {}]
+
+
+def test_a_negative_reference_is_an_image_of_the_row() -> None:
+    parsed = row(reference="a.png", negative_reference="b.png", fusion_lo=0.25)
+    assert parsed.images == (Reference("a.png"), Reference("b.png"))
+    assert parsed.references == (Reference("a.png"),)
+    assert parsed.overrides == {"fusion_lo": 0.25}
+    assert row(negative_reference="").error == "negative_reference is an empty text; use null for none"
+    assert row(negative_reference="b\0").error == "negative_reference has a NUL character at position 1; remove it"
 
 
 def test_text_that_is_not_utf8_fails_its_row_alone() -> None:

@@ -121,6 +121,15 @@ def test_footers_tell_whether_there_are_references(tmp_path: Path, kind: pa.Data
         assert Manifest.open(write(tmp_path / "some.parquet", 1, prompt=["a", "b"], reference=some)).has_references
 
 
+def test_negative_references_are_references(tmp_path: Path) -> None:
+    """They need a model that takes images, and are looked at before it is loaded."""
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["a", "b"], negative_reference=[None, "n.png"]))
+    assert opened.has_references and opened.has_negative_references
+    assert [row.images for row in opened.rows(0, 2, 0)] == [(), (Reference("n.png"),)]
+    plain = Manifest.open(write(tmp_path / "p.parquet", prompt=["a"], reference=["a.png"]))
+    assert plain.has_references and not plain.has_negative_references
+
+
 def test_lists_of_references(tmp_path: Path) -> None:
     kinds = pa.array([["a.png", "b.png"], [], None], pa.list_(pa.string()))
     opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["x"] * 3, reference=kinds))

@@ -21,6 +21,7 @@ def rows(draw: st.DrawFn) -> list[Row]:
             draw(TEXTS),
             tuple(draw(st.lists(st.sampled_from(REFERENCES), max_size=3))),
             number,
+            draw(st.none() | st.sampled_from(REFERENCES)),
             draw(st.fixed_dictionaries({}, optional={"negative_prompt": TEXTS, "strength": st.just(0.5)})),
         )
         for number in range(100, 100 + draw(st.integers(1, 8)))
@@ -52,7 +53,7 @@ def test_padding_brings_along_as_many_inputs_and_none_of_its_own(
         ]
 
     def references(rows: list[Row]) -> list[Reference]:
-        return [reference for row in rows for reference in row.references]
+        return [reference for row in rows for reference in row.images]
 
     kinds: list[Callable[[list[Row]], Sequence[Hashable]]] = [texts, references]
     for of in kinds:

@@ -1,5 +1,6 @@
 """VCFPipeline with tiny real components: against stock Stable Diffusion, batch against single sample, round trips."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from PIL import Image
 from tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, VISION_WIDTH, build_pipeline
 
 from vcf_batch.config import FUSIONS, SCHEDULERS
+from vcf_batch.config import IMAGE_TOKENS as IMAGE_TOKEN_CHOICES
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.fusion import condition
-from vcf_batch.vcf.pipeline import VCFPipeline
+from vcf_batch.vcf.fusion import Fusion, condition
+from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
+from vcf_batch.vcf.sampling import denoise, make_scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -51,7 +54,7 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def mixed_batch(images: list[Image.Image]) -> tuple[list[str], list[list[Image.Image]], dict[str, Any]]:
-    """Six samples that differ in everything a sample may differ in."""
+    """Six samples that differ in everything that a sample may differ in."""
     prompts = ["a red cat", "a blue dog", "two birds", "a house", "a red cat", "a tree"]
     references = [[images[0]], [images[0], images[1], images[2]], [], [images[1]], [images[2], images[0]], [images[2]]]
     settings: dict[str, Any] = {
@@ -60,6 +63,10 @@ def mixed_batch(images: list[Image.Image]) -> tuple[list[str], list[list[Image.I
         "fusion": ["concat", "concat", "concat", "naive", "cross_attention", "concat"],
         "strength": [0.4, 1.0, None, None, 0.7, 0.0],
         "guidance_scale": [5.0, 1.0, 7.5, None, 3.0, 0.0],
+        "fusion_lo": [0.0, 0.4, 0.0, 0.3, 0.0, 0.0],
+        "fusion_hi": [1.0, 1.0, 0.2, 1.0, 0.6, 1.0],
+        "reference_weights": [None, [1.0, 0.0, 3.0], None, [2.0], [0.9, 0.1], None],
+        "negative_references": [None, images[1], images[2], images[0], None, images[0]],
     }
     return prompts, references, settings
 
@@ -131,7 +138,8 @@ def test_sample_of_a_mixed_batch_equals_the_sample_alone(
 ) -> None:
     """The output is a function of the sample, whatever shares its batch: noise comes from one CPU generator per sample.
 
-    The batch mixes fusions, strengths, guidance scales, negative prompts and numbers of references.
+    The batch mixes fusions, their ranges, strengths, guidance scales, negative prompts and references, and numbers and
+    weights of references.
     """
     prompts, references, settings = mixed_batch(images)
     batch = pipeline.generate(prompts, references, scheduler=scheduler, **settings)
@@ -207,10 +215,18 @@ def test_strength_of_concat_tends_to_text_only(pipeline: VCFPipeline, images: li
 
 
 def test_strength_scales_the_softmax_mass_of_image_tokens(pipeline: VCFPipeline, images: list[Image.Image]) -> None:
-    """Strength 2 counts each image token twice, so it equals giving the reference twice."""
-    double = pipeline.generate(["a red cat"], [[images[0], images[0]]], seeds=[7])
-    weighted = pipeline.generate(["a red cat"], [images[0]], seeds=[7], strength=2)
-    torch.testing.assert_close(weighted, double, atol=1e-4, rtol=0)
+    """Strength 2 counts each image token twice, so it equals stock Stable Diffusion on the tokens given twice."""
+    image = pipeline.encode_references(images[:1])
+    twice = stock(pipeline)(
+        prompt_embeds=torch.cat([pipeline.encode_prompts(["a red cat"]), image, image], dim=1),
+        negative_prompt_embeds=torch.cat([pipeline.encode_prompts([""]), torch.zeros_like(image).repeat(1, 2, 1)], 1),
+        guidance_scale=5.0,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+    ).images
+    doubled = pipeline.generate(["a red cat"], [images[0]], seeds=[7], strength=2)
+    torch.testing.assert_close(doubled, as_tensor(twice), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -222,22 +238,27 @@ def test_order_of_references_does_not_matter(pipeline: VCFPipeline, images: list
 
 def test_no_bias_where_none_is_needed(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
     text, image = epsilon.encode_prompts(["a", "b"]), list(epsilon.encode_references(images[:2]))
-    assert condition(text, image, text, ["concat"] * 2, [1.0, 1.0]).bias is None
-    assert condition(text, image, text, ["naive", "cross_attention"], [0.3, 1.0]).bias is None
-    assert condition(text, [None, None], text, ["concat"] * 2, [1.0, 0.5]).bias is None
-    assert condition(text, image, text, ["concat"] * 2, [0.0, 0.0]).bias is None
+
+    def bias(*fusions: Fusion) -> torch.Tensor | None:
+        return condition(text, text, fusions).select((True, True), guided=True)[1]
+
+    assert bias(Fusion(image[:1]), Fusion(image[1:])) is None
+    assert bias(Fusion(image, "naive", 0.3), Fusion(image[:1], "cross_attention")) is None
+    assert bias(Fusion(), Fusion(strength=0.5)) is None
+    assert bias(Fusion(image[:1], strength=0.0), Fusion(image, strength=0.0)) is None
 
 
 def test_bias_and_padding(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
     text, image = epsilon.encode_prompts(["a", "b"]), epsilon.encode_references(images[:1])[0]
-    conditioning = condition(text, [image, None], text, ["concat"] * 2, [0.5, 1.0])
-    assert conditioning.tokens.shape == (2, TEXT_TOKENS + IMAGE_TOKENS, TEXT_WIDTH)
-    assert torch.equal(conditioning.tokens[0, TEXT_TOKENS:], image)
-    assert not conditioning.negative_tokens[:, TEXT_TOKENS:].any()
-    assert conditioning.bias is not None and conditioning.bias.shape == (2, 1, TEXT_TOKENS + IMAGE_TOKENS)
-    assert not conditioning.bias[:, :, :TEXT_TOKENS].any()
-    torch.testing.assert_close(conditioning.bias[0, 0, TEXT_TOKENS:], torch.full((IMAGE_TOKENS,), 0.5).log())
-    assert conditioning.bias[1, 0, TEXT_TOKENS:].isneginf().all()
+    conditioning = condition(text, text, [Fusion([image], strength=0.5), Fusion()])
+    tokens, bias = conditioning.select((True, True), guided=True)
+    assert tokens.shape == (4, TEXT_TOKENS + IMAGE_TOKENS, TEXT_WIDTH)
+    assert torch.equal(tokens[2, TEXT_TOKENS:], image)
+    assert not tokens[:2, TEXT_TOKENS:].any()
+    assert bias is not None and bias.shape == (4, 1, TEXT_TOKENS + IMAGE_TOKENS)
+    assert not bias[:, :, :TEXT_TOKENS].any()
+    torch.testing.assert_close(bias[::2, 0, TEXT_TOKENS:], torch.full((2, IMAGE_TOKENS), 0.5).log())
+    assert bias[1::2, 0, TEXT_TOKENS:].isneginf().all()
 
 
 def test_guidance_1_leaves_the_unconditional_side_out(epsilon: VCFPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +274,124 @@ def test_guidance_1_leaves_the_unconditional_side_out(epsilon: VCFPipeline, monk
     beside_guided = epsilon.generate(["a cat", "a dog"], seeds=[1, 2], guidance_scale=[1, 4], steps=2)
     assert batches == [2, 2, 4, 4]
     torch.testing.assert_close(unguided[0], beside_guided[0], atol=1e-4, rtol=0)
+
+
+# Control over what transfers
+
+
+def knobs(pipeline: VCFPipeline, images: Any, **settings: Any) -> torch.Tensor:
+    return pipeline.generate(["a red cat"], [images], seeds=[7], **settings)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_whole_range_is_no_range_and_an_empty_one_is_text_only(
+    epsilon: VCFPipeline, images: list[Image.Image], fusion: str
+) -> None:
+    """Four steps are at 751, 501, 251 and 1 of 999."""
+    plain, text_only = knobs(epsilon, images[0], fusion=fusion), knobs(epsilon, None)
+    assert torch.equal(knobs(epsilon, images[0], fusion=fusion, fusion_lo=0, fusion_hi=1), plain)
+    assert torch.equal(knobs(epsilon, images[0], fusion=fusion, fusion_lo=0.001, fusion_hi=0.752), plain)
+    assert torch.equal(knobs(epsilon, images[0], fusion=fusion, fusion_lo=0.8, fusion_hi=1), text_only)
+    assert torch.equal(knobs(epsilon, images[0], fusion=fusion, fusion_lo=0.6, fusion_hi=0.7), text_only)
+    early = knobs(epsilon, images[0], fusion=fusion, fusion_lo=0.5)
+    late = knobs(epsilon, images[0], fusion=fusion, fusion_hi=0.5)
+    for one, other in itertools.combinations([plain, text_only, early, late], 2):
+        assert (one - other).abs().max() > 0.005
+
+
+def test_both_ends_of_the_range_are_included(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
+    middle = knobs(epsilon, images[0], fusion_lo=0.4, fusion_hi=0.6)
+    assert torch.equal(knobs(epsilon, images[0], fusion_lo=501 / 999, fusion_hi=501 / 999), middle)
+    assert torch.equal(knobs(epsilon, images[0], fusion_lo=502 / 999, fusion_hi=0.6), knobs(epsilon, None))
+
+
+def test_image_tokens_are_there_within_the_range_alone(
+    epsilon: VCFPipeline, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside the range the UNet gets exactly the text; beside a row that is within its own, the rest is hidden."""
+    given: list[tuple[int, bool]] = []
+    forward = epsilon.unet.forward
+
+    def noted(*args: Any, encoder_hidden_states: torch.Tensor, **kwargs: Any) -> tuple:
+        given.append((encoder_hidden_states.shape[1], kwargs["cross_attention_kwargs"] is not None))
+        return forward(*args, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+    monkeypatch.setattr(epsilon.unet, "forward", noted)
+    epsilon.generate(["a", "b"], [images[0], images[0]], seeds=[1, 2], fusion_lo=[0.0, 0.5], fusion_hi=0.7)
+    both = TEXT_TOKENS + IMAGE_TOKENS
+    assert given == [(TEXT_TOKENS, False), (both, False), (both, True), (both, True)]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("strength", [None, 0.6])
+def test_equal_references_equal_one(
+    epsilon: VCFPipeline, images: list[Image.Image], fusion: str, strength: float | None
+) -> None:
+    """Weights are shares of one strength: giving a reference twice changes nothing, however it is divided."""
+    one = knobs(epsilon, images[0], fusion=fusion, strength=strength)
+    for weights in (None, [[0.5, 0.5]], [[3, 1]]):
+        twice = knobs(epsilon, [images[0]] * 2, fusion=fusion, strength=strength, reference_weights=weights)
+        torch.testing.assert_close(twice, one, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_weight_0_leaves_a_reference_out(epsilon: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
+    first = knobs(epsilon, images[0], fusion=fusion)
+    assert torch.equal(knobs(epsilon, images[:2], fusion=fusion, reference_weights=[[1, 0]]), first)
+    nearly = knobs(epsilon, images[:2], fusion=fusion, reference_weights=[[1, 1e-9]])
+    torch.testing.assert_close(nearly, first, atol=1e-4, rtol=0)
+    even = knobs(epsilon, images[:2], fusion=fusion)
+    assert torch.equal(knobs(epsilon, images[:2], fusion=fusion, reference_weights=[[7, 7]]), even)
+    assert (even - first).abs().max() > 0.005
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_guidance_leads_nowhere_where_both_sides_are_the_same(
+    pipeline: VCFPipeline, images: list[Image.Image], fusion: str
+) -> None:
+    """The unconditional side is fused with the negative reference as the other one with the reference."""
+    same = knobs(pipeline, images[0], fusion=fusion, negative_prompts="a red cat", negative_references=images[0])
+    unguided = knobs(pipeline, images[0], fusion=fusion, guidance_scale=1)
+    torch.testing.assert_close(same, unguided, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_the_unconditional_side_may_be(epsilon: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
+    def generate(**settings: Any) -> torch.Tensor:
+        return knobs(epsilon, images[0], fusion=fusion, strength=0.9, **settings)
+
+    zeros, blank, negative = generate(), generate(unconditional="blank"), generate(negative_references=images[1])
+    for one, other in itertools.combinations([zeros, blank, negative], 2):
+        assert (one - other).abs().max() > 0.005
+    assert torch.equal(generate(unconditional="zeros"), zeros)
+    assert torch.equal(generate(negative_references=BLANK), blank)
+    assert torch.equal(generate(unconditional="blank", negative_references=images[1]), negative)
+    assert torch.equal(generate(unconditional="negative", negative_references=[images[1]]), negative)
+    assert torch.equal(generate(unconditional="negative", negative_references=[None]), zeros)
+
+
+def test_text_only_stays_text_only_but_for_a_negative_reference(
+    epsilon: VCFPipeline, images: list[Image.Image]
+) -> None:
+    text_only = knobs(epsilon, None)
+    assert torch.equal(knobs(epsilon, None, unconditional="blank"), text_only)
+    assert torch.equal(knobs(epsilon, images[0], strength=0, negative_references=images[1]), text_only)
+    assert torch.equal(knobs(epsilon, None, guidance_scale=1), knobs(epsilon, images[0], strength=0, guidance_scale=1))
+    assert (knobs(epsilon, None, negative_references=images[1]) - text_only).abs().max() > 0.005
+
+
+def test_image_tokens_replace_the_aligners_choice(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
+    pictures = {choice: knobs(epsilon, images[0], image_tokens=choice) for choice in IMAGE_TOKEN_CHOICES}
+    assert torch.equal(pictures["all"], knobs(epsilon, images[0]))
+    whole = epsilon.encode_references(images)
+    for choice, count in (("all", IMAGE_TOKENS), ("patches", IMAGE_TOKENS - 1), ("cls", 1)):
+        assert epsilon.encode_references(images, choice).shape == (3, count, TEXT_WIDTH)
+    torch.testing.assert_close(epsilon.encode_references(images, "cls"), whole[:, :1])
+    torch.testing.assert_close(epsilon.encode_references(images, "patches"), whole[:, 1:])
+    for one, other in itertools.combinations(pictures.values(), 2):
+        assert (one - other).abs().max() > 0.005
+    with pytest.raises(UsageError, match="image_tokens is 'pooled'; it must be one of all, patches, cls"):
+        knobs(epsilon, images[0], image_tokens="pooled")
 
 
 # Encoding references
@@ -295,9 +434,9 @@ def test_distinct_inputs_are_encoded_once(
         encoded.append(len(texts))
         return prompts(texts)
 
-    def counted_references(found: list[Image.Image]) -> torch.Tensor:
+    def counted_references(found: list[Image.Image], image_tokens: str | None) -> torch.Tensor:
         encoded.append(len(found))
-        return references(found)
+        return references(found, image_tokens)
 
     monkeypatch.setattr(epsilon, "encode_prompts", counted_prompts)
     monkeypatch.setattr(epsilon, "encode_references", counted_references)
@@ -310,7 +449,7 @@ def test_distinct_inputs_are_encoded_once(
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers_keep_the_noise_schedule_of_the_checkpoint(scheduler: str) -> None:
-    config = build_pipeline(prediction_type="v_prediction").make_scheduler(scheduler).config
+    config = make_scheduler(scheduler, build_pipeline(prediction_type="v_prediction").scheduler.config).config
     assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
     assert config.timestep_spacing == "trailing" and config.beta_schedule == "scaled_linear"
 
@@ -346,8 +485,9 @@ def test_sampling_is_differentiable(pipeline: VCFPipeline, images: list[Image.Im
     text = pipeline.encode_prompts(["a red cat"]).requires_grad_()
     image = pipeline.encode_references(images[:1])[0].requires_grad_()
     noise = pipeline.initial_noise([3]).requires_grad_()
-    conditioning = condition(text, [image], pipeline.encode_prompts([""]), ["concat"], [0.5])
-    latents = pipeline.denoise(noise, conditioning, guidance_scale=[4.0], steps=3, scheduler=scheduler)
+    conditioning = condition(text, pipeline.encode_prompts([""]), [Fusion([image], strength=0.5)])
+    solver = make_scheduler(scheduler, pipeline.scheduler.config)
+    latents = denoise(pipeline.unet, solver, noise, conditioning, guidance_scale=[4.0], steps=3)
     pipeline.decode(latents).square().sum().backward()
     for leaf in (text, image, noise):
         assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
@@ -426,6 +566,8 @@ def test_call_returns_pil_images(epsilon: VCFPipeline, images: list[Image.Image]
     assert output.nsfw_content_detected is None and output.images[0].size == (16, 16)
     assert np.array_equal(np.asarray(output.images[0]), (tensor[0].permute(1, 2, 0).numpy() * 255).round())
     assert torch.equal(epsilon("a red cat", images[:2], seed=3, num_inference_steps=2, output_type="pt")[0], tensor)
+    weighted = epsilon("a red cat", images[:2], reference_weights=[1, 0], seed=3, output_type="pt")[0]
+    assert torch.equal(weighted, epsilon("a red cat", images[0], seed=3, output_type="pt")[0])
 
 
 def test_call_takes_one_reference_for_all_or_one_each(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
@@ -446,6 +588,11 @@ def test_call_takes_one_reference_for_all_or_one_each(epsilon: VCFPipeline, imag
         ({"scheduler": "pndm"}, "'pndm'; it must be one of ddim"),
         ({"steps": 0}, "steps is 0; it must be between 1 and 1000"),
         ({"references": [None]}, "references has 1 values for 2 prompts"),
+        ({"fusion_lo": 0.7, "fusion_hi": 0.2}, "fusion_lo is 0.7 and fusion_hi 0.2"),
+        ({"fusion_hi": 1.5}, "fusion_hi 1.5; both must be between 0 and 1"),
+        ({"reference_weights": [[1.0], None]}, "reference_weights has 1 values for 0 references"),
+        ({"unconditional": "ones"}, "'ones'; it must be one of zeros, blank, negative"),
+        ({"unconditional": "negative"}, "there are no negative_references"),
     ],
 )
 def test_wrong_values_are_refused(epsilon: VCFPipeline, settings: dict, message: str) -> None:

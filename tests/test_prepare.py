@@ -270,6 +270,17 @@ def test_a_node_that_does_not_see_a_reference_root_is_refused(
             prepare.check_storage(job)
 
 
+def test_image_tokens_default_to_the_aligners(settle: Callable[..., Job]) -> None:
+    """None and the aligner's own choice are the same run."""
+    assert settle().config.image_tokens == "all"
+    assert settle(image_tokens="all").fingerprint == settle().fingerprint != settle(image_tokens="cls").fingerprint
+
+
+def test_asking_for_negative_references_needs_some(settle: Callable[..., Job]) -> None:
+    with pytest.raises(UsageError, match=r"no negative references: .*'negative_reference', or choose zeros or blank"):
+        settle(unconditional="negative")
+
+
 def test_references_need_a_model_that_takes_them(settle: Callable[..., Job], model: Path, tmp_path: Path) -> None:
     """A model without an aligner is refused before anything starts, if any row has a reference."""
     plain = shutil.copytree(model, tmp_path / "plain")

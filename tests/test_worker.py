@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import runs
 import torch
 from PIL import Image
 
-from vcf_batch import generation, plan, prepare, shards, worker
+from vcf_batch import generation, images, plan, prepare, shards, worker
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
@@ -174,6 +175,67 @@ def test_rows_override_the_runs_settings(loaded: Worker, tmp_path: Path) -> None
     assert len({row["sha256"] for row in rows}) == 4
 
 
+def test_rows_control_what_transfers(loaded: Worker, tmp_path: Path) -> None:
+    """Range, weights and negative reference of a row are obeyed and recorded, and concern that row alone.
+
+    Rows 0 to 6 would be the same image if they did not set anything; row 7 contradicts itself, row 8 the run.
+    """
+    pair = ["reference0.png", "reference1.png"]
+    columns: dict[str, list[Any]] = {
+        "prompt": ["same"] * 9,
+        "seed": [5] * 9,
+        "reference": [pair, pair, pair, pair, pair, pair, pair, pair, pair],
+        "reference_weights": [None, [3.0, 1.0], [2.0, 2.0], None, None, None, None, None, [1.0, 1.0, 1.0]],
+        "fusion_lo": [None, None, None, 0.6, 0.9, None, None, 0.7, None],
+        "fusion_hi": [None, None, None, None, 1.0, 0.0, None, 0.2, None],
+        "negative_reference": [None, None, None, None, None, None, "reference2.png", None, None],
+    }
+    subject = another(loaded, runs.write_manifest(tmp_path / "in", 9, columns), tmp_path / "out", fusion_hi=0.8)
+    commit(subject)
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["success"] * 7 + ["failed"] * 2
+    assert [row["reference_weights"] for row in rows[:3]] == [[0.5, 0.5], [0.75, 0.25], [0.5, 0.5]]
+    assert [(row["fusion_lo"], row["fusion_hi"]) for row in rows[3:6]] == [(0.6, 0.8), (0.9, 1.0), (0.0, 0.0)]
+    assert [row["unconditional"] for row in rows[5:7]] == ["zeros", "negative"]
+    assert [row["negative_reference"] for row in rows[5:7]] == [None, "reference2.png"]
+    assert rows[7]["error_message"].startswith("fusion_lo is 0.7, above fusion_hi, which is 0.2")
+    assert rows[8]["error_message"] == "reference_weights has 3 values for 2 references; give one for each"
+    hashes = [row["sha256"] for row in rows]
+    assert hashes[0] == hashes[2]
+    assert len({hashes[0], hashes[1], hashes[3], hashes[4], hashes[6]}) == 5
+    assert hashes[4] == hashes[5], "no step is in either range"
+    sample = next(shards.read_samples(str(tmp_path / "out" / "00000.tar")))
+    assert sample["json"]["reference_weights"] == [0.5, 0.5]
+
+
+def test_unreadable_negative_references_fail_their_rows_alone(loaded: Worker, tmp_path: Path) -> None:
+    def hashes(negatives: list[str]) -> list[str | None]:
+        manifest = runs.write_manifest(tmp_path / "in", 3, {"negative_reference": negatives})
+        commit(another(loaded, manifest, tmp_path / "out"))
+        return [row["sha256"] for row in runs.rows_of(tmp_path / "out")]
+
+    good = hashes(["reference2.png"] * 3)
+    assert hashes(["reference2.png", "gone.png", "reference2.png"]) == [good[0], None, good[2]]
+    assert "gone.png" in runs.rows_of(tmp_path / "out")[1]["error_message"]
+
+
+@pytest.mark.parametrize("choice", ["zeros", "blank"])
+def test_a_run_chooses_image_tokens_and_the_unconditional_side(loaded: Worker, tmp_path: Path, choice: str) -> None:
+    """What the settings say is what VCFPipeline does with them; text-only rows are the same under any."""
+    options: dict[str, Any] = {"unconditional": choice, "image_tokens": "cls"}
+    manifest = runs.write_manifest(tmp_path / "in", 2, {"reference": ["reference0.png", None], "seed": [1, 2]})
+    commit(another(loaded, manifest, tmp_path / "out", batch_size=1, **options))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [(row["unconditional"], row["image_tokens"]) for row in rows] == [(choice, "cls")] * 2
+    reference = Image.open(tmp_path / "in" / "reference0.png")
+    for row, given, settings in zip(rows, [reference, None], [options, {}], strict=True):
+        [picture] = loaded.tools.pipeline.generate(
+            [row["prompt"]], [given], seeds=[row["seed"]], guidance_scale=5.0, steps=4, **runs.SIZE, **settings
+        )
+        data = images.encode(images.from_unit(picture.permute(1, 2, 0).numpy()), "png")
+        assert hashlib.sha256(data).hexdigest() == row["sha256"]
+
+
 def test_several_references_are_scored_by_their_mean(loaded: Worker, tmp_path: Path) -> None:
     references = [["reference0.png"], ["reference1.png"], ["reference0.png", "reference1.png"], []]
     manifest = runs.write_manifest(tmp_path / "in", 4, {"reference": references})
@@ -327,9 +389,9 @@ def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monk
         texts.extend(prompts)
         return encode_prompts(prompts)
 
-    def note_references(pictures: Sequence[Any]) -> torch.Tensor:
+    def note_references(pictures: Sequence[Any], image_tokens: str | None) -> torch.Tensor:
         counts.append(len(pictures))
-        return encode_references(pictures)
+        return encode_references(pictures, image_tokens)
 
     monkeypatch.setattr(loaded.tools.pipeline, "encode_prompts", note_prompts)
     monkeypatch.setattr(loaded.tools.pipeline, "encode_references", note_references)

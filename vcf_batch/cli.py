@@ -101,6 +101,26 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     float,
     "Weight of the reference; 0 ignores it.  [default: 1 for concat, 0.3 for the others]",
 )
+@_option(
+    "fusion-lo",
+    float,
+    "References are used in the part of the schedule from here to --fusion-hi, outside it the prompt alone. 1 is pure "
+    "noise: 0.5 to 1 lets a reference decide on the composition, 0 to 0.5 on the details.  [default: 0]",
+)
+@_option("fusion-hi", float, "See --fusion-lo.  [default: 1]")
+@_option(
+    "unconditional",
+    click.Choice(settings.UNCONDITIONALS),
+    "What guidance leads away from, besides the negative prompt, in rows without a negative reference: zeros as in the "
+    "paper, or the look of a blank image. negative is zeros, and insists on a column 'negative_reference'.  "
+    "[default: zeros]",
+)
+@_option(
+    "image-tokens",
+    click.Choice(settings.IMAGE_TOKENS),
+    "Which tokens of a reference are used: its patches, the one that sums it up (cls), or all.  [default: as the "
+    "aligner was trained]",
+)
 @_option("steps", int, "Denoising steps.  [default: the model's recommendation]")
 @_option("guidance-scale", float, "Classifier-free guidance.  [default: the model's recommendation]")
 @_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -15,6 +15,8 @@ from vcf_batch.errors import UsageError
 from vcf_batch.storage_errors import redact
 
 FUSIONS = ("naive", "concat", "cross_attention")
+UNCONDITIONALS = ("zeros", "blank", "negative")
+IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
 IMAGE_FORMATS = ("png", "webp", "jpg")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,6 +32,8 @@ REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_STRENGTH = 1000.0
+MAX_WEIGHT = 1000.0
+"""Of a reference among several."""
 MAX_PIXELS = 178_000_000
 """Of a reference. Pillow itself opens nothing larger."""
 MIN_EDGE = 32
@@ -51,6 +55,15 @@ class RunConfig:
     fusion: str = "concat"
     strength: float | None = None
     """None is the fusion's default: 1 for ``concat``, 0.3 for the others."""
+    fusion_lo: float = 0.0
+    """References are used from here to ``fusion_hi``, in fractions of the schedule; 1 is pure noise."""
+    fusion_hi: float = 1.0
+    unconditional: str = "zeros"
+    """What the unconditional side of the guidance has where the other has image tokens, in rows without a negative
+    reference: ``zeros``, or the tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on a manifest with
+    negative references."""
+    image_tokens: str | None = None
+    """``all``, ``patches`` or ``cls``. None is the aligner's own choice."""
     steps: int | None = None
     """Denoising steps. None is the model's recommendation."""
     guidance_scale: float | None = None
@@ -91,15 +104,20 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference_root", tuple(self.reference_root))
         # One spelling of a number, as 5 and 5.0 would be two fingerprints.
-        for name in ("strength", "guidance_scale", "max_failed", "gpus_per_worker"):
+        for name in ("strength", "fusion_lo", "fusion_hi", "guidance_scale", "max_failed", "gpus_per_worker"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         _choice("fusion", self.fusion, FUSIONS)
+        _choice("unconditional", self.unconditional, UNCONDITIONALS)
+        if self.image_tokens is not None:
+            _choice("image_tokens", self.image_tokens, IMAGE_TOKENS)
         _choice("scheduler", self.scheduler, SCHEDULERS)
         _choice("image_format", self.image_format, IMAGE_FORMATS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("lpips", self.lpips, LPIPS_NETWORKS)
         _between("strength", self.strength, 0, MAX_STRENGTH)
+        _between("fusion_lo", self.fusion_lo, 0, 1)
+        _between("fusion_hi", self.fusion_hi, self.fusion_lo, 1)
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         _between("steps", self.steps, 1, 1000)
         _between("batch_size", self.batch_size, 1, 4096)
@@ -184,6 +202,27 @@ def fingerprint_fields(config: RunConfig, *, manifest: str, model: str, judge: s
 def fingerprint(fields: Mapping[str, Any]) -> str:
     """Hex SHA-256 of :func:`fingerprint_fields`: the name of a run's content."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def reference_shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """What each of a sample's references counts, summing to 1.
+
+    Args:
+        weights: one per reference, 0 to :data:`MAX_WEIGHT`, not all 0; only their ratios matter. None is equal ones.
+        count: of the references.
+
+    Raises:
+        UsageError: the weights break these rules.
+    """
+    weights = [1.0] * count if weights is None else weights
+    if len(weights) != count:
+        raise UsageError(f"reference_weights has {len(weights)} values for {count} references; give one for each")
+    for number, weight in enumerate(weights, 1):
+        _between(f"number {number} of reference_weights", weight, 0, MAX_WEIGHT)
+    total = math.fsum(weights)
+    if weights and not total:
+        raise UsageError("reference_weights are all 0; give one a weight above 0, or strength 0 for text only")
+    return tuple(weight / total for weight in weights)
 
 
 def load_yaml(text: str, source: str) -> dict[str, Any]:

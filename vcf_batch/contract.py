@@ -2,26 +2,28 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as pt
 
 from vcf_batch import plan
-from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STRENGTH
-from vcf_batch.errors import ManifestError, RowError
+from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STRENGTH, reference_shares
+from vcf_batch.errors import ManifestError, RowError, UsageError
 from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
 
-COLUMNS = ("prompt", "reference", "sample_id", "seed", *OVERRIDES)
+COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
 """Columns with a meaning; any other one is carried through to the outputs."""
-RESERVED = ("pno_steps", "reference_weights", "negative_reference", "fusion_lo", "fusion_hi")
+RESERVED = ("pno_steps",)
 """Columns of the contract that this version does not act on. Carrying them along would look as if it did."""
 
 MAX_TEXT_BYTES = 100_000
 """A longer prompt, negative prompt or reference fails its row."""
 SAFE_ID = "[A-Za-z0-9_-]{1,128}"
 
+_NUMBERS = {"guidance_scale": MAX_GUIDANCE_SCALE, "strength": MAX_STRENGTH, "fusion_lo": 1.0, "fusion_hi": 1.0}
+"""Overrides that are numbers of 0 or more, and the largest that each may be."""
 _REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"
 
 
@@ -114,6 +116,7 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
             raise ManifestError(f"column 'sample_id' of row {number} is {shown(key)}, which is not a safe id")
         prompt, seed, error = values["prompt"] or "", plan.derive_seed(run_seed, key), errors.get(at)
         references: tuple[Reference, ...] = ()
+        negative: tuple[Reference, ...] = ()
         overrides: dict[str, Any] = {}
         try:
             if error is None:
@@ -121,9 +124,10 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 if not prompt.strip():
                     raise RowError("prompt is empty")
                 references = parse_references(values.get("reference"))
+                negative = parse_references(values.get("negative_reference"), "negative_reference")
                 if values.get("seed") is not None:
                     seed = _check_number("seed", values["seed"], MAX_SEED)
-                overrides = _parse_overrides(values)
+                overrides = _parse_overrides(values, len(references))
         except RowError as trouble:
             error = str(trouble)
         rows.append(
@@ -132,6 +136,7 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 key=key,
                 prompt=prompt[:MAX_TEXT_BYTES],
                 references=references,
+                negative_reference=next(iter(negative), None),
                 seed=seed,
                 overrides=overrides,
                 carried={name: values[name] for name in carried.names},
@@ -141,12 +146,13 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
     return rows
 
 
-def parse_references(value: Any) -> tuple[Reference, ...]:
-    """The references of one row, from the ``reference`` column's value.
+def parse_references(value: Any, column: str = "reference") -> tuple[Reference, ...]:
+    """The references of one row, from the value of a column.
 
     Args:
         value: a URI, a mapping with ``bytes`` and ``path`` as Hugging Face ``datasets`` writes images, a list of
-            either, or None for text only.
+            either, or None for none.
+        column: as errors name it.
 
     Raises:
         RowError: a reference is null within a list, empty, or not usable as text.
@@ -154,17 +160,17 @@ def parse_references(value: Any) -> tuple[Reference, ...]:
     if value is None:
         return ()
     if isinstance(value, list):
-        parsed = [parse_references(item) for item in value]
+        parsed = [parse_references(item, column) for item in value]
         if not all(parsed):
-            raise RowError(f"reference {parsed.index(()) + 1} of {len(parsed)} is null; leave it out of the list")
+            raise RowError(f"{column} {parsed.index(()) + 1} of {len(parsed)} is null; leave it out of the list")
         return tuple(reference for references in parsed for reference in references)
     record: Mapping[str, Any] = {"path": value} if isinstance(value, str) else value
     uri, data = record.get("path"), record.get("bytes")
     if uri is None and data is None:
         return ()
-    _check_text("reference", uri or "")
+    _check_text(column, uri or "")
     if not uri and data is None:
-        raise RowError("reference is an empty text; use null for text only")
+        raise RowError(f"{column} is an empty text; use null for none")
     return (Reference(uri=uri or None, data=data),)
 
 
@@ -177,7 +183,7 @@ def shown(value: Any) -> str:
 def _expected_type(name: str, kind: pa.DataType) -> str | None:
     """What a column must be, in words, if it is not."""
     kind = _plain(kind)
-    if name in ("prompt", "sample_id", "negative_prompt", "fusion"):
+    if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "fusion"):
         return None if _is_text(kind) else "string"
     if name == "seed":
         return (
@@ -185,8 +191,11 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
             if pt.is_integer(kind) or pt.is_null(kind)
             else "int64 (in pandas, 'Int64' keeps integers beside nulls)"
         )
-    if name in ("guidance_scale", "strength"):
-        return None if pt.is_floating(kind) or pt.is_integer(kind) or pt.is_null(kind) else "a number, such as float64"
+    if name in ("guidance_scale", "strength", "fusion_lo", "fusion_hi"):
+        return None if _is_number(kind) else "a number, such as float64"
+    if name == "reference_weights":
+        numbers = _is_list(kind) and _is_number(_plain(kind.value_type))
+        return None if numbers or pt.is_null(kind) else "a list of numbers, such as list<double>"
     if name == "reference":
         item = kind.value_type if _is_list(kind) else kind
         return None if _is_text(_plain(item)) or _is_image(item) else _REFERENCE_TYPES
@@ -206,6 +215,10 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     if pt.is_time64(kind):
         return pa.time64("us")
     return kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pt.is_floating(kind) or pt.is_integer(kind) or pt.is_null(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -258,8 +271,8 @@ def _values(name: str, column: pa.Array, errors: dict[int, str]) -> list[Any]:
     return values
 
 
-def _parse_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's own settings; nulls are left out.
+def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, Any]:
+    """The own settings of a row with so many references; nulls are left out.
 
     Raises:
         RowError: one is outside its limits.
@@ -268,10 +281,21 @@ def _parse_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("fusion", FUSIONS[0]) not in FUSIONS:
         raise RowError(f"fusion is {shown(given['fusion'])}; it must be one of {', '.join(FUSIONS)}")
     _check_text("negative_prompt", given.get("negative_prompt", ""))
-    for name, high in (("guidance_scale", MAX_GUIDANCE_SCALE), ("strength", MAX_STRENGTH)):
+    for name, high in _NUMBERS.items():
         if name in given:
             given[name] = float(_check_number(name, given[name], high))
+    if "reference_weights" in given:
+        given["reference_weights"] = _check_weights(given["reference_weights"], references)
     return given
+
+
+def _check_weights(weights: Sequence[float | None], references: int) -> tuple[float, ...]:
+    numbers = tuple(math.nan if weight is None else float(weight) for weight in weights)
+    try:
+        reference_shares(numbers, references)
+    except UsageError as error:
+        raise RowError(str(error)) from error
+    return numbers
 
 
 def _check_text(name: str, text: str) -> None:

@@ -5,6 +5,8 @@ thread scores, encodes and writes behind it.
 """
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import images, padding, plan
-from vcf_batch.config import RunConfig
+from vcf_batch.config import RunConfig, reference_shares
 from vcf_batch.device import Device
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Reference, Row, Sample
 from vcf_batch.references import ReferenceReader
-from vcf_batch.vcf.pipeline import VCFPipeline
+from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
 
 READERS = 8
 """Threads that read references. They wait for storage most of the time."""
@@ -56,15 +59,37 @@ class Tools:
         """What a row is generated with: the run's settings, with the row's own in their place."""
         own = {} if row.error else row.overrides
         fusion = own.get("fusion", self.config.fusion)
+        shares = reference_shares(own.get("reference_weights"), len(row.references))
         return {
             "seed": row.seed,
+            "reference_weights": list(shares) if len(shares) > 1 else None,
             "negative_prompt": own.get("negative_prompt", self.config.negative_prompt),
             "fusion": fusion,
             "strength": float(self.pipeline.resolve_strength(fusion, own.get("strength", self.config.strength))),
+            "fusion_lo": float(own.get("fusion_lo", self.config.fusion_lo)),
+            "fusion_hi": float(own.get("fusion_hi", self.config.fusion_hi)),
+            "unconditional": self._unconditional(row),
+            "image_tokens": self.config.image_tokens,
             "guidance_scale": float(own.get("guidance_scale", self.config.guidance_scale)),
             "steps": self.config.steps,
             "scheduler": self.config.scheduler,
         }
+
+    def _unconditional(self, row: Row) -> str:
+        if row.negative_reference is not None:
+            return "negative"
+        return "zeros" if self.config.unconditional == "negative" else self.config.unconditional
+
+    def checked(self, row: Row) -> Row:
+        """The row, with an error if what it sets contradicts what it leaves to the run."""
+        used = self.settings(row)
+        if used["fusion_lo"] <= used["fusion_hi"]:
+            return row
+        return dataclasses.replace(
+            row,
+            error=f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; "
+            "set both in the row, the lower one first",
+        )
 
 
 @dataclass
@@ -107,10 +132,10 @@ class _Batch:
     number: int
     positions: list[int]
     """Places of the rows in the shard, from 0."""
-    references: list[list[Reference]]
-    """Of each row."""
+    references: list[tuple[Reference, ...]]
+    """Of each row, its negative one included."""
     pictures: list[list[Image.Image]] = field(default_factory=list)
-    """Of each row: its references, decoded."""
+    """Of each row: its references, decoded, without the negative one."""
     errors: dict[int, str] = field(default_factory=dict)
     """Position to the reason why that row fails."""
     images: Tensor | None = None
@@ -153,12 +178,12 @@ class Generation:
         self.settings = [tools.settings(row) for row in rows]
         # Rows with equally many conditioning tokens share a batch.
         keys = [
-            len(row.references) if used["fusion"] == "concat" else 0
+            max(len(row.references), int(row.negative_reference is not None)) if used["fusion"] == "concat" else 0
             for row, used in zip(rows, self.settings, strict=True)
         ]
         # In the order of their first rows, so that few finished samples wait for earlier ones to be written.
         self.batches = [
-            _Batch(number, positions, [list(rows[position].references) for position in positions])
+            _Batch(number, positions, [rows[position].images for position in positions])
             for number, positions in enumerate(sorted(plan.batches(keys, self.config.batch_size)))
         ]
         self.references: dict[Reference, _Reference] = {}
@@ -230,7 +255,8 @@ class Generation:
             entries = [self.references[reference] for reference in references]
             for entry in entries:
                 entry.collect(self.blamed)
-            batch.pictures.append([cast(Image.Image, entry.image) for entry in entries])
+            shown = entries[: len(self.rows[position].references)]
+            batch.pictures.append([cast(Image.Image, entry.image) for entry in shown])
             error = next((entry.error for entry in entries if entry.error), None)
             if error:
                 batch.errors[position] = error
@@ -248,11 +274,9 @@ class Generation:
                 return None
             return self.pipeline.generate_from_tokens(
                 torch.stack([text_tokens[self.rows[position].prompt] for position in batch.positions]),
-                [[image_tokens[reference] for reference in references] for references in batch.references],
                 torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
+                [self._fusion(position, image_tokens) for position in batch.positions],
                 seeds=[used["seed"] for used in settings],
-                fusion=[used["fusion"] for used in settings],
-                strength=[used["strength"] for used in settings],
                 guidance_scale=[used["guidance_scale"] for used in settings],
                 steps=self.config.steps,
                 scheduler=self.config.scheduler,
@@ -264,6 +288,28 @@ class Generation:
                 f"out of GPU memory with --batch-size {self.config.batch_size} at {self.config.width}x"
                 f"{self.config.height}; use a smaller one (which makes it another run, in another output)"
             ) from error
+
+    def _fusion(self, position: int, image_tokens: Mapping[Reference, Tensor]) -> Fusion:
+        row, used = self.rows[position], self.settings[position]
+        unconditional = None
+        if row.negative_reference is not None:
+            unconditional = image_tokens[row.negative_reference]
+        elif row.references and used["unconditional"] == "blank":
+            unconditional = self._blank
+        return Fusion(
+            image_tokens=[image_tokens[reference] for reference in row.references],
+            mode=used["fusion"],
+            strength=used["strength"],
+            weights=used["reference_weights"],
+            unconditional=unconditional,
+            lo=used["fusion_lo"],
+            hi=used["fusion_hi"],
+        )
+
+    @functools.cached_property
+    def _blank(self) -> Tensor:
+        """Aligned tokens ``[N, Dt]`` of the blank image."""
+        return self.pipeline.encode_references([BLANK], self.config.image_tokens)[0]
 
     def _text_tokens(self, batch: _Batch) -> dict[str, Tensor]:
         """Tokens ``[T, Dt]`` of the batch's prompts and negative prompts; each distinct one is encoded once a shard."""
@@ -283,7 +329,9 @@ class Generation:
         new = [entry for entry in wanted.values() if entry.tokens is None]
         if new:
             squashed = [cast(Image.Image, entry.squashed) for entry in new]
-            for entry, tokens in zip(new, self.pipeline.encode_references(squashed), strict=True):
+            for entry, tokens in zip(
+                new, self.pipeline.encode_references(squashed, self.config.image_tokens), strict=True
+            ):
                 entry.tokens = tokens
         for entry in wanted.values():
             entry.squashed = None

@@ -65,7 +65,9 @@ class Manifest:
     reference_is_list: bool
     """Whether rows may have several references."""
     has_references: bool
-    """Whether a row may have one at all: the column is there, and not all null as far as the footers tell."""
+    """Whether a row may have one at all, a negative one included: as far as the footers tell, not all are null."""
+    has_negative_references: bool
+    """The same of negative references alone."""
     _files: tuple[_File, ...] = field(repr=False)
     _columns: tuple[str, ...] = field(repr=False)
     """Those of :data:`contract.COLUMNS` that the manifest has."""
@@ -89,13 +91,14 @@ class Manifest:
         digest = hashlib.sha256()
         files: list[_File] = []
         schemas: dict[str, pa.Schema] = {}
-        has_references = False
+        has_references = has_negative_references = False
         rows = 0
         for name, (size, footer) in zip(names, footers, strict=True):
             digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
             parsed = _parse_footer(storage.join(base, name), footer)
             schemas[name] = parsed.schema_arrow
-            has_references = has_references or _has_values(parsed, "reference")
+            has_negative_references = has_negative_references or _has_values(parsed, "negative_reference")
+            has_references = has_references or has_negative_references or _has_values(parsed, "reference")
             groups = [parsed.metadata.row_group(group).num_rows for group in range(parsed.metadata.num_row_groups)]
             files.append(_File(name, size, rows, np.cumsum(groups, dtype=np.int64)))
             rows += files[-1].num_rows
@@ -111,6 +114,7 @@ class Manifest:
             carried_schema=carried_schema(schemas),
             reference_is_list=any(map(has_reference_lists, schemas.values())),
             has_references=has_references,
+            has_negative_references=has_negative_references,
             _files=tuple(files),
             _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
         )

@@ -30,13 +30,14 @@ def neutral(rows: Sequence[Row], padding: Container[int], run_text: str) -> list
     texts = {text: text for text in (run_text, *(text for row in live for text in _texts(row)))}
     blanks = (blank for count in itertools.count(1) if (blank := " " * count) not in texts)
     text_of = defaultdict(blanks.__next__, texts)
-    references = {reference: reference for row in live for reference in row.references}
+    references = {reference: reference for row in live for reference in row.images}
     reference_of = defaultdict(map(_plain_picture, itertools.count()).__next__, references)
     return [
         dataclasses.replace(
             row,
             prompt=text_of[row.prompt],
             references=tuple(reference_of[reference] for reference in row.references),
+            negative_reference=row.negative_reference and reference_of[row.negative_reference],
             overrides={
                 name: text_of[value] if name == "negative_prompt" else value for name, value in row.overrides.items()
             },

@@ -168,9 +168,9 @@ def open_manifest(config: RunConfig) -> Manifest:
 def _check_policy(manifest: Manifest, config: RunConfig) -> None:
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     rows = manifest.rows(0, min(POLICY_ROWS_EMBEDDED, manifest.num_rows), config.seed)
-    if not any(reference.data for row in rows for reference in row.references):
+    if not any(reference.data for row in rows for reference in row.images):
         rows += manifest.rows(len(rows), min(POLICY_ROWS, manifest.num_rows), config.seed)
-    reasons = [next(filter(None, map(reader.policy_error, row.references)), None) for row in rows]
+    reasons = [next(filter(None, map(reader.policy_error, row.images)), None) for row in rows]
     refused = [reason for reason in reasons if reason]
     if 2 * len(refused) > len(rows):
         raise UsageError(
@@ -227,11 +227,12 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
 
     Raises:
         ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has.
+        UsageError: negative references are asked for, and the manifest has none.
     """
     on_gpu = bool(config.gpus_per_worker)
-    index, unet, vae = (
+    index, unet, vae, aligner = (
         models.read_config(resolved.pipeline, file)
-        for file in ("model_index.json", "unet/config.json", "vae/config.json")
+        for file in ("model_index.json", "unet/config.json", "vae/config.json", "aligner/config.json")
     )
     if not (index and unet and vae):
         raise ModelError(
@@ -245,10 +246,16 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
             f"{storage.redact(config.model)} has no {lacking[0]}, and rows of the manifest have references: use a "
             "model with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
         )
+    if config.unconditional == "negative" and not manifest.has_negative_references:
+        raise UsageError(
+            "unconditional is 'negative', but the manifest has no negative references: give them in a column "
+            "'negative_reference', or choose zeros or blank"
+        )
     native = unet["sample_size"]
     native_height, native_width = (native, native) if isinstance(native, int) else native
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     config = config.replace(
+        image_tokens=config.image_tokens or (aligner or {}).get("tokens"),
         steps=config.steps or index.get("default_steps", DEFAULT_STEPS),
         guidance_scale=(
             index.get("default_guidance_scale", DEFAULT_GUIDANCE_SCALE)

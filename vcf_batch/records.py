@@ -10,7 +10,15 @@ Status = Literal["success", "rejected", "failed"]
 
 STATUSES: tuple[Status, ...] = ("success", "rejected", "failed")
 
-OVERRIDES = ("negative_prompt", "guidance_scale", "strength", "fusion")
+OVERRIDES = (
+    "negative_prompt",
+    "guidance_scale",
+    "strength",
+    "fusion",
+    "fusion_lo",
+    "fusion_hi",
+    "reference_weights",
+)
 """Manifest columns that replace the run's setting for one row."""
 
 OUTPUT_COLUMNS: tuple[str, ...] = (
@@ -19,10 +27,16 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "error_message",
     "prompt",
     "reference",
+    "reference_weights",
+    "negative_reference",
     "seed",
     "negative_prompt",
     "fusion",
     "strength",
+    "fusion_lo",
+    "fusion_hi",
+    "unconditional",
+    "image_tokens",
     "guidance_scale",
     "steps",
     "scheduler",
@@ -59,12 +73,19 @@ class Row:
     references: tuple[Reference, ...] = ()
     """Empty means text only."""
     seed: int = 0
+    negative_reference: Reference | None = None
+    """What the image should not look like."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The row's own values for names in :data:`OVERRIDES`; nulls are left out."""
     carried: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the manifest that the outputs repeat."""
     error: str | None = None
     """Why the row cannot be generated, when the manifest alone already tells."""
+
+    @property
+    def images(self) -> tuple[Reference, ...]:
+        """Every image that the row names: its references, then its negative one."""
+        return self.references if self.negative_reference is None else (*self.references, self.negative_reference)
 
 
 @dataclass(frozen=True, slots=True, order=True)

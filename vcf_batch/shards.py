@@ -55,10 +55,25 @@ RECEIPT_SUFFIX = "_stats.json"
 ROWS_PER_GROUP = 1024
 
 _SCORES = ("clip_score", "clip_reference", "lpips")
-_SETTINGS = ("negative_prompt", "fusion", "strength", "guidance_scale", "steps", "scheduler")
+_SETTINGS = (
+    "reference_weights",
+    "negative_prompt",
+    "fusion",
+    "strength",
+    "fusion_lo",
+    "fusion_hi",
+    "unconditional",
+    "image_tokens",
+    "guidance_scale",
+    "steps",
+    "scheduler",
+)
 _NOT_STRINGS = {
+    "reference_weights": pa.list_(pa.float64()),
     "seed": pa.int64(),
     "strength": pa.float64(),
+    "fusion_lo": pa.float64(),
+    "fusion_hi": pa.float64(),
     "guidance_scale": pa.float64(),
     "steps": pa.int32(),
     "width": pa.int32(),
@@ -229,6 +244,7 @@ class ShardWriter:
             "error_message": message,
             "prompt": row.prompt,
             "reference": reference,
+            "negative_reference": row.negative_reference and row.negative_reference.uri,
             "seed": row.seed,
             **{name: sample.settings.get(name) for name in _SETTINGS},
             "width": sample.width,

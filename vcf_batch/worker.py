@@ -180,7 +180,8 @@ class Worker:
         try:
             with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
                 with clock("read_manifest"):
-                    rows = self.manifest.rows(shard.start, shard.stop, self.tools.config.seed)
+                    read = self.manifest.rows(shard.start, shard.stop, self.tools.config.seed)
+                    rows = [self.tools.checked(row) for row in read]
                 failed = {
                     row.number: Sample(row, "failed", self.tools.settings(row), error_message=error)
                     for row in rows

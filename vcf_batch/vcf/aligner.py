@@ -13,9 +13,8 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from vcf_batch.errors import ModelError
-
-TOKENS = ("all", "patches", "cls")
+from vcf_batch.config import IMAGE_TOKENS
+from vcf_batch.errors import ModelError, UsageError
 
 INFO_NCE_TEMPERATURE = 0.07
 INFO_NCE_WEIGHT = 0.2
@@ -35,7 +34,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
             does. True only for checkpoints that were made with it.
 
     Raises:
-        ModelError: ``tokens`` is none of :data:`TOKENS`.
+        ModelError: ``tokens`` is none of :data:`vcf_batch.config.IMAGE_TOKENS`.
     """
 
     @register_to_config
@@ -47,8 +46,8 @@ class ImageAligner(ModelMixin, ConfigMixin):
         double_rescale: bool = False,
     ) -> None:
         super().__init__()
-        if tokens not in TOKENS:
-            raise ModelError(f"the aligner's tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}")
+        if tokens not in IMAGE_TOKENS:
+            raise ModelError(f"the aligner's tokens is {tokens!r}; it must be one of {', '.join(IMAGE_TOKENS)}")
         self.proj = nn.Sequential(
             nn.LayerNorm(vision_dim), nn.Linear(vision_dim, text_dim), nn.ReLU(), nn.Linear(text_dim, text_dim)
         )
@@ -64,11 +63,20 @@ class ImageAligner(ModelMixin, ConfigMixin):
         """
         return self.proj(image_tokens)
 
-    def select_tokens(self, hidden_states: Tensor) -> Tensor:
-        """Keep the image tokens this aligner uses: ``[B, 1 + P, Dv]``, CLS first, to ``[B, N, Dv]``."""
-        if self.config.tokens == "cls":
-            return hidden_states[:, :1]
-        return hidden_states[:, 1:] if self.config.tokens == "patches" else hidden_states
+    def select_tokens(self, hidden_states: Tensor, tokens: str | None = None) -> Tensor:
+        """Keep some of the image tokens: ``[B, 1 + P, Dv]``, CLS first, to ``[B, N, Dv]``.
+
+        Args:
+            tokens: ``all``, ``patches`` or ``cls``; None is what this aligner was trained on.
+
+        Raises:
+            UsageError: no such choice.
+        """
+        tokens = self.config.tokens if tokens is None else tokens
+        if tokens not in IMAGE_TOKENS:
+            raise UsageError(f"image_tokens is {tokens!r}; it must be one of {', '.join(IMAGE_TOKENS)}")
+        kept = {"all": slice(None), "patches": slice(1, None), "cls": slice(1)}
+        return hidden_states[:, kept[tokens]]
 
     def preprocess(
         self, images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float]

@@ -1,4 +1,4 @@
-"""Fusion: how aligned image tokens join the text tokens (docs/method.md, section 4)."""
+"""Fusion: how aligned image tokens join the text tokens (docs/method.md, sections 4 and 8)."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vcf_batch.config import FUSIONS
+from vcf_batch.config import FUSIONS, reference_shares
 from vcf_batch.errors import UsageError
 
 DEFAULT_STRENGTHS = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3}
@@ -25,7 +25,13 @@ def default_strength(mode: str) -> float:
     return DEFAULT_STRENGTHS[mode]
 
 
-def fuse(text_tokens: Tensor, image_tokens: Tensor, mode: str, strength: float | None = None) -> Tensor:
+def fuse(
+    text_tokens: Tensor,
+    image_tokens: Tensor,
+    mode: str,
+    strength: float | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Fuse text tokens with the aligned image tokens of the same samples.
 
     Computed in float32 and sample by sample: nothing is averaged or scaled over the batch.
@@ -37,6 +43,8 @@ def fuse(text_tokens: Tensor, image_tokens: Tensor, mode: str, strength: float |
         strength: the weight ``a`` of the image part, 0 is text only; None is the mode's default. ``concat`` returns
             the same tokens at every strength: its strength is a bias on the image tokens' attention logits, which
             travels beside the tokens.
+        weights: of the image tokens, ``[B, N]``, above 0: one of weight 2 counts as two of weight 1. None is equal
+            weights. With ``concat`` they too are part of the bias.
 
     Returns:
         ``[B, T, Dt]``, or ``[B, T + N, Dt]`` for ``concat``; in the dtype of ``text_tokens``.
@@ -49,71 +57,158 @@ def fuse(text_tokens: Tensor, image_tokens: Tensor, mode: str, strength: float |
     if mode == "concat":
         return torch.cat([text_tokens, image_tokens.to(text_tokens.dtype)], dim=1)
     text, image = text_tokens.float(), image_tokens.float()
-    mixed = image.mean(dim=1, keepdim=True) if mode == "naive" else _attend(text, image)
+    weights = torch.ones_like(image[..., 0]) if weights is None else weights
+    mixed = _mean(image, weights) if mode == "naive" else _attend(text, image, weights)
     return torch.lerp(text, mixed.expand_as(text), strength).to(text_tokens.dtype)
 
 
-def _attend(text: Tensor, image: Tensor) -> Tensor:
+def _mean(image: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of the image tokens: ``[B, 1, Dt]``."""
+    return (weights / weights.sum(dim=1, keepdim=True))[:, None] @ image
+
+
+def _attend(text: Tensor, image: Tensor, weights: Tensor) -> Tensor:
     """For each text token, the image tokens weighted by cosine and rescaled to the text's mean norm: ``[B, T, Dt]``."""
     text_norm = text.norm(dim=-1, keepdim=True).mean(dim=1, keepdim=True)
     direction = F.normalize(image, dim=-1)
     cosine = F.normalize(text, dim=-1) @ direction.mT
-    weights = (cosine / math.sqrt(text.shape[-1])).softmax(dim=-1)
-    return weights @ (direction * text_norm)
+    attention = (cosine / math.sqrt(text.shape[-1]) + weights.log()[:, None]).softmax(dim=-1)
+    return attention @ (direction * text_norm)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How the references of one sample join its prompt.
+
+    Raises:
+        UsageError: a value outside its limits.
+    """
+
+    image_tokens: Sequence[Tensor] = ()
+    """Aligned, ``[N, Dt]`` of each reference; none is text only."""
+    mode: str = "concat"
+    strength: float = 1.0
+    """0 is text only, on the unconditional side too."""
+    weights: Sequence[float] | None = None
+    """One per reference, relative to each other; None is equal weights. A reference of weight 0 is left out."""
+    unconditional: Tensor | None = None
+    """``[N, Dt]``: aligned image tokens that the unconditional side is fused with in the same way. None is what the
+    authors do: zeros where ``concat`` has image tokens, and nothing in the other modes."""
+    lo: float = 0.0
+    """Steps with ``lo <= t / 999 <= hi`` use the fused tokens, the others text alone. 1 is pure noise."""
+    hi: float = 1.0
+
+    def __post_init__(self) -> None:
+        default_strength(self.mode)
+        if not 0 <= self.strength < math.inf:
+            raise UsageError(f"strength is {self.strength}; it must be a number of 0 or more")
+        if not 0 <= self.lo <= self.hi <= 1:
+            raise UsageError(
+                f"fusion_lo is {self.lo} and fusion_hi {self.hi}; both must be between 0 and 1, the lower one first"
+            )
+        reference_shares(self.weights, len(self.image_tokens))
+
+    def positive(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse the tokens ``[T, Dt]`` of the prompt: tokens ``[S, Dt]``, and on the CPU the bias ``[S]`` of each."""
+        return self._fuse(text, self.image_tokens, reference_shares(self.weights, len(self.image_tokens)))
+
+    def negative(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the unconditional side and the tokens of the negative prompt."""
+        if self.unconditional is not None:
+            return self._fuse(text, [self.unconditional], [1.0])
+        zeros = [torch.zeros_like(tokens) for tokens in self.image_tokens[:1] if self.mode == "concat"]
+        return self._fuse(text, zeros, [1.0] * len(zeros))
+
+    def _fuse(self, text: Tensor, images: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        used = [(image, share) for image, share in zip(images, shares, strict=True) if share > 0]
+        if not used or not self.strength:
+            return text, torch.zeros(len(text))
+        image = torch.cat([image for image, _ in used]).to(text.device)
+        weights = torch.cat([torch.full([len(image)], share) for image, share in used])
+        tokens = fuse(text[None], image[None], self.mode, self.strength, weights[None].to(text.device))[0]
+        bias = torch.zeros(len(tokens))
+        if self.mode == "concat":
+            bias[len(text) :] = (self.strength * weights).log()
+        return tokens, bias
+
+
+@dataclass(frozen=True)
+class Side:
+    """What the UNet is conditioned on, on one side of the guidance: a batch of samples with fusions of their own."""
+
+    tokens: Tensor
+    """``[B, S, Dt]``: each sample's fused tokens, padded with zeros."""
+    bias: Tensor
+    """float32 ``[B, S]`` on the CPU, added to the attention logits of the tokens: 0 on text, log(strength x share) on
+    the image tokens of ``concat``, ``-inf`` on padding."""
+    text: Tensor
+    """``[B, T, Dt]``: the tokens where a sample's fusion is out of its range."""
+
+    def select(self, inside: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Tokens and bias where the samples marked with True are fused and the others are text alone."""
+        if all(inside):
+            return self.tokens, self.bias
+        if not any(inside):
+            return self.text, torch.zeros(self.text.shape[:2])
+        fused = torch.tensor(inside)[:, None]
+        text, bias = _padded(self.text, torch.zeros(self.text.shape[:2]), self.tokens.shape[1])
+        return torch.where(fused[..., None].to(text.device), self.tokens, text), torch.where(fused, self.bias, bias)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is conditioned on: a batch of samples with references and fusions of their own."""
+    """Both sides of the guidance, equally long, and when each sample is fused."""
 
-    tokens: Tensor
-    """``[B, S, Dt]``: each sample's fused tokens, padded to the longest with zeros."""
-    negative_tokens: Tensor
-    """``[B, S, Dt]``: the unconditional side; zeros where ``tokens`` has image tokens, as the authors pad it."""
-    bias: Tensor | None
-    """float32 ``[B, 1, S]``, added to the attention logits of both sides: 0 on text tokens, log(strength) on the image
-    tokens of ``concat``, ``-inf`` on padding. None if that is 0 throughout, so that attention takes its fastest path.
-    """
+    positive: Side
+    negative: Side
+    ranges: Sequence[tuple[float, float]]
+    """``lo`` and ``hi`` of each sample."""
+
+    def inside(self, time: float) -> tuple[bool, ...]:
+        """Which samples are fused at ``time``, t / 999."""
+        return tuple(lo <= time <= hi for lo, hi in self.ranges)
+
+    def select(self, inside: Sequence[bool], guided: bool) -> tuple[Tensor, Tensor | None]:
+        """What the UNet gets where the samples marked with True are fused.
+
+        Returns:
+            Tokens ``[B, S, Dt]``, or ``[2B, S, Dt]`` with the unconditional side first if ``guided``. And the bias on
+            their attention logits, float32 ``[B or 2B, 1, S]``; None if it is 0 throughout, so that attention takes its
+            fastest path.
+        """
+        sides = [side.select(inside) for side in ([self.negative, self.positive] if guided else [self.positive])]
+        tokens = torch.cat([tokens for tokens, _ in sides])
+        bias = torch.cat([bias for _, bias in sides])[:, None]
+        return tokens, bias.to(tokens.device) if bias.any() else None
 
 
-def condition(
-    text_tokens: Tensor,
-    image_tokens: Sequence[Tensor | None],
-    negative_tokens: Tensor,
-    modes: Sequence[str],
-    strengths: Sequence[float],
-) -> Conditioning:
+def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fusion]) -> Conditioning:
     """Fuse each sample in its own way and put them into one batch.
 
     A sample's tokens do not depend on its neighbours: unequal token counts are padded, and the padding is hidden by
-    the bias. A sample with ``concat`` at strength 0 has no image tokens at all, so it is exactly text only.
+    the bias. A sample at strength 0 has no image tokens at all, so it is exactly text only.
 
     Args:
         text_tokens: ``[B, T, Dt]``.
-        image_tokens: of each sample the aligned tokens of all its references, ``[N, Dt]``; None is text only.
         negative_tokens: ``[B, T, Dt]``, of the negative prompts.
-        modes: a fusion mode for each sample.
-        strengths: for each sample, 0 or more.
-
-    Raises:
-        UsageError: no such mode, or a strength below 0.
+        fusions: one per sample.
     """
-    fused, biases = [], []
-    for text, image, mode, strength in zip(text_tokens, image_tokens, modes, strengths, strict=True):
-        if not 0 <= strength < math.inf:
-            raise UsageError(f"strength is {strength}; it must be a number of 0 or more")
-        default_strength(mode)  # an unknown mode is an error for a text-only sample too
-        if image is not None and strength > 0:
-            tokens = fuse(text[None], image[None].to(text.device), mode, strength)[0]
-        else:
-            tokens = text
-        appended = len(tokens) - len(text)
-        fused.append(tokens)
-        biases.append([0.0] * len(text) + [math.log(strength)] * appended if appended else [0.0] * len(text))
-    longest = max(len(tokens) for tokens in fused)
-    bias = torch.tensor([row + [-math.inf] * (longest - len(row)) for row in biases])
+    positive = [fusion.positive(text) for fusion, text in zip(fusions, text_tokens, strict=True)]
+    negative = [fusion.negative(text) for fusion, text in zip(fusions, negative_tokens, strict=True)]
+    longest = max(len(tokens) for tokens, _ in positive + negative)
     return Conditioning(
-        tokens=torch.stack([F.pad(tokens, (0, 0, 0, longest - len(tokens))) for tokens in fused]),
-        negative_tokens=F.pad(negative_tokens, (0, 0, 0, longest - negative_tokens.shape[1])),
-        bias=bias[:, None].to(text_tokens.device) if bias.any() else None,
+        _side(positive, text_tokens, longest),
+        _side(negative, negative_tokens, longest),
+        [(fusion.lo, fusion.hi) for fusion in fusions],
     )
+
+
+def _side(samples: Sequence[tuple[Tensor, Tensor]], text_tokens: Tensor, length: int) -> Side:
+    padded = [_padded(tokens, bias, length) for tokens, bias in samples]
+    return Side(torch.stack([tokens for tokens, _ in padded]), torch.stack([bias for _, bias in padded]), text_tokens)
+
+
+def _padded(tokens: Tensor, bias: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[..., S, Dt]`` and their bias ``[..., S]`` with hidden ones added up to ``length``."""
+    missing = length - tokens.shape[-2]
+    return F.pad(tokens, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=-math.inf)

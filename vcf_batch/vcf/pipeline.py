@@ -1,40 +1,31 @@
 """VCFPipeline: a batch of different prompts, each with references, fusion, strength, guidance and seed of its own."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, REFERENCE_PARTS, SCHEDULERS
+from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, REFERENCE_PARTS, UNCONDITIONALS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
-from vcf_batch.vcf.attention import accept_token_bias
-from vcf_batch.vcf.fusion import Conditioning, condition, default_strength
+from vcf_batch.vcf.fusion import Fusion, condition, default_strength
+from vcf_batch.vcf.sampling import denoise, make_scheduler
 
 References = Image.Image | Sequence[Image.Image] | None
 """The references of one prompt: one image, several, or None for text only."""
 
+BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
+"""The image that shows nothing: what the unconditional side is fused with for ``unconditional="blank"``."""
+
 ENCODE_BATCH = 32
 DECODE_BATCH = 8
-
-_SCHEDULERS: dict[str, Any] = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
 
 
 class VCFPipeline(StableDiffusionPipeline):
@@ -45,8 +36,8 @@ class VCFPipeline(StableDiffusionPipeline):
     in [0, 1]. In bfloat16 a batch may take other kernels than a single sample, whose rounding (8 bits of mantissa)
     grows over the steps: the tests allow 0.05, with a mean of 0.005.
 
-    ``fusion.condition``, :meth:`denoise` and :meth:`decode` are differentiable; gradients are switched off in the
-    encoders and in the methods that generate.
+    :func:`~vcf_batch.vcf.fusion.condition`, :func:`~vcf_batch.vcf.sampling.denoise` and :meth:`decode` are
+    differentiable; gradients are switched off in the encoders and in the methods that generate.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: as in ``StableDiffusionPipeline``.
@@ -140,20 +131,22 @@ class VCFPipeline(StableDiffusionPipeline):
         return torch.cat([self.encode_prompt(batch, device, 1, False)[0] for batch in batches])
 
     @torch.no_grad()
-    def encode_references(self, images: Sequence[Image.Image]) -> Tensor:
+    def encode_references(self, images: Sequence[Image.Image], image_tokens: str | None = None) -> Tensor:
         """Aligned image tokens of reference images (docs/method.md, sections 1 and 2).
 
         Args:
             images: one or more, of any size.
+            image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
 
         Returns:
             ``[B, N, Dt]`` on the pipeline's device, in the aligner's dtype.
 
         Raises:
             ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`.
+            UsageError: no such choice of image tokens.
         """
         self._require_reference_parts()
-        tokens = self.aligner.select_tokens(self.vision_tokens(images))
+        tokens = self.aligner.select_tokens(self.vision_tokens(images), image_tokens)
         return self.aligner(tokens.to(self.aligner.dtype))
 
     @torch.no_grad()
@@ -225,78 +218,6 @@ class VCFPipeline(StableDiffusionPipeline):
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self._execution_device)
 
-    def denoise(
-        self,
-        noise: Tensor,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: Sequence[float],
-        steps: int,
-        scheduler: str = "ddim",
-    ) -> Tensor:
-        """Denoise with classifier-free guidance, both sides in one UNet call. Differentiable.
-
-        Latents, guidance and scheduler are float32 whatever the UNet's dtype.
-
-        Args:
-            noise: ``[B, C, h, w]``, standard normal.
-            conditioning: of the same B samples.
-            guidance_scale: one per sample; 1 throughout leaves the unconditional side out.
-            steps: denoising steps.
-            scheduler: ``ddim``, ``dpm++`` or ``euler``.
-
-        Returns:
-            float32 latents ``[B, C, h, w]``.
-
-        Raises:
-            UsageError: no such scheduler, or it cannot take so many steps.
-        """
-        solver = self.make_scheduler(scheduler)
-        limit = solver.config.num_train_timesteps
-        if not 1 <= steps <= limit:
-            raise UsageError(f"steps is {steps}; it must be between 1 and {limit}")
-        solver.set_timesteps(steps, device="cpu")
-        scale = torch.tensor(guidance_scale, dtype=torch.float32, device=noise.device).reshape(-1, 1, 1, 1)
-        guided = any(value != 1 for value in guidance_scale)
-        tokens, bias = conditioning.tokens, conditioning.bias
-        if guided:
-            tokens = torch.cat([conditioning.negative_tokens, tokens])
-            bias = None if bias is None else torch.cat([bias, bias])
-        attention = None
-        if bias is not None:
-            accept_token_bias(self.unet)
-            attention = {"token_bias": bias.to(self.unet.dtype)}
-        tokens = tokens.to(self.unet.dtype)
-        latents = noise.float() * solver.init_noise_sigma
-        # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
-        for cpu_timestep, timestep in zip(solver.timesteps, solver.timesteps.to(noise.device), strict=True):
-            scaled = solver.scale_model_input(latents, cpu_timestep).to(self.unet.dtype)
-            prediction = self.unet(
-                torch.cat([scaled, scaled]) if guided else scaled,
-                timestep,
-                encoder_hidden_states=tokens,
-                cross_attention_kwargs=attention,
-                return_dict=False,
-            )[0].float()
-            if guided:
-                negative, positive = prediction.chunk(2)
-                prediction = negative + scale * (positive - negative)
-            latents = solver.step(prediction, cpu_timestep, latents, return_dict=False)[0]
-        return latents
-
-    def make_scheduler(self, name: str) -> Any:
-        """A new scheduler with the checkpoint's noise schedule, prediction type and spacing.
-
-        Raises:
-            UsageError: no such scheduler.
-        """
-        if name not in _SCHEDULERS:
-            raise UsageError(f"scheduler is {name!r}; it must be one of {', '.join(SCHEDULERS)}")
-        # DDIM clips by default, which is meant for pixels and ruins latents; a checkpoint whose own scheduler cannot
-        # clip has no say in its configuration.
-        fixed = {"clip_sample": False} if name == "ddim" else {}
-        return _SCHEDULERS[name].from_config(self.scheduler.config, **fixed)
-
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, a few at a time. Differentiable.
 
@@ -314,12 +235,10 @@ class VCFPipeline(StableDiffusionPipeline):
     def generate_from_tokens(
         self,
         text_tokens: Tensor,
-        image_tokens: Sequence[Sequence[Tensor]],
         negative_tokens: Tensor,
+        fusions: Sequence[Fusion],
         *,
         seeds: Sequence[int],
-        fusion: str | Sequence[str] = "concat",
-        strength: float | Sequence[float | None] | None = None,
         guidance_scale: float | Sequence[float | None] | None = None,
         steps: int | None = None,
         scheduler: str = "ddim",
@@ -330,18 +249,13 @@ class VCFPipeline(StableDiffusionPipeline):
 
         Args:
             text_tokens: ``[B, T, Dt]``, of the prompts.
-            image_tokens: of each sample, the aligned tokens ``[N, Dt]`` of each of its references; empty is text only.
-                ``concat`` appends the tokens of all, the other fusions work on all of them together.
             negative_tokens: ``[B, T, Dt]``, of the negative prompts.
+            fusions: of each sample, its references' tokens and how they join the prompt.
             seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
-            fusion: ``concat``, ``naive`` or ``cross_attention``.
-            strength: 0 is text only; None is the default of model and fusion.
-            guidance_scale: 1 is no guidance; None is the model's default.
+            guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
             steps: None is the model's default.
             scheduler: ``ddim``, ``dpm++`` or ``euler``.
             height, width: pixels; None is the model's native size.
-
-        ``fusion``, ``strength`` and ``guidance_scale`` are one value for all samples or a sequence of one per sample.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
@@ -350,29 +264,14 @@ class VCFPipeline(StableDiffusionPipeline):
             UsageError: a value outside its limits, or a sequence of the wrong length.
         """
         count = len(text_tokens)
-        fusions = _per_sample("fusion", fusion, count)
-        strengths = [
-            self.resolve_strength(mode, value)
-            for mode, value in zip(fusions, _per_sample("strength", strength, count), strict=True)
-        ]
-        default_scale = self.config.default_guidance_scale
         scales = _per_sample("guidance_scale", guidance_scale, count)
-        conditioning = condition(
-            text_tokens,
-            [
-                torch.cat(list(tokens)) if tokens else None
-                for tokens in _per_sample("image_tokens", image_tokens, count)
-            ],
-            negative_tokens,
-            fusions,
-            strengths,
-        )
-        latents = self.denoise(
+        latents = denoise(
+            self.unet,
+            make_scheduler(scheduler, self.scheduler.config),
             self.initial_noise(_per_sample("seeds", seeds, count), height, width),
-            conditioning,
-            guidance_scale=[default_scale if value is None else value for value in scales],
+            condition(text_tokens, negative_tokens, fusions),
+            guidance_scale=[self.config.default_guidance_scale if scale is None else scale for scale in scales],
             steps=self.config.default_steps if steps is None else steps,
-            scheduler=scheduler,
         )
         return self.decode(latents).cpu()
 
@@ -384,6 +283,14 @@ class VCFPipeline(StableDiffusionPipeline):
         *,
         seeds: Sequence[int],
         negative_prompts: str | Sequence[str] = "",
+        fusion: str | Sequence[str] = "concat",
+        strength: float | Sequence[float | None] | None = None,
+        fusion_lo: float | Sequence[float] = 0.0,
+        fusion_hi: float | Sequence[float] = 1.0,
+        reference_weights: Sequence[Sequence[float] | None] | None = None,
+        negative_references: Image.Image | Sequence[Image.Image | None] | None = None,
+        unconditional: str = "zeros",
+        image_tokens: str | None = None,
         **settings: Any,
     ) -> Tensor:
         """Generate one image per prompt. Each distinct prompt and each distinct image object is encoded once.
@@ -392,9 +299,21 @@ class VCFPipeline(StableDiffusionPipeline):
             prompts: B prompts.
             references: of each prompt one image, several, or None for text only; None is text only throughout.
             seeds: one per prompt.
-            negative_prompts: one for all, or one per prompt.
-            settings: ``fusion``, ``strength``, ``guidance_scale``, ``steps``, ``scheduler``, ``height`` and ``width``
-                as in :meth:`generate_from_tokens`.
+            negative_prompts: what the images should not show.
+            fusion: ``concat``, ``naive`` or ``cross_attention``.
+            strength: 0 is text only; None is the default of model and fusion.
+            fusion_lo, fusion_hi: the part of the schedule in which references are used, as fractions of t / 999
+                (1 is pure noise), both ends included.
+            reference_weights: for each prompt one weight per reference; None is equal weights.
+            negative_references: what the images should not look like: the unconditional side is fused with it.
+            unconditional: what that side gets for a prompt with references and no negative one: ``zeros`` as the
+                authors do, or the image tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on
+                negative references.
+            image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
+            settings: ``guidance_scale``, ``steps``, ``scheduler``, ``height`` and ``width`` as in
+                :meth:`generate_from_tokens`.
+
+        What is one per prompt may also be a single value for all, ``prompts`` and ``seeds`` apart.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
@@ -406,6 +325,10 @@ class VCFPipeline(StableDiffusionPipeline):
         count = len(prompts)
         if not count:
             raise UsageError("prompts is empty; give at least one prompt")
+        if unconditional not in UNCONDITIONALS:
+            raise UsageError(f"unconditional is {unconditional!r}; it must be one of {', '.join(UNCONDITIONALS)}")
+        if unconditional == "negative" and negative_references is None:
+            raise UsageError("unconditional is 'negative', but there are no negative_references; give some")
         negatives = _per_sample("negative_prompts", negative_prompts, count)
         texts = list(dict.fromkeys([*prompts, *negatives]))
         text_tokens = self.encode_prompts(texts)
@@ -413,12 +336,35 @@ class VCFPipeline(StableDiffusionPipeline):
             [entry] if isinstance(entry, Image.Image) else list(entry or ())
             for entry in _per_sample("references", references, count)
         ]
-        distinct = {id(image): image for entry in images for image in entry}
-        aligned = dict(zip(distinct, self.encode_references(list(distinct.values())), strict=True)) if distinct else {}
+        avoided = _per_sample("negative_references", negative_references, count)
+        paddings = [
+            BLANK if negative is None and own and unconditional == "blank" else negative
+            for own, negative in zip(images, avoided, strict=True)
+        ]
+        distinct = {id(image): image for image in [*itertools.chain(*images), *paddings] if image is not None}
+        aligned: dict[int, Tensor] = {}
+        if distinct:
+            aligned.update(zip(distinct, self.encode_references(list(distinct.values()), image_tokens), strict=True))
+        modes = _per_sample("fusion", fusion, count)
+        strengths = _per_sample("strength", strength, count)
+        weights = _per_sample("reference_weights", reference_weights, count)
+        lows, highs = _per_sample("fusion_lo", fusion_lo, count), _per_sample("fusion_hi", fusion_hi, count)
+        fusions = [
+            Fusion(
+                [aligned[id(image)] for image in images[i]],
+                modes[i],
+                self.resolve_strength(modes[i], strengths[i]),
+                weights[i],
+                None if paddings[i] is None else aligned[id(paddings[i])],
+                lows[i],
+                highs[i],
+            )
+            for i in range(count)
+        ]
         return self.generate_from_tokens(
             text_tokens[[texts.index(prompt) for prompt in prompts]],
-            [[aligned[id(image)] for image in entry] for entry in images],
             text_tokens[[texts.index(prompt) for prompt in negatives]],
+            fusions,
             seeds=seeds,
             **settings,
         )
@@ -428,6 +374,7 @@ class VCFPipeline(StableDiffusionPipeline):
         prompt: str | Sequence[str],
         references: References | Sequence[References] = None,
         *,
+        reference_weights: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
         negative_prompt: str | Sequence[str] = "",
         seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
@@ -441,13 +388,14 @@ class VCFPipeline(StableDiffusionPipeline):
             prompt: one prompt or several.
             references: with one prompt, its image or images. With several prompts, one image for all of them, or a
                 sequence with one entry per prompt: an image, several, or None.
+            reference_weights: with one prompt, one weight per reference. With several prompts, such a sequence or None
+                for each of them.
             negative_prompt: one for all, or one per prompt.
             seed: one for all, or one per prompt.
             num_inference_steps: None is the model's default.
             output_type: ``pil`` for PIL images, ``pt`` for a float32 tensor ``[B, 3, H, W]`` in [0, 1].
             return_dict: False returns the tuple ``(images, None)``.
-            settings: ``fusion``, ``strength``, ``guidance_scale``, ``scheduler``, ``height`` and ``width`` as in
-                :meth:`generate_from_tokens`.
+            settings: as in :meth:`generate`.
 
         Raises:
             ModelError: there are references, but the model lacks a part they need.
@@ -456,10 +404,11 @@ class VCFPipeline(StableDiffusionPipeline):
         if output_type not in ("pil", "pt"):
             raise UsageError(f"output_type is {output_type!r}; it must be one of pil, pt")
         if isinstance(prompt, str):
-            prompt, references = [prompt], [references]  # type: ignore[list-item]
+            prompt, references, reference_weights = [prompt], [references], [reference_weights]  # type: ignore[list-item, assignment]
         images = self.generate(
             prompt,
             _per_sample("references", references, len(prompt)),
+            reference_weights=_per_sample("reference_weights", reference_weights, len(prompt)),
             seeds=_per_sample("seed", seed, len(prompt)),
             negative_prompts=negative_prompt,
             steps=num_inference_steps,
