@@ -10,6 +10,7 @@ LIGHT = (
     "contract",
     "errors",
     "images",
+    "lease",
     "manifest",
     "models",
     "plan",

@@ -1,5 +1,6 @@
 """Runs on a real Ray cluster of three nodes on this machine."""
 
+import json
 import os
 import shutil
 import signal
@@ -23,9 +24,10 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import common_pb2
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from vcf_batch import pool, prepare, shard_queue
+from vcf_batch import lease, pool, prepare, shard_queue
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
+from vcf_batch.lease import Lease
 from vcf_batch.progress import Progress
 from vcf_batch.records import Receipt
 
@@ -207,6 +209,30 @@ def test_a_stopped_and_a_killed_driver_are_resumed_by_the_same_command(
     assert not list(output.glob("_staging/*"))
 
 
+def test_a_driver_that_lost_the_output_stops_and_commits_nothing_more(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """A driver that was suspended while another took over notices before it commits, and stops with exit code 4."""
+    output = tmp_path / "out"
+    committed: list[int] = []
+
+    def take_over() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        (output / lease.NAME).write_text('{"pid": 4711, "host": "far"}')
+        committed.append(len(receipts(output)))
+
+    taker = threading.Thread(target=take_over)
+    taker.start()
+    try:
+        with pytest.raises(RefusedError, match=r"process 4711 on far.* took over"):
+            pool.run(configure(output, num_workers=1))
+    finally:
+        taker.join()
+    # One commit may have been under way.
+    assert committed[0] <= len(receipts(output)) <= committed[0] + 1
+    assert json.loads((output / lease.NAME).read_text())["pid"] == 4711
+
+
 def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
     summary = pool.run(configure(undisturbed, num_workers=1))
@@ -305,10 +331,10 @@ def test_once_a_worker_has_loaded_a_failed_start_is_its_nodes_trouble(
 
 def test_workers_that_fail_to_start_together_count_once(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = prepare.absolute(configure(tmp_path / "out", gpus_per_worker=0))
-    job = prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
+    job = prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
     trouble = StorageError("no credentials")
     with Progress(ROWS, 0) as progress:
-        dispatch = pool._Dispatch(job, set(), Counter(), progress)
+        dispatch = pool._Dispatch(job, Lease(config.output), set(), Counter(), progress)
         for _ in range(9):
             dispatch._start_failed(pool._Worker(None, started=1.0), trouble)
         for _ in range(pool.START_ATTEMPTS - 2):

@@ -13,7 +13,7 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import prepare, storage
+from vcf_batch import lease, prepare, run_file, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ManifestError, ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
@@ -37,8 +37,10 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
             "model": str(model),
             "gpus_per_worker": 0,
         }
-        config = prepare.resume(prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options})))
-        return prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
+        config = prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
+        found = run_file.read(config.output)
+        config = prepare.resume(config, found)
+        return prepare.settle(config, prepare.open_manifest(config, found), prepare.resolve_models(config))
 
     return build
 
@@ -154,33 +156,11 @@ def test_credentials_stay_out_of_the_run_file(settle: Callable[..., Job], tmp_pa
 
 
 def test_an_output_without_a_shard_takes_other_settings(settle: Callable[..., Job], tmp_path: Path) -> None:
-    """A mistaken option costs no output: run.json binds from the first finished shard on, or while a driver works."""
+    """A mistaken option costs no output: run.json binds from the first finished shard on."""
     prepare.claim(settle(steps=5))
-    working = settle()
-    with (
-        prepare.storage_token(working),
-        pytest.raises(RefusedError, match=r"steps: 5 there, 4 now(.|\n)*delete .*token-"),
-    ):
-        prepare.claim(working)
-    prepare.claim(working)
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["fingerprint"] == working.fingerprint
-
-
-def test_of_two_drivers_that_race_the_second_is_refused(
-    settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of several writers of a new run.json one wins, and no other replaces it."""
-    first, second = settle(steps=5), settle()
-    publish = storage.publish_bytes
-
-    def overtaken(url: str, data: bytes, create: bool = False) -> None:
-        monkeypatch.setattr(storage, "publish_bytes", publish)
-        prepare.claim(first)
-        publish(url, data, create)
-
-    monkeypatch.setattr(storage, "publish_bytes", overtaken)
-    with pytest.raises(RefusedError, match="steps: 5 there, 4 now"):
-        prepare.claim(second)
+    job = settle()
+    prepare.claim(job)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["fingerprint"] == job.fingerprint
 
 
 def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> None:
@@ -235,8 +215,10 @@ def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_node_that_does_not_see_the_output_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
-    """Every node proves that it sees the same storage: it reads a token that the driver wrote."""
-    with prepare.storage_token(settle()) as job:
+    """Every node proves that it sees the same storage: it reads the lease that the driver wrote."""
+    job = settle()
+    with lease.hold(job.config.output) as held:
+        job = dataclasses.replace(job, token=held.token)
         prepare.check_storage(job)
         elsewhere = dataclasses.replace(job, config=job.config.replace(output=str(tmp_path / "elsewhere")))
         with pytest.raises(UsageError, match="does not see the output"):
@@ -244,7 +226,6 @@ def test_a_node_that_does_not_see_the_output_is_refused(settle: Callable[..., Jo
         (tmp_path / "in" / "manifest.parquet").unlink()
         with pytest.raises(UsageError, match="does not see the manifest"):
             prepare.check_storage(job)
-    assert not list((tmp_path / "out").rglob("token-*"))
 
 
 def test_a_node_that_does_not_see_a_reference_root_is_refused(
@@ -253,7 +234,9 @@ def test_a_node_that_does_not_see_a_reference_root_is_refused(
     """A folder that is mounted on the driver alone is noticed before a row fails for it."""
     mounted, gone, web = tmp_path / "mounted", tmp_path / "gone", "https://host.invalid/images"
     mounted.mkdir()
-    with prepare.storage_token(settle(reference_root=(str(mounted), str(gone), web))) as job:
+    job = settle(reference_root=(str(mounted), str(gone), web))
+    with lease.hold(job.config.output) as held:
+        job = dataclasses.replace(job, token=held.token)
         assert job.roots == (str(mounted),)
         prepare.check_storage(job)
         mounted.rmdir()
@@ -262,10 +245,10 @@ def test_a_node_that_does_not_see_a_reference_root_is_refused(
         ):
             prepare.check_storage(job)
 
-        def refuse(url: str) -> bool:
+        def refuse(url: str, limit: int) -> bytes:
             raise PermissionError(13, "refused", url)
 
-        monkeypatch.setattr(storage, "exists", refuse)
+        monkeypatch.setattr(storage, "read_bytes", refuse)
         with pytest.raises(StorageError, match=rf"node {socket.gethostname()} may not look at the output"):
             prepare.check_storage(job)
 

@@ -475,6 +475,30 @@ def test_a_staged_file_that_is_gone_or_cut_is_not_committed(output: str, tmp_pat
     assert storage.list_files(output) == {}
 
 
+@pytest.mark.parametrize("step", ["exists", "move", "publish_bytes"])
+def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A driver that lost its lease never commits: not even when another takes over in the middle of its commit."""
+    late, new = _fake_files(tmp_path, "late"), _fake_files(tmp_path, "next")
+    receipt = receipt_for(new, attempt=2)
+    staged = shards.stage(late, output, receipt.shard, "one")
+    stepped = getattr(storage, step)
+
+    def suspended(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(storage, step, stepped)
+        shards.clean_staging(output)
+        shards.commit(output, receipt, shards.stage(new, output, receipt.shard, "two"))
+        return stepped(*arguments, **options)
+
+    monkeypatch.setattr(storage, step, suspended)
+    with pytest.raises(StorageError, match=r"another driver|is gone"):
+        shards.commit(output, receipt_for(late), staged)
+    assert read_receipts(output) == {0: receipt}
+    for kind, entry in receipt.files.items():
+        assert storage.digest(storage.join(output, "00000" + shards.SUFFIXES[kind])) == entry
+
+
 def _fake_files(folder: Path, content: str) -> shards.ShardFiles:
     paths = {kind: str(folder / f"{content}.{kind}") for kind in ("tar", "parquet")}
     for kind, path in paths.items():

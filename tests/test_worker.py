@@ -49,7 +49,7 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> prepar
         manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **runs.SIZE, **options
     )
     config = prepare.absolute(config)
-    return prepare.settle(config, prepare.open_manifest(config), prepare.resolve_models(config))
+    return prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
 
 
 def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:

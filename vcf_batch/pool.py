@@ -8,6 +8,7 @@ grown.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -23,9 +24,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vcf_batch import plan, prepare, shards, storage
+from vcf_batch import lease, plan, prepare, run_file, shards, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, StorageError, UsageError, VcfBatchError
+from vcf_batch.lease import Lease
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress, duration
 from vcf_batch.records import STATUSES, Receipt, Shard, Status
@@ -85,30 +87,34 @@ def run(config: RunConfig) -> Summary:
 
     Raises:
         UsageError: an option, the manifest or a model is wrong, or the nodes do not share the output.
-        RefusedError: the output holds another run.
+        RefusedError: the output holds another run, or another driver is at work there.
         StorageError: the storage failed, again and again; shards that do not need it are finished.
         VcfBatchError: some shards, or the start of workers, failed again and again; the other shards are finished.
         Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
     """
     begin = time.monotonic()
     with _Signals() as signals:
-        config = prepare.resume(prepare.absolute(config))
-        manifest = prepare.open_manifest(config)
+        config = prepare.absolute(config)
+        found = run_file.read(config.output)
+        config = prepare.resume(config, found)
+        manifest = prepare.open_manifest(config, found)
         models = prepare.resolve_models(config)
         with _cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself
             config = _with_gpus(config)
             job = prepare.settle(config, manifest, models)
-            prepare.claim(job)
-            done, counts = _finished_shards(job)
-            resumed = sum(counts.values())
-            left = len(job.shards) - len(done)
-            if left:
-                shards.clean_staging(job.config.output)
-                with prepare.storage_token(job) as job, Progress(job.manifest.num_rows, resumed) as progress:
-                    _check_nodes(job)
-                    _Dispatch(job, done, counts, progress).run()
-                shards.clean_staging(job.config.output)
+            with lease.hold(job.config.output) as held:
+                prepare.claim(job)
+                done, counts = _finished_shards(job)
+                resumed = sum(counts.values())
+                if len(done) < len(job.shards):
+                    job = dataclasses.replace(job, token=held.token)
+                    shards.clean_staging(job.config.output)
+                    with Progress(job.manifest.num_rows, resumed) as progress:
+                        _check_nodes(job)
+                        _Dispatch(job, held, done, counts, progress).run()
+                    held.confirm()
+                    shards.clean_staging(job.config.output)
     return Summary(
         output=config.output,
         rows=job.manifest.num_rows,
@@ -260,8 +266,8 @@ class _Worker:
 class _Dispatch:
     """Hands shards to actors, commits what comes back, replaces what dies."""
 
-    def __init__(self, job: Job, done: set[int], counts: Counter[Status], progress: Progress) -> None:
-        self.job, self.config, self.progress = job, job.config, progress
+    def __init__(self, job: Job, held: Lease, done: set[int], counts: Counter[Status], progress: Progress) -> None:
+        self.job, self.config, self.lease, self.progress = job, job.config, held, progress
         self.counts = counts
         self.finished_rows = sum(counts.values())
         self.left = len(job.shards) - len(done)
@@ -291,6 +297,8 @@ class _Dispatch:
         """Work until every shard is committed or set aside; the counts grow with them."""
         try:
             while self.left:
+                if self.lease.lost:
+                    raise self.lease.lost
                 self._start_workers()
                 for worker in [*self.idle]:
                     self.idle.remove(worker)
@@ -373,6 +381,7 @@ class _Dispatch:
 
     def _commit(self, task: Task, node: str, receipt: Receipt, staged: dict[str, str]) -> None:
         try:
+            self.lease.confirm()
             shards.commit(self.config.output, receipt, staged)
         except StorageError as error:
             self._attempt_failed(task, node, error)

@@ -3,19 +3,16 @@
 Neither torch nor Ray is needed for that.
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import socket
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import vcf_batch
-from vcf_batch import models, plan, run_file, shards, storage
+from vcf_batch import lease, models, plan, run_file, shards, storage
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -94,10 +91,10 @@ class Job:
     models: Models
     fields: dict[str, Any]
     """What the fingerprint covers."""
-    token: str = ""
-    """Name of a file in the output that this run's driver wrote, to be found by every node."""
     roots: tuple[str, ...] = ()
     """Places of references, besides the manifest's own folder, that the driver sees."""
+    token: str = ""
+    """Of the driver's lease, which every node has to see."""
 
     @property
     def fingerprint(self) -> str:
@@ -132,29 +129,32 @@ def _is_job_copy(folder: str) -> bool:
     return folder == "working_dir_files" or folder.startswith("_ray_pkg_")
 
 
-def resume(config: RunConfig) -> RunConfig:
+def resume(config: RunConfig, found: Mapping[str, Any] | None) -> RunConfig:
     """Take what is left open, and what a later start could settle otherwise, from the run that has begun the output.
 
+    Args:
+        found: the output's ``run.json``.
+
     Raises:
-        RefusedError: the output holds something else than a run.
         StorageError: the storage failed.
     """
     names = [name for name in ("shard_size", "gpus_per_worker") if getattr(config, name) is None]
-    found = run_file.read(config.output) if names else None
-    if found is None or not shards.any_committed(config.output):
+    if found is None or not names or not shards.any_committed(config.output):
         return config
     return config.replace(**{name: found.get("config", {}).get(name) for name in names})
 
 
-def open_manifest(config: RunConfig) -> Manifest:
+def open_manifest(config: RunConfig, found: Mapping[str, Any] | None) -> Manifest:
     """Open and check the manifest. A run that is resumed has had its ids checked.
+
+    Args:
+        found: the output's ``run.json``.
 
     Raises:
         ManifestError: it breaks its contract.
         UsageError: most of its first rows have references that may not be read.
     """
     manifest = Manifest.open(config.manifest, config.limit)
-    found = run_file.read(config.output)
     if (
         found is None
         or found["fields"].get("manifest_id") != manifest.identity
@@ -280,7 +280,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     if on_gpu:
         # Its CPUs prepare and encode; no sum that is in the output depends on how many there are.
         del fields["cpus_per_worker"]
-    return Job(config, manifest, resolved, fields)
+    return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if _is_seen(root)))
 
 
 def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:
@@ -303,7 +303,7 @@ def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int)
 
 
 def claim(job: Job) -> None:
-    """Publish ``run.json``, or find that the output holds this very run.
+    """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
     Raises:
         RefusedError: the output holds another run.
@@ -336,23 +336,6 @@ def _redacted(value: Any) -> Any:
     return storage.redact(value) if isinstance(value, str) else value
 
 
-@contextlib.contextmanager
-def storage_token(job: Job) -> Iterator[Job]:
-    """Leave a file in the output, for as long as the run lasts, and name what every node has to find besides it."""
-    job = dataclasses.replace(
-        job,
-        token=f"{shards.STAGING}/{run_file.TOKEN}{uuid.uuid4().hex}",
-        roots=tuple(root for root in job.config.reference_root if _is_seen(root)),
-    )
-    url = storage.join(job.config.output, job.token)
-    storage.publish_bytes(url, b"vcf-batch")
-    try:
-        yield job
-    finally:
-        with contextlib.suppress(StorageError):
-            storage.remove(url, missing_ok=True)
-
-
 def _is_seen(root: str) -> bool:
     """Whether the driver sees a place of references. Web addresses have no folders, and what fails proves nothing."""
     if root.startswith(("http://", "https://")):
@@ -364,17 +347,17 @@ def _is_seen(root: str) -> bool:
 
 
 def check_storage(job: Job) -> None:
-    """Prove that this node sees the run's storage: the driver's token in the output, the manifest, the reference roots.
+    """Prove that this node sees the run's storage: the driver's lease in the output, the manifest, the reference roots.
 
     Raises:
         UsageError: it does not.
         StorageError: the storage failed, or refuses this node.
     """
     node, output = socket.gethostname(), job.config.output
-    wanted = [("output", output, storage.join(output, job.token)), ("manifest", job.manifest.url, job.manifest.url)]
-    for what, place, url in [*wanted, *(("--reference-root", root, root) for root in job.roots)]:
+    roots = [("--reference-root", root) for root in job.roots]
+    for what, place in [("output", output), ("manifest", job.manifest.url), *roots]:
         try:
-            seen = storage.exists(url)
+            seen = lease.is_seen(output, job.token) if what == "output" else storage.exists(place)
         except PermissionError as error:
             raise StorageError(f"node {node} may not look at the {what}: {error}") from error
         if not seen:

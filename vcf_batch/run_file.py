@@ -1,4 +1,4 @@
-"""``run.json``: what an output holds, and the lock against generating anything else into it."""
+"""``run.json``: what an output holds, and the refusal to generate anything else into it."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,6 @@ from vcf_batch.errors import RefusedError
 
 NAME = "run.json"
 MAX_BYTES = 1 << 20
-TOKEN = "token-"
-"""What the names of the files begin with that drivers at work keep in the staging folder."""
 
 
 def read(output: str) -> dict[str, Any] | None:
@@ -35,9 +33,9 @@ def read(output: str) -> dict[str, Any] | None:
 
 
 def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Publish ``run.json``, or find that the output holds this very run.
+    """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
-    What another run left there is replaced as long as it has finished no shard and no driver is at work.
+    What another run left there is replaced as long as it has finished no shard.
 
     Args:
         output: the run's output.
@@ -48,36 +46,25 @@ def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]
         RefusedError: the output holds another run. Every difference is listed.
         StorageError: the storage failed.
     """
-    url = storage.join(output, NAME)
-    data = json.dumps({"fields": fields, "fingerprint": fingerprint(fields), **description}, indent=2).encode()
-    found = earlier = read(output)
-    if found is None:
-        if shards.any_committed(output):
-            raise RefusedError(f"{storage.redact(output)} holds shards but no {NAME}; use another output")
-        try:
-            storage.publish_bytes(url, data, create=True)
-            return
-        except FileExistsError:  # another driver came first, perhaps with the same run
-            found = read(output) or {"fields": {}}
-    lines = [
-        f"  {name}: {_shown(found['fields'], name)} there, {_shown(fields, name)} now"
-        for name in sorted(found["fields"].keys() | fields.keys())
-        if found["fields"].get(name) != fields.get(name)
-    ]
-    if not lines:
+    found = read(output)
+    begun = shards.any_committed(output)
+    if found is None and begun:
+        raise RefusedError(f"{storage.redact(output)} holds shards but no {NAME}; use another output")
+    there = found["fields"] if found else {}
+    if found and there == fields:
         return
-    remedy = "Use another output, or rerun with the settings of the run that is there."
-    if not shards.any_committed(output):
-        tokens = [name for name in storage.list_files(storage.join(output, shards.STAGING)) if name.startswith(TOKEN)]
-        if earlier and not tokens:
-            storage.publish_bytes(url, data)
-            return
-        remedy += " It has finished no shard yet: once it has ended, any settings will do."
-        if tokens:
-            remedy += f" If it was killed, delete {storage.redact(storage.join(output, shards.STAGING, tokens[0]))}."
-    raise RefusedError(
-        f"{storage.redact(output)} holds another run; they differ in:\n" + "\n".join(lines) + f"\n{remedy}"
-    )
+    if begun:
+        lines = [
+            f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now"
+            for name in sorted(there.keys() | fields.keys())
+            if there.get(name) != fields.get(name)
+        ]
+        raise RefusedError(
+            f"{storage.redact(output)} holds another run; they differ in:\n" + "\n".join(lines) + "\nUse another "
+            "output, or rerun with the settings of the run that is there."
+        )
+    record = {"fields": fields, "fingerprint": fingerprint(fields), **description}
+    storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode())
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:

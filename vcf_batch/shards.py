@@ -301,32 +301,41 @@ def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> 
 
 
 def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None:
-    """Make a staged shard exist: files to their final names, then the receipt. For the driver alone.
+    """Make a staged shard exist: files to their final names, then the receipt.
 
-    An older receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe.
+    For the driver alone, which has just confirmed its lease. Should it be suspended in here and lose the lease, nothing
+    of the next owner's is harmed: that one has emptied the staging folder, and no receipt is overwritten. An older
+    receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe.
 
     Raises:
-        StorageError: the storage failed, or a staged file is missing or not of the receipt's size. The shard is then
-            uncommitted and has to be computed again.
+        StorageError: the storage failed, a staged file is missing or not of the receipt's size, or another driver
+            committed the shard meanwhile. The shard has to be computed again.
     """
-    for kind, entry in receipt.files.items():
-        url = storage.join(output_url, staged[kind])
-        try:
-            with storage.refusals_as_storage_errors():
-                found = storage.size(url)
-        except FileNotFoundError as error:
-            raise StorageError(f"staged file {storage.redact(url)} is gone; compute the shard again") from error
-        if found != entry.size:
-            raise StorageError(
-                f"staged file {storage.redact(url)} has {found} bytes, its receipt says {entry.size}; "
-                "compute the shard again"
-            )
     receipt_url = storage.join(output_url, receipt.shard.name + RECEIPT_SUFFIX)
-    storage.remove(receipt_url, missing_ok=True)
-    for kind in receipt.files:
-        source, target = staged[kind], receipt.shard.name + SUFFIXES[kind]
-        storage.move(storage.join(output_url, source), storage.join(output_url, target))
-    storage.publish_bytes(receipt_url, receipt.to_json())
+    try:
+        with storage.refusals_as_storage_errors():
+            # Looked for first: what another driver commits from here on is not taken for an older receipt.
+            replaces = storage.exists(receipt_url)
+            for kind, entry in receipt.files.items():
+                found = storage.size(url := storage.join(output_url, staged[kind]))
+                if found != entry.size:
+                    raise StorageError(
+                        f"staged file {storage.redact(url)} has {found} bytes, its receipt says {entry.size}; "
+                        "compute the shard again"
+                    )
+        if replaces:
+            storage.remove(receipt_url, missing_ok=True)
+        for kind in receipt.files:
+            target = storage.join(output_url, receipt.shard.name + SUFFIXES[kind])
+            storage.move(storage.join(output_url, staged[kind]), target)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"a staged file of shard {receipt.shard.name} is gone ({error}); compute it again"
+        ) from error
+    try:
+        storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
+    except FileExistsError as error:
+        raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
     # The shard is whole; an empty folder that stays behind is for clean_staging.
     with contextlib.suppress(StorageError):
         discard(output_url, staged)

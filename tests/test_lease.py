@@ -1,0 +1,189 @@
+"""The lease: one run owns an output, a dead owner is replaced, and one that lost the output knows."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+from vcf_batch import lease, storage
+from vcf_batch.errors import RefusedError, StorageError
+from vcf_batch.lease import Lease
+
+
+@pytest.fixture(autouse=True)
+def times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats in a hurry. A lease never expires, unless a test says so: this machine may be slow."""
+    for name, seconds in (("BEAT", 0.05), ("EXPIRY", 1e9), ("WAIT", 60.0), ("LOOK", 0.01)):
+        monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
+
+
+@pytest.fixture
+def expiring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.3)
+
+
+@pytest.fixture(params=["local", "memory"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def content(output: str) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(storage.join(output, lease.NAME)))
+
+
+def leave(output: str, **changes: Any) -> None:
+    """A lease that nobody renews, of a machine far away whose clock is wrong."""
+    owner = {"token": "t", "host": "far", "pid": 1, "started": "2100-01-01", "machine": "far", "birth": "1", "beat": 1}
+    storage.publish_bytes(storage.join(output, lease.NAME), json.dumps(owner | changes).encode())
+
+
+def test_a_lease_names_its_owner_is_renewed_and_goes_with_it(output: str) -> None:
+    """A lease object with owner and heartbeat in the output store, released at the end."""
+    with lease.hold(output) as held:
+        held.confirm()
+        assert lease.is_seen(output, held.token)
+        assert content(output)["pid"] == os.getpid()
+        runs.wait_for(lambda: content(output)["beat"] >= 3)
+    assert storage.list_tree(output) == {}
+    assert not lease.is_seen(output, held.token)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, StorageError])
+def test_whatever_ends_a_run_releases_its_lease(output: str, stop: type[BaseException]) -> None:
+    with pytest.raises(stop), lease.hold(output):
+        raise stop
+    assert storage.list_tree(output) == {}
+
+
+def test_of_several_drivers_one_owns_the_output(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run owns an output; the others are refused, and told by whom."""
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.5)
+    refusals: list[str] = []
+    release = threading.Event()
+
+    def drive(_: int) -> bool:
+        try:
+            with lease.hold(output):
+                release.wait(30)
+        except RefusedError as error:
+            refusals.append(str(error))
+            if len(refusals) == 3:
+                release.set()
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(drive, range(4))) == 1
+    assert all(f"process {os.getpid()} on " in refusal and "stop it" in refusal for refusal in refusals)
+
+
+def test_the_next_driver_waits_for_one_that_is_about_to_end(output: str, caplog: pytest.LogCaptureFixture) -> None:
+    second = Lease(output)
+    with ThreadPoolExecutor(1) as thread:
+        with lease.hold(output) as first:
+            waiting = thread.submit(second.acquire)
+            runs.wait_for(lambda: bool(caplog.records))
+            first.confirm()
+        waiting.result()
+    second.confirm()
+    assert f"is held by process {os.getpid()} on" in caplog.text
+
+
+@pytest.mark.usefixtures("expiring")
+def test_a_lease_without_a_heartbeat_expires(output: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A second run waits for the heartbeat to expire, then takes over. No clock but its own counts."""
+    leave(output)
+    with lease.hold(output) as held:
+        held.confirm()
+    assert "That run has died; taking over." in caplog.text
+
+
+@pytest.mark.usefixtures("expiring")
+@pytest.mark.parametrize("data", [b"", b"[1]", b"\xff{", b'{"pid": "x"}'])
+def test_a_damaged_lease_expires_like_any_other(output: str, data: bytes) -> None:
+    storage.publish_bytes(storage.join(output, lease.NAME), data)
+    with lease.hold(output) as held:
+        held.confirm()
+
+
+def killed_owner(output: str) -> subprocess.Popen[bytes]:
+    """A driver that was killed while it owned the output; nobody has waited for it yet."""
+    code = f"from vcf_batch import lease; lease.Lease({output!r}).acquire(); print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    process.kill()
+    return process
+
+
+def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+    """A rerun after SIGKILL takes over as soon as the owner is provably dead, reaped or not."""
+    output = str(tmp_path / "out")
+    with killed_owner(output) as process:
+        with lease.hold(output) as held:
+            held.confirm()
+        process.wait()
+        leave(output, **{**held._owner, "token": "t", "pid": process.pid})
+        with lease.hold(output):
+            pass
+
+
+def test_a_living_process_or_another_machine_is_not_declared_dead() -> None:
+    """Only a process of this very machine can be known to be gone; a later one with its number is not it."""
+    owner = Lease("unused")._owner
+    assert not lease._is_gone(owner)
+    assert not lease._is_gone({})
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    if owner["machine"]:
+        assert lease._is_gone(owner | {"pid": process.pid})
+        assert lease._is_gone(owner | {"birth": "0"})
+    assert not lease._is_gone(owner | {"pid": process.pid, "machine": "another"})
+
+
+@pytest.mark.usefixtures("expiring")
+def test_a_driver_that_lost_its_lease_knows_and_leaves_the_new_one_alone(output: str) -> None:
+    """A driver that was suspended while another took over notices before it commits, and takes nothing back."""
+    late = Lease(output)
+    late.acquire()
+    with lease.hold(output) as held:
+        with pytest.raises(RefusedError, match=rf"no longer owns .* process {os.getpid()} on .* took over"):
+            late.confirm()
+        assert isinstance(late.lost, RefusedError)
+        keeper = threading.Thread(target=late.keep)
+        keeper.start()
+        keeper.join()
+        late.release(keeper)
+        held.confirm()
+    with pytest.raises(RefusedError, match="another run, which has ended, took over"):
+        late.confirm()
+
+
+def test_the_heartbeat_of_a_lost_lease_stops(output: str) -> None:
+    with lease.hold(output) as held:
+        leave(output)
+        runs.wait_for(lambda: held.lost is not None)
+    assert content(output)["token"] == "t"
+
+
+def test_trouble_of_storage_does_not_end_the_heartbeat(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = storage.publish_bytes
+    failures = iter([True] * 3)
+
+    def failing(url: str, data: bytes, create: bool = False) -> None:
+        if next(failures, False):
+            raise StorageError("throttled")
+        publish(url, data, create)
+
+    with lease.hold(output):
+        monkeypatch.setattr(storage, "publish_bytes", failing)
+        before = content(output)["beat"]
+        runs.wait_for(lambda: content(output)["beat"] > before + 3)
