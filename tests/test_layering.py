@@ -13,15 +13,19 @@ LIGHT = (
     "lease",
     "manifest",
     "models",
+    "outputs",
     "plan",
     "prepare",
     "records",
     "references",
+    "row_settings",
     "run_file",
+    "shard_check",
     "shard_queue",
     "shards",
     "storage",
     "storage_errors",
+    "verify",
 )
 
 

@@ -13,7 +13,7 @@ import vcf_batch
 from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import Interrupted, TooManyFailedRows, UsageError, VcfBatchError
+from vcf_batch.errors import DamageFound, Interrupted, TooManyFailedRows, UsageError, VcfBatchError
 
 MAX_CONFIG_BYTES = 1 << 20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -346,6 +346,30 @@ def evaluate(
     config = evaluation.prepare(config, chosen, seeds, sweep)
     _run(config)
     click.echo("\n" + evaluation.tabulate(config))
+
+
+@main.command(cls=_Command)
+@click.argument("output")
+@_debug_option
+def verify(output: str) -> None:
+    """Read OUTPUT again, all of it, and tell which shards are damaged or missing, and why.
+
+    Receipts are compared with the files, tars with parquets, parquets with the manifest; every image is decoded.
+
+    \b
+    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 5 damage.
+    """
+    from vcf_batch import verify as verification  # pyarrow is not needed to print a help text
+    from vcf_batch.outputs import Output
+
+    opened = Output.open(output)
+    damage = 0
+    for finding in verification.check(opened):
+        click.echo(str(finding))
+        damage += finding.is_damage
+    if damage:
+        raise DamageFound(f"{storage.redact(output)} is damaged; vcf-batch repair generates what is wrong again.")
+    click.echo(f"{storage.redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ thread scores, encodes and writes behind it.
 """
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections import deque
@@ -19,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import images, padding, plan
-from vcf_batch.config import RunConfig, reference_shares
+from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Reference, Row, Sample
 from vcf_batch.references import ReferenceReader
+from vcf_batch.row_settings import settings_of
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
 
@@ -57,39 +57,8 @@ class Tools:
 
     def settings(self, row: Row) -> dict[str, Any]:
         """What a row is generated with: the run's settings, with the row's own in their place."""
-        own = {} if row.error else row.overrides
-        fusion = own.get("fusion", self.config.fusion)
-        shares = reference_shares(own.get("reference_weights"), len(row.references))
-        return {
-            "seed": row.seed,
-            "reference_weights": list(shares) if len(shares) > 1 else None,
-            "negative_prompt": own.get("negative_prompt", self.config.negative_prompt),
-            "fusion": fusion,
-            "strength": float(self.pipeline.resolve_strength(fusion, own.get("strength", self.config.strength))),
-            "fusion_lo": float(own.get("fusion_lo", self.config.fusion_lo)),
-            "fusion_hi": float(own.get("fusion_hi", self.config.fusion_hi)),
-            "unconditional": self._unconditional(row),
-            "image_tokens": self.config.image_tokens,
-            "guidance_scale": float(own.get("guidance_scale", self.config.guidance_scale)),
-            "steps": self.config.steps,
-            "scheduler": self.config.scheduler,
-        }
-
-    def _unconditional(self, row: Row) -> str:
-        if row.negative_reference is not None:
-            return "negative"
-        return "zeros" if self.config.unconditional == "negative" else self.config.unconditional
-
-    def checked(self, row: Row) -> Row:
-        """The row, with an error if what it sets contradicts what it leaves to the run."""
-        used = self.settings(row)
-        if used["fusion_lo"] <= used["fusion_hi"]:
-            return row
-        return dataclasses.replace(
-            row,
-            error=f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; "
-            "set both in the row, the lower one first",
-        )
+        used = settings_of(row, self.config)
+        return used | {"strength": float(self.pipeline.resolve_strength(used["fusion"], used["strength"]))}
 
 
 @dataclass

@@ -149,7 +149,11 @@ class Manifest:
         findings.raise_if_any()
 
     def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
-        """Rows ``start`` to ``stop`` (excluded), reading only the row groups that hold them.
+        """Rows ``start`` to ``stop`` (excluded); see :meth:`iter_rows`."""
+        return list(self.iter_rows(start, stop, run_seed))
+
+    def iter_rows(self, start: int, stop: int, run_seed: int) -> Iterator[Row]:
+        """Rows ``start`` to ``stop`` (excluded), streamed, reading only the row groups that hold them.
 
         A row that cannot be generated (an override out of range, unreadable text) has an :attr:`Row.error` saying so.
 
@@ -160,10 +164,8 @@ class Manifest:
         if not 0 <= start <= stop <= self.num_rows:
             raise ValueError(f"rows {start} to {stop} were asked for; the manifest has 0 to {self.num_rows}")
         wanted = [*self._columns, *self.carried_schema.names]
-        rows: list[Row] = []
         for first_row, batch in self._read(start, stop, wanted):
-            rows += parse_rows(batch, first_row, run_seed, self.carried_schema)
-        return rows
+            yield from parse_rows(batch, first_row, run_seed, self.carried_schema)
 
     def locate(self, row: int) -> str:
         """File of a row and its number in that file, from 0, such as ``row 7 of part-2.parquet``."""

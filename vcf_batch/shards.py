@@ -35,17 +35,17 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
-from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Sample, Shard, Status
+from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Row, Sample, Shard, Status
 
 STAGING = "_staging"
 """Folder of the output that holds the files of attempts that are not committed."""
@@ -100,6 +100,31 @@ class ShardFiles:
     """Mean of each score over the successful samples that have it; None if none has."""
 
 
+class Tally:
+    """Counts of a shard's rows by status, and means of its scores, as the receipt tells them."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Status] = Counter()
+        self._scores: dict[str, list[float]] = {name: [] for name in _SCORES}
+
+    def add(self, status: Status, record: Mapping[str, Any]) -> None:
+        """Take one row, by its columns."""
+        self._counts[status] += 1
+        if status == "success":
+            for name, found in self._scores.items():
+                if record[name] is not None:
+                    found.append(record[name])
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        return {status: self._counts[status] for status in STATUSES}
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """Of each score over the successful samples that have it; None if none has."""
+        return {name: math.fsum(found) / len(found) if found else None for name, found in self._scores.items()}
+
+
 def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
     """The columns of a shard's parquet: :data:`OUTPUT_COLUMNS`, then the carried ones with their types.
 
@@ -141,8 +166,7 @@ class ShardWriter:
         self._carried = carried_schema.names
         self._pending: list[pa.RecordBatch] = []
         self._added = 0
-        self._counts: Counter[Status] = Counter()
-        self._scores: dict[str, list[float]] = {name: [] for name in _SCORES}
+        self._tally = Tally()
         self._finished = False
         os.makedirs(scratch_dir, exist_ok=True)
         self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
@@ -196,20 +220,16 @@ class ShardWriter:
         batch = pa.RecordBatch.from_arrays(
             [pa.array([record[field.name]], field.type) for field in self._schema], schema=self._schema
         )
-        self._counts[sample.status] += 1
+        self._tally.add(sample.status, record)
         self._added += 1
         self._pending.append(batch)
         with self._writing():
             if sample.image is not None:
                 self._add_member(sample.row.key, self._image_format, sample.image)
                 self._add_member(sample.row.key, "txt", sample.row.prompt.encode())
-                self._add_member(sample.row.key, "json", _row_json(batch))
+                self._add_member(sample.row.key, "json", row_json(batch))
             if len(self._pending) == ROWS_PER_GROUP:
                 self._flush()
-        if sample.image is not None:
-            for name in _SCORES:
-                if record[name] is not None:
-                    self._scores[name].append(record[name])
 
     def finish(self) -> ShardFiles:
         """Close both files and return what they are.
@@ -227,31 +247,23 @@ class ShardWriter:
         return ShardFiles(
             tar=self._paths["tar"],
             parquet=self._paths["parquet"],
-            counts={status: self._counts[status] for status in STATUSES},
+            counts=self._tally.counts,
             entries={kind: storage.digest(path) for kind, path in self._paths.items()},
-            means={name: math.fsum(found) / len(found) if found else None for name, found in self._scores.items()},
+            means=self._tally.means,
         )
 
     def _record(self, sample: Sample) -> dict[str, Any]:
-        row = sample.row
-        uris = [reference.uri for reference in row.references]
-        reference = (uris or None) if self._reference_is_list else next(iter(uris), None)
         # File names in messages may hold bytes that are not text.
         message = sample.error_message and sample.error_message.encode("utf-8", "replace").decode()
         return {
-            "key": row.key,
+            **columns_of(sample.row, self._carried, self._reference_is_list),
             "status": sample.status,
             "error_message": message,
-            "prompt": row.prompt,
-            "reference": reference,
-            "negative_reference": row.negative_reference and row.negative_reference.uri,
-            "seed": row.seed,
             **{name: sample.settings.get(name) for name in _SETTINGS},
             "width": sample.width,
             "height": sample.height,
             "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),
             **{name: _finite(getattr(sample.scores, name)) for name in _SCORES},
-            **{name: row.carried.get(name) for name in self._carried},
         }
 
     @contextlib.contextmanager
@@ -280,6 +292,24 @@ class ShardWriter:
     def _close(self) -> None:
         self._tar.close()
         self._parquet.close()
+
+
+def columns_of(row: Row, carried: Iterable[str], reference_is_list: bool) -> dict[str, Any]:
+    """The columns that the manifest alone decides, for one row.
+
+    Args:
+        carried: names of the carried columns.
+        reference_is_list: see :func:`schema`.
+    """
+    uris = [reference.uri for reference in row.references]
+    return {
+        "key": row.key,
+        "prompt": row.prompt,
+        "reference": (uris or None) if reference_is_list else next(iter(uris), None),
+        "negative_reference": row.negative_reference and row.negative_reference.uri,
+        "seed": row.seed,
+        **{name: row.carried.get(name) for name in carried},
+    }
 
 
 def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> dict[str, str]:
@@ -410,42 +440,46 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
         tarfile.ReadError: the file is not a tar, or ends within a member.
         FileNotFoundError, PermissionError, StorageError: it cannot be read.
     """
-    with storage.open_read(tar_url) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    with storage.open_read(tar_url) as file:
+        for key, parts in itertools.groupby(read_members(file), key=lambda part: part[0].partition(".")[0]):
+            sample = {name.partition(".")[2]: data for name, data in parts}
+            yield {"__key__": key, **sample, "txt": sample["txt"].decode(), "json": json.loads(sample["json"])}
 
-        def members() -> Iterator[tuple[str, str, bytes]]:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                content = tar.extractfile(member)
-                yield key, extension, content.read() if content else b""
-                tar.members = []  # type: ignore[attr-defined]
 
-        for key, parts in itertools.groupby(members(), key=lambda part: part[0]):
-            sample: dict[str, Any] = {"__key__": key}
-            for _, extension, data in parts:
-                sample[extension] = data
-            yield sample | {"txt": sample["txt"].decode(), "json": json.loads(sample["json"])}
+def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each member of a tar, streamed. What is not a plain file has no content.
+
+    Raises:
+        tarfile.ReadError: the file is not a tar, or ends within a member.
+    """
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            yield member.name, content.read() if content else b""
+            tar.members = []  # type: ignore[attr-defined]
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _row_json(batch: pa.RecordBatch) -> bytes:
+def row_json(batch: pa.RecordBatch) -> bytes:
     """The one row of ``batch`` in the encoding of the module's docstring, as compact UTF-8."""
-    row = {name: _json_value(column[0]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    row = {name: json_value(column[0]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _json_value(scalar: pa.Scalar) -> Any:
+def json_value(scalar: pa.Scalar) -> Any:
+    """The value in the encoding of the module's docstring, before it is text."""
     kind = scalar.type
     if not scalar.is_valid:
         return None
     if isinstance(scalar, (pa.ExtensionScalar, pa.DictionaryScalar)):
-        return _json_value(scalar.value)
+        return json_value(scalar.value)
     if isinstance(scalar, pa.StructScalar):
-        return {field.name: _json_value(scalar[position]) for position, field in enumerate(kind)}
+        return {field.name: json_value(scalar[position]) for position, field in enumerate(kind)}
     if isinstance(scalar, pa.ListScalar):
-        return [_json_value(value) for value in scalar.values]
+        return [json_value(value) for value in scalar.values]
     if isinstance(scalar, pa.StringScalar):
         return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
     if isinstance(scalar, pa.BinaryScalar):

@@ -23,6 +23,7 @@ from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, Models
 from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.references import ReferenceReader
+from vcf_batch.row_settings import checked
 from vcf_batch.shards import ShardFiles
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -181,7 +182,7 @@ class Worker:
             with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
                 with clock("read_manifest"):
                     read = self.manifest.rows(shard.start, shard.stop, self.tools.config.seed)
-                    rows = [self.tools.checked(row) for row in read]
+                    rows = [checked(row, self.tools.config) for row in read]
                 failed = {
                     row.number: Sample(row, "failed", self.tools.settings(row), error_message=error)
                     for row in rows

@@ -1,0 +1,61 @@
+"""An output as its ``run.json`` describes it: what its run was asked to do, and what has to be there."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from vcf_batch import run_file, storage
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
+from vcf_batch.manifest import Manifest
+from vcf_batch.plan import ShardPlan
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output, what its run was asked to do, and the manifest if it is still there."""
+
+    url: str
+    fingerprint: str
+    config: RunConfig
+    plan: ShardPlan
+    manifest: Manifest | None
+    """None if it cannot be read any more, or has changed."""
+    manifest_trouble: str = ""
+    """Why there is none."""
+
+    @classmethod
+    def open(cls, url: str) -> "Output":
+        """Read ``run.json`` and open the manifest that it names.
+
+        Raises:
+            UsageError: there is nothing at all.
+            DamageFound: ``run.json`` is missing or damaged, so that nothing tells what the shards belong to.
+            StorageError: the storage failed.
+        """
+        url = storage.absolute(url)
+        try:
+            record = run_file.read(url)
+        except RefusedError as error:
+            raise DamageFound(f"{run_file.NAME}: {error}") from error
+        if record is None:
+            with storage.refusals_as_storage_errors():
+                if not storage.list_files(url):
+                    raise UsageError(f"{storage.redact(url)} holds no run; check the path")
+            raise DamageFound(f"{run_file.NAME}: it is missing, so nothing tells what {storage.redact(url)} holds")
+        try:
+            recorded, fields = record["config"], record["fields"]
+            # What the fingerprint covers is taken from there: the configuration was published without credentials.
+            content = {name: fields[name] for name in recorded.keys() & fields.keys() - {"lpips"}}
+            config = RunConfig.from_mapping(recorded | content | {"output": url})
+            plan = ShardPlan(record["manifest"]["rows"], cast(int, config.shard_size))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error
+        try:
+            manifest = Manifest.open(config.manifest, config.limit)
+        except VcfBatchError as error:
+            return cls(url, record["fingerprint"], config, plan, None, str(error))
+        if manifest.identity != fields["manifest_id"]:
+            return cls(url, record["fingerprint"], config, plan, None, f"{config.manifest} has changed since the run")
+        if manifest.num_rows != plan.num_rows:
+            raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {manifest.num_rows}")
+        return cls(url, record["fingerprint"], config, plan, manifest)

@@ -1,0 +1,52 @@
+"""What a row is generated with: the run's settings, with the row's own in their place."""
+
+import dataclasses
+from typing import Any
+
+from vcf_batch.config import RunConfig, reference_shares
+from vcf_batch.records import Row
+
+
+def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
+    """The settings of one row, by the names of their output columns, and its seed.
+
+    ``strength`` is None where the model's default is used.
+
+    Args:
+        row: of the manifest; if it has an error, its own settings do not count.
+        config: with every default resolved.
+    """
+    own = {} if row.error else row.overrides
+    shares = reference_shares(own.get("reference_weights"), len(row.references))
+    return {
+        "seed": row.seed,
+        "reference_weights": list(shares) if len(shares) > 1 else None,
+        "negative_prompt": own.get("negative_prompt", config.negative_prompt),
+        "fusion": own.get("fusion", config.fusion),
+        "strength": own.get("strength", config.strength),
+        "fusion_lo": float(own.get("fusion_lo", config.fusion_lo)),
+        "fusion_hi": float(own.get("fusion_hi", config.fusion_hi)),
+        "unconditional": _unconditional(row, config),
+        "image_tokens": config.image_tokens,
+        "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
+        "steps": config.steps,
+        "scheduler": config.scheduler,
+    }
+
+
+def _unconditional(row: Row, config: RunConfig) -> str:
+    if row.negative_reference is not None:
+        return "negative"
+    return "zeros" if config.unconditional == "negative" else config.unconditional
+
+
+def checked(row: Row, config: RunConfig) -> Row:
+    """The row, with an error if what it sets contradicts what it leaves to the run."""
+    used = settings_of(row, config)
+    if used["fusion_lo"] <= used["fusion_hi"]:
+        return row
+    return dataclasses.replace(
+        row,
+        error=f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; "
+        "set both in the row, the lower one first",
+    )
