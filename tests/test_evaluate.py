@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,18 @@ def test_a_model_without_a_world_needs_prompts_and_a_distance(model: Path, tmp_p
         evaluate.prepare(config, [], seeds=1, sweep=[])
     result = call("--model", bare, "--out", tmp_path, "--prompts", "p.txt")
     assert (result.exit_code, "--prompts and --references together" in result.output) == (2, True)
+
+
+def test_a_strength_out_of_range_is_refused_before_the_run(tmp_path: Path) -> None:
+    for strength in (-1, "nan", "inf"):
+        result = call("--out", tmp_path, "--strength", strength)
+        assert (result.exit_code, "it must be between 0 and" in result.output) == (2, True)
+
+
+def test_the_job_is_the_command(tmp_path: Path) -> None:
+    job = Path(__file__).parent.parent / "jobs" / "evaluate.py"
+    result = subprocess.run([sys.executable, job, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "jobs/evaluate.py [OPTIONS]" in result.stdout
 
 
 def test_an_evaluation_without_samples_is_no_table(model: Path, tmp_path: Path) -> None:

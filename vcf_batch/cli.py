@@ -288,7 +288,7 @@ def contact_sheet(output: str, rows: int, out: str | None) -> None:
     click.echo(storage.redact(target))
 
 
-SWEEP = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Strengths of ``concat`` that are evaluated; 1 is the paper's."""
 
 _DECIDED = ("manifest", "output", "fusion", "strength", "seed", "limit")
@@ -302,7 +302,7 @@ _DECIDED = ("manifest", "output", "fusion", "strength", "seed", "limit")
 @click.option(
     "--pairs",
     type=click.IntRange(min=1),
-    default=64,
+    default=128,
     show_default=True,
     help="Without prompts and references: how many of both to take from the world of the tiny model.",
 )
@@ -310,7 +310,7 @@ _DECIDED = ("manifest", "output", "fusion", "strength", "seed", "limit")
 @click.option(
     "--strength",
     "sweep",
-    type=click.FloatRange(min=0),
+    type=float,
     multiple=True,
     default=SWEEP,
     show_default=True,

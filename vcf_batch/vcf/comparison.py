@@ -90,7 +90,7 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
             (x, x_errors), (y, y_errors) = _values(own, "lpips"), _values(own, "clip_score")
             axes.errorbar(x, y, xerr=x_errors, yerr=y_errors, fmt="o-", elinewidth=0.7, label=method)
             for line, place in zip(own, zip(x, y, strict=True), strict=True) if len(own) > 1 else ():
-                axes.annotate(f"{line.strength:g}", place, (4, 4), textcoords="offset points", size=8)
+                axes.annotate(f"{line.strength:g}", place, (-5, 3), textcoords="offset points", size=8, ha="right")
         axes.legend(frameon=False)
         return {"png": _file(figure, "png"), "svg": _file(figure, "svg")}
 

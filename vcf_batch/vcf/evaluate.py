@@ -69,11 +69,14 @@ def prepare(
         The configuration to run.
 
     Raises:
-        UsageError: there are no pairs, or no perceptual distance, or matplotlib is not installed.
+        UsageError: a strength is out of range, there are no pairs or no perceptual distance, or matplotlib is not
+            installed.
         RefusedError: the manifest of another evaluation is there.
         StorageError: the storage failed.
     """
     comparison.require_matplotlib()
+    for strength in sweep:
+        config.replace(strength=strength)  # has the limits
     config = absolute(config)
     resolved = resolve_models(config)
     if isinstance(pairs, int):
