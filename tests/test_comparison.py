@@ -13,13 +13,10 @@ from vcf_batch.vcf.comparison import Line
 
 
 def line(method: str, strength: float, clip: float, lpips: float, shown: dict[str, Interval]) -> Line:
-    scores = {
-        name: Interval(value, value - 0.01, value + 0.02)
-        for name, value in {"clip_score": clip, "lpips": lpips}.items()
-    }
-    return Line(
-        method, "concat", strength, 64, {**scores, "clip_reference": scores["lpips"]}, Interval(0.9, 0.85, 0.95), shown
-    )
+    values = {"clip_score": clip, "lpips": lpips, "clip_reference": lpips}
+    scores = {name: Interval(value, value - 0.01, value + 0.02) for name, value in values.items()}
+    relative = dict.fromkeys(comparison.RELATIVE, Interval(0.9, 0.85, 0.95))
+    return Line(method, "concat", strength, 64, scores, relative, shown)
 
 
 SHOWN = {"shape": Interval(0.875, 0.8, 0.95)}
@@ -33,7 +30,8 @@ LINES = [
 def test_the_tables_have_a_line_for_every_method() -> None:
     scores, shown = comparison.tables(LINES).split("\n\n")
     assert scores.splitlines()[2] == (
-        "| text only | 0 | 64 | 0.290 [0.280, 0.310] | 0.780 [0.770, 0.800] | 0.780 [0.770, 0.800] | 90% [85%, 95%] |"
+        "| text only | 0 | 64 | 0.290 [0.280, 0.310] | 90% [85%, 95%] "
+        "| 0.780 [0.770, 0.800] | 90% [85%, 95%] | 0.780 [0.770, 0.800] |"
     )
     assert shown.splitlines() == [
         "| method | strength | shape |",

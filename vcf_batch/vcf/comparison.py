@@ -1,7 +1,7 @@
 """How an evaluation is shown: as Markdown tables, and as a plot of the prompt's score against the reference's."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ SCORES = {
 }
 
 
+RELATIVE = ("clip_score", "lpips")
+"""Scores that text only has enough of to be compared with; its likeness to the reference is about 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """What one method did: a line of the tables."""
@@ -25,31 +29,32 @@ class Line:
     samples: int
     scores: Mapping[str, Interval]
     """Mean of each of :data:`SCORES`."""
-    kept: Interval
-    """CLIP score as a share of what text only has with the same prompts and seeds."""
+    relative: Mapping[str, Interval]
+    """Each of :data:`RELATIVE` as a share of what text only has on the same prompts, references and seeds."""
     shown: Mapping[str, Interval]
     """Attribute to the share of samples that show the wanted value of it; empty where none is known."""
 
 
 def tables(lines: Sequence[Line]) -> str:
     """The lines in Markdown: their scores, then what they show, if that is known."""
-    parts = [
-        _table(
-            ["samples", *SCORES.values(), "CLIP score kept"],
-            lines,
-            lambda line: [
-                str(line.samples),
-                *(_cell(line.scores[name], "{:.3f}") for name in SCORES),
-                _cell(line.kept, "{:.0%}"),
-            ],
-        )
-    ]
+    columns = ["samples"]
+    for name, title in SCORES.items():
+        columns += [title, "of text only"] if name in RELATIVE else [title]
+
+    def cells(line: Line) -> Iterator[str]:
+        yield str(line.samples)
+        for name in SCORES:
+            yield _cell(line.scores[name], "{:.3f}")
+            if name in RELATIVE:
+                yield _cell(line.relative[name], "{:.0%}")
+
+    parts = [_table(columns, lines, cells)]
     if names := list(lines[0].shown):
-        parts.append(_table(names, lines, lambda line: [_cell(line.shown[name], "{:.0%}") for name in names]))
+        parts.append(_table(names, lines, lambda line: (_cell(line.shown[name], "{:.0%}") for name in names)))
     return "\n\n".join(parts)
 
 
-def _table(columns: Sequence[str], lines: Sequence[Line], cells: Callable[[Line], Sequence[str]]) -> str:
+def _table(columns: Sequence[str], lines: Sequence[Line], cells: Callable[[Line], Iterable[str]]) -> str:
     rows = [["method", "strength", *columns], ["---"] * (2 + len(columns))]
     rows += [[line.method, f"{line.strength:g}", *cells(line)] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -25,7 +25,7 @@ from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
 from vcf_batch.prepare import OWN_PROBE, absolute, resolve_models
 from vcf_batch.vcf import comparison
-from vcf_batch.vcf.comparison import SCORES, Line
+from vcf_batch.vcf.comparison import RELATIVE, SCORES, Line
 from vcf_batch.vcf.fusion import default_strength
 
 TEXT_ONLY = "text only"
@@ -140,7 +140,7 @@ def tabulate(config: RunConfig) -> str:
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for sample in _samples(config):
         groups.setdefault((sample["method"], sample["strength"]), []).append(sample)
-    base = {_case(sample): sample["clip_score"] for sample in groups.get((TEXT_ONLY, 0.0), ())}
+    base = {_case(sample): sample for sample in groups.get((TEXT_ONLY, 0.0), ())}
     if record is None or not base:
         raise UsageError(f"{storage.redact(config.output)} has no picture of text only to compare the others with")
     comparable = ([sample for sample in group if _case(sample) in base] for group in groups.values())
@@ -188,7 +188,7 @@ def _case(sample: Mapping[str, Any]) -> Case:
     return sample["prompt"], sample["reference"], sample["seed"]
 
 
-def _line(samples: Sequence[Mapping[str, Any]], base: Mapping[Case, float]) -> Line:
+def _line(samples: Sequence[Mapping[str, Any]], base: Mapping[Case, Mapping[str, Any]]) -> Line:
     first = samples[0]
     bootstrap = Bootstrap([sample["prompt"] for sample in samples], [sample["reference"] for sample in samples])
     return Line(
@@ -197,7 +197,10 @@ def _line(samples: Sequence[Mapping[str, Any]], base: Mapping[Case, float]) -> L
         strength=first["strength"],
         samples=len(samples),
         scores={name: bootstrap.mean([sample[name] for sample in samples]) for name in SCORES},
-        kept=bootstrap.ratio([sample["clip_score"] for sample in samples], [base[_case(sample)] for sample in samples]),
+        relative={
+            name: bootstrap.ratio([s[name] for s in samples], [base[_case(s)][name] for s in samples])
+            for name in RELATIVE
+        },
         shown={name: bootstrap.mean([sample["shown"][name] for sample in samples]) for name in first.get("shown", ())},
     )
 
