@@ -56,6 +56,13 @@ def webp_header(width: int, height: int, kind: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
 
 
+def jpeg_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is there again and again."""
+    data = to_bytes(Image.new("L", (8, 8), 90), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
 SVG = b'\n<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"/>'
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
@@ -83,6 +90,7 @@ REFUSED = {
     "webp-vp8x-bomb": (webp_header(16_000, 16_000, b"VP8X"), "over the limit"),
     "webp-vp8l-bomb": (webp_header(16_000, 16_000, b"VP8L"), "over the limit"),
     "webp-vp8-bomb": (webp_header(16_000, 16_000, b"VP8 "), "over the limit"),
+    "jpeg-scans": (jpeg_scans(images.MAX_JPEG_SCANS), "JPEG of more than 100 scans"),
     "tiff-float": (to_bytes(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "32-bit floating-point"),
     "tiff-int32": (to_bytes(Image.fromarray(np.zeros((4, 4), np.int32)), "TIFF"), "32-bit integer"),
 }
@@ -94,8 +102,13 @@ def test_what_is_not_a_whole_image_fails_its_row(name: str) -> None:
     data, message = REFUSED[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(RowError, match=message):
+        with pytest.raises(RowError, match=message) as caught:
             images.decode(data, LIMIT)
+    assert "object at 0x" not in str(caught.value), "it is published, and must be the same every time"
+
+
+def test_many_scans_are_fine() -> None:
+    assert images.decode(jpeg_scans(80), LIMIT).size == (8, 8)
 
 
 @pytest.mark.parametrize("image_format", images.FORMATS)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from runs import read_receipts
 
 from vcf_batch import shards, storage
-from vcf_batch.errors import StorageError
+from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.records import OUTPUT_COLUMNS, FileEntry, Receipt, Reference, Row, Sample, Scores, Shard, Status
 
 NO_COLUMNS = pa.schema([])
@@ -89,7 +89,6 @@ _PLAIN: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [
     (pa.float64(), st.floats(allow_nan=False)),
     (pa.string(), _words),
     (pa.large_string(), _words),
-    (pa.string_view(), _words),
     (pa.binary(), st.binary(max_size=8)),
     (pa.binary(3), st.binary(min_size=3, max_size=3)),
     (pa.dictionary(pa.int32(), pa.string()), _words),
@@ -114,9 +113,7 @@ def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         )
     )
     lists = inner.map(lambda one: (pa.list_(one[0]), st.lists(st.none() | one[1], max_size=3)))
-    # Arrow itself writes no views within lists of fixed size.
-    written = inner.filter(lambda one: "view" not in str(one[0]))
-    pairs = written.map(lambda one: (pa.list_(one[0], 2), st.lists(one[1], min_size=2, max_size=2)))
+    pairs = inner.map(lambda one: (pa.list_(one[0], 2), st.lists(one[1], min_size=2, max_size=2)))
     maps = inner.map(
         lambda one: (
             pa.map_(pa.string(), one[0]),
@@ -216,11 +213,11 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
         assert table[name].combine_chunks().equals(pa.array([s.row.carried[name] for s in samples], kind))
     assert table["key"].to_pylist() == [s.row.key for s in samples]
     assert table["status"].to_pylist() == [s.status for s in samples]
-    assert table["error_message"].to_pylist() == [s.error_message for s in samples]
+    assert table["error_message"].to_pylist() == [s.error_message and printable(s.error_message) for s in samples]
     assert table["prompt"].to_pylist() == [s.row.prompt for s in samples]
     assert table["seed"].to_pylist() == [s.row.seed for s in samples]
     assert table["strength"].to_pylist() == [s.settings["strength"] for s in samples]
-    uris = [[one.uri for one in s.row.references] for s in samples]
+    uris = [[one.uri and redact(one.uri) for one in s.row.references] for s in samples]
     assert table["reference"].to_pylist() == [(some or None) if is_list else (some or [None])[0] for some in uris]
 
     successes = [s for s in samples if s.status == "success"]
@@ -286,9 +283,9 @@ def test_carried_values_may_be_arrow_scalars_with_bytes_that_are_not_text(tmp_pa
     assert read["json"]["time"].endswith(".000000001")
 
 
-def test_messages_with_undecodable_file_names_are_kept(tmp_path: Path) -> None:
+def test_messages_show_what_cannot_be_printed(tmp_path: Path) -> None:
     files = write(tmp_path, [failed(0, "no such file: \udcff.png")])
-    assert pq.read_table(files.parquet)["error_message"].to_pylist() == ["no such file: ?.png"]
+    assert pq.read_table(files.parquet)["error_message"].to_pylist() == ["no such file: \\udcff.png"]
 
 
 def test_carried_metadata_and_missing_values(tmp_path: Path) -> None:

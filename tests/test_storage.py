@@ -143,21 +143,6 @@ def test_a_joined_name_has_its_base_as_parent(base: str, name: str) -> None:
     assert storage.name(url) == name
 
 
-@pytest.mark.parametrize(
-    ("text", "redacted"),
-    [
-        ("https://user:secret@host/a.png", "https://host/a.png"),
-        ("sftp://user@host/a", "sftp://host/a"),
-        ("https://host/a.png?X-Amz-Signature=secret&b=1", "https://host/a.png?..."),
-        ("failed: url='https://u:p@h/a?sig=secret', status=403", "failed: url='https://h/a?...', status=403"),
-        ("s3://bucket/what?.png", "s3://bucket/what?.png"),
-        ("/plain/path@home", "/plain/path@home"),
-    ],
-)
-def test_redact(text: str, redacted: str) -> None:
-    assert storage.redact(text) == redacted
-
-
 def test_credentials_in_urls_never_appear_in_messages(flaky: type[Flaky]) -> None:
     url = "flaky://user:secret@host/a?token=secret"
     for failure in (OSError("no: " + url), PermissionError(url), FileNotFoundError(url)):

@@ -13,7 +13,7 @@ import vcf_batch
 from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import DamageFound, Interrupted, TooManyFailedRows, UsageError, VcfBatchError
+from vcf_batch.errors import DamageFound, Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable
 
 MAX_CONFIG_BYTES = 1 << 20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -45,8 +45,8 @@ class _Command(click.Command):
 
     def _show(self, ctx: click.Context, error: Exception, message: str) -> None:
         if ctx.meta.get("vcf_batch.debug"):
-            click.echo("".join(traceback.format_exception(error)), err=True)
-        click.echo(message, err=True)
+            message = "".join(traceback.format_exception(error)) + message
+        click.echo(printable(message), err=True)
 
 
 def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -251,7 +251,7 @@ def manifest(prompts: str, references: str | None, seeds: int, out: str) -> None
 
     images = _images_in(references, out) if references else []
     count = manifests.build(_prompts_in(prompts), images, seeds, storage.absolute(out))
-    click.echo(f"{out}: {count:,} rows")
+    click.echo(f"{storage.redact(out)}: {count:,} rows")
 
 
 def _prompts_in(file: str) -> list[str]:

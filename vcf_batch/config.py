@@ -11,8 +11,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from vcf_batch.errors import UsageError
-from vcf_batch.storage_errors import redact
+from vcf_batch.errors import UsageError, redact
 
 FUSIONS = ("naive", "concat", "cross_attention")
 UNCONDITIONALS = ("zeros", "blank", "negative")

@@ -15,14 +15,37 @@
     Interrupted                  130   Ctrl-C
                                  143   SIGTERM: stopped by the cluster
 
-A message gives the value, the limit and the remedy; the command line prints it without a traceback.
+A message gives the value, the limit and the remedy; the command line prints it without a traceback. Values may come
+from anyone, and messages go to terminals, logs and published outputs: what is secret in them is removed, and characters
+that would move a cursor or turn the text around are escaped.
 """
+
+import re
+
+
+def redact(text: str) -> str:
+    """``text`` with user names, passwords and query strings (signatures, tokens) removed from every URL in it."""
+    # A password may hold slashes, which belong into no URL; what looks like a port and a path is none.
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*|[^\s/:]*:(?!\d+/)\S*)@", r"\1", text)
+    # Network libraries often name the path alone.
+    return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "?...", text)
+
+
+def printable(text: str) -> str:
+    """``text`` as a terminal can show it: without secrets, control characters other than line breaks escaped."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in redact(text)
+    )
 
 
 class VcfBatchError(Exception):
-    """Base of every error that vcf-batch raises on purpose."""
+    """Base of every error that vcf-batch raises on purpose. Its message is :func:`printable`."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(VcfBatchError, ValueError):

@@ -6,15 +6,21 @@ applied.
 """
 
 import io
+import re
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vcf_batch.errors import RowError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What a reference may be. A closed list, because Pillow's others include EPS, which starts Ghostscript."""
+
+MAX_JPEG_SCANS = 100
+"""Of a progressive JPEG; encoders write about ten. Each goes over the whole picture and may take 100 bytes."""
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -67,6 +73,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise RowError("the image file is empty (0 bytes)")
     _check_pixels(_webp_size(data), max_pixels)
+    _check_scans(data)
     # A damaged file makes Pillow's readers raise nearly any exception; all but running out of memory is the file's own.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -141,6 +148,17 @@ def _check_pixels(size: tuple[int, int] | None, max_pixels: int) -> None:
         )
 
 
+def _check_scans(data: bytes) -> None:
+    if not data.startswith(b"\xff\xd8"):
+        return
+    scans, position = 0, 2
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        if scans > MAX_JPEG_SCANS:
+            raise RowError(f"the image is a JPEG of more than {MAX_JPEG_SCANS} scans; save it anew")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+
+
 def _webp_size(data: bytes) -> tuple[int, int] | None:
     """Canvas size from a WebP header (RFC 9649), because Pillow allocates the canvas when it opens the file."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
@@ -184,9 +202,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _not_readable(data: bytes, error: Exception) -> str:
+    # What Pillow says of a file that it knows nothing of is an address in memory: another one every time.
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
     for offset, signature, name in _SIGNATURES:
         if data[offset : offset + len(signature)] == signature:
-            return f"the image is a damaged or truncated {name} file of {len(data)} bytes ({error}); replace it"
+            return f"the image is a damaged or truncated {name} file of {len(data)} bytes{reason}; replace it"
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
         return "the file is a Git LFS pointer, not the image it stands for; fetch it with 'git lfs pull'"

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import lease, plan, prepare, run_file, shards, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import Interrupted, StorageError, UsageError, VcfBatchError
+from vcf_batch.errors import Interrupted, StorageError, UsageError, VcfBatchError, printable
 from vcf_batch.lease import Lease
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress, duration
@@ -498,5 +498,5 @@ def _reason(error: Exception) -> str:
         text = ", ".join(told or lines)
     else:
         text = lines[0]
-    text = f"{type(error).__name__}: {text}"
+    text = printable(f"{type(error).__name__}: {text}")
     return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + "..."

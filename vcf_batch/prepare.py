@@ -333,7 +333,7 @@ def claim(job: Job) -> None:
 def _redacted(value: Any) -> Any:
     if isinstance(value, list):
         return [_redacted(item) for item in value]
-    return storage.redact(value) if isinstance(value, str) else value
+    return storage.redact(value) if isinstance(value, str) and "://" in value else value
 
 
 def _is_seen(root: str) -> bool:

@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import storage
-from vcf_batch.errors import StorageError
+from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Row, Sample, Shard, Status
 
 STAGING = "_staging"
@@ -253,12 +253,10 @@ class ShardWriter:
         )
 
     def _record(self, sample: Sample) -> dict[str, Any]:
-        # File names in messages may hold bytes that are not text.
-        message = sample.error_message and sample.error_message.encode("utf-8", "replace").decode()
         return {
             **columns_of(sample.row, self._carried, self._reference_is_list),
             "status": sample.status,
-            "error_message": message,
+            "error_message": sample.error_message and printable(sample.error_message),
             **{name: sample.settings.get(name) for name in _SETTINGS},
             "width": sample.width,
             "height": sample.height,
@@ -295,18 +293,19 @@ class ShardWriter:
 
 
 def columns_of(row: Row, carried: Iterable[str], reference_is_list: bool) -> dict[str, Any]:
-    """The columns that the manifest alone decides, for one row.
+    """The columns that the manifest alone decides, for one row. References are named without their secrets.
 
     Args:
         carried: names of the carried columns.
         reference_is_list: see :func:`schema`.
     """
-    uris = [reference.uri for reference in row.references]
+    uris = [reference.uri and redact(reference.uri) for reference in row.references]
+    negative = row.negative_reference and row.negative_reference.uri
     return {
         "key": row.key,
         "prompt": row.prompt,
         "reference": (uris or None) if reference_is_list else next(iter(uris), None),
-        "negative_reference": row.negative_reference and row.negative_reference.uri,
+        "negative_reference": negative and redact(negative),
         "seed": row.seed,
         **{name: row.carried.get(name) for name in carried},
     }

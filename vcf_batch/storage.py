@@ -37,9 +37,9 @@ import fsspec
 import fsspec.config
 import fsspec.core
 
-from vcf_batch.errors import StorageError, UsageError
+from vcf_batch.errors import StorageError, UsageError, redact
 from vcf_batch.records import FileEntry
-from vcf_batch.storage_errors import MOVING, READING, NotAFileError, T, attempt, redact, translated
+from vcf_batch.storage_errors import MOVING, READING, NotAFileError, T, attempt, translated
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 20

@@ -6,12 +6,11 @@ Drivers name the same trouble in many ways. :func:`attempt` runs one operation a
 
 import errno
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.errors import StorageError, VcfBatchError, redact
 
 ATTEMPTS = 4
 """How often an operation is tried in all while its failure may pass."""
@@ -63,12 +62,6 @@ Kinds = tuple[type[OSError], ...]
 
 READING: Kinds = (FileNotFoundError, PermissionError, NotAFileError)
 MOVING: Kinds = (FileNotFoundError,)
-
-
-def redact(text: str) -> str:
-    """``text`` with user names, passwords and query strings (signatures, tokens) removed from every URL in it."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/'\"]*@", r"\1", text)
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*=[^\s'\"]*", r"\1?...", text)
 
 
 def attempt(action: str, url: str, call: Callable[[], T], stay: Kinds = READING) -> T:
