@@ -36,6 +36,18 @@ def test_losses_equal_the_authors() -> None:
     torch.testing.assert_close(alignment_loss(image, text), golden("combined"), atol=1e-5, rtol=0)
 
 
+def test_gradients_of_the_losses_are_their_slopes() -> None:
+    """The authors recorded the values alone; with the slopes of those values the gradients are pinned down too."""
+    image, text = (golden(name)[:3, :4].double().requires_grad_() for name in ("img", "txt"))
+    temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+    for loss, inputs in (
+        (info_nce_loss, (image, text, temperature)),
+        (reconstruction_loss, (image, text)),
+        (lambda *given: alignment_loss(given[0], given[1], temperature=given[2]), (image, text, temperature)),
+    ):
+        assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
 def test_losses_have_gradients_for_aligner_and_temperature() -> None:
     aligner = ImageAligner(24, 16)
     temperature = torch.tensor(0.07, requires_grad=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vcf_batch.config import FUSIONS
 from vcf_batch.errors import UsageError
-from vcf_batch.vcf.fusion import default_strength, fuse
+from vcf_batch.vcf.fusion import Fusion, default_strength, fuse
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "vcf_golden.npz")
 
@@ -60,6 +60,29 @@ def test_strength_0_is_exactly_the_text(mode: str) -> None:
 def test_order_of_image_tokens_does_not_matter(mode: str) -> None:
     text, image = golden("txt"), golden("img")
     torch.testing.assert_close(fuse(text, image.flip(1), mode, 0.7), fuse(text, image, mode, 0.7))
+
+
+@pytest.mark.parametrize("mode", ["naive", "cross_attention"])
+def test_a_token_of_weight_2_counts_as_two(mode: str) -> None:
+    text, image = golden("txt"), golden("img")
+    weights = torch.ones(image.shape[:2])
+    torch.testing.assert_close(fuse(text, image, mode, 0.7, weights), fuse(text, image, mode, 0.7))
+    weights[:, 2] = 2
+    doubled = fuse(text, torch.cat([image, image[:, 2:3]], dim=1), mode, 0.7)
+    torch.testing.assert_close(fuse(text, image, mode, 0.7, weights), doubled)
+
+
+def test_weights_of_concat_are_shares_of_its_strength() -> None:
+    """The definition of docs/method.md, section 8; the unconditional side has one image of weight 1."""
+    text, image = golden("txt")[0], golden("img")[0]
+    fusion = Fusion([image, image[:2], image], strength=0.8, weights=[1, 3, 0])
+    tokens, bias = fusion.positive(text)
+    assert torch.equal(tokens, torch.cat([text, image, image[:2]]))
+    expected = torch.cat([torch.ones(len(text)), torch.full([len(image)], 0.2), torch.full([2], 0.6)])
+    torch.testing.assert_close(bias.exp(), expected)
+    tokens, bias = fusion.negative(text)
+    assert torch.equal(tokens, torch.cat([text, torch.zeros_like(image)]))
+    torch.testing.assert_close(bias.exp(), torch.cat([torch.ones(len(text)), torch.full([len(image)], 0.8)]))
 
 
 @pytest.mark.parametrize("mode", FUSIONS)

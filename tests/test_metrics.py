@@ -467,6 +467,17 @@ def test_scores_are_what_their_parts_say(scorer: Scorer, judge: ClipJudge, perce
         assert score.lpips == pytest.approx(np.mean(distances), rel=1e-4)
 
 
+def test_references_count_in_the_mean_what_they_are_given(scorer: Scorer) -> None:
+    pair = [picture(2), picture(3)]
+    first, second = scorer.score(["a", "a"], [output(1)] * 2, [pair[:1], pair[1:]])
+    even, alone, uneven = scorer.score(["a"] * 3, [output(1)] * 3, [pair] * 3, [None, [1, 0], [3, 1]])
+    for name in ("clip_reference", "lpips"):
+        low, high = getattr(first, name), getattr(second, name)
+        assert getattr(even, name) == pytest.approx((low + high) / 2, rel=1e-4)
+        assert getattr(alone, name) == pytest.approx(low, rel=1e-4)
+        assert getattr(uneven, name) == pytest.approx(0.75 * low + 0.25 * high, rel=1e-4)
+
+
 def test_an_output_equal_to_its_reference(scorer: Scorer) -> None:
     (score,) = scorer.score(["a"], [output(1)], [[Image.fromarray(output(1))]])
     assert score.clip_reference == pytest.approx(1, abs=1e-5)

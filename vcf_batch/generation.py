@@ -315,7 +315,8 @@ class Generation:
         pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
         with self.clock("score"):
             prompts = [self.rows[position].prompt for position in batch.positions]
-            scores = self.tools.scorer.score(prompts, pixels, batch.pictures)
+            weights = [self.settings[position]["reference_weights"] for position in batch.positions]
+            scores = self.tools.scorer.score(prompts, pixels, batch.pictures, weights)
         with self.clock("encode_and_write"):
             for place, position in enumerate(batch.positions):
                 row, used = self.rows[position], self.settings[position]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import images
+from vcf_batch.config import reference_shares
 from vcf_batch.metrics.clip_score import ClipJudge, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.records import Scores
@@ -59,6 +60,7 @@ class Scorer:
         prompts: Sequence[str],
         outputs: Sequence[NDArray[np.uint8]],
         references: Sequence[Sequence[Image.Image]],
+        weights: Sequence[Sequence[float] | None] | None = None,
     ) -> list[Scores]:
         """Score a batch.
 
@@ -70,6 +72,7 @@ class Scorer:
             outputs: ``B`` images of one size, uint8 ``[H, W, 3]``.
             references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``
                 and ``lpips`` are None.
+            weights: for each output, those of its references in that mean; None is equal ones.
         """
         if not len(prompts) == len(outputs) == len(references):
             raise ValueError(f"{len(prompts)} prompts, {len(outputs)} outputs, {len(references)} lists of references")
@@ -85,11 +88,9 @@ class Scorer:
             cosines = cosine(pictures[owners], torch.stack([entry.embedding for entry in known])).tolist()
         distances = self._distances([outputs[owner] for owner in owners], images_of_owners, known)
         self._forget_oldest()
-        columns = (
-            cosine(pictures, texts).tolist(),
-            _means(cosines, owners, len(outputs)),
-            _means(distances, owners, len(outputs)),
-        )
+        given = [None] * len(outputs) if weights is None else weights
+        shares = [reference_shares(own, len(shown)) for own, shown in zip(given, references, strict=True)]
+        columns = (cosine(pictures, texts).tolist(), _means(cosines, shares), _means(distances, shares))
         return [Scores(*values) for values in zip(*columns, strict=True)]
 
     def _embedded_texts(self, prompts: Sequence[str]) -> Tensor:
@@ -140,9 +141,11 @@ def _digest(image: Image.Image) -> bytes:
     return hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
 
 
-def _means(values: Sequence[float], owners: Sequence[int], count: int) -> list[float | None]:
-    """Mean of each owner's values, None for an owner without any. No values at all: None for everyone."""
-    collected: list[list[float]] = [[] for _ in range(count)]
-    for owner, value in zip(owners if values else (), values, strict=True):
-        collected[owner].append(value)
-    return [math.fsum(own) / len(own) if own else None for own in collected]
+def _means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:
+    """The mean of each output's values, in their order; None for an output without any. No values at all: None for all.
+
+    Args:
+        shares: of each output, what each of its values counts, summing to 1.
+    """
+    following = iter(values)
+    return [math.fsum(share * next(following) for share in own) if own and values else None for own in shares]
