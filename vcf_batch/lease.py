@@ -1,9 +1,10 @@
-"""One run owns an output: a lease with a heartbeat, kept in the output itself.
+"""One run owns an output: a lease and a heartbeat, kept in the output itself.
 
-``_lease.json`` names its owner. Of several drivers that come at once, one can create it; the owner rewrites it every
-few seconds and deletes it at the end. Whoever finds it watches: a lease that changes has a living owner, and one that
-does not change for :data:`EXPIRY_SECONDS` is taken over, at once where its owner was a process of this machine that is
-gone. Only changes that the watcher sees within its own time count; clocks of different machines are never compared.
+``_lease.json`` names the owner. Of several drivers that come at once, one can create it; it is never overwritten, and
+its owner deletes it at the end. Meanwhile the owner counts in ``_lease.beat``. Whoever finds a lease watches: while the
+beat changes, the owner lives. If it stays the same for :data:`EXPIRY_SECONDS`, the lease is taken over; at once where
+its owner was a process of this machine that is gone. Only changes that the watcher sees within its own time count;
+clocks of different machines are never compared.
 
 An owner may be suspended and wake up after another driver took over, so it asks before each commit
 (:meth:`Lease.confirm`). Should it be suspended between that question and the commit, then the new owner has emptied the
@@ -12,6 +13,7 @@ staging folder and there is nothing left to move, and a receipt is created, neve
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -28,9 +30,10 @@ from vcf_batch import storage
 from vcf_batch.errors import RefusedError, StorageError
 
 NAME = "_lease.json"
+BEAT = "_lease.beat"
 BEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 20.0
-"""A lease that stays the same for so long is a dead owner's."""
+"""A beat that stays the same for so long is a dead owner's."""
 WAIT_SECONDS = 30.0
 """How long a driver watches a living owner, which may be about to end, before it gives up."""
 LOOK_SECONDS = 0.5
@@ -56,7 +59,6 @@ class Lease:
             "machine": (machine := _machine()),
             "birth": _birth(os.getpid()) if machine else None,
         }
-        self._beat = 0
         self._ended = threading.Event()
 
     def confirm(self) -> None:
@@ -82,19 +84,19 @@ class Lease:
             StorageError: the storage failed.
         """
         begin = changed = time.monotonic()
-        watched: bytes | None = None
+        watched: tuple[bytes, bytes | None] | None = None
         while True:
             found = self._read()
             if found is None:
                 with contextlib.suppress(FileExistsError):
-                    self._publish(create=True)
+                    storage.publish_bytes(_url(self._output), json.dumps(self._owner, indent=2).encode(), create=True)
                     return
                 continue
-            now = time.monotonic()
+            seen, now = (found, self._read(BEAT)), time.monotonic()
             if watched is None:
                 _log.warning("%s is held by %s.", storage.redact(self._output), _described(found))
-            if found != watched:
-                watched, changed = found, now
+            if seen != watched:
+                watched, changed = seen, now
             if _is_gone(_parsed(found)) or now - changed >= EXPIRY_SECONDS:
                 _log.warning("That run has died; taking over.")
                 storage.remove(_url(self._output), missing_ok=True)
@@ -107,11 +109,13 @@ class Lease:
                 time.sleep(LOOK_SECONDS)
 
     def keep(self) -> None:
-        """Renew the lease again and again, until it is released or lost."""
-        while not self._ended.wait(BEAT_SECONDS):
+        """Give signs of life until the lease is released or lost."""
+        for beat in itertools.count():
+            if self._ended.wait(BEAT_SECONDS):
+                return
             try:
                 self.confirm()
-                self._publish()
+                storage.publish_bytes(_url(self._output, BEAT), str(beat).encode())
             except RefusedError:
                 return
             except StorageError:
@@ -119,22 +123,18 @@ class Lease:
                 continue
 
     def release(self, keeper: threading.Thread) -> None:
-        """Let the next driver begin at once. What the storage does not allow, time does: the lease expires."""
+        """Let the next driver begin at once. If the storage does not allow it, the lease expires."""
         self._ended.set()
+        with contextlib.suppress(RefusedError, StorageError):
+            self.confirm()
+            storage.remove(_url(self._output), missing_ok=True)
         keeper.join(BEAT_SECONDS)
-        if not keeper.is_alive():
-            with contextlib.suppress(RefusedError, StorageError):
-                self.confirm()
-                storage.remove(_url(self._output), missing_ok=True)
+        with contextlib.suppress(StorageError):
+            storage.remove(_url(self._output, BEAT), missing_ok=True)  # the next owner's, even: it beats again
 
-    def _read(self) -> bytes | None:
+    def _read(self, name: str = NAME) -> bytes | None:
         with storage.refusals_as_storage_errors():
-            return _read(self._output)
-
-    def _publish(self, create: bool = False) -> None:
-        self._beat += 1
-        data = json.dumps(self._owner | {"beat": self._beat}, indent=2).encode()
-        storage.publish_bytes(_url(self._output), data, create)
+            return _read(self._output, name)
 
 
 @contextlib.contextmanager
@@ -164,13 +164,13 @@ def is_seen(output: str, token: str) -> bool:
     return _parsed(_read(output)).get("token") == token
 
 
-def _url(output: str) -> str:
-    return storage.join(output, NAME)
+def _url(output: str, name: str = NAME) -> str:
+    return storage.join(output, name)
 
 
-def _read(output: str) -> bytes | None:
+def _read(output: str, name: str = NAME) -> bytes | None:
     try:
-        return storage.read_bytes(_url(output), limit=MAX_BYTES)
+        return storage.read_bytes(_url(output, name), limit=MAX_BYTES)
     except FileNotFoundError:
         return None
 
