@@ -1,7 +1,7 @@
 """Train the tiny family: ``python -m vcf_batch.tiny.train --stage all --out DIR``.
 
-The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition); ``judge`` (the CLIP that scores);
-``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each writes its model in diffusers
+The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition) and ``vision`` (more of its image tower);
+``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each writes its model in diffusers
 layout into DIR and its checkpoint into DIR/checkpoints, and goes on from there when it is run again.
 """
 
@@ -28,6 +28,7 @@ RECIPES = {
     "probe": Recipe(steps=1800, batch=64, lr=2e-3),
     "vae": Recipe(steps=3200, batch=32, lr=2e-3),
     "clip": Recipe(steps=1000, batch=128, lr=1e-3),
+    "vision": Recipe(steps=2000, batch=128, lr=1e-3),
     "judge": Recipe(steps=4000, batch=128, lr=1e-3),
     "unet": Recipe(steps=4800, batch=64, lr=8e-4, ema=0.998, warmup=200),
     "aligner": Recipe(steps=4000, batch=128, lr=2e-3),
@@ -113,6 +114,35 @@ def train_clip(shop: Workshop) -> None:
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if "text_model" in k})
     text.save_pretrained(shop.out / "text_encoder")
+    save_image_encoder(shop, clip)
+
+
+def train_vision(shop: Workshop) -> None:
+    """The image tower alone, for longer, against the text tower as it is: what it does not see, nothing can hand on."""
+    trained = torch.load(shop.out / "checkpoints" / "clip.pt", map_location=shop.device, weights_only=True)["model"]
+    clip = networks.clip(shop.tokenizer())
+    see = AttributeHeads(clip.config.projection_dim)
+    model = nn.ModuleDict({"clip": clip, "see": see}).to(shop.device)
+    model.load_state_dict({name: value for name, value in trained.items() if not name.startswith("read.")})
+    clip.text_model.requires_grad_(False)
+    clip.text_projection.requires_grad_(False)
+    seed = SEED + 31
+    indices = batch_indices(SCENES, RECIPES["vision"].batch, seed)
+
+    def loss(step: int) -> Tensor:
+        chosen = indices(step)
+        scenes = shop.scenes()[0].part(chosen)
+        texts = world.captions(scenes, random.Random(seed * 1_000_003 + step), full=0.6)
+        out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
+        image, text = out.image_embeds.float(), out.text_embeds.float()
+        contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
+        return contrast + 2 * see(image * clip.config.projection_dim**0.5, scenes)
+
+    shop.fit("vision", model, loss, RECIPES["vision"])
+    save_image_encoder(shop, clip)
+
+
+def save_image_encoder(shop: Workshop, clip: CLIPModel) -> None:
     vision = CLIPVisionModelWithProjection(clip.config.vision_config)
     vision.load_state_dict({k: v for k, v in clip.state_dict().items() if k.startswith(("vision_model", "visual_"))})
     vision.save_pretrained(shop.out / "image_encoder")
@@ -242,6 +272,7 @@ def pack(shop: Workshop) -> None:
         aligner=ImageAligner.from_pretrained(shop.out / "aligner"),
         default_steps=20,
         default_guidance_scale=3.0,
+        default_strength=0.1,
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(weights, max_shard_size="12MB")
@@ -259,6 +290,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "probe": train_probe,
     "vae": train_vae,
     "clip": train_clip,
+    "vision": train_vision,
     "judge": train_judge,
     "aligner": train_aligner,
     "unet": train_unet,
