@@ -115,6 +115,18 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """The course of prompt-noise optimisation for one sample. Lower is better."""
+
+    first: float
+    """Loss of the image that the sample has without it."""
+    best: float
+    """Loss of the image that was kept."""
+    steps: int
+    """Updates it took: fewer than were asked for where the numbers went bad."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """What became of one row: the encoded image and its scores, or the reason there is none."""
 

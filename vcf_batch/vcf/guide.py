@@ -1,0 +1,121 @@
+"""The PNO guide: the CLIP whose image embedding prompt-noise optimisation follows (docs/method.md, section 5)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
+
+from vcf_batch.errors import ModelError
+from vcf_batch.models import load_errors
+from vcf_batch.vcf.aligner import squash
+
+
+class Guide:
+    """Embeds images so that gradients reach their pixels.
+
+    Args:
+        clip: the CLIP, or its vision tower with projection, on its device. It is frozen.
+        mean, std: three numbers each, for images in [0, 1].
+    """
+
+    def __init__(
+        self, clip: CLIPModel | CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.tower = clip.vision_model.eval().requires_grad_(False)
+        self.projection = clip.visual_projection.requires_grad_(False)
+        self.mean, self.std = (torch.tensor(values, device=clip.device)[:, None, None] for values in (mean, std))
+
+    @classmethod
+    def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> "Guide":
+        """Load a guide in float32.
+
+        Args:
+            path: folder of a CLIP in transformers' layout.
+            device: where it runs.
+
+        Raises:
+            ModelError: a part is missing or does not fit.
+            StorageError: the disk failed.
+        """
+        remedy = (
+            ". It must hold a CLIP model and preprocessor_config.json in transformers' layout; name another with "
+            "--pno-guide"
+        )
+        with load_errors(f"the PNO guide {path!r}", remedy):
+            clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            processor = CLIPImageProcessorPil.from_pretrained(path)
+        # transformers fills what a file lacks with random weights.
+        if report["missing_keys"]:
+            raise ModelError(
+                f"the PNO guide {path!r} lacks {len(report['missing_keys'])} weights, among them "
+                f"{min(report['missing_keys'])}; name a complete CLIP with --pno-guide"
+            )
+        return cls(clip.to(device), processor.image_mean, processor.image_std)
+
+    @property
+    def image_size(self) -> int:
+        """Edge of the tower's input in pixels."""
+        return self.tower.config.image_size
+
+    def embed(self, images: Tensor) -> Tensor:
+        """L2-normalised embeddings. Differentiable.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1], of any size; the whole image is squashed to the guide's square.
+
+        Returns:
+            float32 ``[B, D]``.
+        """
+        squashed = bicubic(images.to(self.mean.device), self.image_size).clamp(0, 1)
+        pixels = ((squashed - self.mean) / self.std).to(self.projection.weight.dtype)
+        return F.normalize(self.projection(self.tower(pixels).pooler_output).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_references(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """L2-normalised embeddings of reference images of any sizes: float32 ``[B, D]``."""
+        squashed = [squash(picture, self.image_size) for picture in pictures]
+        pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in squashed])) / 255
+        return self.embed(pixels.permute(0, 3, 1, 2))
+
+    def refuse_judge(self, judge: CLIPModel) -> None:
+        """Make sure that what guides does not judge (docs/method.md, section 5).
+
+        Names and files prove nothing, as the same weights lie in many places and precisions: the towers are compared.
+
+        Raises:
+            ModelError: guide and judge see with the same weights.
+        """
+        ours, theirs = (list(tower.parameters()) for tower in (self.tower, judge.vision_model))
+        if len(ours) == len(theirs) and all(map(_equal, ours, theirs)):
+            raise ModelError(
+                "the PNO guide and the judge are the same CLIP, so PNO would raise its own marks: name another guide "
+                "with --pno-guide, or another judge with --judge"
+            )
+
+
+def bicubic(images: Tensor, size: int) -> Tensor:
+    """Resize to a square as Pillow's antialiased bicubic filter does, as two matrix products.
+
+    The gradient of ``torch.nn.functional.interpolate`` has no deterministic kernel on GPUs.
+
+    Args:
+        images: ``[B, 3, H, W]``.
+        size: edge of the result in pixels.
+
+    Returns:
+        ``[B, 3, size, size]``.
+    """
+    rows, columns = (
+        F.interpolate(torch.eye(edge)[None, None], (size, edge), mode="bicubic", antialias=True)[0, 0].to(images)
+        for edge in images.shape[2:]
+    )
+    return rows @ images @ columns.T
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are one, but for the rounding to another precision: at worst bfloat16's 8 bits."""
+    return a.shape == b.shape and torch.allclose(a.float(), b.to(a.device).float(), rtol=1e-2, atol=1e-7)
