@@ -11,7 +11,7 @@ import pytest
 from vcf_batch.config import NOT_CONTENT, RunConfig, fingerprint, fingerprint_fields, load_yaml, reference_shares
 from vcf_batch.errors import UsageError
 
-IDENTITIES = {"manifest": "m", "model": "w", "judge": "j", "lpips": "p"}
+IDENTITIES: dict[str, Any] = {"manifest": "m", "model": "w", "judge": "j", "lpips": "p", "pno_guide": None}
 
 OTHER: dict[str, Any] = {
     "manifest": "n.parquet", "output": "elsewhere", "model": "org/model", "revision": "v1", "fusion": "naive",
@@ -20,6 +20,8 @@ OTHER: dict[str, Any] = {
     "max_pixels": 5, "max_failed": 0.5, "judge": "org/clip", "lpips": "none", "lpips_weights": "folder",
     "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2,
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
+    "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
+    "pno_gamma": 0.3,
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -56,7 +58,7 @@ def test_fingerprint_is_the_same_everywhere() -> None:
     assert fingerprint(dict(reversed(fields.items()))) == fingerprint(fields)
     code = (
         "from vcf_batch.config import *; c = RunConfig(manifest='x', output='y');"
-        "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p')))"
+        "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p', pno_guide=None)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert printed == fingerprint(fields)
@@ -80,6 +82,10 @@ def test_a_number_has_one_spelling() -> None:
         ("strength", math.nan, "between 0 and 1000"),
         ("guidance_scale", math.inf, "between 0 and 1000"),
         ("fusion_lo", -0.1, "between 0 and 1"),
+        ("eta", 1.1, "between 0 and 1"),
+        ("pno_steps", -1, "between 0 and 1000"),
+        ("pno_lr_noise", math.nan, "between 0 and 1"),
+        ("pno_gamma", -0.1, "between 0 and 1"),
         ("fusion_hi", math.nan, "between 0.0 and 1"),
         ("unconditional", "ones", "one of zeros, blank, negative"),
         ("image_tokens", "pooled", "one of all, patches, cls"),
@@ -135,6 +141,12 @@ def test_weights_that_say_nothing_are_refused(weights: tuple[float, ...], messag
         reference_shares(weights, 2)
 
 
+def test_only_ddim_adds_noise() -> None:
+    with pytest.raises(UsageError, match=r"eta is 0\.5; the scheduler 'euler' takes 0 only: use ddim"):
+        config(eta=0.5, scheduler="euler")
+    assert config(eta=0, scheduler="euler").eta == 0
+
+
 @pytest.mark.parametrize("lpips", ["alex", "vgg"])
 def test_published_lpips_needs_its_weights(lpips: str) -> None:
     with pytest.raises(UsageError, match="--lpips-weights, or turn the score off with --lpips none"):
@@ -143,7 +155,7 @@ def test_published_lpips_needs_its_weights(lpips: str) -> None:
 
 
 def test_mapping_round_trip() -> None:
-    run = config(**OTHER)
+    run = config(**OTHER | {"scheduler": "ddim"})  # no other takes an eta
     assert RunConfig.from_mapping(run.to_dict()) == run
     assert run.replace(steps=9).steps == 9
     with pytest.raises(UsageError, match="steps is 0"):

@@ -47,7 +47,7 @@ def test_resizing_equals_pillow(size: tuple[int, int]) -> None:
 def test_an_output_and_the_same_reference_embed_alike(guide: Guide) -> None:
     image = picture(40, 24)
     embedded = guide.embed(as_tensor(image))
-    torch.testing.assert_close(embedded, guide.embed_references([image]), atol=5e-3, rtol=0)
+    torch.testing.assert_close(embedded, guide.targets([[image]], [None]), atol=5e-3, rtol=0)
     assert embedded.norm(dim=1).item() == pytest.approx(1)
 
 
@@ -77,11 +77,11 @@ def test_another_clip_may_judge(guide: Guide, model: Path) -> None:
 
 def test_loading_tells_what_is_missing(model: Path, tmp_path: Path) -> None:
     assert Guide.from_pretrained(str(model / "judge")).image_size == 16
-    with pytest.raises(ModelError, match="cannot load the PNO guide .*--pno-guide"):
+    with pytest.raises(ModelError, match=r"cannot load the PNO guide .*--pno-guide"):
         Guide.from_pretrained(str(model / "unet"))
     shutil.copytree(model / "judge", tmp_path, dirs_exist_ok=True)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     del weights["visual_projection.weight"]
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 1 weights, among them visual_projection.weight"):
+    with pytest.raises(ModelError, match=r"lacks 1 weights, among them visual_projection\.weight"):
         Guide.from_pretrained(str(tmp_path))

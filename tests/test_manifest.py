@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcf_batch import contract, manifest, storage, unique
+from vcf_batch import manifest, storage, unique
 from vcf_batch.errors import ManifestError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.records import Reference
@@ -367,7 +367,3 @@ def test_neither_torch_nor_ray_is_imported() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == []
-
-
-def test_every_override_is_a_contract_column() -> None:
-    assert set(contract.RESERVED).isdisjoint(contract.COLUMNS)

@@ -465,9 +465,10 @@ def test_schedulers_agree_on_the_image(pipeline: VCFPipeline, scheduler: str) ->
 def test_size_and_noise(epsilon: VCFPipeline) -> None:
     image = epsilon.generate(["a"], seeds=[1], height=24, width=32, steps=1)
     assert image.shape == (1, 3, 24, 32)
-    noise = epsilon.initial_noise([5, 6])
+    noise = epsilon.draw_noise([5, 6])
     expected = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(6))
-    assert torch.equal(noise[1], expected)
+    assert torch.equal(noise[1, 0], expected)
+    assert torch.equal(epsilon.draw_noise([6], added=2)[0, 0], expected), "what follows does not change what is first"
     with pytest.raises(UsageError, match="width is 31; it must be a multiple of 2"):
         epsilon.generate(["a"], seeds=[1], width=31)
 
@@ -484,7 +485,7 @@ def test_sampling_is_differentiable(pipeline: VCFPipeline, images: list[Image.Im
     """From the fused tokens and the noise to the decoded image, with a bias on the way."""
     text = pipeline.encode_prompts(["a red cat"]).requires_grad_()
     image = pipeline.encode_references(images[:1])[0].requires_grad_()
-    noise = pipeline.initial_noise([3]).requires_grad_()
+    noise = pipeline.draw_noise([3]).requires_grad_()
     conditioning = condition(text, pipeline.encode_prompts([""]), [Fusion([image], strength=0.5)])
     solver = make_scheduler(scheduler, pipeline.scheduler.config)
     latents = denoise(pipeline.unet, solver, noise, conditioning, guidance_scale=[4.0], steps=3)

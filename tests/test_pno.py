@@ -17,7 +17,7 @@ from torch import Tensor
 from vcf_batch.config import SCHEDULERS
 from vcf_batch.records import Objective
 from vcf_batch.vcf import pno
-from vcf_batch.vcf.fusion import Conditioning, condition
+from vcf_batch.vcf.fusion import Conditioning, Fusion
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -37,9 +37,7 @@ def golden(name: str) -> Tensor:
     ("noise", "value"), [("pno_noise", "pno_reg_noshuffle"), ("pno_noise_off", "pno_reg_off_noshuffle")]
 )
 def test_regularizer_equals_the_authors(noise: str, value: str) -> None:
-    torch.testing.assert_close(
-        pno.noise_regularizer(golden(noise), permutations=0), golden(value), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(pno.noise_regularizer(golden(noise), permutations=0), golden(value), rtol=1e-5, atol=0)
 
 
 def test_gradient_of_the_regularizer_equals_the_authors() -> None:
@@ -81,30 +79,29 @@ class Batch:
     """Samples with references of their own, ready to be optimised: those of three that ``numbers`` names."""
 
     def __init__(self, pipeline: VCFPipeline, numbers: Sequence[int] = (0, 1, 2), **sampling: Any) -> None:
-        self.pipeline = pipeline
-        self.sampling = {"steps": 2, "guidance_scale": [(3.0, 5.0, 2.0)[n] for n in numbers]} | sampling
         rng = np.random.default_rng(0)
         drawn = [Image.fromarray(rng.integers(0, 255, (12, 20, 3), dtype=np.uint8)) for _ in range(3)]
         references = [drawn[n] for n in numbers]
         self.guide = Guide(
             pipeline.image_encoder, pipeline.feature_extractor.image_mean, pipeline.feature_extractor.image_std
         )
-        self.targets = self.guide.embed_references(references)
+        self.targets = self.guide.targets([[image] for image in references], [None] * len(references))
         self.seeds = list(numbers)
-        self.noise = pipeline.initial_noise(self.seeds)
-        self.conditioning = condition(
+        fusions = [
+            Fusion([tokens], ("concat", "naive", "concat")[n], (0.5, 0.3, 1.0)[n], hi=(1, 1, 0.9)[n])
+            for n, tokens in zip(numbers, pipeline.encode_references(references), strict=True)
+        ]
+        self.sample, self.noise, self.conditioning = pipeline.prepare(
             pipeline.encode_prompts([("a red cat", "two dogs", "a tree")[n] for n in numbers]),
-            list(pipeline.encode_references(references)),
             pipeline.encode_prompts([""] * len(numbers)),
-            [("concat", "naive", "concat")[n] for n in numbers],
-            [(0.5, 0.3, 1.0)[n] for n in numbers],
+            fusions,
+            seeds=self.seeds,
+            guidance_scale=[(3.0, 5.0, 2.0)[n] for n in numbers],
+            **({"steps": 2} | sampling),
         )
 
-    def sample(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.pipeline.decode(self.pipeline.denoise(noise, conditioning, **self.sampling))
-
     def optimize(self, **changes: Any) -> tuple[Tensor, list[Objective]]:
-        arguments = {
+        arguments: dict[str, Any] = {
             "sample": self.sample,
             "guide": self.guide,
             "targets": self.targets,
@@ -166,6 +163,22 @@ def test_every_scheduler_is_followed(pipeline: VCFPipeline, scheduler: str) -> N
     assert objective.best < objective.first
 
 
+def test_the_noise_of_every_step_is_followed(pipeline: VCFPipeline) -> None:
+    """With eta, each step adds noise of its own, and all of it is optimised."""
+    batch = Batch(pipeline, [0, 1], steps=3, eta=0.5)
+    followed: list[Tensor] = []
+
+    def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
+        followed.append(noise.detach().clone())
+        return batch.sample(noise, conditioning)
+
+    _, course = batch.optimize(sample=sample, gamma=0.0)
+    assert batch.noise.shape == (2, 4, 4, 8, 8)
+    assert all(objective.best < objective.first for objective in course)
+    moved = (followed[-1] - followed[0]).abs().flatten(2).mean(dim=2)
+    assert (moved > 1e-2).all()
+
+
 # Bad numbers
 
 
@@ -182,9 +195,7 @@ def test_a_sample_whose_gradient_explodes_stops_at_its_best(
         assert torch.equal(ours[number], images[number]) and our_course[number] == course[number]
 
 
-def test_a_sample_that_turns_bad_later_keeps_its_best(
-    batch: Batch, optimized: tuple[Tensor, list[Objective]]
-) -> None:
+def test_a_sample_that_turns_bad_later_keeps_its_best(batch: Batch, optimized: tuple[Tensor, list[Objective]]) -> None:
     sampled: list[Tensor] = []
 
     def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
@@ -201,7 +212,7 @@ def test_a_sample_that_turns_bad_later_keeps_its_best(
 # Memory
 
 
-def test_memory_does_not_grow_with_the_denoising_steps(batch: Batch) -> None:
+def test_memory_does_not_grow_with_the_denoising_steps(pipeline: VCFPipeline, batch: Batch) -> None:
     """What is kept for the gradient grows by a few latents a step; one UNet call alone keeps a thousand times that."""
     kept = 0
 
@@ -219,9 +230,8 @@ def test_memory_does_not_grow_with_the_denoising_steps(batch: Batch) -> None:
 
     noise = batch.noise.clone().requires_grad_()
     few, many = (
-        kept_by(functools.partial(Batch(batch.pipeline, steps=steps).sample, noise, batch.conditioning))
-        for steps in (2, 6)
+        kept_by(functools.partial(Batch(pipeline, steps=steps).sample, noise, batch.conditioning)) for steps in (2, 6)
     )
-    unet = kept_by(lambda: batch.pipeline.unet(noise, 1, batch.conditioning.tokens))
+    unet = kept_by(lambda: pipeline.unet(noise[:, 0], 1, batch.conditioning.positive.tokens))
     assert (many - few) / 4 <= 4 * noise.nbytes
     assert unet > 100 * 4 * noise.nbytes

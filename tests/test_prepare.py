@@ -139,9 +139,38 @@ def test_the_run_file_names_the_model_of_each_score(settle: Callable[..., Job], 
     prepare.claim(settle())
     named = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
     assert named["clip_score"]["name"] == named["clip_reference"]["name"] == f"{named['model']['name']}/judge"
-    assert named["lpips"] is None
-    model = ResolvedModel("m", "hub", "m", "0" * 40)
-    assert Models(model, model, "alex", "1" * 64, "weights").describe()["lpips"]["name"] == "lpips-alex"
+    assert named["lpips"] is None and named["pno_guide"] is None
+    model, guide = ResolvedModel("m", "hub", "m", "0" * 40), ResolvedModel("g", "hub", "g", "1" * 40)
+    described = Models(model, model, "alex", "1" * 64, "weights", guide).describe(guided=True)
+    assert described["lpips"]["name"] == "lpips-alex"
+    assert described["pno_guide"] == {"name": "g", "identity": "1" * 40}
+
+
+def test_the_guide_is_part_of_the_run_where_something_is_guided(settle: Callable[..., Job], model: Path) -> None:
+    assert settle().fields["pno_guide_id"] is None
+    own, named = settle(pno_steps=1), settle(pno_steps=1, pno_guide=str(model / "judge"))
+    assert own.fields["pno_guide_id"] == f"{own.models.pipeline.identity}/image_encoder"
+    assert named.models.pno_guide and named.fields["pno_guide_id"] == named.models.pno_guide.identity
+
+
+def test_a_guide_that_cannot_be_is_refused_before_a_model_loads(
+    settle: Callable[..., Job], model: Path, tmp_path: Path
+) -> None:
+    judge = str(model / "judge")
+    with pytest.raises(UsageError, match=r"both the PNO guide and the judge.*--pno-guide.*--judge"):
+        settle(pno_steps=1, pno_guide=judge, judge=judge)
+    settle(pno_guide=judge, judge=judge)
+    text_only = runs.write_manifest(tmp_path / "text", 2, {"reference": [None, None]})
+    with pytest.raises(UsageError, match="pno_steps is 3, but the manifest has no references to follow"):
+        settle(manifest=str(text_only), pno_steps=3)
+    rows = runs.write_manifest(tmp_path / "rows", 2, {"pno_steps": [None, 2]})
+    assert settle(manifest=str(rows), output=str(tmp_path / "b")).guided
+    plain = shutil.copytree(model, tmp_path / "plain")
+    index = plain / "model_index.json"
+    index.write_text(index.read_text().replace("CLIPVisionModelWithProjection", "CLIPVisionModel"))
+    with pytest.raises(ModelError, match=r"is a CLIPVisionModel, .* name a PNO guide with --pno-guide"):
+        settle(model=str(plain), pno_steps=1)
+    settle(model=str(plain), pno_steps=1, pno_guide=str(model / "image_encoder"), output=str(tmp_path / "c"))
 
 
 def test_credentials_stay_out_of_the_run_file(settle: Callable[..., Job], tmp_path: Path) -> None:

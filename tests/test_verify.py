@@ -49,7 +49,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = ResolvedModel("m", "hub", "m", "0" * 40)
     models = Models(model, None, "none", "none")
-    fields = fingerprint_fields(config, manifest=manifest.identity, model="m", judge="m/judge", lpips="none")
+    fields = fingerprint_fields(
+        config, manifest=manifest.identity, model="m", judge="m/judge", lpips="none", pno_guide=None
+    )
     job = Job(config, manifest, models, fields)
     prepare.claim(job)
     for shard in job.shards:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
+from transformers import CLIPModel
 
 from vcf_batch import generation, images, plan, prepare, shards, worker
 from vcf_batch.config import RunConfig
@@ -206,6 +208,37 @@ def test_rows_control_what_transfers(loaded: Worker, tmp_path: Path) -> None:
     assert hashes[4] == hashes[5], "no step is in either range"
     sample = next(shards.read_samples(str(tmp_path / "out" / "00000.tar")))
     assert sample["json"]["reference_weights"] == [0.5, 0.5]
+
+
+def test_rows_are_optimised_as_they_ask(loaded: Worker, model: Path, tmp_path: Path) -> None:
+    """PNO concerns the rows that ask for it and have a reference; the others' bytes stay."""
+    columns: dict[str, list[Any]] = {"seed": [5] * 6, "pno_steps": [None, 0, 2, 2, 2, 1]}
+    columns["reference"] = ["reference0.png", "reference0.png", "reference0.png", "gone.png", None, "reference1.png"]
+    commit(load(runs.write_manifest(tmp_path / "in", 6, columns), tmp_path / "out", model, pno_steps=1))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["success"] * 3 + ["failed"] + ["success"] * 2
+    assert [row["pno_steps"] for row in rows] == [1, 0, 2, 2, 0, 1]
+    course = [row["pno_objective"] for row in rows]
+    assert [each and each["steps"] for each in course] == [1, None, 2, None, None, 1]
+    assert all(each["best"] < each["first"] for each in course if each)
+    sample = next(shards.read_samples(str(tmp_path / "out" / "00000.tar")))
+    assert sample["json"]["pno_objective"] == course[0]
+
+    del columns["pno_steps"]
+    commit(another(loaded, runs.write_manifest(tmp_path / "in", 6, columns), tmp_path / "plain", batch_size=8))
+    plain = runs.rows_of(tmp_path / "plain")
+    same = [row["sha256"] == other["sha256"] for row, other in zip(rows, plain, strict=True)]
+    assert same == [False, True, False, True, True, False], "a failed row has no hash"
+
+
+def test_the_judge_never_guides(model: Path, tmp_path: Path) -> None:
+    """Enforced by the weights, under whatever name they come."""
+    manifest = runs.write_manifest(tmp_path / "in", 1)
+    copy = shutil.copytree(model / "judge", tmp_path / "copy")
+    CLIPModel.from_pretrained(copy).half().save_pretrained(copy)
+    with pytest.raises(ModelError, match="the PNO guide and the judge are the same CLIP"):
+        load(manifest, tmp_path / "out", model, pno_steps=1, pno_guide=str(copy))
+    load(manifest, tmp_path / "out", model, pno_guide=str(copy))  # guides nothing
 
 
 def test_unreadable_negative_references_fail_their_rows_alone(loaded: Worker, tmp_path: Path) -> None:

@@ -124,6 +124,23 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option("steps", int, "Denoising steps.  [default: the model's recommendation]")
 @_option("guidance-scale", float, "Classifier-free guidance.  [default: the model's recommendation]")
 @_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
+@_option("eta", float, "Share of new noise in each step of ddim, 0 to 1.  [default: 0]")
+@_option(
+    "pno-steps",
+    int,
+    "Prompt-noise optimisation: bring each image closer to its reference in so many steps, each of which costs as much "
+    "as three to four images.  [default: 0]",
+)
+@_option(
+    "pno-guide",
+    str,
+    "The CLIP that --pno-steps follows, never the judge: a directory, a Hub id or a URL.  [default: the model's own "
+    "image encoder]",
+    metavar="MODEL",
+)
+@_option("pno-lr-conditioning", float, "Learning rate of the fused tokens.  [default: 0.01]")
+@_option("pno-lr-noise", float, "Learning rate of the noise.  [default: 0.01]")
+@_option("pno-gamma", float, "Weight of what keeps the noise normal.  [default: 0.1]")
 @_option("height", int, "Pixels, a multiple of 8.  [default: the model's size]")
 @_option("width", int, "Pixels, a multiple of 8.  [default: the model's size]")
 @_option(

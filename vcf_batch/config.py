@@ -28,6 +28,7 @@ DEFAULT_GUIDANCE_SCALE = 9.0
 REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """What a model needs beside Stable Diffusion's own parts, once there are references."""
 
+MAX_PNO_STEPS = 1000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_STRENGTH = 1000.0
@@ -68,6 +69,16 @@ class RunConfig:
     guidance_scale: float | None = None
     """Classifier-free guidance. None is the model's recommendation."""
     scheduler: str = "ddim"
+    eta: float = 0.0
+    """Of ``ddim``, 0 to 1: how much of each step is new noise."""
+    pno_steps: int = 0
+    """Updates of conditioning and noise that bring each image closer to its reference. 0: none."""
+    pno_guide: str | None = None
+    """The CLIP that they follow, never the judge. None is the model's own image encoder."""
+    pno_lr_conditioning: float = 1e-2
+    pno_lr_noise: float = 1e-2
+    pno_gamma: float = 0.1
+    """Weight of what keeps the noise normal."""
     height: int | None = None
     """Pixels, a multiple of 8. None is the model's native size."""
     width: int | None = None
@@ -103,9 +114,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference_root", tuple(self.reference_root))
         # One spelling of a number, as 5 and 5.0 would be two fingerprints.
-        for name in ("strength", "fusion_lo", "fusion_hi", "guidance_scale", "max_failed", "gpus_per_worker"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if field.type in (float, float | None) and getattr(self, field.name) is not None:
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         _choice("fusion", self.fusion, FUSIONS)
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
@@ -119,6 +130,12 @@ class RunConfig:
         _between("fusion_hi", self.fusion_hi, self.fusion_lo, 1)
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         _between("steps", self.steps, 1, 1000)
+        _between("eta", self.eta, 0, 1)
+        if self.eta and self.scheduler != "ddim":
+            raise UsageError(f"eta is {self.eta:g}; the scheduler {self.scheduler!r} takes 0 only: use ddim")
+        _between("pno_steps", self.pno_steps, 0, MAX_PNO_STEPS)
+        for name in ("pno_lr_conditioning", "pno_lr_noise", "pno_gamma"):
+            _between(name, getattr(self, name), 0, 1)
         _between("batch_size", self.batch_size, 1, 4096)
         _between("shard_size", self.shard_size, 1, 1_000_000)
         _between("max_pixels", self.max_pixels, 1, MAX_PIXELS)
@@ -174,6 +191,7 @@ NOT_CONTENT = frozenset(
         "model",
         "revision",
         "judge",
+        "pno_guide",
         "lpips_weights",
         "num_workers",
         "gpus_per_worker",
@@ -185,17 +203,21 @@ NOT_CONTENT = frozenset(
 not by the name they go by."""
 
 
-def fingerprint_fields(config: RunConfig, *, manifest: str, model: str, judge: str, lpips: str) -> dict[str, Any]:
+def fingerprint_fields(
+    config: RunConfig, *, manifest: str, model: str, judge: str, lpips: str, pno_guide: str | None
+) -> dict[str, Any]:
     """Everything that changes a run's content or layout, as plain JSON types.
 
     Args:
         config: the run, with every default resolved (no ``auto``, no None where the model decides).
-        manifest, model, judge, lpips: exact identities: hashes or revisions, not names.
+        manifest, model, judge, lpips, pno_guide: exact identities: hashes or revisions, not names. No guide where
+            nothing is guided.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
     # They decide which rows fail, in any order; the fields are published, so without credentials.
     fields["reference_root"] = sorted(map(redact, config.reference_root))
-    return fields | {"manifest_id": manifest, "model_id": model, "judge_id": judge, "lpips_id": lpips}
+    ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
+    return fields | {f"{name}_id": identity for name, identity in ids.items()}
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:

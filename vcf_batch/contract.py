@@ -9,14 +9,12 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from vcf_batch import plan
-from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STRENGTH, reference_shares
+from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEED, MAX_STRENGTH, reference_shares
 from vcf_batch.errors import ManifestError, RowError, UsageError
 from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
 
 COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
 """Columns with a meaning; any other one is carried through to the outputs."""
-RESERVED = ("pno_steps",)
-"""Columns of the contract that this version does not act on. Carrying them along would look as if it did."""
 
 MAX_TEXT_BYTES = 100_000
 """A longer prompt, negative prompt or reference fails its row."""
@@ -47,8 +45,6 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
         expected = _expected_type(field.name, field.type)
         if expected:
             problems.append(f"column {field.name!r} is {field.type}; it must be {expected}")
-        elif field.name in RESERVED:
-            problems.append(f"column {field.name!r} is not supported by this version; remove it or rename it")
         elif field.name not in COLUMNS and field.name in OUTPUT_COLUMNS:
             problems.append(f"column {field.name!r} would collide with the output's own; rename it")
     for name in sorted(set(first_schema.names) ^ set(names)):
@@ -185,7 +181,7 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
     kind = _plain(kind)
     if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "fusion"):
         return None if _is_text(kind) else "string"
-    if name == "seed":
+    if name in ("seed", "pno_steps"):
         return (
             None
             if pt.is_integer(kind) or pt.is_null(kind)
@@ -284,6 +280,8 @@ def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, An
     for name, high in _NUMBERS.items():
         if name in given:
             given[name] = float(_check_number(name, given[name], high))
+    if "pno_steps" in given:
+        _check_number("pno_steps", given["pno_steps"], MAX_PNO_STEPS)
     if "reference_weights" in given:
         given["reference_weights"] = _check_weights(given["reference_weights"], references)
     return given

@@ -22,10 +22,12 @@ from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.records import Reference, Row, Sample
+from vcf_batch.records import Objective, Reference, Row, Sample
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import settings_of
+from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
 
 READERS = 8
@@ -54,6 +56,8 @@ class Tools:
     references: ReferenceReader
     device: Device
     """Of pipeline and scorer."""
+    guide: Guide | None = None
+    """Of prompt-noise optimisation; None where no row asks for it."""
 
     def settings(self, row: Row) -> dict[str, Any]:
         """What a row is generated with: the run's settings, with the row's own in their place."""
@@ -109,6 +113,8 @@ class _Batch:
     """Position to the reason why that row fails."""
     images: Tensor | None = None
     """float32 ``[B, 3, H, W]`` in [0, 1], once sampled; None if every row failed before."""
+    objectives: Sequence[Objective | None] = ()
+    """Of each row, once sampled; None without prompt-noise optimisation."""
 
     def distinct_references(self) -> list[Reference]:
         return list(dict.fromkeys(reference for own in self.references for reference in own))
@@ -145,9 +151,12 @@ class Generation:
         self.padding = {position for position, row in enumerate(rows) if row.number in known}
         self.rows = rows = padding.neutral(rows, self.padding, self.config.negative_prompt)
         self.settings = [tools.settings(row) for row in rows]
-        # Rows with equally many conditioning tokens share a batch.
+        # Rows with equally many conditioning tokens and as many updates of them share a batch.
         keys = [
-            max(len(row.references), int(row.negative_reference is not None)) if used["fusion"] == "concat" else 0
+            (
+                max(len(row.references), int(row.negative_reference is not None)) if used["fusion"] == "concat" else 0,
+                used["pno_steps"],
+            )
             for row, used in zip(rows, self.settings, strict=True)
         ]
         # In the order of their first rows, so that few finished samples wait for earlier ones to be written.
@@ -193,7 +202,7 @@ class Generation:
             with self.clock("wait_for_references"):
                 self._collect(batch)
             with self.clock("sample"):
-                batch.images = self._sample(batch)
+                self._sample(batch)
             with self.clock("wait_for_scores"):
                 while len(behind) >= BATCHES_BEHIND:
                     self._release(*behind.popleft())
@@ -230,8 +239,8 @@ class Generation:
             if error:
                 batch.errors[position] = error
 
-    def _sample(self, batch: _Batch) -> Tensor | None:
-        """Sample a batch: float32 ``[B, 3, H, W]`` in [0, 1]; None if every row of it failed or is padding.
+    def _sample(self, batch: _Batch) -> None:
+        """Sample a batch, unless every row of it failed or is padding.
 
         Failed rows are encoded and sampled beside the others: what their neighbours get does not depend on them.
         """
@@ -240,23 +249,48 @@ class Generation:
             text_tokens = self._text_tokens(batch)
             image_tokens = self._image_tokens(batch)
             if self.padding.union(batch.errors).issuperset(batch.positions):
-                return None
-            return self.pipeline.generate_from_tokens(
-                torch.stack([text_tokens[self.rows[position].prompt] for position in batch.positions]),
-                torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
-                [self._fusion(position, image_tokens) for position in batch.positions],
-                seeds=[used["seed"] for used in settings],
-                guidance_scale=[used["guidance_scale"] for used in settings],
-                steps=self.config.steps,
-                scheduler=self.config.scheduler,
-                height=self.config.height,
-                width=self.config.width,
-            )
+                return
+            inputs: dict[str, Any] = {
+                "text_tokens": torch.stack([text_tokens[self.rows[position].prompt] for position in batch.positions]),
+                "negative_tokens": torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
+                "fusions": [self._fusion(position, image_tokens) for position in batch.positions],
+                "seeds": [used["seed"] for used in settings],
+                "guidance_scale": [used["guidance_scale"] for used in settings],
+                "steps": self.config.steps,
+                "scheduler": self.config.scheduler,
+                "eta": self.config.eta,
+                "height": self.config.height,
+                "width": self.config.width,
+            }
+            if settings[0]["pno_steps"]:
+                batch.images, batch.objectives = self._optimize(batch, inputs)
+            else:
+                batch.images = self.pipeline.generate_from_tokens(**inputs)
+                batch.objectives = [None] * len(settings)
         except torch.OutOfMemoryError as error:
             raise VcfBatchError(
                 f"out of GPU memory with --batch-size {self.config.batch_size} at {self.config.width}x"
                 f"{self.config.height}; use a smaller one (which makes it another run, in another output)"
             ) from error
+
+    def _optimize(self, batch: _Batch, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Objective]]:
+        """Sample a batch with prompt-noise optimisation."""
+        guide = cast(Guide, self.tools.guide)
+        settings = [self.settings[position] for position in batch.positions]
+        sample, noise, conditioning = self.pipeline.prepare(**inputs)
+        found, course = pno.optimize(
+            sample,
+            noise,
+            conditioning,
+            guide,
+            guide.targets(batch.pictures, [used["reference_weights"] for used in settings]),
+            seeds=inputs["seeds"],
+            steps=settings[0]["pno_steps"],
+            lr_conditioning=self.config.pno_lr_conditioning,
+            lr_noise=self.config.pno_lr_noise,
+            gamma=self.config.pno_gamma,
+        )
+        return found.cpu(), course
 
     def _fusion(self, position: int, image_tokens: Mapping[Reference, Tensor]) -> Fusion:
         row, used = self.rows[position], self.settings[position]
@@ -329,7 +363,14 @@ class Generation:
                 height, width, _ = pixels[place].shape
                 data = images.encode(pixels[place], self.config.image_format)
                 self.finished[position] = Sample(
-                    row, "success", used, image=data, width=width, height=height, scores=scores[place]
+                    row,
+                    "success",
+                    used,
+                    image=data,
+                    width=width,
+                    height=height,
+                    scores=scores[place],
+                    pno_objective=batch.objectives[place],
                 )
             while self.written in self.finished or self.written in self.padding:
                 known = self.written in self.padding

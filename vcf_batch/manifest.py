@@ -68,6 +68,8 @@ class Manifest:
     """Whether a row may have one at all, a negative one included: as far as the footers tell, not all are null."""
     has_negative_references: bool
     """The same of negative references alone."""
+    has_pno_steps: bool
+    """Whether a row may ask for prompt-noise optimisation: as far as the footers tell, not all leave it to the run."""
     _files: tuple[_File, ...] = field(repr=False)
     _columns: tuple[str, ...] = field(repr=False)
     """Those of :data:`contract.COLUMNS` that the manifest has."""
@@ -91,13 +93,14 @@ class Manifest:
         digest = hashlib.sha256()
         files: list[_File] = []
         schemas: dict[str, pa.Schema] = {}
-        has_references = has_negative_references = False
+        has_references = has_negative_references = has_pno_steps = False
         rows = 0
         for name, (size, footer) in zip(names, footers, strict=True):
             digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
             parsed = _parse_footer(storage.join(base, name), footer)
             schemas[name] = parsed.schema_arrow
             has_negative_references = has_negative_references or _has_values(parsed, "negative_reference")
+            has_pno_steps = has_pno_steps or _has_values(parsed, "pno_steps")
             has_references = has_references or has_negative_references or _has_values(parsed, "reference")
             groups = [parsed.metadata.row_group(group).num_rows for group in range(parsed.metadata.num_row_groups)]
             files.append(_File(name, size, rows, np.cumsum(groups, dtype=np.int64)))
@@ -115,6 +118,7 @@ class Manifest:
             reference_is_list=any(map(has_reference_lists, schemas.values())),
             has_references=has_references,
             has_negative_references=has_negative_references,
+            has_pno_steps=has_pno_steps,
             _files=tuple(files),
             _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
         )

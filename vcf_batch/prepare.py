@@ -40,13 +40,15 @@ SHARDS_WANTED = 16
 
 OPERATIONS = 700.0
 """Of a UNet forward, for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at 768 px."""
+PNO_STEP = 3.3
+"""What a step of prompt-noise optimisation costs, in images: forward, forward again for the gradient, and backward."""
 GPU_SPEED = 4e13
 CPU_SPEED = 2e10
 """Operations a second, of a modest data-center GPU in 16 bits and of one CPU thread."""
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
-OWN_JUDGE, OWN_PROBE = "judge", "probe"
-"""Folders of a model that brings its own judge, or its own network for the perceptual distance."""
+OWN_JUDGE, OWN_PROBE, OWN_GUIDE = "judge", "probe", "image_encoder"
+"""Folders of a model that brings its own judge, its own network for the perceptual distance, its own PNO guide."""
 TINY_PERCEPTUAL = "tiny-perceptual"
 
 
@@ -62,22 +64,31 @@ class Models:
     lpips_identity: str
     lpips_source: str | None = None
     """Folder or URL of the published weights of ``alex`` and ``vgg``."""
+    pno_guide: ResolvedModel | None = None
+    """None: the pipeline's own image encoder."""
 
     @property
     def judge_identity(self) -> str:
         return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
 
-    def describe(self) -> dict[str, Any]:
-        """Name and version of the model and of what each score comes from, for ``run.json``."""
+    @property
+    def guide_identity(self) -> str:
+        return f"{self.pipeline.identity}/{OWN_GUIDE}" if self.pno_guide is None else self.pno_guide.identity
+
+    def describe(self, guided: bool) -> dict[str, Any]:
+        """Name and version of the model, of the PNO guide if there is one, and of what each score comes from."""
         own = storage.redact(self.pipeline.name)
         judge = {"name": storage.redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
         judge["identity"] = self.judge_identity
+        guide = {"name": storage.redact(self.pno_guide.name) if self.pno_guide else f"{own}/{OWN_GUIDE}"}
+        guide["identity"] = self.guide_identity
         lpips = {"name": f"lpips-{self.lpips}" if self.lpips_source else self.lpips, "identity": self.lpips_identity}
         return {
             "model": {"name": own, "identity": self.pipeline.identity},
             "clip_score": judge,
             "clip_reference": judge,
             "lpips": None if self.lpips == "none" else lpips,
+            "pno_guide": guide if guided else None,
         }
 
 
@@ -99,6 +110,10 @@ class Job:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.fields)
+
+    @property
+    def guided(self) -> bool:
+        return is_guided(self.config, self.manifest)
 
     @property
     def shards(self) -> ShardPlan:
@@ -179,6 +194,11 @@ def _check_policy(manifest: Manifest, config: RunConfig) -> None:
         )
 
 
+def is_guided(config: RunConfig, manifest: Manifest) -> bool:
+    """Whether a row may be brought closer to its reference by prompt-noise optimisation."""
+    return manifest.has_references and (config.pno_steps > 0 or manifest.has_pno_steps)
+
+
 def resolve_models(config: RunConfig) -> Models:
     """Find the exact versions of the models that a run needs.
 
@@ -204,6 +224,7 @@ def resolve_models(config: RunConfig) -> Models:
         lpips=lpips,
         lpips_identity=identity,
         lpips_source=source if lpips in ("alex", "vgg") else None,
+        pno_guide=None if config.pno_guide is None else models.resolve(config.pno_guide),
     )
 
 
@@ -226,8 +247,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         config: with ``gpus_per_worker`` resolved.
 
     Raises:
-        ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has.
-        UsageError: negative references are asked for, and the manifest has none.
+        ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has,
+            or cannot guide.
+        UsageError: references are asked for, and the manifest has none; or the judge is to guide.
     """
     on_gpu = bool(config.gpus_per_worker)
     index, unet, vae, aligner = (
@@ -251,6 +273,14 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
             "unconditional is 'negative', but the manifest has no negative references: give them in a column "
             "'negative_reference', or choose zeros or blank"
         )
+    if config.pno_steps and not manifest.has_references:
+        raise UsageError(
+            f"pno_steps is {config.pno_steps}, but the manifest has no references to follow: give them in a column "
+            "'reference', or leave pno_steps at 0"
+        )
+    guided = is_guided(config, manifest)
+    if guided:
+        _check_guide(resolved, index)
     native = unet["sample_size"]
     native_height, native_width = (native, native) if isinstance(native, int) else native
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -275,12 +305,28 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         model=resolved.pipeline.identity,
         judge=resolved.judge_identity,
         lpips=resolved.lpips_identity,
+        pno_guide=resolved.guide_identity if guided else None,
     )
     fields["lpips"] = resolved.lpips
     if on_gpu:
         # Its CPUs prepare and encode; no sum that is in the output depends on how many there are.
         del fields["cpus_per_worker"]
     return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if _is_seen(root)))
+
+
+def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
+    """What can be told before the weights are loaded; workers compare those of guide and judge."""
+    if resolved.pno_guide is None and "Projection" not in index[OWN_GUIDE][1]:
+        raise ModelError(
+            f"the image encoder of {storage.redact(resolved.pipeline.name)} is a {index[OWN_GUIDE][1]}, whose images "
+            "cannot be compared without a projection: name a PNO guide with --pno-guide"
+        )
+    if resolved.guide_identity == resolved.judge_identity:
+        assert resolved.pno_guide
+        raise UsageError(
+            f"{storage.redact(resolved.pno_guide.name)} is both the PNO guide and the judge, so PNO would raise its "
+            "own marks: name another guide with --pno-guide, or another judge with --judge"
+        )
 
 
 def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:
@@ -299,7 +345,7 @@ def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int)
     area = cast(int, config.height) * cast(int, config.width) / factor**2
     operations = OPERATIONS * area * sum(width**2 / 4**level for level, width in enumerate(channels))
     speed = GPU_SPEED if config.gpus_per_worker else CPU_SPEED * config.cpus_per_worker
-    return 2 * cast(int, config.steps) * operations / speed
+    return 2 * cast(int, config.steps) * (1 + PNO_STEP * config.pno_steps) * operations / speed
 
 
 def claim(job: Job) -> None:
@@ -321,7 +367,7 @@ def claim(job: Job) -> None:
         {
             "config": {name: _redacted(value) for name, value in job.config.to_dict().items()},
             "manifest": manifest,
-            "models": job.models.describe(),
+            "models": job.models.describe(job.guided),
             "shards": len(job.shards),
             "shard_digits": len(plan.shard_name(0, len(job.shards))),
             "versions": {"vcf_batch": vcf_batch.__version__}

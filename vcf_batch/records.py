@@ -18,6 +18,7 @@ OVERRIDES = (
     "fusion_lo",
     "fusion_hi",
     "reference_weights",
+    "pno_steps",
 )
 """Manifest columns that replace the run's setting for one row."""
 
@@ -40,6 +41,9 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "guidance_scale",
     "steps",
     "scheduler",
+    "eta",
+    "pno_steps",
+    "pno_objective",
     "width",
     "height",
     "sha256",
@@ -140,6 +144,8 @@ class Sample:
     height: int | None = None
     scores: Scores = Scores()
     error_message: str | None = None
+    pno_objective: Objective | None = None
+    """None without prompt-noise optimisation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
         "steps": config.steps,
         "scheduler": config.scheduler,
+        "eta": config.eta,
+        "pno_steps": int(own.get("pno_steps", config.pno_steps)) if row.references else 0,
     }
 
 

@@ -26,6 +26,7 @@ lists, structs, maps        array; object with every field; array of ``{"key": .
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -67,6 +68,8 @@ _SETTINGS = (
     "guidance_scale",
     "steps",
     "scheduler",
+    "eta",
+    "pno_steps",
 )
 _NOT_STRINGS = {
     "reference_weights": pa.list_(pa.float64()),
@@ -76,6 +79,9 @@ _NOT_STRINGS = {
     "fusion_hi": pa.float64(),
     "guidance_scale": pa.float64(),
     "steps": pa.int32(),
+    "eta": pa.float64(),
+    "pno_steps": pa.int32(),
+    "pno_objective": pa.struct({"first": pa.float64(), "best": pa.float64(), "steps": pa.int32()}),
     "width": pa.int32(),
     "height": pa.int32(),
     **dict.fromkeys(_SCORES, pa.float64()),
@@ -258,6 +264,7 @@ class ShardWriter:
             "status": sample.status,
             "error_message": sample.error_message and printable(sample.error_message),
             **{name: sample.settings.get(name) for name in _SETTINGS},
+            "pno_objective": sample.pno_objective and dataclasses.asdict(sample.pno_objective),
             "width": sample.width,
             "height": sample.height,
             "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),

@@ -20,11 +20,12 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, Models
+from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, Models, is_guided
 from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import checked
 from vcf_batch.shards import ShardFiles
+from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 _model_loads = 0
@@ -54,16 +55,29 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
         ClipJudge.from_pretrained(judge_folder, device=device.kind),
         _load_perceptual(models_used, folder, device),
     )
+    guide = None
+    if is_guided(config, manifest):
+        guide = _load_guide(models_used, pipeline, device)
+        guide.refuse_judge(scorer.judge.model)
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     _model_loads += 1
-    return Worker(Tools(config, pipeline, scorer, references, device), manifest, fingerprint)
+    return Worker(Tools(config, pipeline, scorer, references, device, guide), manifest, fingerprint)
 
 
 def _load_pipeline(folder: str, device: Device) -> VCFPipeline:
     with models.load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    for network in (pipeline.unet, pipeline.vae):
+        network.requires_grad_(False)  # gradients pass through them, on the way to conditioning and noise
     return pipeline.to(device.kind)
+
+
+def _load_guide(models_used: Models, pipeline: VCFPipeline, device: Device) -> Guide:
+    if models_used.pno_guide is not None:
+        return Guide.from_pretrained(models.fetch(models_used.pno_guide), device=device.kind)
+    statistics = pipeline.feature_extractor
+    return Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
 
 
 def _load_perceptual(models_used: Models, folder: str, device: Device) -> PerceptualDistance | None:

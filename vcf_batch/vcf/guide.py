@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
 
+from vcf_batch.config import reference_shares
 from vcf_batch.errors import ModelError
 from vcf_batch.models import load_errors
 from vcf_batch.vcf.aligner import squash
@@ -75,11 +76,25 @@ class Guide:
         return F.normalize(self.projection(self.tower(pixels).pooler_output).float(), dim=-1)
 
     @torch.no_grad()
-    def embed_references(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """L2-normalised embeddings of reference images of any sizes: float32 ``[B, D]``."""
-        squashed = [squash(picture, self.image_size) for picture in pictures]
+    def targets(self, references: Sequence[Sequence[Image.Image]], weights: Sequence[Sequence[float] | None]) -> Tensor:
+        """What outputs are to look like: a product with it is the weighted mean of the cosines with the references.
+
+        Args:
+            references: of each sample, one image or more of any sizes.
+            weights: of each sample, one per reference; None is equal weights.
+
+        Returns:
+            float32 ``[B, D]``.
+        """
+        squashed = [squash(picture, self.image_size) for own in references for picture in own]
         pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in squashed])) / 255
-        return self.embed(pixels.permute(0, 3, 1, 2))
+        embedded = self.embed(pixels.permute(0, 3, 1, 2)).split([len(own) for own in references])
+        return torch.stack(
+            [
+                torch.tensor(reference_shares(shares, len(own)), device=own.device) @ own
+                for own, shares in zip(embedded, weights, strict=True)
+            ]
+        )
 
     def refuse_judge(self, judge: CLIPModel) -> None:
         """Make sure that what guides does not judge (docs/method.md, section 5).

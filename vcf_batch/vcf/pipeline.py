@@ -1,7 +1,8 @@
 """VCFPipeline: a batch of different prompts, each with references, fusion, strength, guidance and seed of its own."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +16,17 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, REFERENCE_PARTS, UNCONDITIONALS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
-from vcf_batch.vcf.fusion import Fusion, condition, default_strength
-from vcf_batch.vcf.sampling import denoise, make_scheduler
+from vcf_batch.vcf.fusion import Conditioning, Fusion, condition, default_strength
+from vcf_batch.vcf.sampling import denoise, make_scheduler, recomputed
 
 References = Image.Image | Sequence[Image.Image] | None
 """The references of one prompt: one image, several, or None for text only."""
 
 BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
 """The image that shows nothing: what the unconditional side is fused with for ``unconditional="blank"``."""
+
+Sampler = Callable[[Tensor, Conditioning], Tensor]
+"""Noise and conditioning to images."""
 
 ENCODE_BATCH = 32
 DECODE_BATCH = 8
@@ -195,15 +199,18 @@ class VCFPipeline(StableDiffusionPipeline):
         recommended = self.config.default_strength if fusion == "concat" else None
         return default_strength(fusion) if recommended is None else recommended
 
-    def initial_noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
+    def draw_noise(
+        self, seeds: Sequence[int], height: int | None = None, width: int | None = None, added: int = 0
+    ) -> Tensor:
         """Standard normal noise, drawn for each sample on the CPU from its own seed.
 
         Args:
             seeds: one per sample.
             height, width: of the image in pixels; None is the model's native size.
+            added: how many noises follow the initial one, for the steps of a sampler that adds some.
 
         Returns:
-            float32 ``[B, C, H / f, W / f]`` on the pipeline's device, with the VAE's factor ``f``.
+            float32 ``[B, 1 + added, C, H / f, W / f]`` on the pipeline's device, with the VAE's factor ``f``.
 
         Raises:
             UsageError: a size is not a multiple of ``f``.
@@ -215,11 +222,14 @@ class VCFPipeline(StableDiffusionPipeline):
             if pixels is not None and (pixels <= 0 or pixels % self.vae_scale_factor):
                 raise UsageError(f"{name} is {pixels}; it must be a multiple of {self.vae_scale_factor}")
             shape.append(latent if pixels is None else pixels // self.vae_scale_factor)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [
+            torch.stack([torch.randn(shape, generator=generator) for _ in range(1 + added)]) for generator in generators
+        ]
         return torch.stack(noise).to(self._execution_device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, a few at a time. Differentiable.
+        """Images of latents, a few at a time. Differentiable, one at a time and without keeping activations.
 
         Args:
             latents: ``[B, C, h, w]``.
@@ -228,11 +238,12 @@ class VCFPipeline(StableDiffusionPipeline):
             float32 ``[B, 3, H, W]`` in [0, 1], on the device of the latents.
         """
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded = [self.vae.decode(part, return_dict=False)[0].float() for part in scaled.split(DECODE_BATCH)]
+        parts = scaled.split(1 if torch.is_grad_enabled() else DECODE_BATCH)
+        decoded = [recomputed(functools.partial(self.vae.decode, return_dict=False), part)[0].float() for part in parts]
         return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def generate_from_tokens(
+    def prepare(
         self,
         text_tokens: Tensor,
         negative_tokens: Tensor,
@@ -242,10 +253,11 @@ class VCFPipeline(StableDiffusionPipeline):
         guidance_scale: float | Sequence[float | None] | None = None,
         steps: int | None = None,
         scheduler: str = "ddim",
+        eta: float = 0.0,
         height: int | None = None,
         width: int | None = None,
-    ) -> Tensor:
-        """Generate from what :meth:`encode_prompts` and :meth:`encode_references` gave, kept from wherever it was.
+    ) -> tuple[Sampler, Tensor, Conditioning]:
+        """Get everything ready from what :meth:`encode_prompts` and :meth:`encode_references` gave, kept from wherever.
 
         Args:
             text_tokens: ``[B, T, Dt]``, of the prompts.
@@ -255,7 +267,35 @@ class VCFPipeline(StableDiffusionPipeline):
             guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
             steps: None is the model's default.
             scheduler: ``ddim``, ``dpm++`` or ``euler``.
+            eta: of ``ddim``, 0 to 1: how much of each step is new noise.
             height, width: pixels; None is the model's native size.
+
+        Returns:
+            What makes images of noise and conditioning, float32 ``[B, 3, H, W]`` in [0, 1], differentiable; the noise;
+            and the conditioning.
+
+        Raises:
+            UsageError: a value outside its limits, or a sequence of the wrong length.
+        """
+        count = len(text_tokens)
+        scales = _per_sample("guidance_scale", guidance_scale, count)
+        steps = self.config.default_steps if steps is None else steps
+        settings: dict[str, Any] = {
+            "guidance_scale": [self.config.default_guidance_scale if scale is None else scale for scale in scales],
+            "steps": steps,
+            "eta": eta,
+        }
+
+        def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
+            solver = make_scheduler(scheduler, self.scheduler.config)
+            return self.decode(denoise(self.unet, solver, noise, conditioning, **settings))
+
+        noise = self.draw_noise(_per_sample("seeds", seeds, count), height, width, added=steps if eta else 0)
+        return sample, noise, condition(text_tokens, negative_tokens, fusions)
+
+    @torch.no_grad()
+    def generate_from_tokens(self, *args: Any, **settings: Any) -> Tensor:
+        """Generate from what :meth:`prepare` takes.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
@@ -263,17 +303,8 @@ class VCFPipeline(StableDiffusionPipeline):
         Raises:
             UsageError: a value outside its limits, or a sequence of the wrong length.
         """
-        count = len(text_tokens)
-        scales = _per_sample("guidance_scale", guidance_scale, count)
-        latents = denoise(
-            self.unet,
-            make_scheduler(scheduler, self.scheduler.config),
-            self.initial_noise(_per_sample("seeds", seeds, count), height, width),
-            condition(text_tokens, negative_tokens, fusions),
-            guidance_scale=[self.config.default_guidance_scale if scale is None else scale for scale in scales],
-            steps=self.config.default_steps if steps is None else steps,
-        )
-        return self.decode(latents).cpu()
+        sample, noise, conditioning = self.prepare(*args, **settings)
+        return sample(noise, conditioning).cpu()
 
     @torch.no_grad()
     def generate(
@@ -310,8 +341,8 @@ class VCFPipeline(StableDiffusionPipeline):
                 authors do, or the image tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on
                 negative references.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
-            settings: ``guidance_scale``, ``steps``, ``scheduler``, ``height`` and ``width`` as in
-                :meth:`generate_from_tokens`.
+            settings: ``guidance_scale``, ``steps``, ``scheduler``, ``eta``, ``height`` and ``width`` as in
+                :meth:`prepare`.
 
         What is one per prompt may also be a single value for all, ``prompts`` and ``seeds`` apart.
 

@@ -1,8 +1,9 @@
-"""Prompt-noise optimisation (PNO): conditioning and noise follow the reference by gradient (docs/method.md, section 5)."""
+"""Prompt-noise optimisation (PNO): sampling that follows the reference by gradient (docs/method.md, section 5)."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ EXPLODED = 1e4
 """A gradient norm from which on the gradient says nothing: the loss itself stays within a few units."""
 
 PERMUTATION_SEED = 1 << 63
-"""Added to a sample's seed for its permutations. No sample has such a seed, so no noise comes from the same generator."""
+"""Added to a sample's seed for its permutations. Seeds end below it, so no noise comes from the same generator."""
 
 
 def noise_regularizer(
@@ -54,10 +55,10 @@ def noise_regularizer(
 
 def optimize(
     sample: Callable[[Tensor, Conditioning], Tensor],
-    guide: Guide,
-    targets: Tensor,
     noise: Tensor,
     conditioning: Conditioning,
+    guide: Guide,
+    targets: Tensor,
     *,
     seeds: Sequence[int],
     steps: int,
@@ -72,11 +73,10 @@ def optimize(
     sample's own. A sample whose loss or gradient is not finite, or explodes, stops at its best.
 
     Args:
-        sample: noise and conditioning to images ``[B, 3, H, W]`` in [0, 1]. Differentiable.
+        sample, noise, conditioning: of B samples, as :meth:`VCFPipeline.prepare` gives them. The noise of every
+            denoising step is optimised; of the conditioning, the fused tokens.
         guide: what is followed; never the judge.
         targets: ``[B, D]``, the guide's embeddings of the references; of several, their weighted mean.
-        noise: ``[B, ...]``, all noise of each sample, standard normal.
-        conditioning: of the same B samples; its fused side is optimised.
         seeds: one per sample, for the regulariser's permutations.
         steps: updates of conditioning and noise, so ``steps + 1`` images are sampled.
         lr_conditioning, lr_noise: AdamW's learning rates.
@@ -86,15 +86,16 @@ def optimize(
         Of each sample's images the one with the lowest loss, float32 ``[B, 3, H, W]`` in [0, 1], and the course of the
         loss.
     """
-    tokens = conditioning.tokens.detach().float().clone().requires_grad_()
+    tokens = conditioning.positive.tokens.detach().float().clone().requires_grad_()
     noise = noise.detach().clone().requires_grad_()
+    conditioning = dataclasses.replace(conditioning, positive=dataclasses.replace(conditioning.positive, tokens=tokens))
     optimizer = torch.optim.AdamW([{"params": [tokens], "lr": lr_conditioning}, {"params": [noise], "lr": lr_noise}])
     generators = [torch.Generator().manual_seed(PERMUTATION_SEED + seed) for seed in seeds]
     running = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
     taken = torch.zeros_like(running, dtype=torch.int32)
     for step in range(steps + 1):
         with torch.set_grad_enabled(step < steps):
-            images = sample(noise, dataclasses.replace(conditioning, tokens=tokens))
+            images = sample(noise, conditioning)
             distance = -(guide.embed(images) * targets).sum(dim=1)
             loss = distance.detach() + _penalties(noise, generators, gamma)
         if step == 0:
@@ -106,17 +107,30 @@ def optimize(
         best_images = torch.where(better[:, None, None, None], images.detach(), best_images)
         if step == steps or not running.any():
             break
-        distance.sum().backward()
-        norms = torch.stack([leaf.grad.flatten(1).norm(dim=1) for leaf in (tokens, noise)]).norm(dim=0)
-        running &= norms < EXPLODED
-        for leaf in (tokens, noise):
-            shape = (-1, *[1] * (leaf.ndim - 1))
-            clipped = leaf.grad / norms.clamp(min=MAX_GRADIENT_NORM).reshape(shape)
-            leaf.grad = torch.where(running.reshape(shape), clipped, 0)
+        distance.sum().backward(inputs=[tokens, noise])
+        running &= _clip([tokens, noise], running)
         optimizer.step()
         optimizer.zero_grad()
     course = zip(first.tolist(), best.tolist(), taken.tolist(), strict=True)
     return best_images, [Objective(*each) for each in course]
+
+
+def _clip(leaves: Sequence[Tensor], running: Tensor) -> Tensor:
+    """Bring each sample's gradient over all ``leaves`` to a norm of at most :data:`MAX_GRADIENT_NORM`.
+
+    Samples that are not ``running``, and those whose gradient is no use, get a gradient of 0.
+
+    Returns:
+        Which gradients are of use, ``[B]``.
+    """
+    gradients = [cast(Tensor, leaf.grad) for leaf in leaves]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    useful = norms < EXPLODED
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        shape = (-1, *[1] * (leaf.ndim - 1))
+        clipped = gradient * (MAX_GRADIENT_NORM / norms.clamp(min=MAX_GRADIENT_NORM)).reshape(shape)
+        leaf.grad = torch.where((running & useful).reshape(shape), clipped, 0)
+    return useful
 
 
 def _penalties(noise: Tensor, generators: Sequence[torch.Generator], gamma: float) -> Tensor:

@@ -1,11 +1,13 @@
 """Denoising: from noise to latents under a conditioning, with one of the schedulers. Differentiable."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vcf_batch.config import SCHEDULERS
 from vcf_batch.errors import UsageError
@@ -17,6 +19,9 @@ _SCHEDULERS: dict[str, Any] = {
     "dpm++": DPMSolverMultistepScheduler,
     "euler": EulerDiscreteScheduler,
 }
+
+MAX_ETA = 1 - 1e-6
+"""At 1, DDIM takes the root of a difference that is 0 at zero terminal SNR, and below it after rounding."""
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
@@ -45,35 +50,42 @@ def denoise(
     *,
     guidance_scale: Sequence[float],
     steps: int,
+    eta: float = 0.0,
 ) -> Tensor:
     """Denoise with classifier-free guidance, both sides in one UNet call.
 
-    Latents, guidance and scheduler are float32 whatever the UNet's dtype.
+    Latents, guidance and scheduler are float32 whatever the UNet's dtype. Where gradients flow, the activations of one
+    step at a time are in memory: they are computed again, not kept.
 
     Args:
         unet: predicts what the scheduler expects.
         scheduler: of :func:`make_scheduler`, used for nothing else.
-        noise: ``[B, C, h, w]``, standard normal.
+        noise: ``[B, 1, C, h, w]``, standard normal; ``[B, 1 + steps, C, h, w]`` where ``eta`` is above 0.
         conditioning: of the same B samples.
         guidance_scale: one per sample; 1 throughout leaves the unconditional side out.
         steps: denoising steps.
+        eta: of DDIM, 0 to 1: how much of each step is new noise. The other schedulers know 0 only.
 
     Returns:
         float32 latents ``[B, C, h, w]``.
 
     Raises:
-        UsageError: the scheduler cannot take so many steps.
+        UsageError: the scheduler cannot take so many steps, or no ``eta``.
     """
+    if eta and not isinstance(scheduler, DDIMScheduler):
+        raise UsageError(f"eta is {eta}; only the scheduler ddim takes one above 0")
     limit = scheduler.config.num_train_timesteps
     if not 1 <= steps <= limit:
         raise UsageError(f"steps is {steps}; it must be between 1 and {limit}")
     scheduler.set_timesteps(steps, device="cpu")
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=noise.device).reshape(-1, 1, 1, 1)
     guided = any(value != 1 for value in guidance_scale)
-    latents = noise.float() * scheduler.init_noise_sigma
+    initial, *added = noise.float().unbind(1)
+    latents = initial * scheduler.init_noise_sigma
     fused: tuple[bool, ...] | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
-    for cpu_timestep, timestep in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
+    timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True)
+    for number, (cpu_timestep, timestep) in enumerate(timesteps):
         inside = conditioning.inside(cpu_timestep.item() / (limit - 1))
         if inside != fused:
             fused = inside
@@ -83,15 +95,20 @@ def denoise(
                 accept_token_bias(unet)
                 attention = {"token_bias": bias.to(unet.dtype)}
         scaled = scheduler.scale_model_input(latents, cpu_timestep).to(unet.dtype)
-        prediction = unet(
-            torch.cat([scaled, scaled]) if guided else scaled,
-            timestep,
-            encoder_hidden_states=tokens,
-            cross_attention_kwargs=attention,
-            return_dict=False,
-        )[0].float()
+        predict = functools.partial(
+            unet, encoder_hidden_states=tokens, cross_attention_kwargs=attention, return_dict=False
+        )
+        prediction = recomputed(predict, torch.cat([scaled, scaled]) if guided else scaled, timestep)[0].float()
         if guided:
             negative, positive = prediction.chunk(2)
             prediction = negative + scale * (positive - negative)
-        latents = scheduler.step(prediction, cpu_timestep, latents, return_dict=False)[0]
+        variance = {"eta": min(eta, MAX_ETA), "variance_noise": added[number]} if eta else {}
+        latents = scheduler.step(prediction, cpu_timestep, latents, return_dict=False, **variance)[0]
     return latents
+
+
+def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """What a function gives. Where gradients flow, its activations are not kept for them but computed again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
