@@ -1,7 +1,32 @@
-"""What holds for every test module."""
+"""What holds for every test module, and the S3 server that several of them use."""
 
+import json
+import uuid
+from collections.abc import Iterator
+
+import fsspec.config
+import pytest
 from hypothesis import settings
 
 # No test is timed: machines that run the suite do other things besides.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    import s3_server  # which brings the models' libraries
+
+    with s3_server.running() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty folder on a real S3 server, for this process and those that it starts."""
+    import s3_server
+
+    options = s3_server.options(s3_endpoint)
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    monkeypatch.setenv("FSSPEC_S3", json.dumps(options))
+    return f"s3://tests/{uuid.uuid4().hex}"

@@ -1,6 +1,7 @@
 """Small real runs: a random model with a judge, a manifest over images drawn here, and what a run left behind."""
 
 import io
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,6 +78,18 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
 
 
 def read_receipts(output: str) -> dict[int, Receipt]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,21 +17,10 @@ ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).parent / "ray")
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """A head node as `ray start` makes it; yields the environment that reaches it."""
-    port, dashboard, agent = free_ports(3)
+    port, dashboard, agent = runs.free_ports(3)
     with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "RAY_AUTH_MODE": "disabled",

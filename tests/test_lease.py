@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ def expiring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.3)
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "out") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
 
 
 def read(output: str, name: str = lease.NAME) -> Any:
@@ -56,9 +55,9 @@ def test_a_lease_names_its_owner_is_renewed_and_goes_with_it(output: str) -> Non
     assert not lease.is_seen(output, held.token)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, StorageError])
-def test_whatever_ends_a_run_releases_its_lease(output: str, stop: type[BaseException]) -> None:
-    with pytest.raises(stop), lease.hold(output):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), StorageError("gone")])
+def test_whatever_ends_a_run_releases_its_lease(output: str, stop: BaseException) -> None:
+    with pytest.raises(type(stop)), lease.hold(output):
         raise stop
     assert storage.list_tree(output) == {}
 

@@ -70,9 +70,9 @@ def contents(files: shards.ShardFiles) -> tuple[bytes, bytes]:
     return Path(files.tar).read_bytes(), Path(files.parquet).read_bytes()
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "out") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
 
 
 # Round trips

@@ -87,8 +87,10 @@ def flaky() -> Iterator[type[Flaky]]:
     Flaky.lose_answer = False
 
 
-@pytest.fixture(params=["local", "file", "memory"])
+@pytest.fixture(params=["local", "file", "memory", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return request.getfixturevalue("s3")
     return {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[
         request.param
     ]
