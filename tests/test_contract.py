@@ -147,6 +147,46 @@ def test_image_bytes_are_not_carried() -> None:
     )
 
 
+def test_what_is_carried_is_plain_within_lists_and_structs_too() -> None:
+    """Arrow writes neither views nor extension types wherever they may stand; readers want neither."""
+    words = pa.dictionary(pa.int8(), pa.string())
+    nested = {
+        "pairs": (pa.list_(pa.string_view(), 2), [["a", "b"], None]),
+        "views": (pa.list_view(pa.string_view()), [["a"], []]),
+        "boxes": (pa.list_(pa.struct([("x", words), ("at", pa.timestamp("ns"))])), [[{"x": "a", "at": 1000}], None]),
+        "map": (pa.map_(pa.string(), pa.list_(pa.duration("ns"))), [[("a", [1000])], None]),
+    }
+    schema = pa.schema({"prompt": pa.string()} | {name: kind for name, (kind, _) in nested.items()})
+    carried = contract.carried_schema({"m": schema})
+    assert [str(kind) for kind in carried.types] == [
+        "fixed_size_list<item: string>[2]",
+        "list<item: string>",
+        "list<item: struct<x: string, at: timestamp[us]>>",
+        "map<string, list<item: duration[us]>>",
+    ]
+    values = {name: pa.array(value, kind) for name, (kind, value) in nested.items()}
+    first, second = rows(prompt=["a", "b"], **values)
+    assert (first.error, second.error) == (None, None)
+    for row, expected in ((first, [["a", "b"], ["a"]]), (second, [None, []])):
+        assert [row.carried[name] for name in ("pairs", "views")] == expected
+    at = datetime.datetime(1970, 1, 1, 0, 0, 0, 1)
+    assert first.carried["boxes"] == [{"x": "a", "at": at}]
+    assert first.carried["map"] == [("a", [at - datetime.datetime(1970, 1, 1)])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (pa.timestamp("us", "Nowhere/City"), "is in the unknown time zone 'Nowhere/City'"),
+        (pa.list_(pa.struct([("a", pa.int8()), ("a", pa.int8())])), "has a struct with two fields of one name"),
+    ],
+    ids=str,
+)
+def test_what_python_has_no_values_for_is_not_carried(kind: pa.DataType, message: str) -> None:
+    with pytest.raises(ManifestError, match=f"column 'note' {message}, which cannot be carried through"):
+        check(note=kind)
+
+
 def test_key_and_seed_come_from_row_number_or_from_the_manifest() -> None:
     """``sample_id`` is the ``key`` everywhere, else the row number zero-padded to 9 digits; it seeds the row."""
     assert [each.key for each in rows(prompt=["a", "b"])] == ["000000000", "000000001"]

@@ -14,6 +14,7 @@ LIGHT = (
     "manifest",
     "models",
     "outputs",
+    "parquet",
     "plan",
     "prepare",
     "records",

@@ -111,23 +111,27 @@ def test_embedded_images_are_read_in_small_batches(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "kind", [pa.null(), pa.string(), pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))]
 )
-def test_footers_tell_whether_there_are_references(tmp_path: Path, kind: pa.DataType) -> None:
+def test_whether_there_are_references(tmp_path: Path, kind: pa.DataType) -> None:
     nothing = pa.array([None, None], kind)
-    assert not Manifest.open(write(tmp_path / "none.parquet", prompt=["a", "b"])).has_references
-    assert not Manifest.open(write(tmp_path / "null.parquet", prompt=["a", "b"], reference=nothing)).has_references
+    assert not Manifest.open(write(tmp_path / "none.parquet", prompt=["a", "b"])).has_any("reference")
+    assert not Manifest.open(write(tmp_path / "null.parquet", prompt=["a", "b"], reference=nothing)).has_any(
+        "reference"
+    )
     if not pa.types.is_null(kind):
         value = "a.png" if kind == pa.string() else [{"bytes": b"x", "path": None}]
         some = pa.array([None, value], kind)
-        assert Manifest.open(write(tmp_path / "some.parquet", 1, prompt=["a", "b"], reference=some)).has_references
+        assert Manifest.open(write(tmp_path / "some.parquet", 1, prompt=["a", "b"], reference=some)).has_any(
+            "reference"
+        )
 
 
 def test_negative_references_are_references(tmp_path: Path) -> None:
     """They need a model that takes images, and are looked at before it is loaded."""
     opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["a", "b"], negative_reference=[None, "n.png"]))
-    assert opened.has_references and opened.has_negative_references
+    assert opened.has_any("negative_reference") and not opened.has_any("reference")
     assert [row.images for row in opened.rows(0, 2, 0)] == [(), (Reference("n.png"),)]
     plain = Manifest.open(write(tmp_path / "p.parquet", prompt=["a"], reference=["a.png"]))
-    assert plain.has_references and not plain.has_negative_references
+    assert plain.has_any("reference") and not plain.has_any("negative_reference")
 
 
 def test_lists_of_references(tmp_path: Path) -> None:
@@ -317,14 +321,6 @@ def test_credentials_are_not_repeated() -> None:
     with pytest.raises(ManifestError) as refused:
         Manifest.open("memory://user:secret@nowhere/m.parquet")
     assert "secret" not in str(refused.value)
-
-
-def test_batches_of_the_check_fit_in_memory(tmp_path: Path) -> None:
-    """Memory does not grow with the manifest, nor with the length of its prompts."""
-    short = pq.read_metadata(write(tmp_path / "s.parquet", prompt=["a cat"] * 1000))
-    long = pq.read_metadata(write(tmp_path / "l.parquet", prompt=[f"{n}" * 50_000 for n in range(100, 164)]))
-    assert manifest._rows_that_fit(short, ["prompt"]) == 65_536
-    assert 64 <= manifest._rows_that_fit(long, ["prompt"]) < 300
 
 
 def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

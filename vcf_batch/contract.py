@@ -2,10 +2,13 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from vcf_batch import plan
@@ -18,10 +21,18 @@ COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OV
 
 MAX_TEXT_BYTES = 100_000
 """A longer prompt, negative prompt or reference fails its row."""
+MAX_CARRIED_BYTES = 1_000_000
+"""Of all carried columns of a row together; more fails the row."""
+MAX_REFERENCES = 16
+"""Of a row."""
 SAFE_ID = "[A-Za-z0-9_-]{1,128}"
 
 _NUMBERS = {"guidance_scale": MAX_GUIDANCE_SCALE, "strength": MAX_STRENGTH, "fusion_lo": 1.0, "fusion_hi": 1.0}
 """Overrides that are numbers of 0 or more, and the largest that each may be."""
+_NO_VALUE = (ValueError, OverflowError, pa.ArrowException)
+"""What Arrow raises where Python has no such value."""
+_LIGHT_BYTES = 1 << 16
+_PROBLEMS_SHOWN = 10
 _REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"
 
 
@@ -32,30 +43,33 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
         ManifestError: one error with everything that is wrong: file, column, what it is and what it must be.
     """
     names = schema.names
-    problems = [f"column {name!r} is there {names.count(name)} times" for name in dict.fromkeys(names)
-                if names.count(name) > 1]  # fmt: skip
+    problems = [f"column {shown(name)} is there {count} times" for name, count in Counter(names).items() if count > 1]
     if "prompt" not in names:
         alike = [name for name in names if name.strip().lower() == "prompt"]
         problems.append(
             f"column 'prompt' is missing; rename {alike[0]!r}"
             if alike
-            else f"column 'prompt' is missing; the file has: {', '.join(names) or 'no columns'}"
+            else f"column 'prompt' is missing; the file has: {_cut(', '.join(names)) or 'no columns'}"
         )
     for field in schema:
-        expected = _expected_type(field.name, field.type)
-        if expected:
-            problems.append(f"column {field.name!r} is {field.type}; it must be {expected}")
-        elif field.name not in COLUMNS and field.name in OUTPUT_COLUMNS:
-            problems.append(f"column {field.name!r} would collide with the output's own; rename it")
+        name, is_ours = shown(field.name), field.name in COLUMNS
+        if expected := _expected_type(field.name, field.type):
+            problems.append(f"column {name} is {_cut(str(field.type))}; it must be {expected}")
+        elif not is_ours and field.name in OUTPUT_COLUMNS:
+            problems.append(f"column {name} would collide with the output's own; rename it")
+        elif not is_ours and (obstacle := _not_carried(_plain(field.type))):
+            problems.append(f"column {name} {obstacle}, which cannot be carried through; mend it or leave it out")
     for name in sorted(set(first_schema.names) ^ set(names)):
         here, there = (file, first_file) if name in names else (first_file, file)
-        problems.append(f"column {name!r} is in {here} but not in {there}; all files need the same columns")
+        problems.append(f"column {shown(name)} is in {here} but not in {there}; all files need the same columns")
     if not problems and "reference" in names:
         kinds = [_reference_kind(each.field("reference").type) for each in (schema, first_schema)]
         if "null" not in kinds and kinds[0] != kinds[1]:
             problems.append(f"column 'reference' is a {kinds[0]}, but in {first_file} a {kinds[1]}; make them the same")
     if problems:
-        raise ManifestError(f"{file} breaks the manifest contract:\n" + "\n".join(f"  {line}" for line in problems))
+        more = [f"and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        lines = [f"\n  {line}" for line in problems[:_PROBLEMS_SHOWN] + more]
+        raise ManifestError(f"{file} breaks the manifest contract:{''.join(lines)}")
 
 
 def has_reference_lists(schema: pa.Schema) -> bool:
@@ -66,8 +80,9 @@ def has_reference_lists(schema: pa.Schema) -> bool:
 def carried_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
     """The columns that the outputs repeat, with the types that they have there.
 
-    Columns that hold bytes are left out, dictionaries and extension types become their plain values, nanoseconds become
-    microseconds, metadata is dropped. Types that differ between files are widened to what holds both.
+    Columns that hold bytes are left out. Dictionaries, views and extension types become their plain values, nanoseconds
+    become microseconds, also within lists and structs; metadata is dropped. Types that differ between files are widened
+    to what holds both.
 
     Args:
         schemas: schema of each file, checked, by file name.
@@ -98,11 +113,18 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
     Raises:
         ManifestError: an id that is not safe.
     """
-    errors: dict[int, str] = {}
+    weights = sum((_sizes(batch[name]) for name in carried.names), np.zeros(batch.num_rows, np.int64))
+    too_heavy = np.flatnonzero(weights > MAX_CARRIED_BYTES).tolist()
+    errors = {at: f"the carried columns have {weights[at]} bytes; the limit is {MAX_CARRIED_BYTES}" for at in too_heavy}
     columns: dict[str, list[Any]] = {}
+    kinds = dict(zip(carried.names, carried.types, strict=True))
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        plain = column.cast(carried.field(name).type, safe=False) if name in carried.names else column
-        columns[name] = _values(name, plain, errors)
+        kind, left_out = kinds.get(name, _plain(column.type)), too_heavy
+        if name not in kinds:
+            sizes = _sizes(column) if _is_text(kind) else np.zeros(0)
+            left_out = np.flatnonzero(sizes > MAX_TEXT_BYTES).tolist()
+            errors = {at: f"{name} has {sizes[at]} bytes; the limit is {MAX_TEXT_BYTES}" for at in left_out} | errors
+        columns[name] = _values(name, column, kind, frozenset(left_out), errors)
     rows = []
     for at in range(batch.num_rows):
         values = {name: column[at] for name, column in columns.items()}
@@ -120,6 +142,8 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 if not prompt.strip():
                     raise RowError("prompt is empty")
                 references = parse_references(values.get("reference"))
+                if len(references) > MAX_REFERENCES:
+                    raise RowError(f"reference has {len(references)} images; the limit is {MAX_REFERENCES}")
                 negative = parse_references(values.get("negative_reference"), "negative_reference")
                 if values.get("seed") is not None:
                     seed = _check_number("seed", values["seed"], MAX_SEED)
@@ -172,8 +196,11 @@ def parse_references(value: Any, column: str = "reference") -> tuple[Reference, 
 
 def shown(value: Any) -> str:
     """A value as an error shows it: never more than a line."""
-    text = repr(value.decode(errors="replace") if isinstance(value, bytes) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _cut(repr(value.decode(errors="replace") if isinstance(value, bytes) else value), 60)
+
+
+def _cut(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _expected_type(name: str, kind: pa.DataType) -> str | None:
@@ -210,7 +237,30 @@ def _plain(kind: pa.DataType) -> pa.DataType:
         return pa.duration("us")
     if pt.is_time64(kind):
         return pa.time64("us")
+    if pt.is_string_view(kind):
+        return pa.string()
+    if pt.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if pt.is_map(kind):
+        return pa.map_(_plain(kind.key_type), _plain(kind.item_type))
+    if _is_list(kind):
+        item = kind.value_field.with_type(_plain(kind.value_type))
+        if pt.is_fixed_size_list(kind):
+            return pa.list_(item, kind.list_size)
+        return pa.large_list(item) if pt.is_large_list(kind) or pt.is_large_list_view(kind) else pa.list_(item)
     return kind
+
+
+def _not_carried(kind: pa.DataType) -> str | None:
+    """What in a plain type has no Python value, in words."""
+    if pt.is_timestamp(kind) and kind.tz:
+        try:
+            pa.scalar(0, kind).as_py()
+        except _NO_VALUE:
+            return f"is in the unknown time zone {shown(kind.tz)}"
+    if pt.is_struct(kind) and len({field.name for field in kind}) < kind.num_fields:
+        return "has a struct with two fields of one name"
+    return next(filter(None, (_not_carried(kind.field(index).type) for index in range(kind.num_fields))), None)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -251,19 +301,45 @@ def _reference_kind(kind: pa.DataType) -> str:
     return "null" if pt.is_null(_plain(kind)) else "single reference"
 
 
-def _values(name: str, column: pa.Array, errors: dict[int, str]) -> list[Any]:
-    """The column as Python values. One that has none (not UTF-8, a date out of range) is None, with its row's error."""
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):
-        pass
-    values: list[Any] = []
-    for at, scalar in enumerate(column):
+def _sizes(column: pa.Array) -> np.ndarray:
+    """About how many bytes each value takes; of light columns 0."""
+    if pt.is_dictionary(column.type):
+        # Not decoded: from a few bytes of indices a dictionary makes values of any length.
+        return _filled(pc.take(pa.array(_sizes(column.dictionary)), column.indices))
+    if _is_text(column.type) and not pt.is_null(column.type):
+        return _filled(pc.binary_length(column.cast(pa.large_binary())))
+    if column.nbytes <= _LIGHT_BYTES:
+        return np.zeros(len(column), np.int64)
+    return np.array([column.slice(at, 1).nbytes for at in range(len(column))], np.int64)
+
+
+def _filled(numbers: pa.Array) -> np.ndarray:
+    return numbers.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _values(
+    name: str, column: pa.Array, kind: pa.DataType, left_out: frozenset[int], errors: dict[int, str]
+) -> list[Any]:
+    """The column's values of type ``kind`` as Python objects, and None at ``left_out``.
+
+    A value that Python does not have (not UTF-8, a date out of range) is None too, and its row gets an error.
+    """
+
+    def python(part: pa.Array) -> list[Any]:
+        return (part if part.type == kind else part.cast(kind, safe=False)).to_pylist()
+
+    if not left_out:
         try:
-            values.append(scalar.as_py())
-        except (ValueError, OverflowError, pa.ArrowException) as error:
-            values.append(None)
-            errors.setdefault(at, f"{name} cannot be read: {error}")
+            return python(column)
+        except _NO_VALUE:
+            pass
+    values: list[Any] = [None] * len(column)
+    for at in range(len(column)):
+        if at not in left_out:
+            try:
+                (values[at],) = python(column.slice(at, 1))
+            except _NO_VALUE as error:
+                errors.setdefault(at, f"{name} cannot be read: {error}")
     return values
 
 

@@ -4,8 +4,9 @@ The contract, as a user reads it, is manifests/README.md.
 """
 
 import hashlib
+import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,35 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vcf_batch import storage
+from vcf_batch import parquet, storage
 from vcf_batch.contract import COLUMNS, SAFE_ID, carried_schema, check_schema, has_reference_lists, parse_rows, shown
-from vcf_batch.errors import ManifestError, StorageError, UsageError
+from vcf_batch.errors import ManifestError, UsageError
+from vcf_batch.parquet import ParquetFile
 from vcf_batch.records import Row
 from vcf_batch.unique import RepeatFinder
 
 _SHOWN = 5
 _ROWS_PER_READ = 256
-_CHECK_BYTES = 32 << 20
-_BUFFER_BYTES = 4 << 20
-_TAIL_BYTES = 1 << 16
+_ROWS_PER_CHECK = 65_536
 _FOOTER_THREADS = 16
 _BUILD_ROWS = 65_536
 _BUILD_SCHEMA = pa.schema([("prompt", pa.string()), ("reference", pa.string()), ("seed", pa.int64())])
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _File:
-    """One Parquet file of the manifest, known by its footer."""
-
-    name: str
-    size: int
-    first_row: int
-    group_stops: np.ndarray = field(repr=False)
-    """``[groups]`` int64: the file's rows up to and including each row group."""
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.group_stops[-1]) if len(self.group_stops) else 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,13 +49,7 @@ class Manifest:
     """The columns that the outputs repeat, as they are written there."""
     reference_is_list: bool
     """Whether rows may have several references."""
-    has_references: bool
-    """Whether a row may have one at all, a negative one included: as far as the footers tell, not all are null."""
-    has_negative_references: bool
-    """The same of negative references alone."""
-    has_pno_steps: bool
-    """Whether a row may ask for prompt-noise optimisation: as far as the footers tell, not all leave it to the run."""
-    _files: tuple[_File, ...] = field(repr=False)
+    _files: tuple[ParquetFile, ...] = field(repr=False)
     _columns: tuple[str, ...] = field(repr=False)
     """Those of :data:`contract.COLUMNS` that the manifest has."""
 
@@ -89,22 +68,16 @@ class Manifest:
         url = storage.absolute(url)
         base, names = _discover(url)
         with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
-            footers = list(threads.map(lambda name: _read_footer(storage.join(base, name)), names))
+            footers = list(threads.map(lambda name: parquet.read_footer(storage.join(base, name)), names))
         digest = hashlib.sha256()
-        files: list[_File] = []
+        files: list[ParquetFile] = []
         schemas: dict[str, pa.Schema] = {}
-        has_references = has_negative_references = has_pno_steps = False
         rows = 0
         for name, (size, footer) in zip(names, footers, strict=True):
             digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
-            parsed = _parse_footer(storage.join(base, name), footer)
-            schemas[name] = parsed.schema_arrow
-            has_negative_references = has_negative_references or _has_values(parsed, "negative_reference")
-            has_pno_steps = has_pno_steps or _has_values(parsed, "pno_steps")
-            has_references = has_references or has_negative_references or _has_values(parsed, "reference")
-            groups = [parsed.metadata.row_group(group).num_rows for group in range(parsed.metadata.num_row_groups)]
-            files.append(_File(name, size, rows, np.cumsum(groups, dtype=np.int64)))
-            rows += files[-1].num_rows
+            file, schemas[name] = parquet.parse_footer(storage.join(base, name), size, footer, rows)
+            files.append(file)
+            rows += file.num_rows
         if not rows:
             raise ManifestError(f"{storage.redact(url)} has no rows; there is nothing to generate")
         for name, schema in schemas.items():
@@ -116,9 +89,6 @@ class Manifest:
             identity=digest.hexdigest(),
             carried_schema=carried_schema(schemas),
             reference_is_list=any(map(has_reference_lists, schemas.values())),
-            has_references=has_references,
-            has_negative_references=has_negative_references,
-            has_pno_steps=has_pno_steps,
             _files=tuple(files),
             _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
         )
@@ -137,20 +107,28 @@ class Manifest:
         has_ids = "sample_id" in self._columns
         columns = ["prompt", "sample_id"] if has_ids else ["prompt"]
         with RepeatFinder(self.num_rows) as finder:
-            for first_row, batch in self._scan(columns):
-                prompts = _decoded(batch["prompt"])
+            for first_row, batch in self._batches(columns, 0, self.num_rows, _ROWS_PER_CHECK):
+                prompts = batch["prompt"]
                 findings.add("prompt", "null", first_row, pc.is_null(prompts))
-                findings.add("prompt", "empty", first_row, _blank(prompts))
+                findings.add("prompt", "empty", first_row, _each(_blank, prompts))
                 if has_ids:
-                    ids = _decoded(batch["sample_id"]).cast(pa.binary())
-                    unsafe = pc.invert(pc.match_substring_regex(ids, rf"\A{SAFE_ID}\z"))
+                    ids = batch["sample_id"]
                     findings.add("sample_id", "null", first_row, pc.is_null(ids))
-                    findings.add("sample_id", "unsafe", first_row, unsafe, ids)
+                    findings.add("sample_id", "unsafe", first_row, _each(_unsafe, ids), ids)
                     if not findings.of("sample_id"):
-                        finder.add(ids, first_row)
+                        finder.add(_binary(ids), first_row)
             if has_ids and not findings.of("sample_id"):
                 findings.add_repeats(finder)
         findings.raise_if_any()
+
+    def has_any(self, column: str) -> bool:
+        """Whether the manifest has this column and any row in use a value in it. Reads up to the first one.
+
+        Raises:
+            ManifestError, StorageError: see :meth:`iter_rows`.
+        """
+        batches = self._batches([column], 0, self.num_rows, _ROWS_PER_READ) if column in self._columns else ()
+        return any(_holds_any(batch[column]) for _, batch in batches)
 
     def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
         """Rows ``start`` to ``stop`` (excluded); see :meth:`iter_rows`."""
@@ -168,63 +146,18 @@ class Manifest:
         if not 0 <= start <= stop <= self.num_rows:
             raise ValueError(f"rows {start} to {stop} were asked for; the manifest has 0 to {self.num_rows}")
         wanted = [*self._columns, *self.carried_schema.names]
-        for first_row, batch in self._read(start, stop, wanted):
+        for first_row, batch in self._batches(wanted, start, stop, _ROWS_PER_READ):
             yield from parse_rows(batch, first_row, run_seed, self.carried_schema)
 
     def locate(self, row: int) -> str:
         """File of a row and its number in that file, from 0, such as ``row 7 of part-2.parquet``."""
         file = next(file for file in reversed(self._files) if file.first_row <= row)
-        return f"row {row - file.first_row} of {file.name}"
+        return f"row {row - file.first_row} of {storage.name(file.url)}"
 
-    def _scan(self, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Every row in use, with the number of each batch's first one."""
-        for file in self._files:
-            stop = min(file.num_rows, self.num_rows - file.first_row)
-            if stop > 0:
-                yield from self._read_file(file, 0, stop, columns, rows_per_read=None)
-
-    def _read(self, start: int, stop: int, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        for file in self._files:
-            first, last = max(start - file.first_row, 0), min(stop - file.first_row, file.num_rows)
-            if first < last:
-                yield from self._read_file(file, first, last, columns, _ROWS_PER_READ)
-
-    def _read_file(
-        self, file: _File, start: int, stop: int, columns: list[str], rows_per_read: int | None
+    def _batches(
+        self, columns: Sequence[str], start: int, stop: int, most: int
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Rows ``start`` to ``stop`` of one file, in batches that fit in memory whatever the size of its row groups."""
-        url = storage.join(self.base, file.name)
-        first_group = int(np.searchsorted(file.group_stops, start, side="right"))
-        last_group = int(np.searchsorted(file.group_stops, stop, side="left"))
-        position = int(file.group_stops[first_group - 1]) if first_group else 0
-        try:
-            with storage.open_read(url) as source:
-                if (size := source.seek(0, 2)) != file.size:
-                    raise ManifestError(
-                        f"{storage.redact(url)} has {size} bytes, and had {file.size} when the run began; "
-                        "a manifest must not change during a run"
-                    )
-                # Unbuffered, Arrow would hold whole column chunks: gigabytes where images are embedded.
-                parquet = pq.ParquetFile(
-                    source, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
-                )
-                batches = parquet.iter_batches(
-                    batch_size=rows_per_read or _rows_that_fit(parquet.metadata, columns),
-                    row_groups=range(first_group, last_group + 1),
-                    columns=columns,
-                    use_threads=False,
-                )
-                for batch in batches:
-                    low, high = max(start - position, 0), min(stop - position, batch.num_rows)
-                    if low < high:
-                        yield file.first_row + position + low, batch.slice(low, high - low)
-                    position += batch.num_rows
-                    if position >= stop:
-                        return
-        except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
-            raise StorageError(f"this node cannot read the manifest's file {storage.redact(url)}: {error}") from error
-        except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{storage.redact(url)} is damaged: {_first_line(error)}") from error
+        return itertools.chain.from_iterable(file.batches(start, stop, columns, most) for file in self._files)
 
 
 def build(prompts: Iterable[str], references: Sequence[str], seeds: int, out: str) -> int:
@@ -292,62 +225,11 @@ def _discover(url: str) -> tuple[str, list[str]]:
         raise ManifestError(f"{storage.redact(url)} holds no file named *.parquet; {rule}") from error
 
 
-def _read_footer(url: str) -> tuple[int, bytes]:
-    """Size of a Parquet file, and its footer with the 8 bytes that end it."""
-    try:
-        with storage.open_read(url) as source:
-            size = source.seek(0, 2)
-            source.seek(max(size - _TAIL_BYTES, 0))
-            tail = source.read(_TAIL_BYTES)
-            needed = int.from_bytes(tail[-8:-4], "little") + 8
-            if tail[-4:] == b"PARE":
-                raise ManifestError(f"{storage.redact(url)} is encrypted; write it without Parquet encryption")
-            if tail[-4:] != b"PAR1" or needed > size:
-                raise ManifestError(f"{storage.redact(url)} is not a Parquet file, or is cut short ({size} bytes)")
-            if needed > len(tail):
-                source.seek(size - needed)
-                tail = source.read(needed)
-            return size, tail[-needed:]
-    except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
-        raise ManifestError(f"{storage.redact(url)} cannot be read: {_first_line(error)}") from error
-
-
-def _parse_footer(url: str, footer: bytes) -> pq.ParquetFile:
-    try:
-        parsed = pq.ParquetFile(pa.BufferReader(footer))
-        _ = parsed.schema_arrow
-        return parsed
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{storage.redact(url)} has a damaged footer: {_first_line(error)}") from error
-
-
-def _has_values(parsed: pq.ParquetFile, column: str) -> bool:
-    """Whether a column is there and may hold anything but nulls."""
-    index, metadata = parsed.schema_arrow.get_field_index(column), parsed.metadata
-    if index < 0 or pa.types.is_null(parsed.schema_arrow.field(index).type):
-        return False
-    chunks = (
-        metadata.row_group(group).column(number)
-        for number in range(metadata.num_columns)
-        if metadata.schema.column(number).path.partition(".")[0] == column
-        for group in range(metadata.num_row_groups)
-    )
-    statistics = ((chunk.num_values, chunk.statistics) for chunk in chunks)
-    return any(not found or not found.has_null_count or found.null_count < values for values, found in statistics)
-
-
-def _rows_that_fit(metadata: pq.FileMetaData, columns: list[str]) -> int:
-    """Rows of ``columns`` in about :data:`_CHECK_BYTES`, by the footer's sizes."""
-    widest = 1.0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        size = sum(
-            group.column(column).total_uncompressed_size
-            for column in range(group.num_columns)
-            if group.column(column).path_in_schema in columns
-        )
-        widest = max(widest, size / max(group.num_rows, 1))
-    return int(min(max(_CHECK_BYTES / widest, 64), 65_536))
+def _holds_any(column: pa.Array) -> bool:
+    """Whether there is a value that is not null, also within lists and structs."""
+    if pa.types.is_struct(column.type):
+        return any(map(_holds_any, column.flatten()))
+    return _holds_any(column.flatten()) if pa.types.is_nested(column.type) else column.null_count < len(column)
 
 
 class _Findings:
@@ -377,7 +259,7 @@ class _Findings:
             return
         examples = []
         for position in positions[:_SHOWN].tolist():
-            value = "" if values is None else f" ({shown(values[position].as_py())})"
+            value = "" if values is None else f" ({shown(_binary(values.slice(position, 1))[0].as_py())})"
             examples.append(self._manifest.locate(first_row + position) + value)
         self._record(column, complaint, len(positions), examples)
 
@@ -408,18 +290,24 @@ class _Findings:
         self._examples[about] = (self._examples.get(about, []) + examples)[:_SHOWN]
 
 
-def _decoded(column: pa.Array) -> pa.Array:
-    """A text column as plain large_string, however the file encodes it."""
-    return column.cast(pa.large_string())
+def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
+    """What ``judge`` says of each text; of a dictionary's it is asked once."""
+    return judge(texts.dictionary).take(texts.indices) if pa.types.is_dictionary(texts.type) else judge(texts)
+
+
+def _binary(texts: pa.Array) -> pa.Array:
+    """Texts as large_binary, however the file encodes them."""
+    return texts.cast(pa.large_string()).cast(pa.large_binary())
+
+
+def _unsafe(ids: pa.Array) -> pa.Array:
+    return pc.invert(pc.match_substring_regex(_binary(ids), rf"\A{SAFE_ID}\z"))
 
 
 def _blank(texts: pa.Array) -> pa.Array:
+    texts = texts.cast(pa.large_string())
     try:
         return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
     except pa.ArrowInvalid:
         # Not UTF-8 somewhere in the batch: that fails its row later; the others are judged by ASCII white space.
-        return pc.invert(pc.match_substring_regex(texts.cast(pa.large_binary()), r"[^\s]"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        return pc.invert(pc.match_substring_regex(_binary(texts), r"[^\s]"))

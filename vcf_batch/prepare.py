@@ -196,7 +196,7 @@ def _check_policy(manifest: Manifest, config: RunConfig) -> None:
 
 def is_guided(config: RunConfig, manifest: Manifest) -> bool:
     """Whether a row may be brought closer to its reference by prompt-noise optimisation."""
-    return manifest.has_references and (config.pno_steps > 0 or manifest.has_pno_steps)
+    return (config.pno_steps > 0 or manifest.has_any("pno_steps")) and manifest.has_any("reference")
 
 
 def resolve_models(config: RunConfig) -> Models:
@@ -263,17 +263,17 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         )
     # model_index.json gives the library and the class of each part, or two nulls.
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
-    if lacking and manifest.has_references:
+    if lacking and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
         raise ModelError(
             f"{storage.redact(config.model)} has no {lacking[0]}, and rows of the manifest have references: use a "
             "model with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
         )
-    if config.unconditional == "negative" and not manifest.has_negative_references:
+    if config.unconditional == "negative" and not manifest.has_any("negative_reference"):
         raise UsageError(
             "unconditional is 'negative', but the manifest has no negative references: give them in a column "
             "'negative_reference', or choose zeros or blank"
         )
-    if config.pno_steps and not manifest.has_references:
+    if config.pno_steps and not manifest.has_any("reference"):
         raise UsageError(
             f"pno_steps is {config.pno_steps}, but the manifest has no references to follow: give them in a column "
             "'reference', or leave pno_steps at 0"

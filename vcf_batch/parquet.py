@@ -1,0 +1,173 @@
+"""One Parquet file of a manifest, read in bounded memory and without trust in what its footer says of the contents.
+
+Statistics and sizes of columns are never asked for: where they are damaged, pyarrow ends the process.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from vcf_batch import storage
+from vcf_batch.errors import ManifestError, StorageError
+
+MAX_COLUMNS = 1000
+"""Of a file, with every field of its structs."""
+
+BATCH_BYTES = 32 << 20
+"""About as much as a batch takes, by the mean of its row group; it has one row at least."""
+
+_LONG_BYTES = 1 << 16
+"""A dictionary with a longer text is not written out."""
+_MOST_ALIKE = 16
+"""How many times :data:`BATCH_BYTES` a batch may take in which every text is its dictionary's longest."""
+_BUFFER_BYTES = 4 << 20
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ParquetFile:
+    """A file known by its footer. Small, and picklable."""
+
+    url: str
+    size: int
+    first_row: int
+    """Number that its first row has in the manifest."""
+    group_stops: np.ndarray = field(repr=False)
+    """``[groups]`` int64: the file's rows up to and including each row group."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.group_stops[-1]) if len(self.group_stops) else 0
+
+    def batches(
+        self, start: int, stop: int, columns: Sequence[str], most_rows: int
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Those of the manifest's rows ``start`` to ``stop`` (excluded) that are here; each batch's first one's number.
+
+        Texts come as dictionaries where that is how very long ones are stored: from a few bytes of indices they make
+        a column of any size.
+
+        Raises:
+            ManifestError: the file is damaged or has changed since it was opened.
+            StorageError: the storage failed.
+        """
+        start, stop = max(start - self.first_row, 0), min(stop - self.first_row, self.num_rows)
+        if start >= stop:
+            return
+        first_group = int(np.searchsorted(self.group_stops, start, side="right"))
+        groups = range(first_group, int(np.searchsorted(self.group_stops, stop, side="left")) + 1)
+        position = int(self.group_stops[first_group - 1]) if first_group else 0
+        try:
+            with storage.open_read(self.url) as source:
+                if (size := source.seek(0, 2)) != self.size:
+                    raise ManifestError(
+                        f"{self.url} has {size} bytes, and had {self.size} when the run began; a manifest must not "
+                        "change during a run"
+                    )
+                for batch in _read(source, groups, columns, most_rows):
+                    low, high = max(start - position, 0), min(stop - position, batch.num_rows)
+                    if low < high:
+                        yield self.first_row + position + low, batch.slice(low, high - low)
+                    position += batch.num_rows
+                    if position >= stop:
+                        return
+        except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
+            raise StorageError(f"this node cannot read the manifest's file {self.url}: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise ManifestError(f"{self.url} is damaged: {_first_line(error)}") from error
+        raise ManifestError(f"{self.url} is damaged: it ends after {position} of {self.num_rows} rows")
+
+
+def read_footer(url: str) -> tuple[int, bytes]:
+    """Size of a Parquet file, and its footer with the 8 bytes that end it.
+
+    Raises:
+        ManifestError: there is no such file, or it is none that can be read.
+        StorageError: the storage failed.
+    """
+    try:
+        with storage.open_read(url) as source:
+            size = source.seek(0, 2)
+            source.seek(max(size - _TAIL_BYTES, 0))
+            tail = source.read(_TAIL_BYTES)
+            needed = int.from_bytes(tail[-8:-4], "little") + 8
+            if tail[-4:] == b"PARE":
+                raise ManifestError(f"{url} is encrypted; write it without Parquet encryption")
+            if tail[-4:] != b"PAR1" or needed > size:
+                raise ManifestError(f"{url} is not a Parquet file, or is cut short ({size} bytes)")
+            if needed > len(tail):
+                source.seek(size - needed)
+                tail = source.read(needed)
+            return size, tail[-needed:]
+    except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
+        raise ManifestError(f"{url} cannot be read: {_first_line(error)}") from error
+
+
+def parse_footer(url: str, size: int, footer: bytes, first_row: int) -> tuple[ParquetFile, pa.Schema]:
+    """The file that a footer describes, and its columns.
+
+    Raises:
+        ManifestError: the footer is damaged, or names more than :data:`MAX_COLUMNS` columns.
+    """
+    try:
+        parsed = pq.ParquetFile(pa.BufferReader(footer))
+        metadata = parsed.metadata
+        if metadata.num_columns > MAX_COLUMNS:
+            raise ManifestError(
+                f"{url} has {metadata.num_columns:,} columns, fields of structs among them; the limit is "
+                f"{MAX_COLUMNS:,}: leave out what the outputs do not need"
+            )
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if min(rows, default=0) < 0:
+            raise ManifestError(f"{url} has a damaged footer: a row group of {min(rows)} rows")
+        _ = parsed.schema_arrow.names  # which fails where they are not UTF-8
+        return ParquetFile(url, size, first_row, np.cumsum(rows, dtype=np.int64)), parsed.schema_arrow
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{url} has a damaged footer: {_first_line(error)}") from error
+
+
+def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_rows: int) -> Iterator[pa.RecordBatch]:
+    metadata = pq.read_metadata(source)
+
+    def read(groups: Sequence[int], rows: int, dictionaries: list[str]) -> Iterator[pa.RecordBatch]:
+        # Unbuffered, Arrow would hold whole column chunks: gigabytes where images are embedded.
+        parquet = pq.ParquetFile(
+            source,
+            metadata=metadata,
+            read_dictionary=dictionaries,
+            pre_buffer=False,
+            buffer_size=_BUFFER_BYTES,
+            page_checksum_verification=True,
+        )
+        return parquet.iter_batches(batch_size=rows, row_groups=groups, columns=[*columns], use_threads=False)
+
+    flat = [path for path in (metadata.schema.column(n).path for n in range(metadata.num_columns)) if path in columns]
+    longest = dict.fromkeys(flat, 0)
+    width = 1.0
+    for group in groups:
+        described = metadata.row_group(group)
+        width = max(width, described.total_byte_size / max(described.num_rows, 1))
+        # With its first row comes a group's whole dictionary.
+        for first in itertools.islice(read([group], 1, flat), 1):
+            longest = {name: max(length, _longest_text(first[name])) for name, length in longest.items()}
+    dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES]
+    width = max(width, sum(length for length in longest.values() if length <= _LONG_BYTES) / _MOST_ALIKE)
+    yield from read(groups, int(min(max(BATCH_BYTES / width, 1), most_rows)), dictionaries)
+
+
+def _longest_text(column: pa.Array) -> int:
+    """Bytes of the longest text in a dictionary; 0 where it is none, or no texts."""
+    if not pt.is_dictionary(column.type) or not pt.is_string(column.type.value_type):
+        return 0
+    return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
