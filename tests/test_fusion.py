@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vcf_batch.config import FUSIONS
 from vcf_batch.errors import UsageError
-from vcf_batch.vcf.fusion import Fusion, default_strength, fuse
+from vcf_batch.vcf.fusion import Fusion, condition, default_strength, fuse
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "vcf_golden.npz")
 
@@ -102,3 +102,42 @@ def test_is_differentiable(mode: str) -> None:
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'blend'.*naive, concat, cross_attention"):
         fuse(golden("txt"), golden("img"), "blend", 0.5)
+
+
+def test_no_bias_where_none_is_needed() -> None:
+    text, image = golden("txt")[:2], list(golden("img")[:2])
+
+    def bias(*fusions: Fusion) -> torch.Tensor | None:
+        return condition(text, text, fusions).select((True, True), guided=True)[1]
+
+    assert bias(Fusion(image[:1]), Fusion(image[1:])) is None
+    assert bias(Fusion(image, "naive", 0.3), Fusion(image[:1], "cross_attention")) is None
+    assert bias(Fusion(), Fusion(strength=0.5)) is None
+    assert bias(Fusion(image[:1], strength=0.0), Fusion(image, strength=0.0)) is None
+
+
+def test_bias_and_padding() -> None:
+    text, image = golden("txt")[:2], golden("img")[0]
+    length = text.shape[1]
+    conditioning = condition(text, text, [Fusion([image], strength=0.5), Fusion()])
+    tokens, bias = conditioning.select((True, True), guided=True)
+    assert tokens.shape == (4, length + len(image), image.shape[1])
+    assert torch.equal(tokens[2, length:], image)
+    assert not tokens[:2, length:].any()
+    assert bias is not None and bias.shape == (4, 1, length + len(image))
+    assert not bias[:, :, :length].any()
+    torch.testing.assert_close(bias[::2, 0, length:], torch.full((2, len(image)), 0.5).log())
+    assert bias[1::2, 0, length:].isneginf().all()
+
+
+def test_samples_out_of_their_range_are_text_alone() -> None:
+    """Each sample has a range of its own, with both ends included; where all are outside, no token is hidden."""
+    text, image = golden("txt")[:2], golden("img")[0]
+    conditioning = condition(text, -text, [Fusion([image], "naive", lo=0.2, hi=0.5), Fusion([image], lo=0.5)])
+    found = {time: conditioning.inside(time) for time in (0.1, 0.2, 0.5, 0.6)}
+    assert found == {0.1: (False, False), 0.2: (True, False), 0.5: (True, True), 0.6: (False, True)}
+    length, (tokens, bias) = text.shape[1], conditioning.select((False, True), guided=True)
+    assert torch.equal(tokens[2, :length], text[0]) and torch.equal(tokens[3, length:], image)
+    assert bias is not None and bias[::2, 0, length:].isneginf().all() and not bias[1::2].any()
+    tokens, bias = conditioning.select((False, False), guided=True)
+    assert torch.equal(tokens, torch.cat([-text, text])) and bias is None
