@@ -2,8 +2,9 @@
 
 import io
 import socket
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import shards
-from vcf_batch.records import Receipt
+from vcf_batch import prepare, shards
+from vcf_batch.config import RunConfig, fingerprint_fields
+from vcf_batch.manifest import Manifest
+from vcf_batch.models import ResolvedModel
+from vcf_batch.prepare import Job, Models
+from vcf_batch.records import Objective, Receipt, Sample, Scores
+from vcf_batch.row_settings import settings_of
 
 SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
 """The smallest images that a run may ask for; the model's own 16 pixels are below it."""
@@ -60,6 +66,36 @@ def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | N
     }
     pq.write_table(pa.table(values | dict(columns or {})), folder / "manifest.parquet")
     return folder / "manifest.parquet"
+
+
+def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = ()) -> Job:
+    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows."""
+    opened = Manifest.open(str(manifest))
+    chosen = {"steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
+    settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
+    config = RunConfig(manifest=opened.url, output=str(output), **settings)
+    fields = fingerprint_fields(
+        config, manifest=opened.identity, model="m", judge="m/judge", lpips="none", pno_guide=None
+    )
+    job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
+    prepare.claim(job)
+    for shard in job.shards:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            shards.ShardWriter(scratch, shard, "png", opened.carried_schema, opened.reference_is_list) as writer,
+        ):
+            for row in opened.rows(shard.start, shard.stop, config.seed):
+                used = settings_of(row, config) | {"strength": 1.0}
+                if row.number in failed:
+                    writer.add(Sample(row, "failed", used, error_message="no"))
+                    continue
+                scores, objective = Scores(row.number / 16, None, None), Objective(1.5, 0.5, row.number)
+                picture = png(row.number, 32)
+                writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
+            files = writer.finish()
+            receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
+            shards.commit(config.output, receipt, shards.stage(files, config.output, shard, "attempt"))
+    return job
 
 
 def data_files(output: Path) -> dict[str, bytes]:

@@ -24,12 +24,14 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import common_pb2
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from vcf_batch import lease, pool, prepare, shard_queue
+from vcf_batch import lease, pool, prepare, shard_queue, verify
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.lease import Lease
+from vcf_batch.outputs import Output
 from vcf_batch.progress import Progress
 from vcf_batch.records import Receipt
+from vcf_batch.repair import Repair
 
 ROOT = Path(__file__).parent.parent
 ROWS, SHARD_SIZE, BATCH_SIZE = 40, 4, 2
@@ -250,6 +252,31 @@ def test_a_shard_whose_files_are_gone_is_generated_again(
     summary = pool.run(configure(undisturbed, num_workers=1))
     assert summary.resumed_rows == ROWS - 2 * SHARD_SIZE
     assert runs.data_files(undisturbed) == expected
+
+
+def test_a_repaired_output_is_what_an_undisturbed_run_writes(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Failed rows, whose cause is gone, and damaged shards are generated again; the rest is not touched."""
+    source = tmp_path / "in"
+    references = [f"reference{row % 3}.png" for row in range(11)]
+    manifest = str(runs.write_manifest(source, 12, {"reference": [*references, "late.png"]}))
+    config = configure(tmp_path / "out", manifest=manifest, num_workers=1)
+    assert pool.run(config).counts["failed"] == 1
+    damaged = bytearray((tmp_path / "out" / "00001.tar").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "out" / "00001.tar").write_bytes(damaged)
+    (source / "late.png").write_bytes(runs.png(99))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("00000*")}
+
+    opened, notes = Output.open(config.output), list[str]()
+    summary = pool.run(config, lambda: Repair(opened, "status = 'failed'").rows(notes.append))
+    assert len(notes) == 1 and notes[0].startswith("00001: ")
+    assert (summary.counts["failed"], summary.resumed_rows) == (0, 4 + 3)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("00000*")} == before
+    assert list(verify.check(opened)) == []
+    pool.run(configure(tmp_path / "undisturbed", manifest=manifest, num_workers=1))
+    assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "undisturbed")
 
 
 def test_another_run_in_the_output_is_refused(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:

@@ -16,16 +16,10 @@ import pytest
 import runs
 from click.testing import CliRunner
 
-from vcf_batch import prepare, shards, storage, verify
+from vcf_batch import shards, storage, verify
 from vcf_batch.cli import main
-from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.errors import StorageError
-from vcf_batch.manifest import Manifest
-from vcf_batch.models import ResolvedModel
-from vcf_batch.outputs import Output
-from vcf_batch.prepare import Job, Models
-from vcf_batch.records import Receipt, Sample, Scores
-from vcf_batch.row_settings import settings_of
+from vcf_batch.plan import ShardPlan
 
 ROWS, SHARD_SIZE = 10, 4
 
@@ -33,41 +27,11 @@ ROWS, SHARD_SIZE = 10, 4
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output of three shards over ten rows; row 5 failed."""
-    folder = tmp_path_factory.mktemp("whole")
     columns = {"sample_id": [f"s{number}" for number in range(ROWS)], "weight": [float("nan"), *range(1, ROWS)]}
-    manifest = Manifest.open(str(runs.write_manifest(folder / "in", ROWS, columns)))
-    config = RunConfig(
-        manifest=manifest.url,
-        output=str(folder / "out"),
-        shard_size=SHARD_SIZE,
-        steps=4,
-        guidance_scale=5.0,
-        dtype="float32",
-        gpus_per_worker=0,
-        lpips="none",
-        **runs.SIZE,
-    )
-    model = ResolvedModel("m", "hub", "m", "0" * 40)
-    models = Models(model, None, "none", "none")
-    fields = fingerprint_fields(
-        config, manifest=manifest.identity, model="m", judge="m/judge", lpips="none", pno_guide=None
-    )
-    job = Job(config, manifest, models, fields)
-    prepare.claim(job)
-    for shard in job.shards:
-        scratch = str(folder / shard.name)
-        with shards.ShardWriter(scratch, shard, "png", manifest.carried_schema, manifest.reference_is_list) as writer:
-            for row in manifest.rows(shard.start, shard.stop, config.seed):
-                settings = settings_of(row, config) | {"strength": 1.0}
-                if row.number == 5:
-                    writer.add(Sample(row, "failed", settings, error_message="no"))
-                    continue
-                picture, scores = runs.png(row.number, 32), Scores(row.number / 16, None, None)
-                writer.add(Sample(row, "success", settings, picture, 32, 32, scores))
-            files = writer.finish()
-        receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
-        shards.commit(config.output, receipt, shards.stage(files, config.output, shard, "attempt"))
-    return folder / "out"
+    folder = tmp_path_factory.mktemp("whole")
+    manifest = runs.write_manifest(folder / "in", ROWS, columns)
+    job = runs.write_output(manifest, folder / "out", SHARD_SIZE, failed={5})
+    return Path(job.config.output)
 
 
 @pytest.fixture
@@ -383,19 +347,11 @@ def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyP
     assert (code, lines) == (1, ["Error: the storage is down"])
 
 
-def test_shards_are_read_in_a_window(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_read_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with the number of shards."""
     begun: list[str] = []
-    check_shard = verify.check_shard
-
-    def noted(*arguments: Any) -> Any:
-        begun.append(arguments[1].name)
-        return check_shard(*arguments)
-
-    monkeypatch.setattr(verify, "check_shard", noted)
     monkeypatch.setattr(verify, "READERS", 1)
-    opened = Output.open(str(whole))
-    results = verify._side_by_side(opened, storage.list_files(str(whole)))
+    results = verify.side_by_side(lambda shard: begun.append(shard.name), ShardPlan(100, 1))
     next(results)
     assert len(begun) <= 2
-    assert len(list(results)) == 2
+    assert len(list(results)) == 99

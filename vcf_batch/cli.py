@@ -1,9 +1,10 @@
 """The command line: options become a RunConfig, errors become exit codes. Nothing else happens here."""
 
 import io
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -61,10 +62,8 @@ _debug_option = click.option(
 class _CountOrAuto(click.ParamType):
     name = "auto|N"
 
-    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto":
-            return "auto"
-        return int(click.INT.convert(value, parameter, ctx))
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "auto" else int(click.INT.convert(value, parameter, ctx))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -222,12 +221,14 @@ def generate(ctx: click.Context, **_: Any) -> None:
     _run(_run_config(ctx))
 
 
-def _run(config: RunConfig) -> None:
-    """Generate what is left, and say what became of it."""
+def _run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
+    """Generate what is left, and what ``again`` says, and tell what became of it."""
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
 
-    summary = pool.run(config)
+    summary = pool.run(config, again)
     click.echo(str(summary))
+    if summary.counts["failed"]:
+        click.echo(f"To generate the failed rows again: {_repair_command(summary.output)}")
     if summary.failed_fraction > config.max_failed:
         raise TooManyFailedRows(
             f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
@@ -235,13 +236,13 @@ def _run(config: RunConfig) -> None:
         )
 
 
+def _repair_command(output: str) -> str:
+    return f"vcf-batch repair {shlex.quote(storage.redact(output))}"
+
+
 def _run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     """Defaults, overridden by the configuration file, then by the command line, then by the command itself."""
-    given = {
-        parameter.name: ctx.params[parameter.name]
-        for parameter in generate.params
-        if ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-    }
+    given = _given(ctx)
     values: dict[str, Any] = {}
     source = given.pop("config", None)
     if source is not None:
@@ -254,6 +255,15 @@ def _run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     if values.get("num_workers") == "auto":
         values["num_workers"] = None
     return RunConfig.from_mapping(values)
+
+
+def _given(ctx: click.Context) -> dict[str, Any]:
+    """The settings that the command line names."""
+    return {
+        parameter.name: ctx.params[parameter.name]
+        for parameter in generate.params
+        if parameter.name in ctx.params and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
 
 
 @main.command(cls=_Command)
@@ -365,10 +375,15 @@ def evaluate(
     click.echo("\n" + evaluation.tabulate(config))
 
 
+def _moved(name: str) -> Callable[[Any], Any]:
+    return click.option(f"--{name}", metavar="URL", help=f"Where the run's {name} is now, if that has moved.")
+
+
 @main.command(cls=_Command)
 @click.argument("output")
+@_moved("manifest")
 @_debug_option
-def verify(output: str) -> None:
+def verify(output: str, manifest: str | None) -> None:
     """Read OUTPUT again, all of it, and tell which shards are damaged or missing, and why.
 
     Receipts are compared with the files, tars with parquets, parquets with the manifest; every image is decoded.
@@ -379,14 +394,52 @@ def verify(output: str) -> None:
     from vcf_batch import verify as verification  # pyarrow is not needed to print a help text
     from vcf_batch.outputs import Output
 
-    opened = Output.open(output)
+    opened = Output.open(output, manifest)
     damage = 0
     for finding in verification.check(opened):
         click.echo(str(finding))
         damage += finding.is_damage
     if damage:
-        raise DamageFound(f"{storage.redact(output)} is damaged; vcf-batch repair generates what is wrong again.")
+        raise DamageFound(f"{storage.redact(output)} is damaged. To mend it: {_repair_command(output)}")
     click.echo(f"{storage.redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
+
+
+_OWN = {"address": None, "num_workers": None, "max_failed": 0.0}
+"""What a repair does not take from the run that it repairs."""
+
+
+@main.command(cls=_Command, params=[option for option in generate.params if option.name in _OWN])
+@click.argument("output")
+@click.option(
+    "--where",
+    metavar="SQL",
+    default="status = 'failed'",
+    show_default=True,
+    help="Which rows to generate again: a condition on the columns of the parquets.",
+)
+@_moved("manifest")
+@_moved("model")
+@_moved("judge")
+@_moved("pno-guide")
+@_moved("lpips-weights")
+@_debug_option
+@click.pass_context
+def repair(ctx: click.Context, output: str, where: str, manifest: str | None, **_: Any) -> None:
+    """Generate again what is damaged or missing in OUTPUT, and the rows that --where selects.
+
+    OUTPUT is read again, as by 'verify'. Damaged and missing shards are generated whole; of the others, the selected
+    rows alone: their other samples stay, byte for byte. Keys, shards and settings stay as they are.
+
+    \b
+    Exit codes: as 'generate'; 5 where OUTPUT is damaged in a way that generating does not mend.
+    """
+    from vcf_batch.outputs import Output  # pyarrow and DuckDB are not needed to print a help text
+    from vcf_batch.repair import Repair
+
+    opened = Output.open(output, manifest)
+    needed = Repair(opened, where)
+    config = opened.config.replace(**_OWN | _given(ctx))
+    _run(config, lambda: needed.rows(click.echo))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,16 @@ class Output:
     plan: ShardPlan
     manifest: Manifest | None
     """None if it cannot be read any more, or has changed."""
-    manifest_trouble: str = ""
+    manifest_error: VcfBatchError | None = None
     """Why there is none."""
 
     @classmethod
-    def open(cls, url: str) -> "Output":
+    def open(cls, url: str, manifest: str | None = None) -> "Output":
         """Read ``run.json`` and open the manifest that it names.
+
+        Args:
+            url: folder or URL that a run has written.
+            manifest: where the manifest is now, if it has moved.
 
         Raises:
             UsageError: there is nothing at all.
@@ -46,16 +50,23 @@ class Output:
             recorded, fields = record["config"], record["fields"]
             # What the fingerprint covers is taken from there: the configuration was published without credentials.
             content = {name: fields[name] for name in recorded.keys() & fields.keys() - {"lpips"}}
-            config = RunConfig.from_mapping(recorded | content | {"output": url})
+            moved = {} if manifest is None else {"manifest": storage.absolute(manifest)}
+            config = RunConfig.from_mapping(recorded | content | {"output": url} | moved)
             plan = ShardPlan(record["manifest"]["rows"], cast(int, config.shard_size))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error
-        try:
-            manifest = Manifest.open(config.manifest, config.limit)
-        except VcfBatchError as error:
-            return cls(url, record["fingerprint"], config, plan, None, str(error))
-        if manifest.identity != fields["manifest_id"]:
-            return cls(url, record["fingerprint"], config, plan, None, f"{config.manifest} has changed since the run")
-        if manifest.num_rows != plan.num_rows:
-            raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {manifest.num_rows}")
-        return cls(url, record["fingerprint"], config, plan, manifest)
+        opened, trouble = _open_manifest(config, fields["manifest_id"])
+        if opened and opened.num_rows != plan.num_rows:
+            raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}")
+        return cls(url, record["fingerprint"], config, plan, opened, trouble)
+
+
+def _open_manifest(config: RunConfig, identity: str) -> tuple[Manifest | None, VcfBatchError | None]:
+    """The manifest of a run, or why it is not there."""
+    try:
+        manifest = Manifest.open(config.manifest, config.limit)
+    except VcfBatchError as error:
+        return None, error
+    if manifest.identity != identity:
+        return None, RefusedError(f"{storage.redact(config.manifest)} has changed since the run")
+    return manifest, None

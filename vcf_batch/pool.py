@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vcf_batch import lease, plan, prepare, run_file, shards, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, StorageError, UsageError, VcfBatchError, printable
+from vcf_batch.kept import KeptSamples
 from vcf_batch.lease import Lease
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress, duration
@@ -55,6 +56,10 @@ REASON_LENGTH = 300
 """Characters of an error that is not this package's own."""
 
 
+Again = Callable[[], Mapping[int, bytes]]
+"""Tells what of an output is generated again: see :attr:`vcf_batch.prepare.Job.again`."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """What became of a run's rows, those of earlier attempts at the run included."""
@@ -79,8 +84,12 @@ class Summary:
         return f"{storage.redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}"
 
 
-def run(config: RunConfig) -> Summary:
+def run(config: RunConfig, again: Again = dict) -> Summary:
     """Generate what is left of a run.
+
+    Args:
+        config: what to generate, and where.
+        again: asked once this run owns the output.
 
     Returns:
         The counts of the whole run.
@@ -105,8 +114,10 @@ def run(config: RunConfig) -> Summary:
             job = prepare.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
                 prepare.claim(job)
+                job = dataclasses.replace(job, again=again())
                 done, counts = _finished_shards(job)
                 resumed = sum(counts.values())
+                kept = sum(again.count(False) for again in job.again.values())
                 if len(done) < len(job.shards):
                     job = dataclasses.replace(job, token=held.token)
                     shards.clean_staging(job.config.output)
@@ -119,7 +130,7 @@ def run(config: RunConfig) -> Summary:
         output=config.output,
         rows=job.manifest.num_rows,
         counts={status: counts[status] for status in STATUSES},
-        resumed_rows=resumed,
+        resumed_rows=resumed + kept,
         seconds=time.monotonic() - begin,
     )
 
@@ -186,8 +197,9 @@ def _finished_shards(job: Job) -> tuple[set[int], Counter[Status]]:
     done: set[int] = set()
     counts: Counter[Status] = Counter()
     for receipt in shards.iter_receipts(job.config.output):
-        if receipt.fingerprint == job.fingerprint and receipt.shard.index < len(job.shards):
-            done.add(receipt.shard.index)
+        index = receipt.shard.index
+        if receipt.fingerprint == job.fingerprint and index < len(job.shards) and index not in job.again:
+            done.add(index)
             counts.update(receipt.counts)
     return done, counts
 
@@ -243,7 +255,7 @@ class _Actor:
 
     def run(self, shard: Shard, attempt: int, attempt_id: str, last_attempt: bool) -> tuple[Receipt, dict[str, str]]:
         self._attempt_id = attempt_id
-        return self._worker.run(shard, attempt, attempt_id, last_attempt)
+        return self._worker.run(shard, attempt, attempt_id, last_attempt, existing=KeptSamples(self._job, shard))
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> tuple[str | None, int]:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,6 +106,9 @@ class Job:
     """Places of references, besides the manifest's own folder, that the driver sees."""
     token: str = ""
     """Of the driver's lease, which every node has to see."""
+    again: Mapping[int, bytes] = field(default_factory=dict)
+    """Shards that are generated again though they may exist, by index: of each row, 1 if it is generated, 0 if the
+    committed sample stays."""
 
     @property
     def fingerprint(self) -> str:

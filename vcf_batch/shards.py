@@ -46,7 +46,18 @@ import pyarrow.parquet as pq
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact
-from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Row, Sample, Shard, Status
+from vcf_batch.records import (
+    OUTPUT_COLUMNS,
+    STATUSES,
+    FileEntry,
+    Objective,
+    Receipt,
+    Row,
+    Sample,
+    Scores,
+    Shard,
+    Status,
+)
 
 STAGING = "_staging"
 """Folder of the output that holds the files of attempts that are not committed."""
@@ -316,6 +327,28 @@ def columns_of(row: Row, carried: Iterable[str], reference_is_list: bool) -> dic
         "seed": row.seed,
         **{name: row.carried.get(name) for name in carried},
     }
+
+
+def sample_of(row: Row, record: Mapping[str, Any], image: bytes | None) -> Sample:
+    """The sample that a committed shard has of a row: a :class:`ShardWriter` makes the same bytes of it again.
+
+    Args:
+        row: of the manifest.
+        record: the row of the parquet, at least :data:`OUTPUT_COLUMNS`.
+        image: the member of the tar, if there is one.
+    """
+    objective = record["pno_objective"]
+    return Sample(
+        row=row,
+        status=record["status"],
+        settings={name: record[name] for name in _SETTINGS},
+        image=image,
+        width=record["width"],
+        height=record["height"],
+        scores=Scores(**{name: record[name] for name in _SCORES}),
+        error_message=record["error_message"],
+        pno_objective=objective and Objective(**objective),
+    )
 
 
 def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> dict[str, str]:

@@ -8,9 +8,10 @@ streamed: memory depends neither on their size nor, but for the names of files, 
 import itertools
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -26,6 +27,8 @@ READERS = 8
 
 MAX_REPEATS = 100
 """Repeated keys that are named."""
+
+T = TypeVar("T")
 
 _SHARD_FILE = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 
@@ -52,11 +55,18 @@ def check(output: Output) -> Iterator[Finding]:
         StorageError: the storage failed.
     """
     if output.manifest is None:
-        yield Finding("manifest", f"{output.manifest_trouble}; rows are not compared with it", is_damage=False)
+        yield Finding("manifest", f"{output.manifest_error}; rows are not compared with it", is_damage=False)
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output.url)
+
+    def keys_or_damage(shard: Shard) -> pa.Array | DamageFound:
+        try:
+            return check_shard(output, shard, sizes)
+        except DamageFound as damage:
+            return damage
+
     with RepeatFinder(output.plan.num_rows) as finder:
-        for shard, result in _side_by_side(output, sizes):
+        for shard, result in side_by_side(keys_or_damage, output.plan):
             if isinstance(result, DamageFound):
                 yield Finding(shard.name, str(result), shard)
             else:
@@ -70,22 +80,18 @@ def check(output: Output) -> Iterator[Finding]:
     yield from _strangers(output, sizes)
 
 
-def _side_by_side(output: Output, sizes: Mapping[str, int]) -> Iterator[tuple[Shard, pa.Array | DamageFound]]:
-    """Each shard of the plan, in order, with its keys or with what is wrong."""
-
-    def checked(shard: Shard) -> pa.Array | DamageFound:
-        try:
-            return check_shard(output, shard, sizes)
-        except DamageFound as damage:
-            return damage
-
-    with ThreadPoolExecutor(READERS, "verify") as threads:
-        begun = ((shard, threads.submit(checked, shard)) for shard in output.plan)
+def side_by_side(read: Callable[[Shard], T], some: Iterable[Shard]) -> Iterator[tuple[Shard, T]]:
+    """Each shard, in order, with what ``read`` makes of it; a few shards ahead, in threads."""
+    threads = ThreadPoolExecutor(READERS, "shards")
+    try:
+        begun = ((shard, threads.submit(read, shard)) for shard in some)
         window = deque(itertools.islice(begun, 2 * READERS))
         while window:
             shard, result = window.popleft()
             yield shard, result.result()
             window.extend(itertools.islice(begun, 1))
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:

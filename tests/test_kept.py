@@ -1,0 +1,77 @@
+"""Committed samples are read back so that the same bytes are written again."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import runs
+
+from vcf_batch import shards
+from vcf_batch.errors import StorageError
+from vcf_batch.kept import KeptSamples
+from vcf_batch.prepare import Job
+
+ROWS = 8
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """One committed shard; rows 2 and 5 failed, and row 3 is generated again."""
+    columns = {"weight": [float("nan"), 0.1, *range(2, ROWS)], "tags": [["a", None], None] * (ROWS // 2)}
+    manifest = runs.write_manifest(tmp_path / "in", ROWS, columns)
+    job = runs.write_output(manifest, tmp_path / "out", ROWS, failed={2, 5})
+    return dataclasses.replace(job, again={0: bytes(number == 3 for number in range(ROWS))})
+
+
+def test_the_rows_that_stay_are_there(job: Job) -> None:
+    kept = KeptSamples(job, job.shards[0])
+    assert list(kept) == [0, 1, 2, 4, 5, 6, 7]
+    assert len(kept) == 7
+    assert 3 not in kept
+    with pytest.raises(KeyError):
+        kept[3]
+
+
+def test_nothing_stays_of_a_shard_that_is_generated_whole(job: Job) -> None:
+    assert not KeptSamples(dataclasses.replace(job, again={}), job.shards[0])
+
+
+def test_what_is_read_is_what_was_written(job: Job, tmp_path: Path) -> None:
+    """Committed samples are reused byte for byte."""
+    before = runs.data_files(tmp_path / "out")
+    shard, manifest = job.shards[0], job.manifest
+    kept = KeptSamples(dataclasses.replace(job, again={0: bytes(ROWS)}), shard)
+    layout = ("png", manifest.carried_schema, manifest.reference_is_list)
+    with shards.ShardWriter(str(tmp_path / "again"), shard, *layout) as writer:
+        for number in range(ROWS):
+            writer.add(kept[number])
+        writer.finish()
+    assert runs.data_files(tmp_path / "again") == before
+
+
+def test_samples_are_read_when_they_are_asked_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the shard."""
+    read: list[str] = []
+    read_members = shards.read_members
+
+    def noted(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+        for name, data in read_members(file):
+            read.append(name)
+            yield name, data
+
+    monkeypatch.setattr(shards, "read_members", noted)
+    kept = KeptSamples(job, job.shards[0])
+    assert not read
+    assert kept[1].image == runs.png(1, 32)
+    assert len(read) <= 7
+
+
+def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:
+    tar = Path(job.config.output) / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"\x89PNG") + 60] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(StorageError, match="00000 was damaged"):
+        KeptSamples(job, job.shards[0])[0]

@@ -1,0 +1,59 @@
+"""The samples of a committed shard that stay, while its other rows are generated again."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+
+import pyarrow.parquet as pq
+
+from vcf_batch import shards, storage
+from vcf_batch.errors import StorageError
+from vcf_batch.prepare import Job
+from vcf_batch.records import OUTPUT_COLUMNS, Sample, Shard
+
+ROWS_AT_ONCE = 256
+
+
+class KeptSamples(Mapping[int, Sample]):
+    """Samples of one shard by the number of their row, read from the output when they are asked for: once, in order.
+
+    Args:
+        job: the run; its :attr:`~vcf_batch.prepare.Job.again` says which rows do not stay.
+        shard: one of its shards.
+    """
+
+    def __init__(self, job: Job, shard: Shard) -> None:
+        self._shard = shard
+        self._again = job.again.get(shard.index, bytes([True]) * len(shard))
+        self._samples = _committed(job, shard)
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and not self._again[number - self._shard.start]
+
+    def __getitem__(self, number: int) -> Sample:
+        if number not in self:
+            raise KeyError(number)
+        return next(sample for sample in self._samples if sample.row.number == number)
+
+    def __iter__(self) -> Iterator[int]:
+        return (number for number in range(self._shard.start, self._shard.stop) if number in self)
+
+    def __len__(self) -> int:
+        return self._again.count(False)
+
+
+def _committed(job: Job, shard: Shard) -> Iterator[Sample]:
+    """Every sample of a committed shard, in order."""
+    stem = storage.join(job.config.output, shard.name)
+    rows = job.manifest.iter_rows(shard.start, shard.stop, job.config.seed)
+    samples = shards.read_samples(f"{stem}.tar")
+    with storage.refusals_as_storage_errors(), storage.open_read(f"{stem}.parquet") as file:
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[*OUTPUT_COLUMNS], use_threads=False):
+            for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
+                image = None
+                if record["status"] == "success":
+                    image = next(samples)[job.config.image_format]
+                    if hashlib.sha256(image).hexdigest() != record["sha256"]:
+                        raise StorageError(f"shard {shard.name} was damaged while it was repaired; repair it again")
+                yield shards.sample_of(row, record, image)
