@@ -141,6 +141,7 @@ def shard_contents(draw: st.DrawFn) -> tuple[list[Sample], pa.Schema, bool]:
             draw(_words),
             tuple(draw(st.lists(reference, max_size=3 if is_list else 1))),
             draw(st.integers(0, 2**63 - 1)),
+            draw(st.none() | st.just(Reference("s3://user:secret@bucket/n.png"))),
             carried={name: draw(st.none() | values) for name, (_, values) in zip(carried.names, columns, strict=True)},
         )
         status: Status = draw(st.sampled_from(["success", "success", "rejected", "failed"]))
@@ -219,6 +220,8 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
     assert table["strength"].to_pylist() == [s.settings["strength"] for s in samples]
     uris = [[one.uri and redact(one.uri) for one in s.row.references] for s in samples]
     assert table["reference"].to_pylist() == [(some or None) if is_list else (some or [None])[0] for some in uris]
+    negatives = [s.row.negative_reference for s in samples]
+    assert table["negative_reference"].to_pylist() == [one and redact(str(one.uri)) for one in negatives]
 
     successes = [s for s in samples if s.status == "success"]
     assert [one["__key__"] for one in in_tar] == [s.row.key for s in successes]
