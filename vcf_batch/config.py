@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -165,14 +166,14 @@ class RunConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise UsageError(f"unknown setting {unknown[0]!r}; known are: {', '.join(fields)}")
+            raise UsageError(f"unknown setting {reprlib.repr(unknown[0])}; known are: {', '.join(fields)}")
         missing = [name for name in ("manifest", "output") if not values.get(name)]
         if missing:
             raise UsageError(f"{missing[0]} is missing: give it on the command line or in the configuration file")
         for name, value in values.items():
             expected = fields[name].type
             if not _is_a(value, expected):
-                raise UsageError(f"{name} is {value!r}; it must be {_in_words(expected)}")
+                raise UsageError(f"{name} is {reprlib.repr(value)}; it must be {_in_words(expected)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,7 +255,11 @@ def load_yaml(text: str, source: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UsageError(f"{source} is not valid YAML in line {line}: {error.problem}") from error
+    # Numbers and dates that Python cannot hold, and endless nesting, get past YAML's own errors.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{source} must be a mapping of setting to value, not {type(values).__name__}")
@@ -263,7 +268,7 @@ def load_yaml(text: str, source: str) -> dict[str, Any]:
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        raise UsageError(f"{name} is {reprlib.repr(value)}; it must be one of {', '.join(allowed)}")
 
 
 def _between(name: str, value: float | None, low: float, high: float | None) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ _WEIGHTS = (".safetensors", ".bin")
 _SUFFIXES = (*_WEIGHTS, ".json", ".txt")
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 _CONFIGS = ("config.json", "model_index.json")
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
+"""What a pipeline's parts may come from."""
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKER = ".complete.json"
@@ -127,7 +130,16 @@ def load_errors(what: str, remedy: str = "") -> Iterator[None]:
         # Loaders report what a model lacks as an OSError without a number.
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise StorageError(f"cannot read {what} on this node: {error}") from error
-        raise ModelError(f"cannot load {what}: {error}{remedy}") from error
+        reason: object = error
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
+            reason = "a .bin file of it is damaged, or a pickle of more than weights; nothing in it was run"
+        raise ModelError(f"cannot load {what}: {reason}{remedy}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
@@ -149,7 +161,7 @@ def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
         config = json.loads(data)
     except FileNotFoundError:
         return None
-    except (PermissionError, ValueError) as error:
+    except (PermissionError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} of the model {storage.redact(model.name)} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} of the model {storage.redact(model.name)} is not a JSON object")
@@ -226,14 +238,29 @@ def _refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes])
         if not file.endswith(_CONFIGS):
             continue
         try:
-            config = json.loads(read(file))
-        except ValueError as error:
+            wanted = next(_code_named_in(json.loads(read(file)), PurePosixPath(file).name == "model_index.json"), None)
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{where} has a damaged {file}: {error}") from error
-        if isinstance(config, dict) and "auto_map" in config:
+        if wanted is not None:
             raise ModelError(
-                f"{where} wants to run code of its own ('auto_map' in {file}), which is never done; "
+                f"{where} wants to run code of its own ({wanted!r} in {file}), which is never done; "
                 "use a model of diffusers' and transformers' own classes"
             )
+
+
+def _code_named_in(config: Any, is_index: bool) -> Iterator[str]:
+    """Settings of a configuration, at any depth, that name a module of the model's own, a kernel or another library."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _code_named_in(item, False)
+    if not isinstance(config, dict):
+        return
+    for name, value in config.items():
+        is_module = is_index and isinstance(value, list) and value[:1] not in ([None], *([one] for one in _LIBRARIES))
+        is_kernel = name.endswith("attn_implementation") and "/" in str(value)
+        if name == "auto_map" or is_module or is_kernel:
+            yield name
+        yield from _code_named_in(value, False)
 
 
 def _combine(parts: Mapping[str, str]) -> str:

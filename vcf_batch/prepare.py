@@ -5,6 +5,7 @@ Neither torch nor Ray is needed for that.
 
 import hashlib
 import importlib.metadata
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,9 +171,11 @@ def open_manifest(config: RunConfig, found: Mapping[str, Any] | None) -> Manifes
 
     Raises:
         ManifestError: it breaks its contract.
-        UsageError: most of its first rows have references that may not be read.
+        UsageError: most of its first rows have references that may not be read, or the output is where its files would
+            become a part of the manifest or the model.
     """
     manifest = Manifest.open(config.manifest, config.limit)
+    _check_output(manifest, config)
     if (
         found is None
         or found["fields"].get("manifest_id") != manifest.identity
@@ -181,6 +184,24 @@ def open_manifest(config: RunConfig, found: Mapping[str, Any] | None) -> Manifes
         manifest.check()
     _check_policy(manifest, config)
     return manifest
+
+
+def _check_output(manifest: Manifest, config: RunConfig) -> None:
+    output = _real(config.output)
+    if output == _real(manifest.base):
+        raise UsageError(
+            f"output {config.output} is the manifest's own folder, where the two would be taken for one; name another "
+            "folder, or one in it"
+        )
+    if os.path.isdir(config.model) and f"{output}/".startswith(f"{_real(config.model)}/"):
+        raise UsageError(
+            f"output {config.output} lies in the folder of the model, and its files would count as the model's; name "
+            "another folder"
+        )
+
+
+def _real(url: str) -> str:
+    return os.path.realpath(storage.absolute(url)) if storage.is_local(url) else url.rstrip("/")
 
 
 def _check_policy(manifest: Manifest, config: RunConfig) -> None:
@@ -284,23 +305,24 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     guided = is_guided(config, manifest)
     if guided:
         _check_guide(resolved, index)
-    native = unet["sample_size"]
-    native_height, native_width = (native, native) if isinstance(native, int) else native
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    config = config.replace(
-        image_tokens=config.image_tokens or (aligner or {}).get("tokens"),
-        steps=config.steps or index.get("default_steps", DEFAULT_STEPS),
-        guidance_scale=(
-            index.get("default_guidance_scale", DEFAULT_GUIDANCE_SCALE)
-            if config.guidance_scale is None
-            else config.guidance_scale
-        ),
-        height=config.height or native_height * factor,
-        width=config.width or native_width * factor,
-        dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
-    )
-    if config.shard_size is None:
+    with models.load_errors(f"the configuration of {config.model}"):
+        native = unet["sample_size"]
+        native_height, native_width = (native, native) if isinstance(native, int) else native
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        config = config.replace(
+            image_tokens=config.image_tokens or (aligner or {}).get("tokens"),
+            steps=config.steps or index.get("default_steps", DEFAULT_STEPS),
+            guidance_scale=(
+                index.get("default_guidance_scale", DEFAULT_GUIDANCE_SCALE)
+                if config.guidance_scale is None
+                else config.guidance_scale
+            ),
+            height=config.height or native_height * factor,
+            width=config.width or native_width * factor,
+            dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+        )
         seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
+    if config.shard_size is None:
         config = config.replace(shard_size=default_shard_size(manifest.num_rows, config.batch_size, seconds))
     fields = fingerprint_fields(
         config,

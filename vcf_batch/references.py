@@ -6,8 +6,10 @@ after ``..`` and local links are resolved, and what was compared is what is open
 """
 
 import http.client
+import io
 import os
 import re
+import socket
 import string
 import time
 import urllib.error
@@ -178,16 +180,16 @@ class ReferenceReader:
 
     def _fetch_web(self, url: str, shown: str) -> bytes:
         """At most ``MAX_BYTES + 1`` bytes of a web address, retried while the server or the network is in trouble."""
-        opener = urllib.request.build_opener(_Redirects(self, shown))
+        deadline = time.monotonic() + WEB_TOTAL_SECONDS
+        opener = urllib.request.build_opener(_Redirects(self, shown), _Web(deadline))
         # Spaces and letters beyond ASCII occur in manifests; what is quoted already stays as it is.
         request = urllib.request.Request(
             urllib.parse.quote(url, safe=string.punctuation), headers={"User-Agent": f"vcf-batch/{__version__}"}
         )
-        deadline = time.monotonic() + WEB_TOTAL_SECONDS
         for attempt in range(1, WEB_ATTEMPTS + 1):
             try:
                 with opener.open(request, timeout=WEB_TIMEOUT_SECONDS) as response:
-                    return _read_until(response, deadline)
+                    return _read_all(response)
             except urllib.error.HTTPError as error:
                 error.close()
                 if error.code in (404, 410):
@@ -219,6 +221,51 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if error is not None:
             raise RowError(f"reference {self._shown} redirects to a place that is not allowed: {error}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _UntilDeadline(io.RawIOBase):
+    """A connection's bytes, until a deadline: a server can drip headers as well as contents."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self._raw = connection.makefile("rb", buffering=0)
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"not complete after {WEB_TOTAL_SECONDS:g} s")
+        self._connection.settimeout(min(left, WEB_TIMEOUT_SECONDS))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Web(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens web addresses whose answers have to be complete at ``deadline``."""
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> http.client.HTTPResponse:
+        def answer(connection: socket.socket, **said: Any) -> http.client.HTTPResponse:
+            response = http.client.HTTPResponse(connection, **said)
+            response.fp.close()
+            response.fp = io.BufferedReader(_UntilDeadline(connection, self._deadline))
+            return response
+
+        def connect(host: str, **options: Any) -> http.client.HTTPConnection:
+            connection = http_class(host, **options)
+            connection.response_class = answer
+            return connection
+
+        return super().do_open(connect, req, **options)
 
 
 def _root(url: str) -> _Place:
@@ -290,12 +337,10 @@ def _web_place(scheme: str, url: str) -> _Place:
     return _Place(scheme, host, tuple(segments), address)
 
 
-def _read_until(response: http.client.HTTPResponse, deadline: float) -> bytes:
+def _read_all(response: http.client.HTTPResponse) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while size <= MAX_BYTES and (chunk := response.read1(min(1 << 20, MAX_BYTES + 1 - size))):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not complete after {WEB_TOTAL_SECONDS:g} s")
         chunks.append(chunk)
         size += len(chunk)
     # read1 ends without a word where a connection breaks off; what is missing is the network's fault, not the row's.

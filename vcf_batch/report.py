@@ -1,5 +1,6 @@
 """Look at a run: the contact sheet, drawn from the output alone and the references it names."""
 
+import bisect
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -121,6 +122,5 @@ def _fit(text: str, font: Any, width: int) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    too_long = bisect.bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "..."))
+    return text[: max(too_long - 1, 0)] + "..."

@@ -515,10 +515,17 @@ def _info(url: str) -> dict[str, Any]:
 def _local_files(folder: str) -> Iterator[tuple[str, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            # A file that vanishes meanwhile was not there: listings race with other writers.
-            with contextlib.suppress(FileNotFoundError):
-                if entry.is_file() and not entry.name.startswith(_TEMPORARY):
-                    yield entry.name, entry.stat().st_size
+            try:
+                found = entry.is_file() and not entry.name.startswith(_TEMPORARY)
+                size = entry.stat().st_size if found else 0
+            except OSError as error:
+                # A file that vanishes meanwhile was not there: listings race with other writers. Nor is a link in a
+                # circle a file.
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+            else:
+                if found:
+                    yield entry.name, size
 
 
 def _raise(error: OSError) -> None:

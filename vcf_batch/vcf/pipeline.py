@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, REFERENCE_PARTS, UNCONDITIONALS
+from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, MAX_STRENGTH, REFERENCE_PARTS, UNCONDITIONALS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition, default_strength
@@ -82,6 +82,8 @@ class VCFPipeline(StableDiffusionPipeline):
             raise ModelError(
                 "VCFPipeline runs no safety checker; pass safety_checker=None and check its output instead"
             )
+        if default_strength is not None and not 0 <= default_strength <= MAX_STRENGTH:
+            raise ModelError(f"default_strength is {default_strength}; it must be between 0 and {MAX_STRENGTH:g}")
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
