@@ -20,6 +20,8 @@ from vcf_batch.vcf import evaluate
 
 PAIRS, SEEDS = 3, 2
 METHODS = [("text only", 0.0), ("naive", 0.3), ("cross-attention", 0.3), ("concat", 0.5), ("concat", 1.0)]
+PNO = ("concat + PNO", 1.0)
+PNO_SIZE = ("--pno-steps", 1, "--pno-samples", 2)
 
 
 def call(*arguments: object) -> Result:
@@ -28,7 +30,21 @@ def call(*arguments: object) -> Result:
 
 def run(model: Path, out: Path, *more: object) -> Result:
     settings = ("--steps", 2, "--height", 32, "--width", 32, "--num-workers", 1, "--address", "local")
-    return call("--model", model, "--out", out, "--pairs", PAIRS, "--seeds", SEEDS, "--strength", 0.5, *settings, *more)
+    return call(
+        "--model",
+        model,
+        "--out",
+        out,
+        "--pairs",
+        PAIRS,
+        "--seeds",
+        SEEDS,
+        "--strength",
+        0.5,
+        *PNO_SIZE,
+        *settings,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +72,7 @@ def test_every_method_gets_the_same_prompts_references_and_noise(out: Path) -> N
     rows = runs.rows_of(out / "samples")
     cases = {case(row) for row in rows}
     assert len(cases) == PAIRS * SEEDS
-    assert len(rows) == len(METHODS) * len(cases)
+    assert len(rows) == len(METHODS) * len(cases) + 2
     for method in METHODS:
         assert {case(row) for row in rows if (row["method"], row["strength"]) == method} == cases
 
@@ -68,9 +84,9 @@ def test_text_only_is_compared_with_the_reference_too(out: Path) -> None:
 
 def test_the_results_are_the_means_of_the_samples(out: Path) -> None:
     rows, lines = runs.rows_of(out / "samples"), json.loads((out / "results.json").read_text())["methods"]
-    assert [(line["method"], line["strength"]) for line in lines] == METHODS
+    assert [(line["method"], line["strength"]) for line in lines] == [*METHODS, PNO, ("concat, those of PNO", 1.0)]
     assert all(share == {"value": 1.0, "low": 1.0, "high": 1.0} for share in lines[0]["relative"].values())
-    for line in lines:
+    for line in lines[:-1]:
         own = [row for row in rows if (row["method"], row["strength"]) == (line["method"], line["strength"])]
         for name, interval in line["scores"].items():
             assert interval["value"] == pytest.approx(sum(row[name] for row in own) / len(own))
@@ -79,10 +95,20 @@ def test_the_results_are_the_means_of_the_samples(out: Path) -> None:
     assert (out / "tradeoff.svg").read_text().count("</svg>") == 1
 
 
+def test_pno_is_compared_with_what_it_began_from(out: Path) -> None:
+    rows, lines = runs.rows_of(out / "samples"), json.loads((out / "results.json").read_text())["methods"]
+    optimised = [row for row in rows if row["method"] == PNO[0]]
+    began = [row for row in rows if (row["method"], row["strength"]) == ("concat", 1.0) and row["seed"] < 2]
+    assert [row["pno_objective"]["steps"] for row in optimised] == [1, 1]
+    assert [case(row) for row in optimised] == [case(row) for row in began]
+    assert lines[-1]["samples"] == len(began) == 2
+    assert lines[-1]["scores"]["lpips"]["value"] == pytest.approx(sum(row["lpips"] for row in began) / 2)
+
+
 def test_other_questions_do_not_mix_with_an_evaluation(model: Path, out: Path) -> None:
     before = (out / "manifest.parquet").read_bytes()
     result = run(model, out, "--strength", 0.7)
-    assert (result.exit_code, "other prompts, references, seeds or strengths" in result.output) == (4, True)
+    assert (result.exit_code, "belongs to an evaluation of other prompts" in result.output) == (4, True)
     assert (out / "manifest.parquet").read_bytes() == before
 
 

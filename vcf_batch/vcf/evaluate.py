@@ -28,7 +28,9 @@ from vcf_batch.vcf import comparison
 from vcf_batch.vcf.comparison import RELATIVE, SCORES, Line
 from vcf_batch.vcf.fusion import default_strength
 
-TEXT_ONLY = "text only"
+TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"
+"""Methods with a part of their own: what the others are compared with; what takes so long that it gets the first
+samples only; and what ``concat`` made of just these."""
 
 Case = tuple[str, str, int]
 """What the methods have in common: prompt, reference and seed."""
@@ -54,7 +56,12 @@ def drawn(count: int) -> list[dict[str, Any]]:
 
 
 def prepare(
-    config: RunConfig, pairs: Sequence[Mapping[str, Any]] | int, seeds: int, sweep: Collection[float]
+    config: RunConfig,
+    pairs: Sequence[Mapping[str, Any]] | int,
+    seeds: int,
+    sweep: Collection[float],
+    pno_steps: int = 0,
+    pno_samples: int = 0,
 ) -> RunConfig:
     """Write the manifest that compares the methods.
 
@@ -64,6 +71,8 @@ def prepare(
             model of the tiny family.
         seeds: samples of each pair and method.
         sweep: strengths of ``concat`` beside the model's own.
+        pno_steps: of prompt-noise optimisation at the model's own strength.
+        pno_samples: how many samples get it.
 
     Returns:
         The configuration to run.
@@ -91,18 +100,20 @@ def prepare(
             "one with --lpips alex --lpips-weights URL"
         )
     index = models.read_config(resolved.pipeline, "model_index.json") or {}
-    strengths = sorted({*sweep, index.get("default_strength") or default_strength("concat")} - {0.0})
-    methods: list[dict[str, Any]] = [
-        {"method": TEXT_ONLY, "fusion": "concat", "strength": 0.0},
-        {"method": "naive", "fusion": "naive", "strength": default_strength("naive")},
-        {"method": "cross-attention", "fusion": "cross_attention", "strength": default_strength("cross_attention")},
-        *({"method": "concat", "fusion": "concat", "strength": strength} for strength in strengths),
+    own = index.get("default_strength") or default_strength("concat")
+    methods = [
+        (TEXT_ONLY, "concat", 0.0, None),
+        ("naive", "naive", default_strength("naive"), None),
+        ("cross-attention", "cross_attention", default_strength("cross_attention"), None),
+        *(("concat", "concat", strength, None) for strength in sorted({*sweep, own} - {0.0})),
+        (PNO, "concat", own, pno_steps),
     ]
+    cases = [(number * seeds + seed, pair) for number, pair in enumerate(pairs) for seed in range(seeds)]
     rows = [
-        {**pair, "seed": number * seeds + seed, **method}
-        for number, pair in enumerate(pairs)
-        for seed in range(seeds)
-        for method in methods
+        {**pair, "seed": seed, "method": name, "fusion": fusion, "strength": strength, "pno_steps": steps}
+        for seed, pair in cases
+        for name, fusion, strength, steps in methods
+        if name != PNO or seed < pno_samples
     ]
     _publish(config.manifest, rows)
     return config
@@ -116,8 +127,8 @@ def _publish(url: str, rows: list[dict[str, Any]]) -> None:
     except FileExistsError:
         if storage.read_bytes(url) != file.getvalue():
             raise RefusedError(
-                f"{storage.redact(url)} belongs to an evaluation of other prompts, references, seeds or strengths; "
-                "use another --out, or rerun with those"
+                f"{storage.redact(url)} belongs to an evaluation of other prompts, references, seeds, strengths or "
+                "PNO; use another --out, or rerun with those"
             ) from None
 
 
@@ -143,8 +154,14 @@ def tabulate(config: RunConfig) -> str:
     base = {_case(sample): sample for sample in groups.get((TEXT_ONLY, 0.0), ())}
     if record is None or not base:
         raise UsageError(f"{storage.redact(config.output)} has no picture of text only to compare the others with")
-    comparable = ([sample for sample in group if _case(sample) in base] for group in groups.values())
-    lines = [_line(group, base) for group in comparable if group]
+    for (method, strength), group in [*groups.items()]:
+        if method == PNO and len(group) < len(base):
+            cases = {_case(sample) for sample in group}
+            groups[SAME, strength] = [
+                sample for sample in groups.get(("concat", strength), ()) if _case(sample) in cases
+            ]
+    comparable = {key: [sample for sample in group if _case(sample) in base] for key, group in groups.items()}
+    lines = [_line(method, group, base) for (method, _), group in comparable.items() if group]
     results = {
         **{name: record[name] for name in ("models", "config", "versions")},
         "interval": {"level": LEVEL, "draws": DRAWS},
@@ -188,11 +205,11 @@ def _case(sample: Mapping[str, Any]) -> Case:
     return sample["prompt"], sample["reference"], sample["seed"]
 
 
-def _line(samples: Sequence[Mapping[str, Any]], base: Mapping[Case, Mapping[str, Any]]) -> Line:
+def _line(method: str, samples: Sequence[Mapping[str, Any]], base: Mapping[Case, Mapping[str, Any]]) -> Line:
     first = samples[0]
     bootstrap = Bootstrap([sample["prompt"] for sample in samples], [sample["reference"] for sample in samples])
     return Line(
-        method=first["method"],
+        method=method,
         fusion=first["fusion"],
         strength=first["strength"],
         samples=len(samples),
