@@ -29,7 +29,7 @@ def noise_regularizer(
     """How unlikely noise is to be standard normal, by concentration bounds (docs/method.md, section 5).
 
     Mean and covariance of the noise's blocks are held against what independent normal numbers give, in the noise's own
-    order and in random ones. Typical noise has ``4 log 2``, and no gradient.
+    order and in random ones. Typical noise has ``4 log 2``, the least with permutations, or a little more.
 
     Args:
         noise: all noise of one sample, of any shape; padded with zeros to whole blocks.

@@ -1,0 +1,148 @@
+"""Prompt-noise optimisation: what it takes, and what it gives.
+
+``python benchmarks/pno.py memory``: peak memory of a gradient through 5, 20 and 50 denoising steps, each in a process
+of its own: where activations are computed again, as the project does, and where they are kept.
+
+``python benchmarks/pno.py quality``: a run over the demo manifest without and with optimisation, and what guide,
+judge and perceptual distance say about the two.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from vcf_batch import images, models, pool, shards
+from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.vcf import pno, sampling
+from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.guide import Guide
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+DEMO = Path(__file__).parent.parent / "manifests" / "demo.parquet"
+STEPS = (5, 20, 50)
+BETTER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "guide": lambda change: change > 0,
+    "clip_reference": lambda change: change > 0,
+    "lpips": lambda change: change < 0,
+    "clip_score": lambda change: change > 0,
+}
+"""Scores, and when a change of them is one for the better."""
+
+
+def load(model: str) -> tuple[VCFPipeline, Guide]:
+    """The model and its own guide, frozen, on the GPU if there is one."""
+    pipeline = VCFPipeline.from_pretrained(models.fetch(models.resolve(model)), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    for network in (pipeline.unet, pipeline.vae):
+        network.requires_grad_(False)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    statistics = pipeline.feature_extractor
+    return pipeline, Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
+
+
+def peak_memory() -> float:
+    """Of this process, in MiB: what torch has allocated on the GPU, or all of it where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@click.group()
+def main() -> None:
+    """Measure prompt-noise optimisation."""
+
+
+@main.command()
+@click.option("--model", default="tiny", show_default=True)
+@click.option("--batch-size", default=8, show_default=True)
+def memory(model: str, batch_size: int) -> None:
+    """Peak memory, in MiB, against the denoising steps that the gradient goes through."""
+    click.echo(
+        "| denoising steps | sampling alone | activations computed again | activations kept |\n|---|---|---|---|"
+    )
+    for steps in STEPS:
+        command = [sys.executable, __file__, "gradient", model, str(batch_size), str(steps)]
+        again, kept = (
+            json.loads(subprocess.run([*command, *extra], check=True, stdout=subprocess.PIPE, text=True).stdout)
+            for extra in ([], ["--keep"])
+        )
+        click.echo(f"| {steps} | {again['sampling']:.0f} | {again['gradient']:.0f} | {kept['gradient']:.0f} |")
+
+
+@main.command(hidden=True)
+@click.argument("model")
+@click.argument("batch_size", type=int)
+@click.argument("steps", type=int)
+@click.option("--keep", is_flag=True)
+def gradient(model: str, batch_size: int, steps: int, keep: bool) -> None:
+    """Sample once, then take one step of optimisation; print the peak after each."""
+    pipeline, guide = load(model)
+    if keep:
+        sampling.checkpoint = lambda function, *inputs, **_: function(*inputs)
+    reference = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    fusions = [Fusion([tokens]) for tokens in pipeline.encode_references([reference] * batch_size)]
+    text, negative = (pipeline.encode_prompts([prompt] * batch_size) for prompt in ("a red star", ""))
+    seeds = list(range(batch_size))
+    sample, noise, conditioning = pipeline.prepare(text, negative, fusions, seeds=seeds, steps=steps)
+    with torch.no_grad():
+        sample(noise, conditioning)
+    alone = peak_memory()
+    targets = guide.targets([[reference]] * batch_size, [None] * batch_size)
+    settings: dict[str, Any] = {"steps": 1, "lr_conditioning": 1e-2, "lr_noise": 1e-2, "gamma": 0.1}
+    pno.optimize(sample, noise, conditioning, guide, targets, seeds=seeds, **settings)
+    click.echo(json.dumps({"sampling": alone, "gradient": peak_memory()}))
+
+
+@main.command()
+@click.option("--manifest", type=click.Path(path_type=Path, exists=True), default=DEMO, help="[default: the demo's]")
+@click.option("--model", default="tiny", show_default=True)
+@click.option("--pno-steps", default=10, show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="NAME=NUMBER", help="Another setting of the run. Repeatable.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to keep both runs in.")
+def quality(manifest: Path, model: str, pno_steps: int, settings: tuple[str, ...], out: Path | None) -> None:
+    """What the guide, the judge and the perceptual distance say, without and with optimisation."""
+    numbers: dict[str, Any] = {"address": "local"}
+    numbers |= {name: float(value) for name, _, value in (each.partition("=") for each in settings)}
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-pno-") as temporary:
+        folder, found = out or Path(temporary), []
+        for name, steps in (("without", 0), ("with", pno_steps)):
+            output = str(folder / name)
+            config = RunConfig(manifest=str(manifest), output=output, model=model, pno_steps=steps, **numbers)
+            click.echo(pool.run(config), err=True)
+            found.append(scores(folder / name, manifest.parent, model))
+    click.echo(f"| mean of {len(found[0])} rows | without | with | rows that get better |\n|---|---|---|---|")
+    for score, better in BETTER.items():
+        before, after = (np.array([row[score] for row in rows]) for rows in found)
+        share = better(after - before).mean()
+        click.echo(f"| {score} | {before.mean():.4f} | {after.mean():.4f} | {share:.1%} |")
+
+
+def scores(output: Path, base: Path, model: str) -> list[dict[str, Any]]:
+    """Rows of a run's parquets that have a reference, with the cosine that the guide sees."""
+    _, guide = load(model)
+    rows = []
+    for parquet in sorted(output.glob("*.parquet")):
+        files = {sample["__key__"]: sample["png"] for sample in shards.read_samples(str(parquet.with_suffix(".tar")))}
+        for row in pq.read_table(parquet).to_pylist():
+            if row["reference"] is None:
+                continue
+            pixels = torch.from_numpy(images.to_unit(images.decode(files[row["key"]], MAX_PIXELS)))
+            reference = images.decode((base / row["reference"]).read_bytes(), MAX_PIXELS)
+            target = guide.targets([[reference]], [None])
+            rows.append(row | {"guide": (guide.embed(pixels.permute(2, 0, 1)[None]) * target).sum().item()})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
