@@ -92,6 +92,21 @@ def test_text_only_equals_stable_diffusion(pipeline: VCFPipeline) -> None:
     torch.testing.assert_close(ours, as_tensor(expected), atol=1e-5, rtol=0)
 
 
+def test_noise_in_each_step_equals_stable_diffusion(pipeline: VCFPipeline) -> None:
+    """With eta, a sample's generator goes on after the initial noise, step by step."""
+    prompts, seeds = ["a red cat", "a blue dog"], [11, 12]
+    expected = stock(pipeline)(
+        prompts,
+        guidance_scale=3.0,
+        num_inference_steps=4,
+        eta=0.7,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).images
+    ours = pipeline.generate(prompts, seeds=seeds, guidance_scale=3, steps=4, eta=0.7)
+    torch.testing.assert_close(ours, as_tensor(expected), atol=1e-5, rtol=0)
+
+
 def test_text_only_without_guidance_equals_stable_diffusion(pipeline: VCFPipeline) -> None:
     generator = torch.Generator().manual_seed(5)
     expected = stock(pipeline)(

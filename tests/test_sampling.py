@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_models import IMAGE_TOKENS, TEXT_TOKENS, build_pipeline
 
 from vcf_batch.config import FUSIONS, SCHEDULERS
+from vcf_batch.errors import UsageError
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.sampling import denoise, make_scheduler
@@ -49,6 +50,14 @@ def test_schedulers_agree_on_the_image(pipeline: VCFPipeline) -> None:
     )
     for other in others:
         assert (other - expected).abs().mean() < 0.02
+
+
+def test_eta_is_for_ddim_up_to_1(pipeline: VCFPipeline, image: Image.Image) -> None:
+    """At zero terminal SNR, three steps at eta 1 end in the root of a negative number if nothing is done."""
+    assert red_cat(pipeline, image, eta=1.0, steps=3).isfinite().all()
+    for scheduler in ("dpm++", "euler"):
+        with pytest.raises(UsageError, match=r"eta is 0\.5; only the scheduler ddim"):
+            red_cat(pipeline, image, eta=0.5, scheduler=scheduler)
 
 
 def test_guidance_1_leaves_the_unconditional_side_out(epsilon: VCFPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
