@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -327,7 +328,7 @@ def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(manifest, "_BUILD_ROWS", 5)
     prompts = (line for line in ["a cat\n", "\n", "  a dog  ", "a fox"])
     out = str(tmp_path / "new" / "m.parquet")
-    assert manifest.build(prompts, ["x.png", "y.png"], 4, out) == 24
+    assert manifest.build(prompts, ["x.png", "y.png"], out, seeds=4) == 24
     table = pq.read_table(out).to_pylist()
     assert [(r["prompt"], r["reference"], r["seed"]) for r in table] == [
         (prompt, reference, seed)
@@ -342,16 +343,31 @@ def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_build_without_references_is_text_only_and_repeatable(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert manifest.build(["a cat"], [], 2, str(tmp_path / name)) == 2
+        assert manifest.build(["a cat"], [], str(tmp_path / name), seeds=2) == 2
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert [row.references for row in Manifest.open(str(tmp_path / "a")).rows(0, 2, 0)] == [(), ()]
 
 
+def test_build_writes_as_many_rows_of_a_pairing_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Balanced: every prompt and every reference equally often, each pair with all its seeds."""
+    monkeypatch.setattr(manifest, "_BUILD_ROWS", 7)
+    out = str(tmp_path / "m.parquet")
+    prompts, references = [f"cat {n}" for n in range(6)], [f"{n}.png" for n in range(4)]
+    assert manifest.build(prompts, references, out, pairing="balanced", rows=24, seeds=2) == 24
+    table = pq.read_table(out).to_pylist()
+    assert len({(row["prompt"], row["reference"]) for row in table}) == 12
+    assert set(Counter(row["prompt"] for row in table).values()) == {4}
+    assert set(Counter(row["reference"] for row in table).values()) == {6}
+    assert [row["seed"] for row in table] == [0, 1] * 12
+
+
 def test_build_refuses_nothing_to_do(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="seeds is 0"):
-        manifest.build(["a"], [], 0, str(tmp_path / "m.parquet"))
+        manifest.build(["a"], [], str(tmp_path / "m.parquet"), seeds=0)
     with pytest.raises(UsageError, match="no prompts"):
-        manifest.build([" ", ""], [], 1, str(tmp_path / "m.parquet"))
+        manifest.build([" ", ""], [], str(tmp_path / "m.parquet"))
+    with pytest.raises(UsageError, match="rows is 7; 2 prompts, 1 references and 3 seeds make 1 to 6 different rows"):
+        manifest.build(["a", "b"], [], str(tmp_path / "m.parquet"), rows=7, seeds=3)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,6 +15,7 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable
+from vcf_batch.pairing import PAIRINGS
 
 MAX_CONFIG_BYTES = 1 << 20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -269,15 +270,25 @@ def _given(ctx: click.Context) -> dict[str, Any]:
 @main.command(cls=_Command)
 @click.option("--prompts", required=True, metavar="FILE", help="Text file, one prompt a line; empty lines are skipped.")
 @click.option("--references", metavar="DIR", help="Folder of reference images. Without it, prompts alone.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Images of each combination.")
+@click.option(
+    "--pairing",
+    type=click.Choice(PAIRINGS),
+    default="cross",
+    show_default=True,
+    help="Every prompt with every reference (cross), a random sample of these pairs, or a sample in which each prompt "
+    "and each reference comes equally often (balanced).",
+)
+@click.option("--rows", type=click.IntRange(min=1), help="Rows to write.  [default: all combinations]")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Images of each pair.")
+@click.option("--pairing-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random, balanced.")
 @click.option("--out", required=True, metavar="FILE", help="The Parquet manifest to write.")
 @_debug_option
-def manifest(prompts: str, references: str | None, seeds: int, out: str) -> None:
-    """Build a manifest: every prompt with every reference and seed."""
+def manifest(prompts: str, references: str | None, out: str, **pairing: Any) -> None:
+    """Build a manifest: prompts paired with references."""
     from vcf_batch import manifest as manifests  # pyarrow is not needed to print a help text
 
     images = _images_in(references, out) if references else []
-    count = manifests.build(_prompts_in(prompts), images, seeds, storage.absolute(out))
+    count = manifests.build(_prompts_in(prompts), images, storage.absolute(out), **pairing)
     click.echo(f"{storage.redact(out)}: {count:,} rows")
 
 

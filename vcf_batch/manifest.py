@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from vcf_batch import parquet, storage
 from vcf_batch.contract import COLUMNS, SAFE_ID, carried_schema, check_schema, has_reference_lists, parse_rows, shown
 from vcf_batch.errors import ManifestError, UsageError
+from vcf_batch.pairing import pairs
 from vcf_batch.parquet import ParquetFile
 from vcf_batch.records import Row
 from vcf_batch.unique import RepeatFinder
@@ -160,51 +161,61 @@ class Manifest:
         return itertools.chain.from_iterable(file.batches(start, stop, columns, most) for file in self._files)
 
 
-def build(prompts: Iterable[str], references: Sequence[str], seeds: int, out: str) -> int:
-    """Write the cross product prompts x references x seeds as a manifest, streamed.
+def build(
+    prompts: Iterable[str],
+    references: Sequence[str],
+    out: str,
+    *,
+    pairing: str = "cross",
+    rows: int | None = None,
+    seeds: int = 1,
+    pairing_seed: int = 0,
+) -> int:
+    """Write a manifest that pairs prompts with references, streamed.
 
-    Rows go through all references and seeds of a prompt before the next one. Seeds are 0 to ``seeds - 1`` for every
-    pair, so that pairs can be compared. Blank prompts, as at the end of a text file, are skipped.
+    Seeds are 0 to ``seeds - 1`` for every pair, one row after the other, so that pairs can be compared. Blank prompts,
+    as at the end of a text file, are skipped.
 
     Args:
         prompts: any number; surrounding white space is removed.
         references: URIs, or paths relative to the folder of ``out``; none means text only.
-        seeds: images for each pair.
         out: file to write; a path or any fsspec URL.
+        pairing: see :func:`vcf_batch.pairing.pairs`.
+        rows: how many to write; None is every pair with every seed.
+        seeds: images for each pair.
+        pairing_seed: of the pairings ``random`` and ``balanced``.
 
     Returns:
         The number of rows.
 
     Raises:
-        UsageError: no prompts, or ``seeds`` is below 1.
+        UsageError: no prompts, ``seeds`` is below 1, or there are not as many rows as asked for.
         StorageError: the storage failed.
     """
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it must be at least 1")
+    texts = pa.array(filter(None, map(str.strip, prompts)), pa.string())
+    if not len(texts):
+        raise UsageError("there are no prompts: every line is blank")
     choices = pa.array(references, pa.string()) if references else pa.nulls(1, pa.string())
-    per_prompt = len(choices) * seeds
-    total = 0
+    most = len(texts) * len(choices) * seeds
+    rows = most if rows is None else rows
+    if not 1 <= rows <= most:
+        raise UsageError(
+            f"rows is {rows}; {len(texts):,} prompts, {len(choices):,} references and {seeds:,} seeds make 1 to "
+            f"{most:,} different rows"
+        )
+    pairs_at = pairs(pairing, len(texts), len(choices), pairing_seed)
     with tempfile.TemporaryDirectory(prefix="vcf-batch-manifest-") as scratch:
         path = Path(scratch) / "manifest.parquet"
         with pq.ParquetWriter(path, _BUILD_SCHEMA, compression="zstd") as writer:
-            pending: list[pa.Table] = []
-            pending_rows = 0
-            for prompt in filter(None, map(str.strip, prompts)):
-                for start in range(0, per_prompt, _BUILD_ROWS):
-                    index = np.arange(start, min(start + _BUILD_ROWS, per_prompt))
-                    columns = [pa.repeat(prompt, len(index)), choices.take(index // seeds), pa.array(index % seeds)]
-                    pending.append(pa.Table.from_arrays(columns, schema=_BUILD_SCHEMA))
-                    pending_rows += len(index)
-                    if pending_rows >= _BUILD_ROWS:
-                        writer.write_table(pa.concat_tables(pending))
-                        total, pending, pending_rows = total + pending_rows, [], 0
-            if pending:
-                writer.write_table(pa.concat_tables(pending))
-                total += pending_rows
-        if not total:
-            raise UsageError("there are no prompts: every line is blank")
+            for start in range(0, rows, _BUILD_ROWS):
+                pair, seed = np.divmod(np.arange(start, min(start + _BUILD_ROWS, rows)), seeds)
+                prompt, reference = pairs_at(pair)
+                columns = [texts.take(pa.array(prompt)), choices.take(pa.array(reference)), pa.array(seed)]
+                writer.write_table(pa.Table.from_arrays(columns, schema=_BUILD_SCHEMA))
         storage.upload(str(path), out)
-    return total
+    return rows
 
 
 def _discover(url: str) -> tuple[str, list[str]]:
