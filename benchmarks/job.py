@@ -1,0 +1,60 @@
+"""The whole job of a worker against bare sampling, side by side: ``python benchmarks/job.py``.
+
+The demo manifest on the embedded model, in this process: one shard as a worker does it (manifest and references read,
+sampled, scored, encoded, written, staged) and the same batches sampled and nothing else. The rounds alternate.
+"""
+
+import tempfile
+
+import click
+from PIL import Image
+from sampling import alternate
+
+from vcf_batch import plan, prepare, worker
+from vcf_batch.config import RunConfig
+
+
+@click.command()
+@click.option("--manifest", default="manifests/demo.parquet", show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--threads", default=1, show_default=True, help="Of the sampling; a worker's --cpus-per-worker.")
+def main(manifest: str, rounds: int, threads: int) -> None:
+    """Print the ratio of the two, from the medians of the rounds."""
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-job-") as output:
+        config = prepare.absolute(
+            RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads)
+        )
+        job = prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
+        loaded = worker.load(
+            config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
+        )
+        tools, size = loaded.tools, job.config.batch_size
+        shard = plan.ShardPlan(job.manifest.num_rows, job.manifest.num_rows)[0]
+        rows = job.manifest.rows(shard.start, shard.stop, job.config.seed)
+        pictures: list[list[Image.Image]] = [[tools.references.read(r) for r in row.references] for row in rows]
+
+        def whole_job() -> None:
+            loaded.run(shard, 1, "benchmark")
+
+        def bare_sampling() -> None:
+            tools.device.use_threads()
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                tools.pipeline.generate(
+                    [row.prompt for row in part],
+                    pictures[start : start + size],
+                    seeds=[row.seed for row in part],
+                    steps=job.config.steps,
+                    guidance_scale=job.config.guidance_scale,
+                    height=job.config.height,
+                    width=job.config.width,
+                )
+
+        medians = alternate({"bare sampling": bare_sampling, "whole job": whole_job}, rounds)
+    print(f"{len(rows)} rows in batches of {size}, {threads} threads, {rounds} rounds\n\n| work | speed |\n|---|---|")
+    for name, seconds in medians.items():
+        print(f"| {name} | {medians['bare sampling'] / seconds:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

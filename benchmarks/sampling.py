@@ -1,0 +1,73 @@
+"""Sampling against stock diffusers, side by side: ``python benchmarks/sampling.py``.
+
+The same prompts, steps and guidance on the embedded model, text only: row by row through diffusers' own
+``StableDiffusionPipeline``, as a loop over prompts does it, and in batches through ``VCFPipeline``. The rounds
+alternate, so that a busy machine slows both.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from diffusers import StableDiffusionPipeline
+
+from vcf_batch.models import tiny_folder
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "star", "ring", "cross")
+
+
+def stock_pipeline(pipeline: VCFPipeline) -> StableDiffusionPipeline:
+    """diffusers' own pipeline over the same components."""
+    parts = {name: pipeline.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def alternate(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each work over ``rounds`` rounds, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--batch-size", default=8, show_default=True)
+@click.option("--threads", default=torch.get_num_threads(), show_default=True)
+def main(rounds: int, batch_size: int, threads: int) -> None:
+    """Print the ratio of the two, from the medians of the rounds."""
+    torch.set_num_threads(threads)
+    pipeline = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
+    stock = stock_pipeline(pipeline)
+    steps, scale = pipeline.config.default_steps, pipeline.config.default_guidance_scale
+    prompts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+
+    def row_by_row() -> None:
+        for prompt in prompts:
+            stock(prompt, num_inference_steps=steps, guidance_scale=scale, output_type="np")
+
+    def in_batches() -> None:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            pipeline.generate(part, seeds=range(len(part)))
+
+    works = {"stock diffusers, row by row": row_by_row, f"vcf-batch, batches of {batch_size}": in_batches}
+    medians = alternate(works, rounds)
+    slowest = medians["stock diffusers, row by row"]
+    print(
+        f"{len(prompts)} prompts, {steps} steps, {threads} threads, {rounds} rounds\n\n| sampling | speed |\n|---|---|"
+    )
+    for name, seconds in medians.items():
+        print(f"| {name} | {slowest / seconds:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
