@@ -20,6 +20,7 @@ LIGHT = (
     "records",
     "references",
     "row_settings",
+    "repair",
     "run_file",
     "shard_check",
     "shard_queue",
