@@ -26,7 +26,10 @@ LIGHT = (
     "shard_queue",
     "shards",
     "storage",
+    "storage_drivers",
     "storage_errors",
+    "storage_local",
+    "storage_reader",
     "verify",
 )
 
