@@ -25,6 +25,7 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.prepare import Job, Models
 from vcf_batch.records import Objective, Receipt, Sample, Scores
+from vcf_batch.row_json import row_json
 from vcf_batch.row_settings import settings_of
 
 SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
@@ -160,7 +161,7 @@ class Files:
         """Change a row in the parquet and the JSON that repeats it."""
         self.edit(row, **columns)
         key = self.rows[row]["key"]
-        self.replace(f"{key}.json", shards.row_json(self.table.slice(row, 1).to_batches()[0]))
+        self.replace(f"{key}.json", row_json(self.table.slice(row, 1).to_batches()[0]))
 
     def replace(self, name: str, data: bytes) -> None:
         self.members = [(member, data if member == name else old) for member, old in self.members]

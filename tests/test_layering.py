@@ -19,6 +19,7 @@ LIGHT = (
     "prepare",
     "records",
     "references",
+    "row_json",
     "row_settings",
     "repair",
     "run_file",

@@ -11,10 +11,12 @@ import pytest
 import runs
 from click.testing import CliRunner
 
-from vcf_batch import shards, storage, verify
+from vcf_batch import storage, verify
 from vcf_batch.cli import main
 from vcf_batch.errors import StorageError
+from vcf_batch.outputs import Output
 from vcf_batch.plan import ShardPlan
+from vcf_batch.row_json import row_json
 
 ROWS, SHARD_SIZE = 10, 4
 
@@ -115,7 +117,7 @@ def swap_rows(files: runs.Files) -> None:
 def double_key(files: runs.Files) -> None:
     files.edit(2, key="s4")
     files.members = [(name.replace("s6.", "s4."), data) for name, data in files.members]
-    files.members[5] = ("s4.json", shards.row_json(files.table.slice(2, 1).to_batches()[0]))
+    files.members[5] = ("s4.json", row_json(files.table.slice(2, 1).to_batches()[0]))
 
 
 def no_parquet(output: Path) -> None:
@@ -248,7 +250,7 @@ def test_a_repeated_key_is_found_without_a_manifest(output: Path) -> None:
     files = runs.Files(output, "00002")
     files.edit_everywhere(0, key="s4")
     files.members = [(name.replace("s8.", "s4."), data) for name, data in files.members]
-    files.replace("s4.json", shards.row_json(files.table.slice(0, 1).to_batches()[0]))
+    files.replace("s4.json", row_json(files.table.slice(0, 1).to_batches()[0]))
     files.write()
     code, lines = run(output)
     assert code == 5
@@ -280,6 +282,14 @@ def test_what_a_killed_run_left_is_no_damage(output: Path) -> None:
 def test_a_place_without_a_run_is_a_mistake(tmp_path: Path) -> None:
     code, lines = run(tmp_path)
     assert (code, lines) == (2, [f"Error: {tmp_path} holds no run; check the path"])
+
+
+def test_an_output_in_an_object_store_is_read_like_any_other(output: Path, s3: str) -> None:
+    for path in filter(Path.is_file, output.iterdir()):
+        storage.upload(str(path), f"{s3}/{path.name}")
+    assert [str(finding) for finding in verify.check(Output.open(s3))] == []
+    storage.remove(f"{s3}/00001.tar")
+    assert [str(finding) for finding in verify.check(Output.open(s3))] == ["00001: 00001.tar is missing"]
 
 
 def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
