@@ -15,6 +15,7 @@ from vcf_batch import pool
 from vcf_batch.cli import generate, main
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
+from vcf_batch.ledger import Summary
 
 NOT_SETTINGS = {"config", "debug"}
 
@@ -28,16 +29,16 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations that runs were started with; no run takes place."""
     found: list[RunConfig] = []
 
-    def record(config: RunConfig, again: object) -> pool.Summary:
+    def record(config: RunConfig, again: object) -> Summary:
         found.append(config)
-        return pool.Summary(config.output, 10, {"success": 9, "rejected": 0, "failed": 1}, 0, 1.0)
+        return Summary(config.output, 10, {"success": 9, "rejected": 0, "failed": 1}, 0, 1.0)
 
     monkeypatch.setattr(pool, "run", record)
     return found
 
 
 def ends_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
-    def fail(config: RunConfig, again: object) -> pool.Summary:
+    def fail(config: RunConfig, again: object) -> Summary:
         raise error
 
     monkeypatch.setattr(pool, "run", fail)
@@ -100,7 +101,6 @@ def test_too_many_failed_rows_exit_with_3(configured: list[RunConfig]) -> None:
     assert result.exit_code == 3
     assert "10 rows: 9 success, 0 rejected, 1 failed" in result.output
     assert "error_message" in result.output
-    assert "To generate the failed rows again: vcf-batch repair out\n" in result.output
 
 
 @pytest.mark.parametrize(

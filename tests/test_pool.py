@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import common_pb2
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from vcf_batch import lease, pool, prepare, shard_queue, verify
+from vcf_batch import attempts, lease, pool, verify
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
-from vcf_batch.lease import Lease
 from vcf_batch.outputs import Output
 from vcf_batch.progress import Progress
 from vcf_batch.records import Receipt
@@ -290,7 +288,7 @@ def test_a_shard_that_fails_again_and_again_does_not_stop_the_others(
 ) -> None:
     """Trouble of storage fails the attempt, never the row, and never silently; what fails for good is named, and the
     rest completes."""
-    monkeypatch.setattr(shard_queue, "PAUSES", (0.1, 0.2))
+    monkeypatch.setattr(attempts, "PAUSES", (0.1, 0.2))
     for name in ("00001.tar", "00007.parquet"):
         (tmp_path / "out" / name / "in the way").mkdir(parents=True)
     named = (
@@ -309,7 +307,7 @@ def test_a_reference_whose_storage_is_gone_fails_its_row_in_the_end(
     configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trouble of storage fails the attempt, never the row: only what repeats marks a row."""
-    monkeypatch.setattr(shard_queue, "PAUSES", (0.1, 0.2))
+    monkeypatch.setattr(attempts, "PAUSES", (0.1, 0.2))
     gone = tmp_path / "gone"
     source = runs.write_manifest(tmp_path / "in", 4, {"reference": [str(gone / "a.png"), None, None, None]})
     config = configure(tmp_path / "out", manifest=str(source), reference_root=(str(gone),), num_workers=1)
@@ -354,20 +352,6 @@ def test_once_a_worker_has_loaded_a_failed_start_is_its_nodes_trouble(
     finally:
         breaker.join()
     assert runs.data_files(output) == runs.data_files(undisturbed)
-
-
-def test_workers_that_fail_to_start_together_count_once(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = prepare.absolute(configure(tmp_path / "out", gpus_per_worker=0))
-    job = prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
-    trouble = StorageError("no credentials")
-    with Progress(ROWS, 0) as progress:
-        dispatch = pool._Dispatch(job, Lease(config.output), set(), Counter(), progress)
-        for _ in range(9):
-            dispatch._start_failed(pool._Worker(None, started=1.0), trouble)
-        for _ in range(pool.START_ATTEMPTS - 2):
-            dispatch._start_failed(pool._Worker(None, started=dispatch.failed_at + 1), trouble)
-        with pytest.raises(StorageError, match=r"no worker could start, 5 times; the last time: no credentials"):
-            dispatch._start_failed(pool._Worker(None, started=dispatch.failed_at + 1), trouble)
 
 
 def test_references_outside_the_allowed_places_are_refused_before_a_model_loads(

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import shard_queue
+from vcf_batch import attempts, shard_queue
+from vcf_batch.attempts import PAUSES, Failure, Task
 from vcf_batch.plan import ShardPlan
-from vcf_batch.shard_queue import PAUSES, ShardQueue, Task
+from vcf_batch.records import Shard
+from vcf_batch.shard_queue import ShardQueue
 
 A, B = "node a", "node b"
 
@@ -24,7 +26,16 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(shard_queue, "time", clock)
+    monkeypatch.setattr(attempts, "time", clock)
     return clock
+
+
+def rows_of(shard: Shard) -> range:
+    return range(shard.start, shard.stop)
+
+
+def failed(queue: ShardQueue, task: Task, node: str, failure: Failure = Failure.TROUBLE) -> bool:
+    return queue.failed(task, node, failure, "it dies")
 
 
 def taken(queue: ShardQueue, node: str, *others: str) -> Task:
@@ -35,86 +46,105 @@ def taken(queue: ShardQueue, node: str, *others: str) -> Task:
 
 def test_a_failed_shard_comes_again_after_growing_pauses(clock: Clock) -> None:
     """The worker first gets another shard, or waits; the failed one comes again before fresh ones."""
-    queue = ShardQueue(ShardPlan(9, 1))
-    failed = taken(queue, A)
+    queue = ShardQueue(ShardPlan(9, 1), rows_of)
+    task = taken(queue, A)
     for number, pause in enumerate(PAUSES, start=1):
-        assert not failed.is_last
-        assert queue.failed(failed, A)
+        assert not task.last_attempt
+        assert failed(queue, task, A)
         clock.now += pause - 0.5
         assert taken(queue, A).shard.index == number
         clock.now += 0.5
-        failed = taken(queue, A)
-        assert (failed.shard.index, failed.attempt, failed.failures) == (0, number + 1, number)
+        task = taken(queue, A)
+        assert (task.shard.index, task.attempt) == (0, number + 1)
     assert list(PAUSES) == sorted(set(PAUSES))
-    assert failed.is_last
-    assert not queue.failed(failed, A)
+    assert task.last_attempt
+    assert not failed(queue, task, A)
     assert not queue.is_waiting
 
 
 def test_one_nodes_trouble_does_not_use_up_a_shards_attempts(clock: Clock) -> None:
     """Only what repeats on a healthy worker marks a row: a shard goes where it has not failed."""
-    queue = ShardQueue(ShardPlan(1, 1))
-    assert queue.failed(taken(queue, A, B), A)
+    queue = ShardQueue(ShardPlan(1, 1), rows_of)
+    assert failed(queue, taken(queue, A, B), A)
     clock.now += PAUSES[0]
     assert queue.take(A, {A, B}) is None
     assert queue.is_waiting
-    assert queue.failed(taken(queue, B, A), B)
+    assert failed(queue, taken(queue, B, A), B)
     clock.now += PAUSES[1]
-    assert taken(queue, A, B).is_last
+    assert taken(queue, A, B).last_attempt
 
 
 def test_a_lone_node_gets_its_failed_shard_again(clock: Clock) -> None:
-    queue = ShardQueue(ShardPlan(1, 1))
-    assert queue.failed(taken(queue, A, B), A)
+    queue = ShardQueue(ShardPlan(1, 1), rows_of)
+    assert failed(queue, taken(queue, A, B), A)
     clock.now += PAUSES[0]
-    assert taken(queue, A).failures == 1
+    assert taken(queue, A).attempt == 2
 
 
 def test_a_lost_node_costs_no_attempt(clock: Clock) -> None:
-    queue = ShardQueue(ShardPlan(1, 1))
+    queue = ShardQueue(ShardPlan(1, 1), rows_of)
     for attempt in range(1, 10):
         task = taken(queue, A)
-        assert (task.attempt, task.failures) == (attempt, 0)
+        assert task.attempt == attempt
         queue.repeat(task)
 
 
 def test_where_everything_fails_no_fresh_shard_is_begun(clock: Clock) -> None:
     """Memory does not grow with the manifest: driver state is proportional to the shards in flight."""
-    queue = ShardQueue(ShardPlan(10**9, 1))
+    queue = ShardQueue(ShardPlan(10**9, 1), rows_of)
     for _ in range(shard_queue.MAX_WAITING):
-        assert queue.failed(taken(queue, A), A)
+        assert failed(queue, taken(queue, A), A)
     assert queue.take(A, {A}) is None
     clock.now += PAUSES[0]
     assert taken(queue, A).shard.index == 0
 
 
 def test_attempts_have_names_of_their_own() -> None:
-    task = taken(ShardQueue(ShardPlan(1, 1)), A)
+    task = taken(ShardQueue(ShardPlan(1, 1), rows_of), A)
     assert task.new_id() != task.new_id()
 
 
 @given(
-    count=st.integers(1, 12),
-    outcomes=st.lists(st.sampled_from(["done", "failed", "lost"]), max_size=60),
+    count=st.integers(1, 6),
+    size=st.integers(1, 5),
+    outcomes=st.lists(st.sampled_from(["done", "lost", *Failure]), max_size=80),
     nodes=st.lists(st.sampled_from([A, B]), min_size=1, max_size=7),
+    batch_size=st.sampled_from([None, 4]),
+    forgiven=st.sets(st.integers(0, 80), max_size=3),
 )
-def test_no_shard_is_lost_or_doubled(count: int, outcomes: list[str], nodes: list[str]) -> None:
-    """Every shard is finished or set aside, exactly once, whatever happens to its attempts."""
+def test_no_shard_is_lost_or_doubled(
+    count: int,
+    size: int,
+    outcomes: list[str | Failure],
+    nodes: list[str],
+    batch_size: int | None,
+    forgiven: set[int],
+) -> None:
+    """Every shard is finished or set aside, exactly once, whatever happens to its attempts and trials."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(shard_queue, "time", clock)
-        queue, ended, step = ShardQueue(ShardPlan(count, 1)), list[int](), 0
+        patch.setattr(attempts, "time", clock)
+        queue, ended, step = ShardQueue(ShardPlan(count * size, size), rows_of, batch_size), list[int](), 0
         while len(ended) < count:
-            assert step < 1000
+            assert step < 2000
             clock.now += 20.0
             node = nodes[step % len(nodes)]
             task = queue.take(node, set(nodes))
             outcome = outcomes[step] if step < len(outcomes) else "done"
+            if step in forgiven:
+                queue.forgive(node)
             step += 1
             if task is None:
                 continue
+            assert task.selected is None or not task.selected & task.verdicts.keys()
             if outcome == "lost":
                 queue.repeat(task)
-            elif outcome == "done" or not queue.failed(task, node):
-                ended.append(task.shard.index)
+            elif isinstance(outcome, Failure):
+                if not failed(queue, task, node, outcome):
+                    ended.append(task.shard.index)
+            else:
+                queue.done(task)
+                if task.selected is None:
+                    ended.append(task.shard.index)
     assert sorted(ended) == list(range(count))

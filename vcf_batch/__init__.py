@@ -12,7 +12,7 @@ _HOMES = {
     "ImageAligner": "vcf_batch.vcf.aligner",
     "Manifest": "vcf_batch.manifest",
     "RunConfig": "vcf_batch.config",
-    "Summary": "vcf_batch.pool",
+    "Summary": "vcf_batch.ledger",
     "VCFPipeline": "vcf_batch.vcf.pipeline",
     "run": "vcf_batch.pool",
 }

@@ -109,6 +109,12 @@ class RunConfig:
     """None: what the run in the output began with, else 1 where the cluster has a GPU now, else 0."""
     cpus_per_worker: int = 1
     """CPUs reserved for a worker, and the threads that it computes with on a machine without GPUs."""
+    allow_smaller_batches: bool = False
+    """Where the GPU's memory does not hold a batch, sample fewer rows at once. The receipt says so; such shards are
+    outside of the promise of identical bytes."""
+    shard_timeout: float | None = None
+    """Seconds without any progress after which a worker is taken to hang, and killed. None: ten minutes, or
+    what twenty denoising steps of a batch are guessed to take."""
     address: str | None = None
     """Address of the Ray cluster; None: the one this runs in or that runs on this machine, else a new local one."""
 
@@ -145,6 +151,7 @@ class RunConfig:
         _between("num_workers", self.num_workers, 1, None)
         _between("gpus_per_worker", self.gpus_per_worker, 0, 16)
         _between("cpus_per_worker", self.cpus_per_worker, 1, 1024)
+        _between("shard_timeout", self.shard_timeout, 1, None)
         _between("seed", self.seed, 0, MAX_SEED)
         for name in ("height", "width"):
             _between(name, getattr(self, name), MIN_EDGE, 8192)
@@ -196,6 +203,8 @@ NOT_CONTENT = frozenset(
         "lpips_weights",
         "num_workers",
         "gpus_per_worker",
+        "allow_smaller_batches",
+        "shard_timeout",
         "address",
         "max_failed",
     }
@@ -285,7 +294,9 @@ def _is_a(value: Any, annotation: Any) -> bool:
         return any(_is_a(value, kind) for kind in get_args(annotation))
     if get_origin(annotation) is tuple:
         return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-    return isinstance(value, (int, float) if annotation is float else annotation) and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
 
 
 def _in_words(annotation: Any) -> str:
@@ -293,4 +304,6 @@ def _in_words(annotation: Any) -> str:
         return " or ".join(_in_words(kind) for kind in get_args(annotation))
     if get_origin(annotation) is tuple:
         return "a list of texts"
-    return {str: "a text", int: "a whole number", float: "a number", type(None): "null"}[annotation]
+    return {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}[
+        annotation
+    ]

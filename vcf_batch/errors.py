@@ -10,6 +10,7 @@
     ├── RefusedError               4   the output belongs to another run
     ├── DamageFound                5   verify found outputs that do not match their receipts
     ├── StorageError               1   the storage failed: the attempt fails, never the row
+    ├── OutOfDeviceMemory          1   the GPU's memory does not hold a batch: the attempt fails
     └── RowError                   -   one row cannot be generated: ends in its error_message, never as an exit code
 
     Interrupted                  130   Ctrl-C
@@ -82,6 +83,10 @@ class DamageFound(VcfBatchError):
 
 class StorageError(VcfBatchError):
     """Storage or network failed. The attempt is retried; no row is blamed."""
+
+
+class OutOfDeviceMemory(VcfBatchError):
+    """The memory of the GPU does not hold a batch. The attempt is retried in a fresh process."""
 
 
 class RowError(VcfBatchError):

@@ -6,6 +6,7 @@ thread scores, encodes and writes behind it.
 
 import contextlib
 import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from vcf_batch import images, padding, plan
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
-from vcf_batch.errors import RowError, StorageError, VcfBatchError
+from vcf_batch.errors import OutOfDeviceMemory, RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Objective, Reference, Row, Sample
 from vcf_batch.references import ReferenceReader
@@ -134,6 +135,7 @@ class Generation:
         clock: where the time went.
         last_attempt: trouble of storage or network with one reference fails its rows. Before that it raises: only what
             repeats, and on another node if there is one, is blamed on a row.
+        sampled_at_once: rows at most, if fewer than a batch has. The samples may then differ in their last bits.
     """
 
     def __init__(
@@ -144,8 +146,10 @@ class Generation:
         write: Callable[[Sample], None],
         clock: "Clock",
         last_attempt: bool,
+        sampled_at_once: int | None,
     ) -> None:
         self.tools, self.known, self.write, self.clock = tools, known, write, clock
+        self.sampled_at_once = sampled_at_once or tools.config.batch_size
         self.blamed = (RowError, StorageError) if last_attempt else RowError
         self.pipeline, self.config = tools.pipeline, tools.config
         self.padding = {position for position, row in enumerate(rows) if row.number in known}
@@ -181,16 +185,33 @@ class Generation:
         """Samples written so far: for progress, read from other threads."""
 
     def __enter__(self) -> Self:
+        self.ticking = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.tick())
         self.readers = ThreadPoolExecutor(READERS, "references")
         self.behind = ThreadPoolExecutor(1, "scores", initializer=self.tools.device.use_threads)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.ticking.remove()
         self.behind.shutdown(cancel_futures=True)
         self.readers.shutdown(cancel_futures=True)
 
     def run(self) -> None:
-        """Sample every batch; score and write them in the background; return when the last sample is written."""
+        """Sample every batch; score and write them in the background; return when the last sample is written.
+
+        Raises:
+            OutOfDeviceMemory: the GPU's memory does not hold a batch.
+            VcfBatchError: storage or network failed.
+        """
+        try:
+            self._run()
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"out of GPU memory with {min(self.sampled_at_once, self.config.batch_size)} images of "
+                f"{self.config.width}x{self.config.height} at once; rerun the command with --allow-smaller-batches, or "
+                "use a smaller --batch-size (which makes it another run, in another output)"
+            ) from error
+
+    def _run(self) -> None:
         behind: deque[tuple[_Batch, Future[None]]] = deque()
         ahead = iter(self.batches)
         reading: deque[_Batch] = deque()
@@ -224,8 +245,9 @@ class Generation:
 
     def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
         """The image, and what the model gets of it. Runs beside the sampling."""
-        image = self.tools.references.read(reference)
-        return image, self.pipeline.squash(image)
+        with self.clock("read_references"):
+            image = self.tools.references.read(reference)
+            return image, self.pipeline.squash(image)
 
     def _collect(self, batch: _Batch) -> None:
         """Wait for the batch's references and note which rows fail."""
@@ -244,53 +266,63 @@ class Generation:
 
         Failed rows are encoded and sampled beside the others: what their neighbours get does not depend on them.
         """
-        settings = [self.settings[position] for position in batch.positions]
-        try:
-            text_tokens = self._text_tokens(batch)
-            image_tokens = self._image_tokens(batch)
-            if self.padding.union(batch.errors).issuperset(batch.positions):
-                return
-            inputs: dict[str, Any] = {
-                "text_tokens": torch.stack([text_tokens[self.rows[position].prompt] for position in batch.positions]),
-                "negative_tokens": torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
-                "fusions": [self._fusion(position, image_tokens) for position in batch.positions],
-                "seeds": [used["seed"] for used in settings],
-                "guidance_scale": [used["guidance_scale"] for used in settings],
-                "steps": self.config.steps,
-                "scheduler": self.config.scheduler,
-                "eta": self.config.eta,
-                "height": self.config.height,
-                "width": self.config.width,
-            }
-            if settings[0]["pno_steps"]:
-                batch.images, batch.objectives = self._optimize(batch, inputs)
-            else:
-                batch.images = self.pipeline.generate_from_tokens(**inputs)
-                batch.objectives = [None] * len(settings)
-        except torch.OutOfMemoryError as error:
-            raise VcfBatchError(
-                f"out of GPU memory with --batch-size {self.config.batch_size} at {self.config.width}x"
-                f"{self.config.height}; use a smaller one (which makes it another run, in another output)"
-            ) from error
+        text_tokens = self._text_tokens(batch)
+        image_tokens = self._image_tokens(batch)
+        if self.padding.union(batch.errors).issuperset(batch.positions):
+            return
+        starts = range(0, len(batch.positions), self.sampled_at_once)
+        parts = [
+            self._generate(batch, slice(start, start + self.sampled_at_once), text_tokens, image_tokens)
+            for start in starts
+        ]
+        batch.images = torch.cat([sampled for sampled, _ in parts])
+        batch.objectives = [objective for _, objectives in parts for objective in objectives]
 
-    def _optimize(self, batch: _Batch, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Objective]]:
-        """Sample a batch with prompt-noise optimisation."""
+    def _generate(
+        self,
+        batch: _Batch,
+        part: slice,
+        text_tokens: Mapping[str, Tensor],
+        image_tokens: Mapping[Reference, Tensor],
+    ) -> tuple[Tensor, list[Objective | None]]:
+        """Sample some rows of a batch: float32 ``[B, 3, H, W]`` in [0, 1], and how prompt-noise optimisation went."""
+        positions = batch.positions[part]
+        settings = [self.settings[position] for position in positions]
+        inputs: dict[str, Any] = {
+            "text_tokens": torch.stack([text_tokens[self.rows[position].prompt] for position in positions]),
+            "negative_tokens": torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
+            "fusions": [self._fusion(position, image_tokens) for position in positions],
+            "seeds": [used["seed"] for used in settings],
+            "guidance_scale": [used["guidance_scale"] for used in settings],
+            "steps": self.config.steps,
+            "scheduler": self.config.scheduler,
+            "eta": self.config.eta,
+            "height": self.config.height,
+            "width": self.config.width,
+        }
+        if settings[0]["pno_steps"]:
+            return self._optimize(settings, batch.pictures[part], inputs)
+        return self.pipeline.generate_from_tokens(**inputs), [None] * len(settings)
+
+    def _optimize(
+        self, settings: Sequence[Mapping[str, Any]], pictures: Sequence[list[Image.Image]], inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, list[Objective | None]]:
+        """Sample with prompt-noise optimisation."""
         guide = cast(Guide, self.tools.guide)
-        settings = [self.settings[position] for position in batch.positions]
         sample, noise, conditioning = self.pipeline.prepare(**inputs)
         found, course = pno.optimize(
             sample,
             noise,
             conditioning,
             guide,
-            guide.targets(batch.pictures, [used["reference_weights"] for used in settings]),
+            guide.targets(pictures, [used["reference_weights"] for used in settings]),
             seeds=inputs["seeds"],
             steps=settings[0]["pno_steps"],
             lr_conditioning=self.config.pno_lr_conditioning,
             lr_noise=self.config.pno_lr_noise,
             gamma=self.config.pno_gamma,
         )
-        return found.cpu(), course
+        return found.cpu(), [*course]
 
     def _fusion(self, position: int, image_tokens: Mapping[Reference, Tensor]) -> Fusion:
         row, used = self.rows[position], self.settings[position]
@@ -394,11 +426,14 @@ class Generation:
 
 
 class Clock:
-    """Seconds spent in each phase of a shard."""
+    """Seconds spent in each phase of a shard, summed over threads."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.ticks = 0
+        """Grows with every phase and every denoising step: other threads see whether anything moves."""
         self._begin = time.monotonic()
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -406,7 +441,13 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - begin, 3)
+            with self._lock:
+                self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - begin, 3)
+            self.tick()
+
+    def tick(self) -> None:
+        """Something is done."""
+        self.ticks += 1
 
     def elapsed(self) -> float:
         return time.monotonic() - self._begin

@@ -11,38 +11,35 @@ import contextlib
 import dataclasses
 import logging
 import os
-import signal
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vcf_batch import lease, plan, prepare, run_file, shards, storage
+from vcf_batch import lease, prepare, run_file, shards
+from vcf_batch.attempts import Failure, Task
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import Interrupted, StorageError, UsageError, VcfBatchError, printable
+from vcf_batch.errors import OutOfDeviceMemory, StorageError, UsageError, VcfBatchError, printable
 from vcf_batch.kept import KeptSamples
 from vcf_batch.lease import Lease
+from vcf_batch.ledger import Ledger, Summary
 from vcf_batch.prepare import Job
-from vcf_batch.progress import Progress, duration
-from vcf_batch.records import STATUSES, Receipt, Shard, Status
-from vcf_batch.shard_queue import ShardQueue, Task
+from vcf_batch.progress import Progress
+from vcf_batch.quarantine import FAILURES, Quarantine
+from vcf_batch.records import Receipt
+from vcf_batch.shard_queue import ShardQueue
+from vcf_batch.signals import Signals
+from vcf_batch.starts import Starts
 
-MAX_SET_ASIDE = 16
-"""How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
-
-START_ATTEMPTS = 5
-"""How many workers in a row may fail to start, while none works, before the run gives up."""
-
-MAX_BACKOFF_SECONDS = 30.0
 POLL_SECONDS = 1.0
 """Between two looks at the workers' progress."""
+
+LOAD_SECONDS = 3600.0
+"""How long a worker may load; fetching a model takes its time and shows no progress."""
 
 CAPACITY_SECONDS = 10.0
 """Between two looks at how many workers the cluster has room for."""
@@ -58,30 +55,6 @@ REASON_LENGTH = 300
 
 Again = Callable[[], Mapping[int, bytes]]
 """Tells what of an output is generated again: see :attr:`vcf_batch.prepare.Job.again`."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What became of a run's rows, those of earlier attempts at the run included."""
-
-    output: str
-    rows: int
-    counts: dict[Status, int]
-    resumed_rows: int
-    """Rows that were finished before."""
-    seconds: float
-
-    @property
-    def failed_fraction(self) -> float:
-        """Share of the rows that failed, 0 to 1."""
-        return self.counts["failed"] / self.rows
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{self.counts[status]:,} {status}" for status in STATUSES)
-        new = self.rows - self.resumed_rows
-        rate = f", {new / self.seconds:.2f} samples a second" if new and self.seconds else ""
-        resumed = f" ({self.resumed_rows:,} of them were there before)" if self.resumed_rows else ""
-        return f"{storage.redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}"
 
 
 def run(config: RunConfig, again: Again = dict) -> Summary:
@@ -102,7 +75,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
     """
     begin = time.monotonic()
-    with _Signals() as signals:
+    with Signals() as signals:
         config = prepare.absolute(config)
         found = run_file.read(config.output)
         config = prepare.resume(config, found)
@@ -115,55 +88,16 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
             with lease.hold(job.config.output) as held:
                 prepare.claim(job)
                 job = dataclasses.replace(job, again=again())
-                done, counts = _finished_shards(job)
-                resumed = sum(counts.values())
-                kept = sum(again.count(False) for again in job.again.values())
-                if len(done) < len(job.shards):
+                ledger = Ledger(job)
+                if ledger.left:
                     job = dataclasses.replace(job, token=held.token)
                     shards.clean_staging(job.config.output)
-                    with Progress(job.manifest.num_rows, resumed) as progress:
+                    with Progress(job.manifest.num_rows, ledger.finished_rows) as progress:
                         _check_nodes(job)
-                        _Dispatch(job, held, done, counts, progress).run()
+                        _Dispatch(job, held, ledger, progress).run()
                     held.confirm()
                     shards.clean_staging(job.config.output)
-    return Summary(
-        output=config.output,
-        rows=job.manifest.num_rows,
-        counts={status: counts[status] for status in STATUSES},
-        resumed_rows=resumed + kept,
-        seconds=time.monotonic() - begin,
-    )
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into :class:`Interrupted`, raised when the block is left.
-
-    Inside the block they arrive as KeyboardInterrupt, the only exception that Ray's blocking calls let through.
-    """
-
-    def __init__(self) -> None:
-        self._received = signal.SIGINT
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        self.install()
-        return self
-
-    def install(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, self._receive)
-                self._before.setdefault(number, before)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        raise KeyboardInterrupt
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            raise Interrupted(self._received) from None
+    return ledger.summary(time.monotonic() - begin)
 
 
 @contextlib.contextmanager
@@ -190,18 +124,6 @@ def _with_gpus(config: RunConfig) -> RunConfig:
     if config.gpus_per_worker is not None:
         return config
     return config.replace(gpus_per_worker=1.0 if ray.cluster_resources().get("GPU") else 0.0)
-
-
-def _finished_shards(job: Job) -> tuple[set[int], Counter[Status]]:
-    """Indices of the shards that exist, and the sum of their counts."""
-    done: set[int] = set()
-    counts: Counter[Status] = Counter()
-    for receipt in shards.iter_receipts(job.config.output):
-        index = receipt.shard.index
-        if receipt.fingerprint == job.fingerprint and index < len(job.shards) and index not in job.again:
-            done.add(index)
-            counts.update(receipt.counts)
-    return done, counts
 
 
 def _room(node: dict[str, Any], config: RunConfig) -> int:
@@ -234,15 +156,20 @@ def _check_nodes(job: Job) -> None:
                 raise cause from error
 
 
+class _Hang(Exception):
+    """A worker makes no progress."""
+
+
 class _Actor:
     """A worker in a process of its own."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._attempt_id: str | None = None
+        self._worker: Any = None
+        self._attempt_id = ""
 
-    def load(self) -> str:
-        """Make the worker ready; the node it is on."""
+    def load(self) -> "_Progress":
+        """Make the worker ready."""
         prepare.check_storage(self._job)
         # Here and not at the top: the driver needs no torch.
         from vcf_batch import worker
@@ -251,15 +178,42 @@ class _Actor:
         self._worker = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
-        return ray.get_runtime_context().get_node_id()
+        return self._seen()
 
-    def run(self, shard: Shard, attempt: int, attempt_id: str, last_attempt: bool) -> tuple[Receipt, dict[str, str]]:
+    def run(self, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]] | None:
+        """Do a task; the receipt and the staged files, unless it is a trial."""
         self._attempt_id = attempt_id
-        return self._worker.run(shard, attempt, attempt_id, last_attempt, existing=KeptSamples(self._job, shard))
+        if task.selected is not None:
+            self._worker.trial(task.shard, task.selected, task.sampled_at_once)
+            return None
+        return self._worker.run(
+            task.shard,
+            task.attempt,
+            attempt_id,
+            last_attempt=task.last_attempt,
+            verdicts=task.verdicts,
+            existing=KeptSamples(self._job, task.shard),
+            sampled_at_once=task.sampled_at_once,
+        )
 
     @ray.method(concurrency_group="progress")
-    def progress(self) -> tuple[str | None, int]:
-        return self._attempt_id, self._worker.samples_done
+    def progress(self) -> "_Progress":
+        return self._seen()
+
+    def _seen(self) -> "_Progress":
+        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else (0, 0)
+        return _Progress(ray.get_runtime_context().get_node_id(), self._attempt_id, ticks, samples)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far an actor is."""
+
+    node: str
+    attempt_id: str
+    ticks: int
+    """Changes whenever something is done."""
+    samples_done: int
 
 
 @dataclass
@@ -268,24 +222,31 @@ class _Worker:
 
     actor: Any
     started: float
-    node: str = ""
-    """Once it has loaded."""
+    seen: _Progress | None = None
+    """The last that it said; None while it waits for a machine."""
+    silent: float = 0.0
+    """Seconds since anything moved."""
     task: Task | None = None
     attempt_id: str = ""
-    samples_done: int = 0
+
+    @property
+    def node(self) -> str:
+        """Where it is; empty as long as it has not said so."""
+        return self.seen.node if self.seen else ""
+
+    @property
+    def samples_done(self) -> int:
+        return self.seen.samples_done if self.seen and self.seen.attempt_id == self.attempt_id else 0
 
 
 class _Dispatch:
     """Hands shards to actors, commits what comes back, replaces what dies."""
 
-    def __init__(self, job: Job, held: Lease, done: set[int], counts: Counter[Status], progress: Progress) -> None:
-        self.job, self.config, self.lease, self.progress = job, job.config, held, progress
-        self.counts = counts
-        self.finished_rows = sum(counts.values())
-        self.left = len(job.shards) - len(done)
-        self.queue = ShardQueue(plan.remaining(job.shards, done))
-        self.set_aside: list[tuple[Task, Exception]] = []
-        self.set_aside_in_a_row = 0
+    def __init__(self, job: Job, held: Lease, ledger: Ledger, progress: Progress) -> None:
+        self.config, self.lease, self.ledger, self.progress = job.config, held, ledger, progress
+        smaller = self.config.batch_size if self.config.allow_smaller_batches else None
+        self.queue = ShardQueue(ledger.remaining(), ledger.rows_of, smaller)
+        self.quarantine = Quarantine()
         self.flights: dict[ray.ObjectRef, _Worker] = {}
         self.idle: list[_Worker] = []
         self.polls: dict[ray.ObjectRef, _Worker] = {}
@@ -296,19 +257,18 @@ class _Dispatch:
             max_task_retries=0,
             num_cpus=self.config.cpus_per_worker,
             num_gpus=self.config.gpus_per_worker,
-            runtime_env={"env_vars": prepare.environment(self.config)},
+            runtime_env={"env_vars": _environment(self.config)},
             concurrency_groups={"progress": 1},
         )(_Actor)
         self.loaded = False
-        self.failed_starts = 0
-        self.failed_at = self.start_after = 0.0
+        self.starts = Starts()
         self.capacity, self.capacity_until = 1, 0.0
         self.ready_at = self.polled_at = time.monotonic()
 
     def run(self) -> None:
-        """Work until every shard is committed or set aside; the counts grow with them."""
+        """Work until every shard is committed or set aside."""
         try:
-            while self.left:
+            while self.ledger.left:
                 if self.lease.lost:
                     raise self.lease.lost
                 self._start_workers()
@@ -320,29 +280,79 @@ class _Dispatch:
                         self._land(ref)
                 else:
                     time.sleep(POLL_SECONDS / 4)
-                self._show_progress()
-            self._show_progress(now=True)
+                self._poll()
+            self._show_progress()
         finally:
-            for worker in [*self.flights.values(), *self.idle]:
+            for worker in self._workers():
                 ray.kill(worker.actor)
-        if self.set_aside:
-            raise self._incomplete()
+        self.ledger.raise_if_incomplete()
+
+    def _workers(self) -> list[_Worker]:
+        return [*self.flights.values(), *self.idle]
+
+    # Workers come and go
 
     def _start_workers(self) -> None:
-        while (
-            len(self.flights) + len(self.idle) < min(self._wanted(), self.left) and time.monotonic() >= self.start_after
-        ):
-            actor = self.actor_class.remote(self.job_ref)
+        while len(self._workers()) < min(self._wanted(), self.ledger.left) and self.starts.may_begin:
+            left_out = ",".join(self.quarantine.nodes)
+            options = {"label_selector": {"ray.io/node-id": f"!in({left_out})"}} if left_out else {}
+            actor = self.actor_class.options(**options).remote(self.job_ref)
             self.flights[actor.load.remote()] = _Worker(actor, time.monotonic())
 
     def _wanted(self) -> int:
         """Workers at most: as asked, else what the cluster has room for now."""
-        if self.config.num_workers is not None:
-            return self.config.num_workers
         if time.monotonic() >= self.capacity_until:
-            self.capacity = max(sum(_room(node, self.config) for node in ray.nodes()), 1)
+            room = {node["NodeID"]: _room(node, self.config) for node in ray.nodes()}
+            if self.quarantine.nodes and any(room.values()) and not self._room_left(room):
+                self.progress.note("no other node is left: the nodes that failed are used again")
+                self.quarantine.lift()
+            self.capacity = max(self._room_left(room), 1)
             self.capacity_until = time.monotonic() + CAPACITY_SECONDS
-        return self.capacity
+        return self.config.num_workers or self.capacity
+
+    def _room_left(self, room: dict[str, int]) -> int:
+        return sum(workers for node, workers in room.items() if node not in self.quarantine.nodes)
+
+    def _send(self, worker: _Worker) -> None:
+        """Give the worker its next shard; let it wait while failed ones do; else let it go."""
+        nodes = {other.node for other in [worker, *self._workers()] if other.node}
+        task = worker.task = self.queue.take(worker.node, nodes)
+        if task is not None:
+            worker.attempt_id, worker.silent = task.new_id(), 0.0
+            self.flights[worker.actor.run.remote(task, worker.attempt_id)] = worker
+        elif self.queue.is_waiting:
+            self.idle.append(worker)
+        else:
+            ray.kill(worker.actor)
+
+    def _leave_out(self, nodes: set[str]) -> None:
+        """Use some nodes no more. What failed there is nobody's fault."""
+        if not nodes:
+            return
+        for node in nodes:
+            self.progress.note(
+                f"node {node} is left out: it failed {FAILURES} times in a row what others did not: "
+                f"{self.quarantine.reasons[node]}"
+            )
+            self.queue.forgive(node)
+        self.starts.reset()
+        self.capacity_until = 0.0
+        for ref, worker in [*self.flights.items()]:
+            if worker.node in nodes:
+                self._let_go(ref)
+        for worker in [*self.idle]:
+            if worker.node in nodes:
+                self.idle.remove(worker)
+                ray.kill(worker.actor)
+
+    def _let_go(self, ref: ray.ObjectRef) -> None:
+        """End a worker that is not to blame for anything."""
+        worker = self.flights.pop(ref)
+        ray.kill(worker.actor)
+        if worker.task is not None:
+            self.queue.repeat(worker.task)
+
+    # What workers answer
 
     def _land(self, ref: ray.ObjectRef) -> None:
         """An actor has answered, or died."""
@@ -354,10 +364,14 @@ class _Dispatch:
             return
         task = worker.task
         if task is None:
-            self.loaded, self.failed_starts, worker.node = True, 0, result
+            self.loaded, worker.seen = True, result
+            self.starts.reset()
+        elif task.selected is not None:
+            self.queue.done(task)
         # First the next shard, then the commit: the worker does not wait for it.
         self._send(worker)
-        if task is not None:
+        self._leave_out(self.quarantine.succeeded(worker.node))
+        if task is not None and task.selected is None:
             self._commit(task, worker.node, *result)
 
     def _failed(self, worker: _Worker, error: Exception) -> None:
@@ -367,104 +381,101 @@ class _Dispatch:
         if isinstance(error, UsageError) and not (task is None and self.loaded):
             ray.kill(worker.actor)
             raise error
+        # After anything but trouble of the storage (an error of the GPU, say) the process is not to be trusted.
+        if task is None or not isinstance(error, StorageError):
+            ray.kill(worker.actor)
         if task is None:
-            ray.kill(worker.actor)
             self._start_failed(worker, error)
-            return
-        self._attempt_failed(task, worker.node, error)
-        if isinstance(error, StorageError):
-            self._send(worker)
         else:
-            # After anything else (an error of the GPU, say) the process is not to be trusted with another shard.
-            ray.kill(worker.actor)
-
-    def _send(self, worker: _Worker) -> None:
-        """Give the worker its next shard; let it wait while failed ones do; else let it go."""
-        nodes = {other.node for other in [worker, *self.idle, *self.flights.values()] if other.node}
-        task = worker.task = self.queue.take(worker.node, nodes)
-        if task is not None:
-            worker.attempt_id, worker.samples_done = task.new_id(), 0
-            ref = worker.actor.run.remote(task.shard, task.attempt, worker.attempt_id, task.is_last)
-            self.flights[ref] = worker
-        elif self.queue.is_waiting:
-            self.idle.append(worker)
-        else:
-            ray.kill(worker.actor)
+            self._attempt_failed(task, worker.node, error)
+            if isinstance(error, StorageError):
+                self._send(worker)
+        # On trial a worker may fail: that is what the trial is for.
+        if worker.node and not _node_died(error) and (task is None or task.selected is None):
+            work = worker.started if task is None else task.shard
+            self._leave_out(self.quarantine.failed(worker.node, work, _reason(error)))
 
     def _commit(self, task: Task, node: str, receipt: Receipt, staged: dict[str, str]) -> None:
+        if task.verdicts and not (receipt.counts["success"] or self.ledger.counts["success"]):
+            self.queue.done(task)
+            doubt = "rows seem to kill their workers, but nothing that was generated shows that these are healthy"
+            self._set_aside(task, VcfBatchError(f"{len(task.verdicts)} {doubt}"))
+            return
         try:
             self.lease.confirm()
             shards.commit(self.config.output, receipt, staged)
         except StorageError as error:
             self._attempt_failed(task, node, error)
             return
-        self.left -= 1
-        self.set_aside_in_a_row = 0
-        self.finished_rows += len(task.shard)
-        self.counts.update(receipt.counts)
+        self.queue.done(task)
+        self.ledger.committed(task, receipt)
+        for row, message in task.verdicts.items():
+            self.progress.note(f"row {row} is recorded as failed: {message}")
 
     def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
         """Queue the shard again, or set it aside."""
-        what = f"shard {task.title}: attempt {task.attempt} failed and"
         if _node_died(error):
             self.queue.repeat(task)
-        elif not self.queue.failed(task, node):
-            self.progress.note(f"{what} the shard is set aside: {_reason(error)}")
-            self.left -= 1
-            self.set_aside.append((task, error))
-            self.set_aside_in_a_row += 1
-            if self.set_aside_in_a_row == MAX_SET_ASIDE:
-                raise self._incomplete()
+        elif not self.queue.failed(task, node, _failure(error), _symptom(error)):
+            self._set_aside(task, error)
             return
-        self.progress.note(f"{what} is repeated: {_reason(error)}")
+        self.progress.note(f"shard {task.title}: attempt {task.attempt} failed and is repeated: {_reason(error)}")
 
-    def _incomplete(self) -> VcfBatchError:
-        """What to raise where shards were set aside."""
-        error = self.set_aside[-1][1]
-        kind = StorageError if isinstance(error, StorageError) else VcfBatchError
-        failed = kind(
-            f"{len(self.set_aside)} of {len(self.job.shards)} shards failed again and again: "
-            f"{', '.join(task.title for task, _ in self.set_aside)}. The last reason: {_reason(error)}\n"
-            "What is finished is kept: once the cause is gone, rerun the same command to go on."
-        )
-        failed.__cause__ = error
-        return failed
+    def _set_aside(self, task: Task, error: Exception) -> None:
+        """Go on without the shard."""
+        why = _reason(error)
+        self.progress.note(f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {why}")
+        self.ledger.set_aside(task, error, why)
 
     def _start_failed(self, worker: _Worker, error: Exception) -> None:
-        """Wait longer and longer before the next start, and give up when nothing ever starts."""
-        # Of workers that were started together, only the first failure counts.
-        if _node_died(error) or worker.started <= self.failed_at:
+        """Wait before the next start, and give up when nothing ever starts."""
+        if _node_died(error) or (pause := self.starts.failed(worker.started)) is None:
             return
-        self.failed_at = time.monotonic()
-        self.failed_starts += 1
-        working = self.idle or any(other.task for other in self.flights.values())
-        if self.failed_starts >= START_ATTEMPTS and not working:
+        failing = {*self.quarantine.failing, worker.node}
+        hope = any(other.task or other.node not in failing for other in self._workers() if other.node)
+        if self.starts.used_up and not hope:
             kind = StorageError if isinstance(error, StorageError) else VcfBatchError
-            raise kind(f"no worker could start, {self.failed_starts} times; the last time: {_reason(error)}") from error
-        pause = min(2.0**self.failed_starts / 2, MAX_BACKOFF_SECONDS)
-        self.start_after = time.monotonic() + pause
+            raise kind(
+                f"no worker could start, {self.starts.failures} times; the last time: {_reason(error)}"
+            ) from error
         self.progress.note(f"a worker did not start (next one in {pause:.0f} s): {_reason(error)}")
 
-    def _show_progress(self, now: bool = False) -> None:
+    # What goes on
+
+    def _poll(self) -> None:
+        """Ask the workers how far they are, and end those that hang: Ray does not notice them."""
         answered, _ = ray.wait([*self.polls], num_returns=len(self.polls), timeout=0) if self.polls else ([], [])
         for ref in answered:
             worker = self.polls.pop(ref)
             with contextlib.suppress(RayError):
-                attempt_id, samples = ray.get(ref)
-                if attempt_id == worker.attempt_id:
-                    worker.samples_done = samples
-        if not now and time.monotonic() - self.polled_at < POLL_SECONDS:
+                seen = ray.get(ref)
+                if seen != worker.seen:
+                    worker.seen, worker.silent = seen, 0.0
+        now = time.monotonic()
+        if now - self.polled_at < POLL_SECONDS:
             return
-        self.polled_at = time.monotonic()
-        busy = [worker for worker in self.flights.values() if worker.task]
+        # Were this process itself stopped for an hour, no worker would have been silent for that.
+        elapsed, self.polled_at = min(now - self.polled_at, 5 * POLL_SECONDS), now
         asked = {id(worker) for worker in self.polls.values()}
-        for worker in busy:
+        for ref, worker in [*self.flights.items()]:
+            if worker.node in self.quarantine.nodes:
+                self._let_go(ref)
+                continue
             if id(worker) not in asked:
                 self.polls[worker.actor.progress.remote()] = worker
-        done = self.finished_rows + sum(worker.samples_done for worker in busy)
+            worker.silent += elapsed if worker.seen else 0.0
+            limit = LOAD_SECONDS if worker.task is None else self.config.shard_timeout
+            if limit is not None and worker.silent > limit and not ray.wait([ref], timeout=0)[0]:
+                del self.flights[ref]
+                self._failed(worker, _Hang(f"no progress in {limit:g} s"))
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        busy = [worker for worker in self.flights.values() if worker.task]
+        done = self.ledger.finished_rows + sum(worker.samples_done for worker in busy)
         ready = len(busy) + len(self.idle)
-        self.progress.update(done, self.counts["failed"], ready)
-        if ready or not self.left:
+        self.progress.update(done, self.ledger.counts["failed"], ready)
+        if ready or not self.ledger.left:
             self.ready_at = time.monotonic()
         elif time.monotonic() - self.ready_at >= WAITING_SECONDS:
             self.ready_at = time.monotonic()
@@ -476,10 +487,43 @@ class _Dispatch:
             )
 
 
+def _environment(config: RunConfig) -> dict[str, str]:
+    """Environment of a worker: fixed threads, and cuBLAS workspaces that keep its sums in order."""
+    return {
+        "OMP_NUM_THREADS": str(config.cpus_per_worker),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def _cause(error: RayError) -> Exception:
     """The exception that a task raised; the error itself where there is none."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, Exception) else error
+
+
+def _failure(error: Exception) -> Failure:
+    """Whether a row may be to blame for the error of a worker."""
+    if isinstance(error, OutOfDeviceMemory):
+        return Failure.MEMORY
+    # Of what Ray itself reports, only the death of a process may come from what it did.
+    trouble = isinstance(error, (VcfBatchError, OSError)) or (
+        isinstance(error, RayError) and not isinstance(error, (RayTaskError, RayActorError, OutOfMemoryError))
+    )
+    return Failure.TROUBLE if trouble else Failure.CRASH
+
+
+def _symptom(error: Exception) -> str:
+    """What a worker suffers from, without names of processes and machines: it may become a row's error message."""
+    if isinstance(error, _Hang):
+        return "the worker that generates this row makes no progress (--shard-timeout)"
+    if isinstance(error, OutOfDeviceMemory):
+        return "the GPU's memory does not hold this row, even alone"
+    if isinstance(error, OutOfMemoryError):
+        return "the worker that generates this row needs more memory than its node has"
+    if isinstance(error, RayActorError):
+        return "the process of the worker that generates this row dies"
+    return f"the worker that generates this row fails with {_reason(error)}"
 
 
 def _node_died(error: Exception) -> bool:

@@ -39,6 +39,10 @@ SHARD_SECONDS = 600.0
 SHARDS_WANTED = 16
 """A small manifest is cut into about so many shards, so that several workers have something to do."""
 
+SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
+"""A worker hangs that makes no progress for so long, and not in the time of so many denoising steps of a batch either.
+No reference takes longer to read than the first."""
+
 OPERATIONS = 700.0
 """Of a UNet forward, for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at 768 px."""
 PNO_STEP = 3.3
@@ -324,6 +328,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
     if config.shard_size is None:
         config = config.replace(shard_size=default_shard_size(manifest.num_rows, config.batch_size, seconds))
+    if config.shard_timeout is None:
+        step = config.batch_size * seconds / cast(int, config.steps)
+        config = config.replace(shard_timeout=max(SILENT_SECONDS, SILENT_STEPS * step))
     fields = fingerprint_fields(
         config,
         manifest=manifest.identity,
@@ -415,15 +422,6 @@ def _is_seen(root: str) -> bool:
         return storage.exists(root)
     except (PermissionError, StorageError):
         return False
-
-
-def environment(config: RunConfig) -> dict[str, str]:
-    """Environment of a worker: fixed threads, and cuBLAS workspaces that keep its sums in order."""
-    return {
-        "OMP_NUM_THREADS": str(config.cpus_per_worker),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 def check_storage(job: Job) -> None:

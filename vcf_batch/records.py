@@ -175,6 +175,9 @@ class Receipt:
     """Seconds per phase, start and end date, host name."""
     means: Mapping[str, float | None] = field(default_factory=dict)
     """Mean of each score over the successful samples."""
+    sampled_at_once: int | None = None
+    """Where memory was too small for the run's batches: how many rows were sampled at once. Such a shard is outside of
+    the promise of identical bytes."""
 
     def to_json(self) -> bytes:
         """The receipt as indented UTF-8 JSON with sorted keys."""

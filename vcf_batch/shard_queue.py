@@ -1,44 +1,13 @@
 """Which shard a worker gets next: fresh ones in order, failed ones again, later and elsewhere. No Ray here."""
 
 import time
-import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
+from vcf_batch.attempts import Case, Failure, Task
 from vcf_batch.records import Shard
-
-PAUSES = (10.0, 60.0)
-"""Seconds that a shard waits after its first failure, its second, and so on. The failure after the last pause is final:
-the shard is set aside."""
 
 MAX_WAITING = 100
 """Failed shards that wait before no fresh one is begun: a bound on memory, and a brake where everything fails."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One attempt at a shard."""
-
-    shard: Shard
-    attempt: int = 1
-    failures: int = 0
-    """Attempts that failed for a reason that may lie in the shard; losing a node is none."""
-    failed_on: frozenset[str] = frozenset()
-    """Nodes of these attempts."""
-    not_before: float = 0.0
-    """On the monotonic clock."""
-
-    @property
-    def is_last(self) -> bool:
-        return self.failures == len(PAUSES)
-
-    @property
-    def title(self) -> str:
-        return f"{self.shard.name} (rows {self.shard.start} to {self.shard.stop - 1})"
-
-    def new_id(self) -> str:
-        """A name for this attempt that no other one has, even of another driver."""
-        return f"{self.shard.name}-{self.attempt}-{uuid.uuid4().hex[:8]}"
 
 
 class ShardQueue:
@@ -46,16 +15,24 @@ class ShardQueue:
 
     Args:
         shards: what is to be done; taken one by one.
+        rows_of: the rows of a shard that are generated.
+        batch_size: the run's, if smaller batches are allowed where memory is too small.
     """
 
-    def __init__(self, shards: Iterable[Shard]) -> None:
+    def __init__(
+        self, shards: Iterable[Shard], rows_of: Callable[[Shard], Sequence[int]], batch_size: int | None = None
+    ) -> None:
         self._fresh = iter(shards)
-        self._again: list[Task] = []
+        self._rows_of = rows_of
+        self._batch_size = batch_size
+        self._waiting: list[Case] = []
+        self._at_work: dict[Shard, Case] = {}
+        """Shards that a worker has, and that have failed before."""
 
     @property
     def is_waiting(self) -> bool:
         """Whether failed shards wait for their next attempt."""
-        return bool(self._again)
+        return bool(self._waiting)
 
     def take(self, node: str, nodes: Iterable[str]) -> Task | None:
         """The next task for a worker; None if there is none now.
@@ -68,27 +45,50 @@ class ShardQueue:
             nodes: where any worker is.
         """
         now = time.monotonic()
-        for task in self._again:
-            if task.not_before <= now and (node not in task.failed_on or task.failed_on.issuperset(nodes)):
-                self._again.remove(task)
-                return task
-        if len(self._again) >= MAX_WAITING:
+        for case in self._waiting:
+            if case.not_before <= now and (node not in case.failed_on or case.failed_on.issuperset(nodes)):
+                self._waiting.remove(case)
+                self._at_work[case.shard] = case
+                return case.task()
+        if len(self._waiting) >= MAX_WAITING:
             return None
         shard = next(self._fresh, None)
         return None if shard is None else Task(shard)
 
+    def done(self, task: Task) -> None:
+        """The shard is committed; or the trial survived, and the shard goes on."""
+        case = self._at_work.pop(task.shard, None)
+        if case is not None and task.selected is not None:
+            case.survived(task)
+            self._waiting.append(case)
+
     def repeat(self, task: Task) -> None:
         """Try again at once: the node went away."""
-        self._again.append(Task(task.shard, task.attempt + 1, task.failures, task.failed_on))
+        case = self._case(task)
+        case.repeat()
+        self._waiting.append(case)
 
-    def failed(self, task: Task, node: str) -> bool:
-        """Try again later, unless that was the last attempt.
+    def failed(self, task: Task, node: str, failure: Failure, symptom: str) -> bool:
+        """Try again, later where that may help, unless that was the last attempt.
+
+        Args:
+            task: what failed.
+            node: where.
+            failure: why.
+            symptom: why, for people: see :meth:`vcf_batch.attempts.Case.failed`.
 
         Returns:
             Whether there is another attempt.
         """
-        if task.is_last:
-            return False
-        pause = time.monotonic() + PAUSES[task.failures]
-        self._again.append(Task(task.shard, task.attempt + 1, task.failures + 1, task.failed_on | {node}, pause))
-        return True
+        case = self._case(task)
+        if again := case.failed(task, node, failure, symptom):
+            self._waiting.append(case)
+        return again
+
+    def forgive(self, node: str) -> None:
+        """What failed on a node, which gets no more work, does not count."""
+        for case in [*self._waiting, *self._at_work.values()]:
+            case.forgive(node)
+
+    def _case(self, task: Task) -> Case:
+        return self._at_work.pop(task.shard, None) or Case(task.shard, self._rows_of(task.shard), self._batch_size)

@@ -106,12 +106,18 @@ class Worker:
         self.manifest = manifest
         self.fingerprint = fingerprint
         self._generation: Generation | None = None
+        self._clock = Clock()
 
     @property
     def samples_done(self) -> int:
         """Samples of the current shard that are written: for progress, read from another thread."""
         generation = self._generation
         return generation.written if generation else 0
+
+    @property
+    def ticks(self) -> int:
+        """Grows as the current shard does: read from another thread to see whether the worker hangs."""
+        return self._clock.ticks
 
     def run(
         self,
@@ -121,6 +127,7 @@ class Worker:
         last_attempt: bool = False,
         verdicts: Mapping[int, str] = MappingProxyType({}),
         existing: Mapping[int, Sample] = MappingProxyType({}),
+        sampled_at_once: int | None = None,
     ) -> tuple[Receipt, dict[str, str]]:
         """Generate one shard and stage its files under the output.
 
@@ -134,16 +141,19 @@ class Worker:
             last_attempt: a reference that storage or network do not deliver fails its rows, not the attempt.
             verdicts: row number to error message: rows that fail without a try.
             existing: row number to sample: rows that are done. Samples are asked for one by one, in order.
+            sampled_at_once: rows at most, where memory is too small for a batch; the receipt says so, because samples
+                may differ in their last bits.
 
         Returns:
             The receipt, not published, and what :func:`vcf_batch.shards.commit` needs to publish it.
 
         Raises:
             UsageError: the manifest or the model cannot be used; trying again does not help.
+            OutOfDeviceMemory: a batch does not fit.
             VcfBatchError: storage, network or the machine failed. No row is to blame; the shard may be tried again.
         """
         clock, started = Clock(), datetime.now(UTC)
-        with self._generated(shard, clock, last_attempt, verdicts, existing) as files, clock("stage"):
+        with self._generated(shard, clock, last_attempt, verdicts, existing, sampled_at_once) as files, clock("stage"):
             staged = shards.stage(files, self.tools.config.output, shard, attempt_id)
         receipt = Receipt(
             shard=shard,
@@ -161,15 +171,17 @@ class Worker:
                 "model_loads": _model_loads,
             },
             means=files.means,
+            sampled_at_once=sampled_at_once,
         )
         return receipt, staged
 
-    def trial(self, shard: Shard, selected: Container[int]) -> None:
+    def trial(self, shard: Shard, selected: Container[int], sampled_at_once: int | None = None) -> None:
         """Generate some rows of a shard as :meth:`run` does, and throw them away: what happens to this process?
 
         Args:
             shard: rows of the manifest.
             selected: numbers of the rows that are generated.
+            sampled_at_once: as for :meth:`run`.
 
         Raises:
             VcfBatchError: as :meth:`run`, but a reference that storage or network do not deliver fails its rows.
@@ -177,7 +189,7 @@ class Worker:
         left_out = {
             number: "left out of a trial" for number in range(shard.start, shard.stop) if number not in selected
         }
-        with self._generated(shard, Clock(), True, left_out, {}):
+        with self._generated(shard, Clock(), True, left_out, {}, sampled_at_once):
             pass
 
     @contextlib.contextmanager
@@ -188,8 +200,10 @@ class Worker:
         last_attempt: bool,
         verdicts: Mapping[int, str],
         existing: Mapping[int, Sample],
+        sampled_at_once: int | None,
     ) -> Iterator[ShardFiles]:
         """The shard's files, in scratch that goes when the block is left."""
+        self._clock = clock
         self.tools.device.use_threads()
         self.tools.scorer.new_shard()
         try:
@@ -203,9 +217,10 @@ class Worker:
                     if (error := verdicts.get(row.number) or row.error)
                 }
                 known = ChainMap(failed, cast(dict[int, Sample], existing))
+                way = (clock, last_attempt, sampled_at_once)
                 layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
                 with shards.ShardWriter(scratch, shard, *layout) as writer:
-                    with Generation(self.tools, rows, known, writer.add, clock, last_attempt) as self._generation:
+                    with Generation(self.tools, rows, known, writer.add, *way) as self._generation:
                         self._generation.run()
                     with clock("finish_files"):
                         files = writer.finish()

@@ -1,0 +1,144 @@
+"""Faults on order: real workers in processes of their own, told by a test when to die, hang or fail.
+
+Orders are files in a folder beside the manifest. An order ``PHASE.ACTION`` (``PHASE.ACTION.2`` for another one) is
+carried out once, by the first worker that gets to that phase. ``hold`` keeps workers from beginning a shard. Words in
+prompts are orders that hold for ever: the row with the prompt "kill ..." kills every worker that looks at it.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from vcf_batch import pool
+from vcf_batch.errors import StorageError
+
+WORKER_PHASES = ("load", "run", "sample", "score", "tar", "parquet", "stage", "staged")
+"""When a worker looks for orders, in their order."""
+
+DRIVER_PHASES = ("commit", "first file", "both files", "receipt")
+"""When a driver does: before a commit, after each of its steps."""
+
+
+def orders(manifest: str) -> Path:
+    """The folder of orders to those who work on a manifest; made if there is none."""
+    folder = Path(manifest).parent / "orders"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def give(folder: Path, *names: str) -> None:
+    """Order something to be done once."""
+    for name in names:
+        (folder / name).touch()
+
+
+def obey(folder: Path, phase: str) -> None:
+    """Carry out an order for this phase, if there is one that nobody else takes."""
+    for order in sorted(folder.glob(f"{phase}.*")):
+        try:
+            order.unlink()
+        except FileNotFoundError:
+            continue
+        act(order.name.split(".")[1])
+
+
+def act(action: str) -> None:
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif action == "hang":
+        time.sleep(3600)
+    elif action == "storage":
+        raise StorageError("the storage fails as ordered")
+    elif action == "fail":
+        raise ZeroDivisionError("failed as ordered")
+
+
+def around(
+    owner: Any, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    """Let something come before or after a method or function, in this process."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **settings: Any) -> Any:
+        if before is not None:
+            before(*args, **settings)
+        result = original(*args, **settings)
+        if after is not None:
+            after(*args, **settings)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+class FaultyActor(pool._Actor):
+    """A worker that obeys. Tests put it in the place of the pool's own."""
+
+    def load(self) -> Any:
+        folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
+        if (folder / f"no-load-on-{node}").exists():
+            raise StorageError("this node loads nothing, as ordered")
+        obey(folder, "load")
+        seen = super().load()
+
+        from vcf_batch import shards
+
+        def sampling(*_: Any, seeds: Sequence[int], **__: Any) -> None:
+            obey(folder, "sample")
+            limit = folder / "rows-in-memory"
+            if limit.exists() and len(seeds) > int(limit.read_text()):
+                import torch
+
+                raise torch.OutOfMemoryError("CUDA out of memory, as ordered")
+
+        def encoding(prompts: Sequence[str]) -> None:
+            for prompt in prompts:
+                act(prompt.partition(" ")[0])
+
+        def phase(name: str) -> Callable[..., None]:
+            return lambda *_, **__: obey(folder, name)
+
+        tools = self._worker.tools
+        around(tools.pipeline, "generate_from_tokens", sampling)
+        around(tools.pipeline, "encode_prompts", encoding)
+        around(tools.scorer, "score", phase("score"))
+        around(shards.ShardWriter, "add", phase("tar"))
+        around(shards.ShardWriter, "finish", phase("parquet"))
+        around(shards, "stage", phase("stage"), phase("staged"))
+        return seen
+
+    def run(self, *arguments: Any) -> Any:
+        folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
+        if (folder / f"no-run-on-{node}").exists():
+            act("fail")
+        while (folder / "hold").exists():
+            time.sleep(0.05)
+        obey(folder, "run")
+        return super().run(*arguments)
+
+
+def drive() -> None:
+    """The command line, with workers and a driver that obey: ``python tests/faults.py generate MANIFEST ...``."""
+    from vcf_batch import shards, storage
+    from vcf_batch.cli import main
+
+    folder = orders(sys.argv[2])
+
+    def moved(source: str, target: str) -> None:
+        obey(folder, "first file" if target.endswith(".tar") else "both files")
+
+    around(shards, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
+    around(storage, "move", after=moved)
+    pool._Actor = FaultyActor  # type: ignore[misc]
+    main()
+
+
+if __name__ == "__main__":
+    drive()

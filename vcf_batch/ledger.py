@@ -1,0 +1,121 @@
+"""What of a run is committed, and what is set aside. No Ray here."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vcf_batch import plan, shards, storage
+from vcf_batch.attempts import Task
+from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.prepare import Job
+from vcf_batch.progress import duration
+from vcf_batch.records import STATUSES, Receipt, Shard, Status
+
+MAX_SET_ASIDE = 16
+"""How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a run's rows, those of earlier attempts at the run included."""
+
+    output: str
+    rows: int
+    counts: dict[Status, int]
+    resumed_rows: int
+    """Rows that were finished before."""
+    seconds: float
+
+    @property
+    def failed_fraction(self) -> float:
+        """Share of the rows that failed, 0 to 1."""
+        return self.counts["failed"] / self.rows
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{self.counts[status]:,} {status}" for status in STATUSES)
+        new = self.rows - self.resumed_rows
+        rate = f", {new / self.seconds:.2f} samples a second" if new and self.seconds else ""
+        resumed = f" ({self.resumed_rows:,} of them were there before)" if self.resumed_rows else ""
+        return f"{storage.redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}"
+
+
+class Ledger:
+    """Counts a run's shards; what the output holds already is read once.
+
+    Args:
+        job: the run.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._output, self._shards, self._again = job.config.output, job.shards, job.again
+        self._done: set[int] = set()
+        self._rows = job.manifest.num_rows
+        self.counts: Counter[Status] = Counter()
+        for receipt in shards.iter_receipts(job.config.output):
+            index = receipt.shard.index
+            if receipt.fingerprint == job.fingerprint and index < len(job.shards) and index not in job.again:
+                self._done.add(index)
+                self.counts.update(receipt.counts)
+        self.finished_rows = sum(self.counts.values())
+        self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
+        self.left = len(job.shards) - len(self._done)
+        """Shards that are neither committed nor set aside."""
+        self._set_aside: list[tuple[Task, Exception, str]] = []
+        self._set_aside_in_a_row = 0
+
+    def remaining(self) -> Iterator[Shard]:
+        """The shards that were not there at the beginning, in order."""
+        return plan.remaining(self._shards, self._done)
+
+    def rows_of(self, shard: Shard) -> list[int]:
+        """Rows of a shard that are generated: all of them, unless some samples are kept."""
+        again = self._again.get(shard.index, bytes([True]) * len(shard))
+        return [row for row, chosen in enumerate(again, start=shard.start) if chosen]
+
+    def committed(self, task: Task, receipt: Receipt) -> None:
+        """A shard exists."""
+        self.left -= 1
+        self._set_aside_in_a_row = 0
+        self.finished_rows += len(task.shard)
+        self.counts.update(receipt.counts)
+
+    def set_aside(self, task: Task, error: Exception, why: str) -> None:
+        """A shard has failed for good, because of ``error``; ``why`` says it in a line.
+
+        Raises:
+            StorageError, VcfBatchError: so have many in a row; there is no use in going on.
+        """
+        self.left -= 1
+        self._set_aside.append((task, error, why))
+        self._set_aside_in_a_row += 1
+        if self._set_aside_in_a_row == MAX_SET_ASIDE:
+            self.raise_if_incomplete()
+
+    def raise_if_incomplete(self) -> None:
+        """Refuse to call a run done that lacks shards.
+
+        Raises:
+            StorageError, VcfBatchError: shards were set aside; with their names and the last one's reason.
+        """
+        if not self._set_aside:
+            return
+        _, error, why = self._set_aside[-1]
+        kind = StorageError if isinstance(error, StorageError) else VcfBatchError
+        raise kind(
+            f"{len(self._set_aside)} of {len(self._shards)} shards failed again and again: "
+            f"{', '.join(task.title for task, _, _ in self._set_aside)}. The last reason: {why}\n"
+            "What is finished is kept: once the cause is gone, rerun the same command to go on."
+        ) from error
+
+    def summary(self, seconds: float) -> Summary:
+        """The counts of the whole run."""
+        return Summary(
+            output=self._output,
+            rows=self._rows,
+            counts={status: self.counts[status] for status in STATUSES},
+            resumed_rows=self.resumed_rows,
+            seconds=seconds,
+        )
