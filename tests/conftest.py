@@ -1,8 +1,9 @@
-"""What holds for every test module, and the S3 server that several of them use."""
+"""What holds for every test module, and the storages that several of them use."""
 
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec.config
 import pytest
@@ -30,3 +31,12 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
     monkeypatch.setenv("FSSPEC_S3", json.dumps(options))
     return f"s3://tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty folder of a storage that fails one call in five; see tests/faulty."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "faulty"))
+    monkeypatch.setenv("FAULTY", json.dumps({"every": 5, "seed": 1}))
+    fsspec.register_implementation("faulty", "faulty_storage.FaultyStorage")
+    return f"faulty://{tmp_path}/faulty"

@@ -1,7 +1,10 @@
 """Small real runs: a random model with a judge, a manifest over images drawn here, and what a run left behind."""
 
+import dataclasses
 import io
+import json
 import socket
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Container, Mapping
@@ -16,12 +19,13 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import prepare, shards
+from vcf_batch import prepare, shards, storage
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.prepare import Job, Models
 from vcf_batch.records import Objective, Receipt, Sample, Scores
+from vcf_batch.row_json import row_json
 from vcf_batch.row_settings import settings_of
 
 SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
@@ -131,3 +135,50 @@ def free_ports(count: int) -> list[int]:
 def read_receipts(output: str) -> dict[int, Receipt]:
     """The receipts of an output by shard index."""
     return {receipt.shard.index: receipt for receipt in shards.iter_receipts(output)}
+
+
+class Files:
+    """One shard of an output, taken apart."""
+
+    def __init__(self, output: Path, name: str) -> None:
+        self.tar, self.parquet = output / f"{name}.tar", output / f"{name}.parquet"
+        self.receipt = output / f"{name}_stats.json"
+        self.table = pq.read_table(self.parquet)
+        with tarfile.open(self.tar) as tar:
+            self.members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.table.to_pylist()
+
+    def edit(self, row: int, **columns: Any) -> None:
+        """Change a row in the parquet."""
+        rows = self.rows
+        rows[row] |= columns
+        self.table = pa.Table.from_pylist(rows, self.table.schema)
+
+    def edit_everywhere(self, row: int, **columns: Any) -> None:
+        """Change a row in the parquet and the JSON that repeats it."""
+        self.edit(row, **columns)
+        key = self.rows[row]["key"]
+        self.replace(f"{key}.json", row_json(self.table.slice(row, 1).to_batches()[0]))
+
+    def replace(self, name: str, data: bytes) -> None:
+        self.members = [(member, data if member == name else old) for member, old in self.members]
+
+    def write(self) -> None:
+        """Put it back together with a receipt to match, as someone does who knows how."""
+        pq.write_table(self.table, self.parquet)
+        with tarfile.open(self.tar, "w") as tar:
+            for name, data in self.members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        self.match()
+
+    def match(self) -> None:
+        entries = {"tar": storage.digest(str(self.tar)), "parquet": storage.digest(str(self.parquet))}
+        self.edit_receipt(files={kind: dataclasses.asdict(entry) for kind, entry in entries.items()})
+
+    def edit_receipt(self, **changes: Any) -> None:
+        self.receipt.write_text(json.dumps(json.loads(self.receipt.read_text()) | changes))

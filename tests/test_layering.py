@@ -23,7 +23,9 @@ LIGHT = (
     "quarantine",
     "records",
     "references",
+    "row_json",
     "row_settings",
+    "repair",
     "run_file",
     "shard_check",
     "shard_queue",
@@ -31,7 +33,10 @@ LIGHT = (
     "signals",
     "starts",
     "storage",
+    "storage_drivers",
     "storage_errors",
+    "storage_local",
+    "storage_reader",
     "verify",
 )
 

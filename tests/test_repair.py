@@ -104,9 +104,9 @@ def test_what_generating_does_not_mend_is_refused(output: Path) -> None:
 def test_a_changed_manifest_is_refused(output: Path) -> None:
     manifest = runs.write_manifest(output.parent / "in", 3)
     with pytest.raises(RefusedError, match="has changed since the run"):
-        Repair(Output.open(str(output), str(manifest)), FAILED)
+        Repair(Output.open(str(output), {"manifest": str(manifest)}), FAILED)
     with pytest.raises(UsageError, match="does not exist"):
-        Repair(Output.open(str(output), str(manifest.parent / "gone")), FAILED)
+        Repair(Output.open(str(output), {"manifest": str(manifest.parent / "gone")}), FAILED)
 
 
 # The command

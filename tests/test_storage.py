@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import storage, storage_errors
+from vcf_batch import storage, storage_drivers, storage_errors
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.records import FileEntry
 
@@ -87,10 +87,10 @@ def flaky() -> Iterator[type[Flaky]]:
     Flaky.lose_answer = False
 
 
-@pytest.fixture(params=["local", "file", "memory", "s3"])
+@pytest.fixture(params=["local", "file", "memory", "s3", "faulty"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return request.getfixturevalue("s3")
+    if request.param in ("s3", "faulty"):
+        return request.getfixturevalue(request.param)
     return {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[
         request.param
     ]
@@ -320,8 +320,8 @@ def test_checksums_are_those_that_the_store_keeps(flaky: type[Flaky], monkeypatc
     for name in ("a", "sub/b"):
         storage.publish_bytes(f"flaky://checksums/{name}", name.encode())
     assert storage.list_checksums("flaky://checksums") == {"a": (1, None), "sub/b": (5, None)}
-    find = flaky.find
-    monkeypatch.setattr(flaky, "find", lambda *a, **k: {file: i | {"ETag": "x"} for file, i in find(*a, **k).items()})
+    ls = flaky.ls
+    monkeypatch.setattr(flaky, "ls", lambda *a, **k: [entry | {"ETag": "x"} for entry in ls(*a, **k)])
     assert storage.list_checksums("flaky://checksums") == {"a": (1, "x"), "sub/b": (5, "x")}
     assert storage.list_checksums("flaky://missing") == {}
 
@@ -487,7 +487,7 @@ def test_s3_has_time_limits_and_no_listings_cache_beside_the_users_options(monke
     pytest.importorskip("s3fs")
     users = {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": {"s3": {"addressing_style": "path"}}}
     monkeypatch.setitem(fsspec.config.conf, "s3", users)
-    fs, path = storage._filesystem("s3://bucket/key")
+    fs, path = storage_drivers.filesystem("s3://bucket/key")
     assert path == "bucket/key"
     assert fs.endpoint_url == "http://127.0.0.1:1"
     assert fs.config_kwargs["s3"] == {"addressing_style": "path"}
@@ -497,18 +497,20 @@ def test_s3_has_time_limits_and_no_listings_cache_beside_the_users_options(monke
 
 
 def test_drivers_get_no_option_that_they_refuse() -> None:
-    assert storage._options("gs") == {"use_listings_cache": False}
-    assert storage._options("sftp") == storage._options("ssh") == {}
+    assert storage_drivers._options("gs") == {"use_listings_cache": False}
+    assert storage_drivers._options("sftp") == storage_drivers._options("ssh") == {}
 
 
 # A web server
 
 
 class _Answers(http.server.BaseHTTPRequestHandler):
-    """``/N`` answers with status N, ``/flaky`` fails once, ``/stream`` announces no size, ``/hang`` never answers."""
+    """``/N`` answers with status N, ``/flaky`` fails once, ``/stream`` announces no size, ``/hang`` never answers,
+    ``/cut`` ends early twice."""
 
     body = b"0123456789" * 1000
     seen: ClassVar[list[str]] = []
+    cuts: ClassVar[list[bool]] = []
     release = threading.Event()
 
     def do_HEAD(self) -> None:
@@ -535,7 +537,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             with contextlib.suppress(ConnectionError):
-                self.wfile.write(self.body)
+                ends_early = path == "/cut" and self.cuts and self.cuts.pop()
+                self.wfile.write(self.body[: 6000 if ends_early else None])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -545,6 +548,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 def web() -> Iterator[str]:
     pytest.importorskip("aiohttp")
     _Answers.seen.clear()
+    _Answers.cuts[:] = [True, True]
     _Answers.release.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -561,6 +565,24 @@ def test_the_web_is_read_with_a_limit(web: str) -> None:
     assert storage.read_bytes(web + "/a.png", limit=25) == _Answers.body[:25]
     assert storage.read_bytes(web + "/stream", limit=9000) == _Answers.body[:9000]
     assert storage.read_bytes(web + "/flaky") == _Answers.body
+
+
+def test_a_file_that_ends_early_is_read_on_from_where_it_ended(web: str, tmp_path: Path) -> None:
+    """A truncated download is detected, and repeated."""
+    assert storage.read_bytes(web + "/cut") == _Answers.body
+    _Answers.cuts[:] = [True, True]
+    with storage.open_read(web + "/cut") as file:
+        parts = [file.read(1000), file.read(4500), file.read(2000), file.read()]
+    assert b"".join(parts) == _Answers.body
+    _Answers.cuts[:] = [True, True]
+    storage.download(web + "/cut", str(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes() == _Answers.body
+    _Answers.cuts[:] = [True] * 100
+    with pytest.raises(StorageError):
+        storage.read_bytes(web + "/cut", limit=9000)
+    with pytest.raises(StorageError):
+        storage.download(web + "/cut", str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_web_is_downloaded(web: str, tmp_path: Path) -> None:
@@ -589,7 +611,7 @@ def test_answers_of_the_web(web: str, status: int, expected: type[Exception]) ->
 
 
 def test_a_server_that_hangs_is_given_up(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_READ_SECONDS", 0.1)
+    monkeypatch.setattr(storage_drivers, "_READ_SECONDS", 0.1)
     with pytest.raises(StorageError, match=f"after {storage_errors.ATTEMPTS} attempts"):
         storage.read_bytes(web + "/hang")
 

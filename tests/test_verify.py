@@ -1,25 +1,22 @@
 """Verify finds whatever was done to an output, and names the shard and the cause."""
 
-import dataclasses
 import hashlib
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import runs
 from click.testing import CliRunner
 
-from vcf_batch import shards, storage, verify
+from vcf_batch import storage, verify
 from vcf_batch.cli import main
 from vcf_batch.errors import StorageError
+from vcf_batch.outputs import Output
 from vcf_batch.plan import ShardPlan
+from vcf_batch.row_json import row_json
 
 ROWS, SHARD_SIZE = 10, 4
 
@@ -50,61 +47,14 @@ def run(output: Path) -> tuple[int, list[str]]:
 # What is done to an output
 
 
-class Files:
-    """One shard of an output, taken apart."""
-
-    def __init__(self, output: Path, name: str) -> None:
-        self.tar, self.parquet = output / f"{name}.tar", output / f"{name}.parquet"
-        self.receipt = output / f"{name}_stats.json"
-        self.table = pq.read_table(self.parquet)
-        with tarfile.open(self.tar) as tar:
-            self.members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.table.to_pylist()
-
-    def edit(self, row: int, **columns: Any) -> None:
-        """Change a row in the parquet."""
-        rows = self.rows
-        rows[row] |= columns
-        self.table = pa.Table.from_pylist(rows, self.table.schema)
-
-    def edit_everywhere(self, row: int, **columns: Any) -> None:
-        """Change a row in the parquet and the JSON that repeats it."""
-        self.edit(row, **columns)
-        key = self.rows[row]["key"]
-        self.replace(f"{key}.json", shards.row_json(self.table.slice(row, 1).to_batches()[0]))
-
-    def replace(self, name: str, data: bytes) -> None:
-        self.members = [(member, data if member == name else old) for member, old in self.members]
-
-    def write(self) -> None:
-        """Put it back together with a receipt to match, as someone does who knows how."""
-        pq.write_table(self.table, self.parquet)
-        with tarfile.open(self.tar, "w") as tar:
-            for name, data in self.members:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-        self.match()
-
-    def match(self) -> None:
-        entries = {"tar": storage.digest(str(self.tar)), "parquet": storage.digest(str(self.parquet))}
-        self.edit_receipt(files={kind: dataclasses.asdict(entry) for kind, entry in entries.items()})
-
-    def edit_receipt(self, **changes: Any) -> None:
-        self.receipt.write_text(json.dumps(json.loads(self.receipt.read_text()) | changes))
-
-
 Corruption = Callable[[Path], object]
 
 
-def edited(change: Callable[[Files], Any]) -> Corruption:
+def edited(change: Callable[[runs.Files], Any]) -> Corruption:
     """Shard 00001 changed by ``change``, and whole again to all appearance."""
 
     def corrupt(output: Path) -> None:
-        files = Files(output, "00001")
+        files = runs.Files(output, "00001")
         change(files)
         files.write()
 
@@ -112,7 +62,7 @@ def edited(change: Callable[[Files], Any]) -> Corruption:
 
 
 def receipt(**changes: Any) -> Corruption:
-    return lambda output: Files(output, "00001").edit_receipt(**changes)
+    return lambda output: runs.Files(output, "00001").edit_receipt(**changes)
 
 
 def flip(suffix: str, find: bytes, offset: int = 0) -> Corruption:
@@ -133,7 +83,7 @@ def cut(output: Path) -> None:
 
 
 def cut_to_match(output: Path) -> None:
-    files = Files(output, "00001")
+    files = runs.Files(output, "00001")
     data = files.tar.read_bytes()
     files.tar.write_bytes(data[: data.index(b"s6.png") + 1000])
     files.match()
@@ -151,27 +101,27 @@ def swap(*suffixes: str) -> Corruption:
 
 
 def new_image(data: bytes) -> Corruption:
-    def change(files: Files) -> None:
+    def change(files: runs.Files) -> None:
         files.edit_everywhere(0, sha256=hashlib.sha256(data).hexdigest())
         files.replace("s4.png", data)
 
     return edited(change)
 
 
-def swap_rows(files: Files) -> None:
+def swap_rows(files: runs.Files) -> None:
     order = [0, 1, 3, 2]
     files.table = files.table.take(order)
     files.members = files.members[:3] + files.members[6:] + files.members[3:6]
 
 
-def double_key(files: Files) -> None:
+def double_key(files: runs.Files) -> None:
     files.edit(2, key="s4")
     files.members = [(name.replace("s6.", "s4."), data) for name, data in files.members]
-    files.members[5] = ("s4.json", shards.row_json(files.table.slice(2, 1).to_batches()[0]))
+    files.members[5] = ("s4.json", row_json(files.table.slice(2, 1).to_batches()[0]))
 
 
 def no_parquet(output: Path) -> None:
-    files = Files(output, "00001")
+    files = runs.Files(output, "00001")
     files.parquet.write_bytes(b"PAR1" * 99)
     files.match()
 
@@ -189,7 +139,7 @@ def edit_run(**changes: Any) -> Corruption:
     return corrupt
 
 
-def move(files: Files, name: str, place: int) -> None:
+def move(files: runs.Files, name: str, place: int) -> None:
     member = next(member for member in files.members if member[0] == name)
     files.members.remove(member)
     files.members.insert(place, member)
@@ -297,10 +247,10 @@ def test_every_corruption_is_found(output: Path, name: str) -> None:
 def test_a_repeated_key_is_found_without_a_manifest(output: Path) -> None:
     """Keys are unique across shards."""
     (output / "run.json").write_text((output / "run.json").read_text().replace("/in/manifest.parquet", "/gone"))
-    files = Files(output, "00002")
+    files = runs.Files(output, "00002")
     files.edit_everywhere(0, key="s4")
     files.members = [(name.replace("s8.", "s4."), data) for name, data in files.members]
-    files.replace("s4.json", shards.row_json(files.table.slice(0, 1).to_batches()[0]))
+    files.replace("s4.json", row_json(files.table.slice(0, 1).to_batches()[0]))
     files.write()
     code, lines = run(output)
     assert code == 5
@@ -332,6 +282,14 @@ def test_what_a_killed_run_left_is_no_damage(output: Path) -> None:
 def test_a_place_without_a_run_is_a_mistake(tmp_path: Path) -> None:
     code, lines = run(tmp_path)
     assert (code, lines) == (2, [f"Error: {tmp_path} holds no run; check the path"])
+
+
+def test_an_output_in_an_object_store_is_read_like_any_other(output: Path, s3: str) -> None:
+    for path in filter(Path.is_file, output.iterdir()):
+        storage.upload(str(path), f"{s3}/{path.name}")
+    assert [str(finding) for finding in verify.check(Output.open(s3))] == []
+    storage.remove(f"{s3}/00001.tar")
+    assert [str(finding) for finding in verify.check(Output.open(s3))] == ["00001: 00001.tar is missing"]
 
 
 def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ import io
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,9 @@ from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable
 from vcf_batch.pairing import PAIRINGS
+
+if TYPE_CHECKING:
+    from vcf_batch.verify import Finding
 
 MAX_CONFIG_BYTES = 1 << 20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -409,33 +412,54 @@ def evaluate(
     click.echo("\n" + evaluation.tabulate(config))
 
 
-def _moved(name: str) -> Callable[[Any], Any]:
-    return click.option(f"--{name}", metavar="URL", help=f"Where the run's {name} is now, if that has moved.")
+def _moved(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for what a run has used and is elsewhere now."""
+    for name in ("lpips-weights", "pno-guide", "judge", "model", "manifest"):
+        text = f"Where the run's {name} is now, if that has moved."
+        command = click.option(f"--{name}", metavar="URL", help=text)(command)
+    return command
 
 
 @main.command(cls=_Command)
 @click.argument("output")
-@_moved("manifest")
+@click.option(
+    "--regenerate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Draw so many samples again, on this machine, and compare them with what is there: byte for byte on the same "
+    "type of device with the same versions, else within a mean difference of 5 of 255.",
+)
+@click.option("--regenerate-seed", type=int, default=0, show_default=True, help="Chooses which samples these are.")
+@_moved
 @_debug_option
-def verify(output: str, manifest: str | None) -> None:
+@click.pass_context
+def verify(ctx: click.Context, output: str, regenerate: int | None, regenerate_seed: int, **_: Any) -> None:
     """Read OUTPUT again, all of it, and tell which shards are damaged or missing, and why.
 
     Receipts are compared with the files, tars with parquets, parquets with the manifest; every image is decoded.
 
     \b
-    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 5 damage.
+    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not the run's; 5 damage.
     """
     from vcf_batch import verify as verification  # pyarrow is not needed to print a help text
     from vcf_batch.outputs import Output
 
-    opened = Output.open(output, manifest)
+    opened = Output.open(output, _given(ctx))
+    _tell(verification.check(opened), output)
+    if regenerate is not None:
+        from vcf_batch import regenerate as regeneration  # nor torch to read files
+
+        _tell(regeneration.regenerate(opened, regenerate, regenerate_seed), output)
+    click.echo(f"{storage.redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
+
+
+def _tell(findings: Iterable["Finding"], output: str) -> None:
     damage = 0
-    for finding in verification.check(opened):
+    for finding in findings:
         click.echo(str(finding))
         damage += finding.is_damage
     if damage:
-        raise DamageFound(f"{storage.redact(output)} is damaged. To mend it: {_repair_command(output)}")
-    click.echo(f"{storage.redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
+        raise DamageFound(f"{output} is damaged. To mend it: {_repair_command(output)}")
 
 
 _OWN = {"address": None, "num_workers": None, "max_failed": 0.0}
@@ -451,14 +475,10 @@ _OWN = {"address": None, "num_workers": None, "max_failed": 0.0}
     show_default=True,
     help="Which rows to generate again: a condition on the columns of the parquets.",
 )
-@_moved("manifest")
-@_moved("model")
-@_moved("judge")
-@_moved("pno-guide")
-@_moved("lpips-weights")
+@_moved
 @_debug_option
 @click.pass_context
-def repair(ctx: click.Context, output: str, where: str, manifest: str | None, **_: Any) -> None:
+def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
     """Generate again what is damaged or missing in OUTPUT, and the rows that --where selects.
 
     OUTPUT is read again, as by 'verify'. Damaged and missing shards are generated whole; of the others, the selected
@@ -470,10 +490,9 @@ def repair(ctx: click.Context, output: str, where: str, manifest: str | None, **
     from vcf_batch.outputs import Output  # pyarrow and DuckDB are not needed to print a help text
     from vcf_batch.repair import Repair
 
-    opened = Output.open(output, manifest)
+    opened = Output.open(output, _OWN | _given(ctx))
     needed = Repair(opened, where)
-    config = opened.config.replace(**_OWN | _given(ctx))
-    _run(config, lambda: needed.rows(click.echo))
+    _run(opened.config, lambda: needed.rows(click.echo))
 
 
 if __name__ == "__main__":

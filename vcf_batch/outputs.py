@@ -1,7 +1,9 @@
 """An output as its ``run.json`` describes it: what its run was asked to do, and what has to be there."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from types import MappingProxyType
+from typing import Any, cast
 
 from vcf_batch import run_file, storage
 from vcf_batch.config import RunConfig
@@ -24,12 +26,12 @@ class Output:
     """Why there is none."""
 
     @classmethod
-    def open(cls, url: str, manifest: str | None = None) -> "Output":
+    def open(cls, url: str, changes: Mapping[str, Any] = MappingProxyType({})) -> "Output":
         """Read ``run.json`` and open the manifest that it names.
 
         Args:
             url: folder or URL that a run has written.
-            manifest: where the manifest is now, if it has moved.
+            changes: settings that are not what they were, such as the place of a manifest that has moved.
 
         Raises:
             UsageError: there is nothing at all.
@@ -50,8 +52,7 @@ class Output:
             recorded, fields = record["config"], record["fields"]
             # What the fingerprint covers is taken from there: the configuration was published without credentials.
             content = {name: fields[name] for name in recorded.keys() & fields.keys() - {"lpips"}}
-            moved = {} if manifest is None else {"manifest": storage.absolute(manifest)}
-            config = RunConfig.from_mapping(recorded | content | {"output": url} | moved)
+            config = RunConfig.from_mapping({**recorded, **content, **changes, "output": url})
             plan = ShardPlan(record["manifest"]["rows"], cast(int, config.shard_size))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error

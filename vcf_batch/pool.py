@@ -257,7 +257,7 @@ class _Dispatch:
             max_task_retries=0,
             num_cpus=self.config.cpus_per_worker,
             num_gpus=self.config.gpus_per_worker,
-            runtime_env={"env_vars": _environment(self.config)},
+            runtime_env={"env_vars": prepare.environment(self.config)},
             concurrency_groups={"progress": 1},
         )(_Actor)
         self.loaded = False
@@ -485,15 +485,6 @@ class _Dispatch:
                 f"{self.config.gpus_per_worker:g} GPUs, the cluster has {cluster.get('CPU', 0):g} CPUs and "
                 f"{cluster.get('GPU', 0):g} GPUs"
             )
-
-
-def _environment(config: RunConfig) -> dict[str, str]:
-    """Environment of a worker: fixed threads, and cuBLAS workspaces that keep its sums in order."""
-    return {
-        "OMP_NUM_THREADS": str(config.cpus_per_worker),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 def _cause(error: RayError) -> Exception:

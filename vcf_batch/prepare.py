@@ -424,6 +424,15 @@ def _is_seen(root: str) -> bool:
         return False
 
 
+def environment(config: RunConfig) -> dict[str, str]:
+    """Environment of a worker: fixed threads, and cuBLAS workspaces that keep its sums in order."""
+    return {
+        "OMP_NUM_THREADS": str(config.cpus_per_worker),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def check_storage(job: Job) -> None:
     """Prove that this node sees the run's storage: the driver's lease in the output, the manifest, the reference roots.
 

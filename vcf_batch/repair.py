@@ -72,6 +72,8 @@ class Repair:
         for shard, selected in side_by_side(self._selected_of, whole):
             if any(selected):
                 again[shard.index] = selected
+        rows = sum(selected.count(True) for selected in again.values())
+        show(f"{rows:,} rows in {len(again):,} shards are to be generated again")
         return again
 
     def _selected_of(self, shard: Shard) -> bytes:

@@ -18,6 +18,7 @@ from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.outputs import Output
 from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Row, Shard
+from vcf_batch.row_json import json_value, row_json
 from vcf_batch.row_settings import checked, settings_of
 
 ROWS_AT_ONCE = 256
@@ -123,7 +124,7 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
             for batch in parquet.iter_batches(ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
                     one = batch.slice(at, 1)
-                    text = shards.row_json(one)
+                    text = row_json(one)
                     record = json.loads(text)
                     if given:
                         _check_row(output, next(given), record, one.schema)
@@ -152,7 +153,7 @@ def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.S
     if said["strength"] is None:
         del said["strength"]  # the model's default, which only the model tells
     for column, value in said.items():
-        if record[column] != (value := shards.json_value(pa.scalar(value, schema.field(column).type))):
+        if record[column] != (value := json_value(pa.scalar(value, schema.field(column).type))):
             raise DamageFound(f"row {row.number}: {column} is {record[column]!r}, the run has {value!r} there")
 
 

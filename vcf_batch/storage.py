@@ -25,31 +25,21 @@ Errors, the same on every storage, with credentials removed from their messages:
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
-import fsspec
-import fsspec.config
-import fsspec.core
-
-from vcf_batch.errors import StorageError, UsageError, redact
+from vcf_batch import storage_local
+from vcf_batch.errors import StorageError, redact
 from vcf_batch.records import FileEntry
-from vcf_batch.storage_errors import MOVING, READING, NotAFileError, T, attempt, translated
+from vcf_batch.storage_drivers import filesystem
+from vcf_batch.storage_errors import MOVING, NotAFileError, attempt
+from vcf_batch.storage_reader import Reader
 
-_CONNECT_SECONDS = 5
-_READ_SECONDS = 20
-_HTTP_SECONDS = 1800
-_CONNECTIONS = 64
 _CHUNK = 1 << 20
-_TEMPORARY = ".tmp-"
 _CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
-_NO_LISTINGS_CACHE = ("sftp", "ssh")
-"""Drivers that keep no listings, and hand every option that they do not know to their connection, which refuses it."""
 
 # Names
 
@@ -95,7 +85,7 @@ def open_read(url: str) -> BinaryIO:
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: at opening, and while reading.
     """
-    return cast(BinaryIO, _Reader(attempt("open", url, lambda: _open(url)), url))
+    return cast(BinaryIO, Reader(url, lambda: _open(url)))
 
 
 def read_bytes(url: str, limit: int | None = None) -> bytes:
@@ -104,15 +94,11 @@ def read_bytes(url: str, limit: int | None = None) -> bytes:
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
     """
-
-    def read() -> bytes:
-        if limit is None and not is_local(url):
-            fs, path = _filesystem(url)
-            return bytes(fs.cat_file(path))
-        with contextlib.closing(_open(url)) as file:
-            return file.read() if limit is None else _read_fully(file, limit)
-
-    return attempt("read", url, read)
+    if limit is None and not is_local(url):
+        fs, path = filesystem(url)
+        return attempt("read", url, lambda: bytes(fs.cat_file(path)))
+    with open_read(url) as file:
+        return file.read(-1 if limit is None else limit)
 
 
 def read_text(url: str) -> str:
@@ -171,15 +157,9 @@ def list_files(url: str) -> dict[str, int]:
         PermissionError, StorageError: see the module.
     """
 
-    def listing() -> dict[str, int]:
-        if is_local(url):
-            return dict(_local_files(_local(url)))
-        fs, path = _filesystem(url)
-        fs.invalidate_cache(path)
-        entries = fs.ls(path, detail=True)
-        return {name(e["name"]): int(e["size"] or 0) for e in entries if e["type"] == "file" and e["name"] != path}
-
-    return _listed(url, listing)
+    if is_local(url):
+        return _local_listing(url, storage_local.files)
+    return {name(entry["name"]): int(entry["size"] or 0) for entry in _entries(url) if entry["type"] == "file"}
 
 
 def list_tree(url: str) -> dict[str, int]:
@@ -189,19 +169,9 @@ def list_tree(url: str) -> dict[str, int]:
         PermissionError, StorageError: see the module.
     """
 
-    def listing() -> dict[str, int]:
-        if is_local(url):
-            found_locally: dict[str, int] = {}
-            top = _local(url)
-            for folder, _, _ in os.walk(top, onerror=_raise):
-                # A folder that vanishes meanwhile was not there, like a file.
-                with contextlib.suppress(FileNotFoundError):
-                    for file, length in _local_files(folder):
-                        found_locally[os.path.relpath(os.path.join(folder, file), top)] = length
-            return found_locally
-        return {file: int(info["size"] or 0) for file, info in _find(url)}
-
-    return _listed(url, listing)
+    if is_local(url):
+        return _local_listing(url, storage_local.tree)
+    return {file: int(entry["size"] or 0) for file, entry in _walk(url)}
 
 
 def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
@@ -211,13 +181,10 @@ def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
         PermissionError, StorageError: see the module.
     """
 
-    def listing() -> dict[str, tuple[int, str | None]]:
-        return {
-            file: (int(info["size"] or 0), next((str(info[key]) for key in _CHECKSUMS if info.get(key)), None))
-            for file, info in _find(url)
-        }
-
-    return _listed(url, listing)
+    return {
+        file: (int(entry["size"] or 0), next((str(entry[key]) for key in _CHECKSUMS if entry.get(key)), None))
+        for file, entry in _walk(url)
+    }
 
 
 def download(url: str, local_path: str) -> None:
@@ -234,13 +201,13 @@ def download(url: str, local_path: str) -> None:
             if is_local(url):
                 shutil.copyfile(_local(url), temporary)
             else:
-                fs, path = _filesystem(url)
+                fs, path = filesystem(url)
                 fs.get_file(path, temporary)
             # Servers that stream do not announce a size: 0 stands for unknown there.
             if announced and os.path.getsize(temporary) != announced:
                 raise ConnectionError(f"{os.path.getsize(temporary)} of {announced} bytes arrived")
 
-        _publish_local(local_path, fill, create=False)
+        storage_local.publish(local_path, fill, create=False)
 
     attempt("download", url, fetch)
 
@@ -277,9 +244,9 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
         nonlocal tries
         tries += 1
         if is_local(url):
-            _publish_local(_local(url), lambda temporary: _write(temporary, data), create)
+            storage_local.publish(_local(url), lambda temporary: storage_local.write(temporary, data), create)
             return
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         fs.pipe_file(path, data, **({"mode": "create"} if create else {}))
 
     try:
@@ -299,11 +266,11 @@ def upload(local_path: str, url: str) -> None:
 
     def put() -> None:
         if is_local(url):
-            _publish_local(_local(url), lambda temporary: shutil.copyfile(local_path, temporary), create=False)
+            storage_local.publish(_local(url), lambda temporary: shutil.copyfile(local_path, temporary), create=False)
             return
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         fs.put_file(local_path, path)
-        arrived, sent = fs.info(path)["size"], os.path.getsize(local_path)
+        arrived, sent = size(url), os.path.getsize(local_path)
         if arrived != sent:
             raise ConnectionError(f"{arrived} of {sent} bytes arrived")
 
@@ -323,12 +290,12 @@ def move(source: str, target: str) -> None:
 
         def rename() -> None:
             os.replace(_local(source), _local(target))
-            _sync_folder(_local(target))
+            storage_local.sync_folder(_local(target))
 
         attempt("move", source, rename, MOVING)
         return
-    fs, path = _filesystem(source)
-    attempt("copy", source, lambda: fs.cp_file(path, _filesystem(target)[1]), MOVING)
+    fs, path = filesystem(source)
+    attempt("copy", source, lambda: fs.cp_file(path, filesystem(target)[1]), MOVING)
     remove(source, missing_ok=True)
 
 
@@ -340,17 +307,25 @@ def remove(url: str, missing_ok: bool = False) -> None:
         StorageError: see the module.
     """
 
+    tries = 0
+
     def delete() -> None:
+        nonlocal tries
+        tries += 1
         if is_local(url):
             os.unlink(_local(url))
             return
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         if not missing_ok:
             fs.info(path)  # an object store deletes what does not exist without a word
         fs.rm_file(path)
 
-    with contextlib.suppress(*([FileNotFoundError] if missing_ok else [])):
+    try:
         attempt("delete", url, delete, MOVING)
+    except FileNotFoundError:
+        # An earlier try may have deleted it and only its answer was lost.
+        if not missing_ok and tries == 1:
+            raise
 
 
 def remove_tree(url: str) -> None:
@@ -360,63 +335,16 @@ def remove_tree(url: str) -> None:
         StorageError: see the module.
     """
 
-    def delete() -> None:
-        if is_local(url):
-            shutil.rmtree(_local(url))
-            return
-        fs, path = _filesystem(url)
-        fs.invalidate_cache(path)
-        # Not fs.rm(recursive=True): it reads brackets and stars in names as patterns.
-        for file in fs.find(path):
-            fs.rm_file(file)
-
-    with contextlib.suppress(FileNotFoundError):
-        attempt("delete", url, delete, MOVING)
+    if is_local(url):
+        with contextlib.suppress(FileNotFoundError):
+            attempt("delete", url, lambda: shutil.rmtree(_local(url)), MOVING)
+        return
+    # One by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
+    for file in list_tree(url):
+        remove(join(url, file), missing_ok=True)
 
 
 # How it is done
-
-
-class _Reader(io.RawIOBase):
-    """A file open for reading whose errors are this module's."""
-
-    def __init__(self, file: Any, url: str) -> None:
-        self._file = file
-        self._url = url
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        return self._do(lambda: self._file.read() if size is None or size < 0 else _read_fully(self._file, size))
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def readinto(self, buffer: Any, /) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return self._do(lambda: self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-    def _do(self, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except Exception as error:
-            raise translated("read", self._url, error, 1, READING) from error
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -429,74 +357,46 @@ def _local(url: str) -> str:
     return url.removeprefix("file://")
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem (one per process and protocol) and the path in it."""
-    protocol = url.partition("://")[0]
+def _local_listing(url: str, files: Callable[[str], Iterator[tuple[str, int]]]) -> dict[str, int]:
     try:
-        return fsspec.core.url_to_fs(url, **_options(protocol))
-    except (ImportError, ValueError) as error:
-        message = f"cannot use {redact(url)}: {error}. Install the fsspec driver of {protocol}:// or use another URL."
-        raise UsageError(message) from error
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    """What a driver is created with."""
-    options: dict[str, Any] = {} if protocol in _NO_LISTINGS_CACHE else {"use_listings_cache": False}
-    if protocol in ("s3", "s3a"):
-        # One inner attempt: s3fs itself makes five of each request, and so do we of the whole operation.
-        options["config_kwargs"] = {
-            "connect_timeout": _CONNECT_SECONDS,
-            "read_timeout": _READ_SECONDS,
-            "retries": {"max_attempts": 1},
-            "max_pool_connections": _CONNECTIONS,
-        }
-    elif protocol in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=_HTTP_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
-        options["client_kwargs"] = {"timeout": timeout}
-    # fsspec lets explicit options replace the user's configuration (FSSPEC_S3_... variables): merge instead.
-    for option, value in fsspec.config.conf.get(protocol, {}).items():
-        options[option] = {**options[option], **value} if isinstance(options.get(option), dict) else value
-    return options
-
-
-def _listed(url: str, listing: Callable[[], dict[str, T]]) -> dict[str, T]:
-    try:
-        return attempt("list", url, listing)
+        return attempt("list", url, lambda: dict(files(_local(url))))
     except FileNotFoundError:
         return {}
 
 
-def _find(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Relative path of each file under a folder that is not local, and what its store says of it."""
-    fs, path = _filesystem(url)
-    fs.invalidate_cache(path)
-    prefix = path.rstrip("/") + "/"
-    for file, info in cast(dict[str, dict[str, Any]], fs.find(path, detail=True)).items():
-        if info["type"] == "file" and file.startswith(prefix):
-            yield file.removeprefix(prefix), info
+def _entries(url: str) -> list[dict[str, Any]]:
+    """What is directly in a folder that is not local, as its driver tells it; nothing if there is no such folder."""
+
+    def listing() -> list[dict[str, Any]]:
+        fs, path = filesystem(url)
+        fs.invalidate_cache(path)
+        return [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path.rstrip("/")]
+
+    try:
+        return attempt("list", url, listing)
+    except FileNotFoundError:
+        return []
+
+
+def _walk(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Relative path and entry of each file under a folder that is not local."""
+    # Not fs.find: most drivers leave out what they fail to list, without a word.
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for entry in _entries(join(url, folder)):
+            path = f"{folder}/{name(entry['name'])}".removeprefix("/")
+            if entry["type"] == "file":
+                yield path, entry
+            elif entry["type"] == "directory":
+                folders.append(path)
 
 
 def _open(url: str) -> Any:
-    if not is_local(url):
-        fs, path = _filesystem(url)
-        return fs.open(path, "rb")
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-    descriptor = os.open(_local(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise NotAFileError(errno.EISDIR, "not a regular file", url)
-    return open(descriptor, "rb")
-
-
-def _read_fully(file: Any, count: int) -> bytes:
-    """``count`` bytes or all there are: streaming HTTP files return less than asked for."""
-    chunks: list[bytes] = []
-    while count > 0 and (chunk := file.read(count)):
-        chunks.append(chunk)
-        count -= len(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    if is_local(url):
+        return storage_local.open_read(_local(url))
+    fs, path = filesystem(url)
+    return fs.open(path, "rb")
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -505,77 +405,8 @@ def _info(url: str) -> dict[str, Any]:
             status = os.stat(_local(url))
             kind = "file" if stat.S_ISREG(status.st_mode) else "other"
             return {"type": kind, "size": status.st_size}
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         fs.invalidate_cache(path)
         return cast(dict[str, Any], fs.info(path))
 
     return attempt("look up", url, ask)
-
-
-def _local_files(folder: str) -> Iterator[tuple[str, int]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                found = entry.is_file() and not entry.name.startswith(_TEMPORARY)
-                size = entry.stat().st_size if found else 0
-            except OSError as error:
-                # A file that vanishes meanwhile was not there: listings race with other writers. Nor is a link in a
-                # circle a file.
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise
-            else:
-                if found:
-                    yield entry.name, size
-
-
-def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _publish_local(path: str, fill: Callable[[str], object], create: bool) -> None:
-    """Let ``fill`` write a temporary file beside ``path``; flush it to disk; give it its name."""
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
-    try:
-        fill(temporary)
-        _sync(temporary)
-        if create:
-            _link(temporary, path)
-        else:
-            os.replace(temporary, path)
-        _sync_folder(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _write(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-
-
-def _link(temporary: str, path: str) -> None:
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        # File systems over object stores have no hard links; claiming the name first keeps one winner.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(temporary, path)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: str) -> None:
-    # Some network file systems cannot flush a folder; the rename is then as durable as they make it.
-    with contextlib.suppress(OSError):
-        _sync(os.path.dirname(path) or ".")

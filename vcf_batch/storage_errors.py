@@ -12,8 +12,10 @@ from typing import TypeVar
 
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 
-ATTEMPTS = 4
-"""How often an operation is tried in all while its failure may pass."""
+ATTEMPTS = 6
+"""How often an operation is tried in all while its failure may pass: enough where one call in five fails."""
+PAUSE_SECONDS = 0.25
+"""Before the second attempt; three times as long before each further one."""
 RETRY_SECONDS = 60.0
 """No new attempt starts later than this after the first: some drivers wait minutes within one attempt."""
 
@@ -88,10 +90,13 @@ def attempt(action: str, url: str, call: Callable[[], T], stay: Kinds = READING)
                 if told is error:
                     raise
                 raise told from error
-        time.sleep(0.25 * 4 ** (number - 1) * (0.5 + _jitter.random()))
+        time.sleep(PAUSE_SECONDS * 3 ** (number - 1) * (0.5 + _jitter.random()))
 
 
 def _http_status(error: BaseException) -> int | None:
+    """The status that the server answered with. A connection that broke has none, though aiohttp calls that 400."""
+    if _classes(error) & _PASSING_CLASSES:
+        return None
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):

@@ -1,0 +1,51 @@
+"""fsspec's drivers: which options each is created with."""
+
+from typing import Any
+
+import fsspec.config
+import fsspec.core
+
+from vcf_batch.errors import UsageError, redact
+
+_CONNECT_SECONDS = 5
+_READ_SECONDS = 20
+_HTTP_SECONDS = 1800
+_CONNECTIONS = 64
+_NO_LISTINGS_CACHE = ("sftp", "ssh")
+"""Drivers that keep no listings, and hand every option that they do not know to their connection, which refuses it."""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem (one per process and protocol) of a URL, and the path in it.
+
+    Raises:
+        UsageError: there is no driver for its protocol.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url, **_options(protocol))
+    except (ImportError, ValueError) as error:
+        message = f"cannot use {redact(url)}: {error}. Install the fsspec driver of {protocol}:// or use another URL."
+        raise UsageError(message) from error
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """What a driver is created with."""
+    options: dict[str, Any] = {} if protocol in _NO_LISTINGS_CACHE else {"use_listings_cache": False}
+    if protocol in ("s3", "s3a"):
+        # One inner attempt: s3fs itself makes five of each request, and so do we of the whole operation.
+        options["config_kwargs"] = {
+            "connect_timeout": _CONNECT_SECONDS,
+            "read_timeout": _READ_SECONDS,
+            "retries": {"max_attempts": 1},
+            "max_pool_connections": _CONNECTIONS,
+        }
+    elif protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=_HTTP_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
+        options["client_kwargs"] = {"timeout": timeout}
+    # fsspec lets explicit options replace the user's configuration (FSSPEC_S3_... variables): merge instead.
+    for option, value in fsspec.config.conf.get(protocol, {}).items():
+        options[option] = {**options[option], **value} if isinstance(options.get(option), dict) else value
+    return options
