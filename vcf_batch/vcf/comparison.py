@@ -89,14 +89,14 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
     for line in lines:
         methods.setdefault(line.method, []).append(line)
     with rc_context({"svg.hashsalt": "vcf-batch", "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="LPIPS to the reference (left is closer)", ylabel="CLIP score with the prompt")
         for method, own in methods.items():
             (x, x_errors), (y, y_errors) = _values(own, "lpips"), _values(own, "clip_score")
             axes.errorbar(x, y, xerr=x_errors, yerr=y_errors, fmt="o-", elinewidth=0.7, label=method)
             for line, place in zip(own, zip(x, y, strict=True), strict=True) if len(own) > 1 else ():
                 axes.annotate(f"{line.strength:g}", place, (-5, 3), textcoords="offset points", size=8, ha="right")
-        axes.legend(frameon=False)
+        figure.legend(loc="outside right upper", frameon=False)
         return {"png": _file(figure, "png"), "svg": _file(figure, "svg")}
 
 
