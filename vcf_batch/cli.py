@@ -377,7 +377,7 @@ _DECIDED = ("manifest", "output", "fusion", "strength", "pno_steps", "seed", "li
     type=click.IntRange(min=0),
     default=16,
     show_default=True,
-    help="Samples of concat + PNO, which takes some 40 times as long as the other methods; 0 leaves it out.",
+    help="Samples of concat + PNO, which takes some 30 times as long as the other methods; 0 leaves it out.",
 )
 @click.pass_context
 def evaluate(
