@@ -21,6 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --address local
 	$(BIN)/vcf-batch contact-sheet out/demo
+	$(BIN)/vcf-batch report out/demo
 
 test: install
 	$(BIN)/pytest -m "not slow"

@@ -245,6 +245,7 @@ def _run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> 
 
     summary = pool.run(config, again)
     click.echo(str(summary))
+    click.echo(f"To look at it: vcf-batch report {shlex.quote(storage.redact(summary.output))}")
     if summary.counts["failed"]:
         click.echo(f"To generate the failed rows again: {_repair_command(summary.output)}")
     if summary.failed_fraction > config.max_failed:
@@ -333,12 +334,12 @@ def _images_in(folder: str, out: str) -> list[str]:
 @_debug_option
 def contact_sheet(output: str, rows: int, out: str | None) -> None:
     """Draw references beside what became of them: the first samples of OUTPUT as one picture."""
-    from vcf_batch import report  # Pillow and pyarrow are not needed to print a help text
+    from vcf_batch.report import contact_sheet as sheets  # Pillow and pyarrow are not needed to print a help text
 
     output = storage.absolute(output)
     target = storage.absolute(out) if out is not None else storage.join(output, "contact_sheet.png")
     picture = io.BytesIO()
-    report.contact_sheet(output, rows).save(picture, "png")
+    sheets.contact_sheet(output, rows).save(picture, "png")
     storage.publish_bytes(target, picture.getvalue())
     click.echo(storage.redact(target))
 
@@ -412,12 +413,40 @@ def evaluate(
     click.echo("\n" + evaluation.tabulate(config))
 
 
+def _moved_option(name: str) -> Callable[..., Any]:
+    """An option for something that a run has used and that is elsewhere now."""
+    return click.option(f"--{name}", metavar="URL", help=f"Where the run's {name} is now, if that has moved.")
+
+
 def _moved(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for what a run has used and is elsewhere now."""
+    """Options for everything that a run has used."""
     for name in ("lpips-weights", "pno-guide", "judge", "model", "manifest"):
-        text = f"Where the run's {name} is now, if that has moved."
-        command = click.option(f"--{name}", metavar="URL", help=text)(command)
+        command = _moved_option(name)(command)
     return command
+
+
+@main.command(cls=_Command)
+@click.argument("output")
+@click.option("--out", metavar="FILE", help="The HTML file to write.  [default: index.html in OUTPUT]")
+@_moved_option("manifest")
+@_debug_option
+@click.pass_context
+def report(ctx: click.Context, output: str, out: str | None, **_: Any) -> None:
+    """Write a page to look at OUTPUT with: scores, samples, failures, throughput, configuration.
+
+    It is one HTML file that needs nothing else, and shows the best, the worst and random samples beside their
+    references. OUTPUT may be unfinished.
+
+    \b
+    Exit codes: 0 written; 1 unexpected; 2 no finished shard there; 5 damage.
+    """
+    from vcf_batch.outputs import Output  # Pillow and pyarrow are not needed to print a help text
+    from vcf_batch.report import page
+
+    opened = Output.open(output, _given(ctx))
+    target = storage.absolute(out) if out is not None else storage.join(opened.url, page.NAME)
+    storage.publish_bytes(target, page.render(opened).encode())
+    click.echo(storage.redact(target))
 
 
 @main.command(cls=_Command)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import runs
 
-from vcf_batch import prepare, report, shards
+from vcf_batch import prepare, shards
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.prepare import Job, Models
 from vcf_batch.records import Receipt, Sample
+from vcf_batch.report import contact_sheet
 
 
 @pytest.fixture
@@ -40,10 +41,10 @@ def output(tmp_path: Path) -> Path:
 
 def test_every_row_has_a_card_and_failed_ones_are_told(output: Path) -> None:
     record = RunConfig(manifest=str(output.parent / "in" / "manifest.parquet"), output=str(output))
-    cards = list(report._cards(str(output), record, [runs.read_receipts(str(output))[0].shard]))
+    cards = list(contact_sheet._cards(str(output), record, [runs.read_receipts(str(output))[0].shard]))
     assert [card.output is None for card in cards] == [False, True, False, False, False, True]
     assert [card.reference is None for card in cards] == [False, False, False, False, True, False]
-    assert report.contact_sheet(str(output)).width > 2 * report.TILE
+    assert contact_sheet.contact_sheet(str(output)).width > 2 * contact_sheet.TILE
 
 
 def test_the_sheet_reads_no_further_than_it_shows(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,10 +58,10 @@ def test_the_sheet_reads_no_further_than_it_shows(output: Path, monkeypatch: pyt
             yield sample
 
     monkeypatch.setattr(shards, "read_samples", noted)
-    report.contact_sheet(str(output), limit=2)
+    contact_sheet.contact_sheet(str(output), limit=2)
     assert len(read) <= 2
 
 
 def test_an_output_without_a_shard_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished shard"):
-        report.contact_sheet(str(tmp_path))
+        contact_sheet.contact_sheet(str(tmp_path))

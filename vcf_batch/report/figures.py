@@ -1,0 +1,297 @@
+"""The figures of an output: counts, scores, failures, throughput, and the rows that are worth looking at.
+
+One pass over receipts and parquets, shards side by side. What is kept does not grow with the number of rows.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vcf_batch import shards, storage
+from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.outputs import Output
+from vcf_batch.records import Receipt, Shard, Status
+from vcf_batch.verify import side_by_side
+
+EXTREMES = 12
+"""Rows kept at either end of each score."""
+RANDOM = 36
+"""Rows of the random sample."""
+POINTS = 1500
+"""Rows of the scatter plot."""
+MAX_CAUSES = 500
+"""Causes that are told apart; what comes after them is counted together."""
+MAX_INTERVALS = 240
+"""Intervals that the time of a run is cut into."""
+
+
+class Score(NamedTuple):
+    """How a score is to be read."""
+
+    label: str
+    meaning: str
+    higher_is_better: bool
+
+
+SCORES: Mapping[str, Score] = {
+    "clip_score": Score("Prompt", "cosine of output and prompt, by the judge", True),
+    "clip_reference": Score("Reference", "cosine of output and reference, by the judge", True),
+    "lpips": Score("Distance", "perceptual distance of output and reference", False),
+}
+
+_SETTINGS = ("fusion", "strength", "pno_steps")
+_COLUMNS = ("key", "status", "error_message", "prompt", "reference", "seed", *_SETTINGS, *SCORES)
+_NOT_PHASES = frozenset({"started", "ended", "total", "worker", "model_loads"})
+_VARYING = re.compile(
+    r"""(?P<text>'[^']*'|"[^"]*"|\S*[/\\]\S*|\b[\w-]+\.[A-Za-z]\w{2,4}\b)|(?P<number>\b[0-9a-f]{16,}\b|\d[\d,.]*\d|\d)"""
+)
+_CAUSE_LENGTH = 240
+
+
+class Histogram:
+    """Values counted in bins of :data:`STEP`, fine enough for quantiles; what is off the scale is in the outermost."""
+
+    STEP = 0.001
+    LOW, HIGH = -1.0, 4.0
+
+    def __init__(self) -> None:
+        self._bins = np.zeros(round((self.HIGH - self.LOW) / self.STEP), np.int64)
+        self._sum = 0.0
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Count finite values."""
+        if not len(values):
+            return
+        places = np.clip(np.floor((values - self.LOW) / self.STEP), 0, len(self._bins) - 1).astype(np.int64)
+        self._bins += np.bincount(places, minlength=len(self._bins))
+        self._sum += float(values.sum())
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+
+    @property
+    def count(self) -> int:
+        return int(self._bins.sum())
+
+    @property
+    def mean(self) -> float:
+        """Of one value at least."""
+        return self._sum / self.count
+
+    def quantile(self, share: float) -> float:
+        """The value that ``share`` of the values, 0 to 1, do not exceed; to half a bin. Of one value at least."""
+        place = int(np.searchsorted(np.cumsum(self._bins), max(share * self.count, 1)))
+        return min(max(self.LOW + (place + 0.5) * self.STEP, self.low), self.high)
+
+    def bars(self, most: int = 40) -> tuple[float, float, list[int]]:
+        """The histogram where there are values: its start, the width of a bar, and the bars. Of one value at least."""
+        used = np.flatnonzero(self._bins)
+        per_bar = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if used[-1] // n - used[0] // n < most)
+        first, last = int(used[0]) // per_bar, int(used[-1]) // per_bar
+        fine = self._bins[first * per_bar : (last + 1) * per_bar]
+        bars = np.add.reduceat(fine, np.arange(0, len(fine), per_bar))
+        return self.LOW + first * per_bar * self.STEP, per_bar * self.STEP, bars.tolist()
+
+
+class Chosen(NamedTuple):
+    """A row that is kept, by the order that it was kept for, lowest first."""
+
+    order: float
+    number: int
+    record: dict[str, Any]
+    """The columns of the parquet that this module reads."""
+
+
+class Lowest:
+    """The rows with the lowest of some numbers."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.rows: list[Chosen] = []
+
+    def add(self, order: NDArray[np.float64], start: int, table: pa.Table) -> None:
+        """Take the rows of a shard, of which ``start`` is the first one's number. NaN leaves a row out."""
+        bound = self.rows[-1].order if len(self.rows) == self._most else np.inf
+        near = np.flatnonzero(order < bound)
+        near = near[np.argsort(order[near], kind="stable")[: self._most]]
+        records = table.take(pa.array(near)).to_pylist()
+        found = map(Chosen, order[near].tolist(), (near + start).tolist(), records)
+        self.rows = sorted([*self.rows, *found], key=lambda row: row[:2])[: self._most]
+
+
+class Intervals:
+    """Rows finished over time, in intervals that double whenever there would be more than :data:`MAX_INTERVALS`."""
+
+    def __init__(self) -> None:
+        self.seconds = 1.0
+        self.begin, self.end = np.inf, -np.inf
+        self._rows: Counter[int] = Counter()
+
+    def add(self, begin: float, end: float, rows: int) -> None:
+        """Spread rows evenly over the seconds they took."""
+        self.begin, self.end = min(self.begin, begin), max(self.end, end)
+        while self.end // self.seconds - self.begin // self.seconds >= MAX_INTERVALS:
+            self.seconds *= 2
+            merged: Counter[int] = Counter()
+            for place, count in self._rows.items():
+                merged[place // 2] += count
+            self._rows = merged
+        first, last = int(begin // self.seconds), int(end // self.seconds)
+        for place in range(first, last + 1):
+            low, high = max(begin, place * self.seconds), min(end, (place + 1) * self.seconds)
+            self._rows[place] += rows * ((high - low) / (end - begin) if end > begin else 1)  # type: ignore[assignment]
+
+    def rates(self) -> tuple[float, list[float]]:
+        """Start of the first interval in seconds since 1970, and the rows a second of each."""
+        first, last = int(self.begin // self.seconds), int(self.end // self.seconds)
+        rates = []
+        for place in range(first, last + 1):
+            low, high = max(self.begin, place * self.seconds), min(self.end, (place + 1) * self.seconds)
+            if high > low:
+                rates.append(self._rows[place] / (high - low))
+        return first * self.seconds, rates
+
+
+@dataclass
+class Cause:
+    """Rows without a sample whose messages differ in names and numbers only."""
+
+    status: Status
+    text: str
+    count: int
+    example_key: str
+    example: str
+
+
+@dataclass
+class Figures:
+    """What the finished shards of an output add up to."""
+
+    counts: Counter[Status] = field(default_factory=Counter)
+    scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORES})
+    best: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORES})
+    worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORES})
+    random: Lowest = field(default_factory=lambda: Lowest(RANDOM))
+    points: Lowest = field(default_factory=lambda: Lowest(POINTS))
+    causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
+    intervals: Intervals = field(default_factory=Intervals)
+    phases: Counter[str] = field(default_factory=Counter)
+    """Worker seconds by phase; phases overlap."""
+    worker_seconds: float = 0.0
+    devices: Counter[str] = field(default_factory=Counter)
+    """Rows by device type."""
+    shards: int = 0
+    retried: int = 0
+    """Shards that took more than one attempt."""
+    bytes: int = 0
+    """Of all tars and parquets."""
+
+    @property
+    def rows(self) -> int:
+        return self.counts.total()
+
+    def add_receipt(self, receipt: Receipt) -> None:
+        """Take what a receipt says of how its shard came to be."""
+        timings = receipt.timings
+        self.counts.update(receipt.counts)
+        self.shards += 1
+        self.retried += receipt.attempt > 1
+        self.bytes += sum(entry.size for entry in receipt.files.values())
+        self.devices[receipt.device.get("type", "unknown")] += len(receipt.shard)
+        self.worker_seconds += timings.get("total", 0)
+        self.phases.update({name: seconds for name, seconds in timings.items() if name not in _NOT_PHASES})
+        if "ended" in timings:
+            end = datetime.fromisoformat(timings["ended"]).timestamp()
+            self.intervals.add(end - timings["total"], end, len(receipt.shard))
+
+    def add_rows(self, shard: Shard, table: pa.Table) -> None:
+        """Take the rows of a shard, by :data:`_COLUMNS`."""
+        succeeded = np.array([status == "success" for status in table["status"].to_pylist()])
+        lots = np.where(succeeded, _lots(np.arange(shard.start, shard.stop)), np.nan)
+        self.random.add(lots, shard.start, table)
+        self.points.add(lots, shard.start, table)
+        for name, score in SCORES.items():
+            values = np.where(succeeded, table[name].to_numpy(), np.nan)
+            self.scores[name].add(values[np.isfinite(values)])
+            worse = -values if score.higher_is_better else values
+            self.best[name].add(worse, shard.start, table)
+            self.worst[name].add(-worse, shard.start, table)
+        for record in table.filter(pa.array(~succeeded)).select(["key", "status", "error_message"]).to_pylist():
+            self._add_failure(**record)
+
+    def _add_failure(self, key: str, status: Status, error_message: str | None) -> None:
+        message = error_message or "no reason given"
+        text = cause_of(message)
+        if (status, text) not in self.causes and len(self.causes) >= MAX_CAUSES:
+            text = "other causes"
+        cause = self.causes.setdefault((status, text), Cause(status, text, 0, key, message))
+        cause.count += 1
+
+
+def read(output: Output) -> Figures:
+    """Read the finished shards of an output, whether its run has ended or not.
+
+    Raises:
+        UsageError: no shard is finished.
+        DamageFound: a parquet is not what a run writes.
+        StorageError: the storage failed.
+    """
+    figures = Figures()
+
+    def finished() -> Iterator[Shard]:
+        for receipt in shards.iter_receipts(output.url):
+            if receipt.fingerprint == output.fingerprint:
+                figures.add_receipt(receipt)
+                yield receipt.shard
+
+    for shard, table in side_by_side(lambda shard: _rows(output, shard), finished()):
+        figures.add_rows(shard, table)
+    if not figures.shards:
+        raise UsageError(f"{storage.redact(output.url)} has no finished shard to show; generate into it first")
+    return figures
+
+
+def cause_of(message: str) -> str:
+    """A message without what differs from row to row: quoted texts, paths and file names, numbers."""
+    plain = _VARYING.sub(lambda match: "…" if match["text"] else "N", " ".join(message.split()))
+    return plain if len(plain) <= _CAUSE_LENGTH else plain[: _CAUSE_LENGTH - 1] + "…"
+
+
+def setting_of(record: Mapping[str, Any]) -> str:
+    """What tells a row's method from that of other rows, such as ``concat 0.5``."""
+    if not record["strength"] or not record["reference"]:
+        return "text only"
+    pno = f", PNO {record['pno_steps']}" if record["pno_steps"] else ""
+    return f"{record['fusion']} {record['strength']:g}{pno}"
+
+
+def _rows(output: Output, shard: Shard) -> pa.Table:
+    name = shard.name + shards.SUFFIXES["parquet"]
+    try:
+        with storage.refusals_as_storage_errors(), storage.open_read(storage.join(output.url, name)) as file:
+            table = pq.ParquetFile(file, pre_buffer=False).read([*_COLUMNS], use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DamageFound(f"{name} cannot be read: {error}; 'vcf-batch verify' tells what else is damaged") from error
+    if missing := set(_COLUMNS) - set(table.column_names):
+        raise DamageFound(f"{name} has no column {', '.join(sorted(missing))}: another version wrote it")
+    if table.num_rows != len(shard):
+        raise DamageFound(f"{name} has {table.num_rows} rows, its receipt says {len(shard)}; see 'vcf-batch verify'")
+    return table
+
+
+def _lots(numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each row number, as good as random (SplitMix64): the same row draws the same one always.
+
+    So a sample stays what it was while a run goes on, but for the rows that displace others.
+    """
+    z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / np.float64(2**53)

@@ -1,0 +1,185 @@
+"""The report as one HTML page that needs no other file, no network and no server.
+
+Everything that comes from the output reaches the page as JSON and is shown as text, never as markup; the page's policy
+lets no other script run than its own.
+"""
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import json
+import string
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from vcf_batch import run_file, storage
+from vcf_batch.outputs import Output
+from vcf_batch.report import figures, thumbnails
+from vcf_batch.report.figures import SCORES, Chosen, Figures, setting_of
+
+NAME = "index.html"
+
+PROMPT_LENGTH = 600
+"""Characters of a prompt or message that are shown."""
+
+SHOWN_CAUSES = 50
+
+
+def render(output: Output) -> str:
+    """The report of an output, below 3 MB whatever its size.
+
+    Raises:
+        UsageError: no shard is finished.
+        DamageFound: a file is not what its receipt says.
+        StorageError: the storage failed.
+    """
+    found = figures.read(output)
+    record = run_file.read(output.url)
+    assert record  # an Output has one
+    groups = _groups(found)
+    chosen = {row.number: row.record for rows in groups.values() for row in rows}
+    pairs = thumbnails.read(output, chosen)
+    pictures = {data: None for pair in pairs.values() for data in pair if data}
+    place = {data: number for number, data in enumerate(pictures)}
+    data = {
+        "name": storage.name(output.url),
+        "address": storage.redact(output.url),
+        "rows": output.plan.num_rows,
+        "done": found.rows,
+        "counts": found.counts,
+        "scores": [_score(found, name) for name in SCORES],
+        "points": [_point(row) for row in found.points.rows],
+        "samples": [
+            {
+                **_sample(output, number, chosen[number]),
+                "groups": [group for group, rows in groups.items() if any(row.number == number for row in rows)],
+                "output": place[pairs[number].output],
+                "reference": place.get(pairs[number].reference or b""),
+            }
+            for number in sorted(chosen)
+        ],
+        "pictures": ["data:image/webp;base64," + base64.b64encode(picture).decode() for picture in pictures],
+        "causes": _causes(found),
+        "time": _time(found),
+        "configuration": _configuration(found, record),
+    }
+    return _fill(storage.name(output.url), data)
+
+
+def _groups(found: Figures) -> dict[str, list[Chosen]]:
+    """The rows of the gallery by why they are in it."""
+    groups = {"random": found.random.rows}
+    for name in SCORES:
+        groups |= {f"best {name}": found.best[name].rows, f"worst {name}": found.worst[name].rows}
+    return groups
+
+
+def _score(found: Figures, name: str) -> dict[str, Any]:
+    score, histogram = SCORES[name], found.scores[name]
+    about = {"name": name, "label": score.label, "meaning": score.meaning, "higher": score.higher_is_better}
+    if not histogram.count:
+        return about | {"count": 0}
+    start, width, bars = histogram.bars()
+    return about | {
+        "count": histogram.count,
+        "mean": _rounded(histogram.mean),
+        "low": _rounded(histogram.low),
+        "high": _rounded(histogram.high),
+        "quantiles": [_rounded(histogram.quantile(share)) for share in (0.05, 0.5, 0.95)],
+        "start": _rounded(start),
+        "width": _rounded(width),
+        "bars": bars,
+    }
+
+
+def _point(row: Chosen) -> list[Any]:
+    return [row.number, row.record["key"], setting_of(row.record), *(_rounded(row.record[name]) for name in SCORES)]
+
+
+def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    references = record["reference"] if isinstance(record["reference"], list) else [record["reference"]]
+    return {
+        "number": number,
+        "key": record["key"],
+        "shard": output.plan[number // output.plan.shard_size].name,
+        "prompt": _shortened(record["prompt"]),
+        "seed": str(record["seed"]),  # as JavaScript's numbers do not hold it
+        "setting": setting_of(record),
+        "references": len(references) if record["reference"] else 0,
+        "scores": {name: _rounded(record[name]) for name in SCORES},
+    }
+
+
+def _causes(found: Figures) -> list[dict[str, Any]]:
+    causes = sorted(found.causes.values(), key=lambda cause: -cause.count)[:SHOWN_CAUSES]
+    return [
+        {
+            "status": cause.status,
+            "text": cause.text,
+            "count": cause.count,
+            "key": cause.example_key,
+            "example": _shortened(cause.example),
+        }
+        for cause in causes
+    ]
+
+
+def _time(found: Figures) -> dict[str, Any] | None:
+    """Seconds since 1970, rows a second, worker seconds. None where the receipts do not tell."""
+    if found.intervals.end <= found.intervals.begin:
+        return None
+    start, rates = found.intervals.rates()
+    return {
+        "begin": found.intervals.begin,
+        "end": found.intervals.end,
+        "start": start,
+        "seconds": found.intervals.seconds,
+        "rates": [float(f"{rate:.4g}") for rate in rates],
+        "worker_seconds": round(found.worker_seconds, 1),
+        "phases": [[name.replace("_", " "), round(seconds, 1)] for name, seconds in found.phases.most_common()],
+    }
+
+
+def _configuration(found: Figures, record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Headings, and what stands below each."""
+    run: dict[str, Any] = {
+        "fingerprint": record["fingerprint"][:16],
+        "manifest": record["manifest"]["url"],
+        "shards": f"{found.shards:,} of {record['shards']:,} finished, {found.retried:,} of them after a retry",
+        "size": f"{found.bytes / 1e6:,.1f} MB",
+        "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
+    }
+    if found.intervals.end > 0:
+        run["last shard"] = datetime.fromtimestamp(found.intervals.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record["models"].items() if model}
+    settings = {name: value for name, value in record["config"].items() if value not in (None, "", [])}
+    parts = {"Run": run, "Models": models, "Settings": settings, "Versions": record["versions"]}
+    return {heading: {name: _text(value) for name, value in part.items()} for heading, part in parts.items()}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= PROMPT_LENGTH else text[: PROMPT_LENGTH - 1] + "…"
+
+
+def _fill(title: str, data: Mapping[str, Any]) -> str:
+    files = importlib.resources.files("vcf_batch.report")
+    page, style, script = ((files / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    encoded = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return string.Template(page).substitute(
+        title=html.escape(title),
+        style=style,
+        # A script element ends at its first "</script", and "<!--" changes how it is read.
+        data=encoded.replace("<", "\\u003c"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )

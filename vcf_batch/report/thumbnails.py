@@ -1,0 +1,94 @@
+"""Small pictures of chosen rows: what was generated, and the reference it was generated from."""
+
+import io
+import itertools
+import tarfile
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from vcf_batch import images, shards, storage
+from vcf_batch.config import MAX_PIXELS
+from vcf_batch.errors import DamageFound, RowError, StorageError
+from vcf_batch.outputs import Output
+from vcf_batch.records import Shard
+from vcf_batch.references import ReferenceReader
+from vcf_batch.verify import side_by_side
+
+EDGE = 160
+"""Longest edge in pixels; smaller pictures stay as they are."""
+
+MAX_BYTES = 7 << 10
+"""Of a thumbnail; what is hard to compress loses detail."""
+
+_ENCODINGS: tuple[Mapping[str, Any], ...] = (
+    {"lossless": True},
+    *({"quality": quality} for quality in (80, 50, 20, 1)),
+)
+
+
+class Pair(NamedTuple):
+    """Two WebP files."""
+
+    output: bytes
+    reference: bytes | None
+    """None where there is no reference, or none that can be read any more."""
+
+
+def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, Pair]:
+    """Thumbnails of successful rows. Each of their shards' tars is streamed as far as its last chosen sample.
+
+    Args:
+        chosen: rows of the parquets by row number, at least ``key``, ``reference`` and ``strength``.
+
+    Raises:
+        DamageFound: a tar is not what its receipt says.
+        StorageError: the storage failed.
+    """
+    manifest, config = output.manifest, output.config
+    reader = manifest and ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+
+    def reference(number: int) -> bytes | None:
+        if not (manifest and reader and chosen[number]["strength"] and chosen[number]["reference"]):
+            return None
+        try:
+            row = next(manifest.iter_rows(number, number + 1, config.seed))
+            return thumbnail(reader.read(row.references[0]))
+        except (RowError, StorageError):
+            return None
+
+    def pairs(shard: Shard) -> dict[int, Pair]:
+        numbers = {chosen[number]["key"]: number for number in chosen if shard.start <= number < shard.stop}
+        outputs = _outputs(storage.join(output.url, shard.name + shards.SUFFIXES["tar"]), numbers, config.image_format)
+        return {numbers[key]: Pair(picture, reference(numbers[key])) for key, picture in outputs.items()}
+
+    wanted = (output.plan[index] for index in sorted({number // output.plan.shard_size for number in chosen}))
+    return dict(itertools.chain.from_iterable(found.items() for _, found in side_by_side(pairs, wanted)))
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A picture as a small WebP file."""
+    image = image.copy()
+    image.thumbnail((EDGE, EDGE))
+    for options in _ENCODINGS:
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", **options)
+        if buffer.tell() <= MAX_BYTES:
+            break
+    return buffer.getvalue()
+
+
+def _outputs(tar: str, keys: Iterable[str], image_format: str) -> dict[str, bytes]:
+    left, found = set(keys), {}
+    try:
+        with storage.refusals_as_storage_errors():
+            for sample in shards.read_samples(tar):
+                if sample["__key__"] in left:
+                    left.remove(sample["__key__"])
+                    found[sample["__key__"]] = thumbnail(images.decode(sample[image_format], MAX_PIXELS))
+                if not left:
+                    return found
+    except (tarfile.TarError, FileNotFoundError, KeyError, ValueError, RowError) as error:
+        raise DamageFound(f"{storage.redact(tar)} cannot be read: {error}; see 'vcf-batch verify'") from error
+    raise DamageFound(f"{storage.redact(tar)} has no sample {min(left)}; see 'vcf-batch verify'")
