@@ -50,7 +50,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
         drawing = _load(output, scratch)
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
-            exact = receipt.device == drawing.tools.device.describe()
+            exact = receipt.sampled_at_once is None and receipt.device == drawing.tools.device.describe()
             for key, there, again in _pairs(output, drawing, scratch, shard, places):
                 if isinstance(again, str):
                     yield Finding(shard.name, f"{key} cannot be drawn again: {again}", is_damage=False)
