@@ -19,14 +19,16 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import prepare, shards, storage
+from vcf_batch import plan, prepare, shards, storage, worker
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.prepare import Job, Models
 from vcf_batch.records import Objective, Receipt, Sample, Scores
 from vcf_batch.row_json import row_json
+from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import settings_of
+from vcf_batch.worker import Worker
 
 SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
 """The smallest images that a run may ask for; the model's own 16 pixels are below it."""
@@ -100,6 +102,38 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
             receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
             shards.commit(config.output, receipt, shards.stage(files, config.output, shard, "attempt"))
     return job
+
+
+def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
+    """What the driver knows before it starts workers."""
+    config = RunConfig(
+        manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
+    )
+    config = prepare.absolute(config)
+    return prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
+
+
+def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
+    """A worker in this process, as an actor starts it."""
+    job = settled(manifest, output, model, **options)
+    return worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+
+
+def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Worker:
+    """A worker for another manifest with the parts of ``loaded``."""
+    options = {"batch_size": 4, "shard_size": 1000} | options
+    opened = Manifest.open(str(manifest))
+    config = loaded.tools.config.replace(manifest=str(manifest), output=str(output), **options)
+    reader = ReferenceReader(opened.base, (), 1_000_000)
+    return Worker(dataclasses.replace(loaded.tools, config=config, references=reader), opened, "f" * 64)
+
+
+def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **given: Any) -> Receipt:
+    """Run the manifest as one shard and commit it, as the driver does."""
+    shard = plan.ShardPlan(subject.manifest.num_rows, 1000)[0]
+    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
+    shards.commit(subject.tools.config.output, receipt, staged)
+    return receipt
 
 
 def data_files(output: Path) -> dict[str, bytes]:

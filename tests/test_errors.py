@@ -21,11 +21,17 @@ from vcf_batch.errors import RowError, redact
         ("Max retries exceeded: /a?sig=secret (timeout=5)", "Max retries exceeded: /a?... (timeout=5)"),
         ("s3://bucket/what?.png", "s3://bucket/what?.png"),
         ("/plain/path@home", "/plain/path@home"),
+        ("at 10:30 to me@home: a/b:c", "at 10:30 to me@home: a/b:c"),
     ],
 )  # fmt: skip
 def test_secrets_in_urls_are_removed(text: str, redacted: str) -> None:
     assert redact(text) == redacted
     assert str(RowError(text)) == redacted
+
+
+def test_passwords_are_removed_where_a_driver_drops_the_scheme() -> None:
+    error = RowError('Invalid bucket name "me:secret@bucket"; no such file: /me:secret@host/a.png')
+    assert str(error) == 'Invalid bucket name "bucket"; no such file: /host/a.png'
 
 
 def test_messages_cannot_drive_a_terminal() -> None:

@@ -1,19 +1,15 @@
 """Which references may be read, what happens to those that cannot, and that nothing is blamed on the wrong party."""
 
-import base64
 import io
-import os
 import pickle
 import socketserver
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+import web
 from PIL import Image
 
 from vcf_batch import references
@@ -116,38 +112,6 @@ def test_a_manifest_folder_that_is_itself_a_link(base: Path, tmp_path: Path) -> 
     (tmp_path / "alias").symlink_to(base)
     for uri in ("refs/a.png", str(base / "refs/a.png"), str(tmp_path / "alias/refs/a.png")):
         reader(tmp_path / "alias").read(Reference(uri=uri))
-
-
-@pytest.mark.parametrize(
-    ("uri", "message"),
-    [
-        ("missing.png", "'missing.png' does not exist"),
-        ("refs/a.png/under-a-file.png", "does not exist"),
-        ("x" * 300 + ".png", "does not exist"),
-        ("loop", "does not exist"),
-        ("refs", "folder, pipe or device"),
-        ("fifo", "folder, pipe or device"),
-        ("empty.png", "'empty.png': the image file is empty"),
-        ("text.png", "'text.png': the file of 5 bytes is not an image"),
-        ("truncated.png", "truncated PNG"),
-        ("wide.png", "over the limit of 1000000"),
-        ("nul\0.png", "not a usable path"),
-        ("", "neither a URI nor embedded bytes"),
-        ("data:image/png;base64," + base64.b64encode(png()).decode() * 9, "is a data URI"),
-        ("file://relative.png", "absolute path"),
-    ],
-)
-def test_what_cannot_be_read_fails_its_row_and_never_hangs(base: Path, uri: str, message: str) -> None:
-    """One bad row never costs another one, and the row's error is one a person can act on."""
-    os.mkfifo(base / "fifo")
-    (base / "loop").symlink_to(base / "loop")
-    (base / "empty.png").touch()
-    (base / "text.png").write_bytes(b"hello")
-    (base / "truncated.png").write_bytes(png(size=(60, 60))[:-30])
-    (base / "wide.png").write_bytes(png(size=(1001, 1000)))
-    with pytest.raises(RowError, match=message) as caught:
-        reader(base).read(Reference(uri=uri))
-    assert len(str(caught.value)) < 700
 
 
 def test_devices_are_not_read() -> None:
@@ -262,56 +226,11 @@ def test_storage_trouble_passes_through(monkeypatch: pytest.MonkeyPatch) -> None
 # Web addresses
 
 
-class _Site(BaseHTTPRequestHandler):
-    hits: ClassVar[list[str]] = []
-    elsewhere = ""
-
-    def do_GET(self) -> None:
-        self.hits.append(self.path)
-        path = self.path.partition("?")[0]
-        if path in ("/refs/a.png", "/refs/sp%20ace%20%C3%A9.png", "/private/a.png"):
-            self._answer(200, png((7, 8, 9)))
-        elif path.startswith("/refs/status-"):
-            self._answer(int(path.rpartition("-")[2]), b"secret body")
-        elif path == "/refs/flaky.png":
-            self._answer(200, png()) if self.hits.count(self.path) > 1 else self._answer(503, b"")
-        elif path == "/refs/short.png":
-            self._answer(200, png()[:40], length=len(png()))
-        elif path.startswith("/refs/to-"):
-            targets = {
-                "inside": "/refs/a.png",
-                "outside": "/private/a.png",
-                "host": self.elsewhere,
-                "file": "file:///etc/hosts",
-            }
-            self.send_response(302)
-            self.send_header("Location", targets[path.rpartition("-")[2]])
-            self.end_headers()
-        else:
-            self._answer(404, b"no")
-
-    def _answer(self, status: int, body: bytes, length: int | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(references, "WEB_PAUSE_SECONDS", 0.0)
-    monkeypatch.setenv("no_proxy", "*")
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Site) as server:
-        _Site.hits.clear()
-        _Site.elsewhere = f"http://localhost:{server.server_address[1]}/refs/a.png"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with web.running() as address:
+        yield address
 
 
 def test_web_references_only_under_a_named_root(base: Path, site: str) -> None:
@@ -320,10 +239,10 @@ def test_web_references_only_under_a_named_root(base: Path, site: str) -> None:
     for refused in (reader(base), reader(f"{site}/refs")):
         with pytest.raises(RowError, match="--reference-root"):
             refused.read(Reference(uri=uri))
-    assert not _Site.hits
-    assert pixel(reader(base, f"{site}/refs").read(Reference(uri=uri))) == (7, 8, 9)
-    assert pixel(reader(f"{site}/refs", site).read(Reference(uri="a.png"))) == (7, 8, 9)
-    assert pixel(reader(base, site).read(Reference(uri=f"{site}/refs/sp ace é.png"))) == (7, 8, 9)
+    assert not web.Site.hits
+    assert pixel(reader(base, f"{site}/refs").read(Reference(uri=uri))) == web.PIXEL
+    assert pixel(reader(f"{site}/refs", site).read(Reference(uri="a.png"))) == web.PIXEL
+    assert pixel(reader(base, site).read(Reference(uri=f"{site}/refs/sp ace é.png"))) == web.PIXEL
 
 
 @pytest.mark.parametrize(
@@ -346,7 +265,7 @@ def test_web_addresses_outside_the_root(base: Path, site: str, uri: str) -> None
     user, https = site.replace("//", "//user:hunter2@"), site.replace("http:", "https:")
     with pytest.raises(RowError) as caught:
         reader(base, f"{site}/refs").read(Reference(uri=uri.format(site=site, user=user, https=https)))
-    assert not _Site.hits
+    assert not web.Site.hits
     assert "hunter2" not in str(caught.value)
 
 
@@ -354,17 +273,17 @@ def test_web_addresses_outside_the_root(base: Path, site: str, uri: str) -> None
 def test_redirects_do_not_leave_the_root(base: Path, site: str, target: str) -> None:
     with pytest.raises(RowError):
         reader(base, f"{site}/refs").read(Reference(uri=f"{site}/refs/to-{target}"))
-    assert _Site.hits == [f"/refs/to-{target}"]
+    assert web.Site.hits == [f"/refs/to-{target}"]
 
 
 def test_redirects_inside_the_root_are_followed(base: Path, site: str) -> None:
-    assert pixel(reader(base, f"{site}/refs").read(Reference(uri=f"{site}/refs/to-inside"))) == (7, 8, 9)
+    assert pixel(reader(base, f"{site}/refs").read(Reference(uri=f"{site}/refs/to-inside"))) == web.PIXEL
 
 
 def test_web_answers(base: Path, site: str) -> None:
     """Trouble of storage, network or a node fails the attempt, never the row; what the row got wrong fails the row."""
-    web = reader(base, site)
-    assert pixel(web.read(Reference(uri=f"{site}/refs/flaky.png"))) == (200, 10, 10)
+    from_web = reader(base, site)
+    assert pixel(from_web.read(Reference(uri=f"{site}/refs/flaky.png"))) == web.PIXEL
     for status, error, message in (
         (404, RowError, "does not exist"),
         (410, RowError, "does not exist"),
@@ -374,15 +293,15 @@ def test_web_answers(base: Path, site: str) -> None:
         (429, StorageError, "answers 429"),
     ):
         with pytest.raises(error, match=message) as caught:
-            web.read(Reference(uri=f"{site}/refs/status-{status}?X-Signature=hunter2"))
+            from_web.read(Reference(uri=f"{site}/refs/status-{status}?X-Signature=hunter2"))
         assert "hunter2" not in str(caught.value)
         assert "secret body" not in str(caught.value)
     with pytest.raises(StorageError, match="IncompleteRead"):
-        web.read(Reference(uri=f"{site}/refs/short.png"))
+        from_web.read(Reference(uri=f"{site}/refs/short.png"))
 
 
 def test_an_unreachable_server_is_storage_trouble(base: Path, site: str) -> None:
-    with socketserver.TCPServer(("127.0.0.1", 0), _Site) as closed:
+    with socketserver.TCPServer(("127.0.0.1", 0), web.Site) as closed:
         port = closed.server_address[1]
     gone = f"http://127.0.0.1:{port}"
     with pytest.raises(StorageError, match="after 3 attempts"):

@@ -13,14 +13,13 @@ import pytest
 import runs
 import torch
 from PIL import Image
+from runs import another, commit, load
 from transformers import CLIPModel
 
-from vcf_batch import generation, images, plan, prepare, shards, worker
-from vcf_batch.config import RunConfig
+from vcf_batch import generation, images, plan, shards
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
-from vcf_batch.manifest import Manifest
-from vcf_batch.records import Receipt, Reference, Sample, Scores
+from vcf_batch.records import Reference, Sample, Scores
 from vcf_batch.references import ReferenceReader
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import Worker
@@ -46,39 +45,9 @@ def loaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Worker:
     return load(manifest, tmp_path_factory.mktemp("output"), model)
 
 
-def settled(manifest: Path, output: Path, model: Path, **options: Any) -> prepare.Job:
-    config = RunConfig(
-        manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **runs.SIZE, **options
-    )
-    config = prepare.absolute(config)
-    return prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
-
-
-def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
-    job = settled(manifest, output, model, **options)
-    return worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
-
-
-def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Worker:
-    """A worker for another manifest with the parts of ``loaded``."""
-    options = {"batch_size": 4, "shard_size": 1000} | options
-    opened = Manifest.open(str(manifest))
-    config = loaded.tools.config.replace(manifest=str(manifest), output=str(output), **options)
-    reader = ReferenceReader(opened.base, (), 1_000_000)
-    return Worker(dataclasses.replace(loaded.tools, config=config, references=reader), opened, "f" * 64)
-
-
 def with_reader(subject: Worker, reader: type[ReferenceReader]) -> Worker:
     tools = dataclasses.replace(subject.tools, references=reader(subject.manifest.base, (), 1_000_000))
     return Worker(tools, subject.manifest, subject.fingerprint)
-
-
-def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **given: Any) -> Receipt:
-    """Run the manifest as one shard and commit it, as the driver does."""
-    shard = plan.ShardPlan(subject.manifest.num_rows, 1000)[0]
-    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
-    shards.commit(subject.tools.config.output, receipt, staged)
-    return receipt
 
 
 def test_a_shard_holds_every_row_in_order_with_its_settings(loaded: Worker, tmp_path: Path) -> None:
@@ -118,26 +87,6 @@ def test_the_receipt_names_the_device_type(loaded: Worker, tmp_path: Path) -> No
     assert receipt.attempt == 1
 
 
-def test_bad_rows_fail_alone(loaded: Worker, tmp_path: Path) -> None:
-    """One bad row never costs another one: failed rows keep their slot in the batch, so neighbours keep their bytes."""
-    references: list[str | None] = ["reference0.png", "reference1.png", "reference2.png", None] * 2
-    good = another(loaded, runs.write_manifest(tmp_path / "in", 8, {"reference": references}), tmp_path / "good")
-    commit(good)
-    bad: list[str | None] = ["reference0.png", "gone.png", "text.png", None, "/etc/passwd", *references[5:]]
-    manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": bad})
-    (tmp_path / "in" / "text.png").write_text("not an image")
-    commit(another(loaded, manifest, tmp_path / "bad"))
-
-    before, after = runs.rows_of(tmp_path / "good"), runs.rows_of(tmp_path / "bad")
-    assert [row["status"] for row in after] == ["success", "failed", "failed", "success", "failed", *["success"] * 3]
-    assert "gone.png" in after[1]["error_message"]
-    assert "text.png" in after[2]["error_message"]
-    assert "--reference-root" in after[4]["error_message"]
-    for number in (0, 3, 5, 6, 7):
-        assert after[number]["sha256"] == before[number]["sha256"]
-    assert len(list(shards.read_samples(str(tmp_path / "bad" / "00000.tar")))) == 5
-
-
 def test_a_shard_of_failed_rows_samples_nothing(
     loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,15 +94,6 @@ def test_a_shard_of_failed_rows_samples_nothing(
     manifest = runs.write_manifest(tmp_path / "in", 3, {"reference": ["gone.png"] * 3})
     assert commit(another(loaded, manifest, tmp_path / "out")).counts["failed"] == 3
     assert [row["status"] for row in runs.rows_of(tmp_path / "out")] == ["failed"] * 3
-
-
-def test_an_override_out_of_range_fails_its_row(loaded: Worker, tmp_path: Path) -> None:
-    manifest = runs.write_manifest(tmp_path / "in", 3, {"guidance_scale": [3.0, -5.0, None]})
-    commit(another(loaded, manifest, tmp_path / "out"))
-    rows = runs.rows_of(tmp_path / "out")
-    assert [row["status"] for row in rows] == ["success", "failed", "success"]
-    assert "guidance_scale" in rows[1]["error_message"]
-    assert [rows[0]["guidance_scale"], rows[2]["guidance_scale"]] == [3.0, 5.0]
 
 
 def test_rows_override_the_runs_settings(loaded: Worker, tmp_path: Path) -> None:
@@ -487,15 +427,6 @@ def test_a_run_that_asks_for_a_gpu_says_so_where_there_is_none(loaded: Worker) -
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match="--gpus-per-worker 0"):
         Device.prepare(loaded.tools.config.replace(gpus_per_worker=1.0))
-
-
-def test_a_model_without_weights_is_refused(model: Path, tmp_path: Path) -> None:
-    manifest = runs.write_manifest(tmp_path / "in", 1)
-    broken = runs.save_model(tmp_path / "model")
-    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=str(broken)):
-        load(manifest, tmp_path / "out", broken)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,10 @@ class RunConfig:
             _between(name, getattr(self, name), MIN_EDGE, 8192)
             if (getattr(self, name) or 0) % 8:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
+        if not all(self.reference_root):
+            raise UsageError(
+                "reference_root '' names no place; name a folder, a bucket or a web address, or leave it out"
+            )
         if self.lpips in ("alex", "vgg") and not self.lpips_weights:
             raise UsageError(
                 f"lpips is {self.lpips!r}, which needs the published weights: name their folder with --lpips-weights, "
@@ -173,14 +177,14 @@ class RunConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise UsageError(f"unknown setting {reprlib.repr(unknown[0])}; known are: {', '.join(fields)}")
+            raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; known are: {', '.join(fields)}")
         missing = [name for name in ("manifest", "output") if not values.get(name)]
         if missing:
             raise UsageError(f"{missing[0]} is missing: give it on the command line or in the configuration file")
         for name, value in values.items():
             expected = fields[name].type
             if not _is_a(value, expected):
-                raise UsageError(f"{name} is {reprlib.repr(value)}; it must be {_in_words(expected)}")
+                raise UsageError(f"{name} is {_SHORT.repr(value)}; it must be {_in_words(expected)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,6 +195,10 @@ class RunConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # aliases make a few lines of YAML as deep and as wide as one likes
+_SHORT.maxstring = 100
 
 NOT_CONTENT = frozenset(
     {
@@ -277,7 +285,7 @@ def load_yaml(text: str, source: str) -> dict[str, Any]:
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is {reprlib.repr(value)}; it must be one of {', '.join(allowed)}")
+        raise UsageError(f"{name} is {_SHORT.repr(value)}; it must be one of {', '.join(allowed)}")
 
 
 def _between(name: str, value: float | None, low: float, high: float | None) -> None:

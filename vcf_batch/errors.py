@@ -28,15 +28,17 @@ def redact(text: str) -> str:
     """``text`` with user names, passwords and query strings (signatures, tokens) removed from every URL in it."""
     # A password may hold slashes, which belong into no URL; what looks like a port and a path is none.
     text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*|[^\s/:]*:(?!\d+/)\S*)@", r"\1", text)
-    # Network libraries often name the path alone.
+    # A reference may be relative to a URL, and network libraries often name the path alone.
     return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "?...", text)
 
 
 def printable(text: str) -> str:
-    """``text`` as a terminal can show it: without secrets, control characters other than line breaks escaped."""
+    """``text`` as a message may show it: without secrets, control characters other than line breaks escaped."""
+    # Drivers of storage name what they take for a bucket or a path, without the scheme.
+    text = re.sub(r"(?<![^\s/'\"=(])[^\s/:@'\"]+:[^\s/@'\"]+@(?=\w)", "", redact(text))
     return "".join(
         character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in redact(text)
+        for character in text
     )
 
 

@@ -298,10 +298,10 @@ def _place(url: str) -> _Place:
         path = os.path.realpath(path)
         return _Place("", "", tuple(part for part in path.split("/") if part), path)
     scheme, rest = match[1].lower(), url[match.end() :]
-    if "::" in url:
-        raise ValueError("chained URLs ('::') are not followed")
     if scheme in _WEB_PORTS:
         return _web_place(scheme, url)
+    if "::" in url:
+        raise ValueError("chained URLs ('::') are not followed")
     host, _, path = rest.partition("/")
     if not host:
         raise ValueError(f"{scheme}:// needs a bucket or host name")

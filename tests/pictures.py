@@ -1,0 +1,67 @@
+"""Files of pictures, odd and broken ones among them, as tests decode them."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+
+def noise(height: int = 24, width: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def to_bytes(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def file(image_format: str, **options: object) -> bytes:
+    return to_bytes(Image.fromarray(noise()), image_format, **options)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds next to no pixels: what a decompression bomb looks like from outside."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
+    )
+
+
+def webp_header(width: int, height: int, kind: bytes) -> bytes:
+    """A WebP of one of its three chunk kinds that declares a size and holds no pixels."""
+    body = {
+        b"VP8X": b"\0" * 4 + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"),
+        b"VP8L": b"\x2f" + (width - 1 | height - 1 << 14).to_bytes(4, "little") + b"\0" * 5,
+        b"VP8 ": b"\0\0\0\x9d\x01\x2a" + width.to_bytes(2, "little") + height.to_bytes(2, "little"),
+    }[kind]
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+def jpeg_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is there again and again."""
+    data = to_bytes(Image.new("L", (8, 8), 90), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
+def rgba(colour: tuple[int, int, int, int]) -> Image.Image:
+    return Image.new("RGBA", (8, 8), colour)
+
+
+def animation(image_format: str) -> bytes:
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    return to_bytes(first, image_format, save_all=True, append_images=[second], lossless=True)
+
+
+def palette(**options: object) -> bytes:
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 0, 128, 0])
+    return to_bytes(palette, "PNG", **options)
