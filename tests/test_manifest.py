@@ -257,27 +257,6 @@ def test_every_encoding_of_text(tmp_path: Path, kind: pa.DataType) -> None:
     assert (row.prompt, row.key, row.references) == ("two", "two", (Reference("two"),))
 
 
-def test_unusable_files_are_named(tmp_path: Path) -> None:
-    good = Path(write(tmp_path / "good.parquet", prompt=["a"]))
-    for name, data in {
-        "cut": good.read_bytes()[:-9],
-        "text": b"prompt\na cat\n",
-        "empty": b"",
-        "tail": b"PAR1" * 3,
-    }.items():
-        path = tmp_path / f"{name}.parquet"
-        path.write_bytes(data)
-        with pytest.raises(ManifestError, match=rf"{name}\.parquet (is not a Parquet file|has a damaged footer)"):
-            Manifest.open(str(path))
-    with pytest.raises(ManifestError, match=r"nowhere does not exist; a manifest is"):
-        Manifest.open(str(tmp_path / "nowhere"))
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ManifestError, match=r"none holds no file named \*\.parquet"):
-        Manifest.open(str(tmp_path / "none"))
-    with pytest.raises(ManifestError, match="has no rows"):
-        Manifest.open(write(tmp_path / "zero.parquet", prompt=pa.array([], pa.string())))
-
-
 def test_a_damaged_page_is_named(tmp_path: Path) -> None:
     path = Path(write(tmp_path / "m.parquet", prompt=[f"{n} cats" for n in range(5000)]))
     opened = Manifest.open(str(path))

@@ -113,20 +113,12 @@ def test_a_lone_checkpoint_and_an_empty_folder_are_refused(tmp_path: Path) -> No
         resolve(write(tmp_path / "b", {"notes.txt": b"x"}))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer/tokenizer_config.json", "model_index.json"])
-def test_code_of_the_model_s_own_is_refused(tmp_path: Path, name: str) -> None:
+def test_code_of_the_model_s_own_is_refused_at_a_url_too(tmp_path: Path) -> None:
     """Nothing runs that the user did not bring: no remote code."""
     config = json.dumps({"auto_map": {"AutoModel": "modeling.Evil"}}).encode()
-    folder = write(tmp_path / "m", FILES | {name: config})
-    with pytest.raises(ModelError, match=rf"wants to run code of its own \('auto_map' in {name}\)"):
-        resolve(folder)
-    with pytest.raises(ModelError, match="code of its own"):
+    folder = write(tmp_path / "m", FILES | {"config.json": config})
+    with pytest.raises(ModelError, match=r"wants to run code of its own \('auto_map' in config.json\)"):
         resolve(f"local://{folder}")
-
-
-def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has a damaged unet/config\.json"):
-        resolve(write(tmp_path / "m", FILES | {"unet/config.json": b"{"}))
 
 
 def test_only_the_model_s_own_files_count() -> None:

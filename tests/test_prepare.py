@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vcf_batch import lease, prepare, run_file, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import ManifestError, ModelError, RefusedError, StorageError, UsageError
+from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.prepare import Job, Models
@@ -221,13 +221,6 @@ def test_ids_are_not_checked_again_on_a_resume(settle: Callable[..., Job], monke
     prepare.claim(settle())
     monkeypatch.setattr(Manifest, "check", pytest.fail)
     settle()
-
-
-def test_a_bad_manifest_writes_nothing(settle: Callable[..., Job], tmp_path: Path) -> None:
-    manifest = runs.write_manifest(tmp_path / "bad", 2, {"sample_id": ["same", "same"]})
-    with pytest.raises(ManifestError, match="sample_id"):
-        settle(manifest=str(manifest))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("folder", ["working_dir_files/_ray_pkg_0123456789abcdef", "working_dir_files/unpacked"])

@@ -142,8 +142,6 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 if not prompt.strip():
                     raise RowError("prompt is empty")
                 references = parse_references(values.get("reference"))
-                if len(references) > MAX_REFERENCES:
-                    raise RowError(f"reference has {len(references)} images; the limit is {MAX_REFERENCES}")
                 negative = parse_references(values.get("negative_reference"), "negative_reference")
                 if values.get("seed") is not None:
                     seed = _check_number("seed", values["seed"], MAX_SEED)
@@ -175,11 +173,13 @@ def parse_references(value: Any, column: str = "reference") -> tuple[Reference, 
         column: as errors name it.
 
     Raises:
-        RowError: a reference is null within a list, empty, or not usable as text.
+        RowError: a reference is null within a list, empty, or not usable as text; or there are too many.
     """
     if value is None:
         return ()
     if isinstance(value, list):
+        if len(value) > MAX_REFERENCES:
+            raise RowError(f"{column} has {len(value)} images; the limit is {MAX_REFERENCES}")
         parsed = [parse_references(item, column) for item in value]
         if not all(parsed):
             raise RowError(f"{column} {parsed.index(()) + 1} of {len(parsed)} is null; leave it out of the list")
