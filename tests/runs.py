@@ -25,8 +25,8 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.prepare import Job, Models
 from vcf_batch.records import Objective, Receipt, Sample, Scores
-from vcf_batch.row_json import row_json
 from vcf_batch.references import ReferenceReader
+from vcf_batch.row_json import row_json
 from vcf_batch.row_settings import settings_of
 from vcf_batch.worker import Worker
 
