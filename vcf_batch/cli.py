@@ -452,6 +452,28 @@ def report(ctx: click.Context, output: str, out: str | None, **_: Any) -> None:
 @main.command(cls=_Command)
 @click.argument("output")
 @click.option(
+    "--license", "licence", metavar="ID", help="As Hugging Face names it, such as cc-by-4.0.  [default: open]"
+)
+@click.option("--force", is_flag=True, help="Replace a README.md that somebody else wrote or changed.")
+@_debug_option
+def card(output: str, licence: str | None, force: bool) -> None:
+    """Write a dataset card, README.md in OUTPUT, to hand it on with.
+
+    It has the header that Hugging Face reads, columns, scores, models and settings, how to load the dataset, its bias
+    and limits. Read and complete it: what the prompts and references are, only you know.
+
+    \b
+    Exit codes: 0 written; 1 unexpected; 2 no finished shard there, or a README.md that is not ours; 5 damage.
+    """
+    from vcf_batch.outputs import Output  # pyarrow is not needed to print a help text
+    from vcf_batch.report import card as cards
+
+    click.echo(storage.redact(cards.write(Output.open(output), licence, force)))
+
+
+@main.command(cls=_Command)
+@click.argument("output")
+@click.option(
     "--regenerate",
     type=click.IntRange(min=1),
     metavar="N",

@@ -1,0 +1,170 @@
+"""The dataset card: ``README.md`` in the output, as Hugging Face and people read it."""
+
+import hashlib
+import importlib.resources
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from vcf_batch import __version__, run_file, shards, storage
+from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.outputs import Output
+from vcf_batch.report import figures
+from vcf_batch.report.figures import SCORES, Figures
+
+NAME = "README.md"
+MAX_BYTES = 1 << 20
+
+COLUMNS: Mapping[str, str] = {
+    "key": "names the sample everywhere",
+    "status": "`success`, `rejected` or `failed`; only the first have an image",
+    "error_message": "why there is no image",
+    "prompt": "what the image was asked to show",
+    "reference": "the image, or images, that it was to resemble; null is text only",
+    "reference_weights": "what each reference counted; null is equally",
+    "negative_reference": "an image that it was not to resemble",
+    "seed": "of the noise",
+    "negative_prompt": "what it was not to show",
+    "fusion": "how the reference joined the prompt",
+    "strength": "weight of the reference; 0 is text only",
+    "fusion_lo": "the reference was used in the part of the schedule from here",
+    "fusion_hi": "to here; 1 is pure noise",
+    "unconditional": "what guidance led away from",
+    "image_tokens": "which tokens of the reference were used",
+    "guidance_scale": "classifier-free guidance",
+    "steps": "denoising steps",
+    "scheduler": "sampler",
+    "eta": "share of new noise in each step",
+    "pno_steps": "steps of prompt-noise optimisation",
+    "pno_objective": "its loss, before and after",
+    "width": "pixels",
+    "height": "pixels",
+    "sha256": "of the image file",
+    **{
+        name: f"{score.meaning}; {'higher' if score.higher_is_better else 'lower'} is better"
+        for name, score in SCORES.items()
+    },
+}
+"""What the output's own columns mean."""
+
+_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
+_SETTINGS = ("fusion", "strength", "guidance_scale", "steps", "scheduler", "pno_steps", "dtype", "seed")
+_SIGNATURE = re.compile(r"\n<!-- written by vcf-batch, unchanged: ([0-9a-f]{64}) -->\n")
+
+
+def write(output: Output, licence: str | None = None, force: bool = False) -> str:
+    """Write the card into the output; its URL.
+
+    Args:
+        licence: identifier as Hugging Face knows it, such as ``cc-by-4.0``. Without one the field stays open.
+        force: replace a card that somebody else wrote or changed.
+
+    Raises:
+        UsageError: such a card is there, or no shard is finished.
+        DamageFound: a parquet is not what a run writes.
+        StorageError: the storage failed.
+    """
+    url = storage.join(output.url, NAME)
+    if not force and not _replaceable(url):
+        raise UsageError(f"{storage.redact(url)} was not written by this command, or was changed; --force replaces it")
+    text = render(output, licence)
+    signature = f"\n<!-- written by vcf-batch, unchanged: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+    storage.publish_bytes(url, (text + signature).encode())
+    return url
+
+
+def render(output: Output, licence: str | None = None) -> str:
+    """The card of an output: YAML for Hugging Face, then Markdown. For arguments and errors see :func:`write`."""
+    found = figures.read(output)
+    record = run_file.read(output.url)
+    assert record  # an Output has one
+    config = output.config
+    settings = {name: value for name in _SETTINGS if (value := getattr(config, name)) is not None}
+    template = string.Template((importlib.resources.files("vcf_batch.report") / "card.md").read_text("utf-8"))
+    return template.substitute(
+        header=_header(output, found, licence),
+        name=_code(storage.name(output.url)),
+        version=__version__,
+        samples=f"{found.counts['success']:,}",
+        size=f"{config.width} x {config.height}",
+        rows=f"{output.plan.num_rows:,}",
+        missing=_missing(found, output.plan.num_rows),
+        bytes=f"{found.bytes / 1e6:,.1f} MB",
+        extension=config.image_format,
+        columns="\n".join(_column(field) for field in _schema(output)),
+        scores="\n".join(_score(found, name) for name in SCORES),
+        models="\n".join(
+            f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
+            for name, model in record["models"].items()
+            if model
+        ),
+        settings=", ".join(f"{name} {_code(str(value))}" for name, value in settings.items()),
+        fingerprint=record["fingerprint"],
+        devices=", ".join(_code(device) for device in sorted(found.devices)),
+        licence=_code(licence) if licence else "Not stated. Who hands this on decides: `license` above.",
+    )
+
+
+def _header(output: Output, found: Figures, licence: str | None) -> str:
+    """The YAML, without the lines that enclose it."""
+    samples = found.counts["success"]
+    fields: dict[str, Any] = {"license": licence} if licence else {}
+    fields |= {
+        "pretty_name": storage.name(output.url),
+        "task_categories": ["text-to-image", "image-to-image"],
+        "tags": ["synthetic", "webdataset", "visual-concept-fusion"],
+        "size_categories": [next((name for below, name in _SIZES.items() if samples < below), "n>10M")],
+        # Without it the parquets would be taken for more of the same data.
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
+    }
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
+    return text if licence else "# license: yours to choose\n" + text
+
+
+def _schema(output: Output) -> pa.Schema:
+    shard = next(shards.iter_receipts(output.url)).shard
+    try:
+        with (
+            storage.refusals_as_storage_errors(),
+            storage.open_read(storage.join(output.url, shard.name + shards.SUFFIXES["parquet"])) as file,
+        ):
+            return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DamageFound(f"{shard.name}.parquet cannot be read: {error}; see 'vcf-batch verify'") from error
+
+
+def _missing(found: Figures, rows: int) -> str:
+    failed, rejected = found.counts["failed"], found.counts["rejected"]
+    left = f" {rows - found.rows:,} more are not generated yet." if found.rows < rows else ""
+    return f"Without an image: {failed:,} rows that failed, {rejected:,} that were rejected.{left}"
+
+
+def _column(field: pa.Field) -> str:
+    return f"| {_code(field.name)} | {_code(str(field.type))} | {COLUMNS.get(field.name, 'from the manifest')} |"
+
+
+def _score(found: Figures, name: str) -> str:
+    values = found.scores[name]
+    shown = (values.mean, *map(values.quantile, (0.05, 0.5, 0.95))) if values.count else ()
+    return f"| `{name}` | {values.count:,} | {' | '.join(f'{value:.3f}' for value in shown) or '- | - | - | -'} |"
+
+
+def _code(text: str) -> str:
+    """A name or value that neither Markdown nor HTML takes for its own."""
+    return "`" + re.sub(r"[|`\s]+", " ", text) + "`"
+
+
+def _replaceable(url: str) -> bool:
+    """Whether nothing is there, or a card that nobody has touched."""
+    try:
+        text = storage.read_bytes(url, limit=MAX_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return True
+    body, mark, end = text.rpartition("\n<!-- ")
+    signed = _SIGNATURE.fullmatch(mark + end)
+    return signed is not None and signed[1] == hashlib.sha256(body.encode()).hexdigest()
