@@ -100,6 +100,7 @@ def test_too_many_failed_rows_exit_with_3(configured: list[RunConfig]) -> None:
     result = call("generate", "in.parquet", "out", "--max-failed", 0.05)
     assert result.exit_code == 3
     assert "10 rows: 9 success, 0 rejected, 1 failed" in result.output
+    assert "To look at it: vcf-batch report out\n" in result.output
     assert "error_message" in result.output
     assert "To generate the failed rows again: vcf-batch repair out\n" in result.output
 

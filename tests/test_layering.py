@@ -23,6 +23,8 @@ LIGHT = (
     "quarantine",
     "records",
     "references",
+    "report.card",
+    "report.page",
     "row_json",
     "row_settings",
     "repair",
