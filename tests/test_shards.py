@@ -499,6 +499,34 @@ def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
         assert storage.digest(storage.join(output, "00000" + shards.SUFFIXES[kind])) == entry
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_driver_suspended_while_it_replaces_a_shard_harms_nothing_of_the_next_owners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Nor does it remove the next owner's receipt in place of the older one that it has seen."""
+    output = str(tmp_path / "out")
+    old, late, new = (_fake_files(tmp_path, content) for content in ("old", "late", "next"))
+    receipt = receipt_for(new, attempt=2)
+    shards.commit(output, receipt_for(old), shards.stage(old, output, receipt.shard, "zero"))
+    staged = shards.stage(late, output, receipt.shard, "one")
+    moves, move = 0, storage.move
+
+    def suspended(source: str, target: str) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == call:
+            shards.clean_staging(output)
+            shards.commit(output, receipt, shards.stage(new, output, receipt.shard, "two"))
+        move(source, target)
+
+    monkeypatch.setattr(storage, "move", suspended)
+    with pytest.raises(StorageError, match="is gone"):
+        shards.commit(output, receipt_for(late), staged)
+    assert read_receipts(output) == {0: receipt}
+    for kind, entry in receipt.files.items():
+        assert storage.digest(storage.join(output, "00000" + shards.SUFFIXES[kind])) == entry
+
+
 def _fake_files(folder: Path, content: str) -> shards.ShardFiles:
     paths = {kind: str(folder / f"{content}.{kind}") for kind in ("tar", "parquet")}
     for kind, path in paths.items():

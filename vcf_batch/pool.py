@@ -87,11 +87,12 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
             job = prepare.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
                 prepare.claim(job)
+                # Before anything is read: from here on, no earlier owner can change what there is.
+                shards.clean_staging(job.config.output)
                 job = dataclasses.replace(job, again=again())
                 ledger = Ledger(job)
                 if ledger.left:
                     job = dataclasses.replace(job, token=held.token)
-                    shards.clean_staging(job.config.output)
                     with Progress(job.manifest.num_rows, ledger.finished_rows) as progress:
                         _check_nodes(job)
                         _Dispatch(job, held, ledger, progress).run()

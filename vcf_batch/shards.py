@@ -360,7 +360,13 @@ def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None
 
     For the driver alone, which has just confirmed its lease. Should it be suspended in here and lose the lease, nothing
     of the next owner's is harmed: that one has emptied the staging folder, and no receipt is overwritten. An older
-    receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe.
+    receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe. It goes
+    into the staging folder, so that the next owner's, too, stays where it is once that folder is gone.
+
+    That last step is safe on file systems alone. An object store has no folders that could be gone: a driver that is
+    suspended for longer than a lease lasts between the look at the staged files and the removal of the older receipt,
+    the next few requests, may remove the next owner's receipt of that shard. :mod:`vcf_batch.verify` finds it missing,
+    and a rerun computes the shard again.
 
     Raises:
         StorageError: the storage failed, a staged file is missing or not of the receipt's size, or another driver
@@ -379,7 +385,7 @@ def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None
                         "compute the shard again"
                     )
         if replaces:
-            storage.remove(receipt_url, missing_ok=True)
+            storage.move(receipt_url, storage.join(output_url, storage.parent(staged["tar"]), "replaced.json"))
         for kind in receipt.files:
             target = storage.join(output_url, receipt.shard.name + SUFFIXES[kind])
             storage.move(storage.join(output_url, staged[kind]), target)
