@@ -1,26 +1,26 @@
 """Prompt-noise optimisation: what it takes, and what it gives.
 
-``python benchmarks/pno.py memory``: peak memory of a gradient through 5, 20 and 50 denoising steps, each in a process
-of its own: where activations are computed again, as the project does, and where they are kept.
+``python benchmarks/pno.py memory``: peak memory of a gradient through 5, 20 and 50 denoising steps, where activations
+are computed again, as the project does, and where they are kept.
 
 ``python benchmarks/pno.py quality``: a run over the demo manifest without and with optimisation, and what guide,
 judge and perceptual distance say about the two.
 """
 
-import json
-import resource
-import subprocess
-import sys
+import functools
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
 from vcf_batch import images, models, pool, shards
 from vcf_batch.config import MAX_PIXELS, RunConfig
@@ -51,11 +51,18 @@ def load(model: str) -> tuple[VCFPipeline, Guide]:
     return pipeline, Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
 
 
-def peak_memory() -> float:
-    """Of this process, in MiB: what torch has allocated on the GPU, or all of it where there is none."""
+def peak_memory(function: Callable[[], Any]) -> float:
+    """The most that torch has allocated at any moment of a call, in MiB: on the GPU if there is one."""
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        function()
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # Allocations one by one. What the process holds is no measure: malloc keeps pieces of what was freed.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes)) / 2**20
 
 
 @click.group()
@@ -67,41 +74,25 @@ def main() -> None:
 @click.option("--model", default="tiny", show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 def memory(model: str, batch_size: int) -> None:
-    """Peak memory, in MiB, against the denoising steps that the gradient goes through."""
-    click.echo(
-        "| denoising steps | sampling alone | activations computed again | activations kept |\n|---|---|---|---|"
-    )
-    for steps in STEPS:
-        command = [sys.executable, __file__, "gradient", model, str(batch_size), str(steps)]
-        again, kept = (
-            json.loads(subprocess.run([*command, *extra], check=True, stdout=subprocess.PIPE, text=True).stdout)
-            for extra in ([], ["--keep"])
-        )
-        click.echo(f"| {steps} | {again['sampling']:.0f} | {again['gradient']:.0f} | {kept['gradient']:.0f} |")
-
-
-@main.command(hidden=True)
-@click.argument("model")
-@click.argument("batch_size", type=int)
-@click.argument("steps", type=int)
-@click.option("--keep", is_flag=True)
-def gradient(model: str, batch_size: int, steps: int, keep: bool) -> None:
-    """Sample once, then take one step of optimisation; print the peak after each."""
+    """Peak memory of sampling and of one step of optimisation, in MiB, against the denoising steps."""
     pipeline, guide = load(model)
-    if keep:
-        sampling.checkpoint = lambda function, *inputs, **_: function(*inputs)
-    reference = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    fusions = [Fusion([tokens]) for tokens in pipeline.encode_references([reference] * batch_size)]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    fusions = [Fusion([tokens]) for tokens in pipeline.encode_references([picture] * batch_size)]
     text, negative = (pipeline.encode_prompts([prompt] * batch_size) for prompt in ("a red star", ""))
-    seeds = list(range(batch_size))
-    sample, noise, conditioning = pipeline.prepare(text, negative, fusions, seeds=seeds, steps=steps)
-    with torch.no_grad():
-        sample(noise, conditioning)
-    alone = peak_memory()
-    targets = guide.targets([[reference]] * batch_size, [None] * batch_size)
-    settings: dict[str, Any] = {"steps": 1, "lr_conditioning": 1e-2, "lr_noise": 1e-2, "gamma": 0.1}
-    pno.optimize(sample, noise, conditioning, guide, targets, seeds=seeds, **settings)
-    click.echo(json.dumps({"sampling": alone, "gradient": peak_memory()}))
+    targets = guide.targets([[picture]] * batch_size, [None] * batch_size)
+    seeds = range(batch_size)
+    click.echo("| denoising steps | sampling | activations computed again | activations kept |\n|---|---|---|---|")
+    for steps in STEPS:
+        inputs = pipeline.prepare(text, negative, fusions, seeds=seeds, steps=steps)
+        optimize = functools.partial(
+            pno.optimize, *inputs, guide, targets, seeds=seeds, steps=1, lr_conditioning=1e-2, lr_noise=1e-2, gamma=0.1
+        )
+        with torch.no_grad():
+            alone = peak_memory(functools.partial(inputs[0], *inputs[1:]))
+        again = peak_memory(optimize)
+        with mock.patch.object(sampling, "checkpoint", lambda function, *inputs, **_: function(*inputs)):
+            kept = peak_memory(optimize)
+        click.echo(f"| {steps} | {alone:.1f} | {again:.1f} | {kept:.1f} |")
 
 
 @main.command()
