@@ -12,10 +12,11 @@ from click.testing import CliRunner, Result
 
 import vcf_batch
 from vcf_batch import pool
-from vcf_batch.cli import generate, main
+from vcf_batch.cli import generate, main, train_aligner
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
 from vcf_batch.ledger import Summary
+from vcf_batch.vcf.recipe import NOT_CONTENT, TrainingConfig
 
 NOT_SETTINGS = {"config", "debug"}
 
@@ -50,9 +51,19 @@ def test_options_are_the_settings() -> None:
     assert names - NOT_SETTINGS == {field.name for field in dataclasses.fields(RunConfig)}
 
 
-def test_every_option_is_explained() -> None:
-    text = call("generate", "--help").output
-    for parameter in generate.params:
+def test_options_of_a_training_are_its_settings() -> None:
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    parameters = {parameter.name: parameter for parameter in train_aligner.params}
+    assert parameters.keys() - NOT_SETTINGS == fields.keys()
+    assert fields.keys() > NOT_CONTENT
+    for name in fields.keys() - {"model", "data", "out"}:
+        assert parameters[name].default == fields[name].default
+
+
+@pytest.mark.parametrize("command", [generate, train_aligner])
+def test_every_option_is_explained(command: click.Command) -> None:
+    text = call(cast(str, command.name), "--help").output
+    for parameter in command.params:
         assert parameter.human_readable_name.replace("_", "-").upper() in text.upper()
         assert isinstance(parameter, click.Argument) or cast(click.Option, parameter).help
 

@@ -40,6 +40,11 @@ LIGHT = (
     "storage_local",
     "storage_reader",
     "verify",
+    "vcf.captions",
+    "vcf.feed",
+    "vcf.parts",
+    "vcf.recipe",
+    "vcf.task",
 )
 
 
@@ -61,6 +66,15 @@ def test_worker_does_not_import_ray() -> None:
     modules = imported("vcf_batch.worker")
     assert "ray" not in modules
     assert not modules & {"vcf_batch.cli", "vcf_batch.pool"}
+
+
+def test_training_without_a_cluster_does_not_import_ray() -> None:
+    """ray is imported by pool.py and, for Ray Train, by vcf/train.py alone."""
+    assert "ray" not in imported("vcf_batch.vcf.fit")
+
+
+def test_the_driver_of_a_training_leaves_the_models_to_the_workers() -> None:
+    assert not imported("vcf_batch.vcf.train") & {"diffusers", "transformers"}
 
 
 def test_pool_leaves_torch_to_the_workers() -> None:

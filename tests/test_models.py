@@ -86,6 +86,18 @@ def test_an_unknown_name_says_what_is_possible(name: str) -> None:
         resolve(name)
 
 
+@pytest.mark.parametrize("name", sorted(models.PRESETS))
+def test_a_preset_is_no_model_before_it_is_assembled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """generate says how a model is made of a preset, unless there is a folder of that name."""
+    with pytest.raises(ModelError, match=f"train-aligner --model {name}.*assemble --base {name} --aligner DIR"):
+        resolve(name)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, FILES)
+    assert resolve(name).kind == "directory"
+
+
 @pytest.mark.parametrize("name", ["tiny", "memory://models/x", "."])
 def test_a_revision_is_for_the_hub_only(name: str) -> None:
     with pytest.raises(ModelError, match=r"revision is 'main', but the model .* is not a Hub id"):
@@ -137,6 +149,8 @@ def test_only_the_model_s_own_files_count() -> None:
     assert models.model_files(left_out + kept) == sorted(kept)
     only_bin = ["config.json", "pytorch_model.bin"]
     assert models.model_files([*only_bin, "tf_model.h5"]) == only_bin
+    both = ["config.json", "open_clip_model.safetensors", "open_clip_config.json", "pytorch_model.bin"]
+    assert models.model_files(both) == only_bin, "OpenCLIP's names are not those that transformers loads"
     sharded = ["m-00001-of-00002.safetensors", "m.fp16-00001-of-00002.safetensors", "m.safetensors.index.fp16.json"]
     assert models.model_files([*sharded, "m.safetensors.index.json"]) == [sharded[0], "m.safetensors.index.json"]
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import http.server
 import os
+import pickle
 import threading
 import time
 import types
@@ -620,3 +621,12 @@ def test_a_server_that_is_not_there_is_a_storage_error() -> None:
     pytest.importorskip("aiohttp")
     with pytest.raises(StorageError, match="reachable"):
         storage.read_bytes("http://127.0.0.1:9/a")
+
+
+def test_arrow_sees_the_same_storage(tmp_path: Path) -> None:
+    """What a library writes through Arrow is what this module reads, and it can be sent to another process."""
+    for url in (str(tmp_path / "x"), f"memory://arrow-{uuid.uuid4().hex}/x"):
+        filesystem, path = storage.arrow_filesystem(url)
+        with pickle.loads(pickle.dumps(filesystem)).open_output_stream(path) as stream:
+            stream.write(b"content")
+        assert storage.read_bytes(url) == b"content"

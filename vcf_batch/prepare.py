@@ -135,17 +135,26 @@ def absolute(config: RunConfig) -> RunConfig:
     Raises:
         UsageError: an output in the temporary working directory of a Ray job, which is where a relative one would go.
     """
-    output = storage.absolute(config.output)
-    if storage.is_local(output) and any(map(_is_job_copy, Path(output).parts)):
-        raise UsageError(
-            f"output {config.output!r} lies in the temporary copy of the directory that this job was submitted with "
-            f"({output}), which Ray deletes: name an absolute path on shared storage, or a URL such as s3://bucket/folder"
-        )
     return config.replace(
         manifest=storage.absolute(config.manifest),
-        output=output,
+        output=absolute_output(config.output),
         reference_root=tuple(storage.absolute(root) for root in config.reference_root),
     )
+
+
+def absolute_output(url: str) -> str:
+    """The output's absolute path or URL.
+
+    Raises:
+        UsageError: it lies in the temporary working directory of a Ray job, which is where a relative one would go.
+    """
+    output = storage.absolute(url)
+    if storage.is_local(output) and any(map(_is_job_copy, Path(output).parts)):
+        raise UsageError(
+            f"output {url!r} lies in the temporary copy of the directory that this job was submitted with "
+            f"({output}), which Ray deletes: name an absolute path on shared storage, or a URL such as s3://bucket/folder"
+        )
+    return output
 
 
 def _is_job_copy(folder: str) -> bool:
@@ -405,6 +414,7 @@ def claim(job: Job) -> None:
             "versions": {"vcf_batch": vcf_batch.__version__}
             | {name: importlib.metadata.version(name) for name in packages},
         },
+        begun=shards.any_committed(job.config.output),
     )
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vcf_batch import shards, storage
+from vcf_batch import storage
 from vcf_batch.config import fingerprint
 from vcf_batch.errors import RefusedError
 
@@ -32,24 +32,24 @@ def read(output: str) -> dict[str, Any] | None:
     raise RefusedError(f"{storage.redact(url)} is damaged or was not written by vcf-batch; use another output")
 
 
-def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any], *, begun: bool) -> None:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
-    What another run left there is replaced as long as it has finished no shard.
+    What another run left there is replaced as long as it has not begun.
 
     Args:
         output: the run's output.
         fields: what the fingerprint covers.
         description: what else is recorded of the run that comes first.
+        begun: whether the output holds something that a run has finished.
 
     Raises:
         RefusedError: the output holds another run. Every difference is listed.
         StorageError: the storage failed.
     """
     found = read(output)
-    begun = shards.any_committed(output)
     if found is None and begun:
-        raise RefusedError(f"{storage.redact(output)} holds shards but no {NAME}; use another output")
+        raise RefusedError(f"{storage.redact(output)} holds results but no {NAME}; use another output")
     there = found["fields"] if found else {}
     if found and there == fields:
         return

@@ -344,6 +344,23 @@ def remove_tree(url: str) -> None:
         remove(join(url, file), missing_ok=True)
 
 
+# For a library that keeps files of its own
+
+
+def arrow_filesystem(url: str) -> tuple[Any, str]:
+    """Arrow's view of the storage, with this module's drivers and options, and the path of ``url`` in it.
+
+    Raises:
+        UsageError: see the module.
+    """
+    import pyarrow.fs  # nothing else here needs it
+
+    if is_local(url):
+        return pyarrow.fs.LocalFileSystem(), absolute(url)
+    fs, path = _filesystem(url)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
 # How it is done
 
 

@@ -1,0 +1,99 @@
+"""Stable Diffusion, an image encoder and an aligner put together: in memory, and as one directory."""
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
+from transformers.utils import logging
+
+from vcf_batch import models, storage
+from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.parts import MODEL_INDEX, Parts
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+
+def load(parts: Parts, dtype: torch.dtype, **components: Any) -> VCFPipeline:
+    """Load the pipeline on the CPU, its image encoder in it.
+
+    Args:
+        parts: where they come from.
+        dtype: of all parts that are loaded.
+        components: parts to use in place of the base's; None leaves a part out.
+
+    Raises:
+        ModelError: a part is missing, cannot be loaded, or does not fit the others.
+        StorageError: storage or network failed.
+    """
+    folder = models.fetch(parts.base)
+    if parts.image_encoder is not None:
+        encoder = models.fetch(parts.image_encoder)
+        with models.load_errors(f"the image encoder {storage.redact(parts.image_encoder.name)}"):
+            components["image_encoder"] = _load_vision_tower(encoder, dtype)
+            components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(encoder, local_files_only=True)
+    with models.load_errors(f"the model {storage.redact(parts.base.name)}"):
+        return VCFPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+
+
+def _load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+    """The vision tower of a CLIP, whether or not the checkpoint has the text tower too.
+
+    Raises:
+        ModelError: the checkpoint lacks weights of it.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if isinstance(config, CLIPConfig):
+        # Where both towers are in one checkpoint, the width they share stands above them.
+        config, width = config.vision_config, config.projection_dim
+        config.projection_dim = width
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or every weight of the text tower is warned of
+    try:
+        tower, report = CLIPVisionModelWithProjection.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    # transformers fills what a file lacks with random weights.
+    if missing := report["missing_keys"]:
+        raise ModelError(
+            f"the image encoder in {folder} lacks {len(missing)} weights, among them {min(missing)}; name a CLIP, or "
+            "its vision tower with projection"
+        )
+    return tower
+
+
+def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
+    """Write one pipeline directory that has everything: what ``--model`` takes.
+
+    Args:
+        parts: what the aligner was trained for.
+        aligner: folder or URL that ``train-aligner`` or ``ImageAligner.save_pretrained`` wrote, or a Hub id.
+        out: folder or URL, which must not hold a model yet.
+        dtype: of the weights that are written.
+
+    Raises:
+        ModelError: a part is missing, or they do not fit each other.
+        UsageError: there is a model at ``out``.
+        StorageError: the storage failed.
+    """
+    out = storage.absolute(out)
+    if storage.exists(storage.join(out, MODEL_INDEX)):
+        raise UsageError(f"{storage.redact(out)} holds a model already; name another folder")
+    folder = models.fetch(models.resolve(aligner))
+    with models.load_errors(f"the aligner {storage.redact(aligner)}"):
+        trained = ImageAligner.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    pipeline = load(parts, dtype, aligner=trained)
+    base = models.fetch(parts.base)
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+        pipeline.save_pretrained(scratch)
+        files = {file: os.path.join(scratch, file) for file in storage.list_tree(scratch)}
+        # What a model has beside its pipeline: the judge and the probe of the tiny family.
+        for file in models.model_files(list(storage.list_tree(base))):
+            if "/" in file and file.split("/")[0] not in pipeline.config:
+                files[file] = os.path.join(base, file)
+        # What names the parts comes last, so that half a model is never taken for one.
+        for file in sorted(files, key=lambda name: (name == MODEL_INDEX, name)):
+            storage.upload(files[file], storage.join(out, file))

@@ -1,0 +1,63 @@
+"""Which Stable Diffusion, and which image encoder its aligner reads. Nothing is loaded here, so torch is not needed."""
+
+from dataclasses import dataclass
+
+from vcf_batch import models, storage
+from vcf_batch.errors import ModelError
+from vcf_batch.models import ResolvedModel
+
+MODEL_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A Stable Diffusion and the image encoder of its aligner, each in exactly one version. Picklable."""
+
+    base: ResolvedModel
+    image_encoder: ResolvedModel | None
+    """None: the base's own."""
+
+    @classmethod
+    def resolve(
+        cls,
+        base: str,
+        revision: str | None = None,
+        image_encoder: str | None = None,
+        image_encoder_revision: str | None = None,
+    ) -> "Parts":
+        """Find the exact versions.
+
+        Args:
+            base: a name of :data:`vcf_batch.models.PRESETS`, or whatever :func:`vcf_batch.models.resolve` takes.
+            revision: branch, tag or commit of a base on the Hub.
+            image_encoder: a CLIP, or its vision tower alone; None is the preset's, else the base's own.
+            image_encoder_revision: branch, tag or commit of an image encoder on the Hub.
+
+        Raises:
+            ModelError: a model cannot be found, or there is no image encoder.
+            StorageError: the storage failed.
+        """
+        name = base
+        if base in models.PRESETS and not storage.exists(storage.absolute(base)):
+            base, own = models.PRESETS[base]
+            image_encoder = image_encoder or own
+        found = models.resolve(base, revision)
+        index = models.read_config(found, MODEL_INDEX)
+        if index is None:
+            raise ModelError(
+                f"{storage.redact(base)} is not a Stable Diffusion model in diffusers layout: it has no {MODEL_INDEX}"
+            )
+        if image_encoder is not None:
+            return cls(found, models.resolve(image_encoder, image_encoder_revision))
+        if image_encoder_revision is not None:
+            raise ModelError(
+                f"the image encoder's revision is {image_encoder_revision!r}, but no image encoder is named"
+            )
+        # model_index.json gives the library and the class of each part, or two nulls.
+        if not any(index.get("image_encoder") or ()):
+            raise ModelError(
+                f"{storage.redact(name)} has no image encoder of its own: name the CLIP whose vision tower the aligner "
+                f"reads with --image-encoder, such as {models.PRESETS['sd21'][1]} for Stable Diffusion 2 or "
+                f"{models.PRESETS['sd15'][1]} for 1.x"
+            )
+        return cls(found, None)
