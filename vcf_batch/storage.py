@@ -357,7 +357,7 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
 
     if is_local(url):
         return pyarrow.fs.LocalFileSystem(), absolute(url)
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
