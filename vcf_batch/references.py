@@ -217,9 +217,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        error = self._reader.policy_error(Reference(uri=newurl))
-        if error is not None:
-            raise RowError(f"reference {self._shown} redirects to a place that is not allowed: {error}")
+        if self._reader.policy_error(Reference(uri=newurl)) is not None:
+            raise RowError(f"reference {self._shown} redirects to {_shown(newurl)}, where none may come from")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
