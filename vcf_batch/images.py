@@ -5,8 +5,10 @@ output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]``,
 applied.
 """
 
+import contextlib
 import io
 import re
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 MAX_JPEG_SCANS = 100
 """Of a progressive JPEG; encoders write about ten. Each goes over the whole picture and may take 100 bytes."""
+
+LARGE_PIXELS = 16_000_000
+"""Threads take turns with larger images: decoding takes up to 24 bytes a pixel, which a file of a few kilobytes can ask
+for."""
+
+_LARGE = threading.Semaphore(2)
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
@@ -85,7 +93,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise RowError(_not_readable(data, error)) from error
     _check_pixels(image.size, max_pixels)
     try:
-        with image:
+        with image, _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
             image.load()
             return _to_rgb(_oriented(image))
     except (MemoryError, RowError):
