@@ -124,6 +124,11 @@ class RunConfig:
         for field in dataclasses.fields(self):
             if field.type in (float, float | None) and getattr(self, field.name) is not None:
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
+        for name, value in vars(self).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                # An empty place would be the working directory: what a variable of a shell is when it is not set.
+                if isinstance(text, str) and ("\0" in text or (not text and name != "negative_prompt")):
+                    raise UsageError(f"{name} is {text!r}; give a value without NUL characters, or leave it out")
         _choice("fusion", self.fusion, FUSIONS)
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
@@ -157,10 +162,6 @@ class RunConfig:
             _between(name, getattr(self, name), MIN_EDGE, 8192)
             if (getattr(self, name) or 0) % 8:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
-        if not all(self.reference_root):
-            raise UsageError(
-                "reference_root '' names no place; name a folder, a bucket or a web address, or leave it out"
-            )
         if self.lpips in ("alex", "vgg") and not self.lpips_weights:
             raise UsageError(
                 f"lpips is {self.lpips!r}, which needs the published weights: name their folder with --lpips-weights, "
