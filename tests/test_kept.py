@@ -1,6 +1,7 @@
 """Committed samples are read back so that the same bytes are written again."""
 
 import dataclasses
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -75,3 +76,28 @@ def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:
     tar.write_bytes(data)
     with pytest.raises(StorageError, match="00000 was damaged"):
         KeptSamples(job, job.shards[0])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("tar", 0), ("tar", 300), ("tar", 5 * 512), ("tar", 8 * 512), ("parquet", 0), ("parquet", 700), ("tar", None)],
+)
+def test_a_shard_that_cannot_be_read_any_more_is_trouble_of_the_storage(job: Job, name: str, left: int | None) -> None:
+    """Damage is never taken for a worker that crashes, which would cost rows their samples."""
+    path = Path(job.config.output) / f"00000.{name}"
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:left])
+    kept = KeptSamples(job, job.shards[0])
+    with pytest.raises(StorageError, match="00000 was damaged"):
+        list(kept.values())
+
+
+def test_a_tar_with_fewer_samples_than_the_parquet_is_trouble_of_the_storage(job: Job) -> None:
+    path = Path(job.config.output) / "00000.tar"
+    with tarfile.open(path) as tar:
+        second = sorted(member.offset for member in tar)[3]
+    path.write_bytes(path.read_bytes()[:second] + bytes(1024))
+    with pytest.raises(StorageError, match=r"00000 was damaged .*its tar ends before row 1"):
+        list(KeptSamples(job, job.shards[0]).values())

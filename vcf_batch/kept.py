@@ -2,12 +2,14 @@
 
 import hashlib
 import itertools
+import tarfile
 from collections.abc import Iterator, Mapping
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import shards, storage
-from vcf_batch.errors import StorageError
+from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.prepare import Job
 from vcf_batch.records import OUTPUT_COLUMNS, Sample, Shard
 
@@ -43,7 +45,25 @@ class KeptSamples(Mapping[int, Sample]):
 
 
 def _committed(job: Job, shard: Shard) -> Iterator[Sample]:
-    """Every sample of a committed shard, in order."""
+    """Every sample of a committed shard, in order.
+
+    Raises:
+        StorageError: the shard cannot be read, or is not what the repair found.
+    """
+    try:
+        yield from _read(job, shard)
+    except VcfBatchError:
+        raise
+    # A damaged file may hold anything.
+    except (tarfile.TarError, pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+        raise _damaged(shard, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(shard: Shard, how: str) -> StorageError:
+    return StorageError(f"shard {shard.name} was damaged while it was repaired ({how}); repair it again")
+
+
+def _read(job: Job, shard: Shard) -> Iterator[Sample]:
     stem = storage.join(job.config.output, shard.name)
     rows = job.manifest.iter_rows(shard.start, shard.stop, job.config.seed)
     samples = shards.read_samples(f"{stem}.tar")
@@ -53,7 +73,9 @@ def _committed(job: Job, shard: Shard) -> Iterator[Sample]:
             for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
                 image = None
                 if record["status"] == "success":
-                    image = next(samples)[job.config.image_format]
+                    if (sample := next(samples, None)) is None:
+                        raise _damaged(shard, f"its tar ends before row {row.number}")
+                    image = sample[job.config.image_format]
                     if hashlib.sha256(image).hexdigest() != record["sha256"]:
-                        raise StorageError(f"shard {shard.name} was damaged while it was repaired; repair it again")
+                        raise _damaged(shard, f"row {row.number} has another sha256")
                 yield shards.sample_of(row, record, image)
