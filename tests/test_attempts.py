@@ -163,6 +163,21 @@ def test_what_failed_on_a_bad_node_does_not_count() -> None:
     assert not case.failed(case.task(), B, Failure.TROUBLE, SYMPTOM)
 
 
+def test_batches_that_a_bad_node_made_smaller_are_whole_again() -> None:
+    """No sample leaves the promise of identical bytes for a node."""
+    case = Case(Shard(0, 0, 8, "00000"), range(8), 8)
+    for node in (B, A, A):
+        assert case.failed(case.task(), node, Failure.MEMORY, SYMPTOM)
+    assert case.task().sampled_at_once == 2
+    case.forgive(A)
+    assert case.task().sampled_at_once is None
+    assert case.failed_on == {B}
+    assert case.failed(case.task(), B, Failure.MEMORY, SYMPTOM)
+    assert case.task().sampled_at_once == 4
+    case.forgive("another node")
+    assert case.task().sampled_at_once == 4
+
+
 def test_only_rows_that_are_generated_are_suspected() -> None:
     """A shard of which most samples are kept is bisected among the others."""
     case = Case(Shard(0, 0, 8, "00000"), [2, 5], None)

@@ -119,6 +119,7 @@ class Case:
         if failure is Failure.MEMORY and self._sampled_at_once is not None and self._shortages:
             # Once more in a fresh process, without what was left in the other's memory, was not enough.
             if self._sampled_at_once > 1:
+                self._shortages.append(node)
                 self._sampled_at_once //= 2
                 self.repeat()
                 return True
@@ -141,6 +142,8 @@ class Case:
 
     def forgive(self, node: str) -> None:
         """What failed on a node does not count."""
+        if node in self._shortages:
+            self._sampled_at_once = self._batch_size
         for failures in (self._troubles, self._shortages, self._crashes):
             failures[:] = [other for other in failures if other != node]
         if node in self._searched_on:
