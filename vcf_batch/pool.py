@@ -371,7 +371,7 @@ class _Dispatch:
             self.queue.done(task)
         # First the next shard, then the commit: the worker does not wait for it.
         self._send(worker)
-        self._leave_out(self.quarantine.succeeded(worker.node))
+        self._leave_out(self.quarantine.succeeded(worker.node, "shard" if task else "load"))
         if task is not None and task.selected is None:
             self._commit(task, worker.node, *result)
 
@@ -393,8 +393,7 @@ class _Dispatch:
                 self._send(worker)
         # On trial a worker may fail: that is what the trial is for.
         if worker.node and not _node_died(error) and (task is None or task.selected is None):
-            work = worker.started if task is None else task.shard
-            self._leave_out(self.quarantine.failed(worker.node, work, _reason(error)))
+            self._leave_out(self.quarantine.failed(worker.node, task.shard if task else None, _reason(error)))
 
     def _commit(self, task: Task, node: str, receipt: Receipt, staged: dict[str, str]) -> None:
         if task.verdicts and not (receipt.counts["success"] or self.ledger.counts["success"]):

@@ -1,7 +1,11 @@
 """Nodes that fail where others succeed. No Ray here."""
 
 from collections import defaultdict
-from collections.abc import Hashable
+from typing import Literal
+
+from vcf_batch.records import Shard
+
+Work = Literal["load", "shard"]
 
 FAILURES = 3
 """Different pieces of work in a row that a node fails, while another one succeeds, before it is left out."""
@@ -14,33 +18,35 @@ class Quarantine:
         self.nodes: set[str] = set()
         self.reasons: dict[str, str] = {}
         """Why each node failed the last time."""
-        self._failed: dict[str, set[Hashable]] = defaultdict(set)
-        self._outdone: set[str] = set()
-        """Nodes that have failed since they last succeeded, while another one succeeded."""
+        self._failed: dict[tuple[str, Work], set[object]] = defaultdict(set)
+        self._outdone: set[tuple[str, Work]] = set()
+        """What nodes have failed since they last succeeded, while another one succeeded."""
 
-    def succeeded(self, node: str) -> set[str]:
-        """A node has loaded a model or finished a shard.
+    def succeeded(self, node: str, work: Work) -> set[str]:
+        """A node has loaded a model, which says nothing of shards; or it has generated, for which it had to load one.
 
         Returns:
             Nodes that are left out from now on.
         """
-        self._failed.pop(node, None)
-        self._outdone.discard(node)
-        self._outdone.update(self._failed)
+        proven: set[Work] = {"load", work}
+        for each in proven:
+            self._failed.pop((node, each), None)
+            self._outdone.discard((node, each))
+        self._outdone.update((other, each) for other, each in self._failed if each in proven)
         return self._judge()
 
     @property
     def failing(self) -> set[str]:
         """Nodes that have failed since they last succeeded."""
-        return {*self._failed}
+        return {node for node, _ in self._failed}
 
-    def failed(self, node: str, work: Hashable, reason: str) -> set[str]:
-        """A node has failed a piece of work; the same piece counts once, as it may be to blame itself.
+    def failed(self, node: str, shard: Shard | None, reason: str) -> set[str]:
+        """A node has failed a shard, which counts once, as it may be to blame itself; or, if None, to load a model.
 
         Returns:
             Nodes that are left out from now on.
         """
-        self._failed[node].add(work)
+        self._failed[node, "shard" if shard else "load"].add(shard or object())
         self.reasons[node] = reason
         return self._judge()
 
@@ -51,6 +57,6 @@ class Quarantine:
         self._outdone.clear()
 
     def _judge(self) -> set[str]:
-        bad = {node for node in self._outdone if len(self._failed[node]) >= FAILURES} - self.nodes
+        bad = {node for node, work in self._outdone if len(self._failed[node, work]) >= FAILURES} - self.nodes
         self.nodes |= bad
         return bad
