@@ -52,13 +52,18 @@ class Ledger:
     def __init__(self, job: Job) -> None:
         self._output, self._shards, self._again = job.config.output, job.shards, job.again
         self._done: set[int] = set()
+        self._kept: dict[int, Receipt] = {}
+        """Receipts of the shards that are generated again in part."""
         self._rows = job.manifest.num_rows
         self.counts: Counter[Status] = Counter()
         for receipt in shards.iter_receipts(job.config.output):
             index = receipt.shard.index
-            if receipt.fingerprint == job.fingerprint and index < len(job.shards) and index not in job.again:
-                self._done.add(index)
-                self.counts.update(receipt.counts)
+            if receipt.fingerprint == job.fingerprint and index < len(job.shards):
+                if index not in job.again:
+                    self._done.add(index)
+                    self.counts.update(receipt.counts)
+                elif not all(job.again[index]):
+                    self._kept[index] = receipt
         self.finished_rows = sum(self.counts.values())
         self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
         self.left = len(job.shards) - len(self._done)
@@ -74,6 +79,11 @@ class Ledger:
         """Rows of a shard that are generated: all of them, unless some samples are kept."""
         again = self._again.get(shard.index, bytes([True]) * len(shard))
         return [row for row, chosen in enumerate(again, start=shard.start) if chosen]
+
+    def whole(self, receipt: Receipt) -> Receipt:
+        """A worker's receipt of a shard, with what there is to say of the samples that it kept."""
+        older = self._kept.get(receipt.shard.index)
+        return receipt.keeping(older) if older else receipt
 
     def committed(self, task: Task, receipt: Receipt) -> None:
         """A shard exists."""

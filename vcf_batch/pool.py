@@ -403,7 +403,7 @@ class _Dispatch:
             return
         try:
             self.lease.confirm()
-            shards.commit(self.config.output, receipt, staged)
+            shards.commit(self.config.output, self.ledger.whole(receipt), staged)
         except StorageError as error:
             self._attempt_failed(task, node, error)
             return

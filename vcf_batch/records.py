@@ -170,7 +170,8 @@ class Receipt:
     files: Mapping[str, FileEntry]
     """``tar`` and ``parquet``."""
     device: Mapping[str, Any]
-    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on."""
+    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on. Where a
+    repair kept samples of another one: ``several``, a list of them all."""
     timings: Mapping[str, Any]
     """Seconds per phase, start and end date, host name."""
     means: Mapping[str, float | None] = field(default_factory=dict)
@@ -178,6 +179,17 @@ class Receipt:
     sampled_at_once: int | None = None
     """Where memory was too small for the run's batches: how many rows were sampled at once. Such a shard is outside of
     the promise of identical bytes."""
+
+    def keeping(self, older: "Receipt") -> "Receipt":
+        """The receipt of a shard that keeps samples of an older one: what marks those marks the shard."""
+        devices = list(older.device.get("several", [older.device]))
+        if self.device not in devices:
+            devices.append(self.device)
+        return dataclasses.replace(
+            self,
+            device=devices[0] if len(devices) == 1 else {"several": devices},
+            sampled_at_once=min(filter(None, (self.sampled_at_once, older.sampled_at_once)), default=None),
+        )
 
     def to_json(self) -> bytes:
         """The receipt as indented UTF-8 JSON with sorted keys."""
