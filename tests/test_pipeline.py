@@ -271,7 +271,9 @@ def test_equal_references_equal_one(
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_weight_0_leaves_a_reference_out(epsilon: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
     first = knobs(epsilon, images[0], fusion=fusion)
-    assert torch.equal(knobs(epsilon, images[:2], fusion=fusion, reference_weights=[[1, 0]]), first)
+    # Not to the last bit: the image encoder has seen two images at once.
+    left_out = knobs(epsilon, images[:2], fusion=fusion, reference_weights=[[1, 0]])
+    torch.testing.assert_close(left_out, first, atol=1e-5, rtol=0)
     nearly = knobs(epsilon, images[:2], fusion=fusion, reference_weights=[[1, 1e-9]])
     torch.testing.assert_close(nearly, first, atol=1e-4, rtol=0)
     even = knobs(epsilon, images[:2], fusion=fusion)
@@ -471,7 +473,8 @@ def test_call_returns_pil_images(epsilon: VCFPipeline, images: list[Image.Image]
     assert np.array_equal(np.asarray(output.images[0]), (tensor[0].permute(1, 2, 0).numpy() * 255).round())
     assert torch.equal(epsilon("a red cat", images[:2], seed=3, num_inference_steps=2, output_type="pt")[0], tensor)
     weighted = epsilon("a red cat", images[:2], reference_weights=[1, 0], seed=3, output_type="pt")[0]
-    assert torch.equal(weighted, epsilon("a red cat", images[0], seed=3, output_type="pt")[0])
+    alone = epsilon("a red cat", images[0], seed=3, output_type="pt")[0]
+    torch.testing.assert_close(weighted, alone, atol=1e-5, rtol=0)
 
 
 def test_call_takes_one_reference_for_all_or_one_each(epsilon: VCFPipeline, images: list[Image.Image]) -> None:
