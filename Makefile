@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all check lint clean
+.PHONY: install demo test test-all chaos check lint clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: install
 
 test-all: install
 	$(BIN)/pytest
+
+# One run struck by a hundred faults; about ten minutes.
+chaos: install
+	$(BIN)/python tests/chaos.py --seed $(or $(SEED),1)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Faults on order: real workers in processes of their own, told by a test when to die, hang or fail.
 
 Orders are files in a folder beside the manifest. An order ``PHASE.ACTION`` (``PHASE.ACTION.2`` for another one) is
-carried out once, by the first worker that gets to that phase. ``hold`` keeps workers from beginning a shard. Words in
-prompts are orders that hold for ever: the row with the prompt "kill ..." kills every worker that looks at it.
+carried out once, by the first process that gets to that phase. ``hold`` keeps workers from beginning a shard; with
+``tickets-only`` each shard that is handed in takes a ``ticket``. Words in prompts are orders that hold for ever: the
+row with the prompt "kill ..." kills every worker that looks at it.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import ray
 
-from vcf_batch import pool
+from vcf_batch import attempts, pool
 from vcf_batch.errors import StorageError
 
 WORKER_PHASES = ("load", "run", "sample", "score", "tar", "parquet", "stage", "staged")
@@ -41,11 +42,17 @@ def give(folder: Path, *names: str) -> None:
 def obey(folder: Path, phase: str) -> None:
     """Carry out an order for this phase, if there is one that nobody else takes."""
     for order in sorted(folder.glob(f"{phase}.*")):
-        try:
-            order.unlink()
-        except FileNotFoundError:
-            continue
-        act(order.name.split(".")[1])
+        if taken(order):
+            act(order.name.split(".")[1])
+
+
+def taken(order: Path) -> bool:
+    """Whether the order was there, and is this process's now."""
+    try:
+        order.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def act(action: str) -> None:
@@ -83,6 +90,8 @@ class FaultyActor(pool._Actor):
 
     def load(self) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
+        if (folder / "pids").exists():
+            (folder / "pids" / str(os.getpid())).touch()
         if (folder / f"no-load-on-{node}").exists():
             raise StorageError("this node loads nothing, as ordered")
         obey(folder, "load")
@@ -105,13 +114,20 @@ class FaultyActor(pool._Actor):
         def phase(name: str) -> Callable[..., None]:
             return lambda *_, **__: obey(folder, name)
 
+        def staging(*_: Any) -> None:
+            obey(folder, "stage")
+            while (folder / "tickets-only").exists() and not taken(folder / "ticket"):
+                self._worker._clock.tick()  # it does not hang
+                time.sleep(0.05)
+                obey(folder, "stage")
+
         tools = self._worker.tools
         around(tools.pipeline, "generate_from_tokens", sampling)
         around(tools.pipeline, "encode_prompts", encoding)
         around(tools.scorer, "score", phase("score"))
         around(shards.ShardWriter, "add", phase("tar"))
         around(shards.ShardWriter, "finish", phase("parquet"))
-        around(shards, "stage", phase("stage"), phase("staged"))
+        around(shards, "stage", staging, phase("staged"))
         return seen
 
     def run(self, *arguments: Any) -> Any:
@@ -134,8 +150,14 @@ def drive() -> None:
     def moved(source: str, target: str) -> None:
         obey(folder, "first file" if target.endswith(".tar") else "both files")
 
+    def begin(*_: Any) -> None:
+        (folder / "driving").write_text(str(os.getpid()))
+
     around(shards, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
     around(storage, "move", after=moved)
+    around(pool._Dispatch, "run", begin)
+    # As many attempts as it takes: where all workers are struck all the time, no row is to blame.
+    attempts.PAUSES = (0.2,) * 1000
     pool._Actor = FaultyActor  # type: ignore[misc]
     main()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def submit(environment: dict[str, str], checkout: Path, name: str, *arguments: s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     with urllib.request.urlopen(f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{name}", timeout=10) as response:
         return done.returncode, done.stdout, json.load(response)["driver_exit_code"]
@@ -103,3 +104,31 @@ def test_a_relative_output_is_refused(cluster: dict[str, str], checkout: Path, t
     assert (code, driver) == (1, 2), log
     assert "temporary copy" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_job_submitted_again_after_its_driver_died_resumes(
+    cluster: dict[str, str], checkout: Path, tmp_path: Path
+) -> None:
+    """No worker outlives its driver and keeps a device: the second job gets them all, and finishes the first one's
+    work. (The devices are this head's two CPUs.)"""
+    manifest, output = runs.write_manifest(tmp_path / "in", 40), tmp_path / "out"
+    size = ("--height", "32", "--width", "32", "--shard-size", "2", "--num-workers", "2", "--steps", "10")
+    arguments = (str(manifest), str(output), "--model", str(runs.save_model(tmp_path / "model")), *size)
+    first = subprocess.Popen(
+        [RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, "jobs/generate.py", *arguments],
+        cwd=checkout,
+        env=cluster,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    runs.wait_for(lambda: len(list(output.glob("*_stats.json"))) >= 2, 300)
+    os.kill(json.loads((output / "_lease.json").read_text())["pid"], signal.SIGKILL)
+    workers = {int(receipt.timings["worker"].partition(":")[2]) for receipt in runs.read_receipts(str(output)).values()}
+    assert first.wait(120) == 1
+    runs.wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    done = len(runs.read_receipts(str(output)))
+    assert done < 20
+    code, log, driver = submit(cluster, checkout, "again", *arguments)
+    assert (code, driver) == (0, 0), log
+    assert f"40 rows ({2 * done} of them were there before): 40 success" in log

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from vcf_batch.blame import REPEATS, Search
 from vcf_batch.records import Shard
 
-PAUSES = (10.0, 60.0)
+PAUSES: tuple[float, ...] = (10.0, 60.0)
 """Seconds that a shard waits after its first failure, its second, and so on. The failure after the last pause is final
 for trouble: the shard is set aside. Crashes are then looked into."""
 

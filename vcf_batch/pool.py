@@ -527,7 +527,7 @@ def _node_died(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """The error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    if isinstance(error, VcfBatchError):
+    if isinstance(error, (VcfBatchError, _Hang)):
         return lines[0]
     if isinstance(error, RayTaskError):  # a traceback, which ends with the exception
         text = lines[-1]

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import tempfile
 from collections import ChainMap
 from collections.abc import Container, Iterator, Mapping
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import cast
 
 import torch
 
-from vcf_batch import models, shards
+from vcf_batch import models, scratch, shards
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.generation import Clock, Generation, Tools
@@ -46,6 +45,7 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
         StorageError: storage or network failed.
     """
     global _model_loads
+    scratch.clean()
     device = Device.prepare(config)
     folder = models.fetch(models_used.pipeline)
     judge = models_used.judge
@@ -207,7 +207,7 @@ class Worker:
         self.tools.device.use_threads()
         self.tools.scorer.new_shard()
         try:
-            with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+            with scratch.folder() as folder:
                 with clock("read_manifest"):
                     read = self.manifest.rows(shard.start, shard.stop, self.tools.config.seed)
                     rows = [checked(row, self.tools.config) for row in read]
@@ -219,7 +219,7 @@ class Worker:
                 known = ChainMap(failed, cast(dict[int, Sample], existing))
                 way = (clock, last_attempt, sampled_at_once)
                 layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
-                with shards.ShardWriter(scratch, shard, *layout) as writer:
+                with shards.ShardWriter(folder, shard, *layout) as writer:
                     with Generation(self.tools, rows, known, writer.add, *way) as self._generation:
                         self._generation.run()
                     with clock("finish_files"):
