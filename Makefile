@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/vcf-batch report out/demo
 
 test: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --hypothesis-profile same
 
 test-all: install
 	$(BIN)/pytest

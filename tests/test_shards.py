@@ -286,6 +286,19 @@ def test_carried_values_may_be_arrow_scalars_with_bytes_that_are_not_text(tmp_pa
     assert read["json"]["time"].endswith(".000000001")
 
 
+def test_dictionaries_within_lists_and_structs_are_handed_through(tmp_path: Path) -> None:
+    """What pyarrow joins wrongly, out of one batch for each row, is whole in the parquet."""
+    kind = pa.list_(pa.struct([("style", pa.dictionary(pa.int32(), pa.string())), ("none", pa.null())]))
+    values = [None, [], [{"style": "mosaic", "none": None}, {"style": "oil", "none": None}], [None]]
+    samples = [
+        dataclasses.replace(one, row=dataclasses.replace(one.row, carried={"styles": value}))
+        for one, value in zip(map(success, range(len(values))), values, strict=True)
+    ]
+    table = pq.read_table(write(tmp_path, samples, pa.schema([("styles", kind)])).parquet)
+    table["styles"].validate(full=True)
+    assert table["styles"].to_pylist() == values
+
+
 def test_messages_show_what_cannot_be_printed(tmp_path: Path) -> None:
     files = write(tmp_path, [failed(0, "no such file: \udcff.png")])
     assert pq.read_table(files.parquet)["error_message"].to_pylist() == ["no such file: \\udcff.png"]

@@ -167,7 +167,7 @@ class ShardWriter:
         self._reference_is_list = reference_is_list
         self._schema = schema(carried_schema, reference_is_list)
         self._carried = carried_schema.names
-        self._pending: list[pa.RecordBatch] = []
+        self._pending: list[dict[str, Any]] = []
         self._added = 0
         self._tally = Tally()
         self._finished = False
@@ -220,17 +220,14 @@ class ShardWriter:
         if sample.status == "failed" and not sample.error_message:
             raise ValueError(f"sample {sample.row.key} failed without an error_message")
         record = self._record(sample)
-        batch = pa.RecordBatch.from_arrays(
-            [pa.array([record[field.name]], field.type) for field in self._schema], schema=self._schema
-        )
         self._tally.add(sample.status, record)
         self._added += 1
-        self._pending.append(batch)
+        self._pending.append(record)
         with self._writing():
             if sample.image is not None:
                 self._add_member(sample.row.key, self._image_format, sample.image)
                 self._add_member(sample.row.key, "txt", sample.row.prompt.encode())
-                self._add_member(sample.row.key, "json", row_json(batch))
+                self._add_member(sample.row.key, "json", row_json(self._batch([record])))
             if len(self._pending) == ROWS_PER_GROUP:
                 self._flush()
 
@@ -287,9 +284,13 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            table = pa.Table.from_batches(self._pending, self._schema).combine_chunks()
-            self._parquet.write_table(table, row_group_size=ROWS_PER_GROUP)
+            self._parquet.write_batch(self._batch(self._pending))
             self._pending = []
+
+    def _batch(self, records: list[dict[str, Any]]) -> pa.RecordBatch:
+        # Made of values: pyarrow joins batches with nested dictionary columns to invalid ones.
+        columns = [pa.array([record[field.name] for record in records], field.type) for field in self._schema]
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
     def _close(self) -> None:
         self._tar.close()
