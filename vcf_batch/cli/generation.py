@@ -1,0 +1,232 @@
+"""``generate``, and how the commands that generate besides configure and run it."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from vcf_batch import config as settings
+from vcf_batch import storage
+from vcf_batch.cli.command import Command, debug_option
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import TooManyFailedRows, UsageError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class _CountOrAuto(click.ParamType):
+    name = "auto|N"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "auto" else int(click.INT.convert(value, parameter, ctx))
+
+
+def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], Any]:
+    """An option of ``generate``. Its default stays with RunConfig, so that a configuration file can come in between."""
+    return click.option(f"--{name}", type=kind, help=text, default=None, **extra)
+
+
+@click.command(cls=Command)
+@click.argument("manifest", required=False)
+@click.argument("output", required=False)
+@_option("config", str, "YAML file or URL of settings, by option name. The command line wins over it.", metavar="URL")
+@_option(
+    "model",
+    str,
+    "What generates: 'tiny' (embedded, 64 px), a pipeline directory, a Hugging Face Hub id, or a URL such as "
+    "s3://bucket/model.  [default: tiny]",
+    metavar="MODEL",
+)
+@_option("revision", str, "Branch, tag or commit of a Hub model. It is resolved to a commit once and recorded.")
+@_option(
+    "fusion",
+    click.Choice(settings.FUSIONS),
+    "How the reference joins the prompt: beside it as extra tokens (concat), averaged into it (naive), or attended to "
+    "(cross_attention).  [default: concat]",
+)
+@_option(
+    "strength",
+    float,
+    "Weight of the reference; 0 ignores it.  [default: 1 for concat, 0.3 for the others]",
+)
+@_option(
+    "fusion-lo",
+    float,
+    "References are used in the part of the schedule from here to --fusion-hi, outside it the prompt alone. 1 is pure "
+    "noise: 0.5 to 1 lets a reference decide on the composition, 0 to 0.5 on the details.  [default: 0]",
+)
+@_option("fusion-hi", float, "See --fusion-lo.  [default: 1]")
+@_option(
+    "unconditional",
+    click.Choice(settings.UNCONDITIONALS),
+    "What guidance leads away from, besides the negative prompt, in rows without a negative reference: zeros as in the "
+    "paper, or the look of a blank image. negative is zeros, and insists on a column 'negative_reference'.  "
+    "[default: zeros]",
+)
+@_option(
+    "image-tokens",
+    click.Choice(settings.IMAGE_TOKENS),
+    "Which tokens of a reference are used: its patches, the one that sums it up (cls), or all.  [default: as the "
+    "aligner was trained]",
+)
+@_option("steps", int, "Denoising steps.  [default: the model's recommendation]")
+@_option("guidance-scale", float, "Classifier-free guidance.  [default: the model's recommendation]")
+@_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
+@_option("eta", float, "Share of new noise in each step of ddim, 0 to 1.  [default: 0]")
+@_option(
+    "pno-steps",
+    int,
+    "Prompt-noise optimisation: bring each image closer to its reference in so many steps, each of which costs as much "
+    "as three to four images.  [default: 0]",
+)
+@_option(
+    "pno-guide",
+    str,
+    "The CLIP that --pno-steps follows, never the judge: a directory, a Hub id or a URL.  [default: the model's own "
+    "image encoder]",
+    metavar="MODEL",
+)
+@_option("pno-lr-conditioning", float, "Learning rate of the fused tokens.  [default: 0.01]")
+@_option("pno-lr-noise", float, "Learning rate of the noise.  [default: 0.01]")
+@_option("pno-gamma", float, "Weight of what keeps the noise normal.  [default: 0.1]")
+@_option("height", int, "Pixels, a multiple of 8.  [default: the model's size]")
+@_option("width", int, "Pixels, a multiple of 8.  [default: the model's size]")
+@_option(
+    "dtype",
+    click.Choice(settings.DTYPES),
+    "Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs.  [default: auto]",
+)
+@_option("negative-prompt", str, "What the images should not show.  [default: nothing]")
+@_option(
+    "batch-size", int, "Images sampled at once. Part of the run's identity, as it can change pixels.  [default: 8]"
+)
+@_option(
+    "shard-size",
+    int,
+    "Rows in a shard, the unit of retry and resume.  [default: at most ten minutes of one worker and 1,000 rows]",
+)
+@_option(
+    "reference-root",
+    str,
+    "Folder, bucket or web address that references may live under, besides the manifest's own folder. Repeatable.",
+    multiple=True,
+    metavar="URL",
+)
+@_option("max-pixels", int, "A larger reference fails its row before it is decoded.  [default: 64000000]")
+@_option(
+    "max-failed",
+    float,
+    "Largest fraction of failed rows, 0 to 1, that still exits with 0; above it the exit code is 3.  [default: 0]",
+)
+@_option(
+    "judge",
+    str,
+    "The CLIP that scores: a directory, a Hub id or a URL.  [default: the model's own, else CLIP ViT-B/32]",
+    metavar="MODEL",
+)
+@_option(
+    "lpips",
+    click.Choice(settings.LPIPS_NETWORKS),
+    "Network of the perceptual distance to the reference; auto is the model's own, if it has one.  [default: auto]",
+)
+@_option("lpips-weights", str, "Folder or URL with the published weight files of alex and vgg.", metavar="URL")
+@_option("image-format", click.Choice(settings.IMAGE_FORMATS), "webp is lossless and fastest.  [default: png]")
+@_option("seed", int, "Rows without a seed derive theirs from this one and their id.  [default: 0]")
+@_option("limit", int, "Only the first rows of the manifest.", metavar="ROWS")
+@_option(
+    "num-workers",
+    _CountOrAuto(),
+    "Workers at most. auto is one per GPU that the cluster has, else one per --cpus-per-worker CPUs; on a cluster that "
+    "adds GPU nodes by itself, name a number.  [default: auto]",
+)
+@_option(
+    "gpus-per-worker",
+    float,
+    "GPUs reserved for a worker; 0 computes on CPUs. It decides what --dtype auto is. Where an autoscaler is still to "
+    "add the first GPU node, give 1.  [default: as the run began, else 1 where the cluster has a GPU now]",
+)
+@_option("cpus-per-worker", int, "CPUs reserved for a worker, and the threads it computes with.  [default: 1]")
+@_option(
+    "allow-smaller-batches",
+    bool,
+    "Where a batch does not fit the GPU's memory even in a fresh process, sample fewer rows at once. The receipt notes "
+    "it: such shards may differ in their last bits.",
+    is_flag=True,
+)
+@_option(
+    "shard-timeout",
+    float,
+    "Seconds without any progress after which a worker is taken to hang, and killed; its shard is tried again.  "
+    "[default: 600, or what twenty denoising steps of a batch are guessed to take]",
+    metavar="SECONDS",
+)
+@_option(
+    "address",
+    str,
+    "Ray cluster to run on; 'local' starts a new one on this machine.  [default: RAY_ADDRESS, else the cluster that "
+    "this runs in or that runs on this machine already, else a new local one]",
+    metavar="ADDRESS",
+)
+@debug_option
+@click.pass_context
+def generate(ctx: click.Context, **_: Any) -> None:
+    """Generate an image for every row of MANIFEST into OUTPUT.
+
+    MANIFEST is a Parquet file, or a folder of them, with a column 'prompt' and, if wanted, 'reference', 'sample_id',
+    'seed' and per-row settings. OUTPUT is a folder or URL; it becomes a WebDataset of images, prompts and scores.
+
+    Rerunning the same command resumes: finished shards are kept, the rest is generated.
+
+    \b
+    Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
+    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted.
+    """
+    run(run_config(ctx))
+
+
+def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
+    """Generate what is left, and what ``again`` says, and tell what became of it."""
+    from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
+
+    summary = pool.run(config, again)
+    click.echo(str(summary))
+    click.echo(f"To look at it: vcf-batch report {shlex.quote(storage.redact(summary.output))}")
+    if summary.counts["failed"]:
+        click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")
+    if summary.failed_fraction > config.max_failed:
+        raise TooManyFailedRows(
+            f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
+            f"{config.max_failed:g} allows. Their reasons are in the column error_message of {config.output}/*.parquet."
+        )
+
+
+def repair_command(output: str) -> str:
+    return f"vcf-batch repair {shlex.quote(storage.redact(output))}"
+
+
+def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
+    """Defaults, overridden by the configuration file, then by the command line, then by the command itself."""
+    named = given(ctx)
+    values: dict[str, Any] = {}
+    source = named.pop("config", None)
+    if source is not None:
+        try:
+            text = storage.read_bytes(source, limit=MAX_CONFIG_BYTES).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the configuration file {storage.redact(source)}: {error}") from error
+        values = settings.load_yaml(text, storage.redact(source))
+    values |= named | fixed
+    if values.get("num_workers") == "auto":
+        values["num_workers"] = None
+    return RunConfig.from_mapping(values)
+
+
+def given(ctx: click.Context) -> dict[str, Any]:
+    """The settings of a run that the command line names, rather than leaves to their defaults."""
+    return {
+        parameter.name: ctx.params[parameter.name]
+        for parameter in generate.params
+        if parameter.name in ctx.params and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
