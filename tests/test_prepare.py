@@ -201,6 +201,26 @@ def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> 
         prepare.claim(settle(negative_prompt="rain", seed=3))
 
 
+def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """Extending a run by appending manifest rows is possible where shards stay the same, else refused."""
+    folder = tmp_path / "many"
+    runs.write_manifest(folder, 8).rename(folder / "1.parquet")
+    first = settle(manifest=str(folder), shard_size=4)
+    prepare.claim(first)
+    commit_a_shard(first)
+    runs.write_manifest(folder, 6).rename(folder / "2.parquet")
+    second = settle(manifest=str(folder), shard_size=4)
+    for _ in range(2):
+        assert prepare.claim(second) == (first.fingerprint,)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["fingerprint"], record["manifest"]["rows"], record["shards"]) == (second.fingerprint, 14, 4)
+    runs.write_manifest(folder, 1).rename(folder / "3.parquet")
+    with pytest.raises(RefusedError, match=r"manifest_id: (.|\n)*last shard, 00003 with 2 rows"):
+        prepare.claim(settle(manifest=str(folder), shard_size=4))
+    with pytest.raises(RefusedError, match=r"manifest_id: (.|\n)*seed: 0 there, 1 now\nUse another output"):
+        prepare.claim(settle(manifest=str(folder), shard_size=4, seed=1))
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
 def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Path, content: str) -> None:
     (tmp_path / "out").mkdir()
@@ -209,9 +229,11 @@ def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Pat
         settle()
 
 
-def test_shards_without_a_run_file_are_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["00000_stats.json", "00000.tar", "00017.parquet"])
+def test_shards_without_a_run_file_are_refused(settle: Callable[..., Job], tmp_path: Path, name: str) -> None:
+    """Files of somebody else are neither deleted nor overwritten."""
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "00000_stats.json").write_text("{}")
+    (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(RefusedError, match=r"no run\.json"):
         prepare.claim(settle())
 

@@ -452,15 +452,31 @@ def test_a_staged_shard_does_not_exist_and_a_committed_one_does(output: str, tmp
     assert storage.digest(storage.join(output, "00000.parquet")) == files.entries["parquet"]
 
 
-def test_discard_and_clean_staging(output: str, tmp_path: Path) -> None:
+def test_discard_and_clean(output: str, tmp_path: Path) -> None:
     files = write(tmp_path, [success(0), success(1)])
     shard = receipt_for(files).shard
     first, second = (shards.stage(files, output, shard, attempt) for attempt in ("one", "two"))
     shards.discard(output, first)
     assert set(storage.list_tree(output)) == set(second.values())
-    shards.clean_staging(output)
-    shards.clean_staging(output)
+    shards.clean(output)
+    shards.clean(output)
     assert storage.list_tree(output) == {}
+
+
+def test_a_commit_that_never_ended_leaves_nothing_after_the_next_start(output: str, tmp_path: Path) -> None:
+    """Leftovers are never read as data and are removed at the next start; what is committed stays."""
+    whole, half = _fake_files(tmp_path, "whole"), _fake_files(tmp_path, "half")
+    receipt = receipt_for(whole)
+    shards.commit(output, receipt, shards.stage(whole, output, receipt.shard, "one"))
+    storage.publish_bytes(storage.join(output, "run.json"), b"{}")
+    committed = storage.list_tree(output)
+    storage.upload(half.tar, storage.join(output, "00001.tar"))
+    storage.upload(half.parquet, storage.join(output, "123456.parquet"))
+    if storage.is_local(output):
+        Path(output, ".tmp-0123").write_bytes(b"half")
+    shards.clean(output)
+    assert storage.list_tree(output) == committed
+    assert not storage.is_local(output) or {path.name for path in Path(output).iterdir()} == set(committed)
 
 
 def test_a_worker_that_was_declared_dead_never_touches_a_final_name(output: str, tmp_path: Path) -> None:
@@ -500,7 +516,7 @@ def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
 
     def suspended(*arguments: Any, **options: Any) -> Any:
         monkeypatch.setattr(storage, step, stepped)
-        shards.clean_staging(output)
+        shards.clean(output)
         shards.commit(output, receipt, shards.stage(new, output, receipt.shard, "two"))
         return stepped(*arguments, **options)
 
@@ -528,7 +544,7 @@ def test_a_driver_suspended_while_it_replaces_a_shard_harms_nothing_of_the_next_
         nonlocal moves
         moves += 1
         if moves == call:
-            shards.clean_staging(output)
+            shards.clean(output)
             shards.commit(output, receipt, shards.stage(new, output, receipt.shard, "two"))
         move(source, target)
 

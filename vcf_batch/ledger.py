@@ -56,9 +56,10 @@ class Ledger:
         """Receipts of the shards that are generated again in part."""
         self._rows = job.manifest.num_rows
         self.counts: Counter[Status] = Counter()
+        fingerprints = {job.fingerprint, *job.extends}
         for receipt in shards.iter_receipts(job.config.output):
             index = receipt.shard.index
-            if receipt.fingerprint == job.fingerprint and index < len(job.shards):
+            if receipt.fingerprint in fingerprints and index < len(job.shards):
                 if index not in job.again:
                     self._done.add(index)
                     self.counts.update(receipt.counts)

@@ -55,12 +55,13 @@ class Manifest:
     """Those of :data:`contract.COLUMNS` that the manifest has."""
 
     @classmethod
-    def open(cls, url: str, limit: int | None = None) -> "Manifest":
+    def open(cls, url: str, limit: int | None = None, until: str | None = None) -> "Manifest":
         """Read the footers of a Parquet file, or of the ``.parquet`` files in a folder; local or any fsspec URL.
 
         Args:
             url: the file or folder.
             limit: use only the first rows, so many at most.
+            until: use only the first files, if this is the identity that they have together.
 
         Raises:
             ManifestError: no such file, not Parquet, no rows, or columns that break the contract.
@@ -79,6 +80,8 @@ class Manifest:
             file, schemas[name] = parquet.parse_footer(storage.join(base, name), size, footer, rows)
             files.append(file)
             rows += file.num_rows
+            if digest.hexdigest() == until:
+                break
         if not rows:
             raise ManifestError(f"{storage.redact(url)} has no rows; there is nothing to generate")
         for name, schema in schemas.items():

@@ -17,7 +17,8 @@ class Output:
     """An output, what its run was asked to do, and the manifest if it is still there."""
 
     url: str
-    fingerprint: str
+    fingerprints: frozenset[str]
+    """Those that receipts may have: the run's, and of what it was before rows were appended to its manifest."""
     config: RunConfig
     plan: ShardPlan
     manifest: Manifest | None
@@ -54,12 +55,13 @@ class Output:
             content = {name: fields[name] for name in recorded.keys() & fields.keys() - {"lpips"}}
             config = RunConfig.from_mapping({**recorded, **content, **changes, "output": url})
             plan = ShardPlan(record["manifest"]["rows"], cast(int, config.shard_size))
+            fingerprints = frozenset([record["fingerprint"], *record.get("extends", ())])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error
         opened, trouble = _open_manifest(config, fields["manifest_id"])
         if opened and opened.num_rows != plan.num_rows:
             raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}")
-        return cls(url, record["fingerprint"], config, plan, opened, trouble)
+        return cls(url, fingerprints, config, plan, opened, trouble)
 
 
 def _open_manifest(config: RunConfig, identity: str) -> tuple[Manifest | None, VcfBatchError | None]:

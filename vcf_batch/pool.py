@@ -86,18 +86,17 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
             config = _with_gpus(config)
             job = prepare.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
-                prepare.claim(job)
+                job = dataclasses.replace(job, token=held.token, extends=prepare.claim(job))
                 # Before anything is read: from here on, no earlier owner can change what there is.
-                shards.clean_staging(job.config.output)
+                shards.clean(job.config.output)
                 job = dataclasses.replace(job, again=again())
                 ledger = Ledger(job)
                 if ledger.left:
-                    job = dataclasses.replace(job, token=held.token)
                     with Progress(job.manifest.num_rows, ledger.finished_rows) as progress:
                         _check_nodes(job)
                         _Dispatch(job, held, ledger, progress).run()
                     held.confirm()
-                    shards.clean_staging(job.config.output)
+                    shards.clean(job.config.output)
     return ledger.summary(time.monotonic() - begin)
 
 

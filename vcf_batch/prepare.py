@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import vcf_batch
-from vcf_batch import lease, models, plan, run_file, shards, storage
+from vcf_batch import appended, lease, models, plan, run_file, shards, storage
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -111,6 +111,8 @@ class Job:
     """Places of references, besides the manifest's own folder, that the driver sees."""
     token: str = ""
     """Of the driver's lease, which every node has to see."""
+    extends: tuple[str, ...] = ()
+    """Fingerprints of the run before rows were appended to its manifest. Receipts that have them are its own."""
     again: Mapping[int, bytes] = field(default_factory=dict)
     """Shards that are generated again though they may exist, by index: of each row, 1 if it is generated, 0 if the
     committed sample stays."""
@@ -389,8 +391,11 @@ def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int)
     return 2 * cast(int, config.steps) * (1 + PNO_STEP * config.pno_steps) * operations / speed
 
 
-def claim(job: Job) -> None:
+def claim(job: Job) -> tuple[str, ...]:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
+
+    Returns:
+        See :attr:`Job.extends`.
 
     Raises:
         RefusedError: the output holds another run.
@@ -402,8 +407,11 @@ def claim(job: Job) -> None:
         "rows": job.manifest.num_rows,
     }
     packages = ("torch", "diffusers", "transformers", "ray", "pyarrow")
-    run_file.claim(
-        job.config.output,
+    output = job.config.output
+    with storage.refusals_as_storage_errors():
+        has_run_file = storage.exists(storage.join(output, run_file.NAME))
+    return run_file.claim(
+        output,
         job.fields,
         {
             "config": {name: _redacted(value) for name, value in job.config.to_dict().items()},
@@ -414,7 +422,9 @@ def claim(job: Job) -> None:
             "versions": {"vcf_batch": vcf_batch.__version__}
             | {name: importlib.metadata.version(name) for name in packages},
         },
-        begun=shards.any_committed(job.config.output),
+        # Without run.json even half a shard is somebody else's.
+        begun=shards.any_committed(output) if has_run_file else bool(shards.files_found(output)),
+        obstacle=lambda there: appended.obstacle(there, job.manifest),
     )
 
 

@@ -1,7 +1,7 @@
 """``run.json``: what an output holds, and the refusal to generate anything else into it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vcf_batch import storage
@@ -10,6 +10,9 @@ from vcf_batch.errors import RefusedError
 
 NAME = "run.json"
 MAX_BYTES = 1 << 20
+
+Obstacle = Callable[[Mapping[str, Any]], str | None]
+"""Given the fields of a run that differs in its manifest alone: why it cannot be extended to this one, if so."""
 
 
 def read(output: str) -> dict[str, Any] | None:
@@ -32,16 +35,27 @@ def read(output: str) -> dict[str, Any] | None:
     raise RefusedError(f"{storage.redact(url)} is damaged or was not written by vcf-batch; use another output")
 
 
-def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any], *, begun: bool) -> None:
+def claim(
+    output: str,
+    fields: Mapping[str, Any],
+    description: Mapping[str, Any],
+    *,
+    begun: bool,
+    obstacle: Obstacle | None = None,
+) -> tuple[str, ...]:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
-    What another run left there is replaced as long as it has not begun.
+    What another run left there is replaced as long as it has not begun. A run with fewer rows may be extended.
 
     Args:
         output: the run's output.
         fields: what the fingerprint covers.
-        description: what else is recorded of the run that comes first.
+        description: what else is recorded of the run.
         begun: whether the output holds something that a run has finished.
+        obstacle: without it, no run is extended.
+
+    Returns:
+        Fingerprints of the runs that this one extends.
 
     Raises:
         RefusedError: the output holds another run. Every difference is listed.
@@ -50,21 +64,34 @@ def claim(output: str, fields: Mapping[str, Any], description: Mapping[str, Any]
     found = read(output)
     if found is None and begun:
         raise RefusedError(f"{storage.redact(output)} holds results but no {NAME}; use another output")
-    there = found["fields"] if found else {}
-    if found and there == fields:
-        return
-    if begun:
-        lines = [
-            f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now"
-            for name in sorted(there.keys() | fields.keys())
-            if there.get(name) != fields.get(name)
-        ]
-        raise RefusedError(
-            f"{storage.redact(output)} holds another run; they differ in:\n" + "\n".join(lines) + "\nUse another "
-            "output, or rerun with the settings of the run that is there."
-        )
-    record = {"fields": fields, "fingerprint": fingerprint(fields), **description}
+    extends: tuple[str, ...] = tuple(found.get("extends", ())) if found else ()
+    if found and found["fields"] == fields:
+        return extends
+    if found and begun:
+        _refuse_another(output, found["fields"], fields, obstacle)
+        extends = (*extends, found["fingerprint"])
+    else:
+        extends = ()
+    record = {"fields": fields, "fingerprint": fingerprint(fields), "extends": extends, **description}
     storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode())
+    return extends
+
+
+def _refuse_another(
+    output: str, there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle | None
+) -> None:
+    """Refuse whatever is not a longer run than the one that is there."""
+    differing = [name for name in sorted(there.keys() | fields.keys()) if there.get(name) != fields.get(name)]
+    reason = ""
+    if obstacle and differing == ["manifest_id"]:
+        if (found := obstacle(there)) is None:
+            return
+        reason = found + " "
+    lines = "".join(f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n" for name in differing)
+    raise RefusedError(
+        f"{storage.redact(output)} holds another run; they differ in:\n{lines}{reason}"
+        "Use another output, or rerun with the settings of the run that is there."
+    )
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:

@@ -90,10 +90,8 @@ def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
         raise DamageFound(f"{name} is damaged: {error}") from error
     if receipt.shard != shard:
         raise DamageFound(f"{name} is that of {_rows(receipt.shard)}; here belong {_rows(shard)}")
-    if receipt.fingerprint != output.fingerprint:
-        raise DamageFound(
-            f"{name} has the fingerprint {receipt.fingerprint} of another run; this one is {output.fingerprint}"
-        )
+    if receipt.fingerprint not in output.fingerprints:
+        raise DamageFound(f"{name} has the fingerprint {receipt.fingerprint} of another run")
     if receipt.files.keys() != shards.SUFFIXES.keys():
         raise DamageFound(f"{name} describes {sorted(receipt.files)}; a shard has {sorted(shards.SUFFIXES)}")
     for kind, entry in receipt.files.items():

@@ -83,7 +83,7 @@ _NOT_STRINGS = {
     "height": pa.int32(),
     **dict.fromkeys(_SCORES, pa.float64()),
 }
-_RECEIPT_NAME = re.compile(r"(\d{5,})" + re.escape(RECEIPT_SUFFIX))
+_FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*SUFFIXES.values(), RECEIPT_SUFFIX]))})")
 _READERS = 32
 _RECEIPTS_AT_ONCE = 4096
 
@@ -398,7 +398,7 @@ def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None
         storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
     except FileExistsError as error:
         raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
-    # The shard is whole; an empty folder that stays behind is for clean_staging.
+    # The shard is whole; an empty folder that stays behind is for clean.
     with contextlib.suppress(StorageError):
         discard(output_url, staged)
 
@@ -413,13 +413,18 @@ def discard(output_url: str, staged: Mapping[str, str]) -> None:
         storage.remove_tree(storage.join(output_url, folder))
 
 
-def clean_staging(output_url: str) -> None:
-    """Delete what attempts that were never committed left behind. For the driver, while no worker runs.
+def clean(output_url: str) -> None:
+    """Delete what attempts and commits that never ended left behind. For the driver, while no worker runs.
 
     Raises:
         StorageError: the storage failed.
     """
     storage.remove_tree(storage.join(output_url, STAGING))
+    storage.remove_unfinished(output_url)
+    for name, suffixes in files_found(output_url).items():
+        if RECEIPT_SUFFIX not in suffixes:
+            for suffix in suffixes:
+                storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
 
 
 def any_committed(output_url: str) -> bool:
@@ -428,8 +433,21 @@ def any_committed(output_url: str) -> bool:
     Raises:
         StorageError: the output cannot be read.
     """
+    return any(RECEIPT_SUFFIX in suffixes for suffixes in files_found(output_url).values())
+
+
+def files_found(output_url: str) -> dict[str, list[str]]:
+    """Which files of which shards there are, finished or not: what follows the shard's name, by its name.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
     with storage.refusals_as_storage_errors():
-        return any(map(_RECEIPT_NAME.fullmatch, storage.list_files(output_url)))
+        names = storage.list_files(output_url)
+    found: dict[str, list[str]] = {}
+    for match in filter(None, map(_FILE_NAME.fullmatch, names)):
+        found.setdefault(match[1], []).append(match[2])
+    return found
 
 
 def iter_receipts(output_url: str) -> Iterator[Receipt]:
@@ -443,7 +461,8 @@ def iter_receipts(output_url: str) -> Iterator[Receipt]:
     """
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output_url)
-    stems = sorted((m[1] for m in map(_RECEIPT_NAME.fullmatch, sizes) if m), key=int)
+    found = filter(None, map(_FILE_NAME.fullmatch, sizes))
+    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX), key=int)
 
     def read(stem: str) -> Receipt | None:
         try:

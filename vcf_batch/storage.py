@@ -344,6 +344,17 @@ def remove_tree(url: str) -> None:
         remove(join(url, file), missing_ok=True)
 
 
+def remove_unfinished(url: str) -> None:
+    """Delete what killed writers left directly in a local folder. Other storages show nothing that is unfinished.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    if is_local(url):
+        for path in attempt("list", url, lambda: storage_local.unfinished(_local(url)), ()):
+            remove(path, missing_ok=True)
+
+
 # For a library that keeps files of its own
 
 

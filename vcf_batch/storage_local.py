@@ -54,6 +54,15 @@ def tree(top: str) -> Iterator[tuple[str, int]]:
                 yield os.path.relpath(os.path.join(folder, name), top), size
 
 
+def unfinished(folder: str) -> list[str]:
+    """Paths of the files directly in a folder that are still being written, or that were when their writer died."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in entries if entry.name.startswith(_TEMPORARY)]
+    except FileNotFoundError:
+        return []
+
+
 def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
     """Let ``fill`` write a temporary file beside ``path``; flush it to disk; give it its name.
 
