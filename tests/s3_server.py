@@ -4,9 +4,12 @@ import contextlib
 import json
 import os
 import shutil
+import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ import pytest
 import runs
 
 WEED = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+LONG = 1 << 14
+"""Bytes."""
 KEY, SECRET = "vcf-batch", "not a secret"
 SERVICES = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),
@@ -55,6 +60,48 @@ def running() -> Iterator[str]:
             for port in ports.values():
                 for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
                     left.unlink()
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Stands before a server, and passes on what it is told to. Use it with ``with``; it is at :attr:`endpoint`."""
+
+    daemon_threads = True
+
+    def __init__(self, server: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.target = server.removeprefix("http://").split(":")
+        self.hangs = False
+        """Connections are made, and no answer comes."""
+        self.cuts = 0
+        """So many more answers that are longer than :data:`LONG` end there."""
+        self.requests = 0
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: Proxy
+
+    def handle(self) -> None:
+        host, port = self.server.target
+        with socket.create_connection((host, int(port))) as upstream:
+            answers = threading.Thread(target=self._answer, args=(upstream,), daemon=True)
+            answers.start()
+            while data := self.request.recv(1 << 16):
+                self.server.requests += 1
+                if not self.server.hangs:
+                    upstream.sendall(data)
+
+    def _answer(self, upstream: socket.socket) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while data := upstream.recv(LONG):
+                passed += len(data)
+                self.request.sendall(data)
+                if passed > LONG and self.server.cuts:
+                    self.server.cuts -= 1
+                    break
+            self.request.shutdown(socket.SHUT_RDWR)
 
 
 def options(endpoint: str) -> dict[str, str]:

@@ -502,6 +502,43 @@ def test_drivers_get_no_option_that_they_refuse() -> None:
     assert storage_drivers._options("sftp") == storage_drivers._options("ssh") == {}
 
 
+# An S3 server behind trouble
+
+
+@pytest.fixture
+def proxy(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import s3_server
+
+    with s3_server.Proxy(s3_endpoint) as proxy:
+        monkeypatch.setitem(fsspec.config.conf, "s3", s3_server.options(proxy.endpoint))
+        yield proxy
+        proxy.shutdown()
+
+
+def test_an_object_whose_download_is_cut_is_whole_in_the_end(s3: str, proxy: Any, tmp_path: Path) -> None:
+    """An object store that truncates a download is detected, and asked again."""
+    data, url = os.urandom(200_000), f"{s3}/a"
+    storage.publish_bytes(url, data)
+    for read in (lambda: storage.read_bytes(url), lambda: storage.read_bytes(url, limit=150_000)):
+        proxy.cuts = 2
+        assert data.startswith(read())
+        assert proxy.cuts == 0
+    proxy.cuts = 2
+    storage.download(url, str(tmp_path / "a"))
+    assert (tmp_path / "a").read_bytes() == data
+    assert proxy.cuts == 0
+
+
+def test_an_s3_server_that_hangs_is_given_up(s3: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timeouts and retries are set explicitly: a hung endpoint costs a few requests, each with a time limit."""
+    monkeypatch.setattr(storage_drivers, "_READ_SECONDS", 0.1)
+    monkeypatch.setattr(storage_errors, "RETRY_SECONDS", 0.0)
+    proxy.hangs = True
+    with pytest.raises(StorageError, match="reachable"):
+        storage.read_bytes(f"{s3}/a")
+    assert proxy.requests == 5
+
+
 # A web server
 
 

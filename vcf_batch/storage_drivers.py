@@ -37,7 +37,7 @@ def _options(protocol: str) -> dict[str, Any]:
         options["config_kwargs"] = {
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,
-            "retries": {"max_attempts": 1},
+            "retries": {"total_max_attempts": 1},
             "max_pool_connections": _CONNECTIONS,
         }
     elif protocol in ("http", "https"):

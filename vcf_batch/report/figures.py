@@ -247,7 +247,7 @@ def read(output: Output) -> Figures:
 
     def finished() -> Iterator[Shard]:
         for receipt in shards.iter_receipts(output.url):
-            if receipt.fingerprint == output.fingerprint:
+            if receipt.fingerprint in output.fingerprints:
                 figures.add_receipt(receipt)
                 yield receipt.shard
 
