@@ -66,6 +66,17 @@ class Tools:
         return used | {"strength": float(self.pipeline.resolve_strength(used["fusion"], used["strength"]))}
 
 
+def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows share a batch that have as many updates of prompt-noise optimisation and equally many conditioning tokens.
+
+    Args:
+        row: of a shard.
+        used: its settings.
+    """
+    pictures = max(len(row.references), int(row.negative_reference is not None))
+    return used["pno_steps"], pictures if used["fusion"] == "concat" else 0
+
+
 @dataclass
 class _Reference:
     """One distinct reference of a shard."""
@@ -155,14 +166,7 @@ class Generation:
         self.padding = {position for position, row in enumerate(rows) if row.number in known}
         self.rows = rows = padding.neutral(rows, self.padding, self.config.negative_prompt)
         self.settings = [tools.settings(row) for row in rows]
-        # Rows with equally many conditioning tokens and as many updates of them share a batch.
-        keys = [
-            (
-                max(len(row.references), int(row.negative_reference is not None)) if used["fusion"] == "concat" else 0,
-                used["pno_steps"],
-            )
-            for row, used in zip(rows, self.settings, strict=True)
-        ]
+        keys = [batch_key(row, used) for row, used in zip(rows, self.settings, strict=True)]
         # In the order of their first rows, so that few finished samples wait for earlier ones to be written.
         self.batches = [
             _Batch(number, positions, [rows[position].images for position in positions])
