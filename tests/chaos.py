@@ -34,6 +34,7 @@ import runs
 from ray.cluster_utils import Cluster
 
 from vcf_batch import shards, storage, verify
+from vcf_batch.errors import redact
 from vcf_batch.outputs import Output
 
 BATCH_SIZE = 4
@@ -305,7 +306,7 @@ def run(seed: int, count: int, output: str | None, rows: int, num_shards: int) -
                     chaos.driver.kill()
             ends = ", ".join(f"{times} with {code}" for code, times in sorted(chaos.ends.items()))
             print(
-                f"seed {seed}, {storage.redact(output)}: {count} faults, {rows} rows in {num_shards} shards: identical "
+                f"seed {seed}, {redact(output)}: {count} faults, {rows} rows in {num_shards} shards: identical "
                 f"to the undisturbed run; drivers ended: {ends}; {time.monotonic() - begin - plain:.0f} s, undisturbed "
                 f"{plain:.0f} s"
             )

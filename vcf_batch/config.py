@@ -199,7 +199,7 @@ class RunConfig:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2  # aliases make a few lines of YAML as deep and as wide as one likes
-_SHORT.maxstring = 100
+_SHORT.maxstring = 1000
 
 NOT_CONTENT = frozenset(
     {

@@ -13,7 +13,7 @@ import pyarrow.types as pt
 
 from vcf_batch import plan
 from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEED, MAX_STRENGTH, reference_shares
-from vcf_batch.errors import ManifestError, RowError, UsageError
+from vcf_batch.errors import ManifestError, RowError, UsageError, redact
 from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
 
 COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
@@ -196,7 +196,7 @@ def parse_references(value: Any, column: str = "reference") -> tuple[Reference, 
 
 def shown(value: Any) -> str:
     """A value as an error shows it: never more than a line."""
-    return _cut(repr(value.decode(errors="replace") if isinstance(value, bytes) else value), 60)
+    return _cut(redact(repr(value.decode(errors="replace") if isinstance(value, bytes) else value)), 60)
 
 
 def _cut(text: str, length: int = 200) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.errors import RefusedError, StorageError
+from vcf_batch.errors import RefusedError, StorageError, redact
 
 NAME = "_lease.json"
 BEAT = "_lease.beat"
@@ -71,7 +71,7 @@ class Lease:
         found = self._read()
         if _parsed(found).get("token") != self.token:
             self.lost = RefusedError(
-                f"this run no longer owns {storage.redact(self._output)}: after {EXPIRY_SECONDS:g} seconds without a "
+                f"this run no longer owns {self._output}: after {EXPIRY_SECONDS:g} seconds without a "
                 f"sign of life, as of a suspended process, {_described(found)} took over. What was finished is kept."
             )
             raise self.lost
@@ -94,7 +94,7 @@ class Lease:
                 continue
             seen, now = (found, self._read(BEAT)), time.monotonic()
             if watched is None:
-                _log.warning("%s is held by %s.", storage.redact(self._output), _described(found))
+                _log.warning("%s is held by %s.", redact(self._output), _described(found))
             if seen != watched:
                 watched, changed = seen, now
             if _is_gone(_parsed(found)) or now - changed >= EXPIRY_SECONDS:
@@ -102,7 +102,7 @@ class Lease:
                 storage.remove(_url(self._output), missing_ok=True)
             elif now - begin >= WAIT_SECONDS:
                 raise RefusedError(
-                    f"{storage.redact(self._output)} is held by another run, which is alive: {_described(found)}. "
+                    f"{self._output} is held by another run, which is alive: {_described(found)}. "
                     "Wait until it has ended, or stop it, and rerun this command; or use another output."
                 )
             else:

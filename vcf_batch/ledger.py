@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vcf_batch import plan, shards, storage
+from vcf_batch import plan, shards
 from vcf_batch.attempts import Task
-from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.prepare import Job
 from vcf_batch.progress import duration
 from vcf_batch.records import STATUSES, Receipt, Shard, Status
@@ -36,7 +36,7 @@ class Summary:
         new = self.rows - self.resumed_rows
         rate = f", {new / self.seconds:.2f} samples a second" if new and self.seconds else ""
         resumed = f" ({self.resumed_rows:,} of them were there before)" if self.resumed_rows else ""
-        return f"{storage.redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}"
+        return f"{redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}"
 
 
 class Ledger:

@@ -83,7 +83,7 @@ class Manifest:
             if digest.hexdigest() == until:
                 break
         if not rows:
-            raise ManifestError(f"{storage.redact(url)} has no rows; there is nothing to generate")
+            raise ManifestError(f"{url} has no rows; there is nothing to generate")
         for name, schema in schemas.items():
             check_schema(name, schema, names[0], schemas[names[0]])
         return cls(
@@ -232,11 +232,11 @@ def _discover(url: str) -> tuple[str, list[str]]:
         storage.size(url)
         return storage.parent(url), [storage.name(url)]
     except FileNotFoundError as error:
-        raise ManifestError(f"{storage.redact(url)} does not exist; {rule}") from error
+        raise ManifestError(f"{url} does not exist; {rule}") from error
     except PermissionError as error:
-        raise ManifestError(f"{storage.redact(url)} may not be read: {error}") from error
+        raise ManifestError(f"{url} may not be read: {error}") from error
     except storage.NotAFileError as error:
-        raise ManifestError(f"{storage.redact(url)} holds no file named *.parquet; {rule}") from error
+        raise ManifestError(f"{url} holds no file named *.parquet; {rule}") from error
 
 
 def _holds_any(column: pa.Array) -> bool:
@@ -296,7 +296,7 @@ class _Findings:
             first = "; ".join(self._examples[column, complaint])
             rows = "1 row is" if count == 1 else f"{count} rows are"
             lines.append(f"  column {column!r}: {rows} {complaint} ({self._REMEDIES[complaint]}), first: {first}")
-        raise ManifestError(f"{storage.redact(self._manifest.url)} breaks the manifest contract:\n" + "\n".join(lines))
+        raise ManifestError(f"{self._manifest.url} breaks the manifest contract:\n" + "\n".join(lines))
 
     def _record(self, column: str, complaint: str, count: int, examples: list[str]) -> None:
         about = (column, complaint)

@@ -174,9 +174,9 @@ def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (PermissionError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} of the model {storage.redact(model.name)} cannot be read: {error}") from error
+        raise ModelError(f"{file} of the model {model.name} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{file} of the model {storage.redact(model.name)} is not a JSON object")
+        raise ModelError(f"{file} of the model {model.name} is not a JSON object")
     return config
 
 
@@ -305,27 +305,26 @@ def _url_identity(url: str) -> str:
     try:
         return _url_files(url)[1]
     except (FileNotFoundError, PermissionError) as error:
-        raise ModelError(f"the model at {storage.redact(url)} cannot be read: {error}") from error
+        raise ModelError(f"the model at {url} cannot be read: {error}") from error
 
 
 def _url_files(url: str) -> tuple[dict[str, int], str]:
     """The model's files at a URL with their sizes, and its identity."""
-    where, found = storage.redact(url), storage.list_checksums(url)
-    files = _selected(where, {file: size for file, (size, _) in found.items()})
-    _refuse_code(where, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
+    found = storage.list_checksums(url)
+    files = _selected(url, {file: size for file, (size, _) in found.items()})
+    _refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
     if all(found[file][1] for file in files):
         return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})
     return files, _content_identity(url, list(files))
 
 
 def _fill_from_url(model: ResolvedModel, folder: str) -> None:
-    where = storage.redact(model.location)
     for leftover in Path(folder).rglob(".tmp-*"):
         leftover.unlink()
     try:
         files, identity = _url_files(model.location)
         if identity != model.identity:
-            raise ModelError(f"the model at {where} has changed since the run was started; start the run again")
+            raise ModelError(f"the model at {model.location} has changed since the run was started; start it again")
 
         def download(file: str) -> None:
             path = Path(folder, file)
@@ -336,7 +335,7 @@ def _fill_from_url(model: ResolvedModel, folder: str) -> None:
             list(threads.map(download, files))
     except (FileNotFoundError, PermissionError) as error:
         # The driver could read it: this node's trouble.
-        raise StorageError(f"this node cannot read the model at {where}: {error}") from error
+        raise StorageError(f"this node cannot read the model at {model.location}: {error}") from error
 
 
 # The Hugging Face Hub

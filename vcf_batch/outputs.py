@@ -47,8 +47,8 @@ class Output:
         if record is None:
             with storage.refusals_as_storage_errors():
                 if not storage.list_files(url):
-                    raise UsageError(f"{storage.redact(url)} holds no run; check the path")
-            raise DamageFound(f"{run_file.NAME}: it is missing, so nothing tells what {storage.redact(url)} holds")
+                    raise UsageError(f"{url} holds no run; check the path")
+            raise DamageFound(f"{run_file.NAME}: it is missing, so nothing tells what {url} holds")
         try:
             recorded, fields = record["config"], record["fields"]
             # What the fingerprint covers is taken from there: the configuration was published without credentials.
@@ -71,5 +71,5 @@ def _open_manifest(config: RunConfig, identity: str) -> tuple[Manifest | None, V
     except VcfBatchError as error:
         return None, error
     if manifest.identity != identity:
-        return None, RefusedError(f"{storage.redact(config.manifest)} has changed since the run")
+        return None, RefusedError(f"{config.manifest} has changed since the run")
     return manifest, None

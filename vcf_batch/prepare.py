@@ -22,7 +22,7 @@ from vcf_batch.config import (
     fingerprint,
     fingerprint_fields,
 )
-from vcf_batch.errors import ModelError, StorageError, UsageError
+from vcf_batch.errors import ModelError, StorageError, UsageError, redact
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.plan import ShardPlan
@@ -82,10 +82,10 @@ class Models:
 
     def describe(self, guided: bool) -> dict[str, Any]:
         """Name and version of the model, of the PNO guide if there is one, and of what each score comes from."""
-        own = storage.redact(self.pipeline.name)
-        judge = {"name": storage.redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
+        own = redact(self.pipeline.name)
+        judge = {"name": redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
         judge["identity"] = self.judge_identity
-        guide = {"name": storage.redact(self.pno_guide.name) if self.pno_guide else f"{own}/{OWN_GUIDE}"}
+        guide = {"name": redact(self.pno_guide.name) if self.pno_guide else f"{own}/{OWN_GUIDE}"}
         guide["identity"] = self.guide_identity
         lpips = {"name": f"lpips-{self.lpips}" if self.lpips_source else self.lpips, "identity": self.lpips_identity}
         return {
@@ -275,7 +275,7 @@ def _lpips_identity(network: str, source: str) -> str:
     try:
         digests = [storage.digest(url).sha256 for url in weight_files(network, source)]
     except OSError as error:
-        raise ModelError(f"cannot read the LPIPS weights in {storage.redact(source)}: {error}") from error
+        raise ModelError(f"cannot read the LPIPS weights in {source}: {error}") from error
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -304,7 +304,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
     if lacking and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
         raise ModelError(
-            f"{storage.redact(config.model)} has no {lacking[0]}, and rows of the manifest have references: use a "
+            f"{config.model} has no {lacking[0]}, and rows of the manifest have references: use a "
             "model with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
         )
     if config.unconditional == "negative" and not manifest.has_any("negative_reference"):
@@ -361,13 +361,13 @@ def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
     """What can be told before the weights are loaded; workers compare those of guide and judge."""
     if resolved.pno_guide is None and "Projection" not in index[OWN_GUIDE][1]:
         raise ModelError(
-            f"the image encoder of {storage.redact(resolved.pipeline.name)} is a {index[OWN_GUIDE][1]}, whose images "
+            f"the image encoder of {resolved.pipeline.name} is a {index[OWN_GUIDE][1]}, whose images "
             "cannot be compared without a projection: name a PNO guide with --pno-guide"
         )
     if resolved.guide_identity == resolved.judge_identity:
         assert resolved.pno_guide
         raise UsageError(
-            f"{storage.redact(resolved.pno_guide.name)} is both the PNO guide and the judge, so PNO would raise its "
+            f"{resolved.pno_guide.name} is both the PNO guide and the judge, so PNO would raise its "
             "own marks: name another guide with --pno-guide, or another judge with --judge"
         )
 
@@ -402,7 +402,7 @@ def claim(job: Job) -> tuple[str, ...]:
         StorageError: the storage failed.
     """
     manifest = {
-        "url": storage.redact(job.manifest.url),
+        "url": redact(job.manifest.url),
         "identity": job.manifest.identity,
         "rows": job.manifest.num_rows,
     }
@@ -431,7 +431,7 @@ def claim(job: Job) -> tuple[str, ...]:
 def _redacted(value: Any) -> Any:
     if isinstance(value, list):
         return [_redacted(item) for item in value]
-    return storage.redact(value) if isinstance(value, str) and "://" in value else value
+    return redact(value) if isinstance(value, str) and "://" in value else value
 
 
 def _is_seen(root: str) -> bool:
@@ -469,6 +469,6 @@ def check_storage(job: Job) -> None:
             raise StorageError(f"node {node} may not look at the {what}: {error}") from error
         if not seen:
             raise UsageError(
-                f"node {node} does not see the {what} {storage.redact(place)}; "
+                f"node {node} does not see the {what} {place}; "
                 "it must be on storage that every node shares, such as s3://bucket/folder"
             )

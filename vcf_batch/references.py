@@ -22,7 +22,7 @@ from typing import IO, Any
 from PIL import Image
 
 from vcf_batch import __version__, images, storage
-from vcf_batch.errors import RowError, StorageError, UsageError
+from vcf_batch.errors import RowError, StorageError, UsageError, redact
 from vcf_batch.records import Reference
 
 MAX_BYTES = 256 * 2**20
@@ -200,7 +200,7 @@ class ReferenceReader:
             except http.client.InvalidURL as error:
                 raise RowError(f"reference {shown} is not a usable web address") from error
             except (OSError, http.client.HTTPException) as error:
-                trouble = storage.redact(f"{type(error).__name__}: {error}")
+                trouble = f"{type(error).__name__}: {error}"
             if attempt == WEB_ATTEMPTS or time.monotonic() > deadline:
                 break
             time.sleep(WEB_PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -350,5 +350,5 @@ def _read_all(response: http.client.HTTPResponse) -> bytes:
 
 def _shown(url: str) -> str:
     """A URI as messages show it: quoted, without credentials, of bounded length."""
-    text = storage.redact(url)
+    text = redact(url)
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -32,7 +32,7 @@ def read(output: str) -> dict[str, Any] | None:
         return None
     except (storage.NotAFileError, ValueError, KeyError, TypeError):
         pass
-    raise RefusedError(f"{storage.redact(url)} is damaged or was not written by vcf-batch; use another output")
+    raise RefusedError(f"{url} is damaged or was not written by vcf-batch; use another output")
 
 
 def claim(
@@ -63,7 +63,7 @@ def claim(
     """
     found = read(output)
     if found is None and begun:
-        raise RefusedError(f"{storage.redact(output)} holds results but no {NAME}; use another output")
+        raise RefusedError(f"{output} holds results but no {NAME}; use another output")
     extends: tuple[str, ...] = tuple(found.get("extends", ())) if found else ()
     if found and found["fields"] == fields:
         return extends
@@ -89,7 +89,7 @@ def _refuse_another(
         reason = found + " "
     lines = "".join(f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n" for name in differing)
     raise RefusedError(
-        f"{storage.redact(output)} holds another run; they differ in:\n{lines}{reason}"
+        f"{output} holds another run; they differ in:\n{lines}{reason}"
         "Use another output, or rerun with the settings of the run that is there."
     )
 

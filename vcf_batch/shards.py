@@ -382,8 +382,7 @@ def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None
                 found = storage.size(url := storage.join(output_url, staged[kind]))
                 if found != entry.size:
                     raise StorageError(
-                        f"staged file {storage.redact(url)} has {found} bytes, its receipt says {entry.size}; "
-                        "compute the shard again"
+                        f"staged file {url} has {found} bytes, its receipt says {entry.size}; compute the shard again"
                     )
         if replaces:
             storage.move(receipt_url, storage.join(output_url, storage.parent(staged["tar"]), "replaced.json"))

@@ -5,7 +5,7 @@ from typing import Any
 import fsspec.config
 import fsspec.core
 
-from vcf_batch.errors import UsageError, redact
+from vcf_batch.errors import UsageError
 
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 20
@@ -25,7 +25,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url, **_options(protocol))
     except (ImportError, ValueError) as error:
-        message = f"cannot use {redact(url)}: {error}. Install the fsspec driver of {protocol}:// or use another URL."
+        message = f"cannot use {url}: {error}. Install the fsspec driver of {protocol}:// or use another URL."
         raise UsageError(message) from error
 
 

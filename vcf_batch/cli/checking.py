@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, moved
 from vcf_batch.cli.generation import generate, given, repair_command, run
-from vcf_batch.errors import DamageFound
+from vcf_batch.errors import DamageFound, redact
 
 if TYPE_CHECKING:
     from vcf_batch.verify import Finding
@@ -44,7 +43,7 @@ def verify(ctx: click.Context, output: str, regenerate: int | None, regenerate_s
         from vcf_batch import regenerate as regeneration  # nor torch to read files
 
         _tell(regeneration.regenerate(opened, regenerate, regenerate_seed), output)
-    click.echo(f"{storage.redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
+    click.echo(f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
 
 
 def _tell(findings: Iterable["Finding"], output: str) -> None:

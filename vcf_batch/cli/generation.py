@@ -11,7 +11,7 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import TooManyFailedRows, UsageError
+from vcf_batch.errors import TooManyFailedRows, UsageError, redact
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -192,7 +192,7 @@ def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> N
 
     summary = pool.run(config, again)
     click.echo(str(summary))
-    click.echo(f"To look at it: vcf-batch report {shlex.quote(storage.redact(summary.output))}")
+    click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
     if summary.counts["failed"]:
         click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")
     if summary.failed_fraction > config.max_failed:
@@ -203,7 +203,7 @@ def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> N
 
 
 def repair_command(output: str) -> str:
-    return f"vcf-batch repair {shlex.quote(storage.redact(output))}"
+    return f"vcf-batch repair {shlex.quote(redact(output))}"
 
 
 def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
@@ -215,8 +215,8 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
         try:
             text = storage.read_bytes(source, limit=MAX_CONFIG_BYTES).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the configuration file {storage.redact(source)}: {error}") from error
-        values = settings.load_yaml(text, storage.redact(source))
+            raise UsageError(f"cannot read the configuration file {source}: {error}") from error
+        values = settings.load_yaml(text, redact(source))
     values |= named | fixed
     if values.get("num_workers") == "auto":
         values["num_workers"] = None

@@ -8,6 +8,7 @@ import click
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, moved_option
 from vcf_batch.cli.generation import given
+from vcf_batch.errors import redact
 
 
 @click.command(cls=Command)
@@ -24,7 +25,7 @@ def contact_sheet(output: str, rows: int, out: str | None) -> None:
     picture = io.BytesIO()
     sheets.contact_sheet(output, rows).save(picture, "png")
     storage.publish_bytes(target, picture.getvalue())
-    click.echo(storage.redact(target))
+    click.echo(redact(target))
 
 
 @click.command(cls=Command)
@@ -48,7 +49,7 @@ def report(ctx: click.Context, output: str, out: str | None, **_: Any) -> None:
     opened = Output.open(output, given(ctx))
     target = storage.absolute(out) if out is not None else storage.join(opened.url, page.NAME)
     storage.publish_bytes(target, page.render(opened).encode())
-    click.echo(storage.redact(target))
+    click.echo(redact(target))
 
 
 @click.command(cls=Command)
@@ -70,4 +71,4 @@ def card(output: str, licence: str | None, force: bool) -> None:
     from vcf_batch.outputs import Output  # pyarrow is not needed to print a help text
     from vcf_batch.report import card as cards
 
-    click.echo(storage.redact(cards.write(Output.open(output), licence, force)))
+    click.echo(redact(cards.write(Output.open(output), licence, force)))

@@ -6,7 +6,7 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import UsageError, redact
 from vcf_batch.pairing import PAIRINGS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -34,7 +34,7 @@ def manifest(prompts: str, references: str | None, out: str, **pairing: Any) -> 
 
     images = images_in(references, out) if references else []
     count = manifests.build(prompts_in(prompts), images, storage.absolute(out), **pairing)
-    click.echo(f"{storage.redact(out)}: {count:,} rows")
+    click.echo(f"{redact(out)}: {count:,} rows")
 
 
 def prompts_in(file: str) -> list[str]:
@@ -42,7 +42,7 @@ def prompts_in(file: str) -> list[str]:
     try:
         return storage.read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from {storage.redact(file)}: {error}") from error
+        raise UsageError(f"cannot read prompts from {file}: {error}") from error
 
 
 def images_in(folder: str, out: str) -> list[str]:
@@ -50,5 +50,5 @@ def images_in(folder: str, out: str) -> list[str]:
     folder, base = storage.absolute(folder), storage.parent(storage.absolute(out)).rstrip("/") + "/"
     names = sorted(name for name in storage.list_tree(folder) if name.lower().endswith(IMAGE_SUFFIXES))
     if not names:
-        raise UsageError(f"{storage.redact(folder)} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise UsageError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return [storage.join(folder, name).removeprefix(base) for name in names]

@@ -8,6 +8,7 @@ import click
 from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
+from vcf_batch.errors import redact
 from vcf_batch.vcf.recipe import TrainingConfig
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -115,4 +116,4 @@ def assemble(
 
     found = parts.Parts.resolve(base, revision, image_encoder, image_encoder_revision)
     assembly.assemble(found, aligner, out, getattr(torch, dtype))
-    click.echo(storage.redact(storage.absolute(out)))
+    click.echo(redact(storage.absolute(out)))

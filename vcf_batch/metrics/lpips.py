@@ -89,16 +89,14 @@ class LPIPS(PerceptualDistance):
         try:
             backbone.load_state_dict(layers)
         except RuntimeError as error:
-            raise ModelError(
-                f"{storage.redact(backbone_url)} is not torchvision's {_NETWORKS[network].backbone}: {error}"
-            ) from error
+            raise ModelError(f"{backbone_url} is not torchvision's {_NETWORKS[network].backbone}: {error}") from error
         heads = _load(heads_url)
         weights = []
         for number, channels in enumerate(_NETWORKS[network].channels):
             weight = heads.get(f"lin{number}.model.1.weight")
             if weight is None or weight.shape != (1, channels, 1, 1) or not (weight >= 0).all():
                 raise ModelError(
-                    f"{storage.redact(heads_url)} does not hold the lpips package's heads for {network!r}: "
+                    f"{heads_url} does not hold the lpips package's heads for {network!r}: "
                     f"lin{number}.model.1.weight must be [1, {channels}, 1, 1] and not negative"
                 )
             weights.append(weight.flatten())
@@ -166,7 +164,7 @@ def weight_files(network: str, source: str) -> tuple[str, str]:
     for official, names in found.items():
         if not names:
             raise ModelError(
-                f"{storage.redact(source)} holds no {official}, which LPIPS over {network!r} needs; download it from "
+                f"{source} holds no {official}, which LPIPS over {network!r} needs; download it from "
                 "torchvision (backbone) or the lpips package (heads), or turn the score off with --lpips none"
             )
     backbone, heads = (storage.join(source, names[0]) for names in found.values())
@@ -240,8 +238,7 @@ def _unit(maps: Tensor) -> Tensor:
 
 def _load(url: str) -> Mapping[str, Tensor]:
     """A state dict from ``.safetensors``, or from ``.pth`` without running anything that it holds."""
-    where = storage.redact(url)
-    with load_errors(f"{where}, which LPIPS needs", ". Check --lpips-weights, or turn the score off with --lpips none"):
+    with load_errors(f"{url}, which LPIPS needs", ". Check --lpips-weights, or turn the score off with --lpips none"):
         data = storage.read_bytes(url)
     try:
         if url.endswith(".safetensors"):
@@ -252,5 +249,5 @@ def _load(url: str) -> Mapping[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:
-        raise ModelError(f"{where} does not hold weights that are safe to load: {error}") from error
+        raise ModelError(f"{url} does not hold weights that are safe to load: {error}") from error
     return tensors

@@ -71,7 +71,7 @@ def write(output: Output, licence: str | None = None, force: bool = False) -> st
     """
     url = storage.join(output.url, NAME)
     if not force and not _replaceable(url):
-        raise UsageError(f"{storage.redact(url)} was not written by this command, or was changed; --force replaces it")
+        raise UsageError(f"{url} was not written by this command, or was changed; --force replaces it")
     text = render(output, licence)
     signature = f"\n<!-- written by vcf-batch, unchanged: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
     storage.publish_bytes(url, (text + signature).encode())

@@ -51,7 +51,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     done = (receipt.shard for receipt in shards.iter_receipts(output))
     first = next(done, None)
     if record is None or first is None:
-        raise UsageError(f"{storage.redact(output)} has no finished shard to show; generate into it first")
+        raise UsageError(f"{output} has no finished shard to show; generate into it first")
     config = RunConfig.from_mapping(record["config"])
     cards = itertools.islice(_cards(output, config, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]

@@ -254,7 +254,7 @@ def read(output: Output) -> Figures:
     for shard, table in side_by_side(lambda shard: _rows(output, shard), finished()):
         figures.add_rows(shard, table)
     if not figures.shards:
-        raise UsageError(f"{storage.redact(output.url)} has no finished shard to show; generate into it first")
+        raise UsageError(f"{output.url} has no finished shard to show; generate into it first")
     return figures
 
 

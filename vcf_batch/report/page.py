@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vcf_batch import run_file, storage
+from vcf_batch.errors import redact
 from vcf_batch.outputs import Output
 from vcf_batch.report import figures, thumbnails
 from vcf_batch.report.figures import SCORES, Chosen, Figures, setting_of
@@ -45,7 +46,7 @@ def render(output: Output) -> str:
     place = {data: number for number, data in enumerate(pictures)}
     data = {
         "name": storage.name(output.url),
-        "address": storage.redact(output.url),
+        "address": redact(output.url),
         "rows": output.plan.num_rows,
         "done": found.rows,
         "counts": found.counts,

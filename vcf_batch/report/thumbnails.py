@@ -90,5 +90,5 @@ def _outputs(tar: str, keys: Iterable[str], image_format: str) -> dict[str, byte
                 if not left:
                     return found
     except (tarfile.TarError, FileNotFoundError, KeyError, ValueError, RowError) as error:
-        raise DamageFound(f"{storage.redact(tar)} cannot be read: {error}; see 'vcf-batch verify'") from error
-    raise DamageFound(f"{storage.redact(tar)} has no sample {min(left)}; see 'vcf-batch verify'")
+        raise DamageFound(f"{tar} cannot be read: {error}; see 'vcf-batch verify'") from error
+    raise DamageFound(f"{tar} has no sample {min(left)}; see 'vcf-batch verify'")

@@ -30,10 +30,10 @@ def load(parts: Parts, dtype: torch.dtype, **components: Any) -> VCFPipeline:
     folder = models.fetch(parts.base)
     if parts.image_encoder is not None:
         encoder = models.fetch(parts.image_encoder)
-        with models.load_errors(f"the image encoder {storage.redact(parts.image_encoder.name)}"):
+        with models.load_errors(f"the image encoder {parts.image_encoder.name}"):
             components["image_encoder"] = _load_vision_tower(encoder, dtype)
             components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(encoder, local_files_only=True)
-    with models.load_errors(f"the model {storage.redact(parts.base.name)}"):
+    with models.load_errors(f"the model {parts.base.name}"):
         return VCFPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
 
 
@@ -81,9 +81,9 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
     """
     out = storage.absolute(out)
     if storage.exists(storage.join(out, MODEL_INDEX)):
-        raise UsageError(f"{storage.redact(out)} holds a model already; name another folder")
+        raise UsageError(f"{out} holds a model already; name another folder")
     folder = models.fetch(models.resolve(aligner))
-    with models.load_errors(f"the aligner {storage.redact(aligner)}"):
+    with models.load_errors(f"the aligner {aligner}"):
         trained = ImageAligner.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline = load(parts, dtype, aligner=trained)
     base = models.fetch(parts.base)

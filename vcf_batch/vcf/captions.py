@@ -107,7 +107,7 @@ class CaptionedData:
         with ThreadPoolExecutor(_THREADS) as threads:
             counts = list(threads.map(empty._count, sizes))
         if not sum(counts):
-            raise UsageError(f"{storage.redact(url)} holds no image with a caption; {_LAYOUTS}")
+            raise UsageError(f"{url} holds no image with a caption; {_LAYOUTS}")
         names = [[storage.name(file), size, count] for (file, size), count in zip(sizes.items(), counts, strict=True)]
         identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         files = tuple(Piece(file, 0, count) for file, count in zip(sizes, counts, strict=True))
@@ -166,7 +166,7 @@ class CaptionedData:
         for what, option, found in (("images", "image", images), ("captions", "caption", captions)):
             if not found or found[0] not in schema.names:
                 raise UsageError(
-                    f"{storage.redact(url)} has no column of {what}{f' named {found[0]!r}' if found else ''}; name it "
+                    f"{url} has no column of {what}{f' named {found[0]!r}' if found else ''}; name it "
                     f"with --{option}-column. Its columns: {', '.join(schema.names)}"
                 )
         return images[0], captions
@@ -192,7 +192,7 @@ def _find(url: str) -> dict[str, int]:
         names = sorted(name for name in listed if name.endswith(kind) and not name.startswith((".", "_")))
         if names:
             return {storage.join(folder, name): listed[name] for name in names}
-    raise UsageError(f"{storage.redact(url)} holds no .tar or .parquet file; {_LAYOUTS}")
+    raise UsageError(f"{url} holds no .tar or .parquet file; {_LAYOUTS}")
 
 
 @contextlib.contextmanager
@@ -204,8 +204,7 @@ def _reading(url: str) -> Iterator[None]:
         raise
     except (tarfile.TarError, EOFError, zlib.error, pa.ArrowException, OSError) as error:
         raise UsageError(
-            f"{storage.redact(url)} cannot be read: {error}. Training data has to be whole: get the file again, or "
-            "leave it out"
+            f"{url} cannot be read: {error}. Training data has to be whole: get the file again, or leave it out"
         ) from error
 
 

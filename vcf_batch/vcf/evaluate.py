@@ -127,7 +127,7 @@ def _publish(url: str, rows: list[dict[str, Any]]) -> None:
     except FileExistsError:
         if storage.read_bytes(url) != file.getvalue():
             raise RefusedError(
-                f"{storage.redact(url)} belongs to an evaluation of other prompts, references, seeds, strengths or "
+                f"{url} belongs to an evaluation of other prompts, references, seeds, strengths or "
                 "PNO; use another --out, or rerun with those"
             ) from None
 
@@ -153,7 +153,7 @@ def tabulate(config: RunConfig) -> str:
         groups.setdefault((sample["method"], sample["strength"]), []).append(sample)
     base = {_case(sample): sample for sample in groups.get((TEXT_ONLY, 0.0), ())}
     if record is None or not base:
-        raise UsageError(f"{storage.redact(config.output)} has no picture of text only to compare the others with")
+        raise UsageError(f"{config.output} has no picture of text only to compare the others with")
     for (method, strength), group in [*groups.items()]:
         if method == PNO and len(group) < len(base):
             cases = {_case(sample) for sample in group}

@@ -44,9 +44,7 @@ class Parts:
         found = models.resolve(base, revision)
         index = models.read_config(found, MODEL_INDEX)
         if index is None:
-            raise ModelError(
-                f"{storage.redact(base)} is not a Stable Diffusion model in diffusers layout: it has no {MODEL_INDEX}"
-            )
+            raise ModelError(f"{base} is not a Stable Diffusion model in diffusers layout: it has no {MODEL_INDEX}")
         if image_encoder is not None:
             return cls(found, models.resolve(image_encoder, image_encoder_revision))
         if image_encoder_revision is not None:
@@ -56,7 +54,7 @@ class Parts:
         # model_index.json gives the library and the class of each part, or two nulls.
         if not any(index.get("image_encoder") or ()):
             raise ModelError(
-                f"{storage.redact(name)} has no image encoder of its own: name the CLIP whose vision tower the aligner "
+                f"{name} has no image encoder of its own: name the CLIP whose vision tower the aligner "
                 f"reads with --image-encoder, such as {models.PRESETS['sd21'][1]} for Stable Diffusion 2 or "
                 f"{models.PRESETS['sd15'][1]} for 1.x"
             )

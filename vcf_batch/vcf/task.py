@@ -55,7 +55,7 @@ class Task:
             validation = cut(data.files, total, total + held_out)
         if total < config.batch_size:
             raise UsageError(
-                f"{storage.redact(config.data)} has {max(total, 0):,} pairs to train on, {held_out:,} being for "
+                f"{config.data} has {max(total, 0):,} pairs to train on, {held_out:,} being for "
                 f"validation: fewer than --batch-size {config.batch_size:,}; use a smaller batch or more data"
             )
         return cls(config, parts, data, validation_data, tuple(cut(data.files, 0, total)), tuple(validation))

@@ -21,7 +21,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import lease, run_file, storage
-from vcf_batch.errors import StorageError, UsageError, VcfBatchError
+from vcf_batch.errors import StorageError, UsageError, VcfBatchError, redact
 from vcf_batch.lease import Lease
 from vcf_batch.pool import cluster
 from vcf_batch.prepare import absolute_output
@@ -62,7 +62,7 @@ class Summary:
             for k, name in ((1, "recall_at_1"), (5, "recall_at_5"))
         )
         return (
-            f"{storage.redact(self.out)}: {self.steps:,} steps over {self.pairs:,} pairs; best at step "
+            f"{redact(self.out)}: {self.steps:,} steps over {self.pairs:,} pairs; best at step "
             f"{self.best['step']:,.0f}: validation loss {self.best['validation_loss']:.4f}, {recall} among "
             f"{self.best['validation_pairs']:,.0f} pairs; "
             f"{duration(self.seconds)}"
@@ -133,9 +133,9 @@ def _claim(task: Task) -> None:
         out,
         task.fields(),
         {
-            "model": storage.redact(task.parts.base.name),
-            "image_encoder": storage.redact((task.parts.image_encoder or task.parts.base).name),
-            "data": storage.redact(task.data.url),
+            "model": redact(task.parts.base.name),
+            "image_encoder": redact((task.parts.image_encoder or task.parts.base).name),
+            "data": redact(task.data.url),
             "pairs": task.pairs,
             "steps": task.steps,
         },
