@@ -6,57 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray_head
 import runs
 
 ROOT = Path(__file__).parent.parent
-RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """A head node as `ray start` makes it; yields the environment that reaches it."""
-    port, dashboard, agent = runs.free_ports(3)
-    with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        }
-        head = subprocess.Popen(
-            [
-                *(RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--temp-dir={folder}"),
-                *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-                f"--dashboard-agent-listen-port={agent}",
-            ],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            runs.wait_for(lambda: _answers(environment["RAY_API_SERVER_ADDRESS"]), 90)
-            yield environment
-        finally:
-            head.terminate()
-            try:
-                head.wait(30)
-            except subprocess.TimeoutExpired:
-                head.kill()
-                head.wait()
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
+    with ray_head.running() as environment:
+        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +35,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(environment: dict[str, str], checkout: Path, name: str, *arguments: str) -> tuple[int, str, int]:
     """Submit `jobs/generate.py`: the exit code of Ray's command, its output, and the exit code of the job."""
-    command = [RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, "--"]
+    command = [ray_head.RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, "--"]
     done = subprocess.run(
         [*command, sys.executable, "jobs/generate.py", *arguments],
         cwd=checkout,
@@ -116,7 +80,7 @@ def test_a_job_submitted_again_after_its_driver_died_resumes(
     size = ("--height", "32", "--width", "32", "--shard-size", "2", "--num-workers", "2", "--steps", "10")
     arguments = (str(manifest), str(output), "--model", str(runs.save_model(tmp_path / "model")), *size)
     first = subprocess.Popen(
-        [RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, "jobs/generate.py", *arguments],
+        [ray_head.RAY, "job", "submit", "--working-dir", ".", "--", sys.executable, "jobs/generate.py", *arguments],
         cwd=checkout,
         env=cluster,
         stdout=subprocess.DEVNULL,
