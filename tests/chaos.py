@@ -241,9 +241,11 @@ class Chaos:
         assert digests(self.output) == digests(undisturbed)
         names = {*digests(undisturbed), *(f"{shard:05d}{shards.RECEIPT_SUFFIX}" for shard in range(self.num_shards))}
         for output in (self.output, undisturbed):
-            assert set(storage.list_tree(output)) == names | {"run.json"}
+            assert set(storage.list_tree(output)) == names | {"run.json", "_progress.json"}
             if storage.is_local(output):
-                assert not [path for path in Path(output).rglob("*") if path.name not in names | {"run.json"}]
+                assert not [
+                    path for path in Path(output).rglob("*") if path.name not in names | {"run.json", "_progress.json"}
+                ]
             assert [str(finding) for finding in verify.check(Output.open(output))] == []
         found, expected = runs.read_receipts(self.output), runs.read_receipts(undisturbed)
         for number in range(self.num_shards):

@@ -284,6 +284,7 @@ def test_a_driver_killed_between_the_steps_of_a_commit_is_resumed(
     assert runs.data_files(output) == runs.data_files(undisturbed)
     assert sorted(path.name for path in output.iterdir() if path.suffix not in (".tar", ".parquet")) == [
         *(f"{number:05d}_stats.json" for number in range(ROWS // SHARD_SIZE)),
+        "_progress.json",
         "run.json",
     ]
 

@@ -136,9 +136,9 @@ def test_receipts_tell_time_devices_and_attempts() -> None:
     found = Figures()
     timings = {"ended": "2026-01-01T00:00:10+00:00", "total": 10.0, "sample": 8.0, "model_loads": 1, "worker": "a:1"}
     receipt = Receipt(Shard(0, 0, 5, "00000"), "f", 1, {"success": 5}, {}, {"type": "gpu"}, timings)
-    found.add_receipt(receipt)
-    found.add_receipt(dataclasses.replace(receipt, attempt=2, device={}, timings={}))
-    assert (found.rows, found.shards, found.retried, found.worker_seconds) == (10, 2, 1, 10)
+    found.add(receipt)
+    found.add(dataclasses.replace(receipt, shard=Shard(1, 5, 10, "00001"), attempt=2, device={}, timings={}))
+    assert (found.rows, len(found.done), found.retried, found.worker_seconds) == (10, 2, 1, 10)
     assert found.phases == {"sample": 8}
     assert found.devices == {"gpu": 5, "unknown": 5}
 

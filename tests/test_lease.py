@@ -187,3 +187,32 @@ def test_trouble_of_storage_does_not_end_the_heartbeat(output: str, monkeypatch:
     with lease.hold(output):
         monkeypatch.setattr(storage, "publish_bytes", failing)
         runs.wait_for(lambda: not failures and storage.exists(storage.join(output, lease.BEAT)))
+
+
+def test_anybody_can_tell_who_owns_an_output(output: str) -> None:
+    """By dates, or where these leave a doubt, by watching the beat."""
+    assert lease.owner(output) is None
+    with lease.hold(output):
+        found = lease.owner(output)
+    assert found
+    assert (found.pid, found.alive) == (os.getpid(), True)
+    assert found.silent is not None
+
+
+def test_an_owner_is_alive_whatever_its_clock_says(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 60.0)
+    with lease.hold(output):
+        runs.wait_for(lambda: storage.exists(storage.join(output, lease.BEAT)))
+        found = lease.owner(output)
+    assert found
+    assert found.alive
+
+
+def test_an_owner_that_is_gone_or_silent_is_not_alive(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.1)
+    leave(output)
+    found = lease.owner(output)
+    assert found
+    assert (found.host, found.alive) == ("far", False)

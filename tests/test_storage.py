@@ -667,3 +667,17 @@ def test_arrow_sees_the_same_storage(tmp_path: Path) -> None:
         with pickle.loads(pickle.dumps(filesystem)).open_output_stream(path) as stream:
             stream.write(b"content")
         assert storage.read_bytes(url) == b"content"
+
+
+def test_the_storage_dates_its_files(root: str) -> None:
+    """Not every driver knows dates; those of real storages do."""
+    url, missing = storage.join(root, "file"), storage.join(root, "missing")
+    storage.publish_bytes(url, b"x")
+    date = storage.modified(url)
+    if root.startswith("faulty"):
+        assert date is None
+        return
+    assert date is not None
+    assert abs(time.time() - date) < 600
+    with pytest.raises(FileNotFoundError):
+        storage.modified(missing)

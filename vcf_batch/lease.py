@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ EXPIRY_SECONDS = 20.0
 """A beat that stays the same for so long is a dead owner's."""
 WAIT_SECONDS = 30.0
 """How long a driver watches a living owner, which may be about to end, before it gives up."""
+WATCH_SECONDS = 2 * BEAT_SECONDS
+"""How long who does not want the output watches an owner of whom dates tell nothing."""
 LOOK_SECONDS = 0.5
 MAX_BYTES = 1 << 16
 
@@ -155,6 +158,40 @@ def hold(output: str) -> Iterator[Lease]:
         lease.release(keeper)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Who holds an output, as anybody can tell who sees it."""
+
+    host: str
+    pid: int
+    started: str
+    """ISO date."""
+    silent: float | None
+    """Seconds since the last sign of life, by the clocks of the storage and of this machine; None where the storage
+    keeps no dates."""
+    alive: bool
+
+
+def owner(output: str) -> Owner | None:
+    """Who holds an output; None if nobody does. Writes nothing.
+
+    Where the clocks leave a doubt whether the owner lives, its beat is watched for :data:`WATCH_SECONDS`.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    with storage.refusals_as_storage_errors():
+        found = _read(output)
+        if found is None:
+            return None
+        dates = [_modified(output, name) for name in (NAME, BEAT)]
+        known = _parsed(found)
+        silent = min((time.time() - date for date in dates if date is not None), default=None)
+        lives = silent is not None and abs(silent) < EXPIRY_SECONDS
+        alive = not _is_gone(known) and (lives or _beats(output))
+    return Owner(str(known.get("host")), known.get("pid", 0), str(known.get("started")), silent, alive)
+
+
 def is_seen(output: str, token: str) -> bool:
     """Whether this machine sees a lease: the proof that it sees the storage that the owner sees.
 
@@ -173,6 +210,23 @@ def _read(output: str, name: str = NAME) -> bytes | None:
         return storage.read_bytes(_url(output, name), limit=MAX_BYTES)
     except FileNotFoundError:
         return None
+
+
+def _modified(output: str, name: str) -> float | None:
+    try:
+        return storage.modified(_url(output, name))
+    except FileNotFoundError:
+        return None
+
+
+def _beats(output: str) -> bool:
+    """Whether the owner gives a sign of life while it is watched."""
+    first, deadline = _read(output, BEAT), time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        if _read(output, BEAT) != first:
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
 
 
 def _parsed(lease: bytes | None) -> dict[str, Any]:

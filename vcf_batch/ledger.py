@@ -1,18 +1,24 @@
 """What of a run is committed, and what is set aside. No Ray here."""
 
-from collections import Counter
-from collections.abc import Iterator
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vcf_batch import plan, shards
+from vcf_batch import plan, progress_file, shards
 from vcf_batch.attempts import Task
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.prepare import Job
 from vcf_batch.progress import duration
+from vcf_batch.progress_file import Told
 from vcf_batch.records import STATUSES, Receipt, Shard, Status
+from vcf_batch.totals import Totals
 
 MAX_SET_ASIDE = 16
 """How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
+
+TELL_SECONDS = 10.0
+"""Between two looks that others get at what is counted."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +46,46 @@ class Summary:
 
 
 class Ledger:
-    """Counts a run's shards; what the output holds already is read once.
+    """Counts a run's shards, and tells so in :mod:`vcf_batch.progress_file`; what the output holds is read once.
 
     Args:
         job: the run.
 
     Raises:
-        StorageError: the output cannot be read.
+        StorageError: the output cannot be read or written.
     """
 
     def __init__(self, job: Job) -> None:
         self._output, self._shards, self._again = job.config.output, job.shards, job.again
-        self._done: set[int] = set()
+        self._fingerprint = job.fingerprint
+        self.totals = Totals()
         self._kept: dict[int, Receipt] = {}
         """Receipts of the shards that are generated again in part."""
         self._rows = job.manifest.num_rows
-        self.counts: Counter[Status] = Counter()
         fingerprints = {job.fingerprint, *job.extends}
         for receipt in shards.iter_receipts(job.config.output):
             index = receipt.shard.index
             if receipt.fingerprint in fingerprints and index < len(job.shards):
                 if index not in job.again:
-                    self._done.add(index)
-                    self.counts.update(receipt.counts)
+                    self.totals.add(receipt)
                 elif not all(job.again[index]):
                     self._kept[index] = receipt
-        self.finished_rows = sum(self.counts.values())
+        self.finished_rows = self.totals.counts.total()
         self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
-        self.left = len(job.shards) - len(self._done)
+        self.left = len(job.shards) - len(self.totals.done)
         """Shards that are neither committed nor set aside."""
         self._set_aside: list[tuple[Task, Exception, str]] = []
         self._set_aside_in_a_row = 0
+        self._tell()
+
+    @property
+    def counts(self) -> Mapping[Status, int]:
+        """Rows of the finished shards by status; 0 where there are none."""
+        return self.totals.counts
 
     def remaining(self) -> Iterator[Shard]:
         """The shards that were not there at the beginning, in order."""
-        return plan.remaining(self._shards, self._done)
+        return plan.remaining(self._shards, self.totals.done)
 
     def rows_of(self, shard: Shard) -> list[int]:
         """Rows of a shard that are generated: all of them, unless some samples are kept."""
@@ -91,7 +102,9 @@ class Ledger:
         self.left -= 1
         self._set_aside_in_a_row = 0
         self.finished_rows += len(task.shard)
-        self.counts.update(receipt.counts)
+        self.totals.add(receipt)
+        if not self.left or time.monotonic() - self._told >= TELL_SECONDS:
+            self._tell_again()
 
     def set_aside(self, task: Task, error: Exception, why: str) -> None:
         """A shard has failed for good, because of ``error``; ``why`` says it in a line.
@@ -102,6 +115,7 @@ class Ledger:
         self.left -= 1
         self._set_aside.append((task, error, why))
         self._set_aside_in_a_row += 1
+        self._tell_again()
         if self._set_aside_in_a_row == MAX_SET_ASIDE:
             self.raise_if_incomplete()
 
@@ -126,7 +140,17 @@ class Ledger:
         return Summary(
             output=self._output,
             rows=self._rows,
-            counts={status: self.counts[status] for status in STATUSES},
+            counts={status: self.totals.counts[status] for status in STATUSES},
             resumed_rows=self.resumed_rows,
             seconds=seconds,
         )
+
+    def _tell(self) -> None:
+        set_aside = {task.shard.name: why for task, _, why in self._set_aside}
+        progress_file.publish(self._output, Told(self._fingerprint, self.totals, set_aside))
+        self._told = time.monotonic()
+
+    def _tell_again(self) -> None:
+        # Nothing depends on it; where the storage fails, commits say so.
+        with contextlib.suppress(StorageError):
+            self._tell()

@@ -27,12 +27,13 @@ class Output:
     """Why there is none."""
 
     @classmethod
-    def open(cls, url: str, changes: Mapping[str, Any] = MappingProxyType({})) -> "Output":
+    def open(cls, url: str, changes: Mapping[str, Any] = MappingProxyType({}), with_manifest: bool = True) -> "Output":
         """Read ``run.json`` and open the manifest that it names.
 
         Args:
             url: folder or URL that a run has written.
             changes: settings that are not what they were, such as the place of a manifest that has moved.
+            with_manifest: False leaves the manifest alone.
 
         Raises:
             UsageError: there is nothing at all.
@@ -58,7 +59,7 @@ class Output:
             fingerprints = frozenset([record["fingerprint"], *record.get("extends", ())])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error
-        opened, trouble = _open_manifest(config, fields["manifest_id"])
+        opened, trouble = _open_manifest(config, fields["manifest_id"]) if with_manifest else (None, None)
         if opened and opened.num_rows != plan.num_rows:
             raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}")
         return cls(url, fingerprints, config, plan, opened, trouble)

@@ -21,7 +21,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
@@ -460,8 +460,23 @@ def iter_receipts(output_url: str) -> Iterator[Receipt]:
     """
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output_url)
+    yield from read_receipts(output_url, sizes)
+
+
+def complete(sizes: Mapping[str, int]) -> set[int]:
+    """Indices of the shards that a listing has all files of."""
+    found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match)
+    return {int(name) for name, files in found.items() if files == len(SUFFIXES) + 1}
+
+
+def read_receipts(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt]:
+    """:func:`iter_receipts` of a listing, name to size, without the shards whose index is ``known``.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
     found = filter(None, map(_FILE_NAME.fullmatch, sizes))
-    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX), key=int)
+    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
 
     def read(stem: str) -> Receipt | None:
         try:

@@ -123,6 +123,26 @@ def size(url: str) -> int:
     return int(info["size"] or 0)
 
 
+def modified(url: str) -> float | None:
+    """When the file was last written, in seconds since 1970 by the storage's clock; None where that is not kept.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: see the module.
+    """
+    if is_local(url):
+        return attempt("look up", url, lambda: os.stat(_local(url)).st_mtime)
+    fs, path = filesystem(url)
+
+    def ask() -> float:
+        fs.invalidate_cache(path)
+        return cast(float, fs.modified(path).timestamp())
+
+    try:
+        return attempt("look up", url, ask)
+    except NotImplementedError:
+        return None
+
+
 def exists(url: str) -> bool:
     """True for a file or a folder. A storage that cannot be asked raises; it does not count as an absent file.
 

@@ -169,6 +169,7 @@ class Worker:
                 "total": round(clock.elapsed(), 3),
                 "worker": f"{socket.gethostname()}:{os.getpid()}",
                 "model_loads": _model_loads,
+                "generated": sum(files.counts.values()) - len(existing),
             },
             means=files.means,
             sampled_at_once=sampled_at_once,

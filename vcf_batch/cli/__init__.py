@@ -9,7 +9,7 @@ import vcf_batch
 from vcf_batch.cli.checking import repair, verify
 from vcf_batch.cli.evaluation import evaluate
 from vcf_batch.cli.generation import generate
-from vcf_batch.cli.looking import card, contact_sheet, report
+from vcf_batch.cli.looking import card, contact_sheet, report, status
 from vcf_batch.cli.manifests import manifest
 from vcf_batch.cli.training import assemble, train_aligner
 
@@ -22,5 +22,17 @@ def main() -> None:
     """Generate images that follow prompts and reference images, in bulk, on a Ray cluster."""
 
 
-for command in (generate, manifest, contact_sheet, evaluate, report, card, verify, repair, train_aligner, assemble):
+for command in (
+    generate,
+    manifest,
+    status,
+    contact_sheet,
+    evaluate,
+    report,
+    card,
+    verify,
+    repair,
+    train_aligner,
+    assemble,
+):
     main.add_command(command)

@@ -1,6 +1,7 @@
-"""``contact-sheet``, ``report`` and ``card``: what there is to see of an output, and to hand on with it."""
+"""``status``, ``contact-sheet``, ``report`` and ``card``: what there is to see of an output, and to hand on with it."""
 
 import io
+import json
 from typing import Any
 
 import click
@@ -8,7 +9,27 @@ import click
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, moved_option
 from vcf_batch.cli.generation import given
-from vcf_batch.errors import redact
+from vcf_batch.errors import printable, redact
+
+
+@click.command(cls=Command)
+@click.argument("output")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+@debug_option
+def status(output: str, as_json: bool) -> None:
+    """Tell how the run in OUTPUT stands: while it runs, after it ended, after it died.
+
+    It is read from OUTPUT alone, so on any machine that sees it; shards count once they are finished. Nothing is
+    written.
+
+    \b
+    Exit codes: 0 told, however the run stands ("state": finished, running or stopped); 1 unexpected; 2 no run there;
+    5 damage.
+    """
+    from vcf_batch.report import status as statuses  # pyarrow is not needed to print a help text
+
+    found = statuses.read(output)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else printable(str(found)))
 
 
 @click.command(cls=Command)

@@ -19,6 +19,7 @@ from vcf_batch import shards, storage
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard, Status
+from vcf_batch.totals import Totals
 from vcf_batch.verify import side_by_side
 
 EXTREMES = 12
@@ -49,7 +50,6 @@ SCORES: Mapping[str, Score] = {
 
 _SETTINGS = ("fusion", "strength", "pno_steps")
 _COLUMNS = ("key", "status", "error_message", "prompt", "reference", "seed", *_SETTINGS, *SCORES)
-_NOT_PHASES = frozenset({"started", "ended", "total", "worker", "model_loads"})
 _VARYING = re.compile(
     r"""(?P<text>'[^']*'|"[^"]*"|\S*[/\\]\S*|\b[\w-]+\.[A-Za-z]\w{2,4}\b)|(?P<number>\b[0-9a-f]{16,}\b|\d[\d,.]*\d|\d)"""
 )
@@ -171,10 +171,9 @@ class Cause:
 
 
 @dataclass
-class Figures:
-    """What the finished shards of an output add up to."""
+class Figures(Totals):
+    """What the finished shards of an output add up to, and the rows in them that are worth looking at."""
 
-    counts: Counter[Status] = field(default_factory=Counter)
     scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORES})
     best: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORES})
     worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORES})
@@ -182,31 +181,14 @@ class Figures:
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
-    phases: Counter[str] = field(default_factory=Counter)
-    """Worker seconds by phase; phases overlap."""
-    worker_seconds: float = 0.0
-    devices: Counter[str] = field(default_factory=Counter)
-    """Rows by device type."""
-    shards: int = 0
-    retried: int = 0
-    """Shards that took more than one attempt."""
-    bytes: int = 0
-    """Of all tars and parquets."""
 
     @property
     def rows(self) -> int:
         return self.counts.total()
 
-    def add_receipt(self, receipt: Receipt) -> None:
-        """Take what a receipt says of how its shard came to be."""
+    def add(self, receipt: Receipt) -> None:
+        super().add(receipt)
         timings = receipt.timings
-        self.counts.update(receipt.counts)
-        self.shards += 1
-        self.retried += receipt.attempt > 1
-        self.bytes += sum(entry.size for entry in receipt.files.values())
-        self.devices[receipt.device.get("type", "unknown")] += len(receipt.shard)
-        self.worker_seconds += timings.get("total", 0)
-        self.phases.update({name: seconds for name, seconds in timings.items() if name not in _NOT_PHASES})
         if "ended" in timings:
             end = datetime.fromisoformat(timings["ended"]).timestamp()
             self.intervals.add(end - timings["total"], end, len(receipt.shard))
@@ -223,7 +205,11 @@ class Figures:
             worse = -values if score.higher_is_better else values
             self.best[name].add(worse, shard.start, table)
             self.worst[name].add(-worse, shard.start, table)
-        for record in table.filter(pa.array(~succeeded)).select(["key", "status", "error_message"]).to_pylist():
+        self.add_failures(table.filter(pa.array(~succeeded)))
+
+    def add_failures(self, table: pa.Table) -> None:
+        """Take rows without a sample, by key, status and message."""
+        for record in table.select(["key", "status", "error_message"]).to_pylist():
             self._add_failure(**record)
 
     def _add_failure(self, key: str, status: Status, error_message: str | None) -> None:
@@ -248,12 +234,12 @@ def read(output: Output) -> Figures:
     def finished() -> Iterator[Shard]:
         for receipt in shards.iter_receipts(output.url):
             if receipt.fingerprint in output.fingerprints:
-                figures.add_receipt(receipt)
+                figures.add(receipt)
                 yield receipt.shard
 
-    for shard, table in side_by_side(lambda shard: _rows(output, shard), finished()):
+    for shard, table in side_by_side(lambda shard: read_rows(output, shard), finished()):
         figures.add_rows(shard, table)
-    if not figures.shards:
+    if not figures.done:
         raise UsageError(f"{output.url} has no finished shard to show; generate into it first")
     return figures
 
@@ -272,7 +258,13 @@ def setting_of(record: Mapping[str, Any]) -> str:
     return f"{record['fusion']} {record['strength']:g}{pno}"
 
 
-def _rows(output: Output, shard: Shard) -> pa.Table:
+def read_rows(output: Output, shard: Shard) -> pa.Table:
+    """The rows of a finished shard, by :data:`_COLUMNS`.
+
+    Raises:
+        DamageFound: the parquet is not what a run writes.
+        StorageError: the storage failed.
+    """
     name = shard.name + shards.SUFFIXES["parquet"]
     try:
         with storage.refusals_as_storage_errors(), storage.open_read(storage.join(output.url, name)) as file:

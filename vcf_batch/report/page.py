@@ -148,7 +148,7 @@ def _configuration(found: Figures, record: Mapping[str, Any]) -> dict[str, dict[
     run: dict[str, Any] = {
         "fingerprint": record["fingerprint"][:16],
         "manifest": record["manifest"]["url"],
-        "shards": f"{found.shards:,} of {record['shards']:,} finished, {found.retried:,} of them after a retry",
+        "shards": f"{len(found.done):,} of {record['shards']:,} finished, {found.retried:,} of them after a retry",
         "size": f"{found.bytes / 1e6:,.1f} MB",
         "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
     }

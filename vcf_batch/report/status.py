@@ -1,0 +1,153 @@
+"""How a run stands, from its output alone: while it runs, after it ended, and after it died."""
+
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pyarrow.compute as pc
+
+from vcf_batch import lease, progress_file
+from vcf_batch.errors import redact
+from vcf_batch.lease import Owner
+from vcf_batch.outputs import Output
+from vcf_batch.progress import duration
+from vcf_batch.records import STATUSES, Shard
+from vcf_batch.report.figures import Cause, Figures, read_rows
+from vcf_batch.totals import Totals
+from vcf_batch.verify import side_by_side
+
+State = Literal["finished", "running", "stopped"]
+SHOWN_CAUSES = 8
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands."""
+
+    output: str
+    state: State
+    """``running`` if a driver is at work, ``stopped`` if none is though shards are left."""
+    rows: int
+    """Of the manifest."""
+    shards: int
+    """Of the run."""
+    totals: Totals
+    """Of its finished shards."""
+    set_aside: dict[str, str]
+    """Shards that failed for good in the last attempt at the run, by name, and why."""
+    causes: list[Cause]
+    """Why rows of :attr:`Totals.failing` have no sample, most frequent first."""
+    owner: Owner | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the last rate; None where that is not known, or nothing is left."""
+        left = self.rows - self.totals.counts.total()
+        return left / self.totals.rate if left and self.totals.rate else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        totals = self.totals
+        ended = totals.latest and datetime.fromtimestamp(totals.latest, UTC).isoformat(timespec="seconds")
+        return {
+            "output": redact(self.output),
+            "state": self.state,
+            "rows": {"total": self.rows, **{status: totals.counts[status] for status in STATUSES}},
+            "shards": {"total": self.shards, "done": len(totals.done), "retried": totals.retried},
+            "bytes": totals.bytes,
+            "rows_per_second": totals.rate,
+            "workers": len(totals.at_work),
+            "seconds_left": self.seconds_left,
+            "last_shard_ended": ended,
+            "means": totals.means,
+            "devices": {
+                name: {"rows": rows, "rows_per_worker_second": _ratio(rows, totals.device_seconds[name])}
+                for name, rows in totals.devices.items()
+            },
+            "device_busy": _ratio(totals.phases["sample"], totals.worker_seconds),
+            "set_aside": self.set_aside,
+            "causes": [asdict(cause) for cause in self.causes],
+            "owner": self.owner and asdict(self.owner),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([self._headline(), *(f"  {name:<10}{text}" for name, text in self._lines())])
+
+    def _headline(self) -> str:
+        done = self.totals.counts.total()
+        return (
+            f"{redact(self.output)}: {self.state}, {done:,} of {self.rows:,} rows ({done / self.rows:.0%}), "
+            f"{len(self.totals.done):,} of {self.shards:,} shards"
+        )
+
+    def _lines(self) -> list[tuple[str, str]]:
+        totals = self.totals
+        lines = [("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES))]
+        if totals.rate:
+            left = f"; {duration(self.seconds_left)} left at this rate" if self.seconds_left else ""
+            lines.append(("rate", f"{totals.rate:.2f} samples a second by {len(totals.at_work)} workers{left}"))
+        if totals.latest is not None:
+            lines.append(("last", f"a shard ended {duration(max(time.time() - totals.latest, 0))} ago"))
+        if totals.means:
+            lines.append(("means", ", ".join(f"{name} {mean:.3f}" for name, mean in totals.means.items())))
+        lines += [("device", text) for text in self._devices()]
+        lines.append(("lease", _described(self.owner)))
+        lines += [("set aside", f"{name}: {why}") for name, why in self.set_aside.items()]
+        lines += [(cause.status, f"{cause.count:,} x {cause.text}") for cause in self.causes[:SHOWN_CAUSES]]
+        if len(totals.failing) > 1 or len(self.causes) > SHOWN_CAUSES:
+            lines.append(("", f"(reasons in {len(totals.failing)} shards; 'vcf-batch report' reads them all)"))
+        return lines
+
+    def _devices(self) -> list[str]:
+        totals = self.totals
+        busy = _ratio(totals.phases["sample"], totals.worker_seconds)
+        told = []
+        for name, rows in totals.devices.most_common():
+            rate = _ratio(rows, totals.device_seconds[name])
+            told.append(f"{name}: {rows:,} rows" + (f", {rate:.2f} a second by each worker" if rate else ""))
+        return [*told, f"busy with sampling {busy:.0%} of the workers' time"] if busy else told
+
+
+def read(url: str) -> Status:
+    """Look at an output. Nothing is written, and what is read does not grow with the rows.
+
+    Raises:
+        UsageError: there is nothing at all.
+        DamageFound: ``run.json`` or a parquet is damaged.
+        StorageError: the storage failed.
+    """
+    output = Output.open(url, with_manifest=False)
+    owner = lease.owner(output.url)
+    told = progress_file.look(output.url, output.fingerprints)
+    totals, num_shards = told.totals, len(output.plan)
+    left = num_shards - len(totals.done)
+    return Status(
+        output=output.url,
+        state="running" if owner and owner.alive else "stopped" if left else "finished",
+        rows=output.plan.num_rows,
+        shards=num_shards,
+        totals=totals,
+        set_aside=dict(told.set_aside) if left else {},
+        causes=_causes(output, [output.plan[int(name)] for name in totals.failing]),
+        owner=owner,
+    )
+
+
+def _causes(output: Output, failing: list[Shard]) -> list[Cause]:
+    found = Figures()
+    for _, table in side_by_side(lambda shard: read_rows(output, shard), failing):
+        found.add_failures(table.filter(pc.not_equal(table["status"], "success")))
+    return sorted(found.causes.values(), key=lambda cause: -cause.count)
+
+
+def _described(owner: Owner | None) -> str:
+    if owner is None:
+        return "nobody is at work"
+    silent = "" if owner.silent is None else f", last sign of life {duration(max(owner.silent, 0))} ago"
+    dead = "" if owner.alive else "; it has died: rerun its command to resume"
+    return f"process {owner.pid} on {owner.host}, since {owner.started}{silent}{dead}"
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

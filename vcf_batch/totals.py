@@ -1,0 +1,133 @@
+"""What the receipts of a run add up to. One more receipt takes one more number, whatever it says."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple, Self
+
+from vcf_batch.records import Receipt, Status
+
+MAX_FAILING = 64
+"""Shards with failed or rejected rows that are named."""
+MAX_WORKERS = 1024
+"""Workers that are told apart. Those that have ended make room."""
+
+NOT_PHASES = frozenset({"started", "ended", "total", "worker", "model_loads", "generated"})
+"""What the timings of a receipt have besides seconds by phase."""
+
+
+class Latest(NamedTuple):
+    """A worker's last shard."""
+
+    ended: float
+    """Seconds since 1970."""
+    rows: int
+    """Those that were generated, not kept from before."""
+    seconds: float
+
+
+@dataclass
+class Totals:
+    """What some shards of a run add up to."""
+
+    done: set[int] = field(default_factory=set)
+    """Indices of the shards."""
+    counts: Counter[Status] = field(default_factory=Counter)
+    retried: int = 0
+    """Shards that took more than one attempt."""
+    bytes: int = 0
+    """Of all tars and parquets."""
+    generated: int = 0
+    """Rows that :attr:`worker_seconds` were spent on: all but those that a repair kept."""
+    worker_seconds: float = 0.0
+    phases: Counter[str] = field(default_factory=Counter)
+    """Worker seconds by phase; phases overlap."""
+    devices: Counter[str] = field(default_factory=Counter)
+    """Rows by device type."""
+    device_seconds: Counter[str] = field(default_factory=Counter)
+    """Worker seconds by device type."""
+    score_sums: Counter[str] = field(default_factory=Counter)
+    score_counts: Counter[str] = field(default_factory=Counter)
+    failing: list[str] = field(default_factory=list)
+    """Names of the first shards with failed or rejected rows, at most :data:`MAX_FAILING`."""
+    workers: dict[str, Latest] = field(default_factory=dict)
+
+    def add(self, receipt: Receipt) -> None:
+        """Take what a receipt says of how its shard came to be."""
+        timings, device = receipt.timings, receipt.device.get("type", "several" if receipt.device else "unknown")
+        seconds = timings.get("total", 0.0)
+        generated = timings.get("generated", len(receipt.shard))
+        self.done.add(receipt.shard.index)
+        self.counts.update(receipt.counts)
+        self.retried += receipt.attempt > 1
+        self.bytes += sum(entry.size for entry in receipt.files.values())
+        self.generated += generated if seconds else 0
+        self.worker_seconds += seconds
+        self.phases.update({name: spent for name, spent in timings.items() if name not in NOT_PHASES})
+        self.devices[device] += generated
+        self.device_seconds[device] += seconds
+        for name, mean in receipt.means.items():
+            if mean is not None:
+                self.score_sums[name] += mean * receipt.counts["success"]  # type: ignore[assignment]
+                self.score_counts[name] += receipt.counts["success"]
+        if receipt.counts["success"] < len(receipt.shard) and len(self.failing) < MAX_FAILING:
+            self.failing.append(receipt.shard.name)
+        if "ended" in timings:
+            self._add_worker(
+                timings["worker"], Latest(datetime.fromisoformat(timings["ended"]).timestamp(), generated, seconds)
+            )
+
+    def _add_worker(self, name: str, shard: Latest) -> None:
+        if name not in self.workers or self.workers[name].ended < shard.ended:
+            self.workers[name] = shard
+        if len(self.workers) > MAX_WORKERS:
+            self.workers = self.at_work or self.workers
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Of each score. A shard counts by its samples, those too that lack the score because they lack a reference."""
+        return {name: self.score_sums[name] / count for name, count in self.score_counts.items() if count}
+
+    @property
+    def latest(self) -> float | None:
+        """When the last of the shards ended, in seconds since 1970."""
+        return max((shard.ended for shard in self.workers.values()), default=None)
+
+    @property
+    def at_work(self) -> dict[str, Latest]:
+        """The workers whose next shard was to be expected when the last of the shards ended."""
+        latest = self.latest or 0.0
+        return {name: shard for name, shard in self.workers.items() if latest - shard.ended <= 2 * shard.seconds + 60}
+
+    @property
+    def rate(self) -> float | None:
+        """Rows a second of the workers at work, by the last shard of each; None where that is not known."""
+        return sum(shard.rows / shard.seconds for shard in self.at_work.values() if shard.seconds) or None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return vars(self) | {"done": _ranges(self.done)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Read back :meth:`to_dict`.
+
+        Raises:
+            TypeError, ValueError, AttributeError: it is something else.
+        """
+        found = cls(**record)
+        found.done = {index for start, stop in record["done"] for index in range(start, stop)}
+        for name, value in vars(cls()).items():
+            if isinstance(value, Counter):
+                setattr(found, name, Counter(record[name]))
+        found.workers = {name: Latest(*shard) for name, shard in record["workers"].items()}
+        return found
+
+
+def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
+    """Numbers as few ranges, of which the end is excluded."""
+    ordered = sorted(numbers)
+    starts = [number for number in ordered if number - 1 not in numbers]
+    stops = [number + 1 for number in ordered if number + 1 not in numbers]
+    return list(zip(starts, stops, strict=True))
