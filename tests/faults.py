@@ -97,7 +97,7 @@ class FaultyActor(pool._Actor):
         obey(folder, "load")
         seen = super().load()
 
-        from vcf_batch import shards
+        from vcf_batch import commits, shards
 
         def sampling(*_: Any, seeds: Sequence[int], **__: Any) -> None:
             obey(folder, "sample")
@@ -127,7 +127,7 @@ class FaultyActor(pool._Actor):
         around(tools.scorer, "score", phase("score"))
         around(shards.ShardWriter, "add", phase("tar"))
         around(shards.ShardWriter, "finish", phase("parquet"))
-        around(shards, "stage", staging, phase("staged"))
+        around(commits, "stage", staging, phase("staged"))
         return seen
 
     def run(self, *arguments: Any) -> Any:
@@ -142,7 +142,7 @@ class FaultyActor(pool._Actor):
 
 def drive() -> None:
     """The command line, with workers and a driver that obey: ``python tests/faults.py generate MANIFEST ...``."""
-    from vcf_batch import shards, storage
+    from vcf_batch import commits, storage
     from vcf_batch.cli import main
 
     folder = orders(sys.argv[2])
@@ -153,7 +153,7 @@ def drive() -> None:
     def begin(*_: Any) -> None:
         (folder / "driving").write_text(str(os.getpid()))
 
-    around(shards, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
+    around(commits, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
     around(storage, "move", after=moved)
     around(pool._Dispatch, "run", begin)
     # As many attempts as it takes: where all workers are struck all the time, no row is to blame.

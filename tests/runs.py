@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import plan, prepare, shards, storage, worker
+from vcf_batch import commits, plan, prepare, shards, storage, worker
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
@@ -100,7 +101,7 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
                 writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
             files = writer.finish()
             receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
-            shards.commit(config.output, receipt, shards.stage(files, config.output, shard, "attempt"))
+            commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
     return job
 
 
@@ -132,7 +133,7 @@ def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **give
     """Run the manifest as one shard and commit it, as the driver does."""
     shard = plan.ShardPlan(subject.manifest.num_rows, 1000)[0]
     receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
-    shards.commit(subject.tools.config.output, receipt, staged)
+    commits.commit(subject.tools.config.output, receipt, staged)
     return receipt
 
 
@@ -216,3 +217,26 @@ class Files:
 
     def edit_receipt(self, **changes: Any) -> None:
         self.receipt.write_text(json.dumps(json.loads(self.receipt.read_text()) | changes))
+
+
+class Killed(BaseException):
+    """The driver dies here."""
+
+
+def kill_after(steps: int, work: Callable[[], None]) -> None:
+    """Let the driver die at its work, once it has made so many changes to the output."""
+    left = iter(range(steps))
+
+    def dying(step: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            if next(left, None) is None:
+                raise Killed
+            step(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("move", "publish_bytes", "remove_tree"):
+            patch.setattr(storage, name, dying(getattr(storage, name)))
+        with pytest.raises(Killed):
+            work()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import runs
 
-from vcf_batch import prepare, shards
+from vcf_batch import commits, prepare, shards
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest import Manifest
@@ -35,7 +35,7 @@ def output(tmp_path: Path) -> Path:
                 writer.add(Sample(row, "success", {"strength": 1.0}, image=runs.png(row.number), width=24, height=24))
         files = writer.finish()
     receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
-    shards.commit(config.output, receipt, shards.stage(files, config.output, shard, "attempt"))
+    commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
     return tmp_path / "out"
 
 

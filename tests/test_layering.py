@@ -8,6 +8,7 @@ import pytest
 LIGHT = (
     "attempts",
     "blame",
+    "commits",
     "config",
     "contract",
     "errors",

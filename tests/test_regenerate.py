@@ -10,7 +10,7 @@ import pytest
 import runs
 import torch
 
-from vcf_batch import prepare, regenerate, shards, worker
+from vcf_batch import commits, prepare, regenerate, worker
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import RefusedError
@@ -41,7 +41,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare.claim(job)
     loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
     for shard in job.shards:
-        shards.commit(config.output, *loaded.run(shard, 1, shard.name))
+        commits.commit(config.output, *loaded.run(shard, 1, shard.name))
     return folder / "out"
 
 

@@ -10,7 +10,7 @@ import pytest
 import runs
 from click.testing import CliRunner, Result
 
-from vcf_batch import pool
+from vcf_batch import commits, pool, shards
 from vcf_batch.cli import main
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
@@ -93,6 +93,21 @@ def test_damaged_and_missing_shards_are_generated_whole(output: Path) -> None:
     (output / "00001.tar").write_bytes(data[:-5] + b"\1" + data[-4:])
     assert needed(output) == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [9]}
     assert needed(output, "false") == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}
+
+
+@pytest.mark.parametrize("survived", range(6))
+def test_a_repair_that_was_killed_keeps_the_samples_that_stay(output: Path, tmp_path: Path, survived: int) -> None:
+    """A repair reuses committed samples byte for byte, even if its driver is killed while it replaces their shard."""
+    manifest = Path(json.loads((output / "run.json").read_text())["config"]["manifest"])
+    repaired = runs.write_output(manifest, tmp_path / "repaired", SHARD_SIZE, failed={9})
+    (receipt,) = (found for found in shards.iter_receipts(repaired.config.output) if found.shard.index == 1)
+    paths = {kind: str(tmp_path / "repaired" / f"00001{suffix}") for kind, suffix in shards.SUFFIXES.items()}
+    files = shards.ShardFiles(**paths, counts=receipt.counts, entries=receipt.files, means=receipt.means)
+    staged = commits.stage(files, str(output), receipt.shard, "attempt")
+    runs.kill_after(survived, lambda: commits.commit(str(output), receipt, staged))
+
+    commits.clean(str(output))
+    assert needed(output) == ({1: [5], 2: [9]} if survived < 2 else {2: [9]})
 
 
 def test_what_generating_does_not_mend_is_refused(output: Path) -> None:

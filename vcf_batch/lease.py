@@ -9,7 +9,7 @@ clocks of different machines are never compared.
 An owner may be suspended and wake up after another driver took over, so it asks before each commit
 (:meth:`Lease.confirm`). Should it be suspended between that question and the commit, then the new owner has emptied the
 staging folder and there is nothing left to move, and a receipt is created, never overwritten. Where a shard is replaced
-on an object store, a few requests remain in which that is not enough (:func:`vcf_batch.shards.commit`).
+on an object store, a few requests remain in which that is not enough (:func:`vcf_batch.commits.commit`).
 """
 
 import contextlib

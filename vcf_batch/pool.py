@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vcf_batch import lease, prepare, run_file, shards
+from vcf_batch import commits, lease, prepare, run_file
 from vcf_batch.attempts import Failure, Task
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import OutOfDeviceMemory, StorageError, UsageError, VcfBatchError, printable
@@ -88,7 +88,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
             with lease.hold(job.config.output) as held:
                 job = dataclasses.replace(job, token=held.token, extends=prepare.claim(job))
                 # Before anything is read: from here on, no earlier owner can change what there is.
-                shards.clean(job.config.output)
+                commits.clean(job.config.output)
                 job = dataclasses.replace(job, again=again())
                 ledger = Ledger(job)
                 if ledger.left:
@@ -96,7 +96,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
                         _check_nodes(job)
                         _Dispatch(job, held, ledger, progress).run()
                     held.confirm()
-                    shards.clean(job.config.output)
+                    commits.clean(job.config.output)
     return ledger.summary(time.monotonic() - begin)
 
 
@@ -402,7 +402,7 @@ class _Dispatch:
             return
         try:
             self.lease.confirm()
-            shards.commit(self.config.output, self.ledger.whole(receipt), staged)
+            commits.commit(self.config.output, self.ledger.whole(receipt), staged)
         except StorageError as error:
             self._attempt_failed(task, node, error)
             return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import vcf_batch
-from vcf_batch import appended, lease, models, plan, run_file, shards, storage
+from vcf_batch import appended, commits, lease, models, plan, run_file, shards, storage
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -173,7 +173,7 @@ def resume(config: RunConfig, found: Mapping[str, Any] | None) -> RunConfig:
         StorageError: the storage failed.
     """
     names = [name for name in ("shard_size", "gpus_per_worker") if getattr(config, name) is None]
-    if found is None or not names or not shards.any_committed(config.output):
+    if found is None or not names or not commits.any_committed(config.output):
         return config
     return config.replace(**{name: found.get("config", {}).get(name) for name in names})
 
@@ -423,7 +423,7 @@ def claim(job: Job) -> tuple[str, ...]:
             | {name: importlib.metadata.version(name) for name in packages},
         },
         # Without run.json even half a shard is somebody else's.
-        begun=shards.any_committed(output) if has_run_file else bool(shards.files_found(output)),
+        begun=commits.any_committed(output) if has_run_file else bool(shards.files_found(output)),
         obstacle=lambda there: appended.obstacle(there, job.manifest),
     )
 

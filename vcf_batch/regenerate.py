@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import images, prepare, run_file, shards, storage, worker
+from vcf_batch import commits, images, prepare, run_file, shards, storage, worker
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard
@@ -109,7 +109,7 @@ def _pairs(
     image = output.config.image_format
     again: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
     errors = dict(zip(*(_column(parquet, name).to_pylist() for name in ("key", "error_message")), strict=True))
-    shards.discard(scratch, staged)
+    commits.discard(scratch, staged)
     for place, sample in enumerate(shards.read_samples(f"{stem}.tar")):
         if place in places:
             key = sample["__key__"]

@@ -1,8 +1,7 @@
-"""One shard's files: write, stage, commit, read back.
+"""One shard's files: write them, and read them back. :mod:`vcf_batch.commits` has what lies between.
 
 A shard is ``NAME.tar`` (the successful samples, for WebDataset readers), ``NAME.parquet`` (one row for every manifest
-row) and ``NAME_stats.json``, the receipt. A worker writes the first two in local scratch (:class:`ShardWriter`) and
-stages them under a name of its own attempt (:func:`stage`); only the driver commits (:func:`commit`), receipt last. A
+row) and ``NAME_stats.json``, the receipt. A worker writes the first two in local scratch (:class:`ShardWriter`). A
 shard without a receipt does not exist, and neither does one whose receipt names files that are missing or of another
 size.
 
@@ -45,8 +44,6 @@ from vcf_batch.records import (
 )
 from vcf_batch.row_json import finite, row_json
 
-STAGING = "_staging"
-"""Folder of the output that holds the files of attempts that are not committed."""
 SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
 """What follows the shard's name in the names of its files, by their name in :attr:`Receipt.files`."""
 RECEIPT_SUFFIX = "_stats.json"
@@ -336,103 +333,6 @@ def sample_of(row: Row, record: Mapping[str, Any], image: bytes | None) -> Sampl
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
     )
-
-
-def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> dict[str, str]:
-    """Put a finished shard into the output's staging folder, one whole file at a time.
-
-    Args:
-        attempt_id: names this attempt at this shard and no other.
-
-    Returns:
-        The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
-
-    Raises:
-        StorageError: the storage failed.
-    """
-    staged = {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in SUFFIXES.items()}
-    for kind, path in (("tar", files.tar), ("parquet", files.parquet)):
-        storage.upload(path, storage.join(output_url, staged[kind]))
-    return staged
-
-
-def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None:
-    """Make a staged shard exist: files to their final names, then the receipt.
-
-    For the driver alone, which has just confirmed its lease. Should it be suspended in here and lose the lease, nothing
-    of the next owner's is harmed: that one has emptied the staging folder, and no receipt is overwritten. An older
-    receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe. It goes
-    into the staging folder, so that the next owner's, too, stays where it is once that folder is gone.
-
-    That last step is safe on file systems alone. An object store has no folders that could be gone: a driver that is
-    suspended for longer than a lease lasts between the look at the staged files and the removal of the older receipt,
-    the next few requests, may remove the next owner's receipt of that shard. :mod:`vcf_batch.verify` finds it missing,
-    and a rerun computes the shard again.
-
-    Raises:
-        StorageError: the storage failed, a staged file is missing or not of the receipt's size, or another driver
-            committed the shard meanwhile. The shard has to be computed again.
-    """
-    receipt_url = storage.join(output_url, receipt.shard.name + RECEIPT_SUFFIX)
-    try:
-        with storage.refusals_as_storage_errors():
-            # Looked for first: what another driver commits from here on is not taken for an older receipt.
-            replaces = storage.exists(receipt_url)
-            for kind, entry in receipt.files.items():
-                found = storage.size(url := storage.join(output_url, staged[kind]))
-                if found != entry.size:
-                    raise StorageError(
-                        f"staged file {url} has {found} bytes, its receipt says {entry.size}; compute the shard again"
-                    )
-        if replaces:
-            storage.move(receipt_url, storage.join(output_url, storage.parent(staged["tar"]), "replaced.json"))
-        for kind in receipt.files:
-            target = storage.join(output_url, receipt.shard.name + SUFFIXES[kind])
-            storage.move(storage.join(output_url, staged[kind]), target)
-    except FileNotFoundError as error:
-        raise StorageError(
-            f"a staged file of shard {receipt.shard.name} is gone ({error}); compute it again"
-        ) from error
-    try:
-        storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
-    except FileExistsError as error:
-        raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
-    # The shard is whole; an empty folder that stays behind is for clean.
-    with contextlib.suppress(StorageError):
-        discard(output_url, staged)
-
-
-def discard(output_url: str, staged: Mapping[str, str]) -> None:
-    """Delete the staging folder of an attempt that will not be committed.
-
-    Raises:
-        StorageError: the storage failed.
-    """
-    for folder in {storage.parent(path) for path in staged.values()}:
-        storage.remove_tree(storage.join(output_url, folder))
-
-
-def clean(output_url: str) -> None:
-    """Delete what attempts and commits that never ended left behind. For the driver, while no worker runs.
-
-    Raises:
-        StorageError: the storage failed.
-    """
-    storage.remove_tree(storage.join(output_url, STAGING))
-    storage.remove_unfinished(output_url)
-    for name, suffixes in files_found(output_url).items():
-        if RECEIPT_SUFFIX not in suffixes:
-            for suffix in suffixes:
-                storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
-
-
-def any_committed(output_url: str) -> bool:
-    """Whether the output has a receipt, of whatever run.
-
-    Raises:
-        StorageError: the output cannot be read.
-    """
-    return any(RECEIPT_SUFFIX in suffixes for suffixes in files_found(output_url).values())
 
 
 def files_found(output_url: str) -> dict[str, list[str]]:

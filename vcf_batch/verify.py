@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from vcf_batch import shards, storage
+from vcf_batch import commits, storage
 from vcf_batch.errors import DamageFound
 from vcf_batch.outputs import Output
 from vcf_batch.records import Shard
@@ -99,6 +99,6 @@ def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     names = {match[1] for match in map(_SHARD_FILE.fullmatch, sizes) if match}
     for name in sorted(names - {shard.name for shard in output.plan}):
         yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")
-    if left := len(storage.list_tree(storage.join(output.url, shards.STAGING))):
+    if left := len(storage.list_tree(storage.join(output.url, commits.STAGING))):
         cause = f"{left} files of a run that is at work or was killed; the next start removes them"
-        yield Finding(shards.STAGING, cause, is_damage=False)
+        yield Finding(commits.STAGING, cause, is_damage=False)

@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from vcf_batch import models, scratch, shards
+from vcf_batch import commits, models, scratch, shards
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.generation import Clock, Generation, Tools
@@ -145,7 +145,7 @@ class Worker:
                 may differ in their last bits.
 
         Returns:
-            The receipt, not published, and what :func:`vcf_batch.shards.commit` needs to publish it.
+            The receipt, not published, and what :func:`vcf_batch.commits.commit` needs to publish it.
 
         Raises:
             UsageError: the manifest or the model cannot be used; trying again does not help.
@@ -154,7 +154,7 @@ class Worker:
         """
         clock, started = Clock(), datetime.now(UTC)
         with self._generated(shard, clock, last_attempt, verdicts, existing, sampled_at_once) as files, clock("stage"):
-            staged = shards.stage(files, self.tools.config.output, shard, attempt_id)
+            staged = commits.stage(files, self.tools.config.output, shard, attempt_id)
         receipt = Receipt(
             shard=shard,
             fingerprint=self.fingerprint,
