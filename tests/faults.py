@@ -117,14 +117,15 @@ class FaultyActor(pool._Actor):
         def staging(*_: Any) -> None:
             obey(folder, "stage")
             while (folder / "tickets-only").exists() and not taken(folder / "ticket"):
-                self._worker._clock.tick()  # it does not hang
+                for generation in self._worker._under_way.values():
+                    generation.clock.tick()  # it does not hang
                 time.sleep(0.05)
                 obey(folder, "stage")
 
         tools = self._worker.tools
         around(tools.pipeline, "generate_from_tokens", sampling)
         around(tools.pipeline, "encode_prompts", encoding)
-        around(tools.scorer, "score", phase("score"))
+        around(type(tools.scorer), "score", phase("score"))
         around(shards.ShardWriter, "add", phase("tar"))
         around(shards.ShardWriter, "finish", phase("parquet"))
         around(commits, "stage", staging, phase("staged"))

@@ -517,8 +517,7 @@ def test_each_distinct_input_is_embedded_once_a_shard(scorer: Scorer, monkeypatc
         scorer.score(["a", "a", "b"], [output(seed)] * 3, [[shared], [shared.copy()], [picture(5)]])
     assert texts == ["a", "b"]
     assert pictures == [2, 3, 0, 3, 0, 3]
-    scorer.new_shard()
-    scorer.score(["a"], [output(1)], [[shared]])
+    scorer.new_shard().score(["a"], [output(1)], [[shared]])
     assert texts == ["a", "b", "a"]
     assert pictures[-2:] == [1, 1]
 
@@ -528,8 +527,7 @@ def test_scores_do_not_depend_on_earlier_shards(judge: ClipJudge, perceptual: Pe
     fresh, used = Scorer(judge, perceptual), Scorer(judge, perceptual)
     batch = (["a", "b c d"], [output(1), output(2)], [[picture(4)], [picture(5), picture(6)]])
     used.score(["b c d", "x", "y"], [output(3)] * 3, [[picture(5)], [picture(9)], []])
-    used.new_shard()
-    assert used.score(*batch) == fresh.score(*batch)
+    assert used.new_shard().score(*batch) == fresh.score(*batch)
 
 
 def test_memory_is_bounded_and_chunks_change_nothing(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +536,7 @@ def test_memory_is_bounded_and_chunks_change_nothing(scorer: Scorer, monkeypatch
     expected = scorer.score(*batch)
     monkeypatch.setattr(scorer_module, "REFERENCES_KEPT", 2)
     monkeypatch.setattr(scorer_module, "_PIXELS_AT_ONCE", 2 * 40 * 40)
-    scorer.new_shard()
+    scorer = scorer.new_shard()
     for _ in range(2):
         for score, other in zip(scorer.score(*batch), expected, strict=True):
             assert score.lpips == pytest.approx(other.lpips, rel=1e-5)

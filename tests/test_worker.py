@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from PIL import Image
 from runs import another, commit, load
 from transformers import CLIPModel
 
-from vcf_batch import generation, images, plan, shards, worker
+from vcf_batch import commits, generation, images, plan, shards, worker
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
-from vcf_batch.records import Reference, Sample, Scores
+from vcf_batch.metrics.scorer import Scorer
+from vcf_batch.records import Reference, Sample, Scores, Shard
 from vcf_batch.references import ReferenceReader
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import Worker
@@ -307,7 +309,7 @@ def test_a_trial_generates_the_selected_rows_and_leaves_nothing(
     subject.trial(plan.ShardPlan(12, 1000)[0], {0, 3, 11})
     assert sampled == [4, 4]
     assert not (tmp_path / "out").exists()
-    assert subject.samples_done == 0
+    assert not subject.samples_done
 
 
 class _Troubled(ReferenceReader):
@@ -342,14 +344,14 @@ def test_what_fails_on_the_last_attempt_too_is_the_rows(loaded: Worker, tmp_path
 
 
 def test_a_finished_or_failed_shard_leaves_nothing_in_memory(loaded: Worker, tmp_path: Path) -> None:
-    """Memory does not grow with the manifest: two shards are never held at once."""
+    """Memory does not grow with the manifest."""
     subject = another(loaded, runs.write_manifest(tmp_path / "in", 4), tmp_path / "out")
     commit(subject)
-    assert (subject._generation, subject.samples_done) == (None, 0)
+    assert not subject.samples_done
     troubled = with_reader(subject, _Troubled)
     with pytest.raises(StorageError):
         commit(troubled)
-    assert troubled._generation is None
+    assert not troubled.samples_done
 
 
 def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +393,7 @@ def test_reading_and_scoring_happen_beside_sampling(
     second_read, second_sampled = threading.Event(), threading.Event()
     sampled: list[int] = []
 
-    generate, score = loaded.tools.pipeline.generate_from_tokens, loaded.tools.scorer.score
+    generate, score = loaded.tools.pipeline.generate_from_tokens, Scorer.score
     squash = loaded.tools.pipeline.squash
 
     def squashed(image: Image.Image) -> Image.Image:
@@ -414,12 +416,58 @@ def test_reading_and_scoring_happen_beside_sampling(
 
     monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sample)
     monkeypatch.setattr(loaded.tools.pipeline, "squash", squashed)
-    monkeypatch.setattr(loaded.tools.scorer, "score", scored)
+    monkeypatch.setattr(Scorer, "score", scored)
     references = ["reference0.png"] * 2 + ["reference1.png"] * 2
     manifest = runs.write_manifest(tmp_path / "in", 4, {"reference": references})
     second = Image.open(tmp_path / "in" / "reference1.png").convert("RGB")
     commit(another(loaded, manifest, tmp_path / "out", batch_size=2))
     assert sampled == [0, 1]
+
+
+def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
+    loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU never waits between shards: while one is sampled, and it alone, the next one's references are read, and
+    the last one's samples are scored and staged."""
+    first, second = (plan.ShardPlan(8, 4)[index] for index in range(2))
+    names = ["reference0.png"] * 4 + ["reference1.png"] * 4
+    manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": names})
+    apart = another(loaded, manifest, tmp_path / "apart")
+    for shard in (first, second):
+        commits.commit(str(tmp_path / "apart"), *apart.run(shard, 1, f"attempt-{shard.name}"))
+
+    first_samples, second_reads, second_samples = threading.Event(), threading.Event(), threading.Event()
+    generate, read, stage = loaded.tools.pipeline.generate_from_tokens, ReferenceReader.read, commits.stage
+
+    def sampled(*args: Any, **settings: Any) -> torch.Tensor:
+        if first_samples.is_set():
+            second_samples.set()
+        else:
+            first_samples.set()
+            assert second_reads.wait(30), "the next shard's references are not read while this one is sampled"
+            assert not second_samples.is_set(), "both are sampled at once"
+        return generate(*args, **settings)
+
+    def seen(self: ReferenceReader, reference: Reference) -> Any:
+        if reference.uri == "reference1.png":
+            second_reads.set()
+        return read(self, reference)
+
+    def staged(files: shards.ShardFiles, output: str, shard: Shard, attempt_id: str) -> dict[str, str]:
+        assert shard == second or second_samples.wait(30), "the next shard waits until this one is staged"
+        return stage(files, output, shard, attempt_id)
+
+    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sampled)
+    monkeypatch.setattr(ReferenceReader, "read", seen)
+    monkeypatch.setattr(commits, "stage", staged)
+    together = another(loaded, manifest, tmp_path / "together")
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(together.run, first, 1, "one")
+        assert first_samples.wait(30)
+        two = threads.submit(together.run, second, 1, "two")
+        for each in (one, two):
+            commits.commit(str(tmp_path / "together"), *each.result())
+    assert runs.data_files(tmp_path / "together") == runs.data_files(tmp_path / "apart")
 
 
 def test_a_run_that_asks_for_a_gpu_says_so_where_there_is_none(loaded: Worker) -> None:

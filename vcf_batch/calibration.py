@@ -81,7 +81,6 @@ def fastest_batch_size(tools: Tools, manifest: Manifest, limit: int) -> int:
 
 def _generate(tools: Tools, rows: Sequence[Row]) -> None:
     tools.device.use_threads()
-    tools.scorer.new_shard()
     with Generation(tools, rows, {}, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None) as generation:
         generation.run()
 

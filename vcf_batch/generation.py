@@ -1,7 +1,8 @@
 """One shard on its way through a worker: its rows cut into batches, sampled, scored, encoded and written.
 
 Sampling never waits for what can be done beside it: a pool of threads reads and decodes references ahead of it, and one
-thread scores, encodes and writes behind it.
+thread scores, encodes and writes behind it. Two shards may be on their way at once. One of them is sampled: of the
+other, the first references are read meanwhile, or the last samples scored and written.
 """
 
 import contextlib
@@ -59,6 +60,8 @@ class Tools:
     """Of pipeline and scorer."""
     guide: Guide | None = None
     """Of prompt-noise optimisation; None where no row asks for it."""
+    sampling: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the shard that is sampled."""
 
     def settings(self, row: Row) -> dict[str, Any]:
         """What a row is generated with: the run's settings, with the row's own in their place."""
@@ -184,18 +187,20 @@ class Generation:
             for position in batch.positions
             for text in self._texts(position)
         }
+        self.scorer = tools.scorer.new_shard()
+        self.ahead = iter(self.batches)
+        self.reading: deque[_Batch] = deque()
+        """Batches that are not sampled yet, and whose references are read."""
         self.finished: dict[int, Sample] = {}
         self.written = 0
         """Samples written so far: for progress, read from other threads."""
 
     def __enter__(self) -> Self:
-        self.ticking = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.tick())
         self.readers = ThreadPoolExecutor(READERS, "references")
         self.behind = ThreadPoolExecutor(1, "scores", initializer=self.tools.device.use_threads)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.ticking.remove()
         self.behind.shutdown(cancel_futures=True)
         self.readers.shutdown(cancel_futures=True)
 
@@ -217,24 +222,36 @@ class Generation:
 
     def _run(self) -> None:
         behind: deque[tuple[_Batch, Future[None]]] = deque()
-        ahead = iter(self.batches)
-        reading: deque[_Batch] = deque()
-        for batch in self.batches:
-            while len(reading) <= BATCHES_AHEAD and (following := next(ahead, None)):
-                self._read(following)
-                reading.append(following)
-            reading.popleft()
-            with self.clock("wait_for_references"):
-                self._collect(batch)
-            with self.clock("sample"):
-                self._sample(batch)
-            with self.clock("wait_for_scores"):
-                while len(behind) >= BATCHES_BEHIND:
-                    self._release(*behind.popleft())
-            behind.append((batch, self.behind.submit(self._finish, batch)))
+        self._read_ahead()
+        with self.tools.sampling, self._ticking():
+            for batch in self.batches:
+                self._read_ahead()
+                self.reading.popleft()
+                with self.clock("wait_for_references"):
+                    self._collect(batch)
+                with self.clock("sample"):
+                    self._sample(batch)
+                with self.clock("wait_for_scores"):
+                    while len(behind) >= BATCHES_BEHIND:
+                        self._release(*behind.popleft())
+                behind.append((batch, self.behind.submit(self._finish, batch)))
         with self.clock("wait_for_scores"):
             while behind:
                 self._release(*behind.popleft())
+
+    @contextlib.contextmanager
+    def _ticking(self) -> Iterator[None]:
+        """Let every denoising step show that something moves."""
+        hook = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.tick())
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _read_ahead(self) -> None:
+        while len(self.reading) <= BATCHES_AHEAD and (batch := next(self.ahead, None)):
+            self._read(batch)
+            self.reading.append(batch)
 
     def _texts(self, position: int) -> tuple[str, str]:
         return self.rows[position].prompt, self.settings[position]["negative_prompt"]
@@ -386,7 +403,7 @@ class Generation:
         with self.clock("score"):
             prompts = [self.rows[position].prompt for position in batch.positions]
             weights = [self.settings[position]["reference_weights"] for position in batch.positions]
-            scores = self.tools.scorer.score(prompts, pixels, batch.pictures, weights)
+            scores = self.scorer.score(prompts, pixels, batch.pictures, weights)
         with self.clock("encode_and_write"):
             for place, position in enumerate(batch.positions):
                 row, used = self.rows[position], self.settings[position]

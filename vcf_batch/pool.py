@@ -166,7 +166,6 @@ class _Actor:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._worker: Any = None
-        self._attempt_id = ""
 
     def load(self) -> "_Progress":
         """Make the worker ready."""
@@ -182,7 +181,6 @@ class _Actor:
 
     def run(self, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]] | None:
         """Do a task; the receipt and the staged files, unless it is a trial."""
-        self._attempt_id = attempt_id
         if task.selected is not None:
             self._worker.trial(task.shard, task.selected, task.sampled_at_once)
             return None
@@ -201,8 +199,8 @@ class _Actor:
         return self._seen()
 
     def _seen(self) -> "_Progress":
-        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else (0, 0)
-        return _Progress(ray.get_runtime_context().get_node_id(), self._attempt_id, ticks, samples)
+        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else (0, {})
+        return _Progress(ray.get_runtime_context().get_node_id(), ticks, samples)
 
 
 @dataclass(frozen=True)
@@ -210,10 +208,10 @@ class _Progress:
     """How far an actor is."""
 
     node: str
-    attempt_id: str
     ticks: int
     """Changes whenever something is done."""
-    samples_done: int
+    samples_done: dict[str, int]
+    """By attempt."""
 
 
 @dataclass
@@ -236,7 +234,7 @@ class _Worker:
 
     @property
     def samples_done(self) -> int:
-        return self.seen.samples_done if self.seen and self.seen.attempt_id == self.attempt_id else 0
+        return self.seen.samples_done.get(self.attempt_id, 0) if self.seen else 0
 
 
 class _Dispatch:

@@ -95,6 +95,9 @@ def _load_perceptual(models_used: Models, folder: str, device: Device) -> Percep
 class Worker:
     """Generates shards from parts that are given to it.
 
+    Two shards may be under way at once, each in a thread of its own: while one is sampled, the next one's first
+    references are read, or the last one's files are finished and staged.
+
     Args:
         tools: what samples, scores and reads references.
         manifest: where rows are read from.
@@ -105,19 +108,18 @@ class Worker:
         self.tools = tools
         self.manifest = manifest
         self.fingerprint = fingerprint
-        self._generation: Generation | None = None
-        self._clock = Clock()
+        self._under_way: dict[str, Generation] = {}
+        """What is generated, by the names of the attempts."""
 
     @property
-    def samples_done(self) -> int:
-        """Samples of the current shard that are written: for progress, read from another thread."""
-        generation = self._generation
-        return generation.written if generation else 0
+    def samples_done(self) -> dict[str, int]:
+        """Samples that are written, by attempt: for progress, read from another thread."""
+        return {attempt_id: generation.written for attempt_id, generation in [*self._under_way.items()]}
 
     @property
     def ticks(self) -> int:
-        """Grows as the current shard does: read from another thread to see whether the worker hangs."""
-        return self._clock.ticks
+        """Changes whenever something is done: read from another thread to see whether the worker hangs."""
+        return sum(generation.clock.ticks for generation in [*self._under_way.values()])
 
     def run(
         self,
@@ -153,7 +155,8 @@ class Worker:
             VcfBatchError: storage, network or the machine failed. No row is to blame; the shard may be tried again.
         """
         clock, started = Clock(), datetime.now(UTC)
-        with self._generated(shard, clock, last_attempt, verdicts, existing, sampled_at_once) as files, clock("stage"):
+        how = (clock, last_attempt, sampled_at_once)
+        with self._generated(shard, attempt_id, verdicts, existing, *how) as files, clock("stage"):
             staged = commits.stage(files, self.tools.config.output, shard, attempt_id)
         receipt = Receipt(
             shard=shard,
@@ -190,23 +193,22 @@ class Worker:
         left_out = {
             number: "left out of a trial" for number in range(shard.start, shard.stop) if number not in selected
         }
-        with self._generated(shard, Clock(), True, left_out, {}, sampled_at_once):
+        with self._generated(shard, "trial", left_out, {}, Clock(), True, sampled_at_once):
             pass
 
     @contextlib.contextmanager
     def _generated(
         self,
         shard: Shard,
-        clock: Clock,
-        last_attempt: bool,
+        attempt_id: str,
         verdicts: Mapping[int, str],
         existing: Mapping[int, Sample],
+        clock: Clock,
+        last_attempt: bool,
         sampled_at_once: int | None,
     ) -> Iterator[ShardFiles]:
         """The shard's files, in scratch that goes when the block is left."""
-        self._clock = clock
         self.tools.device.use_threads()
-        self.tools.scorer.new_shard()
         try:
             with scratch.folder() as folder:
                 with clock("read_manifest"):
@@ -221,10 +223,11 @@ class Worker:
                 way = (clock, last_attempt, sampled_at_once)
                 layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
                 with shards.ShardWriter(folder, shard, *layout) as writer:
-                    with Generation(self.tools, rows, known, writer.add, *way) as self._generation:
-                        self._generation.run()
+                    with Generation(self.tools, rows, known, writer.add, *way) as generation:
+                        self._under_way[attempt_id] = generation
+                        generation.run()
                     with clock("finish_files"):
                         files = writer.finish()
                 yield files
         finally:
-            self._generation = None  # with the shard's rows: two shards are never in memory
+            self._under_way.pop(attempt_id, None)

@@ -35,9 +35,9 @@ class _Reference:
 class Scorer:
     """Scores outputs against their prompts and references.
 
-    Prompts and references are embedded once per distinct input and shard: call :meth:`new_shard` before each shard.
-    What an input is embedded together with changes its last bits, so nothing may be carried from one shard to the
-    next, or a score would depend on which shards a worker happened to do before.
+    Prompts and references are embedded once per distinct input and shard: each shard has a scorer of its own
+    (:meth:`new_shard`). What an input is embedded together with changes its last bits, so nothing may be carried from
+    one shard to the next, or a score would depend on which shards a worker happened to do before.
 
     Args:
         judge: the CLIP that scores.
@@ -50,10 +50,9 @@ class Scorer:
         self._texts: dict[str, Tensor] = {}
         self._references: dict[bytes, _Reference] = {}
 
-    def new_shard(self) -> None:
-        """Forget every embedding."""
-        self._texts.clear()
-        self._references.clear()
+    def new_shard(self) -> "Scorer":
+        """A scorer with the same judge and distance that has embedded nothing yet."""
+        return Scorer(self.judge, self.perceptual)
 
     def score(
         self,
