@@ -446,11 +446,15 @@ def scorer(judge: ClipJudge, perceptual: PerceptualDistance) -> Scorer:
     return Scorer(judge, perceptual)
 
 
+def score_batch(scorer: Scorer, prompts: Any, outputs: Any, references: Any, weights: Any = None) -> list[Scores]:
+    return scorer.score(scorer.targets(prompts, references, weights), outputs)
+
+
 def test_scores_are_what_their_parts_say(scorer: Scorer, judge: ClipJudge, perceptual: PerceptualDistance) -> None:
     prompts = ["a", "b c", "a"]
     outputs = [output(1), output(2), output(3)]
     references = [[picture(4)], [], [picture(4), picture(5, 64, 20)]]
-    scores = scorer.score(prompts, outputs, references)
+    scores = score_batch(scorer, prompts, outputs, references)
     assert [type(score) for score in scores] == [Scores] * 3
     for score, prompt, made, own in zip(scores, prompts, outputs, references, strict=True):
         embedded = judge.embed_images([made])
@@ -469,8 +473,8 @@ def test_scores_are_what_their_parts_say(scorer: Scorer, judge: ClipJudge, perce
 
 def test_references_count_in_the_mean_what_they_are_given(scorer: Scorer) -> None:
     pair = [picture(2), picture(3)]
-    first, second = scorer.score(["a", "a"], [output(1)] * 2, [pair[:1], pair[1:]])
-    even, alone, uneven = scorer.score(["a"] * 3, [output(1)] * 3, [pair] * 3, [None, [1, 0], [3, 1]])
+    first, second = score_batch(scorer, ["a", "a"], [output(1)] * 2, [pair[:1], pair[1:]])
+    even, alone, uneven = score_batch(scorer, ["a"] * 3, [output(1)] * 3, [pair] * 3, [None, [1, 0], [3, 1]])
     for name in ("clip_reference", "lpips"):
         low, high = getattr(first, name), getattr(second, name)
         assert getattr(even, name) == pytest.approx((low + high) / 2, rel=1e-4)
@@ -479,21 +483,20 @@ def test_references_count_in_the_mean_what_they_are_given(scorer: Scorer) -> Non
 
 
 def test_an_output_equal_to_its_reference(scorer: Scorer) -> None:
-    (score,) = scorer.score(["a"], [output(1)], [[Image.fromarray(output(1))]])
+    (score,) = score_batch(scorer, ["a"], [output(1)], [[Image.fromarray(output(1))]])
     assert score.clip_reference == pytest.approx(1, abs=1e-5)
     assert score.lpips == 0
 
 
 def test_without_a_perceptual_distance(judge: ClipJudge) -> None:
-    (score,) = Scorer(judge).score(["a"], [output(1)], [[picture(2)]])
+    (score,) = score_batch(Scorer(judge), ["a"], [output(1)], [[picture(2)]])
     assert score.lpips is None
     assert score.clip_reference is not None
 
 
-def test_empty_and_unequal_batches(scorer: Scorer) -> None:
-    assert scorer.score([], [], []) == []
-    with pytest.raises(ValueError, match="2 prompts, 1 outputs, 1 lists"):
-        scorer.score(["a", "b"], [output(1)], [[]])
+def test_unequal_batches_are_refused(scorer: Scorer) -> None:
+    with pytest.raises(ValueError, match="1 outputs, targets of 2"):
+        score_batch(scorer, ["a", "b"], [output(1)], [[], []])
 
 
 def test_each_distinct_input_is_embedded_once_a_shard(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,10 +517,10 @@ def test_each_distinct_input_is_embedded_once_a_shard(scorer: Scorer, monkeypatc
     monkeypatch.setattr(scorer.judge, "embed_images", counted_images)
     shared = picture(4)
     for seed in range(3):
-        scorer.score(["a", "a", "b"], [output(seed)] * 3, [[shared], [shared.copy()], [picture(5)]])
+        score_batch(scorer, ["a", "a", "b"], [output(seed)] * 3, [[shared], [shared.copy()], [picture(5)]])
     assert texts == ["a", "b"]
     assert pictures == [2, 3, 0, 3, 0, 3]
-    scorer.new_shard().score(["a"], [output(1)], [[shared]])
+    score_batch(scorer.new_shard(), ["a"], [output(1)], [[shared]])
     assert texts == ["a", "b", "a"]
     assert pictures[-2:] == [1, 1]
 
@@ -526,19 +529,19 @@ def test_scores_do_not_depend_on_earlier_shards(judge: ClipJudge, perceptual: Pe
     """The output is a function of fingerprint and device type, not of what a worker did before."""
     fresh, used = Scorer(judge, perceptual), Scorer(judge, perceptual)
     batch = (["a", "b c d"], [output(1), output(2)], [[picture(4)], [picture(5), picture(6)]])
-    used.score(["b c d", "x", "y"], [output(3)] * 3, [[picture(5)], [picture(9)], []])
-    assert used.new_shard().score(*batch) == fresh.score(*batch)
+    score_batch(used, ["b c d", "x", "y"], [output(3)] * 3, [[picture(5)], [picture(9)], []])
+    assert score_batch(used.new_shard(), *batch) == score_batch(fresh, *batch)
 
 
 def test_memory_is_bounded_and_chunks_change_nothing(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with the manifest."""
     batch = (["a"] * 6, [output(seed) for seed in range(6)], [[picture(10 + seed)] for seed in range(6)])
-    expected = scorer.score(*batch)
+    expected = score_batch(scorer, *batch)
     monkeypatch.setattr(scorer_module, "REFERENCES_KEPT", 2)
     monkeypatch.setattr(scorer_module, "_PIXELS_AT_ONCE", 2 * 40 * 40)
     scorer = scorer.new_shard()
     for _ in range(2):
-        for score, other in zip(scorer.score(*batch), expected, strict=True):
+        for score, other in zip(score_batch(scorer, *batch), expected, strict=True):
             assert score.lpips == pytest.approx(other.lpips, rel=1e-5)
             assert score.clip_reference == pytest.approx(other.clip_reference, abs=1e-6)
         assert len(scorer._references) == 2

@@ -24,7 +24,7 @@ from runs import read_receipts
 
 from vcf_batch import shards, storage
 from vcf_batch.errors import StorageError, printable, redact
-from vcf_batch.records import OUTPUT_COLUMNS, FileEntry, Receipt, Reference, Row, Sample, Scores, Shard, Status
+from vcf_batch.records import OUTPUT_COLUMNS, Attempt, FileEntry, Receipt, Reference, Row, Sample, Scores, Shard, Status
 
 NO_COLUMNS = pa.schema([])
 SHARD = Shard(0, 0, 2, "00000")
@@ -41,7 +41,7 @@ SETTINGS = {
 def success(number: int, key: str | None = None, **changes: Any) -> Sample:
     row = Row(number, key or f"{number:09d}", f"a red circle, number {number}", (Reference("reds/1.png"),), seed=number)
     image = f"image {number}".encode()
-    sample = Sample(row, "success", SETTINGS, image, 64, 64, Scores(0.25, 0.5, 0.75))
+    sample = Sample(row, "success", SETTINGS | {"seed": number}, image, 64, 64, Scores(0.25, 0.5, 0.75))
     return dataclasses.replace(sample, **changes)
 
 
@@ -148,12 +148,13 @@ def shard_contents(draw: st.DrawFn) -> tuple[list[Sample], pa.Schema, bool]:
             Sample(
                 row,
                 status,
-                SETTINGS | {"strength": draw(_finite), "negative_prompt": draw(_words)},
+                SETTINGS | {"seed": row.seed, "strength": draw(_finite), "negative_prompt": draw(_words)},
                 draw(st.binary(max_size=2000)) if status == "success" else None,
                 draw(st.none() | st.integers(8, 8192)),
                 draw(st.none() | st.integers(8, 8192)),
                 Scores(draw(scores), draw(scores), draw(scores)),
                 draw(st.none() | _words) if status == "success" else "why: " + draw(_words),
+                attempts=tuple(Attempt(seed, Scores(draw(scores), 0.5)) for seed in range(draw(st.integers(0, 2)))),
             )
         )
     return samples, carried, is_list

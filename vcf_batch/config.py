@@ -22,6 +22,13 @@ IMAGE_FORMATS = ("png", "webp", "jpg")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LPIPS_NETWORKS = ("auto", "alex", "vgg", "none")
 
+GATES: Mapping[str, str] = {
+    "min_clip_score": "clip_score",
+    "min_clip_reference": "clip_reference",
+    "max_lpips": "lpips",
+}
+"""Settings that samples have to meet, and the score that each looks at."""
+
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 9.0
 """Where a model recommends nothing else (``default_...`` in its model_index.json)."""
@@ -30,6 +37,7 @@ REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """What a model needs beside Stable Diffusion's own parts, once there are references."""
 
 MAX_PNO_STEPS = 1000
+MAX_ATTEMPTS = 100
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_STRENGTH = 1000.0
@@ -100,6 +108,14 @@ class RunConfig:
     lpips: str = "auto"
     lpips_weights: str | None = None
     """Folder or URL with the official backbone and linear-head files, for ``alex`` and ``vgg``."""
+    min_clip_score: float | None = None
+    """Samples below it are rejected, as are those that miss another of :data:`GATES`. None: no gate."""
+    min_clip_reference: float | None = None
+    max_lpips: float | None = None
+    attempts: int = 1
+    """Images at most that a row gets, each from another seed, until one passes the gates."""
+    best_by: str = "clip_score"
+    """The score that decides which attempt at a rejected row is recorded."""
     image_format: str = "png"
     seed: int = 0
     limit: int | None = None
@@ -148,6 +164,15 @@ class RunConfig:
         _between("pno_steps", self.pno_steps, 0, MAX_PNO_STEPS)
         for name in ("pno_lr_conditioning", "pno_lr_noise", "pno_gamma"):
             _between(name, getattr(self, name), 0, 1)
+        for name, score in GATES.items():
+            _between(name, getattr(self, name), *((0, None) if score == "lpips" else (-1, 1)))
+        _choice("best_by", self.best_by, tuple(GATES.values()))
+        _between("attempts", self.attempts, 1, MAX_ATTEMPTS)
+        if self.attempts > 1 and not self.gates:
+            raise UsageError(
+                f"attempts is {self.attempts}, but nothing is asked of them: set one of {', '.join(GATES)}, or leave "
+                "attempts at 1"
+            )
         _between("batch_size", self.batch_size, 1, 4096)
         _between("shard_size", self.shard_size, 1, 1_000_000)
         _between("max_pixels", self.max_pixels, 1, MAX_PIXELS)
@@ -167,6 +192,11 @@ class RunConfig:
                 f"lpips is {self.lpips!r}, which needs the published weights: name their folder with --lpips-weights, "
                 "or turn the score off with --lpips none"
             )
+
+    @property
+    def gates(self) -> dict[str, float]:
+        """The gates that are set, by the names of :data:`GATES`."""
+        return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":

@@ -6,6 +6,7 @@ other, the first references are read meanwhile, or the last samples scored and w
 """
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -19,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch import images, padding, plan
+from vcf_batch import gates, images, padding, plan
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import OutOfDeviceMemory, RowError, StorageError, VcfBatchError
-from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.records import Objective, Reference, Row, Sample
+from vcf_batch.metrics.scorer import Scorer, Targets
+from vcf_batch.records import Objective, Reference, Row, Sample, Scores
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import settings_of
 from vcf_batch.vcf import pno
@@ -85,7 +86,8 @@ class _Reference:
     """One distinct reference of a shard."""
 
     number: int
-    last_batch: int
+    batches_left: int = 0
+    """Batches with a row of it that are not finished."""
     holders: int = 0
     """Batches in the making that look at the image."""
     reading: "Future[tuple[Image.Image, Image.Image]] | None" = None
@@ -126,6 +128,16 @@ class _Batch:
     """Of each row: its references, decoded, without the negative one."""
     errors: dict[int, str] = field(default_factory=dict)
     """Position to the reason why that row fails."""
+    text_tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Of each prompt and negative prompt ``[T, Dt]``."""
+    image_tokens: dict[Reference, Tensor] = field(default_factory=dict)
+    """Of each reference, aligned, ``[N, Dt]``."""
+    targets: Targets | None = None
+    """What the images are scored against, once that is known."""
+    attempt: int = 0
+    """Of the images, counted from 0."""
+    tries: dict[int, list[Sample]] = field(default_factory=dict)
+    """Position of each row that is not settled, to what the attempts at it gave."""
     images: Tensor | None = None
     """float32 ``[B, 3, H, W]`` in [0, 1], once sampled; None if every row failed before."""
     objectives: Sequence[Objective | None] = ()
@@ -178,8 +190,8 @@ class Generation:
         self.references: dict[Reference, _Reference] = {}
         for batch in self.batches:
             for reference in batch.distinct_references():
-                entry = self.references.setdefault(reference, _Reference(len(self.references), batch.number))
-                entry.last_batch = batch.number
+                entry = self.references.setdefault(reference, _Reference(len(self.references)))
+                entry.batches_left += 1
         self.texts: dict[str, Tensor] = {}
         self.text_last_batch = {
             text: batch.number
@@ -221,7 +233,7 @@ class Generation:
             ) from error
 
     def _run(self) -> None:
-        behind: deque[tuple[_Batch, Future[None]]] = deque()
+        behind: deque[tuple[_Batch, Future[bool]]] = deque()
         self._read_ahead()
         with self.tools.sampling, self._ticking():
             for batch in self.batches:
@@ -230,14 +242,28 @@ class Generation:
                 with self.clock("wait_for_references"):
                     self._collect(batch)
                 with self.clock("sample"):
+                    batch.text_tokens, batch.image_tokens = self._text_tokens(batch), self._image_tokens(batch)
                     self._sample(batch)
-                with self.clock("wait_for_scores"):
-                    while len(behind) >= BATCHES_BEHIND:
-                        self._release(*behind.popleft())
+                while len(behind) >= BATCHES_BEHIND:
+                    self._settle_first(behind)
                 behind.append((batch, self.behind.submit(self._finish, batch)))
+            while behind and self.config.attempts > 1:
+                self._settle_first(behind)
+        while behind:
+            self._settle_first(behind)
+
+    def _settle_first(self, behind: "deque[tuple[_Batch, Future[bool]]]") -> None:
+        """Wait until a batch is scored, then sample it again, or let go of it."""
+        batch, finishing = behind.popleft()
         with self.clock("wait_for_scores"):
-            while behind:
-                self._release(*behind.popleft())
+            is_settled = finishing.result()
+        if is_settled:
+            self._release(batch)
+            return
+        batch.attempt += 1
+        with self.clock("sample"):
+            self._sample(batch)
+        behind.append((batch, self.behind.submit(self._finish, batch)))
 
     @contextlib.contextmanager
     def _ticking(self) -> Iterator[None]:
@@ -285,35 +311,25 @@ class Generation:
     def _sample(self, batch: _Batch) -> None:
         """Sample a batch, unless every row of it failed or is padding.
 
-        Failed rows are encoded and sampled beside the others: what their neighbours get does not depend on them.
+        Failed rows are encoded and sampled beside the others, and rows that are settled beside those that get another
+        attempt: what their neighbours get does not depend on them.
         """
-        text_tokens = self._text_tokens(batch)
-        image_tokens = self._image_tokens(batch)
         if self.padding.union(batch.errors).issuperset(batch.positions):
             return
         starts = range(0, len(batch.positions), self.sampled_at_once)
-        parts = [
-            self._generate(batch, slice(start, start + self.sampled_at_once), text_tokens, image_tokens)
-            for start in starts
-        ]
+        parts = [self._generate(batch, slice(start, start + self.sampled_at_once)) for start in starts]
         batch.images = torch.cat([sampled for sampled, _ in parts])
         batch.objectives = [objective for _, objectives in parts for objective in objectives]
 
-    def _generate(
-        self,
-        batch: _Batch,
-        part: slice,
-        text_tokens: Mapping[str, Tensor],
-        image_tokens: Mapping[Reference, Tensor],
-    ) -> tuple[Tensor, list[Objective | None]]:
+    def _generate(self, batch: _Batch, part: slice) -> tuple[Tensor, list[Objective | None]]:
         """Sample some rows of a batch: float32 ``[B, 3, H, W]`` in [0, 1], and how prompt-noise optimisation went."""
         positions = batch.positions[part]
         settings = [self.settings[position] for position in positions]
         inputs: dict[str, Any] = {
-            "text_tokens": torch.stack([text_tokens[self.rows[position].prompt] for position in positions]),
-            "negative_tokens": torch.stack([text_tokens[used["negative_prompt"]] for used in settings]),
-            "fusions": [self._fusion(position, image_tokens) for position in positions],
-            "seeds": [used["seed"] for used in settings],
+            "text_tokens": torch.stack([batch.text_tokens[self.rows[position].prompt] for position in positions]),
+            "negative_tokens": torch.stack([batch.text_tokens[used["negative_prompt"]] for used in settings]),
+            "fusions": [self._fusion(position, batch.image_tokens) for position in positions],
+            "seeds": [plan.attempt_seed(used["seed"], batch.attempt) for used in settings],
             "guidance_scale": [used["guidance_scale"] for used in settings],
             "steps": self.config.steps,
             "scheduler": self.config.scheduler,
@@ -393,51 +409,65 @@ class Generation:
             entry.squashed = None
         return {reference: cast(Tensor, entry.tokens) for reference, entry in wanted.items()}
 
-    def _finish(self, batch: _Batch) -> None:
-        """Score, encode and write a batch. Runs behind the sampling, and touches no state of it."""
+    def _finish(self, batch: _Batch) -> bool:
+        """Score a batch; encode and write what is settled. Runs behind the sampling, and touches no state of it.
+
+        Returns:
+            Whether all rows are settled, and none gets another attempt.
+        """
         sampled = batch.images
         if sampled is None:
             sampled = torch.zeros(len(batch.positions), 3, cast(int, self.config.height), cast(int, self.config.width))
         finite = sampled.isfinite().flatten(1).all(1).tolist()
         pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
         with self.clock("score"):
-            prompts = [self.rows[position].prompt for position in batch.positions]
-            weights = [self.settings[position]["reference_weights"] for position in batch.positions]
-            scores = self.scorer.score(prompts, pixels, batch.pictures, weights)
+            if batch.targets is None:
+                prompts = [self.rows[position].prompt for position in batch.positions]
+                weights = [self.settings[position]["reference_weights"] for position in batch.positions]
+                batch.targets = self.scorer.targets(prompts, batch.pictures, weights)
+                batch.tries = {position: [] for position in batch.positions if position not in self.padding}
+            scores = self.scorer.score(batch.targets, pixels)
         with self.clock("encode_and_write"):
             for place, position in enumerate(batch.positions):
-                row, used = self.rows[position], self.settings[position]
-                if position in self.padding:
+                if position not in batch.tries:
                     continue
-                error = batch.errors.get(position) or (None if finite[place] else NOT_FINITE)
-                if error:
-                    self.finished[position] = Sample(row, "failed", used, error_message=error)
+                sample = self._outcome(batch, place, scores[place], finite[place])
+                if sample is None:
                     continue
-                height, width, _ = pixels[place].shape
-                data = images.encode(pixels[place], self.config.image_format)
-                self.finished[position] = Sample(
-                    row,
-                    "success",
-                    used,
-                    image=data,
-                    width=width,
-                    height=height,
-                    scores=scores[place],
-                    pno_objective=batch.objectives[place],
-                )
+                if sample.status == "success":
+                    data = images.encode(pixels[place], self.config.image_format)
+                    height, width, _ = pixels[place].shape
+                    sample = dataclasses.replace(sample, image=data, width=width, height=height)
+                self.finished[position] = sample
+                del batch.tries[position]
             while self.written in self.finished or self.written in self.padding:
                 known = self.written in self.padding
                 self.write(self.known[self.rows[self.written].number] if known else self.finished.pop(self.written))
                 self.written += 1
+        return not batch.tries
 
-    def _release(self, batch: _Batch, finishing: "Future[None]") -> None:
-        """Wait until a batch is written, then let go of what no later batch needs."""
-        finishing.result()
-        batch.pictures, batch.images = [], None
+    def _outcome(self, batch: _Batch, place: int, scores: Scores, is_finite: bool) -> Sample | None:
+        """What became of a row, but for its image; None if it gets another attempt."""
+        position = batch.positions[place]
+        row, used = self.rows[position], self.settings[position]
+        if position in batch.errors:
+            return Sample(row, "failed", used, error_message=batch.errors[position])
+        used = used | {"seed": plan.attempt_seed(used["seed"], batch.attempt)}
+        tried = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place])
+        if not is_finite:
+            tried = Sample(row, "failed", used, error_message=NOT_FINITE)
+        batch.tries[position].append(tried)
+        return gates.outcome(batch.tries[position], self.config)
+
+    def _release(self, batch: _Batch) -> None:
+        """Let go of what no later batch needs."""
+        batch.pictures, batch.images, batch.targets = [], None, None
+        batch.text_tokens, batch.image_tokens = {}, {}
         for reference in batch.distinct_references():
             entry = self.references[reference]
             entry.holders -= 1
-            if entry.last_batch == batch.number:
+            entry.batches_left -= 1
+            if not entry.batches_left:
                 del self.references[reference]
             elif not entry.holders and not entry.error and self._picture_bytes() > PICTURE_BYTES:
                 entry.image = None

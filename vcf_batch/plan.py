@@ -81,6 +81,11 @@ def derive_seed(run_seed: int, key: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def attempt_seed(seed: int, attempt: int) -> int:
+    """Seed of an attempt at a row: the row's own for attempt 0, and one derived from it for each later one."""
+    return seed if attempt == 0 else derive_seed(seed, f"attempt {attempt}")
+
+
 def batches(group_keys: Sequence[Hashable], batch_size: int) -> list[list[int]]:
     """Cut a shard into batches of rows that can be computed together.
 

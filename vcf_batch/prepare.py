@@ -320,6 +320,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     guided = is_guided(config, manifest)
     if guided:
         _check_guide(resolved, index)
+    _check_gates(config, resolved, manifest)
     with models.load_errors(f"the configuration of {config.model}"):
         native = unet["sample_size"]
         native_height, native_width = (native, native) if isinstance(native, int) else native
@@ -370,6 +371,21 @@ def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
             f"{resolved.pno_guide.name} is both the PNO guide and the judge, so PNO would raise its "
             "own marks: name another guide with --pno-guide, or another judge with --judge"
         )
+
+
+def _check_gates(config: RunConfig, resolved: Models, manifest: Manifest) -> None:
+    """A gate that nothing can miss is a mistake."""
+    if config.max_lpips is not None and resolved.lpips == "none":
+        raise UsageError(
+            f"max_lpips is {config.max_lpips:g}, but nothing measures lpips: name a network with --lpips, or leave the "
+            "gate out"
+        )
+    for name in config.gates.keys() - {"min_clip_score"}:
+        if not manifest.has_any("reference"):
+            raise UsageError(
+                f"{name} is {getattr(config, name):g}, but the manifest has no references to compare with: give them "
+                "in a column 'reference', or leave the gate out"
+            )
 
 
 def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:

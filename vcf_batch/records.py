@@ -50,6 +50,7 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "clip_score",
     "clip_reference",
     "lpips",
+    "attempts",
 )
 """Columns of every shard's parquet, in order; the manifest's carried columns follow and may not reuse these names."""
 
@@ -119,6 +120,15 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """One image of a row that has to pass gates, whatever became of it."""
+
+    seed: int
+    """Of its noise: the row's own for the first, see :func:`vcf_batch.plan.attempt_seed`."""
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
 class Objective:
     """The course of prompt-noise optimisation for one sample. Lower is better."""
 
@@ -137,7 +147,7 @@ class Sample:
     row: Row
     status: Status
     settings: Mapping[str, Any]
-    """The settings that were used: the run's, with the row's overrides applied."""
+    """The settings that were used: the run's, with the row's overrides applied, and the seed of the noise."""
     image: bytes | None = None
     """The encoded image file; None unless ``status`` is ``success``."""
     width: int | None = None
@@ -146,6 +156,8 @@ class Sample:
     error_message: str | None = None
     pno_objective: Objective | None = None
     """None without prompt-noise optimisation."""
+    attempts: tuple[Attempt, ...] = ()
+    """All of them, in order, where the run has gates."""
 
 
 @dataclass(frozen=True, slots=True)

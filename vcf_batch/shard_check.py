@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch import images, shards, storage
+from vcf_batch import images, plan, shards, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.outputs import Output
@@ -58,7 +58,7 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
         members = _members(cast(BinaryIO, tar), names["tar"])
         for number, (record, text) in enumerate(_records(output, shard, urls["parquet"]), shard.start):
             status = record["status"]
-            if status not in STATUSES or (status == "failed") == (not record["error_message"]):
+            if status not in STATUSES or (status == "success") != (not record["error_message"]):
                 raise DamageFound(f"row {number}: status {status!r} with error_message {record['error_message']!r}")
             if status == "success":
                 _check_sample(record, text, members, names["tar"], output.config)
@@ -148,6 +148,10 @@ def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.S
     assert output.manifest
     said = shards.columns_of(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
     said |= settings_of(checked(row, output.config), output.config)
+    attempts = record["attempts"] or [{"seed": row.seed}]
+    if [each["seed"] for each in attempts] != [plan.attempt_seed(row.seed, number) for number in range(len(attempts))]:
+        raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")
+    said["seed"] = record["seed"] if record["seed"] in [each["seed"] for each in attempts] else row.seed
     if said["strength"] is None:
         del said["strength"]  # the model's default, which only the model tells
     for column, value in said.items():

@@ -33,6 +33,7 @@ from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.records import (
     OUTPUT_COLUMNS,
     STATUSES,
+    Attempt,
     FileEntry,
     Objective,
     Receipt,
@@ -49,8 +50,9 @@ SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
 RECEIPT_SUFFIX = "_stats.json"
 ROWS_PER_GROUP = 1024
 
-_SCORES = ("clip_score", "clip_reference", "lpips")
+_SCORES = tuple(field.name for field in dataclasses.fields(Scores))
 _SETTINGS = (
+    "seed",
     "reference_weights",
     "negative_prompt",
     "fusion",
@@ -79,6 +81,7 @@ _NOT_STRINGS = {
     "width": pa.int32(),
     "height": pa.int32(),
     **dict.fromkeys(_SCORES, pa.float64()),
+    "attempts": pa.list_(pa.struct({"seed": pa.int64(), **dict.fromkeys(_SCORES, pa.float64())})),
 }
 _FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*SUFFIXES.values(), RECEIPT_SUFFIX]))})")
 _READERS = 32
@@ -199,8 +202,8 @@ class ShardWriter:
         """Append the next row of the shard, in manifest order.
 
         Args:
-            sample: with an image if and only if it succeeded, and an ``error_message`` if it failed. Scores that are
-                not finite are recorded as null.
+            sample: with an image if and only if it succeeded, else with an ``error_message``. Scores that are not
+                finite are recorded as null.
 
         Raises:
             ValueError: the sample is out of order, or breaks the rules above.
@@ -214,8 +217,8 @@ class ShardWriter:
             )
         if (sample.status == "success") != (sample.image is not None):
             raise ValueError(f"sample {sample.row.key}: status {sample.status} with image {sample.image is not None}")
-        if sample.status == "failed" and not sample.error_message:
-            raise ValueError(f"sample {sample.row.key} failed without an error_message")
+        if sample.status != "success" and not sample.error_message:
+            raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
         record = self._record(sample)
         self._tally.add(sample.status, record)
         self._added += 1
@@ -259,7 +262,8 @@ class ShardWriter:
             "width": sample.width,
             "height": sample.height,
             "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),
-            **{name: finite(getattr(sample.scores, name)) for name in _SCORES},
+            **_finite(sample.scores),
+            "attempts": [{"seed": each.seed, **_finite(each.scores)} for each in sample.attempts] or None,
         }
 
     @contextlib.contextmanager
@@ -308,7 +312,6 @@ def columns_of(row: Row, carried: Iterable[str], reference_is_list: bool) -> dic
         "prompt": row.prompt,
         "reference": (uris or None) if reference_is_list else next(iter(uris), None),
         "negative_reference": negative and redact(negative),
-        "seed": row.seed,
         **{name: row.carried.get(name) for name in carried},
     }
 
@@ -329,10 +332,19 @@ def sample_of(row: Row, record: Mapping[str, Any], image: bytes | None) -> Sampl
         image=image,
         width=record["width"],
         height=record["height"],
-        scores=Scores(**{name: record[name] for name in _SCORES}),
+        scores=_scores(record),
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
+        attempts=tuple(Attempt(each["seed"], _scores(each)) for each in record["attempts"] or ()),
     )
+
+
+def _finite(scores: Scores) -> dict[str, float | None]:
+    return {name: finite(getattr(scores, name)) for name in _SCORES}
+
+
+def _scores(record: Mapping[str, Any]) -> Scores:
+    return Scores(**{name: record[name] for name in _SCORES})
 
 
 def files_found(output_url: str) -> dict[str, list[str]]:

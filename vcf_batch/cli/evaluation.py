@@ -8,13 +8,14 @@ from vcf_batch import storage
 from vcf_batch.cli.command import Command
 from vcf_batch.cli.generation import generate, run, run_config
 from vcf_batch.cli.manifests import images_in, prompts_in
+from vcf_batch.config import GATES
 from vcf_batch.errors import UsageError
 
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Strengths of ``concat`` that are evaluated; 1 is the paper's."""
 
-_DECIDED = ("manifest", "output", "fusion", "strength", "pno_steps", "seed", "limit")
-"""Settings of a run that an evaluation decides."""
+_DECIDED = ("manifest", "output", "fusion", "strength", "pno_steps", "seed", "limit", "attempts", "best_by", *GATES)
+"""Settings of a run that an evaluation decides: what is compared is not selected."""
 
 
 @click.command(cls=Command, params=[option for option in generate.params if option.name not in _DECIDED])

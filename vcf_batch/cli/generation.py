@@ -132,6 +132,15 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "Network of the perceptual distance to the reference; auto is the model's own, if it has one.  [default: auto]",
 )
 @_option("lpips-weights", str, "Folder or URL with the published weight files of alex and vgg.", metavar="URL")
+@_option("min-clip-score", float, "Reject samples that fit their prompt less: -1 to 1.  [default: no gate]")
+@_option("min-clip-reference", float, "Reject samples that resemble their reference less: -1 to 1.  [default: no gate]")
+@_option("max-lpips", float, "Reject samples farther from their reference: 0 or more.  [default: no gate]")
+@_option("attempts", int, "Images that a row gets at most, of different seeds, until one passes.  [default: 1]")
+@_option(
+    "best-by",
+    click.Choice(tuple(settings.GATES.values())),
+    "Which attempt at a row is recorded if none passes.  [default: clip_score]",
+)
 @_option("image-format", click.Choice(settings.IMAGE_FORMATS), "webp is lossless and fastest.  [default: png]")
 @_option("seed", int, "Rows without a seed derive theirs from this one and their id.  [default: 0]")
 @_option("limit", int, "Only the first rows of the manifest.", metavar="ROWS")

@@ -32,6 +32,25 @@ class _Reference:
     """The image at each output size (width, height) that it was compared at."""
 
 
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a batch of outputs is compared with."""
+
+    texts: Tensor
+    """Embeddings of the prompts, ``[B, D]``."""
+    references: list[_Reference]
+    """Of all outputs, one after the other."""
+    pictures: list[Image.Image]
+    """Of ``references``."""
+    shares: list[tuple[float, ...]]
+    """Of each output, what each of its references counts, summing to 1."""
+
+    @property
+    def owners(self) -> list[int]:
+        """Which output each reference belongs to."""
+        return [number for number, own in enumerate(self.shares) for _ in own]
+
+
 class Scorer:
     """Scores outputs against their prompts and references.
 
@@ -54,42 +73,50 @@ class Scorer:
         """A scorer with the same judge and distance that has embedded nothing yet."""
         return Scorer(self.judge, self.perceptual)
 
-    def score(
+    def targets(
         self,
         prompts: Sequence[str],
-        outputs: Sequence[NDArray[np.uint8]],
         references: Sequence[Sequence[Image.Image]],
         weights: Sequence[Sequence[float] | None] | None = None,
-    ) -> list[Scores]:
+    ) -> Targets:
+        """Look at what a batch is to be scored against, once for all attempts at it.
+
+        Args:
+            prompts: ``B`` prompts, 1 or more.
+            references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``
+                and ``lpips`` are None.
+            weights: for each output, those of its references in that mean; None is equal ones.
+        """
+        given = [None] * len(prompts) if weights is None else weights
+        shares = [reference_shares(own, len(shown)) for own, shown in zip(given, references, strict=True)]
+        pictures = [image for own in references for image in own]
+        texts, known = self._embedded_texts(prompts), self._embedded_references(pictures)
+        self._forget_oldest()
+        return Targets(texts, known, pictures, shares)
+
+    def score(self, targets: Targets, outputs: Sequence[NDArray[np.uint8]]) -> list[Scores]:
         """Score a batch.
 
         For the perceptual distance each reference is squashed bilinearly, with antialiasing, to the output's size (as
         the paper's evaluation does) and both go from uint8 to [-1, 1]. The judge preprocesses on its own.
 
         Args:
-            prompts: ``B`` prompts.
+            targets: of the batch.
             outputs: ``B`` images of one size, uint8 ``[H, W, 3]``.
-            references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``
-                and ``lpips`` are None.
-            weights: for each output, those of its references in that mean; None is equal ones.
         """
-        if not len(prompts) == len(outputs) == len(references):
-            raise ValueError(f"{len(prompts)} prompts, {len(outputs)} outputs, {len(references)} lists of references")
-        if not outputs:
-            return []
-        texts = self._embedded_texts(prompts)
-        owners = [number for number, own in enumerate(references) for _ in own]
-        images_of_owners = [image for own in references for image in own]
-        known = self._embedded_references(images_of_owners)
+        if len(outputs) != len(targets.shares):
+            raise ValueError(f"{len(outputs)} outputs, targets of {len(targets.shares)}")
         pictures = self.judge.embed_images(outputs)
         cosines: list[float] = []
-        if known:
-            cosines = cosine(pictures[owners], torch.stack([entry.embedding for entry in known])).tolist()
-        distances = self._distances([outputs[owner] for owner in owners], images_of_owners, known)
-        self._forget_oldest()
-        given = [None] * len(outputs) if weights is None else weights
-        shares = [reference_shares(own, len(shown)) for own, shown in zip(given, references, strict=True)]
-        columns = (cosine(pictures, texts).tolist(), _means(cosines, shares), _means(distances, shares))
+        if targets.references:
+            known = torch.stack([entry.embedding for entry in targets.references])
+            cosines = cosine(pictures[targets.owners], known).tolist()
+        distances = self._distances([outputs[owner] for owner in targets.owners], targets)
+        columns = (
+            cosine(pictures, targets.texts).tolist(),
+            _means(cosines, targets.shares),
+            _means(distances, targets.shares),
+        )
         return [Scores(*values) for values in zip(*columns, strict=True)]
 
     def _embedded_texts(self, prompts: Sequence[str]) -> Tensor:
@@ -112,21 +139,19 @@ class Scorer:
         for digest in list(self._references)[: max(0, len(self._references) - REFERENCES_KEPT)]:
             del self._references[digest]
 
-    def _distances(
-        self, outputs: Sequence[NDArray[np.uint8]], pictures: Sequence[Image.Image], known: Sequence[_Reference]
-    ) -> list[float]:
+    def _distances(self, outputs: Sequence[NDArray[np.uint8]], targets: Targets) -> list[float]:
         """Perceptual distance of each output to the reference beside it; ``[]`` where none was asked for."""
         if self.perceptual is None or not outputs:
             return []
         height, width, _ = outputs[0].shape
-        for image, entry in zip(pictures, known, strict=True):
+        for image, entry in zip(targets.pictures, targets.references, strict=True):
             if (width, height) not in entry.resized:
                 entry.resized[width, height] = np.asarray(images.resize(image, width, height))
         step = max(1, _PIXELS_AT_ONCE // (height * width))
         values: list[float] = []
         for start in range(0, len(outputs), step):
             part = slice(start, start + step)
-            resized = [entry.resized[width, height] for entry in known[part]]
+            resized = [entry.resized[width, height] for entry in targets.references[part]]
             values += self.perceptual(_signed(outputs[part]), _signed(resized)).tolist()
         return values
 

@@ -49,6 +49,7 @@ COLUMNS: Mapping[str, str] = {
         name: f"{score.meaning}; {'higher' if score.higher_is_better else 'lower'} is better"
         for name, score in SCORES.items()
     },
+    "attempts": "seed and scores of each image that the row got; null where any is good enough",
 }
 """What the output's own columns mean."""
 

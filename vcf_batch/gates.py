@@ -1,0 +1,55 @@
+"""Quality gates: what a sample's scores have to be, and what becomes of a row after the attempts at it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+from vcf_batch.config import GATES, RunConfig
+from vcf_batch.records import Attempt, Sample, Scores
+
+
+def outcome(tries: Sequence[Sample], config: RunConfig) -> Sample | None:
+    """What becomes of a row: the sample that passes; else, once all attempts are made, the best one, rejected.
+
+    Args:
+        tries: what the attempts at the row gave so far, in order: as if there were no gates, and without images.
+        config: with the gates.
+
+    Returns:
+        None if the row gets another attempt.
+    """
+    last = tries[-1]
+    if not config.gates:
+        return last
+    attempts = tuple(Attempt(each.settings["seed"], each.scores) for each in tries)
+    if last.status == "success" and not misses(last.scores, config):
+        return dataclasses.replace(last, attempts=attempts)
+    if len(tries) < config.attempts:
+        return None
+    scored = [each for each in tries if each.status == "success"]
+    if not scored:
+        return dataclasses.replace(last, attempts=attempts)
+    best = max(scored, key=lambda each: _quality(each.scores, config.best_by))
+    where = f"in the best of {len(tries)} attempts" if len(tries) > 1 else "in 1 attempt"
+    reason = f"{' and '.join(misses(best.scores, config))} {where}"
+    return dataclasses.replace(best, status="rejected", error_message=reason, attempts=attempts)
+
+
+def misses(scores: Scores, config: RunConfig) -> list[str]:
+    """The gates that a sample does not pass, in words. A score that does not apply to it passes."""
+    missed = []
+    for name, limit in config.gates.items():
+        value = getattr(scores, GATES[name])
+        is_most = name.startswith("max_")
+        if value is not None and not (value <= limit if is_most else value >= limit):
+            sign = ">" if is_most else "<"
+            missed.append(f"{GATES[name]} {value:.4g} {sign} --{name.replace('_', '-')} {limit:g}")
+    return missed
+
+
+def _quality(scores: Scores, best_by: str) -> float:
+    """Higher is better. Rows without that score go by their prompt."""
+    value = getattr(scores, best_by)
+    if value is None:
+        return cast(float, scores.clip_score)
+    return -value if f"max_{best_by}" in GATES else value
