@@ -36,6 +36,8 @@ RUNNERS = {
 }
 SHOWN = {"text", "yaml", "dockerfile"}
 SMALLER = {
+    "plan": "--limit 4 --steps 2",
+    "preview": "--rows 2 --steps 2",
     "generate": '--limit 4 --steps 2 --address "$RAY_ADDRESS"',
     "evaluate": "--pairs 2 --steps 2 --pno-samples 0",
     "train-aligner": "--limit 300 --epochs 1",

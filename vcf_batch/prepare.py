@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -190,15 +190,22 @@ def open_manifest(config: RunConfig, found: Mapping[str, Any] | None) -> Manifes
             become a part of the manifest or the model.
     """
     manifest = Manifest.open(config.manifest, config.limit)
-    _check_output(manifest, config)
-    if (
-        found is None
-        or found["fields"].get("manifest_id") != manifest.identity
-        or found["fields"].get("limit") != config.limit
-    ):
-        manifest.check()
-    _check_policy(manifest, config)
+    for check in manifest_checks(manifest, config, found):
+        check()
     return manifest
+
+
+def manifest_checks(
+    manifest: Manifest, config: RunConfig, found: Mapping[str, Any] | None
+) -> list[Callable[[], object]]:
+    """What :func:`open_manifest` has to find in order, one by one; each raises what that raises."""
+    fields = found["fields"] if found else {}
+    known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, config.limit)
+    return [
+        lambda: _check_output(manifest, config),
+        *([] if known else [manifest.check]),
+        lambda: _check_policy(manifest, config),
+    ]
 
 
 def _check_output(manifest: Manifest, config: RunConfig) -> None:
@@ -407,8 +414,12 @@ def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int)
     return 2 * cast(int, config.steps) * (1 + PNO_STEP * config.pno_steps) * operations / speed
 
 
-def claim(job: Job) -> tuple[str, ...]:
+def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
+
+    Args:
+        job: the run.
+        publish: False only looks, which anybody may.
 
     Returns:
         See :attr:`Job.extends`.
@@ -441,6 +452,7 @@ def claim(job: Job) -> tuple[str, ...]:
         # Without run.json even half a shard is somebody else's.
         begun=commits.any_committed(output) if has_run_file else bool(shards.files_found(output)),
         obstacle=lambda there: appended.obstacle(there, job.manifest),
+        publish=publish,
     )
 
 

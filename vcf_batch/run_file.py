@@ -42,6 +42,7 @@ def claim(
     *,
     begun: bool,
     obstacle: Obstacle | None = None,
+    publish: bool = True,
 ) -> tuple[str, ...]:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
@@ -53,6 +54,7 @@ def claim(
         description: what else is recorded of the run.
         begun: whether the output holds something that a run has finished.
         obstacle: without it, no run is extended.
+        publish: False only looks.
 
     Returns:
         Fingerprints of the runs that this one extends.
@@ -72,8 +74,9 @@ def claim(
         extends = (*extends, found["fingerprint"])
     else:
         extends = ()
-    record = {"fields": fields, "fingerprint": fingerprint(fields), "extends": extends, **description}
-    storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode())
+    if publish:
+        record = {"fields": fields, "fingerprint": fingerprint(fields), "extends": extends, **description}
+        storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode())
     return extends
 
 

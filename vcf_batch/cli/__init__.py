@@ -11,6 +11,7 @@ from vcf_batch.cli.evaluation import evaluate
 from vcf_batch.cli.generation import generate
 from vcf_batch.cli.looking import card, contact_sheet, report, status
 from vcf_batch.cli.manifests import manifest
+from vcf_batch.cli.planning import plan
 from vcf_batch.cli.training import assemble, train_aligner
 
 __all__ = ["evaluate", "generate", "main", "train_aligner"]
@@ -23,8 +24,9 @@ def main() -> None:
 
 
 for command in (
-    generate,
     manifest,
+    plan,
+    generate,
     status,
     contact_sheet,
     evaluate,
