@@ -55,6 +55,12 @@ def test_rows_that_a_repair_kept_took_no_time() -> None:
     assert (found.rate, found.generated, found.counts.total()) == (0.5, 1, 10)
 
 
+def test_a_worker_that_has_two_shards_under_way_is_not_counted_twice() -> None:
+    found = Totals()
+    found.add(receipt(0, "a:1", 10, 9, wait_for_turn=4.0))
+    assert (found.rate, found.worker_seconds) == (2, 5)
+
+
 def test_receipts_without_timings_have_no_rate() -> None:
     found = Totals()
     found.add(Receipt(Shard(0, 0, 2, "00000"), "f", 1, {"success": 2}, {}, {}, {}))

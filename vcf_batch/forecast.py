@@ -163,7 +163,8 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     config = prepare.resume(config, found)
     forecast.guessed_shard_size = config.shard_size is None
     if config.gpus_per_worker is None:
-        config = config.replace(gpus_per_worker=_gpus_here())
+        # A cluster is not asked before a run: this machine stands for it.
+        config = config.replace(gpus_per_worker=in_process.gpus())
     attempt(lambda: _refuse_owner(config.output))
     manifest = attempt(lambda: Manifest.open(config.manifest, config.limit))
     if manifest is not None:
@@ -186,12 +187,6 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     elif calibrate and not forecast.problems:
         forecast.measurement = _calibrated(job)
     return forecast
-
-
-def _gpus_here() -> float:
-    import torch  # a cluster is not asked before a run: this machine stands for it
-
-    return 1.0 if torch.cuda.is_available() else 0.0
 
 
 def _refuse_owner(output: str) -> None:

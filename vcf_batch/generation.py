@@ -235,7 +235,7 @@ class Generation:
     def _run(self) -> None:
         behind: deque[tuple[_Batch, Future[bool]]] = deque()
         self._read_ahead()
-        with self.tools.sampling, self._ticking():
+        with self._turn():
             for batch in self.batches:
                 self._read_ahead()
                 self.reading.popleft()
@@ -266,13 +266,16 @@ class Generation:
         behind.append((batch, self.behind.submit(self._finish, batch)))
 
     @contextlib.contextmanager
-    def _ticking(self) -> Iterator[None]:
-        """Let every denoising step show that something moves."""
+    def _turn(self) -> Iterator[None]:
+        """Wait until no other shard is sampled; then let every denoising step show that something moves."""
+        with self.clock("wait_for_turn"):
+            self.tools.sampling.acquire()
         hook = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.tick())
         try:
             yield
         finally:
             hook.remove()
+            self.tools.sampling.release()
 
     def _read_ahead(self) -> None:
         while len(self.reading) <= BATCHES_AHEAD and (batch := next(self.ahead, None)):

@@ -9,8 +9,12 @@ from vcf_batch.prepare import Job
 if TYPE_CHECKING:
     from vcf_batch.worker import Worker
 
-QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""What libraries say while they load belongs into the logs of workers."""
+
+def gpus() -> float:
+    """GPUs of a worker on this machine: 1 where there is one, else 0."""
+    import torch  # planning needs it for nothing else
+
+    return 1.0 if torch.cuda.is_available() else 0.0
 
 
 def load(job: Job, scratch: str) -> "Worker":
@@ -23,7 +27,7 @@ def load(job: Job, scratch: str) -> "Worker":
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.load`.
     """
-    os.environ.update(prepare.environment(job.config) | QUIET)
+    os.environ.update(prepare.environment(job.config))
     from vcf_batch import worker  # brings torch, which reads the environment
 
     return worker.load(

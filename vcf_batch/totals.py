@@ -56,7 +56,8 @@ class Totals:
     def add(self, receipt: Receipt) -> None:
         """Take what a receipt says of how its shard came to be."""
         timings, device = receipt.timings, receipt.device.get("type", "several" if receipt.device else "unknown")
-        seconds = timings.get("total", 0.0)
+        # While it waits for its turn, the worker samples another shard.
+        seconds = timings.get("total", 0.0) - timings.get("wait_for_turn", 0.0)
         generated = timings.get("generated", len(receipt.shard))
         self.done.add(receipt.shard.index)
         self.counts.update(receipt.counts)

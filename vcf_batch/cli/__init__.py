@@ -11,7 +11,7 @@ from vcf_batch.cli.evaluation import evaluate
 from vcf_batch.cli.generation import generate
 from vcf_batch.cli.looking import card, contact_sheet, report, status
 from vcf_batch.cli.manifests import manifest
-from vcf_batch.cli.planning import plan
+from vcf_batch.cli.planning import plan, preview
 from vcf_batch.cli.training import assemble, train_aligner
 
 __all__ = ["evaluate", "generate", "main", "train_aligner"]
@@ -26,6 +26,7 @@ def main() -> None:
 for command in (
     manifest,
     plan,
+    preview,
     generate,
     status,
     contact_sheet,

@@ -3,9 +3,9 @@
 import bisect
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -25,6 +25,7 @@ COLUMNS = 4
 _GAP = 8
 _LINE = 16
 _CARD = (2 * TILE + _GAP, TILE + _LINE)
+_SHORT = {"clip_score": "prompt", "clip_reference": "reference", "lpips": "lpips"}
 _INK, _PALE, _PAPER = (30, 30, 30), (225, 225, 225), (255, 255, 255)
 
 
@@ -75,6 +76,52 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     return sheet
 
 
+class Cell(NamedTuple):
+    """A picture of a grid."""
+
+    picture: Image.Image | None
+    instead: str
+    """What stands there where there is no picture."""
+    notes: Sequence[str] = ()
+    """Lines below it."""
+
+
+def grid(heads: Sequence[Sequence[str]], rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
+    """Draw pictures in rows and columns.
+
+    Args:
+        heads: lines above each column.
+        rows: the heading of each row, and a cell for each column.
+    """
+    font = ImageFont.load_default(13)
+    head_lines, note_lines = max(map(len, heads)), max(len(cell.notes) for _, cells in rows for cell in cells)
+    height = _LINE + _GAP + TILE + note_lines * _LINE + _GAP
+    width = len(heads) * (TILE + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, head_lines * _LINE + len(rows) * height + 2 * _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    def write(lines: Sequence[str], x: int, y: int, most: int) -> None:
+        for number, line in enumerate(lines):
+            draw.text((x, y + number * _LINE), _fit(line, font, most), _INK, font)
+
+    places = range(_GAP, width, TILE + _GAP)
+    for x, lines in zip(places, heads, strict=False):
+        write(lines, x, _GAP, TILE)
+    for number, (heading, cells) in enumerate(rows):
+        y = head_lines * _LINE + 2 * _GAP + number * height
+        write([heading], _GAP, y, width - 2 * _GAP)
+        y += _LINE + _GAP // 2
+        for x, cell in zip(places, cells, strict=False):
+            _paste(sheet, cell.picture, (x, y), cell.instead)
+            write(cell.notes, x, y + TILE + 1, TILE)
+    return sheet
+
+
+def scores_of(record: Mapping[str, Any]) -> list[str]:
+    """The scores that a sample has, each in a few words."""
+    return [f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if record[name] is not None]
+
+
 def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_Card]:
     manifest = Manifest.open(config.manifest, config.limit)
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
@@ -89,7 +136,7 @@ def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_C
             record = sample["json"]
             picture = Image.open(io.BytesIO(sample[config.image_format])).convert("RGB")
             reference = _reference(row, reader) if record["strength"] else None
-            yield _Card(row.prompt, reference, picture, _note(record))
+            yield _Card(row.prompt, reference, picture, "  ".join(scores_of(record)))
             sample = next(samples, None)
 
 
@@ -101,11 +148,6 @@ def _reference(row: Row, reader: ReferenceReader) -> Image.Image | None:
         return reader.read(row.references[0])
     except (RowError, StorageError):
         return None
-
-
-def _note(record: Mapping[str, Any]) -> str:
-    names = {"clip_score": "prompt", "clip_reference": "reference", "lpips": "lpips"}
-    return "  ".join(f"{short} {record[name]:.2f}" for name, short in names.items() if record[name] is not None)
 
 
 def _paste(sheet: Image.Image, picture: Image.Image | None, place: tuple[int, int], instead: str) -> None:
