@@ -134,8 +134,8 @@ def test_rows_control_what_transfers(loaded: Worker, tmp_path: Path) -> None:
         "fusion_hi": [None, None, None, None, 1.0, 0.0, None, 0.2, None],
         "negative_reference": [None, None, None, None, None, None, "reference2.png", None, None],
     }
-    subject = another(loaded, runs.write_manifest(tmp_path / "in", 9, columns), tmp_path / "out", fusion_hi=0.8)
-    commit(subject)
+    manifest = runs.write_manifest(tmp_path / "in", 9, columns)
+    commit(another(loaded, manifest, tmp_path / "out", fusion_hi=0.8, mark=False))
     rows = runs.rows_of(tmp_path / "out")
     assert [row["status"] for row in rows] == ["success"] * 7 + ["failed"] * 2
     assert [row["reference_weights"] for row in rows[:3]] == [[0.5, 0.5], [0.75, 0.25], [0.5, 0.5]]
@@ -199,7 +199,7 @@ def test_a_run_chooses_image_tokens_and_the_unconditional_side(loaded: Worker, t
     """What the settings say is what VCFPipeline does with them; text-only rows are the same under any."""
     options: dict[str, Any] = {"unconditional": choice, "image_tokens": "cls"}
     manifest = runs.write_manifest(tmp_path / "in", 2, {"reference": ["reference0.png", None], "seed": [1, 2]})
-    commit(another(loaded, manifest, tmp_path / "out", batch_size=1, **options))
+    commit(another(loaded, manifest, tmp_path / "out", batch_size=1, mark=False, **options))
     rows = runs.rows_of(tmp_path / "out")
     assert [(row["unconditional"], row["image_tokens"]) for row in rows] == [(choice, "cls")] * 2
     reference = Image.open(tmp_path / "in" / "reference0.png")

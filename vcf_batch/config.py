@@ -117,6 +117,8 @@ class RunConfig:
     best_by: str = "clip_score"
     """The score that decides which attempt at a rejected row is recorded."""
     image_format: str = "png"
+    mark: bool = True
+    """Every image says that it is synthetic, and how it was made: :mod:`vcf_batch.marking`."""
     seed: int = 0
     limit: int | None = None
     num_workers: int | None = None

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch import gates, images, padding, plan
+from vcf_batch import gates, images, marking, padding, plan
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import OutOfDeviceMemory, RowError, StorageError, VcfBatchError
@@ -57,6 +57,8 @@ class Tools:
     pipeline: VCFPipeline
     scorer: Scorer
     references: ReferenceReader
+    model: str
+    """Identity of the model, as images name it."""
     device: Device
     """Of pipeline and scorer."""
     guide: Guide | None = None
@@ -438,7 +440,8 @@ class Generation:
                 if sample is None:
                     continue
                 if sample.status == "success":
-                    data = images.encode(pixels[place], self.config.image_format)
+                    mark = marking.xmp(sample, self.tools.model) if self.config.mark else None
+                    data = images.encode(pixels[place], self.config.image_format, mark)
                     height, width, _ = pixels[place].shape
                     sample = dataclasses.replace(sample, image=data, width=width, height=height)
                 self.finished[position] = sample

@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vcf_batch.errors import RowError
 
@@ -124,15 +124,22 @@ def from_unit(array: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
 
 
-def encode(image: NDArray[np.uint8], image_format: str) -> bytes:
-    """Encode to a file's bytes: the same pixels always give the same bytes.
+def encode(image: NDArray[np.uint8], image_format: str, xmp: bytes | None = None) -> bytes:
+    """Encode to a file's bytes: the same arguments always give the same bytes.
 
     Args:
         image: uint8 ``[H, W, 3]``.
         image_format: ``png`` (level 1), ``webp`` (lossless, method 0) or ``jpg`` (quality 95, 4:4:4).
+        xmp: metadata to go with it, as XMP in UTF-8.
     """
     buffer = io.BytesIO()
-    Image.fromarray(_pixels(image)).save(buffer, **_ENCODERS[image_format])  # type: ignore[arg-type]
+    options = dict(_ENCODERS[image_format])
+    if xmp is not None and image_format == "png":
+        options["pnginfo"] = chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    elif xmp is not None:
+        options["xmp"] = xmp
+    Image.fromarray(_pixels(image)).save(buffer, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

@@ -61,7 +61,8 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
         guide.refuse_judge(scorer.judge.model)
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     _model_loads += 1
-    return Worker(Tools(config, pipeline, scorer, references, device, guide), manifest, fingerprint)
+    tools = Tools(config, pipeline, scorer, references, models_used.pipeline.identity, device, guide)
+    return Worker(tools, manifest, fingerprint)
 
 
 def _load_pipeline(folder: str, device: Device) -> VCFPipeline:

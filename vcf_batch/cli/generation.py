@@ -142,6 +142,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "Which attempt at a row is recorded if none passes.  [default: clip_score]",
 )
 @_option("image-format", click.Choice(settings.IMAGE_FORMATS), "webp is lossless and fastest.  [default: png]")
+@_option(
+    "mark/--no-mark",
+    bool,
+    "Write into each image, as XMP, that it is synthetic, and its key, model, seed and settings; neither prompt nor "
+    "reference.  [default: mark]",
+)
 @_option("seed", int, "Rows without a seed derive theirs from this one and their id.  [default: 0]")
 @_option("limit", int, "Only the first rows of the manifest.", metavar="ROWS")
 @_option(
