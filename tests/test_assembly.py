@@ -47,6 +47,7 @@ def test_a_pipeline_directory_is_assembled_from_the_hub_s_layouts(name: str, che
 
     assert not [path for path in out.rglob("*") if path.is_symlink() or path.suffix in (".bin", ".pt")]
     assert not (out / "safety_checker").exists()
+    assert str(checkpoints) not in "".join(file.read_text() for file in out.rglob("*.json"))
     with safe_open(out / "image_encoder" / "model.safetensors", "pt") as tower:
         assert not [key for key in tower.keys() if key.startswith("text_model")]  # noqa: SIM118 - not a mapping
     with safe_open(out / "unet" / "diffusion_pytorch_model.safetensors", "pt") as unet:

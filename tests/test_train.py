@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
+from vcf_batch import models, storage
 from vcf_batch.cli import main
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.task import read_log
@@ -60,7 +61,7 @@ def command(name: str, **options: object) -> list[str]:
     ]
 
 
-def training(model: Path, data: Path, out: Path, **options: object) -> list[str]:
+def training(model: object, data: object, out: object, **options: object) -> list[str]:
     settings = {"model": model, "data": data, "out": out, "batch_size": 16, "epochs": 3, "learning_rate": 0.01}
     return command("train-aligner", **{**settings, "validation_pairs": 8, "num_workers": 2, **options})
 
@@ -186,3 +187,28 @@ def _descends(process: int, ancestor: int) -> bool:
         stat = Path(f"/proc/{process}/stat").read_text()
         process = int(stat.rpartition(")")[2].split()[1])
     return False
+
+
+@pytest.mark.slow
+def test_everything_in_object_storage(s3: str, model: Path, data: Path) -> None:
+    """Data, checkpoints, log, cache, aligner and assembled model at S3 URLs; a killed driver is resumed there too."""
+    for folder, name in ((model, "model"), (data, "data")):
+        for file in storage.list_tree(str(folder)):
+            storage.upload(str(folder / file), storage.join(s3, name, file))
+    out = storage.join(s3, "aligner")
+    settings = {"epochs": 60, "validate_every": 4, "cache_features": storage.join(s3, "cache")}
+    arguments = training(f"{s3}/model", f"{s3}/data/*.tar", out, **settings)
+    process = start(arguments)
+    read_until(process, "step 12 of 240")
+    process.kill()
+    process.communicate()
+    resumed = start(arguments)
+    first = read_until(resumed, " of 240: validation loss")
+    assert int(re.findall(r"step (\d+) of 240", first)[0]) >= 8, "it does not begin again"
+    output, _ = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, output
+    assert [row["step"] for row in read_log(out)] == list(range(0, 241, 4))
+
+    assembled = call(command("assemble", base=f"{s3}/model", aligner=out, out=f"{s3}/assembled"))
+    assert assembled.exit_code == 0, assembled.output
+    assert models.resolve(f"{s3}/assembled").kind == "url"

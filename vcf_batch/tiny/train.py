@@ -6,7 +6,6 @@ writes its model in diffusers layout into DIR and its checkpoint into DIR/checkp
 run again.
 """
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, Probe, attribute_losses
 from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
 from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
+from vcf_batch.vcf.assembly import forget_paths
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPES = {
@@ -281,10 +281,7 @@ def pack(shop: Workshop) -> None:
     shop.tokenizer().save_pretrained(weights / "judge")
     networks.image_processor().save_pretrained(weights / "judge")
     Probe.from_pretrained(shop.out / "probe").half().save_pretrained(weights / "probe")
-    for file in weights.glob("*/config.json"):
-        # Where the stages' models lay on the machine that trained them is nobody's business.
-        config = {name: value for name, value in json.loads(file.read_text()).items() if name != "_name_or_path"}
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    forget_paths(weights)
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {

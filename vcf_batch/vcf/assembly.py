@@ -1,7 +1,9 @@
 """Stable Diffusion, an image encoder and an aligner put together: in memory, and as one directory."""
 
+import json
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +91,7 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
     base = models.fetch(parts.base)
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         pipeline.save_pretrained(scratch)
+        forget_paths(Path(scratch))
         files = {file: os.path.join(scratch, file) for file in storage.list_tree(scratch)}
         # What a model has beside its pipeline: the judge and the probe of the tiny family.
         for file in models.model_files(list(storage.list_tree(base))):
@@ -97,3 +100,11 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
         # What names the parts comes last, so that half a model is never taken for one.
         for file in sorted(files, key=lambda name: (name == MODEL_INDEX, name)):
             storage.upload(files[file], storage.join(out, file))
+
+
+def forget_paths(folder: Path) -> None:
+    """Leave out of a saved model's configurations where its parts lay on the machine that saved it."""
+    for file in (*folder.glob("*.json"), *folder.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
