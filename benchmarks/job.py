@@ -5,6 +5,7 @@ sampled, scored, encoded, written, staged) and the same batches sampled and noth
 """
 
 import tempfile
+from typing import cast
 
 import click
 from PIL import Image
@@ -28,7 +29,7 @@ def main(manifest: str, rounds: int, threads: int) -> None:
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
-        tools, size = loaded.tools, job.config.batch_size
+        tools, size = loaded.tools, cast(int, job.config.batch_size)
         shard = plan.ShardPlan(job.manifest.num_rows, job.manifest.num_rows)[0]
         rows = job.manifest.rows(shard.start, shard.stop, job.config.seed)
         pictures: list[list[Image.Image]] = [[tools.references.read(r) for r in row.references] for row in rows]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import runs
@@ -66,7 +66,7 @@ def test_the_batch_size_grows_while_that_pays(
     """Doubled until memory is out or throughput gains less than 5 %."""
 
     def timed(tools: Tools, rows: Sequence[Row]) -> float:
-        size = tools.config.batch_size
+        size = cast(int, tools.config.batch_size)
         assert len(rows) == 2 * size
         assert {len(row.references) for row in rows} == {2}, "the most demanding row that is sound"
         if size not in seconds:

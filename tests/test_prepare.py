@@ -115,11 +115,12 @@ def commit_a_shard(job: Job) -> None:
 
 def test_a_resumed_run_keeps_what_the_cluster_settled(settle: Callable[..., Job]) -> None:
     """Rerunning the same command is the resume, whatever nodes happen to be up."""
-    job = settle(shard_size=24, gpus_per_worker=1)
+    job = settle(shard_size=24, gpus_per_worker=1, batch_size=4)
     prepare.claim(job)
     assert settle(gpus_per_worker=None).config.gpus_per_worker is None  # nothing is there yet to be resumed
     commit_a_shard(job)
-    resumed = settle(gpus_per_worker=None)
+    resumed = settle(gpus_per_worker=None, batch_size=None)
+    assert resumed.config.batch_size == 4, "auto is what it was"
     assert (resumed.config.shard_size, resumed.config.gpus_per_worker, resumed.config.dtype) == (24, 1.0, "bfloat16")
     assert resumed.fingerprint == job.fingerprint
     assert settle(shard_size=8).config.shard_size == 8

@@ -36,6 +36,7 @@ DEFAULT_GUIDANCE_SCALE = 9.0
 REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """What a model needs beside Stable Diffusion's own parts, once there are references."""
 
+MAX_BATCH_SIZE = 4096
 MAX_PNO_STEPS = 1000
 MAX_ATTEMPTS = 100
 MAX_SEED = 2**63 - 1
@@ -94,7 +95,9 @@ class RunConfig:
     dtype: str = "auto"
     """``auto``: bfloat16 where workers have GPUs (one without it refuses the run), else float32."""
     negative_prompt: str = ""
-    batch_size: int = 8
+    batch_size: int | None = 8
+    """Images sampled at once. None: what the run in the output began with, else the fastest size that memory holds,
+    found on the first worker."""
     shard_size: int | None = None
     """Rows in a shard. None: about ten minutes of one worker, at most."""
     reference_root: tuple[str, ...] = ()
@@ -133,6 +136,8 @@ class RunConfig:
     shard_timeout: float | None = None
     """Seconds without any progress after which a worker is taken to hang, and killed. None: ten minutes, or
     what twenty denoising steps of a batch are guessed to take."""
+    profile: bool = False
+    """Record a trace of one shard's first batches."""
     address: str | None = None
     """Address of the Ray cluster; None: the one this runs in or that runs on this machine, else a new local one."""
 
@@ -175,7 +180,7 @@ class RunConfig:
                 f"attempts is {self.attempts}, but nothing is asked of them: set one of {', '.join(GATES)}, or leave "
                 "attempts at 1"
             )
-        _between("batch_size", self.batch_size, 1, 4096)
+        _between("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         _between("shard_size", self.shard_size, 1, 1_000_000)
         _between("max_pixels", self.max_pixels, 1, MAX_PIXELS)
         _between("max_failed", self.max_failed, 0, 1)
@@ -246,6 +251,7 @@ NOT_CONTENT = frozenset(
         "gpus_per_worker",
         "allow_smaller_batches",
         "shard_timeout",
+        "profile",
         "address",
         "max_failed",
     }

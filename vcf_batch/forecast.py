@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from vcf_batch import in_process, lease, prepare, progress_file, run_file
 from vcf_batch.config import RunConfig
@@ -217,7 +217,7 @@ def _recorded(totals: Totals) -> Measurement:
 
 def _calibrated(job: Job) -> Measurement:
     """Load a worker in this process, let it write a small shard into scratch, and time it."""
-    count = min(CALIBRATION_BATCHES * job.config.batch_size, job.manifest.num_rows)
+    count = min(CALIBRATION_BATCHES * cast(int, job.config.batch_size), job.manifest.num_rows)
     sound = (row for row, reason in _first_rows(job) if reason is None)
     rows = [*itertools.islice(sound, count)] or [Row(0, "text", "")]
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:

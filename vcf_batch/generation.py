@@ -19,6 +19,7 @@ from typing import Any, Self, cast
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.profiler import record_function
 
 from vcf_batch import gates, images, marking, padding, plan
 from vcf_batch.config import RunConfig
@@ -177,7 +178,8 @@ class Generation:
         sampled_at_once: int | None,
     ) -> None:
         self.tools, self.known, self.write, self.clock = tools, known, write, clock
-        self.sampled_at_once = sampled_at_once or tools.config.batch_size
+        self.batch_size = cast(int, tools.config.batch_size)
+        self.sampled_at_once = min(sampled_at_once or self.batch_size, self.batch_size)
         self.blamed = (RowError, StorageError) if last_attempt else RowError
         self.pipeline, self.config = tools.pipeline, tools.config
         self.padding = {position for position, row in enumerate(rows) if row.number in known}
@@ -187,7 +189,7 @@ class Generation:
         # In the order of their first rows, so that few finished samples wait for earlier ones to be written.
         self.batches = [
             _Batch(number, positions, [rows[position].images for position in positions])
-            for number, positions in enumerate(sorted(plan.batches(keys, self.config.batch_size)))
+            for number, positions in enumerate(sorted(plan.batches(keys, self.batch_size)))
         ]
         self.references: dict[Reference, _Reference] = {}
         for batch in self.batches:
@@ -229,7 +231,7 @@ class Generation:
             self._run()
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
-                f"out of GPU memory with {min(self.sampled_at_once, self.config.batch_size)} images of "
+                f"out of GPU memory with {self.sampled_at_once} images of "
                 f"{self.config.width}x{self.config.height} at once; rerun the command with --allow-smaller-batches, or "
                 "use a smaller --batch-size (which makes it another run, in another output)"
             ) from error
@@ -432,7 +434,7 @@ class Generation:
                 batch.targets = self.scorer.targets(prompts, batch.pictures, weights)
                 batch.tries = {position: [] for position in batch.positions if position not in self.padding}
             scores = self.scorer.score(batch.targets, pixels)
-        with self.clock("encode_and_write"):
+        with self.clock("encode"):
             for place, position in enumerate(batch.positions):
                 if position not in batch.tries:
                     continue
@@ -446,6 +448,7 @@ class Generation:
                     sample = dataclasses.replace(sample, image=data, width=width, height=height)
                 self.finished[position] = sample
                 del batch.tries[position]
+        with self.clock("write"):
             while self.written in self.finished or self.written in self.padding:
                 known = self.written in self.padding
                 self.write(self.known[self.rows[self.written].number] if known else self.finished.pop(self.written))
@@ -496,7 +499,8 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.monotonic()
         try:
-            yield
+            with record_function(phase):  # for --profile
+                yield
         finally:
             with self._lock:
                 self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - begin, 3)

@@ -22,12 +22,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import commits, lease, prepare, run_file
 from vcf_batch.attempts import Failure, Task
-from vcf_batch.config import RunConfig
+from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.errors import OutOfDeviceMemory, StorageError, UsageError, VcfBatchError, printable
 from vcf_batch.kept import KeptSamples
 from vcf_batch.lease import Lease
 from vcf_batch.ledger import Ledger, Summary
-from vcf_batch.prepare import Job
+from vcf_batch.manifest import Manifest
+from vcf_batch.prepare import Job, Models
 from vcf_batch.progress import Progress
 from vcf_batch.quarantine import FAILURES, Quarantine
 from vcf_batch.records import Receipt
@@ -48,6 +49,8 @@ WAITING_SECONDS = 30.0
 """How long no worker may be ready before the user is told what the run waits for."""
 
 NODE_CHECK_SECONDS = 60.0
+
+_log = logging.getLogger(__name__)
 
 REASON_LENGTH = 300
 """Characters of an error that is not this package's own."""
@@ -84,6 +87,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself
             config = _with_gpus(config)
+            config = _with_batch_size(config, manifest, models)
             job = prepare.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
                 job = dataclasses.replace(job, token=held.token, extends=prepare.claim(job))
@@ -92,6 +96,8 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
                 job = dataclasses.replace(job, again=again())
                 ledger = Ledger(job)
                 if ledger.left:
+                    if config.profile:
+                        job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
                     with Progress(job.manifest.num_rows, ledger.finished_rows) as progress:
                         _check_nodes(job)
                         _Dispatch(job, held, ledger, progress).run()
@@ -124,6 +130,42 @@ def _with_gpus(config: RunConfig) -> RunConfig:
     if config.gpus_per_worker is not None:
         return config
     return config.replace(gpus_per_worker=1.0 if ray.cluster_resources().get("GPU") else 0.0)
+
+
+def _with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> RunConfig:
+    """Settle how many images are sampled at once, by measuring it on a worker.
+
+    Raises:
+        VcfBatchError: no worker could measure it.
+    """
+    if config.batch_size is not None:
+        return config
+    job = prepare.settle(config.replace(batch_size=1), manifest, models)
+    limit = min(manifest.num_rows, config.shard_size or manifest.num_rows, MAX_BATCH_SIZE)
+    _log.warning("Looking for the fastest batch size on a first worker.")
+    measure = ray.remote(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker or 0,
+        max_retries=0,
+        runtime_env={"env_vars": prepare.environment(config)},
+    )(_fastest_batch_size)
+    try:
+        size = ray.get(measure.remote(job, limit))
+    except RayError as error:
+        why = _cause(error)
+        if isinstance(why, VcfBatchError):
+            raise why from error
+        raise VcfBatchError(f"no batch size could be found ({_reason(why)}); name one with --batch-size") from error
+    _log.warning("The batch size is %d from here on.", size)
+    return config.replace(batch_size=size)
+
+
+def _fastest_batch_size(job: Job, limit: int) -> int:
+    """See :func:`vcf_batch.calibration.fastest_batch_size`; runs where a worker does."""
+    from vcf_batch import calibration, worker
+
+    loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    return calibration.fastest_batch_size(loaded.tools, job.manifest, limit)
 
 
 def _room(node: dict[str, Any], config: RunConfig) -> int:
@@ -192,6 +234,7 @@ class _Actor:
             verdicts=task.verdicts,
             existing=KeptSamples(self._job, task.shard),
             sampled_at_once=task.sampled_at_once,
+            profiled=task.shard.index == self._job.profiled,
         )
 
     @ray.method(concurrency_group="progress")

@@ -51,6 +51,9 @@ GPU_SPEED = 4e13
 CPU_SPEED = 2e10
 """Operations a second, of a modest data-center GPU in 16 bits and of one CPU thread."""
 
+TRACE = "profile/trace.json"
+"""Where ``--profile`` leaves its trace in an output."""
+
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE, OWN_GUIDE = "judge", "probe", "image_encoder"
 """Folders of a model that brings its own judge, its own network for the perceptual distance, its own PNO guide."""
@@ -116,6 +119,8 @@ class Job:
     again: Mapping[int, bytes] = field(default_factory=dict)
     """Shards that are generated again though they may exist, by index: of each row, 1 if it is generated, 0 if the
     committed sample stays."""
+    profiled: int | None = None
+    """Index of the shard whose first batches are recorded for ``--profile``."""
 
     @property
     def fingerprint(self) -> str:
@@ -172,7 +177,7 @@ def resume(config: RunConfig, found: Mapping[str, Any] | None) -> RunConfig:
     Raises:
         StorageError: the storage failed.
     """
-    names = [name for name in ("shard_size", "gpus_per_worker") if getattr(config, name) is None]
+    names = [name for name in ("shard_size", "batch_size", "gpus_per_worker") if getattr(config, name) is None]
     if found is None or not names or not commits.any_committed(config.output):
         return config
     return config.replace(**{name: found.get("config", {}).get(name) for name in names})
@@ -290,13 +295,15 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     """Give every setting that was left open its value.
 
     Args:
-        config: with ``gpus_per_worker`` resolved.
+        config: with ``gpus_per_worker`` and ``batch_size`` resolved.
 
     Raises:
         ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has,
             or cannot guide.
         UsageError: references are asked for, and the manifest has none; or the judge is to guide.
     """
+    if config.batch_size is None:
+        raise UsageError("the batch size is auto, which only a run on a cluster finds out: name a number")
     on_gpu = bool(config.gpus_per_worker)
     index, unet, vae, aligner = (
         models.read_config(resolved.pipeline, file)
@@ -346,9 +353,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         )
         seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
     if config.shard_size is None:
-        config = config.replace(shard_size=default_shard_size(manifest.num_rows, config.batch_size, seconds))
+        config = config.replace(shard_size=default_shard_size(manifest.num_rows, cast(int, config.batch_size), seconds))
     if config.shard_timeout is None:
-        step = config.batch_size * seconds / cast(int, config.steps)
+        step = cast(int, config.batch_size) * seconds / cast(int, config.steps)
         config = config.replace(shard_timeout=max(SILENT_SECONDS, SILENT_STEPS * step))
     fields = fingerprint_fields(
         config,

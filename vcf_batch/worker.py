@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from vcf_batch import commits, models, scratch, shards
+from vcf_batch import commits, models, scratch, shards, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.generation import Clock, Generation, Tools
@@ -19,7 +19,8 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, Models, is_guided
+from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, TRACE, Models, is_guided
+from vcf_batch.profiling import Profile
 from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import checked
@@ -131,6 +132,7 @@ class Worker:
         verdicts: Mapping[int, str] = MappingProxyType({}),
         existing: Mapping[int, Sample] = MappingProxyType({}),
         sampled_at_once: int | None = None,
+        profiled: bool = False,
     ) -> tuple[Receipt, dict[str, str]]:
         """Generate one shard and stage its files under the output.
 
@@ -146,6 +148,7 @@ class Worker:
             existing: row number to sample: rows that are done. Samples are asked for one by one, in order.
             sampled_at_once: rows at most, where memory is too small for a batch; the receipt says so, because samples
                 may differ in their last bits.
+            profiled: record a trace of the shard's first batches: :data:`vcf_batch.prepare.TRACE` in the output.
 
         Returns:
             The receipt, not published, and what :func:`vcf_batch.commits.commit` needs to publish it.
@@ -155,10 +158,12 @@ class Worker:
             OutOfDeviceMemory: a batch does not fit.
             VcfBatchError: storage, network or the machine failed. No row is to blame; the shard may be tried again.
         """
-        clock, started = Clock(), datetime.now(UTC)
-        how = (clock, last_attempt, sampled_at_once)
-        with self._generated(shard, attempt_id, verdicts, existing, *how) as files, clock("stage"):
-            staged = commits.stage(files, self.tools.config.output, shard, attempt_id)
+        started, output = datetime.now(UTC), self.tools.config.output
+        with contextlib.ExitStack() as profiling:
+            clock = profiling.enter_context(Profile(storage.join(output, TRACE))) if profiled else Clock()
+            how = (clock, last_attempt, sampled_at_once)
+            with self._generated(shard, attempt_id, verdicts, existing, *how) as files, clock("stage"):
+                staged = commits.stage(files, output, shard, attempt_id)
         receipt = Receipt(
             shard=shard,
             fingerprint=self.fingerprint,

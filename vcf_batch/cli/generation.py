@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from vcf_batch import config as settings
-from vcf_batch import storage
+from vcf_batch import prepare, storage
 from vcf_batch.cli.command import Command, debug_option
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import TooManyFailedRows, UsageError, redact
@@ -100,7 +100,10 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option("negative-prompt", str, "What the images should not show.  [default: nothing]")
 @_option(
-    "batch-size", int, "Images sampled at once. Part of the run's identity, as it can change pixels.  [default: 8]"
+    "batch-size",
+    _CountOrAuto(),
+    "Images sampled at once. auto is the fastest number that memory holds, measured on a first worker and kept for all "
+    "that resumes the run. Part of the run's identity, as it can change pixels.  [default: 8]",
 )
 @_option(
     "shard-size",
@@ -171,6 +174,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     is_flag=True,
 )
 @_option(
+    "profile",
+    bool,
+    "Record where the time of one shard's first batches goes: OUTPUT/profile/trace.json, for ui.perfetto.dev.",
+    is_flag=True,
+)
+@_option(
     "shard-timeout",
     float,
     "Seconds without any progress after which a worker is taken to hang, and killed; its shard is tried again.  "
@@ -208,6 +217,9 @@ def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> N
     summary = pool.run(config, again)
     click.echo(str(summary))
     click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
+    if config.profile and summary.resumed_rows < summary.rows:
+        trace = storage.join(summary.output, prepare.TRACE)
+        click.echo(f"To see where the time of a shard goes, open in https://ui.perfetto.dev: {redact(trace)}")
     if summary.counts["failed"]:
         click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")
     if summary.failed_fraction > config.max_failed:
@@ -233,8 +245,9 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
             raise UsageError(f"cannot read the configuration file {source}: {error}") from error
         values = settings.load_yaml(text, redact(source))
     values |= named | fixed
-    if values.get("num_workers") == "auto":
-        values["num_workers"] = None
+    for name in ("num_workers", "batch_size"):
+        if values.get(name) == "auto":
+            values[name] = None
     return RunConfig.from_mapping(values)
 
 
