@@ -23,7 +23,7 @@ OTHER: dict[str, Any] = {
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
-    "attempts": 3,
+    "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -44,7 +44,11 @@ def test_every_setting_has_a_row_in_this_test() -> None:
 @pytest.mark.parametrize("setting", sorted(OTHER))
 def test_fingerprint_covers_what_changes_content_or_layout(setting: str) -> None:
     """The fingerprint covers what changes content or layout, not workers, address or progress."""
-    plain = config(min_clip_score=0.1) if setting == "attempts" else config()
+    needed: dict[str, dict[str, Any]] = {
+        "attempts": {"min_clip_score": 0.1},
+        "min_content_alignment": {"triplets": True},
+    }
+    plain = config(**needed.get(setting, {}))
     changed = plain.replace(**{setting: OTHER[setting]})
     assert (name_of(changed) == name_of(plain)) == (setting in NOT_CONTENT)
 

@@ -124,6 +124,7 @@ def test_attempts_have_seeds_of_their_own() -> None:
         ({"attempts": 0}, "attempts is 0; it must be between 1 and 100"),
         ({"min_clip_score": 1.5}, "min_clip_score is 1.5; it must be between -1 and 1"),
         ({"max_lpips": -0.5}, "max_lpips is -0.5; it must be at least 0"),
+        ({"min_content_alignment": 0.5}, "min_content_alignment is 0.5, but only --triplets draw what"),
         ({"best_by": "luck"}, "best_by is 'luck'; it must be one of clip_score"),
     ],
 )
@@ -135,7 +136,9 @@ def test_gates_that_make_no_sense_are_refused(settings: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("reference", "settings", "message"),
     [
-        ("reference0.png", {"max_lpips": 1.0}, "max_lpips is 1, but nothing measures lpips"),
+        ("reference0.png", {"max_lpips": 1.0}, "max_lpips is 1, but there is no perceptual network"),
+        ("reference0.png", {"min_style_similarity": 0.5}, "min_style_similarity is 0.5, but there is no perceptual"),
+        (None, {"triplets": True}, "triplets need a reference in each row, and the manifest has none"),
         (None, {"min_clip_reference": 0.5}, "the manifest has no references to compare with"),
     ],
 )

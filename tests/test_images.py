@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pictures import animation, file, noise, palette, png_header, rgba, to_bytes
+from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from vcf_batch import images
@@ -163,3 +164,26 @@ def test_resize_squashes_the_whole_image() -> None:
     assert small[0].max() < 40
     assert small[1].min() > 215
     assert images.resize(image, *image.size) is image
+
+
+# Perceptual hash
+
+
+def test_a_perceptual_hash_is_that_of_the_imagehash_package() -> None:
+    """So that duplicates are found with other tools too: recorded with ImageHash 4.3.2."""
+    assert images.perceptual_hash(_waves()) == "fa32facd05cc05cc"
+
+
+def test_similar_images_share_most_bits_of_their_hash() -> None:
+    first, second = _waves(), np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    darker = np.asarray(Image.fromarray((first * 0.7).astype(np.uint8)).resize((80, 60)))
+    hashes = [int(images.perceptual_hash(image), 16) for image in (first, darker, second)]
+    assert (hashes[0] ^ hashes[1]).bit_count() <= 6
+    assert (hashes[0] ^ hashes[2]).bit_count() >= 16
+    plain = np.full((64, 64, 3), 90, np.uint8)
+    assert images.perceptual_hash(plain) == "8000000000000000", "rounding errors do not show"
+
+
+def _waves() -> NDArray[np.uint8]:
+    x, y = np.meshgrid(np.linspace(0, 9, 64), np.linspace(0, 7, 48))
+    return np.stack([128 + 100 * np.sin(x + c) * np.cos(y - x / (2 + c)) for c in range(3)], axis=2).astype(np.uint8)

@@ -72,7 +72,7 @@ def test_the_page_adds_up(data: dict[str, Any]) -> None:
     assert data["causes"] == [{"status": "failed", "text": "no", "count": 1, "key": "000000007", "example": "no"}]
     assert data["scores"][0]["count"] == sum(data["scores"][0]["bars"]) == len(data["points"]) == 23
     assert data["scores"][2]["count"] == 0
-    assert next(sample for sample in data["samples"] if "best clip_score" in sample["groups"])["number"] == 12
+    assert next(sample for sample in data["samples"] if "best clip_score" in sample["groups"])["number"] == 16
 
 
 def test_prompts_are_never_markup(written: Path, data: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def test_filter_and_sort_work_in_a_browser(written: Path) -> None:
         tab.evaluate("document.querySelector('[name=group]').focus()")
         tab.press("ArrowRight")
         assert tab.evaluate("document.querySelector('[name=group]:checked').value") == "best"
-        assert tab.evaluate(shown) == everything[:-13:-1]
+        assert tab.evaluate(shown) == everything[:-9:-1]
         assert tab.evaluate("document.title") == "<b>out: vcf-batch report"
         assert tab.evaluate("document.querySelectorAll('svg rect').length") > 3
         assert tab.problems == []

@@ -26,6 +26,8 @@ GATES: Mapping[str, str] = {
     "min_clip_score": "clip_score",
     "min_clip_reference": "clip_reference",
     "max_lpips": "lpips",
+    "min_content_alignment": "content_alignment",
+    "min_style_similarity": "style_similarity",
 }
 """Settings that samples have to meet, and the score that each looks at."""
 
@@ -115,6 +117,10 @@ class RunConfig:
     """Samples below it are rejected, as are those that miss another of :data:`GATES`. None: no gate."""
     min_clip_reference: float | None = None
     max_lpips: float | None = None
+    min_content_alignment: float | None = None
+    min_style_similarity: float | None = None
+    triplets: bool = False
+    """Write each sample's text-only twin from the same noise, and its reference, beside it."""
     attempts: int = 1
     """Images at most that a row gets, each from another seed, until one passes the gates."""
     best_by: str = "clip_score"
@@ -179,6 +185,11 @@ class RunConfig:
             raise UsageError(
                 f"attempts is {self.attempts}, but nothing is asked of them: set one of {', '.join(GATES)}, or leave "
                 "attempts at 1"
+            )
+        if self.min_content_alignment is not None and not self.triplets:
+            raise UsageError(
+                f"min_content_alignment is {self.min_content_alignment:g}, but only --triplets draw what the content "
+                "is compared with: add them, or leave the gate out"
             )
         _between("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         _between("shard_size", self.shard_size, 1, 1_000_000)

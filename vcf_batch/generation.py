@@ -16,7 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.profiler import record_function
@@ -26,7 +28,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import OutOfDeviceMemory, RowError, StorageError, VcfBatchError
 from vcf_batch.metrics.scorer import Scorer, Targets
-from vcf_batch.records import Objective, Reference, Row, Sample, Scores
+from vcf_batch.records import TRIPLET, Objective, Reference, Row, Sample, Scores
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import settings_of
 from vcf_batch.vcf import pno
@@ -143,6 +145,8 @@ class _Batch:
     """Position of each row that is not settled, to what the attempts at it gave."""
     images: Tensor | None = None
     """float32 ``[B, 3, H, W]`` in [0, 1], once sampled; None if every row failed before."""
+    twins: Tensor | None = None
+    """What the prompts alone make of the same noise, likewise, in a run with triplets."""
     objectives: Sequence[Objective | None] = ()
     """Of each row, once sampled; None without prompt-noise optimisation."""
 
@@ -324,15 +328,32 @@ class Generation:
         if self.padding.union(batch.errors).issuperset(batch.positions):
             return
         starts = range(0, len(batch.positions), self.sampled_at_once)
-        parts = [self._generate(batch, slice(start, start + self.sampled_at_once)) for start in starts]
-        batch.images = torch.cat([sampled for sampled, _ in parts])
-        batch.objectives = [objective for _, objectives in parts for objective in objectives]
+        parts = [slice(start, start + self.sampled_at_once) for start in starts]
+        sampled = [self._generate(batch, part) for part in parts]
+        batch.images = torch.cat([pictures for pictures, _ in sampled])
+        batch.objectives = [objective for _, objectives in sampled for objective in objectives]
+        if self.config.triplets:
+            # Apart from the others, so that these have the bytes and take the memory that they have without twins.
+            batch.twins = torch.cat([self._generate_twins(batch, part) for part in parts])
 
     def _generate(self, batch: _Batch, part: slice) -> tuple[Tensor, list[Objective | None]]:
         """Sample some rows of a batch: float32 ``[B, 3, H, W]`` in [0, 1], and how prompt-noise optimisation went."""
+        settings = [self.settings[position] for position in batch.positions[part]]
+        inputs = self._inputs(batch, part)
+        if settings[0]["pno_steps"]:
+            return self._optimize(settings, batch.pictures[part], inputs)
+        return self.pipeline.generate_from_tokens(**inputs), [None] * len(settings)
+
+    def _generate_twins(self, batch: _Batch, part: slice) -> Tensor:
+        """What the prompts of some rows of a batch make of the same noise alone."""
+        inputs = self._inputs(batch, part)
+        return self.pipeline.generate_from_tokens(**inputs | {"fusions": [Fusion()] * len(inputs["fusions"])})
+
+    def _inputs(self, batch: _Batch, part: slice) -> dict[str, Any]:
+        """What some rows of a batch are sampled from."""
         positions = batch.positions[part]
         settings = [self.settings[position] for position in positions]
-        inputs: dict[str, Any] = {
+        return {
             "text_tokens": torch.stack([batch.text_tokens[self.rows[position].prompt] for position in positions]),
             "negative_tokens": torch.stack([batch.text_tokens[used["negative_prompt"]] for used in settings]),
             "fusions": [self._fusion(position, batch.image_tokens) for position in positions],
@@ -344,9 +365,6 @@ class Generation:
             "height": self.config.height,
             "width": self.config.width,
         }
-        if settings[0]["pno_steps"]:
-            return self._optimize(settings, batch.pictures[part], inputs)
-        return self.pipeline.generate_from_tokens(**inputs), [None] * len(settings)
 
     def _optimize(
         self, settings: Sequence[Mapping[str, Any]], pictures: Sequence[list[Image.Image]], inputs: Mapping[str, Any]
@@ -422,30 +440,32 @@ class Generation:
         Returns:
             Whether all rows are settled, and none gets another attempt.
         """
-        sampled = batch.images
-        if sampled is None:
-            sampled = torch.zeros(len(batch.positions), 3, cast(int, self.config.height), cast(int, self.config.width))
-        finite = sampled.isfinite().flatten(1).all(1).tolist()
-        pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
+        finite, pixels = self._pixels(batch, batch.images)
+        twins_finite, twins = self._pixels(batch, batch.twins) if self.config.triplets else (finite, [])
         with self.clock("score"):
             if batch.targets is None:
                 prompts = [self.rows[position].prompt for position in batch.positions]
                 weights = [self.settings[position]["reference_weights"] for position in batch.positions]
                 batch.targets = self.scorer.targets(prompts, batch.pictures, weights)
                 batch.tries = {position: [] for position in batch.positions if position not in self.padding}
-            scores = self.scorer.score(batch.targets, pixels)
+            scores = self.scorer.score(batch.targets, pixels, twins)
         with self.clock("encode"):
             for place, position in enumerate(batch.positions):
                 if position not in batch.tries:
                     continue
-                sample = self._outcome(batch, place, scores[place], finite[place])
+                sample = self._outcome(batch, place, scores[place], finite[place] and twins_finite[place])
                 if sample is None:
                     continue
                 if sample.status == "success":
-                    mark = marking.xmp(sample, self.tools.model) if self.config.mark else None
-                    data = images.encode(pixels[place], self.config.image_format, mark)
                     height, width, _ = pixels[place].shape
-                    sample = dataclasses.replace(sample, image=data, width=width, height=height)
+                    sample = dataclasses.replace(
+                        sample,
+                        image=self._encoded(sample, pixels[place]),
+                        triplet=self._triplet(batch, place, sample, twins[place]) if twins else {},
+                        width=width,
+                        height=height,
+                        phash=images.perceptual_hash(pixels[place]),
+                    )
                 self.finished[position] = sample
                 del batch.tries[position]
         with self.clock("write"):
@@ -454,6 +474,27 @@ class Generation:
                 self.write(self.known[self.rows[self.written].number] if known else self.finished.pop(self.written))
                 self.written += 1
         return not batch.tries
+
+    def _pixels(self, batch: _Batch, sampled: Tensor | None) -> tuple[list[bool], list[NDArray[np.uint8]]]:
+        """Which images are finite, and all as uint8 ``[H, W, 3]``; plain ones where nothing was sampled."""
+        if sampled is None:
+            sampled = torch.zeros(len(batch.positions), 3, cast(int, self.config.height), cast(int, self.config.width))
+        finite = sampled.isfinite().flatten(1).all(1).tolist()
+        return finite, [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
+
+    def _encoded(self, sample: Sample, pixels: NDArray[np.uint8]) -> bytes:
+        """The file of an image that a sample tells how it was made."""
+        mark = marking.xmp(sample, self.tools.model) if self.config.mark else None
+        return images.encode(pixels, self.config.image_format, mark)
+
+    def _triplet(self, batch: _Batch, place: int, sample: Sample, twin: NDArray[np.uint8]) -> dict[str, bytes]:
+        """The twin of a row, and the reference that counts most in it, as the perceptual distance sees it: encoded."""
+        text_only = dataclasses.replace(sample, settings=sample.settings | {"strength": 0.0, "pno_steps": 0})
+        shares = cast(Targets, batch.targets).shares[place]
+        height, width, _ = twin.shape
+        reference = images.resize(batch.pictures[place][shares.index(max(shares))], width, height)
+        style = images.encode(np.asarray(reference), self.config.image_format)
+        return dict(zip(TRIPLET, (self._encoded(text_only, twin), style), strict=True))
 
     def _outcome(self, batch: _Batch, place: int, scores: Scores, is_finite: bool) -> Sample | None:
         """What became of a row, but for its image; None if it gets another attempt."""
@@ -470,7 +511,7 @@ class Generation:
 
     def _release(self, batch: _Batch) -> None:
         """Let go of what no later batch needs."""
-        batch.pictures, batch.images, batch.targets = [], None, None
+        batch.pictures, batch.images, batch.twins, batch.targets = [], None, None, None
         batch.text_tokens, batch.image_tokens = {}, {}
         for reference in batch.distinct_references():
             entry = self.references[reference]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from vcf_batch import shards, storage
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.prepare import Job
-from vcf_batch.records import OUTPUT_COLUMNS, Sample, Shard
+from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, Sample, Shard
 
 ROWS_AT_ONCE = 256
 
@@ -71,11 +71,13 @@ def _read(job: Job, shard: Shard) -> Iterator[Sample]:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[*OUTPUT_COLUMNS], use_threads=False):
             for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
-                image = None
+                image, triplet = None, {}
                 if record["status"] == "success":
                     if (sample := next(samples, None)) is None:
                         raise _damaged(shard, f"its tar ends before row {row.number}")
                     image = sample[job.config.image_format]
+                    if job.config.triplets:
+                        triplet = {name: sample[f"{name}.{job.config.image_format}"] for name in TRIPLET}
                     if hashlib.sha256(image).hexdigest() != record["sha256"]:
                         raise _damaged(shard, f"row {row.number} has another sha256")
-                yield shards.sample_of(row, record, image)
+                yield shards.sample_of(row, record, image, triplet)

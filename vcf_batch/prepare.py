@@ -334,7 +334,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     guided = is_guided(config, manifest)
     if guided:
         _check_guide(resolved, index)
-    _check_gates(config, resolved, manifest)
+    _check_quality(config, resolved, manifest)
     with models.load_errors(f"the configuration of {config.model}"):
         native = unet["sample_size"]
         native_height, native_width = (native, native) if isinstance(native, int) else native
@@ -387,19 +387,26 @@ def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
         )
 
 
-def _check_gates(config: RunConfig, resolved: Models, manifest: Manifest) -> None:
-    """A gate that nothing can miss is a mistake."""
-    if config.max_lpips is not None and resolved.lpips == "none":
-        raise UsageError(
-            f"max_lpips is {config.max_lpips:g}, but nothing measures lpips: name a network with --lpips, or leave the "
-            "gate out"
-        )
-    for name in config.gates.keys() - {"min_clip_score"}:
-        if not manifest.has_any("reference"):
+def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> None:
+    """A gate that nothing can miss is a mistake, and so are triplets without a reference."""
+    for name in sorted(config.gates.keys() & {"max_lpips", "min_style_similarity"}):
+        if resolved.lpips == "none":
             raise UsageError(
-                f"{name} is {getattr(config, name):g}, but the manifest has no references to compare with: give them "
-                "in a column 'reference', or leave the gate out"
+                f"{name} is {getattr(config, name):g}, but there is no perceptual network to measure it: name one with "
+                "--lpips, or leave the gate out"
             )
+    if manifest.has_any("reference"):
+        return
+    if config.triplets:
+        raise UsageError(
+            "triplets need a reference in each row, and the manifest has none: give them in a column 'reference', or "
+            "leave --triplets out"
+        )
+    for name in sorted(config.gates.keys() - {"min_clip_score"}):
+        raise UsageError(
+            f"{name} is {getattr(config, name):g}, but the manifest has no references to compare with: give them "
+            "in a column 'reference', or leave the gate out"
+        )
 
 
 def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:

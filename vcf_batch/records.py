@@ -22,6 +22,10 @@ OVERRIDES = (
 )
 """Manifest columns that replace the run's setting for one row."""
 
+TRIPLET = ("content", "style")
+"""What lies beside an image in a run with triplets, as ``KEY.content.png`` and ``KEY.style.png``: the text-only twin
+from the same noise, and the reference."""
+
 OUTPUT_COLUMNS: tuple[str, ...] = (
     "key",
     "status",
@@ -47,9 +51,12 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "width",
     "height",
     "sha256",
+    "phash",
     "clip_score",
     "clip_reference",
     "lpips",
+    "content_alignment",
+    "style_similarity",
     "attempts",
 )
 """Columns of every shard's parquet, in order; the manifest's carried columns follow and may not reuse these names."""
@@ -117,6 +124,10 @@ class Scores:
     """Cosine of the judge's embeddings of output and reference, -1 to 1."""
     lpips: float | None = None
     """Perceptual distance of output and reference, 0 or more; lower is closer."""
+    content_alignment: float | None = None
+    """How alike output and text-only twin are laid out, -1 to 1 (docs/quality.md). None without triplets."""
+    style_similarity: float | None = None
+    """How alike the channel statistics of output and reference are, 0 to 1 (docs/quality.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +169,10 @@ class Sample:
     """None without prompt-noise optimisation."""
     attempts: tuple[Attempt, ...] = ()
     """All of them, in order, where the run has gates."""
+    phash: str | None = None
+    """See :func:`vcf_batch.images.perceptual_hash`."""
+    triplet: Mapping[str, bytes] = field(default_factory=dict)
+    """The other images of the sample, encoded alike, by :data:`TRIPLET`, where the run writes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from vcf_batch import images, plan, shards, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.outputs import Output
-from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, FileEntry, Receipt, Row, Shard
+from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
 from vcf_batch.row_json import json_value, row_json
 from vcf_batch.row_settings import checked, settings_of
 
@@ -168,9 +168,10 @@ def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.S
 def _check_sample(
     record: Mapping[str, Any], text: bytes, members: Iterator[tuple[str, bytes]], tar: str, config: RunConfig
 ) -> None:
-    """Compare the next three members of a tar with their row."""
+    """Compare the next members of a tar with their row."""
     key, parts = record["key"], {}
-    for extension in (config.image_format, "txt", "json"):
+    beside = [f"{name}.{config.image_format}" for name in TRIPLET if config.triplets]
+    for extension in (config.image_format, *beside, "txt", "json"):
         name, parts[extension] = next(members, ("", b""))
         if name != f"{key}.{extension}":
             ends = f"{tar} has a member {name!r}" if name else f"{tar} ends, or has a damaged header,"
@@ -179,18 +180,19 @@ def _check_sample(
         raise DamageFound(f"{key}.txt in {tar} is not the prompt of its row")
     if parts["json"] != text:
         raise DamageFound(f"{key}.json in {tar} is not the row of the parquet")
-    image, name = parts[config.image_format], f"{key}.{config.image_format}"
-    if hashlib.sha256(image).hexdigest() != record["sha256"]:
-        raise DamageFound(f"{name} in {tar} has another sha256 than its row says")
-    try:
-        size = images.decode(image, MAX_PIXELS).size
-    except RowError as error:
-        raise DamageFound(f"{name} in {tar} cannot be decoded: {error}") from error
-    if not size == (record["width"], record["height"]) == (config.width, config.height):
-        raise DamageFound(
-            f"{name} in {tar} has {size[0]} x {size[1]} pixels, its row says {record['width']} x {record['height']}, "
-            f"the run {config.width} x {config.height}"
-        )
+    if hashlib.sha256(parts[config.image_format]).hexdigest() != record["sha256"]:
+        raise DamageFound(f"{key}.{config.image_format} in {tar} has another sha256 than its row says")
+    for extension in (config.image_format, *beside):
+        name = f"{key}.{extension}"
+        try:
+            size = images.decode(parts[extension], MAX_PIXELS).size
+        except RowError as error:
+            raise DamageFound(f"{name} in {tar} cannot be decoded: {error}") from error
+        if not size == (record["width"], record["height"]) == (config.width, config.height):
+            raise DamageFound(
+                f"{name} in {tar} has {size[0]} x {size[1]} pixels, its row says {record['width']} x "
+                f"{record['height']}, the run {config.width} x {config.height}"
+            )
 
 
 def _members(tar: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
@@ -226,6 +227,8 @@ class ShardWriter:
         with self._writing():
             if sample.image is not None:
                 self._add_member(sample.row.key, self._image_format, sample.image)
+                for name, image in sample.triplet.items():
+                    self._add_member(sample.row.key, f"{name}.{self._image_format}", image)
                 self._add_member(sample.row.key, "txt", sample.row.prompt.encode())
                 self._add_member(sample.row.key, "json", row_json(self._batch([record])))
             if len(self._pending) == ROWS_PER_GROUP:
@@ -262,6 +265,7 @@ class ShardWriter:
             "width": sample.width,
             "height": sample.height,
             "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),
+            "phash": sample.phash,
             **_finite(sample.scores),
             "attempts": [{"seed": each.seed, **_finite(each.scores)} for each in sample.attempts] or None,
         }
@@ -316,13 +320,16 @@ def columns_of(row: Row, carried: Iterable[str], reference_is_list: bool) -> dic
     }
 
 
-def sample_of(row: Row, record: Mapping[str, Any], image: bytes | None) -> Sample:
+def sample_of(
+    row: Row, record: Mapping[str, Any], image: bytes | None, triplet: Mapping[str, bytes] = MappingProxyType({})
+) -> Sample:
     """The sample that a committed shard has of a row: a :class:`ShardWriter` makes the same bytes of it again.
 
     Args:
         row: of the manifest.
         record: the row of the parquet, at least :data:`OUTPUT_COLUMNS`.
         image: the member of the tar, if there is one.
+        triplet: the images beside it, by :data:`vcf_batch.records.TRIPLET`.
     """
     objective = record["pno_objective"]
     return Sample(
@@ -330,8 +337,10 @@ def sample_of(row: Row, record: Mapping[str, Any], image: bytes | None) -> Sampl
         status=record["status"],
         settings={name: record[name] for name in _SETTINGS},
         image=image,
+        triplet=triplet,
         width=record["width"],
         height=record["height"],
+        phash=record["phash"],
         scores=_scores(record),
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
@@ -411,7 +420,8 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard's tar, streamed, as WebDataset readers give them.
 
     Yields:
-        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row}``
+        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row}``, and with triplets
+        ``"content.png"`` and ``"style.png"``.
 
     Raises:
         tarfile.ReadError: the file is not a tar, or ends within a member.

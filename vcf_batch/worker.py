@@ -28,6 +28,8 @@ from vcf_batch.shards import ShardFiles
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 
+NO_REFERENCE = "the row has no reference, which each triplet shows; give it one, or leave --triplets out"
+
 _model_loads = 0
 """How often this process has loaded models. Receipts show it: once is right."""
 
@@ -225,7 +227,12 @@ class Worker:
                     for row in rows
                     if (error := verdicts.get(row.number) or row.error)
                 }
-                known = ChainMap(failed, cast(dict[int, Sample], existing))
+                rejected = {
+                    row.number: Sample(row, "rejected", self.tools.settings(row), error_message=NO_REFERENCE)
+                    for row in rows
+                    if self.tools.config.triplets and not row.references
+                }
+                known = ChainMap(failed, rejected, cast(dict[int, Sample], existing))
                 way = (clock, last_attempt, sampled_at_once)
                 layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
                 with shards.ShardWriter(folder, shard, *layout) as writer:

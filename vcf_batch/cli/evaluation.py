@@ -14,7 +14,19 @@ from vcf_batch.errors import UsageError
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Strengths of ``concat`` that are evaluated; 1 is the paper's."""
 
-_DECIDED = ("manifest", "output", "fusion", "strength", "pno_steps", "seed", "limit", "attempts", "best_by", *GATES)
+_DECIDED = (
+    "manifest",
+    "output",
+    "fusion",
+    "strength",
+    "pno_steps",
+    "seed",
+    "limit",
+    "triplets",
+    "attempts",
+    "best_by",
+    *GATES,
+)
 """Settings of a run that an evaluation decides: what is compared is not selected."""
 
 

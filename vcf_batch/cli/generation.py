@@ -138,6 +138,22 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option("min-clip-score", float, "Reject samples that fit their prompt less: -1 to 1.  [default: no gate]")
 @_option("min-clip-reference", float, "Reject samples that resemble their reference less: -1 to 1.  [default: no gate]")
 @_option("max-lpips", float, "Reject samples farther from their reference: 0 or more.  [default: no gate]")
+@_option(
+    "min-content-alignment",
+    float,
+    "Reject samples whose layout is less like that of their text-only twin: -1 to 1; with --triplets.  "
+    "[default: no gate]",
+)
+@_option(
+    "min-style-similarity", float, "Reject samples less in the style of their reference: 0 to 1.  [default: no gate]"
+)
+@_option(
+    "triplets",
+    bool,
+    "Write beside each image KEY.content, what the prompt alone makes of the same noise, and KEY.style, the reference. "
+    "Each sample takes about twice as long; rows without a reference are rejected.",
+    is_flag=True,
+)
 @_option("attempts", int, "Images that a row gets at most, of different seeds, until one passes.  [default: 1]")
 @_option(
     "best-by",

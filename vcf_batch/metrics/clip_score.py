@@ -16,6 +16,8 @@ from vcf_batch.models import load_errors
 _CHUNK = 64
 """Inputs in one forward pass: many references of one batch must not add up to a memory peak."""
 
+_EPS = 1e-5
+
 _LONGEST_ASPECT = 8
 """Sides beyond this ratio are trimmed: resizing the short side of a 1 x 30000 image to 224 would give 1.5 G pixels."""
 
@@ -119,6 +121,27 @@ class ClipJudge:
             parts.append(_normalised(features.pooler_output))
         return torch.cat(parts) if parts else self._nothing()
 
+    @torch.inference_mode()
+    def embed_layouts(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """What is where in images, whatever it looks like: patch tokens, each channel normalised over the image.
+
+        Normalised by its mean and deviation over the image's patches, a channel tells where there is more or less of
+        what it stands for, and no longer how much: these statistics carry the style (Huang and Belongie, 2017).
+
+        Args:
+            pictures: ``B`` uint8 arrays ``[H, W, 3]``.
+
+        Returns:
+            float32 ``[B, P, D]`` on the CPU, of the last layer.
+        """
+        parts = []
+        for start in range(0, len(pictures), _CHUNK):
+            pixels = self.processor([*map(_rgb, pictures[start : start + _CHUNK])], return_tensors="pt")["pixel_values"]
+            tokens = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 1:]
+            deviation, mean = torch.std_mean(tokens, dim=1, correction=0, keepdim=True)
+            parts.append(((tokens - mean) / (deviation + _EPS)).cpu())
+        return torch.cat(parts)
+
     def _trimmed(self, image: Image.Image) -> Image.Image:
         """The middle of a very long image, all that the centre crop will look at; any other image as it is."""
         limit = _LONGEST_ASPECT * min(image.size)
@@ -137,6 +160,15 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     The raw value between -1 and 1: neither clamped at 0 nor multiplied by 100, as some libraries do.
     """
     return (a * b).sum(dim=-1)
+
+
+def content_alignment(a: Tensor, b: Tensor) -> Tensor:
+    """How alike images are laid out: ``[B, P, D]``, ``[B, P, D]`` of :meth:`ClipJudge.embed_layouts` to ``[B]``.
+
+    The correlation of a channel's values over the patches, averaged over the channels: 1 for the same layout, 0 for
+    unrelated ones (docs/quality.md).
+    """
+    return (a * b).mean(dim=(1, 2))
 
 
 def _rgb(picture: Image.Image | NDArray[np.uint8]) -> Image.Image:

@@ -40,9 +40,13 @@ class PerceptualDistance:
         self.weights = None if weights is None else [weight.to(device, torch.float32) for weight in weights]
         self.device = torch.device(device)
 
-    @torch.inference_mode()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each image of ``a`` to its counterpart in ``b``: 0 for equal images, larger for less alike ones.
+        """The first of what :meth:`compare` gives."""
+        return self.compare(a, b)[0]
+
+    @torch.inference_mode()
+    def compare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare each image of ``a`` with its counterpart in ``b``, from one look at both.
 
         Nothing is resized here: LPIPS compares the reference, squashed bilinearly to the output's size, with the output
         (see :class:`vcf_batch.metrics.scorer.Scorer`).
@@ -51,7 +55,8 @@ class PerceptualDistance:
             a, b: float ``[B, 3, H, W]`` in [-1, 1], of equal sizes.
 
         Returns:
-            float32 ``[B]`` on the CPU.
+            Their distance, 0 for equal images, larger for less alike ones; and their style similarity, 1 for equal
+            channel statistics, towards 0 for less alike ones. Both float32 ``[B]`` on the CPU.
 
         Raises:
             ValueError: the shapes differ, are not images, or are too small for the network.
@@ -60,11 +65,12 @@ class PerceptualDistance:
             raise ValueError(f"images must be two tensors of one shape [B, 3, H, W], not {[*a.shape]} and {[*b.shape]}")
         maps_a, maps_b = self.features(a.to(self.device)), self.features(b.to(self.device))
         weights = self.weights or [torch.ones(m.shape[1], device=self.device) / m.shape[1] for m in maps_a]
-        total = torch.zeros(len(a), device=self.device)
+        total, similar = torch.zeros(2, len(a), device=self.device)
         for map_a, map_b, weight in zip(maps_a, maps_b, weights, strict=True):
             difference = (_unit(map_a) - _unit(map_b)).square()
             total += (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
-        return total.cpu()
+            similar += _style_similarity(map_a, map_b) / len(maps_a)
+        return total.cpu(), similar.cpu()
 
 
 class LPIPS(PerceptualDistance):
@@ -234,6 +240,19 @@ def _unit(maps: Tensor) -> Tensor:
     """``[B, C, h, w]`` with every pixel's channels scaled to length 1, in float32."""
     maps = maps.float()
     return maps / (maps.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
+
+
+def _style_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """``[B]``, 0 to 1: how much the channels' means and deviations over the image have in common (docs/quality.md)."""
+    x, y = _statistics(a), _statistics(b)
+    apart, size = (x - y).abs().sum(dim=1), (x.abs() + y.abs()).sum(dim=1)
+    return 1 - apart / (size + _EPS)
+
+
+def _statistics(maps: Tensor) -> Tensor:
+    """``[B, C, h, w]`` to ``[B, 2 C]``: what says how an image looks, and not where in it."""
+    deviation, mean = torch.std_mean(maps.float(), dim=(2, 3), correction=0)
+    return torch.cat([mean, deviation], dim=1)
 
 
 def _load(url: str) -> Mapping[str, Tensor]:

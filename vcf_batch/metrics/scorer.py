@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vcf_batch import images
 from vcf_batch.config import reference_shares
-from vcf_batch.metrics.clip_score import ClipJudge, cosine
+from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.records import Scores
 
@@ -60,7 +60,7 @@ class Scorer:
 
     Args:
         judge: the CLIP that scores.
-        perceptual: the perceptual distance; None leaves ``lpips`` empty.
+        perceptual: the perceptual distance; None leaves ``lpips`` and ``style_similarity`` empty.
     """
 
     def __init__(self, judge: ClipJudge, perceptual: PerceptualDistance | None = None) -> None:
@@ -83,8 +83,8 @@ class Scorer:
 
         Args:
             prompts: ``B`` prompts, 1 or more.
-            references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``
-                and ``lpips`` are None.
+            references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``,
+                ``lpips`` and ``style_similarity`` are None.
             weights: for each output, those of its references in that mean; None is equal ones.
         """
         given = [None] * len(prompts) if weights is None else weights
@@ -94,7 +94,9 @@ class Scorer:
         self._forget_oldest()
         return Targets(texts, known, pictures, shares)
 
-    def score(self, targets: Targets, outputs: Sequence[NDArray[np.uint8]]) -> list[Scores]:
+    def score(
+        self, targets: Targets, outputs: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]] = ()
+    ) -> list[Scores]:
         """Score a batch.
 
         For the perceptual distance each reference is squashed bilinearly, with antialiasing, to the output's size (as
@@ -103,6 +105,7 @@ class Scorer:
         Args:
             targets: of the batch.
             outputs: ``B`` images of one size, uint8 ``[H, W, 3]``.
+            twins: what each prompt alone makes of the same noise, likewise; without them ``content_alignment`` is None.
         """
         if len(outputs) != len(targets.shares):
             raise ValueError(f"{len(outputs)} outputs, targets of {len(targets.shares)}")
@@ -111,11 +114,17 @@ class Scorer:
         if targets.references:
             known = torch.stack([entry.embedding for entry in targets.references])
             cosines = cosine(pictures[targets.owners], known).tolist()
-        distances = self._distances([outputs[owner] for owner in targets.owners], targets)
+        distances, similarities = self._compared([outputs[owner] for owner in targets.owners], targets)
+        alignments: list[float | None] = [None] * len(outputs)
+        if twins:
+            layouts, twin_layouts = self.judge.embed_layouts([*outputs, *twins]).split(len(outputs))
+            alignments = content_alignment(layouts, twin_layouts).tolist()
         columns = (
             cosine(pictures, targets.texts).tolist(),
             _means(cosines, targets.shares),
             _means(distances, targets.shares),
+            alignments,
+            _means(similarities, targets.shares),
         )
         return [Scores(*values) for values in zip(*columns, strict=True)]
 
@@ -139,21 +148,27 @@ class Scorer:
         for digest in list(self._references)[: max(0, len(self._references) - REFERENCES_KEPT)]:
             del self._references[digest]
 
-    def _distances(self, outputs: Sequence[NDArray[np.uint8]], targets: Targets) -> list[float]:
-        """Perceptual distance of each output to the reference beside it; ``[]`` where none was asked for."""
+    def _compared(self, outputs: Sequence[NDArray[np.uint8]], targets: Targets) -> tuple[list[float], list[float]]:
+        """Perceptual distance and style similarity of each output and the reference beside it.
+
+        Both ``[]`` without a perceptual network.
+        """
         if self.perceptual is None or not outputs:
-            return []
+            return [], []
         height, width, _ = outputs[0].shape
         for image, entry in zip(targets.pictures, targets.references, strict=True):
             if (width, height) not in entry.resized:
                 entry.resized[width, height] = np.asarray(images.resize(image, width, height))
         step = max(1, _PIXELS_AT_ONCE // (height * width))
-        values: list[float] = []
+        distances: list[float] = []
+        similarities: list[float] = []
         for start in range(0, len(outputs), step):
             part = slice(start, start + step)
             resized = [entry.resized[width, height] for entry in targets.references[part]]
-            values += self.perceptual(_signed(outputs[part]), _signed(resized)).tolist()
-        return values
+            distance, similarity = self.perceptual.compare(_signed(outputs[part]), _signed(resized))
+            distances += distance.tolist()
+            similarities += similarity.tolist()
+        return distances, similarities
 
 
 def _signed(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -45,6 +45,7 @@ COLUMNS: Mapping[str, str] = {
     "width": "pixels",
     "height": "pixels",
     "sha256": "of the image file",
+    "phash": "perceptual hash, 64 bits in hex: similar images differ in few bits",
     **{
         name: f"{score.meaning}; {'higher' if score.higher_is_better else 'lower'} is better"
         for name, score in SCORES.items()
@@ -52,6 +53,12 @@ COLUMNS: Mapping[str, str] = {
     "attempts": "seed and scores of each image that the row got; null where any is good enough",
 }
 """What the output's own columns mean."""
+
+TRIPLET_FILES = (
+    "\n  `KEY.content.{0}` is what the prompt alone makes of the same noise, `KEY.style.{0}` the reference that\n"
+    "  counts most, squashed to the size of the image."
+)
+"""What the card says of further members of a tar."""
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _SETTINGS = ("fusion", "strength", "guidance_scale", "steps", "scheduler", "pno_steps", "dtype", "seed")
@@ -97,6 +104,7 @@ def render(output: Output, licence: str | None = None) -> str:
         missing=_missing(found, output.plan.num_rows),
         bytes=f"{found.bytes / 1e6:,.1f} MB",
         extension=config.image_format,
+        triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
         columns="\n".join(_column(field) for field in _schema(output)),
         scores="\n".join(_score(found, name) for name in SCORES),
         models="\n".join(

@@ -22,9 +22,9 @@ from vcf_batch.records import Receipt, Shard, Status
 from vcf_batch.totals import Totals
 from vcf_batch.verify import side_by_side
 
-EXTREMES = 12
+EXTREMES = 8
 """Rows kept at either end of each score."""
-RANDOM = 36
+RANDOM = 32
 """Rows of the random sample."""
 POINTS = 1500
 """Rows of the scatter plot."""
@@ -46,6 +46,8 @@ SCORES: Mapping[str, Score] = {
     "clip_score": Score("Prompt", "cosine of output and prompt, by the judge", True),
     "clip_reference": Score("Reference", "cosine of output and reference, by the judge", True),
     "lpips": Score("Distance", "perceptual distance of output and reference", False),
+    "content_alignment": Score("Content", "likeness of layout of output and text-only twin, by the judge", True),
+    "style_similarity": Score("Style", "likeness of channel statistics of output and reference", True),
 }
 
 _SETTINGS = ("fusion", "strength", "pno_steps")
