@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from pictures import animation, file, noise, palette, png_header, rgba, to_bytes
 from numpy.typing import NDArray
+from pictures import animation, file, noise, palette, png_header, rgba, to_bytes
 from PIL import Image, ImageFile
 
 from vcf_batch import images

@@ -284,9 +284,7 @@ def test_existing_samples_are_written_as_they_are(loaded: Worker, tmp_path: Path
     existing = {}
     for row, found in zip(subject.manifest.rows(0, 24, 0), runs.rows_of(tmp_path / "whole"), strict=True):
         if row.number not in (3, 11):
-            scores = Scores(found["clip_score"], found["clip_reference"], found["lpips"])
-            settings = subject.tools.settings(row)
-            existing[row.number] = Sample(row, "success", settings, images[row.key], 32, 32, scores)
+            existing[row.number] = shards.sample_of(row, found, images[row.key])
     commit(subject, existing=existing)
     assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "whole")
 

@@ -489,7 +489,7 @@ class Generation:
 
     def _triplet(self, batch: _Batch, place: int, sample: Sample, twin: NDArray[np.uint8]) -> dict[str, bytes]:
         """The twin of a row, and the reference that counts most in it, as the perceptual distance sees it: encoded."""
-        text_only = dataclasses.replace(sample, settings=sample.settings | {"strength": 0.0, "pno_steps": 0})
+        text_only = dataclasses.replace(sample, settings={**sample.settings, "strength": 0.0, "pno_steps": 0})
         shares = cast(Targets, batch.targets).shares[place]
         height, width, _ = twin.shape
         reference = images.resize(batch.pictures[place][shares.index(max(shares))], width, height)
