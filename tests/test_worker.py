@@ -21,7 +21,7 @@ from vcf_batch import commits, generation, images, plan, shards, worker
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.records import Reference, Sample, Scores, Shard
+from vcf_batch.records import Reference, Shard
 from vcf_batch.references import ReferenceReader
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import Worker
