@@ -105,6 +105,23 @@ def test_a_lease_without_a_heartbeat_expires(output: str, caplog: pytest.LogCapt
     assert "That run has died; taking over." in caplog.text
 
 
+def test_of_two_watchers_the_slower_one_leaves_the_faster_ones_lease_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path)
+    leave(output)
+
+    def overtaken(owner: dict[str, Any]) -> bool:
+        leave(output, token="faster")
+        return owner["token"] == "t"
+
+    monkeypatch.setattr(lease, "_is_gone", overtaken)
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.1)
+    with pytest.raises(RefusedError, match="is held by another run"):
+        Lease(output).acquire()
+    assert read(output)["token"] == "faster"
+
+
 @pytest.mark.usefixtures("expiring")
 @pytest.mark.parametrize("data", [b"", b"[1]", b"\xff{", b'{"pid": "x"}'])
 def test_a_damaged_lease_expires_like_any_other(output: str, data: bytes) -> None:

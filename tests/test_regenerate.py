@@ -99,7 +99,25 @@ def test_a_reference_that_is_gone_is_no_damage(output: Path) -> None:
 
 
 def test_another_model_is_refused(output: Path, tmp_path: Path) -> None:
+    """Even where nothing is finished, so that a run with that model could begin."""
+    bare = shutil.copytree(output, tmp_path / "out", ignore=shutil.ignore_patterns("*_stats.json"))
     other = runs.save_model(tmp_path / "model")
     (other / "model_index.json").write_text((other / "model_index.json").read_text() + "\n")
-    with pytest.raises(RefusedError, match="model_id"):
-        list(regenerate.regenerate(Output.open(str(output), {"model": str(other)}), 1, 0))
+    before = tree(bare)
+    for folder in (output, bare):
+        with pytest.raises(RefusedError, match="model_id"):
+            list(regenerate.regenerate(Output.open(str(folder), {"model": str(other)}), 1, 0))
+    assert tree(bare) == before
+
+
+def test_nothing_is_written_into_the_output(output: Path) -> None:
+    """It may be read-only, and somebody else's: not even a file comes and goes in it."""
+    before = tree(output)
+    told(output, 1)
+    assert tree(output) == before
+
+
+def tree(folder: Path) -> list[tuple[str, int, int]]:
+    """Every file and folder with its size and the time it was changed."""
+    found = [(path, path.stat()) for path in (folder, *sorted(folder.rglob("*")))]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]

@@ -1,8 +1,10 @@
 """Whole runs on storage that is not a healthy local disk: a real S3 server, and one that fails and fills up."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import runs
 import s3_server
+from click.testing import CliRunner
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -19,6 +22,7 @@ import fsspec.config
 import ray
 
 from vcf_batch import attempts, pool, shards, storage, storage_errors
+from vcf_batch.cli import main
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, StorageError
 
@@ -127,3 +131,51 @@ def test_storage_that_fails_one_call_in_five_and_then_fills_up_changes_no_byte(
     assert generate(f"faulty://{output}").resumed_rows == len(finished) * SHARD_SIZE
     assert runs.data_files(output) == undisturbed
     assert len(storage.list_tree(str(output))) == 3 * ROWS // SHARD_SIZE + 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("disks cannot be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_local_disk_that_fills_up_and_one_that_is_read_only(
+    small_disk: Path, generate: Callable[[str], pool.Summary], undisturbed: dict[str, bytes]
+) -> None:
+    """Disk full and read-only output: clear error, earlier shards intact, rerun completes. It can be read all the time."""
+    output, ballast = small_disk / "out", small_disk / "ballast"
+
+    def fill() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))), 300)
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    with pytest.raises(StorageError, match=r"No space left on device(.|\n)*room(.|\n)*rerun the same command"):
+        generate(str(output))
+    filler.join()
+    assert all(undisturbed[name] == data for name, data in runs.data_files(output).items())
+    assert 0 < len(runs.read_receipts(str(output))) < ROWS // SHARD_SIZE
+
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        generate(str(output))
+    looked_at = CliRunner().invoke(main, ["verify", str(output)])
+    assert looked_at.exit_code == 5, looked_at.output
+
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    ballast.unlink()
+    assert generate(str(output)).counts["success"] == ROWS
+    assert runs.data_files(output) == undisturbed
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    verified = CliRunner().invoke(main, ["verify", str(output), "--regenerate", "1"])
+    assert verified.exit_code == 0, verified.output

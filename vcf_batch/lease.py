@@ -33,8 +33,9 @@ from vcf_batch.errors import RefusedError, StorageError, redact
 NAME = "_lease.json"
 BEAT = "_lease.beat"
 BEAT_SECONDS = 5.0
-EXPIRY_SECONDS = 20.0
-"""A beat that stays the same for so long is a dead owner's."""
+EXPIRY_SECONDS = 28.0
+"""A beat that stays the same for so long is a dead owner's. A living one's may be late by a request to an object store
+that hangs until it is given up after 20 seconds, and sent once more."""
 WAIT_SECONDS = 30.0
 """How long a driver watches a living owner, which may be about to end, before it gives up."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
@@ -101,8 +102,9 @@ class Lease:
             if seen != watched:
                 watched, changed = seen, now
             if _is_gone(_parsed(found)) or now - changed >= EXPIRY_SECONDS:
-                _log.warning("That run has died; taking over.")
-                storage.remove(_url(self._output), missing_ok=True)
+                if self._read() == found:  # else another watcher was faster, and this is its lease
+                    _log.warning("That run has died; taking over.")
+                    storage.remove(_url(self._output), missing_ok=True)
             elif now - begin >= WAIT_SECONDS:
                 raise RefusedError(
                     f"{self._output} is held by another run, which is alive: {_described(found)}. "

@@ -17,6 +17,8 @@ class Output:
     """An output, what its run was asked to do, and the manifest if it is still there."""
 
     url: str
+    record: Mapping[str, Any]
+    """``run.json``."""
     fingerprints: frozenset[str]
     """Those that receipts may have: the run's, and of what it was before rows were appended to its manifest."""
     config: RunConfig
@@ -25,6 +27,17 @@ class Output:
     """None if it cannot be read any more, or has changed."""
     manifest_error: VcfBatchError | None = None
     """Why there is none."""
+
+    def need_manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            VcfBatchError: there is none.
+        """
+        if self.manifest is None:
+            assert self.manifest_error
+            raise self.manifest_error
+        return self.manifest
 
     @classmethod
     def open(cls, url: str, changes: Mapping[str, Any] = MappingProxyType({}), with_manifest: bool = True) -> "Output":
@@ -62,7 +75,7 @@ class Output:
         opened, trouble = _open_manifest(config, fields["manifest_id"]) if with_manifest else (None, None)
         if opened and opened.num_rows != plan.num_rows:
             raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}")
-        return cls(url, fingerprints, config, plan, opened, trouble)
+        return cls(url, record, fingerprints, config, plan, opened, trouble)
 
 
 def _open_manifest(config: RunConfig, identity: str) -> tuple[Manifest | None, VcfBatchError | None]:

@@ -91,6 +91,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
             job = prepare.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
                 job = dataclasses.replace(job, token=held.token, extends=prepare.claim(job))
+                held.confirm()
                 # Before anything is read: from here on, no earlier owner can change what there is.
                 commits.clean(job.config.output)
                 job = dataclasses.replace(job, again=again())

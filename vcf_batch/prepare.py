@@ -449,10 +449,10 @@ def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
     }
     packages = ("torch", "diffusers", "transformers", "ray", "pyarrow")
     output = job.config.output
-    with storage.refusals_as_storage_errors():
-        has_run_file = storage.exists(storage.join(output, run_file.NAME))
+    found = run_file.read(output)  # once more: an earlier owner may have written it meanwhile
     return run_file.claim(
         output,
+        found,
         job.fields,
         {
             "config": {name: _redacted(value) for name, value in job.config.to_dict().items()},
@@ -464,7 +464,7 @@ def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
             | {name: importlib.metadata.version(name) for name in packages},
         },
         # Without run.json even half a shard is somebody else's.
-        begun=commits.any_committed(output) if has_run_file else bool(shards.files_found(output)),
+        begun=commits.any_committed(output) if found else bool(shards.files_found(output)),
         obstacle=lambda there: appended.obstacle(there, job.manifest),
         publish=publish,
     )

@@ -69,10 +69,8 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
 def _load(output: Output, scratch: str) -> Worker:
     """A worker of the output's own run, which writes into scratch."""
     config = output.config
-    job = prepare.settle(
-        config, prepare.open_manifest(config, run_file.read(output.url)), prepare.resolve_models(config)
-    )
-    prepare.claim(job)  # refuses what is not this very run
+    job = prepare.settle(config, output.need_manifest(), prepare.resolve_models(config))
+    run_file.refuse_another(output.url, output.record["fields"], job.fields)
     os.environ.update(prepare.environment(config))
     gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
     return worker.load(

@@ -38,12 +38,10 @@ class Repair:
     """
 
     def __init__(self, output: Output, where: str) -> None:
-        if output.manifest is None:
-            assert output.manifest_error
-            raise output.manifest_error
+        manifest = output.need_manifest()
         self._output, self._where = output, where
         self._database = duckdb.connect(":memory:", config=_CLOSED)
-        schema = shards.schema(output.manifest.carried_schema, output.manifest.reference_is_list)
+        schema = shards.schema(manifest.carried_schema, manifest.reference_is_list)
         self._columns = [field.name for field in schema if self._takes(field)]
         self._selected(schema.empty_table())
 

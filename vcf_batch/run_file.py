@@ -37,6 +37,7 @@ def read(output: str) -> dict[str, Any] | None:
 
 def claim(
     output: str,
+    found: Mapping[str, Any] | None,
     fields: Mapping[str, Any],
     description: Mapping[str, Any],
     *,
@@ -50,6 +51,7 @@ def claim(
 
     Args:
         output: the run's output.
+        found: its ``run.json``, read since the driver owns it.
         fields: what the fingerprint covers.
         description: what else is recorded of the run.
         begun: whether the output holds something that a run has finished.
@@ -63,14 +65,13 @@ def claim(
         RefusedError: the output holds another run. Every difference is listed.
         StorageError: the storage failed.
     """
-    found = read(output)
     if found is None and begun:
         raise RefusedError(f"{output} holds results but no {NAME}; use another output")
     extends: tuple[str, ...] = tuple(found.get("extends", ())) if found else ()
     if found and found["fields"] == fields:
         return extends
     if found and begun:
-        _refuse_another(output, found["fields"], fields, obstacle)
+        refuse_another(output, found["fields"], fields, obstacle)
         extends = (*extends, found["fingerprint"])
     else:
         extends = ()
@@ -80,11 +81,23 @@ def claim(
     return extends
 
 
-def _refuse_another(
-    output: str, there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle | None
+def refuse_another(
+    output: str, there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle | None = None
 ) -> None:
-    """Refuse whatever is not a longer run than the one that is there."""
+    """Refuse whatever is neither the run that is there nor a longer one. Writes nothing.
+
+    Args:
+        output: the run's output.
+        there: what the fingerprint of the run that is there covers.
+        fields: what that of this run covers.
+        obstacle: without it, a longer run is refused too.
+
+    Raises:
+        RefusedError: they differ. Every difference is listed.
+    """
     differing = [name for name in sorted(there.keys() | fields.keys()) if there.get(name) != fields.get(name)]
+    if not differing:
+        return
     reason = ""
     if obstacle and differing == ["manifest_id"]:
         if (found := obstacle(there)) is None:

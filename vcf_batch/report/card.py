@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from vcf_batch import __version__, run_file, shards, storage
+from vcf_batch import __version__, shards, storage
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.report import figures
@@ -89,8 +89,6 @@ def write(output: Output, licence: str | None = None, force: bool = False) -> st
 def render(output: Output, licence: str | None = None) -> str:
     """The card of an output: YAML for Hugging Face, then Markdown. For arguments and errors see :func:`write`."""
     found = figures.read(output)
-    record = run_file.read(output.url)
-    assert record  # an Output has one
     config = output.config
     settings = {name: value for name in _SETTINGS if (value := getattr(config, name)) is not None}
     template = string.Template((importlib.resources.files("vcf_batch.report") / "card.md").read_text("utf-8"))
@@ -109,11 +107,11 @@ def render(output: Output, licence: str | None = None) -> str:
         scores="\n".join(_score(found, name) for name in SCORES),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
-            for name, model in record["models"].items()
+            for name, model in output.record["models"].items()
             if model
         ),
         settings=", ".join(f"{name} {_code(str(value))}" for name, value in settings.items()),
-        fingerprint=record["fingerprint"],
+        fingerprint=output.record["fingerprint"],
         devices=", ".join(_code(device) for device in sorted(found.devices)),
         licence=_code(licence) if licence else "Not stated. Who hands this on decides: `license` above.",
     )

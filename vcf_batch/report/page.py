@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from vcf_batch import run_file, storage
+from vcf_batch import storage
 from vcf_batch.errors import redact
 from vcf_batch.outputs import Output
 from vcf_batch.report import figures, thumbnails
@@ -37,8 +37,6 @@ def render(output: Output) -> str:
         StorageError: the storage failed.
     """
     found = figures.read(output)
-    record = run_file.read(output.url)
-    assert record  # an Output has one
     groups = _groups(found)
     chosen = {row.number: row.record for rows in groups.values() for row in rows}
     pairs = thumbnails.read(output, chosen)
@@ -64,7 +62,7 @@ def render(output: Output) -> str:
         "pictures": ["data:image/webp;base64," + base64.b64encode(picture).decode() for picture in pictures],
         "causes": _causes(found),
         "time": _time(found),
-        "configuration": _configuration(found, record),
+        "configuration": _configuration(found, output.record),
     }
     return _fill(storage.name(output.url), data)
 

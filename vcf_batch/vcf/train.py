@@ -131,6 +131,7 @@ def _claim(task: Task) -> None:
     out = task.config.out
     run_file.claim(
         out,
+        run_file.read(out),
         task.fields(),
         {
             "model": redact(task.parts.base.name),
