@@ -149,7 +149,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_local_disk_that_fills_up_and_one_that_is_read_only(
     small_disk: Path, generate: Callable[[str], pool.Summary], undisturbed: dict[str, bytes]
 ) -> None:
-    """Disk full and read-only output: clear error, earlier shards intact, rerun completes. It can be read all the time."""
+    """Disk full and read-only output: clear error, earlier shards intact, rerun completes. `verify` reads both."""
     output, ballast = small_disk / "out", small_disk / "ballast"
 
     def fill() -> None:

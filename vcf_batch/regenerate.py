@@ -28,7 +28,7 @@ from vcf_batch.worker import Worker
 
 TOLERANCE = 5.0
 """Mean absolute difference of an image's pixels, of 255, that another type of device may make. On the demo manifest
-another instruction set makes 0.0004 at most, 0.9 in bfloat16; two different samples are 34 apart at least."""
+another instruction set makes 0.0004 at most, 0.9 in bfloat16."""
 
 
 def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
