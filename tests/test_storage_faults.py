@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import fsspec.config
 import ray
 
-from vcf_batch import attempts, pool, shards, storage, storage_errors
+from vcf_batch import attempts, pool, progress_file, run_file, shards, storage, storage_errors
 from vcf_batch.cli import main
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, StorageError
@@ -78,6 +78,13 @@ def data_files(output: str) -> dict[str, bytes]:
     return {name: storage.read_bytes(storage.join(output, name)) for name in names}
 
 
+def assert_nothing_is_left(output: str) -> None:
+    """What a finished run leaves, and nothing else."""
+    ends = (*shards.SUFFIXES.values(), shards.RECEIPT_SUFFIX)
+    names = {f"{shard:05d}{end}" for shard in range(ROWS // SHARD_SIZE) for end in ends}
+    assert set(storage.list_tree(output)) == {*names, run_file.NAME, progress_file.NAME}
+
+
 def test_a_run_on_s3_that_is_stopped_and_resumed_gives_the_bytes_of_a_local_one(
     s3: str, generate: Callable[[str], pool.Summary], undisturbed: dict[str, bytes]
 ) -> None:
@@ -98,7 +105,7 @@ def test_a_run_on_s3_that_is_stopped_and_resumed_gives_the_bytes_of_a_local_one(
     left = ROWS // SHARD_SIZE - len(finished) + (0 in finished)
     assert generate(s3).resumed_rows == ROWS - left * SHARD_SIZE
     assert data_files(s3) == undisturbed
-    assert len(storage.list_tree(s3)) == 3 * ROWS // SHARD_SIZE + 1
+    assert_nothing_is_left(s3)
 
 
 def test_storage_that_fails_one_call_in_five_and_then_fills_up_changes_no_byte(
@@ -130,7 +137,7 @@ def test_storage_that_fails_one_call_in_five_and_then_fills_up_changes_no_byte(
             assert storage.digest(f"{output}/{receipt.shard.name}{suffix}") == receipt.files[kind]
     assert generate(f"faulty://{output}").resumed_rows == len(finished) * SHARD_SIZE
     assert runs.data_files(output) == undisturbed
-    assert len(storage.list_tree(str(output))) == 3 * ROWS // SHARD_SIZE + 1
+    assert_nothing_is_left(str(output))
 
 
 @pytest.fixture
@@ -176,6 +183,7 @@ def test_a_local_disk_that_fills_up_and_one_that_is_read_only(
     ballast.unlink()
     assert generate(str(output)).counts["success"] == ROWS
     assert runs.data_files(output) == undisturbed
+    assert_nothing_is_left(str(output))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     verified = CliRunner().invoke(main, ["verify", str(output), "--regenerate", "1"])
     assert verified.exit_code == 0, verified.output
