@@ -5,8 +5,8 @@ device and with the same versions, which is what the receipt's ``device`` says, 
 are rounded differently, and :data:`TOLERANCE` bounds what becomes of the pixels.
 """
 
+import dataclasses
 import itertools
-import os
 import random
 import tempfile
 from bisect import bisect_right
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import commits, images, prepare, run_file, shards, storage, worker
+from vcf_batch import commits, images, in_process, prepare, shards, storage
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard
@@ -70,15 +70,9 @@ def _load(output: Output, scratch: str) -> Worker:
     """A worker of the output's own run, which writes into scratch."""
     config = output.config
     job = prepare.settle(config, output.need_manifest(), prepare.resolve_models(config))
-    run_file.refuse_another(output.url, output.record["fields"], job.fields)
-    os.environ.update(prepare.environment(config))
+    prepare.claim(job, publish=False)  # refuses what is not this very run
     gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
-    return worker.load(
-        config=job.config.replace(output=scratch, gpus_per_worker=gpus),
-        fingerprint=job.fingerprint,
-        manifest=job.manifest,
-        models_used=job.models,
-    )
+    return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), scratch)
 
 
 def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, list[int]]]:

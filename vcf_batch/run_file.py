@@ -71,7 +71,7 @@ def claim(
     if found and found["fields"] == fields:
         return extends
     if found and begun:
-        refuse_another(output, found["fields"], fields, obstacle)
+        _refuse_another(output, found["fields"], fields, obstacle)
         extends = (*extends, found["fingerprint"])
     else:
         extends = ()
@@ -81,23 +81,11 @@ def claim(
     return extends
 
 
-def refuse_another(
-    output: str, there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle | None = None
+def _refuse_another(
+    output: str, there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle | None
 ) -> None:
-    """Refuse whatever is neither the run that is there nor a longer one. Writes nothing.
-
-    Args:
-        output: the run's output.
-        there: what the fingerprint of the run that is there covers.
-        fields: what that of this run covers.
-        obstacle: without it, a longer run is refused too.
-
-    Raises:
-        RefusedError: they differ. Every difference is listed.
-    """
+    """Refuse whatever is not a longer run than the one that is there."""
     differing = [name for name in sorted(there.keys() | fields.keys()) if there.get(name) != fields.get(name)]
-    if not differing:
-        return
     reason = ""
     if obstacle and differing == ["manifest_id"]:
         if (found := obstacle(there)) is None:
