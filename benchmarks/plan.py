@@ -8,7 +8,6 @@ the finished shards of a resumed run.
 import hashlib
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 
 from vcf_batch import plan, shards
 from vcf_batch.manifest import Manifest
-from vcf_batch.records import FileEntry, Receipt
+from vcf_batch.records import FileEntry, Receipt, Shard
 
 FILES = 100
 SHARD_SIZE = 1000
@@ -50,24 +49,27 @@ def write_manifest(folder: Path, rows: int) -> None:
         pq.write_table(table, folder / f"part-{number:03d}.parquet", compression="zstd", row_group_size=100_000)
 
 
+def receipt_of(shard: Shard) -> Receipt:
+    """What a run says of a finished shard whose files are as small as they can be."""
+    return Receipt(
+        shard=shard,
+        fingerprint="0" * 64,
+        attempt=1,
+        counts={"success": len(shard), "rejected": 0, "failed": 0},
+        files=dict.fromkeys(shards.SUFFIXES, FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())),
+        device={"kind": "cpu", "dtype": "float32", "threads": 1},
+        timings={"sample": 1.0, "total": 1.0},
+        means={"clip_score": 0.3},
+    )
+
+
 def write_receipts(folder: Path, count: int) -> None:
-    """The files of a finished run, as small as they can be."""
+    """The files of a finished run."""
     folder.mkdir(exist_ok=True)
-    entry = FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
     for shard in plan.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
-        receipt = Receipt(
-            shard=shard,
-            fingerprint="0" * 64,
-            attempt=1,
-            counts={"success": SHARD_SIZE, "rejected": 0, "failed": 0},
-            files=dict.fromkeys(shards.SUFFIXES, entry),
-            device={"kind": "cpu", "dtype": "float32", "threads": 1},
-            timings={"sample": 1.0, "total": 1.0},
-            means={"clip_score": 0.3},
-        )
         for suffix in shards.SUFFIXES.values():
             (folder / f"{shard.name}{suffix}").write_bytes(CONTENT)
-        (folder / f"{shard.name}{shards.RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
+        (folder / f"{shard.name}{shards.RECEIPT_SUFFIX}").write_bytes(receipt_of(shard).to_json())
 
 
 def open_and_plan(folder: Path) -> str:
@@ -96,6 +98,12 @@ MEASURES: dict[str, Callable[[Path], str]] = {
 }
 
 
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes. (What getrusage says may be of the one that started it.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
 def measure(name: str, folder: Path) -> tuple[str, float, float]:
     """What was done, its seconds and its peak memory in GiB, from a fresh process."""
     command = [sys.executable, __file__, "--only", name, "--scratch", str(folder)]
@@ -114,8 +122,8 @@ def main(rows: int, receipts: int, scratch: Path | None, only: str | None) -> No
         assert scratch is not None
         begin = time.perf_counter()
         done = MEASURES[only](scratch)
-        seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        click.echo(json.dumps({"done": done, "seconds": seconds, "gib": peak / (1 << 20)}))
+        seconds = time.perf_counter() - begin
+        click.echo(json.dumps({"done": done, "seconds": seconds, "gib": peak_memory() / (1 << 30)}))
         return
     with tempfile.TemporaryDirectory(prefix="vcf-batch-plan-") as temporary:
         folder = scratch or Path(temporary)

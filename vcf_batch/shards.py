@@ -412,8 +412,12 @@ def read_receipts(output_url: str, sizes: Mapping[str, int], known: Set[int] = f
 
     with ThreadPoolExecutor(_READERS) as threads:
         for begin in range(0, len(stems), _RECEIPTS_AT_ONCE):
-            batch = itertools.islice(stems, begin, begin + _RECEIPTS_AT_ONCE)
-            yield from (receipt for receipt in threads.map(read, batch) if receipt)
+            batch = stems[begin : begin + _RECEIPTS_AT_ONCE]
+            # A piece for each thread: handing over one receipt would take longer than reading it from a disk.
+            step = math.ceil(len(batch) / _READERS)
+            pieces = [batch[first : first + step] for first in range(0, len(batch), step)]
+            for receipts in threads.map(lambda piece: [*map(read, piece)], pieces):
+                yield from filter(None, receipts)
 
 
 def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
