@@ -18,7 +18,7 @@ from vcf_batch.errors import Interrupted, RefusedError, StorageError
 from vcf_batch.ledger import Summary
 from vcf_batch.vcf.recipe import NOT_CONTENT, TrainingConfig
 
-NOT_SETTINGS = {"config", "debug"}
+NOT_SETTINGS = {"config", "push", "debug"}
 
 
 def call(*arguments: object) -> Result:

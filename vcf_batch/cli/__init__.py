@@ -9,7 +9,7 @@ import vcf_batch
 from vcf_batch.cli.checking import repair, verify
 from vcf_batch.cli.evaluation import evaluate
 from vcf_batch.cli.generation import generate
-from vcf_batch.cli.looking import card, contact_sheet, report, status
+from vcf_batch.cli.looking import card, contact_sheet, push, report, status
 from vcf_batch.cli.manifests import manifest
 from vcf_batch.cli.planning import plan, preview
 from vcf_batch.cli.training import assemble, train_aligner
@@ -33,6 +33,7 @@ for command in (
     evaluate,
     report,
     card,
+    push,
     verify,
     repair,
     train_aligner,

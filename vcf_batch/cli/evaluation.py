@@ -17,6 +17,7 @@ SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 _DECIDED = (
     "manifest",
     "output",
+    "push",
     "fusion",
     "strength",
     "pno_steps",

@@ -223,9 +223,14 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "this runs in or that runs on this machine already, else a new local one]",
     metavar="ADDRESS",
 )
+@click.option(
+    "--push",
+    metavar="URL",
+    help="After a run that succeeds, copy OUTPUT to another storage, as 'vcf-batch push' does.",
+)
 @debug_option
 @click.pass_context
-def generate(ctx: click.Context, **_: Any) -> None:
+def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
     """Generate an image for every row of MANIFEST into OUTPUT.
 
     MANIFEST is a Parquet file, or a folder of them, with a column 'prompt' and, if wanted, 'reference', 'sample_id',
@@ -237,7 +242,10 @@ def generate(ctx: click.Context, **_: Any) -> None:
     Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
     allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted.
     """
-    run(run_config(ctx))
+    config = run_config(ctx)
+    run(config)
+    if push is not None:
+        hand_on(config.output, push)
 
 
 def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
@@ -259,6 +267,15 @@ def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> N
         )
 
 
+def hand_on(output: str, target: str) -> None:
+    """Copy an output to another storage, and tell what was copied."""
+    from vcf_batch.outputs import Output  # pyarrow is not needed to print a help text
+    from vcf_batch.push import push
+
+    copied, there = push(Output.open(output), target)
+    click.echo(f"{redact(target)}: {copied:,} shards copied, {there:,} were there")
+
+
 def repair_command(output: str) -> str:
     return f"vcf-batch repair {shlex.quote(redact(output))}"
 
@@ -267,6 +284,7 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     """Defaults, overridden by the configuration file, then by the command line, then by the command itself."""
     named = given(ctx)
     values: dict[str, Any] = {}
+    named.pop("push", None)
     source = named.pop("config", None)
     if source is not None:
         try:

@@ -1,4 +1,4 @@
-"""``status``, ``contact-sheet``, ``report`` and ``card``: what there is to see of an output, and to hand on with it."""
+"""``status``, ``contact-sheet``, ``report``, ``card`` and ``push``: an output to look at and to hand on."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, moved_option
-from vcf_batch.cli.generation import given
+from vcf_batch.cli.generation import given, hand_on
 from vcf_batch.errors import printable, redact
 
 
@@ -93,3 +93,21 @@ def card(output: str, licence: str | None, force: bool) -> None:
     from vcf_batch.report import card as cards
 
     click.echo(redact(cards.write(Output.open(output), licence, force)))
+
+
+@click.command(cls=Command)
+@click.argument("output")
+@click.argument("target")
+@debug_option
+def push(output: str, target: str) -> None:
+    """Copy OUTPUT to TARGET, another storage: its finished shards, its card and its report.
+
+    TARGET is a folder or any URL that fsspec opens, such as s3://bucket/dataset, or hf://datasets/OWNER/NAME of a
+    repository that exists. What is there already is not copied again, so that calling it again goes on; a README.md
+    that somebody else wrote is never replaced.
+
+    \b
+    Exit codes: 0 copied; 1 unexpected; 2 no finished shard, or somebody else's README.md; 4 TARGET holds another run;
+    5 damage.
+    """
+    hand_on(output, target)

@@ -44,7 +44,7 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     ctx.exit(max((problem.exit_code for problem in found.problems), default=0))
 
 
-@click.command(cls=Command, params=[option for option in generate.params if option.name != "output"])
+@click.command(cls=Command, params=[option for option in generate.params if option.name not in ("output", "push")])
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of MANIFEST to show.")
 @click.option(
     "--sweep",

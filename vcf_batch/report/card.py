@@ -67,21 +67,32 @@ _SETTINGS = ("fusion", "strength", "guidance_scale", "steps", "scheduler", "pno_
 _SIGNATURE = re.compile(r"\n<!-- written by vcf-batch, unchanged: ([0-9a-f]{64}) -->\n")
 
 
+class OthersCard(UsageError):
+    """The card that is there was written or changed by somebody else."""
+
+
 def write(output: Output, licence: str | None = None, force: bool = False) -> str:
     """Write the card into the output; its URL.
 
     Args:
-        licence: identifier as Hugging Face knows it, such as ``cc-by-4.0``. Without one the field stays open.
+        licence: identifier as Hugging Face knows it, such as ``cc-by-4.0``. Without one the field stays as it is in a
+            card that is replaced, else open.
         force: replace a card that somebody else wrote or changed.
 
     Raises:
-        UsageError: such a card is there, or no shard is finished.
+        OthersCard: such a card is there.
+        UsageError: no shard is finished.
         DamageFound: a parquet is not what a run writes.
         StorageError: the storage failed.
     """
     url = storage.join(output.url, NAME)
-    if not force and not _replaceable(url):
-        raise UsageError(f"{url} was not written by this command, or was changed; --force replaces it")
+    there = read(url)
+    if there is not None and not is_ours(there):
+        if not force:
+            raise OthersCard(f"{url} was not written by this command, or was changed; --force replaces it")
+        there = None
+    if there is not None and licence is None:
+        licence = yaml.safe_load(there.split("---\n")[1]).get("license")
     text = render(output, licence)
     signature = f"\n<!-- written by vcf-batch, unchanged: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
     storage.publish_bytes(url, (text + signature).encode())
@@ -168,12 +179,21 @@ def _code(text: str) -> str:
     return "`" + re.sub(r"[|`\s]+", " ", text) + "`"
 
 
-def _replaceable(url: str) -> bool:
-    """Whether nothing is there, or a card that nobody has touched."""
+def read(url: str) -> str | None:
+    """The card that is at ``url``; None if there is none.
+
+    Raises:
+        StorageError: the storage failed.
+    """
     try:
-        text = storage.read_bytes(url, limit=MAX_BYTES).decode("utf-8", "replace")
+        with storage.refusals_as_storage_errors():
+            return storage.read_bytes(url, limit=MAX_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
-        return True
+        return None
+
+
+def is_ours(text: str) -> bool:
+    """Whether :func:`write` wrote this card, and nobody has touched it."""
     body, mark, end = text.rpartition("\n<!-- ")
     signed = _SIGNATURE.fullmatch(mark + end)
     return signed is not None and signed[1] == hashlib.sha256(body.encode()).hexdigest()
