@@ -5,13 +5,13 @@ The same prompts, steps and guidance on the embedded model, text only: row by ro
 alternate, so that a busy machine slows both.
 """
 
-import functools
+import statistics
+import time
 from collections.abc import Callable
 
 import click
 import torch
 from diffusers import StableDiffusionPipeline
-from measure import alternate
 
 from vcf_batch.models import tiny_folder
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -27,13 +27,23 @@ def stock_pipeline(pipeline: VCFPipeline) -> StableDiffusionPipeline:
     return stock
 
 
+def alternate(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each work over ``rounds`` rounds, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
+
+
 @click.command()
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
-@click.option("--compile", "compiled", is_flag=True, help="With compiled networks too, which takes a minute.")
-def main(rounds: int, batch_size: int, threads: int, compiled: bool) -> None:
-    """Print the ratios to stock diffusers, from the medians of the rounds."""
+def main(rounds: int, batch_size: int, threads: int) -> None:
+    """Print the ratio of the two, from the medians of the rounds."""
     torch.set_num_threads(threads)
     pipeline = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
     stock = stock_pipeline(pipeline)
@@ -44,19 +54,12 @@ def main(rounds: int, batch_size: int, threads: int, compiled: bool) -> None:
         for prompt in prompts:
             stock(prompt, num_inference_steps=steps, guidance_scale=scale, output_type="np")
 
-    def in_batches(pipeline: VCFPipeline) -> None:
+    def in_batches() -> None:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             pipeline.generate(part, seeds=range(len(part)))
 
-    ours = f"vcf-batch, batches of {batch_size}"
-    works: dict[str, Callable[[], None]] = {
-        "stock diffusers, row by row": row_by_row,
-        ours: functools.partial(in_batches, pipeline),
-    }
-    if compiled:
-        other = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32).set_up("cpu", compiled=True)
-        works[f"{ours}, compiled"] = functools.partial(in_batches, other)
+    works = {"stock diffusers, row by row": row_by_row, f"vcf-batch, batches of {batch_size}": in_batches}
     medians = alternate(works, rounds)
     slowest = medians["stock diffusers, row by row"]
     print(

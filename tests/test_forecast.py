@@ -63,6 +63,14 @@ def test_a_calibration_measures_in_this_process_and_touches_nothing(tmp_path: Pa
     assert record["cost"] == pytest.approx(3 * record["device_hours"])
 
 
+def test_rows_that_fail_are_not_timed(tmp_path: Path, model: Path) -> None:
+    """Where no row can be generated, there is nothing to tell of the time and the cost."""
+    runs.write_manifest(tmp_path, 4, {"reference": ["gone.png"] * 4})
+    told = call(tmp_path, model, "--calibrate")
+    assert told.exit_code == 2
+    assert "each of the first 4 rows fails; the first: reference 'gone.png' does not exist" in told.output
+
+
 def test_finished_shards_tell_without_a_calibration(tmp_path: Path, model: Path) -> None:
     """And only what is left takes time."""
     runs.write_manifest(tmp_path, 10)

@@ -54,7 +54,7 @@ def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, monkey
     assert found == counted(job)
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"fingerprint": "f", "totals": {"done": 3}}', None])
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "[" * 10**6, '{"fingerprint": "f", "totals": {"done": 3}}', None])
 def test_what_cannot_be_read_is_done_without(job: Job, damage: str | None) -> None:
     Ledger(job)
     file = Path(job.config.output) / NAME
@@ -62,6 +62,16 @@ def test_what_cannot_be_read_is_done_without(job: Job, damage: str | None) -> No
         file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": "of another run"}))
     else:
         file.write_text(damage)
+    assert seen(job) == counted(job)
+
+
+@pytest.mark.parametrize("failing", [[99999], ["x"]])
+def test_failed_rows_of_shards_that_are_not_there_are_not_believed(job: Job, failing: list[object]) -> None:
+    Ledger(job)
+    file = Path(job.config.output) / NAME
+    record = json.loads(file.read_text())
+    record["totals"]["failing"] = failing
+    file.write_text(json.dumps(record))
     assert seen(job) == counted(job)
 
 

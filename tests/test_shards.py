@@ -456,7 +456,10 @@ def test_receipts_that_do_not_match_their_files_count_as_absent(output: str) -> 
     _publish(output, 7, **{"_stats.json": b"\xff"})
     _publish(output, 8, **{"_stats.json": good[0].to_json()})
     _publish(output, 9, **{"_stats.json": None})
-    for name in ("x_stats.json", "123_stats.json", "run.json", "00010_stats.json.bak"):
+    for index, changes in enumerate([{"counts": {}}, {"counts": {"success": 3}}, {"timings": {"total": 1}}], 10):
+        record = json.loads(good[0].to_json()) | changes
+        _publish(output, index, **{"_stats.json": json.dumps(record).encode()})
+    for name in ("x_stats.json", "123_stats.json", "run.json", "00099_stats.json.bak"):
         storage.publish_bytes(storage.join(output, name), good[0].to_json())
     assert read_receipts(output) == {0: good[0], 100_000: good[1]}
     assert [receipt.shard.index for receipt in shards.iter_receipts(output)] == [0, 100_000]

@@ -32,7 +32,7 @@ def test_receipts_add_up() -> None:
     )
     assert (found.worker_seconds, found.phases, found.devices) == (20, {"sample": 10}, {"gpu": 20})
     assert found.means == {"clip_score": pytest.approx((10 * 0.1 + 5 * 0.2) / 15)}
-    assert found.failing == ["00001"]
+    assert found.failing == [1]
 
 
 def test_the_rate_is_that_of_the_workers_at_work() -> None:

@@ -1,16 +1,18 @@
 """What a run will take, and what is in its way, before it starts. Nothing is written."""
 
-import itertools
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pyarrow.parquet as pq
+
 from vcf_batch import in_process, lease, prepare, progress_file, run_file
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import RefusedError, VcfBatchError, redact
+from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest import Manifest
 from vcf_batch.plan import ShardPlan
 from vcf_batch.prepare import Job
@@ -201,7 +203,7 @@ def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
     """The manifest's first rows, and why each would fail as far as the manifest tells."""
     config, manifest = job.config, job.manifest
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
-    for row in manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), config.seed):
+    for row in manifest.iter_rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), config.seed):
         refused = next(filter(None, map(reader.policy_error, row.images)), None)
         yield row, checked(row, config).error or refused
 
@@ -216,22 +218,33 @@ def _recorded(totals: Totals) -> Measurement:
 
 
 def _calibrated(job: Job) -> Measurement:
-    """Load a worker in this process, let it write a small shard into scratch, and time it."""
+    """Load a worker in this process, let it write a small shard into scratch, and time those rows that do not fail."""
     count = min(CALIBRATION_BATCHES * cast(int, job.config.batch_size), job.manifest.num_rows)
-    sound = (row for row, reason in _first_rows(job) if reason is None)
-    rows = [*itertools.islice(sound, count)] or [Row(0, "text", "")]
+    shard = ShardPlan(job.manifest.num_rows, count)[0]
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         begin = time.perf_counter()
         loaded = in_process.load(job, scratch)
         load_seconds = time.perf_counter() - begin
         from vcf_batch import calibration  # brings torch
 
-        shard = ShardPlan(job.manifest.num_rows, count)[0]
-        receipt, _ = loaded.run(shard, 1, "calibration", last_attempt=True)
+        receipt, staged = loaded.run(shard, 1, "calibration", last_attempt=True)
+        written = pq.read_table(os.path.join(scratch, staged["parquet"]), columns=["status", "error_message"])
+        rows = [
+            row
+            for row, status in zip(
+                job.manifest.iter_rows(shard.start, shard.stop, job.config.seed), written["status"], strict=True
+            )
+            if status.as_py() != "failed"
+        ]
+        if not rows:
+            raise UsageError(
+                f"there is nothing to time, as each of the first {len(shard)} rows fails; the first: "
+                f"{written['error_message'][0]}"
+            )
         return Measurement(
             f"by {len(rows)} rows in this process",
             receipt.device["type"],
             calibration.seconds_per_image(loaded.tools, rows),
-            sum(entry.size for entry in receipt.files.values()) / len(shard),
+            sum(entry.size for entry in receipt.files.values()) / len(rows),
             load_seconds,
         )

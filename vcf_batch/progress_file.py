@@ -47,8 +47,9 @@ def read(output: str) -> Told | None:
     try:
         with storage.refusals_as_storage_errors():
             record = json.loads(storage.read_bytes(storage.join(output, NAME), limit=MAX_BYTES))
-        return Told(**record | {"totals": Totals.from_dict(record["totals"])})
-    except (FileNotFoundError, storage.NotAFileError, ValueError, KeyError, TypeError, AttributeError):
+        set_aside = {str(name): str(reason) for name, reason in record["set_aside"].items()}
+        return Told(record["fingerprint"], Totals.from_dict(record["totals"]), set_aside)
+    except (FileNotFoundError, storage.NotAFileError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -43,8 +43,6 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "unconditional",
     "image_tokens",
     "guidance_scale",
-    "guidance_lo",
-    "guidance_hi",
     "steps",
     "scheduler",
     "eta",
@@ -235,6 +233,12 @@ class Receipt:
             record = json.loads(data)
             record["shard"] = Shard(**record["shard"])
             record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
-            return cls(**record)
+            receipt = cls(**record)
+            counts, timings = {status: receipt.counts[status] for status in STATUSES}, receipt.timings
+            if min(counts.values()) < 0 or sum(counts.values()) != len(receipt.shard):
+                raise ValueError(f"not a receipt: {counts} of {len(receipt.shard)} rows")
+            if timings and not timings.keys() >= {"total", "worker", "ended"}:
+                raise ValueError(f"not a receipt: timings of {sorted(timings)}")
+            return receipt
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a receipt: {error}") from error

@@ -49,8 +49,8 @@ class Totals:
     """Worker seconds by device type."""
     score_sums: Counter[str] = field(default_factory=Counter)
     score_counts: Counter[str] = field(default_factory=Counter)
-    failing: list[str] = field(default_factory=list)
-    """Names of the first shards with failed or rejected rows, at most :data:`MAX_FAILING`."""
+    failing: list[int] = field(default_factory=list)
+    """Indices of the first shards with failed or rejected rows, at most :data:`MAX_FAILING`."""
     workers: dict[str, Latest] = field(default_factory=dict)
 
     def add(self, receipt: Receipt) -> None:
@@ -73,7 +73,7 @@ class Totals:
                 self.score_sums[name] += mean * receipt.counts["success"]  # type: ignore[assignment]
                 self.score_counts[name] += receipt.counts["success"]
         if receipt.counts["success"] < len(receipt.shard) and len(self.failing) < MAX_FAILING:
-            self.failing.append(receipt.shard.name)
+            self.failing.append(receipt.shard.index)
         if "ended" in timings:
             self._add_worker(
                 timings["worker"], Latest(datetime.fromisoformat(timings["ended"]).timestamp(), generated, seconds)
@@ -123,6 +123,8 @@ class Totals:
             if isinstance(value, Counter):
                 setattr(found, name, Counter(record[name]))
         found.workers = {name: Latest(*shard) for name, shard in record["workers"].items()}
+        if not found.done.issuperset(found.failing):
+            raise ValueError(f"shards {found.failing} have failed rows, but not all of them are done")
         return found
 
 

@@ -129,7 +129,7 @@ def read(url: str) -> Status:
         shards=num_shards,
         totals=totals,
         set_aside=dict(told.set_aside) if left else {},
-        causes=_causes(output, [output.plan[int(name)] for name in totals.failing]),
+        causes=_causes(output, [output.plan[index] for index in totals.failing]),
         owner=owner,
     )
 
