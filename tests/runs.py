@@ -82,7 +82,13 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
     settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
     config = RunConfig(manifest=opened.url, output=str(output), **settings)
     fields = fingerprint_fields(
-        config, manifest=opened.identity, model="m", judge="m/judge", lpips="none", pno_guide=None
+        config,
+        manifest=opened.identity,
+        model="m",
+        judge="m/judge",
+        lpips="none",
+        pno_guide=None,
+        safety_checker=None,
     )
     job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
     prepare.claim(job)

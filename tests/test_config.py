@@ -11,7 +11,14 @@ import pytest
 from vcf_batch.config import NOT_CONTENT, RunConfig, fingerprint, fingerprint_fields, load_yaml, reference_shares
 from vcf_batch.errors import UsageError
 
-IDENTITIES: dict[str, Any] = {"manifest": "m", "model": "w", "judge": "j", "lpips": "p", "pno_guide": None}
+IDENTITIES: dict[str, Any] = {
+    "manifest": "m",
+    "model": "w",
+    "judge": "j",
+    "lpips": "p",
+    "pno_guide": None,
+    "safety_checker": None,
+}
 
 OTHER: dict[str, Any] = {
     "manifest": "n.parquet", "output": "elsewhere", "model": "org/model", "revision": "v1", "fusion": "naive",
@@ -24,6 +31,7 @@ OTHER: dict[str, Any] = {
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
+    "safety_checker": "own",
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -65,7 +73,8 @@ def test_fingerprint_is_the_same_everywhere() -> None:
     assert fingerprint(dict(reversed(fields.items()))) == fingerprint(fields)
     code = (
         "from vcf_batch.config import *; c = RunConfig(manifest='x', output='y');"
-        "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p', pno_guide=None)))"
+        "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p', pno_guide=None,"
+        "safety_checker=None)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert printed == fingerprint(fields)

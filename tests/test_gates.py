@@ -100,8 +100,9 @@ def test_what_never_passes_is_rejected_with_its_best_attempt(
 
 def test_a_gate_on_a_score_that_does_not_apply_is_passed() -> None:
     gated = config(min_clip_reference=0.5, max_lpips=0.1)
-    assert gates.misses(Scores(0.1), gated) == []
-    assert len(gates.misses(Scores(0.1, 0.4, float("nan")), gated)) == 2
+    text_only, other = tried(Scores(0.1), Scores(0.1, 0.4, float("nan")))
+    assert gates.misses(text_only, gated) == []
+    assert len(gates.misses(other, gated)) == 2
 
 
 def test_a_row_without_finite_values_in_any_attempt_fails() -> None:

@@ -121,6 +121,8 @@ class RunConfig:
     min_style_similarity: float | None = None
     triplets: bool = False
     """Write each sample's text-only twin from the same noise, and its reference, beside it."""
+    safety_checker: str | None = None
+    """What flags images that are not safe for work, which are rejected: ``own``, the model's, or another."""
     attempts: int = 1
     """Images at most that a row gets, each from another seed, until one passes the gates."""
     best_by: str = "clip_score"
@@ -181,10 +183,10 @@ class RunConfig:
             _between(name, getattr(self, name), *((0, None) if score == "lpips" else (-1, 1)))
         _choice("best_by", self.best_by, tuple(GATES.values()))
         _between("attempts", self.attempts, 1, MAX_ATTEMPTS)
-        if self.attempts > 1 and not self.gates:
+        if self.attempts > 1 and not self.is_gated:
             raise UsageError(
-                f"attempts is {self.attempts}, but nothing is asked of them: set one of {', '.join(GATES)}, or leave "
-                "attempts at 1"
+                f"attempts is {self.attempts}, but nothing is asked of them: set one of {', '.join(GATES)} or "
+                "safety_checker, or leave attempts at 1"
             )
         if self.min_content_alignment is not None and not self.triplets:
             raise UsageError(
@@ -215,6 +217,11 @@ class RunConfig:
     def gates(self) -> dict[str, float]:
         """The gates that are set, by the names of :data:`GATES`."""
         return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether samples may be rejected for what they are."""
+        return bool(self.gates) or self.safety_checker is not None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -257,6 +264,7 @@ NOT_CONTENT = frozenset(
         "revision",
         "judge",
         "pno_guide",
+        "safety_checker",
         "lpips_weights",
         "num_workers",
         "gpus_per_worker",
@@ -272,19 +280,27 @@ not by the name they go by."""
 
 
 def fingerprint_fields(
-    config: RunConfig, *, manifest: str, model: str, judge: str, lpips: str, pno_guide: str | None
+    config: RunConfig,
+    *,
+    manifest: str,
+    model: str,
+    judge: str,
+    lpips: str,
+    pno_guide: str | None,
+    safety_checker: str | None,
 ) -> dict[str, Any]:
     """Everything that changes a run's content or layout, as plain JSON types.
 
     Args:
         config: the run, with every default resolved (no ``auto``, no None where the model decides).
-        manifest, model, judge, lpips, pno_guide: exact identities: hashes or revisions, not names. No guide where
-            nothing is guided.
+        manifest, model, judge, lpips, pno_guide, safety_checker: exact identities: hashes or revisions, not names. No
+            guide where nothing is guided.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
     # They decide which rows fail, in any order; the fields are published, so without credentials.
     fields["reference_root"] = sorted(map(redact, config.reference_root))
     ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
+    ids["safety_checker"] = safety_checker
     return fields | {f"{name}_id": identity for name, identity in ids.items()}
 
 

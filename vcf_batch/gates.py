@@ -19,10 +19,10 @@ def outcome(tries: Sequence[Sample], config: RunConfig) -> Sample | None:
         None if the row gets another attempt.
     """
     last = tries[-1]
-    if not config.gates:
+    if not config.is_gated:
         return last
-    attempts = tuple(Attempt(each.settings["seed"], each.scores) for each in tries)
-    if last.status == "success" and not misses(last.scores, config):
+    attempts = tuple(Attempt(each.settings["seed"], each.scores, each.nsfw) for each in tries)
+    if last.status == "success" and not misses(last, config):
         return dataclasses.replace(last, attempts=attempts)
     if len(tries) < config.attempts:
         return None
@@ -31,15 +31,15 @@ def outcome(tries: Sequence[Sample], config: RunConfig) -> Sample | None:
         return dataclasses.replace(last, attempts=attempts)
     best = max(scored, key=lambda each: _quality(each.scores, config.best_by))
     where = f"in the best of {len(tries)} attempts" if len(tries) > 1 else "in 1 attempt"
-    reason = f"{' and '.join(misses(best.scores, config))} {where}"
+    reason = f"{' and '.join(misses(best, config))} {where}"
     return dataclasses.replace(best, status="rejected", error_message=reason, attempts=attempts)
 
 
-def misses(scores: Scores, config: RunConfig) -> list[str]:
+def misses(sample: Sample, config: RunConfig) -> list[str]:
     """The gates that a sample does not pass, in words. A score that does not apply to it passes."""
-    missed = []
+    missed = ["flagged by the safety checker"] if sample.nsfw else []
     for name, limit in config.gates.items():
-        value = getattr(scores, GATES[name])
+        value = getattr(sample.scores, GATES[name])
         is_most = name.startswith("max_")
         if value is not None and not (value <= limit if is_most else value >= limit):
             sign = ">" if is_most else "<"

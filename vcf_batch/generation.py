@@ -8,6 +8,7 @@ other, the first references are read meanwhile, or the last samples scored and w
 import contextlib
 import dataclasses
 import functools
+import operator
 import threading
 import time
 from collections import deque
@@ -35,6 +36,7 @@ from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
+from vcf_batch.vcf.safety import SafetyChecker
 
 READERS = 8
 """Threads that read references. They wait for storage most of the time."""
@@ -66,6 +68,8 @@ class Tools:
     """Of pipeline and scorer."""
     guide: Guide | None = None
     """Of prompt-noise optimisation; None where no row asks for it."""
+    safety: SafetyChecker | None = None
+    """None without one."""
     sampling: threading.Lock = field(default_factory=threading.Lock)
     """Held by the shard that is sampled."""
 
@@ -449,11 +453,13 @@ class Generation:
                 batch.targets = self.scorer.targets(prompts, batch.pictures, weights)
                 batch.tries = {position: [] for position in batch.positions if position not in self.padding}
             scores = self.scorer.score(batch.targets, pixels, twins)
+            flags = self._flags(pixels, twins)
         with self.clock("encode"):
             for place, position in enumerate(batch.positions):
                 if position not in batch.tries:
                     continue
-                sample = self._outcome(batch, place, scores[place], finite[place] and twins_finite[place])
+                is_finite = finite[place] and twins_finite[place]
+                sample = self._outcome(batch, place, scores[place], flags[place], is_finite)
                 if sample is None:
                     continue
                 if sample.status == "success":
@@ -496,14 +502,21 @@ class Generation:
         style = images.encode(np.asarray(reference), self.config.image_format)
         return dict(zip(TRIPLET, (self._encoded(text_only, twin), style), strict=True))
 
-    def _outcome(self, batch: _Batch, place: int, scores: Scores, is_finite: bool) -> Sample | None:
+    def _flags(self, pixels: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]]) -> Sequence[bool | None]:
+        """Of each row, whether the safety checker flags its image or its twin; None without a checker."""
+        if self.tools.safety is None:
+            return [None] * len(pixels)
+        flags = self.tools.safety(pixels)
+        return [*map(operator.or_, flags, self.tools.safety(twins))] if twins else flags
+
+    def _outcome(self, batch: _Batch, place: int, scores: Scores, nsfw: bool | None, is_finite: bool) -> Sample | None:
         """What became of a row, but for its image; None if it gets another attempt."""
         position = batch.positions[place]
         row, used = self.rows[position], self.settings[position]
         if position in batch.errors:
             return Sample(row, "failed", used, error_message=batch.errors[position])
         used = used | {"seed": plan.attempt_seed(used["seed"], batch.attempt)}
-        tried = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place])
+        tried = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place], nsfw=nsfw)
         if not is_finite:
             tried = Sample(row, "failed", used, error_message=NOT_FINITE)
         batch.tries[position].append(tried)

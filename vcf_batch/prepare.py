@@ -55,8 +55,10 @@ TRACE = "profile/trace.json"
 """Where ``--profile`` leaves its trace in an output."""
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
-OWN_JUDGE, OWN_PROBE, OWN_GUIDE = "judge", "probe", "image_encoder"
-"""Folders of a model that brings its own judge, its own network for the perceptual distance, its own PNO guide."""
+OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
+"""Folders of a model that brings its own judge, network for the perceptual distance, PNO guide, safety checker."""
+OWN = "own"
+"""The safety checker that is asked for where it is the model's."""
 TINY_PERCEPTUAL = "tiny-perceptual"
 
 
@@ -74,6 +76,8 @@ class Models:
     """Folder or URL of the published weights of ``alex`` and ``vgg``."""
     pno_guide: ResolvedModel | None = None
     """None: the pipeline's own image encoder."""
+    safety_checker: ResolvedModel | None = None
+    """None: no checker. The pipeline itself: its own."""
 
     @property
     def judge_identity(self) -> str:
@@ -82,6 +86,12 @@ class Models:
     @property
     def guide_identity(self) -> str:
         return f"{self.pipeline.identity}/{OWN_GUIDE}" if self.pno_guide is None else self.pno_guide.identity
+
+    @property
+    def safety_identity(self) -> str | None:
+        if self.safety_checker == self.pipeline:
+            return f"{self.pipeline.identity}/{OWN_SAFETY}"
+        return self.safety_checker.identity if self.safety_checker else None
 
     def describe(self, guided: bool) -> dict[str, Any]:
         """Name and version of the model, of the PNO guide if there is one, and of what each score comes from."""
@@ -97,6 +107,8 @@ class Models:
             "clip_reference": judge,
             "lpips": None if self.lpips == "none" else lpips,
             "pno_guide": guide if guided else None,
+            "nsfw": self.safety_checker
+            and {"name": storage.redact(self.safety_checker.name), "identity": self.safety_identity},
         }
 
 
@@ -276,7 +288,19 @@ def resolve_models(config: RunConfig) -> Models:
         lpips_identity=identity,
         lpips_source=source if lpips in ("alex", "vgg") else None,
         pno_guide=None if config.pno_guide is None else models.resolve(config.pno_guide),
+        safety_checker=_resolve_safety(config, pipeline),
     )
+
+
+def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel | None:
+    if config.safety_checker != OWN:
+        return None if config.safety_checker is None else models.resolve(config.safety_checker)
+    if models.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:
+        raise ModelError(
+            f"{storage.redact(config.model)} has no safety checker of its own: name one with --safety-checker, such as "
+            "CompVis/stable-diffusion-safety-checker"
+        )
+    return pipeline
 
 
 def _lpips_identity(network: str, source: str) -> str:
@@ -364,6 +388,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         judge=resolved.judge_identity,
         lpips=resolved.lpips_identity,
         pno_guide=resolved.guide_identity if guided else None,
+        safety_checker=resolved.safety_identity,
     )
     fields["lpips"] = resolved.lpips
     if on_gpu:

@@ -57,6 +57,7 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "lpips",
     "content_alignment",
     "style_similarity",
+    "nsfw",
     "attempts",
 )
 """Columns of every shard's parquet, in order; the manifest's carried columns follow and may not reuse these names."""
@@ -137,6 +138,8 @@ class Attempt:
     seed: int
     """Of its noise: the row's own for the first, see :func:`vcf_batch.plan.attempt_seed`."""
     scores: Scores
+    nsfw: bool | None = None
+    """See :attr:`Sample.nsfw`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,8 @@ class Sample:
     error_message: str | None = None
     pno_objective: Objective | None = None
     """None without prompt-noise optimisation."""
+    nsfw: bool | None = None
+    """Whether the safety checker flagged it; None without one."""
     attempts: tuple[Attempt, ...] = ()
     """All of them, in order, where the run has gates."""
     phash: str | None = None

@@ -82,7 +82,8 @@ _NOT_STRINGS = {
     "width": pa.int32(),
     "height": pa.int32(),
     **dict.fromkeys(_SCORES, pa.float64()),
-    "attempts": pa.list_(pa.struct({"seed": pa.int64(), **dict.fromkeys(_SCORES, pa.float64())})),
+    "nsfw": pa.bool_(),
+    "attempts": pa.list_(pa.struct({"seed": pa.int64(), **dict.fromkeys(_SCORES, pa.float64()), "nsfw": pa.bool_()})),
 }
 _FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*SUFFIXES.values(), RECEIPT_SUFFIX]))})")
 _READERS = 32
@@ -267,7 +268,9 @@ class ShardWriter:
             "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),
             "phash": sample.phash,
             **_finite(sample.scores),
-            "attempts": [{"seed": each.seed, **_finite(each.scores)} for each in sample.attempts] or None,
+            "nsfw": sample.nsfw,
+            "attempts": [{"seed": each.seed, **_finite(each.scores), "nsfw": each.nsfw} for each in sample.attempts]
+            or None,
         }
 
     @contextlib.contextmanager
@@ -344,7 +347,8 @@ def sample_of(
         scores=_scores(record),
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
-        attempts=tuple(Attempt(each["seed"], _scores(each)) for each in record["attempts"] or ()),
+        nsfw=record["nsfw"],
+        attempts=tuple(Attempt(each["seed"], _scores(each), each["nsfw"]) for each in record["attempts"] or ()),
     )
 
 

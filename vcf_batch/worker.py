@@ -19,7 +19,7 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, TINY_PERCEPTUAL, TRACE, Models, is_guided
+from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, TRACE, Models, is_guided
 from vcf_batch.profiling import Profile
 from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.references import ReferenceReader
@@ -27,6 +27,7 @@ from vcf_batch.row_settings import checked
 from vcf_batch.shards import ShardFiles
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
+from vcf_batch.vcf.safety import SafetyChecker
 
 NO_REFERENCE = "the row has no reference, which each triplet shows; give it one, or leave --triplets out"
 
@@ -62,9 +63,10 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     if is_guided(config, manifest):
         guide = _load_guide(models_used, pipeline, device)
         guide.refuse_judge(scorer.judge.model)
+    safety = _load_safety(models_used, device)
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     _model_loads += 1
-    tools = Tools(config, pipeline, scorer, references, models_used.pipeline.identity, device, guide)
+    tools = Tools(config, pipeline, scorer, references, models_used.pipeline.identity, device, guide, safety)
     return Worker(tools, manifest, fingerprint)
 
 
@@ -82,6 +84,15 @@ def _load_guide(models_used: Models, pipeline: VCFPipeline, device: Device) -> G
         return Guide.from_pretrained(models.fetch(models_used.pno_guide), device=device.kind)
     statistics = pipeline.feature_extractor
     return Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
+
+
+def _load_safety(models_used: Models, device: Device) -> SafetyChecker | None:
+    if models_used.safety_checker is None:
+        return None
+    folder = models.fetch(models_used.safety_checker)
+    if models_used.safety_checker == models_used.pipeline:
+        folder = os.path.join(folder, OWN_SAFETY)
+    return SafetyChecker.from_pretrained(folder, device=device.kind)
 
 
 def _load_perceptual(models_used: Models, folder: str, device: Device) -> PerceptualDistance | None:

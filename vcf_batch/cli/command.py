@@ -55,6 +55,6 @@ def moved_option(name: str) -> Callable[..., Any]:
 
 def moved(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options for everything that a run has used."""
-    for name in ("lpips-weights", "pno-guide", "judge", "model", "manifest"):
+    for name in ("lpips-weights", "safety-checker", "pno-guide", "judge", "model", "manifest"):
         command = moved_option(name)(command)
     return command

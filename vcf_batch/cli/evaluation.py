@@ -24,6 +24,7 @@ _DECIDED = (
     "seed",
     "limit",
     "triplets",
+    "safety_checker",
     "attempts",
     "best_by",
     *GATES,

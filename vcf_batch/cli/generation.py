@@ -154,6 +154,13 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "Each sample takes about twice as long; rows without a reference are rejected.",
     is_flag=True,
 )
+@_option(
+    "safety-checker",
+    str,
+    "Reject images that it flags as not safe for work: 'own', the model's, or a directory, a Hub id or a URL.  "
+    "[default: none]",
+    metavar="MODEL",
+)
 @_option("attempts", int, "Images that a row gets at most, of different seeds, until one passes.  [default: 1]")
 @_option(
     "best-by",

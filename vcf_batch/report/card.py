@@ -50,6 +50,7 @@ COLUMNS: Mapping[str, str] = {
         name: f"{score.meaning}; {'higher' if score.higher_is_better else 'lower'} is better"
         for name, score in SCORES.items()
     },
+    "nsfw": "whether the safety checker flagged it; null where none looked",
     "attempts": "seed and scores of each image that the row got; null where any is good enough",
 }
 """What the output's own columns mean."""

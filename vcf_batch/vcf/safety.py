@@ -1,0 +1,65 @@
+"""The safety checker of Stable Diffusion: which images are not safe for work?"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from vcf_batch.errors import ModelError
+from vcf_batch.models import load_errors
+
+# It tells of black images, and none is made here.
+logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
+
+
+class SafetyChecker:
+    """Compares images with the embeddings of concepts that are not safe for work.
+
+    Args:
+        model: the checker, on its device. Images go to it as OpenAI's CLIP takes them.
+    """
+
+    def __init__(self, model: StableDiffusionSafetyChecker) -> None:
+        self.model = model.eval().requires_grad_(False)
+        size = model.config.vision_config.image_size
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
+
+    @classmethod
+    def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> "SafetyChecker":
+        """Load a checker, always in float32.
+
+        Args:
+            path: folder of a ``StableDiffusionSafetyChecker``.
+            device: where it runs.
+
+        Raises:
+            ModelError: it is another model, or weights are missing.
+            StorageError: the disk failed.
+        """
+        with load_errors(f"the safety checker {path!r}", "; name another with --safety-checker"):
+            model, report = StableDiffusionSafetyChecker.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        # transformers fills what a file lacks with random weights.
+        if report["missing_keys"]:
+            raise ModelError(
+                f"the safety checker {path!r} lacks {len(report['missing_keys'])} weights, among them "
+                f"{min(report['missing_keys'])}; name a complete one with --safety-checker"
+            )
+        return cls(model.to(device))
+
+    def __call__(self, pictures: Sequence[NDArray[np.uint8]]) -> list[bool]:
+        """Which images are flagged.
+
+        Args:
+            pictures: uint8 ``[H, W, 3]`` each.
+        """
+        pixels = self.processor([*map(Image.fromarray, pictures)], return_tensors="pt")["pixel_values"]
+        # It blackens what it is given beside them.
+        _, flags = self.model(pixels.to(self.model.device), [np.zeros(0) for _ in pictures])
+        return list(map(bool, flags))
