@@ -60,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the run tells the user."""
     found: list[str] = []
-    monkeypatch.setattr(Progress, "note", lambda self, message: found.append(message))
+    monkeypatch.setattr(Progress, "note", lambda self, message, *_, **__: found.append(message))
     return found
 
 

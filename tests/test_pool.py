@@ -335,7 +335,7 @@ def test_once_a_worker_has_loaded_a_failed_start_is_its_nodes_trouble(
 ) -> None:
     """Trouble of a node fails the attempt, not the run."""
     notes: list[str] = []
-    monkeypatch.setattr(Progress, "note", lambda self, message: notes.append(message))
+    monkeypatch.setattr(Progress, "note", lambda self, message, *_, **__: notes.append(message))
     output, own = tmp_path / "out", shutil.copytree(model, tmp_path / "model")
     weights = own / "unet" / "diffusion_pytorch_model.safetensors"
 

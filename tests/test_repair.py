@@ -102,7 +102,9 @@ def test_a_repair_that_was_killed_keeps_the_samples_that_stay(output: Path, tmp_
     repaired = runs.write_output(manifest, tmp_path / "repaired", SHARD_SIZE, failed={9})
     (receipt,) = (found for found in shards.iter_receipts(repaired.config.output) if found.shard.index == 1)
     paths = {kind: str(tmp_path / "repaired" / f"00001{suffix}") for kind, suffix in shards.SUFFIXES.items()}
-    files = shards.ShardFiles(**paths, counts=receipt.counts, entries=receipt.files, means=receipt.means)
+    files = shards.ShardFiles(
+        paths["tar"], paths["parquet"], counts=receipt.counts, entries=receipt.files, means=receipt.means
+    )
     staged = commits.stage(files, str(output), receipt.shard, "attempt")
     runs.kill_after(survived, lambda: commits.commit(str(output), receipt, staged))
 

@@ -19,6 +19,7 @@ UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
 IMAGE_FORMATS = ("png", "webp", "jpg")
+LOG_FORMATS = ("text", "json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LPIPS_NETWORKS = ("auto", "alex", "vgg", "none")
 
@@ -146,6 +147,7 @@ class RunConfig:
     what twenty denoising steps of a batch are guessed to take."""
     profile: bool = False
     """Record a trace of one shard's first batches."""
+    log_format: str = "text"
     address: str | None = None
     """Address of the Ray cluster; None: the one this runs in or that runs on this machine, else a new local one."""
 
@@ -167,6 +169,7 @@ class RunConfig:
         _choice("scheduler", self.scheduler, SCHEDULERS)
         _choice("image_format", self.image_format, IMAGE_FORMATS)
         _choice("dtype", self.dtype, DTYPES)
+        _choice("log_format", self.log_format, LOG_FORMATS)
         _choice("lpips", self.lpips, LPIPS_NETWORKS)
         _between("strength", self.strength, 0, MAX_STRENGTH)
         _between("fusion_lo", self.fusion_lo, 0, 1)
@@ -273,6 +276,7 @@ NOT_CONTENT = frozenset(
         "profile",
         "address",
         "max_failed",
+        "log_format",
     }
 )
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their identity,

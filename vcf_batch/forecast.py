@@ -57,6 +57,8 @@ class Forecast:
     """None where a problem leaves it open."""
     guessed_shard_size: bool = False
     """The shard size comes from a guess of the device's speed, which nothing else here does."""
+    open_batch_size: bool = False
+    """The batch size, which the run would measure, is :data:`vcf_batch.in_process.BATCH_SIZE` here."""
     rows_done: int = 0
     shards_done: int = 0
     measurement: Measurement | None = None
@@ -125,6 +127,11 @@ class Forecast:
             "shards",
             f"{figures['shards']:,} of {figures['shard_size']:,} rows{guess}; {figures['shards_done']:,} done",
         )
+        if self.open_batch_size:
+            yield (
+                "batches",
+                f"of {in_process.BATCH_SIZE} rows here; the run looks for the fastest, and shards follow",
+            )
         measured, gpus = self.measurement, figures["gpus_per_worker"]
         if measured is None:
             yield "time", "not known before something is measured: --calibrate does so on this machine"
@@ -164,9 +171,8 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     found = attempt(lambda: run_file.read(config.output))
     config = prepare.resume(config, found)
     forecast.guessed_shard_size = config.shard_size is None
-    if config.gpus_per_worker is None:
-        # A cluster is not asked before a run: this machine stands for it.
-        config = config.replace(gpus_per_worker=in_process.gpus())
+    forecast.open_batch_size = config.batch_size is None
+    config = in_process.settled(config)
     attempt(lambda: _refuse_owner(config.output))
     manifest = attempt(lambda: Manifest.open(config.manifest, config.limit))
     if manifest is not None:

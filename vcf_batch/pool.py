@@ -11,19 +11,22 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.util.metrics
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vcf_batch import commits, lease, prepare, run_file
+from vcf_batch import commits, lease, log, prepare, run_file
 from vcf_batch.attempts import Failure, Task
 from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.errors import OutOfDeviceMemory, StorageError, UsageError, VcfBatchError, printable
+from vcf_batch.exporter import Exporter
 from vcf_batch.kept import KeptSamples
 from vcf_batch.lease import Lease
 from vcf_batch.ledger import Ledger, Summary
@@ -78,6 +81,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
     """
     begin = time.monotonic()
+    log.configure(config.log_format)
     with Signals() as signals:
         config = prepare.absolute(config)
         found = run_file.read(config.output)
@@ -99,7 +103,8 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
                 if ledger.left:
                     if config.profile:
                         job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
-                    with Progress(job.manifest.num_rows, ledger.finished_rows) as progress:
+                    bar = None if config.log_format == "json" else sys.stderr
+                    with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
                         _check_nodes(job)
                         _Dispatch(job, held, ledger, progress).run()
                     held.confirm()
@@ -288,6 +293,7 @@ class _Dispatch:
         self.config, self.lease, self.ledger, self.progress = job.config, held, ledger, progress
         smaller = self.config.batch_size if self.config.allow_smaller_batches else None
         self.queue = ShardQueue(ledger.remaining(), ledger.rows_of, smaller)
+        self.exporter = Exporter(ray.util.metrics, self.config.output, job.manifest.num_rows)
         self.quarantine = Quarantine()
         self.flights: dict[ray.ObjectRef, _Worker] = {}
         self.idle: list[_Worker] = []
@@ -346,7 +352,7 @@ class _Dispatch:
         if time.monotonic() >= self.capacity_until:
             room = {node["NodeID"]: _room(node, self.config) for node in ray.nodes()}
             if self.quarantine.nodes and any(room.values()) and not self._room_left(room):
-                self.progress.note("no other node is left: the nodes that failed are used again")
+                self.progress.note("no other node is left: the nodes that failed are used again", "nodes_used_again")
                 self.quarantine.lift()
             self.capacity = max(self._room_left(room), 1)
             self.capacity_until = time.monotonic() + CAPACITY_SECONDS
@@ -374,7 +380,10 @@ class _Dispatch:
         for node in nodes:
             self.progress.note(
                 f"node {node} is left out: it failed {FAILURES} times in a row what others did not: "
-                f"{self.quarantine.reasons[node]}"
+                f"{self.quarantine.reasons[node]}",
+                "node_left_out",
+                logging.WARNING,
+                node=node,
             )
             self.queue.forgive(node)
         self.starts.reset()
@@ -450,8 +459,20 @@ class _Dispatch:
             return
         self.queue.done(task)
         self.ledger.committed(task, receipt)
+        self.exporter.committed(receipt)
+        where = {"shard": task.shard.name, "worker": receipt.timings["worker"], "node": node}
+        self.progress.note(
+            f"shard {task.title} is finished",
+            "shard_finished",
+            logging.DEBUG,
+            **where,
+            rows=len(task.shard),
+            seconds=receipt.timings["total"],
+        )
         for row, message in task.verdicts.items():
-            self.progress.note(f"row {row} is recorded as failed: {message}")
+            self.progress.note(
+                f"row {row} is recorded as failed: {message}", "row_failed", logging.WARNING, shard=task.shard.name
+            )
 
     def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
         """Queue the shard again, or set it aside."""
@@ -460,12 +481,23 @@ class _Dispatch:
         elif not self.queue.failed(task, node, _failure(error), _symptom(error)):
             self._set_aside(task, error)
             return
-        self.progress.note(f"shard {task.title}: attempt {task.attempt} failed and is repeated: {_reason(error)}")
+        self.progress.note(
+            f"shard {task.title}: attempt {task.attempt} failed and is repeated: {_reason(error)}",
+            "attempt_failed",
+            logging.WARNING,
+            shard=task.shard.name,
+            node=node,
+        )
 
     def _set_aside(self, task: Task, error: Exception) -> None:
         """Go on without the shard."""
         why = _reason(error)
-        self.progress.note(f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {why}")
+        self.progress.note(
+            f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {why}",
+            "shard_set_aside",
+            logging.ERROR,
+            shard=task.shard.name,
+        )
         self.ledger.set_aside(task, error, why)
 
     def _start_failed(self, worker: _Worker, error: Exception) -> None:
@@ -479,7 +511,12 @@ class _Dispatch:
             raise kind(
                 f"no worker could start, {self.starts.failures} times; the last time: {_reason(error)}"
             ) from error
-        self.progress.note(f"a worker did not start (next one in {pause:.0f} s): {_reason(error)}")
+        self.progress.note(
+            f"a worker did not start (next one in {pause:.0f} s): {_reason(error)}",
+            "worker_did_not_start",
+            logging.WARNING,
+            node=worker.node,
+        )
 
     # What goes on
 
@@ -515,7 +552,8 @@ class _Dispatch:
         busy = [worker for worker in self.flights.values() if worker.task]
         done = self.ledger.finished_rows + sum(worker.samples_done for worker in busy)
         ready = len(busy) + len(self.idle)
-        self.progress.update(done, self.ledger.counts["failed"], ready)
+        self.progress.update(done, self.ledger.counts["failed"], ready, self.ledger.totals.means)
+        self.exporter.now(done, ready)
         if ready or not self.ledger.left:
             self.ready_at = time.monotonic()
         elif time.monotonic() - self.ready_at >= WAITING_SECONDS:
@@ -524,7 +562,9 @@ class _Dispatch:
             self.progress.note(
                 f"no worker is ready yet; each needs {self.config.cpus_per_worker} CPUs and "
                 f"{self.config.gpus_per_worker:g} GPUs, the cluster has {cluster.get('CPU', 0):g} CPUs and "
-                f"{cluster.get('GPU', 0):g} GPUs"
+                f"{cluster.get('GPU', 0):g} GPUs",
+                "no_worker_ready",
+                logging.WARNING,
             )
 
 

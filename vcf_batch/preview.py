@@ -77,8 +77,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
     """
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         config = prepare.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
-        if config.gpus_per_worker is None:
-            config = config.replace(gpus_per_worker=in_process.gpus())
+        config = in_process.settled(config)
         columns = [TEXT_ONLY, *variants(sweeps, config)]
         manifest = prepare.open_manifest(config, None)
         if manifest.num_rows * len(columns) > MAX_SAMPLES:

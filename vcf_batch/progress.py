@@ -1,10 +1,14 @@
 """How far a run is: one live bar on a terminal, a plain line now and then in a log."""
 
-import sys
+import logging
 import time
-from typing import Self, TextIO
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
+
+_log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
 """Between two lines where the output is not a terminal."""
@@ -16,16 +20,15 @@ class Progress:
     Args:
         total: rows of the run.
         done: rows that an earlier attempt at the run finished.
-        stream: where to show it; None is standard error.
+        bar: where to show a live bar, if that is a terminal; None for lines in the log alone.
     """
 
-    def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self, total: int, done: int, bar: TextIO | None = None) -> None:
         self._total, self._initial = total, done
         self._begin = self._shown = time.monotonic()
         self._bar: tqdm | None = None
-        if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=done, unit=" samples", file=self._stream, dynamic_ncols=True)
+        if bar is not None and bar.isatty():
+            self._bar = tqdm(total=total, initial=done, unit=" samples", file=bar, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self
@@ -34,35 +37,38 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, done: int, failed: int, workers: int) -> None:
+    def update(self, done: int, failed: int, workers: int, means: Mapping[str, float] = MappingProxyType({})) -> None:
         """Show the state, if it is time to.
 
         Args:
             done: rows finished, those of earlier attempts included; it may go back when a shard is tried again.
             failed: how many of the finished rows failed.
             workers: workers that are ready.
+            means: of each score so far.
         """
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{failed} failed, {_plural(workers, 'worker')}", refresh=False)
+            self._bar.set_postfix_str(_outcome(failed, workers, means), refresh=False)
             self._bar.n = done
             self._bar.refresh()
         elif time.monotonic() - self._shown >= LINE_SECONDS:
             self._shown = time.monotonic()
-            self.note(self._line(done, failed, workers))
+            self.note(self._line(done, _outcome(failed, workers, means)), "progress", rows=done)
 
-    def note(self, message: str) -> None:
-        """Print a line without disturbing the bar."""
-        if self._bar is not None:
+    def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
+        """Log something without disturbing the bar.
+
+        Args:
+            event: what it is about, for programs.
+            fields: those of :data:`vcf_batch.log.FIELDS` that are known.
+        """
+        if self._bar is not None and _log.isEnabledFor(level):
             self._bar.clear()
-        print(message, file=self._stream, flush=True)
+        _log.log(level, message, extra={"event": event, **fields})
 
-    def _line(self, done: int, failed: int, workers: int) -> str:
+    def _line(self, done: int, outcome: str) -> str:
         rate = (done - self._initial) / max(self._shown - self._begin, 1e-9)
         left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
-        return (
-            f"{done:,} of {self._total:,} samples ({done / self._total:.0%}), {rate:.2f} a second, {left}, "
-            f"{failed} failed, {_plural(workers, 'worker')}"
-        )
+        return f"{done:,} of {self._total:,} samples ({done / self._total:.0%}), {rate:.2f} a second, {left}, {outcome}"
 
 
 def duration(seconds: float) -> str:
@@ -72,6 +78,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
+
+
+def _outcome(failed: int, workers: int, means: Mapping[str, float]) -> str:
+    scores = "".join(f", {name} {mean:.3f}" for name, mean in means.items())
+    return f"{failed} failed{scores}, {_plural(workers, 'worker')}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 Status = Literal["success", "rejected", "failed"]
 
+SCORE_STEP = 0.05
+"""Width of the bins of a receipt's histograms."""
+
 STATUSES: tuple[Status, ...] = ("success", "rejected", "failed")
 
 OVERRIDES = (
@@ -208,6 +211,8 @@ class Receipt:
     """Seconds per phase, start and end date, host name."""
     means: Mapping[str, float | None] = field(default_factory=dict)
     """Mean of each score over the successful samples."""
+    histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of each score over the successful samples: samples by the upper end of their bin of :data:`SCORE_STEP`."""
     sampled_at_once: int | None = None
     """Where memory was too small for the run's batches: how many rows were sampled at once. Such a shard is outside of
     the promise of identical bytes."""

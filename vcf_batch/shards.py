@@ -22,7 +22,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, BinaryIO, Self
 
@@ -33,6 +33,7 @@ from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.records import (
     OUTPUT_COLUMNS,
+    SCORE_STEP,
     STATUSES,
     Attempt,
     FileEntry,
@@ -103,10 +104,12 @@ class ShardFiles:
     """``tar`` and ``parquet``."""
     means: Mapping[str, float | None]
     """Mean of each score over the successful samples that have it; None if none has."""
+    histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """See :attr:`vcf_batch.records.Receipt.histograms`."""
 
 
 class Tally:
-    """Counts of a shard's rows by status, and means of its scores, as the receipt tells them."""
+    """Counts of a shard's rows by status, means and histograms of its scores, as the receipt tells them."""
 
     def __init__(self) -> None:
         self._counts: Counter[Status] = Counter()
@@ -128,6 +131,14 @@ class Tally:
     def means(self) -> dict[str, float | None]:
         """Of each score over the successful samples that have it; None if none has."""
         return {name: math.fsum(found) / len(found) if found else None for name, found in self._scores.items()}
+
+    @property
+    def histograms(self) -> dict[str, dict[str, int]]:
+        """See :attr:`vcf_batch.records.Receipt.histograms`."""
+        return {
+            name: dict(Counter(f"{math.ceil(score / SCORE_STEP) * SCORE_STEP:.2f}" for score in sorted(found)))
+            for name, found in self._scores.items()
+        }
 
 
 def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
@@ -254,6 +265,7 @@ class ShardWriter:
             counts=self._tally.counts,
             entries={kind: storage.digest(path) for kind, path in self._paths.items()},
             means=self._tally.means,
+            histograms=self._tally.histograms,
         )
 
     def _record(self, sample: Sample) -> dict[str, Any]:

@@ -194,6 +194,7 @@ class Worker:
                 "generated": sum(files.counts.values()) - len(existing),
             },
             means=files.means,
+            histograms=files.histograms,
             sampled_at_once=sampled_at_once,
         )
         return receipt, staged

@@ -55,7 +55,7 @@ def _tell(findings: Iterable["Finding"], output: str) -> None:
         raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
 
 
-_OWN = {"address": None, "num_workers": None, "max_failed": 0.0}
+_OWN = {"address": None, "log_format": "text", "num_workers": None, "max_failed": 0.0}
 """What a repair does not take from the run that it repairs."""
 
 

@@ -210,6 +210,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     metavar="SECONDS",
 )
 @_option(
+    "log-format",
+    click.Choice(settings.LOG_FORMATS),
+    "What the run tells on standard error: lines for people, or a JSON object a line, with one for each finished shard "
+    "besides.  [default: text]",
+)
+@_option(
     "address",
     str,
     "Ray cluster to run on; 'local' starts a new one on this machine.  [default: RAY_ADDRESS, else the cluster that "

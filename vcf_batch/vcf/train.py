@@ -7,6 +7,7 @@ aligner, once, when the training is done.
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ import ray.train.torch
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vcf_batch import lease, run_file, storage
+from vcf_batch import lease, log, run_file, storage
 from vcf_batch.errors import StorageError, UsageError, VcfBatchError, redact
 from vcf_batch.lease import Lease
 from vcf_batch.pool import cluster
@@ -171,7 +172,8 @@ def _train(task: Task, held: Lease) -> ray.train.Checkpoint:
         ),
     )
     done = max((int(row["step"]) for row in read_log(config.out)), default=0)
-    with Progress(task.steps * config.batch_size, done * config.batch_size) as progress:
+    log.configure("text")
+    with Progress(task.steps * config.batch_size, done * config.batch_size, sys.stderr) as progress:
         result = _watch(trainer, board, progress, task, held)
     best = result.get_best_checkpoint("validation_loss", "min")
     assert best is not None, "every training ends with a checkpoint"
