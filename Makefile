@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos check lint clean
+.PHONY: install demo test test-all chaos reference check lint clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,9 @@ test-all: install
 # One run struck by a hundred faults; about ten minutes.
 chaos: install
 	$(BIN)/python tests/chaos.py --seed $(or $(SEED),1)
+
+reference: install
+	$(BIN)/python docs/make_reference.py
 
 lint: install
 	$(BIN)/ruff check .

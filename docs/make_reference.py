@@ -1,0 +1,63 @@
+"""Write docs/reference.md, commands and columns as the code has them: ``make reference``."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from vcf_batch import errors
+from vcf_batch.cli import main
+from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES
+from vcf_batch.report import card
+
+PAGE = Path(__file__).parent / "reference.md"
+
+
+def reference() -> str:
+    """The page."""
+    return "\n".join([*_head(), *_columns(), *_exit_codes(), *_commands()])
+
+
+def _head() -> Iterator[str]:
+    yield "# Reference\n"
+    yield "Written by `docs/make_reference.py` from the code; `make reference` writes it anew.\n"
+    yield "The manifest's contract is [manifests/README.md](../manifests/README.md). These of its columns replace a"
+    yield f"run's setting for one row: {', '.join(f'`{name}`' for name in OVERRIDES)}.\n"
+
+
+def _columns() -> Iterator[str]:
+    yield "## Columns of an output\n"
+    yield "Of each `00000.parquet`, and the keys of each `KEY.json`. The manifest's other columns follow.\n"
+    yield "| column | |\n|---|---|"
+    for name in OUTPUT_COLUMNS:
+        yield f"| `{name}` | {_cell(card.COLUMNS[name])} |"
+
+
+def _exit_codes() -> Iterator[str]:
+    yield "\n## Errors and exit codes\n"
+    yield "```text"
+    yield inspect.cleandoc(errors.__doc__ or "").partition("::\n\n")[2].partition("\n\nA message")[0]
+    yield "```"
+
+
+def _commands() -> Iterator[str]:
+    yield "\n## Commands"
+    for name, command in main.commands.items():
+        context = click.Context(command, info_name=f"vcf-batch {name}")
+        yield f"\n### {name}\n"
+        yield "```text\n" + " ".join(command.get_usage(context).split()).removeprefix("Usage: ") + "\n```\n"
+        yield inspect.cleandoc(command.help or "").replace("\b\n", "") + "\n"
+        yield "| option | |\n|---|---|"
+        for parameter in command.get_params(context):
+            if record := parameter.get_help_record(context):
+                yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference() + "\n")
