@@ -8,8 +8,8 @@ import tempfile
 from typing import cast
 
 import click
+from measure import alternate
 from PIL import Image
-from sampling import alternate
 
 from vcf_batch import plan, prepare, worker
 from vcf_batch.config import RunConfig

@@ -8,7 +8,6 @@ judge and perceptual distance say about the two.
 """
 
 import functools
-import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,8 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from measure import peak_memory
 from PIL import Image
-from torch.profiler import ProfilerActivity, profile
 
 from vcf_batch import images, models, pool, shards
 from vcf_batch.config import MAX_PIXELS, RunConfig
@@ -43,26 +42,9 @@ BETTER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def load(model: str) -> tuple[VCFPipeline, Guide]:
     """The model and its own guide, frozen, on the GPU if there is one."""
     pipeline = VCFPipeline.from_pretrained(models.fetch(models.resolve(model)), dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    for network in (pipeline.unet, pipeline.vae):
-        network.requires_grad_(False)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_up("cuda" if torch.cuda.is_available() else "cpu")
     statistics = pipeline.feature_extractor
     return pipeline, Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
-
-
-def peak_memory(function: Callable[[], Any]) -> float:
-    """The most that torch has allocated at any moment of a call, in MiB: on the GPU if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Allocations one by one. What the process holds is no measure: malloc keeps pieces of what was freed.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes)) / 2**20
 
 
 @click.group()

@@ -5,13 +5,10 @@ The same prompts, steps and guidance on the embedded model, text only: row by ro
 alternate, so that a busy machine slows both.
 """
 
-import statistics
-import time
-from collections.abc import Callable
-
 import click
 import torch
 from diffusers import StableDiffusionPipeline
+from measure import alternate
 
 from vcf_batch.models import tiny_folder
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -25,17 +22,6 @@ def stock_pipeline(pipeline: VCFPipeline) -> StableDiffusionPipeline:
     stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     stock.set_progress_bar_config(disable=True)
     return stock
-
-
-def alternate(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each work over ``rounds`` rounds, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds + 1):
-        for name, work in works.items():
-            begin = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 @click.command()

@@ -1,13 +1,18 @@
 """Denoising with tiny real components: the schedulers, the guidance, and the range in which references are used."""
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import IMAGE_TOKENS, TEXT_TOKENS, build_pipeline
+from tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, build_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch.config import FUSIONS, SCHEDULERS
 from vcf_batch.errors import UsageError
@@ -73,6 +78,72 @@ def test_guidance_1_leaves_the_unconditional_side_out(epsilon: VCFPipeline, monk
     beside_guided = epsilon.generate(["a cat", "a dog"], seeds=[1, 2], guidance_scale=[1, 4], steps=2)
     assert batches == [2, 2, 4, 4]
     torch.testing.assert_close(unguided[0], beside_guided[0], atol=1e-4, rtol=0)
+
+
+def test_steps_outside_the_guidance_range_are_not_guided(epsilon: VCFPipeline, image: Image.Image) -> None:
+    """Four steps are at 751, 501, 251 and 1 of 999; both ends are included."""
+    guided, unguided = red_cat(epsilon, image), red_cat(epsilon, image, guidance_scale=1)
+    assert torch.equal(red_cat(epsilon, image, guidance_lo=1 / 999, guidance_hi=751 / 999), guided)
+    torch.testing.assert_close(red_cat(epsilon, image, guidance_lo=0.8), unguided)
+    early, late = red_cat(epsilon, image, guidance_lo=0.5), red_cat(epsilon, image, guidance_hi=0.5)
+    for one, other in itertools.combinations([guided, unguided, early, late], 2):
+        assert (one - other).abs().max() > 0.005
+
+
+# What the device is asked to do, on the device that computes nothing: reading a value back fails there
+
+
+def on_meta(steps: int, scheduler: str = "ddim", **settings: Any) -> Callable[[], torch.Tensor]:
+    """Denoises two samples with image tokens, the second of them fused in a part of the schedule alone."""
+    pipeline = build_pipeline()
+    text, tokens = torch.randn(2, TEXT_TOKENS, TEXT_WIDTH), torch.randn(IMAGE_TOKENS, TEXT_WIDTH)
+    fusions = [Fusion([tokens], strength=0.5), Fusion([tokens], lo=0.4)]
+    conditioning = condition(text, torch.zeros_like(text), fusions)
+    sides = [
+        dataclasses.replace(side, tokens=side.tokens.to("meta"), text=side.text.to("meta"))
+        for side in (conditioning.positive, conditioning.negative)
+    ]
+    solver = make_scheduler(scheduler, pipeline.scheduler.config)
+    noise = torch.empty(2, 1, 4, 8, 8, device="meta")
+    conditioning = dataclasses.replace(conditioning, positive=sides[0], negative=sides[1])
+    unet, settings = pipeline.unet.to("meta"), {"guidance_scale": [4.0, 2.0], "steps": steps} | settings
+    return torch.no_grad()(functools.partial(denoise, unet, solver, noise, conditioning, **settings))
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies from the CPU to the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" and result.device.type == "meta"
+        return result
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_no_step_waits_for_the_device(scheduler: str) -> None:
+    """The device has no values that could be read back, and what is copied there does not grow with the steps."""
+    counts = []
+    for steps in (4, 12):
+        run = on_meta(steps, scheduler)
+        with Transfers() as transfers:
+            assert run().device.type == "meta"
+        counts.append(transfers.count)
+    assert 0 < counts[0] == counts[1] <= 8
+
+
+def test_a_step_that_is_not_guided_takes_half_the_operations() -> None:
+    def operations(**settings: Any) -> int:
+        run = on_meta(8, **settings)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    whole = operations()
+    assert operations(guidance_lo=0.4, guidance_hi=0.9) == whole * (2 * 4 + 4) // (2 * 8)
+    assert operations(guidance_lo=1.0) == whole // 2
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

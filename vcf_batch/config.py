@@ -81,6 +81,10 @@ class RunConfig:
     """Denoising steps. None is the model's recommendation."""
     guidance_scale: float | None = None
     """Classifier-free guidance. None is the model's recommendation."""
+    guidance_lo: float = 0.0
+    """Steps are guided from here to ``guidance_hi``, in fractions of the schedule; 1 is pure noise. The others take
+    half the operations."""
+    guidance_hi: float = 1.0
     scheduler: str = "ddim"
     eta: float = 0.0
     """Of ``ddim``, 0 to 1: how much of each step is new noise."""
@@ -97,6 +101,8 @@ class RunConfig:
     width: int | None = None
     dtype: str = "auto"
     """``auto``: bfloat16 where workers have GPUs (one without it refuses the run), else float32."""
+    compile: bool = False
+    """Compile UNet and VAE decoder for each shape that comes up: another rounding, and minutes where none is cached."""
     negative_prompt: str = ""
     batch_size: int | None = 8
     """Images sampled at once. None: what the run in the output began with, else the fastest size that memory holds,
@@ -175,6 +181,8 @@ class RunConfig:
         _between("fusion_lo", self.fusion_lo, 0, 1)
         _between("fusion_hi", self.fusion_hi, self.fusion_lo, 1)
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+        _between("guidance_lo", self.guidance_lo, 0, 1)
+        _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
         _between("steps", self.steps, 1, 1000)
         _between("eta", self.eta, 0, 1)
         if self.eta and self.scheduler != "ddim":

@@ -1,6 +1,7 @@
 """Where and how a worker computes: the device type that a run's bytes depend on besides its fingerprint."""
 
 import importlib.metadata
+import os
 import platform
 import socket
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 import vcf_batch
+from vcf_batch import models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError
 
@@ -27,7 +29,9 @@ class Device:
     def prepare(cls, config: RunConfig) -> "Device":
         """Make this process compute the same bytes every time.
 
-        Kernels are chosen by rule, never by timing, and only deterministic ones are allowed.
+        Kernels are chosen by rule, never by timing, and only deterministic ones are allowed. What is compiled is kept
+        in the node's cache, ``compiled`` beside the models, for other workers and later runs; where
+        ``TORCHINDUCTOR_CACHE_DIR`` is set, there.
 
         Args:
             config: with ``dtype`` and ``gpus_per_worker`` resolved.
@@ -44,6 +48,10 @@ class Device:
             )
         if kind == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ModelError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16 or float32")
+        # Of processes that Ray did not start with the run's environment.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if config.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(models.cache_folder(), "compiled"))
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory costs a pass over it, and nothing here reads what it has not written.

@@ -366,6 +366,8 @@ class Generation:
             "steps": self.config.steps,
             "scheduler": self.config.scheduler,
             "eta": self.config.eta,
+            "guidance_lo": self.config.guidance_lo,
+            "guidance_hi": self.config.guidance_hi,
             "height": self.config.height,
             "width": self.config.width,
         }

@@ -411,13 +411,18 @@ def _hub_errors(name: str, revision: str | None, unreachable: type[ModelError] |
 # The node's cache
 
 
+def cache_folder() -> str:
+    """What this node keeps for later runs is here: ``$VCF_BATCH_CACHE``, else ``~/.cache/vcf-batch``."""
+    return os.path.abspath(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch"))
+
+
 def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
     from filelock import FileLock
 
-    cache = os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch")
+    cache = cache_folder()
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
     unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
-    folder = os.path.join(os.path.abspath(cache), "models", f"{readable}-{unique}")
+    folder = os.path.join(cache, "models", f"{readable}-{unique}")
     # The system drops the lock of a process that is killed; the next one completes what it had downloaded.
     lock = FileLock(f"{folder}.lock")
     try:

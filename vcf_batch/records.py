@@ -46,6 +46,8 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "unconditional",
     "image_tokens",
     "guidance_scale",
+    "guidance_lo",
+    "guidance_hi",
     "steps",
     "scheduler",
     "eta",

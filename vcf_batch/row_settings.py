@@ -29,6 +29,8 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         "unconditional": _unconditional(row, config),
         "image_tokens": config.image_tokens,
         "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
+        "guidance_lo": config.guidance_lo,
+        "guidance_hi": config.guidance_hi,
         "steps": config.steps,
         "scheduler": config.scheduler,
         "eta": config.eta,

@@ -54,7 +54,7 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     folder = models.fetch(models_used.pipeline)
     judge = models_used.judge
     judge_folder = os.path.join(folder, OWN_JUDGE) if judge is None else models.fetch(judge)
-    pipeline = _load_pipeline(folder, device)
+    pipeline = _load_pipeline(folder, device, config.compile)
     scorer = Scorer(
         ClipJudge.from_pretrained(judge_folder, device=device.kind),
         _load_perceptual(models_used, folder, device),
@@ -70,13 +70,10 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     return Worker(tools, manifest, fingerprint)
 
 
-def _load_pipeline(folder: str, device: Device) -> VCFPipeline:
+def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
     with models.load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    for network in (pipeline.unet, pipeline.vae):
-        network.requires_grad_(False)  # gradients pass through them, on the way to conditioning and noise
-    return pipeline.to(device.kind)
+    return pipeline.set_up(device.kind, compiled)
 
 
 def _load_guide(models_used: Models, pipeline: VCFPipeline, device: Device) -> Guide:

@@ -73,6 +73,13 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option("steps", int, "Denoising steps.  [default: the model's recommendation]")
 @_option("guidance-scale", float, "Classifier-free guidance.  [default: the model's recommendation]")
+@_option(
+    "guidance-lo",
+    float,
+    "Steps are guided in the part of the schedule from here to --guidance-hi; the others take half the time and follow "
+    "the prompt less. 1 is pure noise.  [default: 0]",
+)
+@_option("guidance-hi", float, "See --guidance-lo.  [default: 1]")
 @_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
 @_option("eta", float, "Share of new noise in each step of ddim, 0 to 1.  [default: 0]")
 @_option(
@@ -97,6 +104,13 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "dtype",
     click.Choice(settings.DTYPES),
     "Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs.  [default: auto]",
+)
+@_option(
+    "compile",
+    bool,
+    "Compile the model: a faster UNet and VAE, after minutes for each new shape that no earlier run on the node has "
+    "compiled. Part of the run's identity, as it rounds differently.",
+    is_flag=True,
 )
 @_option("negative-prompt", str, "What the images should not show.  [default: nothing]")
 @_option(

@@ -37,6 +37,8 @@ COLUMNS: Mapping[str, str] = {
     "unconditional": "what guidance led away from",
     "image_tokens": "which tokens of the reference were used",
     "guidance_scale": "classifier-free guidance",
+    "guidance_lo": "steps were guided in the part of the schedule from here",
+    "guidance_hi": "to here; 1 is pure noise",
     "steps": "denoising steps",
     "scheduler": "sampler",
     "eta": "share of new noise in each step",

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -16,6 +16,8 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, MAX_STRENGTH, REFERENCE_PARTS, UNCONDITIONALS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
+from vcf_batch.vcf.attention import accept_token_bias
+from vcf_batch.vcf.compilation import compile_forward
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition, default_strength
 from vcf_batch.vcf.sampling import denoise, make_scheduler, recomputed
 
@@ -121,6 +123,27 @@ class VCFPipeline(StableDiffusionPipeline):
         Takes what ``DiffusionPipeline.from_pretrained`` takes; a safety checker is never loaded.
         """
         return super().from_pretrained(pretrained_model_name_or_path, **{"safety_checker": None, **kwargs})
+
+    def set_up(self, device: str, compiled: bool = False) -> Self:
+        """Get the networks ready to sample: frozen, on their device, in the layout that its convolutions want.
+
+        Args:
+            device: ``cuda`` or ``cpu``.
+            compiled: compile UNet and VAE decoder when they are first called, and for each new shape.
+        """
+        self.set_progress_bar_config(disable=True)
+        for network in (self.unet, self.vae):
+            network.requires_grad_(False)  # gradients pass through them, on the way to conditioning and noise
+        self.to(device)
+        if device == "cuda":
+            # Tensor cores take channels last, and get a copy otherwise. On CPUs it was measured to make no difference.
+            for network in (self.unet, self.vae):
+                network.to(memory_format=torch.channels_last)
+        if compiled:
+            accept_token_bias(self.unet)
+            for network in (self.unet, self.vae.decoder):
+                compile_forward(network)
+        return self
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -256,6 +279,8 @@ class VCFPipeline(StableDiffusionPipeline):
         steps: int | None = None,
         scheduler: str = "ddim",
         eta: float = 0.0,
+        guidance_lo: float = 0.0,
+        guidance_hi: float = 1.0,
         height: int | None = None,
         width: int | None = None,
     ) -> tuple[Sampler, Tensor, Conditioning]:
@@ -270,6 +295,8 @@ class VCFPipeline(StableDiffusionPipeline):
             steps: None is the model's default.
             scheduler: ``ddim``, ``dpm++`` or ``euler``.
             eta: of ``ddim``, 0 to 1: how much of each step is new noise.
+            guidance_lo, guidance_hi: the part of the schedule that is guided, in fractions of t / 999 (1 is pure
+                noise), both ends included. Outside it the unconditional side is not computed.
             height, width: pixels; None is the model's native size.
 
         Returns:
@@ -286,6 +313,8 @@ class VCFPipeline(StableDiffusionPipeline):
             "guidance_scale": [self.config.default_guidance_scale if scale is None else scale for scale in scales],
             "steps": steps,
             "eta": eta,
+            "guidance_lo": guidance_lo,
+            "guidance_hi": guidance_hi,
         }
 
         def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
@@ -343,8 +372,8 @@ class VCFPipeline(StableDiffusionPipeline):
                 authors do, or the image tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on
                 negative references.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
-            settings: ``guidance_scale``, ``steps``, ``scheduler``, ``eta``, ``height`` and ``width`` as in
-                :meth:`prepare`.
+            settings: ``guidance_scale``, ``guidance_lo``, ``guidance_hi``, ``steps``, ``scheduler``, ``eta``,
+                ``height`` and ``width`` as in :meth:`prepare`.
 
         What is one per prompt may also be a single value for all, ``prompts`` and ``seeds`` apart.
 

@@ -51,11 +51,14 @@ def denoise(
     guidance_scale: Sequence[float],
     steps: int,
     eta: float = 0.0,
+    guidance_lo: float = 0.0,
+    guidance_hi: float = 1.0,
 ) -> Tensor:
     """Denoise with classifier-free guidance, both sides in one UNet call.
 
     Latents, guidance and scheduler are float32 whatever the UNet's dtype. Where gradients flow, the activations of one
-    step at a time are in memory: they are computed again, not kept.
+    step at a time are in memory: they are computed again, not kept. No step waits for the device: the scheduler's
+    coefficients are numbers on the CPU, and nothing is read back.
 
     Args:
         unet: predicts what the scheduler expects.
@@ -65,6 +68,8 @@ def denoise(
         guidance_scale: one per sample; 1 throughout leaves the unconditional side out.
         steps: denoising steps.
         eta: of DDIM, 0 to 1: how much of each step is new noise. The other schedulers know 0 only.
+        guidance_lo, guidance_hi: steps with ``lo <= t / 999 <= hi`` are guided; in the others the unconditional side is
+            not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 
     Returns:
         float32 latents ``[B, C, h, w]``.
@@ -79,17 +84,17 @@ def denoise(
         raise UsageError(f"steps is {steps}; it must be between 1 and {limit}")
     scheduler.set_timesteps(steps, device="cpu")
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=noise.device).reshape(-1, 1, 1, 1)
-    guided = any(value != 1 for value in guidance_scale)
+    any_guided = any(value != 1 for value in guidance_scale)
     initial, *added = noise.float().unbind(1)
     latents = initial * scheduler.init_noise_sigma
-    fused: tuple[bool, ...] | None = None
+    selected: tuple[tuple[bool, ...], bool] | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
     timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True)
     for number, (cpu_timestep, timestep) in enumerate(timesteps):
-        inside = conditioning.inside(cpu_timestep.item() / (limit - 1))
-        if inside != fused:
-            fused = inside
-            tokens, bias = conditioning.select(inside, guided)
+        time = cpu_timestep.item() / (limit - 1)
+        guided = any_guided and guidance_lo <= time <= guidance_hi
+        if selected != (selected := (conditioning.inside(time), guided)):
+            tokens, bias = conditioning.select(*selected)
             tokens, attention = tokens.to(unet.dtype), None
             if bias is not None:
                 accept_token_bias(unet)

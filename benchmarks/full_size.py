@@ -1,0 +1,168 @@
+"""Stable Diffusion 2.1 with its image encoder, aligner, PNO guide and judge, as shapes with random weights in memory.
+
+Nothing is downloaded, and no file is read but the tokenizer of the embedded family. What the operations cost does not
+depend on the weights.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import logging
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from vcf_batch.metrics.clip_score import ClipJudge
+from vcf_batch.models import tiny_folder
+from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.guide import Guide
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+"""Of CLIP's images."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The configurations of the networks, and how they are sampled."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    guide: dict[str, Any]
+    judge: dict[str, Any]
+    """Of both towers."""
+    text_tokens: int
+    pixels: int
+    """Edge of an image."""
+    steps: int
+
+
+FULL = Shapes(
+    unet={
+        "sample_size": 96,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": (5, 10, 20, 20),
+        "cross_attention_dim": 1024,
+    },
+    vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768},
+    text={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+    vision={
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+    guide={
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+    judge={},
+    text_tokens=77,
+    pixels=768,
+    steps=50,
+)
+"""768x768, 77 + 257 tokens; ViT-H/14 reads the references, ViT-L/14 guides, ViT-B/32 judges."""
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SMALL_VISION = _SMALL | {"patch_size": 8, "image_size": 32}
+
+SMOKE = Shapes(
+    unet={
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (1, 2),
+        "cross_attention_dim": 32,
+        "layers_per_block": 1,
+    },
+    vae={"block_out_channels": (32, 32, 32), "sample_size": 32},
+    text=_SMALL,
+    vision=_SMALL_VISION,
+    guide=_SMALL_VISION,
+    judge=_SMALL,
+    text_tokens=16,
+    pixels=32,
+    steps=3,
+)
+
+
+def tokenizer(shapes: Shapes) -> CLIPTokenizer:
+    """The embedded family's, whose few tokens serve larger vocabularies as well."""
+    return CLIPTokenizer.from_pretrained(os.path.join(tiny_folder(), "tokenizer"), model_max_length=shapes.text_tokens)
+
+
+def pipeline(shapes: Shapes, device: str, dtype: torch.dtype) -> VCFPipeline:
+    """The pipeline on its device, not yet set up for sampling. The same weights every time, but for their rounding."""
+    logging.set_verbosity_error()  # it warns of every conversion to another precision
+    words = tokenizer(shapes)
+    depth = len(shapes.vae["block_out_channels"])
+    torch.manual_seed(0)
+    with torch.device(device):
+        networks: dict[str, Any] = {
+            "vae": AutoencoderKL(
+                **shapes.vae,
+                down_block_types=("DownEncoderBlock2D",) * depth,
+                up_block_types=("UpDecoderBlock2D",) * depth,
+                latent_channels=4,
+            ),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes.text, **_special(words, shapes))),
+            "unet": UNet2DConditionModel(**shapes.unet, use_linear_projection=True),
+            "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**shapes.vision, projection_dim=32)),
+            "aligner": ImageAligner(shapes.vision["hidden_size"], shapes.unet["cross_attention_dim"]),
+        }
+    return VCFPipeline(
+        **{name: network.eval().to(dtype) for name, network in networks.items()},
+        tokenizer=words,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        feature_extractor=CLIPImageProcessorPil(image_mean=MEAN, image_std=STD),
+        default_steps=shapes.steps,
+    )
+
+
+def guide(shapes: Shapes, device: str) -> Guide:
+    """The PNO guide, in float32."""
+    with torch.device(device):
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**shapes.guide, projection_dim=64))
+    return Guide(tower, MEAN, STD)
+
+
+def judge(shapes: Shapes, device: str) -> ClipJudge:
+    """The CLIP that scores, in float32."""
+    words = tokenizer(shapes)
+    config = CLIPConfig(text_config=shapes.judge | _special(words, shapes), vision_config=shapes.judge)
+    with torch.device(device):
+        return ClipJudge(CLIPModel(config), words, CLIPImageProcessorPil())
+
+
+def _special(words: CLIPTokenizer, shapes: Shapes) -> dict[str, int]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(words, name) for name in names} | {"max_position_embeddings": shapes.text_tokens}
