@@ -50,7 +50,8 @@ class Bench:
     def __init__(self, smoke: bool) -> None:
         self.shapes = SMOKE if smoke else FULL
         self.kind = "cpu" if smoke else "cuda"
-        self.batches, self.few_steps = ((4, 1), (1, 2)) if smoke else ((8, 1, 16), (5, 20))
+        self.batches: tuple[int, ...] = (4, 1) if smoke else (8, 1, 16)
+        self.few_steps = (1, 2) if smoke else (5, 20)
         self.config = RunConfig(
             manifest="-",
             output="-",

@@ -106,8 +106,10 @@ def on_meta(steps: int, scheduler: str = "ddim", **settings: Any) -> Callable[[]
     solver = make_scheduler(scheduler, pipeline.scheduler.config)
     noise = torch.empty(2, 1, 4, 8, 8, device="meta")
     conditioning = dataclasses.replace(conditioning, positive=sides[0], negative=sides[1])
-    unet, settings = pipeline.unet.to("meta"), {"guidance_scale": [4.0, 2.0], "steps": steps} | settings
-    return torch.no_grad()(functools.partial(denoise, unet, solver, noise, conditioning, **settings))
+    settings |= {"guidance_scale": [4.0, 2.0], "steps": steps}
+    return torch.no_grad()(
+        functools.partial(denoise, pipeline.unet.to("meta"), solver, noise, conditioning, **settings)
+    )
 
 
 class Transfers(TorchDispatchMode):

@@ -1,0 +1,93 @@
+"""What the approximate modes save, and what they cost in quality: ``python benchmarks/approximate.py``.
+
+The demo's rows on the embedded model, sampled and scored by a worker in this process: with 50 steps of DDIM, guided
+throughout, and with less. Noise, prompts and references are the same, so the differences are row by row.
+"""
+
+import dataclasses
+import tempfile
+from typing import Any
+
+import click
+import numpy as np
+from torch.utils.flop_counter import FlopCounterMode
+
+from vcf_batch import images, plan, prepare, shards, storage, worker
+from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.worker import Worker
+
+SCORES = ("clip_score", "clip_reference", "lpips")
+EXACT: dict[str, Any] = {"steps": 50, "scheduler": "ddim"}
+MODES: dict[str, dict[str, Any]] = {
+    "exact: 50 steps of ddim": EXACT,
+    "guided in 0.2 to 1": EXACT | {"guidance_lo": 0.2},
+    "guided in 0 to 0.8": EXACT | {"guidance_hi": 0.8},
+    "guided in 0.2 to 0.8": EXACT | {"guidance_lo": 0.2, "guidance_hi": 0.8},
+    "guided in 0.5 to 1": EXACT | {"guidance_lo": 0.5},
+    "20 steps of ddim": {"steps": 20, "scheduler": "ddim"},
+    "20 steps of dpm++": {"steps": 20, "scheduler": "dpm++"},
+    "20 steps of dpm++, guided in 0.2 to 1": {"steps": 20, "scheduler": "dpm++", "guidance_lo": 0.2},
+    "10 steps of dpm++": {"steps": 10, "scheduler": "dpm++"},
+}
+
+
+def operations(subject: Worker) -> int:
+    """Of one image with a reference, multiplications and additions."""
+    config, pipeline = subject.tools.config, subject.tools.pipeline
+    names = ("steps", "scheduler", "guidance_scale", "guidance_lo", "guidance_hi", "height", "width")
+    with FlopCounterMode(display=False) as counter:
+        pipeline.generate(["a red star"], seeds=[0], **{name: getattr(config, name) for name in names})
+    return counter.get_total_flops()
+
+
+def drawn(subject: Worker) -> list[dict[str, Any]]:
+    """The rows of the whole manifest with their scores, and their pixels in ``pixels``."""
+    shard = plan.ShardPlan(subject.manifest.num_rows, subject.manifest.num_rows)[0]
+    _, staged = subject.run(shard, 1, "benchmark")
+    output = subject.tools.config.output
+    samples = list(shards.read_samples(storage.join(output, staged["tar"])))
+    shards.discard(output, staged)
+    return [sample["json"] | {"pixels": np.asarray(images.decode(sample["png"], MAX_PIXELS))} for sample in samples]
+
+
+@click.command()
+@click.option("--manifest", default="manifests/demo.parquet", show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--limit", type=int, help="Only the first rows.")
+def main(manifest: str, threads: int, limit: int | None) -> None:
+    """Print one line for each mode."""
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-approximate-") as output:
+        config = prepare.absolute(
+            RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads, limit=limit)
+        )
+        job = prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
+        loaded = worker.load(
+            config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
+        )
+        whole, exact = 0, []
+        head = "operations | CLIP score | CLIP to reference | LPIPS to reference | mean difference of 255"
+        click.echo(f"{job.manifest.num_rows} rows\n\n| mode | {head} |\n|---|{'---|' * 5}")
+        for name, mode in MODES.items():
+            tools = dataclasses.replace(loaded.tools, config=job.config.replace(**mode))
+            subject = Worker(tools, job.manifest, job.fingerprint)
+            count, rows = operations(subject), drawn(subject)
+            whole, exact = whole or count, exact or rows
+            cells = [f"{count / whole:.0%}", *(_change(score, rows, exact) for score in SCORES)]
+            difference = np.mean(
+                [np.abs(a["pixels"] - b["pixels"].astype(float)) for a, b in zip(rows, exact, strict=True)]
+            )
+            click.echo(f"| {name} | {' | '.join(cells)} | {difference:.1f} |")
+
+
+def _change(score: str, rows: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:
+    """The mean of a score; beside it the mean change from the exact mode, with its standard error."""
+    pairs = [(row[score], base[score]) for row, base in zip(rows, exact, strict=True) if base[score] is not None]
+    now, before = np.array(pairs).T
+    if rows is exact:
+        return f"{now.mean():.4f}"
+    change = now - before
+    return f"{now.mean():.4f} ({change.mean():+.4f} ± {change.std(ddof=1) / np.sqrt(len(change)):.4f})"
+
+
+if __name__ == "__main__":
+    main()

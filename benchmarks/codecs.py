@@ -1,0 +1,88 @@
+"""What an image format takes in time and bytes: ``python benchmarks/codecs.py``.
+
+Two kinds of pictures of 768 x 768: as rough as a photograph (noise whose amplitude falls with its frequency), and drawn
+(the tiny family's, enlarged). Everything is relative to the PNG that runs write by default.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+
+import click
+import numpy as np
+from measure import alternate
+from numpy.typing import NDArray
+from PIL import Image
+
+from vcf_batch import images
+from vcf_batch.tiny import world
+
+SIZE = 768
+PICTURES = 4
+OTHERS = {
+    "PNG, level 0": {"format": "PNG", "compress_level": 0},
+    "PNG, level 3": {"format": "PNG", "compress_level": 3},
+    "PNG, level 6": {"format": "PNG", "compress_level": 6},
+    "WebP lossless, method 4": {"format": "WEBP", "lossless": True, "quality": 50, "method": 4},
+    "JPEG, quality 90": {"format": "JPEG", "quality": 90, "subsampling": 0},
+}
+"""What is not offered, for comparison."""
+
+
+def rough(number: int) -> NDArray[np.uint8]:
+    """Noise with a spectrum of 1/f, as photographs have on the average, and a little noise of a camera."""
+    random = np.random.default_rng(number)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE)))
+    frequency[0, 0] = 1
+    field = np.fft.ifft2(np.fft.fft2(random.standard_normal((3, SIZE, SIZE))) / frequency).real
+    field = 48 * field / field.std() + random.standard_normal(field.shape) + 128
+    return np.clip(np.rint(field), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
+
+
+def drawn() -> list[NDArray[np.uint8]]:
+    """Pictures of the world that the tiny family draws."""
+    small = world.render(world.sample_scenes(PICTURES, 0)).permute(0, 2, 3, 1).numpy()
+    large = [Image.fromarray(images.from_unit(one)).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for one in small]
+    return [np.asarray(picture) for picture in large]
+
+
+def encoders() -> dict[str, Callable[[NDArray[np.uint8]], bytes]]:
+    """The formats of runs, then the others."""
+
+    def save(image: NDArray[np.uint8], options: dict[str, object]) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, **options)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    offered = {"png": "PNG, level 1", "webp": "WebP lossless, method 0", "jpg": "JPEG, quality 95"}
+    found = {f"**{shown}**": lambda image, name=name: images.encode(image, name) for name, shown in offered.items()}
+    return found | {name: lambda image, options=options: save(image, options) for name, options in OTHERS.items()}
+
+
+def _all(one: Callable[[NDArray[np.uint8]], bytes], pictures: Sequence[NDArray[np.uint8]]) -> int:
+    """Encode the pictures: their bytes together."""
+    return sum(len(one(picture)) for picture in pictures)
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True)
+def main(rounds: int) -> None:
+    """Print time and size of each format, relative to the first."""
+    kinds = {"rough": [rough(number) for number in range(PICTURES)], "drawn": drawn()}
+    table: dict[str, list[float]] = {name: [] for name in encoders()}
+    for pictures in kinds.values():
+        works = {name: functools.partial(_all, one, pictures) for name, one in encoders().items()}
+        times = alternate(works, rounds)
+        sizes = {name: work() for name, work in works.items()}
+        first = next(iter(works))
+        for name in works:
+            table[name] += [times[name] / times[first], sizes[name] / sizes[first]]
+    click.echo(
+        "| format | " + " | ".join(f"{kind}: time | size" for kind in kinds) + " |\n|---|" + "---|" * 2 * len(kinds)
+    )
+    for name, ratios in table.items():
+        click.echo(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+
+
+if __name__ == "__main__":
+    main()
