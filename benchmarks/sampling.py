@@ -5,6 +5,8 @@ The same prompts, steps and guidance on the embedded model, text only: row by ro
 alternate, so that a busy machine slows both.
 """
 
+import functools
+
 import click
 import torch
 from diffusers import StableDiffusionPipeline
@@ -28,8 +30,9 @@ def stock_pipeline(pipeline: VCFPipeline) -> StableDiffusionPipeline:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
-def main(rounds: int, batch_size: int, threads: int) -> None:
-    """Print the ratio of the two, from the medians of the rounds."""
+@click.option("--compile", "compiled", is_flag=True, help="With compiled networks too, which takes a minute.")
+def main(rounds: int, batch_size: int, threads: int, compiled: bool) -> None:
+    """Print the ratios to stock diffusers, from the medians of the rounds."""
     torch.set_num_threads(threads)
     pipeline = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
     stock = stock_pipeline(pipeline)
@@ -40,12 +43,16 @@ def main(rounds: int, batch_size: int, threads: int) -> None:
         for prompt in prompts:
             stock(prompt, num_inference_steps=steps, guidance_scale=scale, output_type="np")
 
-    def in_batches() -> None:
+    def in_batches(pipeline: VCFPipeline) -> None:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             pipeline.generate(part, seeds=range(len(part)))
 
-    works = {"stock diffusers, row by row": row_by_row, f"vcf-batch, batches of {batch_size}": in_batches}
+    ours = f"vcf-batch, batches of {batch_size}"
+    works = {"stock diffusers, row by row": row_by_row, ours: functools.partial(in_batches, pipeline)}
+    if compiled:
+        other = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32).set_up("cpu", compiled=True)
+        works[f"{ours}, compiled"] = functools.partial(in_batches, other)
     medians = alternate(works, rounds)
     slowest = medians["stock diffusers, row by row"]
     print(
