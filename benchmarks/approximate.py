@@ -12,7 +12,7 @@ import click
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
-from vcf_batch import images, plan, prepare, shards, storage, worker
+from vcf_batch import commits, images, plan, prepare, shards, storage, worker
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.worker import Worker
 
@@ -46,7 +46,7 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
     _, staged = subject.run(shard, 1, "benchmark")
     output = subject.tools.config.output
     samples = list(shards.read_samples(storage.join(output, staged["tar"])))
-    shards.discard(output, staged)
+    commits.discard(output, staged)
     return [sample["json"] | {"pixels": np.asarray(images.decode(sample["png"], MAX_PIXELS))} for sample in samples]
 
 
@@ -64,7 +64,8 @@ def main(manifest: str, threads: int, limit: int | None) -> None:
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
-        whole, exact = 0, []
+        whole = 0
+        exact: list[dict[str, Any]] = []
         head = "operations | CLIP score | CLIP to reference | LPIPS to reference | mean difference of 255"
         click.echo(f"{job.manifest.num_rows} rows\n\n| mode | {head} |\n|---|{'---|' * 5}")
         for name, mode in MODES.items():

@@ -3,14 +3,14 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def alternate(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def alternate(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each work over ``rounds`` rounds, after one that warms up.
 
     The works take turns, so that a busy machine slows all of them.

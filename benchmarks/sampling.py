@@ -6,6 +6,7 @@ alternate, so that a busy machine slows both.
 """
 
 import functools
+from collections.abc import Callable
 
 import click
 import torch
@@ -49,7 +50,10 @@ def main(rounds: int, batch_size: int, threads: int, compiled: bool) -> None:
             pipeline.generate(part, seeds=range(len(part)))
 
     ours = f"vcf-batch, batches of {batch_size}"
-    works = {"stock diffusers, row by row": row_by_row, ours: functools.partial(in_batches, pipeline)}
+    works: dict[str, Callable[[], None]] = {
+        "stock diffusers, row by row": row_by_row,
+        ours: functools.partial(in_batches, pipeline),
+    }
     if compiled:
         other = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32).set_up("cpu", compiled=True)
         works[f"{ours}, compiled"] = functools.partial(in_batches, other)

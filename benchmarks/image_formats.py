@@ -1,4 +1,4 @@
-"""What an image format takes in time and bytes: ``python benchmarks/codecs.py``.
+"""What an image format takes in time and bytes: ``python benchmarks/image_formats.py``.
 
 Two kinds of pictures of 768 x 768: as rough as a photograph (noise whose amplitude falls with its frequency), and drawn
 (the tiny family's, enlarged). Everything is relative to the PNG that runs write by default.
@@ -7,6 +7,7 @@ Two kinds of pictures of 768 x 768: as rough as a photograph (noise whose amplit
 import functools
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 import numpy as np
@@ -16,6 +17,8 @@ from PIL import Image
 
 from vcf_batch import images
 from vcf_batch.tiny import world
+
+Encoder = Callable[[NDArray[np.uint8]], bytes]
 
 SIZE = 768
 PICTURES = 4
@@ -30,11 +33,12 @@ OTHERS = {
 
 
 def rough(number: int) -> NDArray[np.uint8]:
-    """Noise with a spectrum of 1/f, as photographs have on the average, and a little noise of a camera."""
+    """Noise with a spectrum of 1/f, as photographs have on the average: grey, a third of it colour, and a camera's."""
     random = np.random.default_rng(number)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE)))
     frequency[0, 0] = 1
-    field = np.fft.ifft2(np.fft.fft2(random.standard_normal((3, SIZE, SIZE))) / frequency).real
+    grey, *colour = np.fft.ifft2(np.fft.fft2(random.standard_normal((4, SIZE, SIZE))) / frequency).real
+    field = grey + np.stack(colour) / 3
     field = 48 * field / field.std() + random.standard_normal(field.shape) + 128
     return np.clip(np.rint(field), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
@@ -46,20 +50,22 @@ def drawn() -> list[NDArray[np.uint8]]:
     return [np.asarray(picture) for picture in large]
 
 
-def encoders() -> dict[str, Callable[[NDArray[np.uint8]], bytes]]:
+def encoders() -> dict[str, Encoder]:
     """The formats of runs, then the others."""
 
-    def save(image: NDArray[np.uint8], options: dict[str, object]) -> bytes:
+    def save(options: dict[str, Any], image: NDArray[np.uint8]) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, **options)  # type: ignore[arg-type]
+        Image.fromarray(image).save(buffer, **options)
         return buffer.getvalue()
 
     offered = {"png": "PNG, level 1", "webp": "WebP lossless, method 0", "jpg": "JPEG, quality 95"}
-    found = {f"**{shown}**": lambda image, name=name: images.encode(image, name) for name, shown in offered.items()}
-    return found | {name: lambda image, options=options: save(image, options) for name, options in OTHERS.items()}
+    found: dict[str, Encoder] = {
+        f"**{shown}**": functools.partial(images.encode, image_format=name) for name, shown in offered.items()
+    }
+    return found | {name: functools.partial(save, options) for name, options in OTHERS.items()}
 
 
-def _all(one: Callable[[NDArray[np.uint8]], bytes], pictures: Sequence[NDArray[np.uint8]]) -> int:
+def _all(one: Encoder, pictures: Sequence[NDArray[np.uint8]]) -> int:
     """Encode the pictures: their bytes together."""
     return sum(len(one(picture)) for picture in pictures)
 
