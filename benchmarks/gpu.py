@@ -200,7 +200,8 @@ class Bench:
             config = self.config.replace(manifest=manifest.url, output=str(folder / "out"), shard_size=batches * batch)
             reader = ReferenceReader(manifest.base, (), config.max_pixels)
             scorer = Scorer(full_size.judge(self.shapes, self.kind))
-            worker = Worker(Tools(config, self.pipeline, scorer, reader, self.device), manifest, "0" * 64)
+            tools = Tools(config, self.pipeline, scorer, reader, "random weights", self.device)
+            worker = Worker(tools, manifest, "0" * 64)
             shards = plan.ShardPlan(count, batches * batch)
             marks: list[float] = []
             sample = self.pipeline.generate_from_tokens
