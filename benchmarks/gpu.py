@@ -185,7 +185,7 @@ class Bench:
         from vcf_batch.references import ReferenceReader
         from vcf_batch.worker import Worker
 
-        batch, batches = self.config.batch_size, 4
+        batch, batches = self.batches[0], 4
         with tempfile.TemporaryDirectory(prefix="vcf-batch-gpu-") as scratch:
             folder = Path(scratch)
             for number, picture in enumerate(self.pictures[:batch]):
