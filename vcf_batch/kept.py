@@ -13,8 +13,6 @@ from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.prepare import Job
 from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, Sample, Shard
 
-ROWS_AT_ONCE = 256
-
 
 class KeptSamples(Mapping[int, Sample]):
     """Samples of one shard by the number of their row, read from the output when they are asked for: once, in order.
@@ -69,7 +67,7 @@ def _read(job: Job, shard: Shard) -> Iterator[Sample]:
     samples = shards.read_samples(f"{stem}.tar")
     with storage.refusals_as_storage_errors(), storage.open_read(f"{stem}.parquet") as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[*OUTPUT_COLUMNS], use_threads=False):
+        for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=[*OUTPUT_COLUMNS], use_threads=False):
             for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
                 image, triplet = None, {}
                 if record["status"] == "success":

@@ -15,7 +15,6 @@ from vcf_batch import shards, storage
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.records import Shard
-from vcf_batch.shard_check import ROWS_AT_ONCE
 from vcf_batch.verify import check, side_by_side
 
 _CLOSED: dict[str, Any] = {
@@ -79,7 +78,7 @@ class Repair:
         selected = bytearray()
         url = storage.join(self._output.url, shard.name + shards.SUFFIXES["parquet"])
         with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
-            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(ROWS_AT_ONCE, use_threads=False):
+            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 keys = self._selected(pa.Table.from_batches([batch]))
                 selected += bytes(key in keys for key in batch["key"].to_pylist())
         return bytes(selected)

@@ -21,9 +21,6 @@ from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, TRIPLET, FileEntry, Rece
 from vcf_batch.row_json import json_value, row_json
 from vcf_batch.row_settings import checked, settings_of
 
-ROWS_AT_ONCE = 256
-"""Rows that are held at once."""
-
 
 def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Array:
     """Read one shard again.
@@ -119,7 +116,7 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
             if parquet.metadata.num_rows != len(shard):
                 raise DamageFound(f"{name} has {parquet.metadata.num_rows} rows; {_rows(shard)} has {len(shard)}")
             _check_columns(output, name, parquet.schema_arrow)
-            for batch in parquet.iter_batches(ROWS_AT_ONCE, use_threads=False):
+            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
                     one = batch.slice(at, 1)
                     text = row_json(one)

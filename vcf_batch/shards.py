@@ -51,6 +51,8 @@ SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
 """What follows the shard's name in the names of its files, by their name in :attr:`Receipt.files`."""
 RECEIPT_SUFFIX = "_stats.json"
 ROWS_PER_GROUP = 1024
+ROWS_AT_ONCE = 256
+"""Rows that are held at once when a shard is read again."""
 
 _SCORES = tuple(field.name for field in dataclasses.fields(Scores))
 _SETTINGS = (
