@@ -16,7 +16,7 @@ from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest import Manifest
 from vcf_batch.plan import ShardPlan
 from vcf_batch.prepare import Job
-from vcf_batch.progress import duration
+from vcf_batch.progress import duration, plural
 from vcf_batch.records import Row
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import checked
@@ -137,10 +137,12 @@ class Forecast:
             yield "time", "not known before something is measured: --calibrate does so on this machine"
             return
         unit = "GPU-hours" if gpus else "worker-hours"
-        workers = f"{figures['workers']} worker{'s' * (figures['workers'] > 1)}"
         yield "measured", f"{measured.source}, on {measured.device}: {measured.seconds_per_row:.3g} s a row and worker"
         yield "bytes", f"{figures['bytes'] / 1e6:,.1f} MB in all"
-        yield "time", f"{duration(figures['seconds'])} with {workers}, each with {gpus:g} GPUs"
+        yield (
+            "time",
+            f"{duration(figures['seconds'])} with {plural(figures['workers'], 'worker')}, each with {gpus:g} GPUs",
+        )
         cost = "" if figures["cost"] is None else f", {figures['cost']:,.2f} at that price"
         yield "work", f"{figures['device_hours']:.3g} {unit}{cost}"
 

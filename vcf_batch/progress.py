@@ -82,8 +82,9 @@ def duration(seconds: float) -> str:
 
 def _outcome(failed: int, workers: int, means: Mapping[str, float]) -> str:
     scores = "".join(f", {name} {mean:.3f}" for name, mean in means.items())
-    return f"{failed} failed{scores}, {_plural(workers, 'worker')}"
+    return f"{failed} failed{scores}, {plural(workers, 'worker')}"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A count and what is counted."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -11,7 +11,7 @@ from vcf_batch import lease, progress_file
 from vcf_batch.errors import redact
 from vcf_batch.lease import Owner
 from vcf_batch.outputs import Output
-from vcf_batch.progress import duration
+from vcf_batch.progress import duration, plural
 from vcf_batch.records import STATUSES, Shard
 from vcf_batch.report.figures import Cause, Figures, read_rows
 from vcf_batch.totals import Totals
@@ -86,7 +86,9 @@ class Status:
         lines = [("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES))]
         if totals.rate:
             left = f"; {duration(self.seconds_left)} left at this rate" if self.seconds_left else ""
-            lines.append(("rate", f"{totals.rate:.2f} samples a second by {len(totals.at_work)} workers{left}"))
+            lines.append(
+                ("rate", f"{totals.rate:.2f} samples a second by {plural(len(totals.at_work), 'worker')}{left}")
+            )
         if totals.latest is not None:
             lines.append(("last", f"a shard ended {duration(max(time.time() - totals.latest, 0))} ago"))
         if totals.means:
