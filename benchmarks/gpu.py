@@ -1,4 +1,4 @@
-"""All that is said about speed on a GPU, in one run of less than eight minutes: ``python benchmarks/gpu.py``.
+"""All that is said about speed on a GPU, in one run of some eight minutes at most: ``python benchmarks/gpu.py``.
 
 Builds the shapes of Stable Diffusion 2.1 and ViT-H with random weights on the device (``full_size.py``), compares them
 with float32 and with what is not optimised, and measures. Prints a Markdown table. Neither Ray nor torchvision is

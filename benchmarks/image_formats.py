@@ -6,12 +6,13 @@ Two kinds of pictures of 768 x 768: as rough as a photograph (noise whose amplit
 
 import functools
 import io
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 import numpy as np
-from measure import alternate
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -70,6 +71,13 @@ def _all(one: Encoder, pictures: Sequence[NDArray[np.uint8]]) -> int:
     return sum(len(one(picture)) for picture in pictures)
 
 
+def _cpu_seconds(work: Callable[[], int]) -> float:
+    """Of one thread that waits for nothing: what else the machine does has no part in it."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
 @click.command()
 @click.option("--rounds", default=5, show_default=True)
 def main(rounds: int) -> None:
@@ -78,7 +86,7 @@ def main(rounds: int) -> None:
     table: dict[str, list[float]] = {name: [] for name in encoders()}
     for pictures in kinds.values():
         works = {name: functools.partial(_all, one, pictures) for name, one in encoders().items()}
-        times = alternate(works, rounds)
+        times = {name: statistics.median(_cpu_seconds(work) for _ in range(rounds)) for name, work in works.items()}
         sizes = {name: work() for name, work in works.items()}
         first = next(iter(works))
         for name in works:
