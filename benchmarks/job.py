@@ -2,10 +2,17 @@
 
 The demo manifest on the embedded model, in this process: one shard as a worker does it (manifest and references read,
 sampled, scored, encoded, written, staged) and the same batches sampled and nothing else. The rounds alternate.
+
+Then two shards, one after the other and overlapping: for how much of a shard's time nothing is sampled between them.
 """
 
+import statistics
 import tempfile
-from typing import cast
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+from unittest import mock
 
 import click
 from measure import alternate
@@ -13,6 +20,30 @@ from PIL import Image
 
 from vcf_batch import plan, prepare, worker
 from vcf_batch.config import RunConfig
+from vcf_batch.records import Shard
+from vcf_batch.worker import Worker
+
+
+def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float:
+    """Seconds without sampling between two shards, as a share of the seconds in which the second one is sampled."""
+    sampled: list[tuple[float, float]] = []
+    generate = loaded.tools.pipeline.generate_from_tokens
+
+    def timed(*args: Any, **settings: Any) -> Any:
+        begin = time.perf_counter()
+        pictures = generate(*args, **settings)
+        sampled.append((begin, time.perf_counter()))
+        return pictures
+
+    with (
+        mock.patch.object(loaded.tools.pipeline, "generate_from_tokens", timed),
+        ThreadPoolExecutor(at_once) as threads,
+    ):
+        for future in [threads.submit(loaded.run, shard, 1, f"benchmark-{shard.name}") for shard in shards]:
+            future.result()
+    batches = len(sampled) // 2
+    (_, first_ends), (second_begins, _), (_, second_ends) = sampled[batches - 1], sampled[batches], sampled[-1]
+    return (second_begins - first_ends) / (second_ends - second_begins)
 
 
 @click.command()
@@ -52,9 +83,17 @@ def main(manifest: str, rounds: int, threads: int) -> None:
                 )
 
         medians = alternate({"bare sampling": bare_sampling, "whole job": whole_job}, rounds)
+        halves = [*plan.ShardPlan(len(rows), len(rows) // 2)]
+        idle = {
+            name: statistics.median(idle_between(loaded, halves, at_once) for _ in range(rounds))
+            for name, at_once in (("one after the other", 1), ("overlapping", 2))
+        }
     print(f"{len(rows)} rows in batches of {size}, {threads} threads, {rounds} rounds\n\n| work | speed |\n|---|---|")
     for name, seconds in medians.items():
         print(f"| {name} | {medians['bare sampling'] / seconds:.3f} |")
+    print("\n| two shards of half the rows | nothing is sampled between them, share of a shard |\n|---|---|")
+    for name, share in idle.items():
+        print(f"| {name} | {share:.2%} |")
 
 
 if __name__ == "__main__":
