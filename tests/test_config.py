@@ -54,6 +54,7 @@ def test_fingerprint_covers_what_changes_content_or_layout(setting: str) -> None
     """The fingerprint covers what changes content or layout, not workers, address or progress."""
     needed: dict[str, dict[str, Any]] = {
         "attempts": {"min_clip_score": 0.1},
+        "best_by": {"min_clip_score": 0.1},
         "min_content_alignment": {"triplets": True},
     }
     plain = config(**needed.get(setting, {}))

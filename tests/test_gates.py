@@ -127,6 +127,7 @@ def test_attempts_have_seeds_of_their_own() -> None:
         ({"max_lpips": -0.5}, "max_lpips is -0.5; it must be at least 0"),
         ({"min_content_alignment": 0.5}, "min_content_alignment is 0.5, but only --triplets draw what"),
         ({"best_by": "luck"}, "best_by is 'luck'; it must be one of clip_score"),
+        ({"best_by": "lpips"}, "best_by is lpips, but nothing is rejected"),
     ],
 )
 def test_gates_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -139,6 +140,7 @@ def test_gates_that_make_no_sense_are_refused(settings: dict[str, Any], message:
     [
         ("reference0.png", {"max_lpips": 1.0}, "max_lpips is 1, but there is no perceptual network"),
         ("reference0.png", {"min_style_similarity": 0.5}, "min_style_similarity is 0.5, but there is no perceptual"),
+        ("reference0.png", {"min_clip_score": 0.1, "best_by": "lpips"}, "best_by is lpips, but there is no perceptual"),
         (None, {"triplets": True}, "triplets need a reference in each row, and the manifest has none"),
         (None, {"min_clip_reference": 0.5}, "the manifest has no references to compare with"),
     ],

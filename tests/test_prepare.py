@@ -18,6 +18,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
+from vcf_batch.outputs import Output
 from vcf_batch.prepare import Job, Models
 
 
@@ -228,6 +229,17 @@ def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Pat
     (tmp_path / "out" / "run.json").write_text(content)
     with pytest.raises(RefusedError, match="damaged"):
         settle()
+
+
+def test_an_output_of_another_layout_is_refused_and_not_called_damaged(
+    settle: Callable[..., Job], tmp_path: Path
+) -> None:
+    prepare.claim(settle())
+    file = tmp_path / "out" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layout": 0}))
+    for read in (settle, lambda: Output.open(str(tmp_path / "out"))):
+        with pytest.raises(RefusedError, match="has layout 0, and this version of vcf-batch reads layout 1: use"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["00000_stats.json", "00000.tar", "00017.parquet"])

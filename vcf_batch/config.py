@@ -194,6 +194,11 @@ class RunConfig:
             _between(name, getattr(self, name), *((0, None) if score == "lpips" else (-1, 1)))
         _choice("best_by", self.best_by, tuple(GATES.values()))
         _between("attempts", self.attempts, 1, MAX_ATTEMPTS)
+        if self.best_by != "clip_score" and not self.is_gated:
+            raise UsageError(
+                f"best_by is {self.best_by}, but nothing is rejected: set one of {', '.join(GATES)} or safety_checker, "
+                "or leave best_by out"
+            )
         if self.attempts > 1 and not self.is_gated:
             raise UsageError(
                 f"attempts is {self.attempts}, but nothing is asked of them: set one of {', '.join(GATES)} or "

@@ -50,12 +50,15 @@ class Output:
 
         Raises:
             UsageError: there is nothing at all.
+            RefusedError: another version of vcf-batch wrote it.
             DamageFound: ``run.json`` is missing or damaged, so that nothing tells what the shards belong to.
             StorageError: the storage failed.
         """
         url = storage.absolute(url)
         try:
             record = run_file.read(url)
+        except run_file.AnotherLayout:
+            raise
         except RefusedError as error:
             raise DamageFound(f"{run_file.NAME}: {error}") from error
         if record is None:

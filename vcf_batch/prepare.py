@@ -420,6 +420,11 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
                 f"{name} is {getattr(config, name):g}, but there is no perceptual network to measure it: name one with "
                 "--lpips, or leave the gate out"
             )
+    if config.best_by in ("lpips", "style_similarity") and resolved.lpips == "none":
+        raise UsageError(
+            f"best_by is {config.best_by}, but there is no perceptual network to measure it: name one with --lpips, or "
+            "another score"
+        )
     if manifest.has_any("reference"):
         return
     if config.triplets:

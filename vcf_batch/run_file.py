@@ -11,8 +11,15 @@ from vcf_batch.errors import RefusedError
 NAME = "run.json"
 MAX_BYTES = 1 << 20
 
+LAYOUT = 1
+"""Of an output: it goes up with what an output of before cannot be read, verified or resumed by."""
+
 Obstacle = Callable[[Mapping[str, Any]], str | None]
 """Given the fields of a run that differs in its manifest alone: why it cannot be extended to this one, if so."""
+
+
+class AnotherLayout(RefusedError):
+    """The output was written by a version of vcf-batch with other columns or settings."""
 
 
 def read(output: str) -> dict[str, Any] | None:
@@ -20,6 +27,7 @@ def read(output: str) -> dict[str, Any] | None:
 
     Raises:
         RefusedError: it is there, but is not what a run writes.
+        AnotherLayout: it is what a run of another version writes.
         StorageError: the storage failed.
     """
     url = storage.join(output, NAME)
@@ -27,6 +35,11 @@ def read(output: str) -> dict[str, Any] | None:
         with storage.refusals_as_storage_errors():
             record = json.loads(storage.read_bytes(url, limit=MAX_BYTES))
         if isinstance(record["fields"], dict) and record["fingerprint"] == fingerprint(record["fields"]):
+            if (layout := record.get("layout")) != LAYOUT:
+                raise AnotherLayout(
+                    f"{output} has layout {layout}, and this version of vcf-batch reads layout {LAYOUT}: use the "
+                    f"version that wrote it, which {url} names, or another output"
+                )
             return record
     except FileNotFoundError:
         return None
@@ -76,7 +89,13 @@ def claim(
     else:
         extends = ()
     if publish:
-        record = {"fields": fields, "fingerprint": fingerprint(fields), "extends": extends, **description}
+        record = {
+            "layout": LAYOUT,
+            "fields": fields,
+            "fingerprint": fingerprint(fields),
+            "extends": extends,
+            **description,
+        }
         storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode())
     return extends
 
