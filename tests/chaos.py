@@ -43,6 +43,7 @@ HANG_SECONDS = 15.0
 PATIENCE_SECONDS = 600.0
 """For anything that has to happen."""
 
+BEFORE_A_TICKET = faults.WORKER_PHASES[: faults.WORKER_PHASES.index("stage")]
 TAKING_A_TICKET = ("staged", *faults.DRIVER_PHASES)
 """Phases that come after a shard is handed in."""
 PASSING = (0, 1, 130, 143, -signal.SIGKILL)
@@ -135,6 +136,10 @@ class Chaos:
         """Let a worker or the driver do something in its next passage through a phase."""
         name = f"{phase}.{action}"
         faults.give(self.orders, name)
+        # Where all workers wait for tickets, one has to come again for a phase before that.
+        again = "wait.kill" if phase == "load" else "wait.storage"
+        if phase in BEFORE_A_TICKET:
+            faults.give(self.orders, again)
 
         def struck() -> bool:
             if phase in TAKING_A_TICKET:
@@ -142,8 +147,8 @@ class Chaos:
             return not (self.orders / name).exists()
 
         self.wait_for(struck)
-        with contextlib.suppress(FileNotFoundError):
-            (self.orders / "ticket").unlink()
+        for left in ("ticket", again):
+            (self.orders / left).unlink(missing_ok=True)
         return name
 
     def worker_dies_in_a_phase(self) -> str:

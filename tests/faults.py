@@ -2,8 +2,8 @@
 
 Orders are files in a folder beside the manifest. An order ``PHASE.ACTION`` (``PHASE.ACTION.2`` for another one) is
 carried out once, by the first process that gets to that phase. ``hold`` keeps workers from beginning a shard; with
-``tickets-only`` each shard that is handed in takes a ``ticket``. Words in prompts are orders that hold for ever: the
-row with the prompt "kill ..." kills every worker that looks at it.
+``tickets-only`` each shard that is handed in takes a ``ticket``, and who has none waits for one (the phase ``wait``).
+Words in prompts are orders that hold for ever: the row with the prompt "kill ..." kills every worker that looks at it.
 """
 
 import os
@@ -121,6 +121,7 @@ class FaultyActor(pool._Actor):
                     generation.clock.tick()  # it does not hang
                 time.sleep(0.05)
                 obey(folder, "stage")
+                obey(folder, "wait")
 
         tools = self._worker.tools
         around(tools.pipeline, "generate_from_tokens", sampling)
