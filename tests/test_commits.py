@@ -1,6 +1,6 @@
 """Commits: whole or absent, whoever dies, is suspended or lives on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,41 @@ def test_a_staged_file_that_is_gone_or_cut_is_not_committed(output: str, tmp_pat
     with pytest.raises(StorageError, match="gone"):
         commits.commit(output, receipt, staged)
     assert storage.list_files(output) == {}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("calls", range(1, 6))
+def test_a_commit_that_failed_goes_on_where_it_stopped(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, there: bool
+) -> None:
+    """While the staged files are there, a shard whose commit failed need not be generated again: whichever call it
+    was, and whether or not it had its effect."""
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    receipt = receipt_for(new)
+    if there:
+        commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    left = calls
+
+    def failing(call: Callable[..., None], effect: bool) -> Callable[..., None]:
+        def wrapped(*arguments: Any, **options: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left or effect:
+                call(*arguments, **options)
+            if not left:
+                raise StorageError("as ordered")
+
+        return wrapped
+
+    monkeypatch.setattr(storage, "move", failing(storage.move, effect=False))
+    monkeypatch.setattr(storage, "publish_bytes", failing(storage.publish_bytes, effect=True))
+    if calls <= 3 + 2 * there:
+        with pytest.raises(StorageError, match="as ordered"):
+            commits.commit(output, receipt, staged)
+    commits.commit(output, receipt, staged)
+    assert read_receipts(output) == {0: receipt}
+    assert storage.digest(storage.join(output, "00000.tar")) == new.entries["tar"]
 
 
 @pytest.mark.parametrize("step", ["exists", "move", "publish_bytes"])

@@ -44,7 +44,11 @@ def _staged(shard: Shard, attempt_id: str) -> dict[str, str]:
     return {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in SUFFIXES.items()}
 
 
-def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None:
+class StagedFilesLost(StorageError):
+    """A staged file is missing, or not what was staged. The shard has to be generated again."""
+
+
+def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     """Make a staged shard exist: files to their final names, then the receipt.
 
     For the driver alone, which has just confirmed its lease. Should it be suspended in here and lose the lease, nothing
@@ -57,39 +61,47 @@ def commit(output_url: str, receipt: Receipt, staged: Mapping[str, str]) -> None
     the next few requests, may remove the next owner's receipt of that shard. :mod:`vcf_batch.verify` finds it missing,
     and a rerun computes the shard again.
 
+    Args:
+        staged: what :func:`stage` returned. A file that has been moved is taken out of it, so that a commit which
+            failed goes on where it stopped when it is called again.
+
     Raises:
-        StorageError: the storage failed, a staged file is missing or not of the receipt's size, or another driver
-            committed the shard meanwhile. The shard has to be computed again.
+        StagedFilesLost: a staged file is missing, or not of the receipt's size.
+        StorageError: the storage failed, or another driver committed the shard meanwhile.
     """
     receipt_url = storage.join(output_url, receipt.shard.name + RECEIPT_SUFFIX)
-    folder = storage.join(output_url, storage.parent(staged["tar"]))
+    left = dict(staged)
     try:
         with storage.refusals_as_storage_errors():
             # Looked for first: what another driver commits from here on is not taken for an older receipt.
-            replaces = storage.exists(receipt_url)
+            replaces = len(left) == len(receipt.files) and storage.exists(receipt_url)
             if replaces:
+                folder = storage.join(output_url, storage.parent(left["tar"]))
                 storage.publish_bytes(storage.join(folder, _NEW_RECEIPT), receipt.to_json())
-            for kind, entry in receipt.files.items():
-                found = storage.size(url := storage.join(output_url, staged[kind]))
-                if found != entry.size:
-                    raise StorageError(
-                        f"staged file {url} has {found} bytes, its receipt says {entry.size}; compute the shard again"
+            for kind, path in left.items():
+                found, said = storage.size(url := storage.join(output_url, path)), receipt.files[kind].size
+                if found != said:
+                    raise StagedFilesLost(
+                        f"staged file {url} has {found} bytes, its receipt says {said}; compute the shard again"
                     )
         if replaces:
             storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT))
-        for path in staged.values():
+        for kind, path in left.items():
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
+            del staged[kind]
     except FileNotFoundError as error:
-        raise StorageError(
+        raise StagedFilesLost(
             f"a staged file of shard {receipt.shard.name} is gone ({error}); compute it again"
         ) from error
     try:
         storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
     except FileExistsError as error:
-        raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
+        # An earlier call may have published it, and only the answer was lost.
+        if storage.read_bytes(receipt_url) != receipt.to_json():
+            raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
     # The shard is whole; an empty folder that stays behind is for clean.
     with contextlib.suppress(StorageError):
-        discard(output_url, staged)
+        discard(output_url, left)
 
 
 def discard(output_url: str, staged: Mapping[str, str]) -> None:
