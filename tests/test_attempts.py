@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcf_batch import attempts
-from vcf_batch.attempts import MAX_CULPRITS, PAUSES, Case, Failure, Task
+from vcf_batch.attempts import LOSS_PAUSES, MAX_CULPRITS, PAUSES, Case, Failure, Task
 from vcf_batch.blame import REPEATS
 from vcf_batch.records import Shard
 
@@ -114,6 +114,28 @@ def test_trouble_in_a_trial_is_not_taken_for_a_death() -> None:
         lambda rows, task: Failure.TROUBLE if next(failures, False) else Failure.CRASH if 104 in rows else None
     )
     assert task is not None and task.verdicts.keys() == {104}
+
+
+def test_a_lost_node_is_nobodys_fault_unless_it_is_always_the_same_rows() -> None:
+    """A lost node costs no attempt; a row that takes down every node that generates it is found, after growing
+    pauses."""
+    task, done = live(lambda rows, task: Failure.LOSS if 104 in rows else None)
+    assert task is not None and task.verdicts.keys() == {104}
+    assert [task.selected for task in done[: len(LOSS_PAUSES)]] == [None] * len(LOSS_PAUSES)
+    assert len(done) <= len(LOSS_PAUSES) + len(PAUSES) + 1 + 4 + REPEATS + 1
+    assert sorted(LOSS_PAUSES) == [*LOSS_PAUSES]
+    failures = iter([Failure.LOSS] * len(LOSS_PAUSES) + [Failure.CRASH] * len(PAUSES))
+    task, _ = live(lambda rows, task: next(failures, None))
+    assert task is not None and not task.verdicts
+
+
+def test_a_verdict_tells_the_first_symptom_of_the_row_alone() -> None:
+    """Where a row suffers from several things, its error message does not depend on which came last."""
+    case = Case(Shard(0, 0, 2, "00000"), range(2), None)
+    symptoms = iter(["of the shard"] * (len(PAUSES) + 1) + ["first alone", *(f"later {n}" for n in range(REPEATS))])
+    while not (task := case.task()).verdicts:
+        assert case.failed(task, A, Failure.CRASH, next(symptoms))
+    assert task.verdicts[0].startswith("first alone; ")
 
 
 def scarce(limit: int) -> World:

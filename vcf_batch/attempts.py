@@ -1,6 +1,7 @@
 """A shard whose attempts fail: what is tried next, and when it is given up. No Ray here."""
 
 import enum
+import itertools
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,10 @@ from vcf_batch.records import Shard
 PAUSES: tuple[float, ...] = (10.0, 60.0)
 """Seconds that a shard waits after its first failure, its second, and so on. The failure after the last pause is final
 for trouble: the shard is set aside. Crashes are then looked into."""
+
+LOSS_PAUSES: tuple[float, ...] = (0.0, 5.0, 15.0, 45.0, 135.0)
+"""Seconds that a shard waits after it lost its node for the first time, the second, and so on. That is nobody's fault;
+but where it goes on after the last pause, it counts as a crash."""
 
 MAX_CULPRITS = 16
 """Rows of one shard that may be blamed. Where more seem to kill their workers, something else does."""
@@ -25,7 +30,9 @@ class Failure(enum.Enum):
     MEMORY = enum.auto()
     """The GPU's memory did not hold a batch."""
     CRASH = enum.auto()
-    """The worker died, hung or raised what nobody expected. A row may be to blame."""
+    """The worker died, stalled or raised what nobody expected. A row may be to blame."""
+    LOSS = enum.auto()
+    """The node went away."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +80,20 @@ class Case:
         """On the monotonic clock."""
         self._batch_size = self._sampled_at_once = batch_size
         self._attempt = 1
-        self._troubles: list[str] = []
-        self._shortages: list[str] = []
-        self._crashes: list[str] = []
+        self._failures: dict[Failure, list[str]] = {failure: [] for failure in Failure}
         """Nodes of the attempts that failed."""
         self._verdicts: dict[int, str] = {}
         self._search: Search | None = None
         self._searched_on: list[str] = []
         """Nodes of the trials that died."""
+        self._symptom = ""
+        """Of the first death of the row that is searched for, alone."""
         self._any_survived = self._in_vain = False
 
     @property
     def failed_on(self) -> set[str]:
         """Nodes where it failed."""
-        return {*self._troubles, *self._shortages, *self._crashes, *self._searched_on}
+        return {*itertools.chain(*self._failures.values()), *self._searched_on}
 
     def task(self) -> Task:
         """What is tried next."""
@@ -95,12 +102,12 @@ class Case:
             self._attempt,
             self._search.trial if self._search else None,
             dict(self._verdicts),
-            len(self._troubles) == len(PAUSES),
+            len(self._failures[Failure.TROUBLE]) == len(PAUSES),
             self._sampled_at_once if self._sampled_at_once != self._batch_size else None,
         )
 
     def repeat(self) -> None:
-        """The attempt was lost, with its node."""
+        """The attempt was ended by no failure of its own."""
         self._attempt += self._search is None
         self.not_before = 0.0
 
@@ -111,18 +118,21 @@ class Case:
             task: what was tried.
             node: where.
             failure: why.
-            symptom: why, for people; it may end in a row's error message, so nothing of time or place is in it.
+            symptom: why, for people. It may end in a row's error message, which is the same in every run: nothing of
+                time or place is in it.
 
         Returns:
             Whether there is a next one; if not, the shard is set aside.
         """
-        if failure is Failure.MEMORY and self._sampled_at_once is not None and self._shortages:
+        if failure is Failure.MEMORY and self._sampled_at_once is not None and self._failures[failure]:
             # Once more in a fresh process, without what was left in the other's memory, was not enough.
             if self._sampled_at_once > 1:
-                self._shortages.append(node)
+                self._failures[failure].append(node)
                 self._sampled_at_once //= 2
                 self.repeat()
                 return True
+            failure = Failure.CRASH
+        if failure is Failure.LOSS and len(self._failures[failure]) == len(LOSS_PAUSES):
             failure = Failure.CRASH
         if failure is Failure.CRASH and task.selected is not None:
             self._died(task, node, symptom)
@@ -130,7 +140,7 @@ class Case:
         self.repeat()
         if failure is Failure.CRASH:
             return self._crashed(node)
-        return self._wait(self._shortages if failure is Failure.MEMORY else self._troubles, node)
+        return self._wait(failure, node)
 
     def survived(self, task: Task) -> None:
         """A trial went well."""
@@ -142,19 +152,20 @@ class Case:
 
     def forgive(self, node: str) -> None:
         """What failed on a node does not count."""
-        if node in self._shortages:
+        if node in self._failures[Failure.MEMORY]:
             self._sampled_at_once = self._batch_size
-        for failures in (self._troubles, self._shortages, self._crashes):
+        for failures in self._failures.values():
             failures[:] = [other for other in failures if other != node]
         if node in self._searched_on:
             self._search, self._searched_on, self._verdicts = None, [], {}
         self.not_before = 0.0
 
-    def _wait(self, failures: list[str], node: str) -> bool:
-        failures.append(node)
-        if len(failures) > len(PAUSES):
+    def _wait(self, failure: Failure, node: str) -> bool:
+        pauses = LOSS_PAUSES if failure is Failure.LOSS else PAUSES
+        self._failures[failure].append(node)
+        if len(self._failures[failure]) > len(pauses):
             return False
-        self.not_before = time.monotonic() + PAUSES[len(failures) - 1]
+        self.not_before = time.monotonic() + pauses[len(self._failures[failure]) - 1]
         return True
 
     def _crashed(self, node: str) -> bool:
@@ -163,10 +174,10 @@ class Case:
         doubtful = len(self._verdicts) >= 2 and not self._any_survived
         if self._in_vain or doubtful or len(self._verdicts) == MAX_CULPRITS:
             return False
-        if not self._verdicts and self._wait(self._crashes, node):
+        if not self._verdicts and self._wait(Failure.CRASH, node):
             return True
         suspects = [row for row in self._rows if row not in self._verdicts]
-        self._search = Search(suspects[::-1] if len(self._verdicts) % 2 else suspects)
+        self._search, self._symptom = Search(suspects[::-1] if len(self._verdicts) % 2 else suspects), ""
         return True
 
     def _died(self, task: Task, node: str, symptom: str) -> None:
@@ -175,10 +186,12 @@ class Case:
         search = self._search
         # Not so if a node was forgiven meanwhile.
         if search is not None and task.selected == search.trial:
+            if len(search.trial) == 1:
+                self._symptom = self._symptom or symptom
             search.died()
             if search.culprit is not None:
                 self._verdicts[search.culprit] = (
-                    f"{symptom}; so it was each of the {REPEATS} times that this row was generated alone, and not with "
-                    "the other rows of its shard. Check its prompt and its references"
+                    f"{self._symptom}; so it was each of the {REPEATS} times that this row was generated alone, and "
+                    "not with the other rows of its shard. Check its prompt and its references"
                 )
                 self._search = None

@@ -63,7 +63,7 @@ class ShardQueue:
             self._waiting.append(case)
 
     def repeat(self, task: Task) -> None:
-        """Try again at once: the node went away."""
+        """Try again at once: the worker was let go."""
         case = self._case(task)
         case.repeat()
         self._waiting.append(case)
