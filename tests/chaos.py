@@ -82,6 +82,8 @@ class Chaos:
         self.driver: subprocess.Popen[str] | None = None
         self.ends: Counter[int] = Counter()
         """How often a driver ended with each code."""
+        self.struck: Counter[str] = Counter()
+        """How often each kind of fault has struck."""
 
     # The run
 
@@ -229,10 +231,9 @@ class Chaos:
         for number, kind in enumerate(schedule[:count]):
             self.go_on_to(number * (self.num_shards - 2) // count)
             what = kind(self)
-            seconds = time.monotonic() - begin
-            print(
-                f"{seconds:5.0f} s, {self.committed()} shards: {kind.__name__} ({what})".replace("_", " "), flush=True
-            )
+            name = kind.__name__.replace("_", " ")
+            self.struck[name] += 1
+            print(f"{time.monotonic() - begin:5.0f} s, {self.committed()} shards: {name} ({what})", flush=True)
         assert self.committed() < self.num_shards, "the run ended before the faults did"
         (self.orders / "tickets-only").unlink()
         while self.ends[0] == 0:
@@ -311,6 +312,8 @@ def run(seed: int, count: int, output: str | None, rows: int, num_shards: int) -
             finally:
                 if chaos.driver is not None:
                     chaos.driver.kill()
+            for name, times in chaos.struck.most_common():
+                print(f"{times:5} x {name}")
             ends = ", ".join(f"{times} with {code}" for code, times in sorted(chaos.ends.items()))
             print(
                 f"seed {seed}, {redact(output)}: {count} faults, {rows} rows in {num_shards} shards: identical "

@@ -16,8 +16,9 @@ from typing import Any
 
 import ray
 
-from vcf_batch import attempts, pool
+from vcf_batch import attempts
 from vcf_batch.errors import StorageError
+from vcf_batch.pool import actor, dispatch
 
 WORKER_PHASES = ("load", "run", "sample", "score", "tar", "parquet", "stage", "staged")
 """When a worker looks for orders, in their order."""
@@ -85,17 +86,17 @@ def around(
     setattr(owner, name, wrapped)
 
 
-class FaultyActor(pool._Actor):
+class FaultyActor(actor.Actor):
     """A worker that obeys. Tests put it in the place of the pool's own."""
 
-    def load(self) -> Any:
+    def load(self) -> None:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / "pids").exists():
             (folder / "pids" / str(os.getpid())).touch()
         if (folder / f"no-load-on-{node}").exists():
             raise StorageError("this node loads nothing, as ordered")
         obey(folder, "load")
-        seen = super().load()
+        super().load()
 
         from vcf_batch import commits, shards
 
@@ -130,7 +131,6 @@ class FaultyActor(pool._Actor):
         around(shards.ShardWriter, "add", phase("tar"))
         around(shards.ShardWriter, "finish", phase("parquet"))
         around(commits, "stage", staging, phase("staged"))
-        return seen
 
     def run(self, *arguments: Any) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
@@ -157,10 +157,10 @@ def drive() -> None:
 
     around(commits, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
     around(storage, "move", after=moved)
-    around(pool._Dispatch, "run", begin)
+    around(dispatch.Dispatch, "run", begin)
     # As many attempts as it takes: where all workers are struck all the time, no row is to blame.
-    attempts.PAUSES = (0.2,) * 1000
-    pool._Actor = FaultyActor  # type: ignore[misc]
+    attempts.PAUSES = attempts.LOSS_PAUSES = (0.2,) * 1000
+    dispatch.Actor = FaultyActor  # type: ignore[misc]
     main()
 
 

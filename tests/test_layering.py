@@ -1,13 +1,16 @@
 """Who may import whom: each rule is checked in a fresh interpreter."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 LIGHT = (
     "attempts",
     "blame",
+    "commit_queue",
     "commits",
     "config",
     "contract",
@@ -84,8 +87,14 @@ def test_worker_does_not_import_ray() -> None:
     assert not modules & {"vcf_batch.cli", "vcf_batch.pool"}
 
 
+def test_ray_is_known_to_the_pool_and_the_training_alone() -> None:
+    """ray is imported in pool/ and, for Ray Train, in vcf/train.py alone, at their tops or within."""
+    package = Path(__file__).parent.parent / "vcf_batch"
+    knows = {path for path in package.rglob("*.py") if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.M)}
+    assert {str(path.relative_to(package)) for path in knows if path.parent != package / "pool"} == {"vcf/train.py"}
+
+
 def test_training_without_a_cluster_does_not_import_ray() -> None:
-    """ray is imported by pool.py and, for Ray Train, by vcf/train.py alone."""
     assert "ray" not in imported("vcf_batch.vcf.fit")
 
 
@@ -94,7 +103,7 @@ def test_the_driver_of_a_training_leaves_the_models_to_the_workers() -> None:
 
 
 def test_pool_leaves_torch_to_the_workers() -> None:
-    """ray is imported by pool.py; the driver itself needs no torch."""
+    """ray is imported in pool/; the driver itself needs no torch."""
     modules = imported("vcf_batch.pool")
     assert "ray" in modules
     assert "torch" not in modules
@@ -102,5 +111,5 @@ def test_pool_leaves_torch_to_the_workers() -> None:
 
 @pytest.mark.parametrize("module", ["vcf_batch.metrics.scorer", "vcf_batch.metrics.lpips", "vcf_batch.vcf.evaluate"])
 def test_ray_and_diffusers_stay_out(module: str) -> None:
-    """ray is for pool.py; diffusers for what samples, not for what scores and compares."""
+    """ray is for pool/; diffusers for what samples, not for what scores and compares."""
     assert not imported(module) & {"ray", "diffusers"}

@@ -20,8 +20,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray.cluster_utils import Cluster
-from ray.core.generated import common_pb2
-from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from vcf_batch import attempts, lease, pool, verify
 from vcf_batch.config import RunConfig
@@ -125,40 +123,6 @@ def test_a_killed_worker_costs_an_attempt_and_no_byte(
     assert summary.counts["success"] == ROWS
     assert runs.data_files(output) == runs.data_files(undisturbed)
     assert len({receipt.timings["worker"] for receipt in receipts(output)}) == 2
-
-
-def died(message: str, preempted: bool = False) -> ActorDiedError:
-    proto: Any = common_pb2
-    context = proto.ActorDiedErrorContext(
-        class_name="_Actor", actor_id=b"0" * 16, pid=4711, node_ip_address="10.0.0.7", error_message=message
-    )
-    if preempted:
-        context.node_death_info.reason = proto.NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
-    return ActorDiedError(context)
-
-
-def test_the_reason_of_a_dead_worker_says_where_and_why() -> None:
-    reason = pool._reason(
-        died("The actor is dead because its worker process has died.\nWorker exit type: SYSTEM_ERROR")
-    )
-    assert reason == (
-        "ActorDiedError: pid: 4711, ip: 10.0.0.7, The actor is dead because its worker process has died., "
-        "Worker exit type: SYSTEM_ERROR"
-    )
-    assert len(pool._reason(died("x" * 1000))) < 310
-    assert pool._reason(RuntimeError("CUDA error: device lost\nCompile with ...")) == (
-        "RuntimeError: CUDA error: device lost"
-    )
-    assert pool._reason(StorageError("cannot read " + "x" * 400)).endswith("x" * 400)
-
-
-def test_a_lost_node_is_nobodys_fault() -> None:
-    """Losing a node costs no attempt of a shard."""
-    assert pool._node_died(died("The actor died because its node has died. Node Id: 0"))
-    assert pool._node_died(died("drained", preempted=True))
-    assert pool._node_died(ActorUnavailableError("rpc error", b"0" * 16))
-    assert not pool._node_died(died("Worker exit type: SYSTEM_ERROR"))
-    assert not pool._node_died(StorageError("the node has died"))
 
 
 def start_driver(config: RunConfig, address: str) -> subprocess.Popen[str]:

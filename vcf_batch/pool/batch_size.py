@@ -1,0 +1,53 @@
+"""The batch size of a run that is given none: measured on a worker of the cluster."""
+
+import logging
+
+import ray
+from ray.exceptions import RayError
+
+from vcf_batch import prepare
+from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
+from vcf_batch.errors import VcfBatchError
+from vcf_batch.manifest import Manifest
+from vcf_batch.pool import ray_errors
+from vcf_batch.prepare import Job, Models
+
+_log = logging.getLogger(__name__)
+
+
+def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> RunConfig:
+    """Settle how many images are sampled at once, by measuring it on a worker.
+
+    Raises:
+        VcfBatchError: no worker could measure it.
+    """
+    if config.batch_size is not None:
+        return config
+    job = prepare.settle(config.replace(batch_size=1), manifest, models)
+    limit = min(manifest.num_rows, config.shard_size or manifest.num_rows, MAX_BATCH_SIZE)
+    _log.warning("Looking for the fastest batch size on a first worker.")
+    measure = ray.remote(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker or 0,
+        max_retries=0,
+        runtime_env={"env_vars": prepare.environment(config)},
+    )(_fastest)
+    try:
+        size = ray.get(measure.remote(job, limit))
+    except RayError as error:
+        why = ray_errors.cause(error)
+        if isinstance(why, VcfBatchError):
+            raise why from error
+        raise VcfBatchError(
+            f"no batch size could be found ({ray_errors.reason(why)}); name one with --batch-size"
+        ) from error
+    _log.warning("The batch size is %d from here on.", size)
+    return config.replace(batch_size=size)
+
+
+def _fastest(job: Job, limit: int) -> int:
+    """See :func:`vcf_batch.calibration.fastest_batch_size`; runs where a worker does."""
+    from vcf_batch import calibration, worker
+
+    loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    return calibration.fastest_batch_size(loaded.tools, job.manifest, limit)

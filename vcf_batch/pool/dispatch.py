@@ -1,0 +1,322 @@
+"""The loop that hands shards to actors, has what comes back committed, and replaces what dies."""
+
+import logging
+import time
+from typing import Any
+
+import ray
+import ray.util.metrics
+from ray.exceptions import RayError
+
+from vcf_batch import prepare
+from vcf_batch.attempts import Task
+from vcf_batch.commit_queue import CommitQueue, Finished
+from vcf_batch.commits import StagedFilesLost
+from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
+from vcf_batch.exporter import Exporter
+from vcf_batch.lease import Lease
+from vcf_batch.ledger import Ledger
+from vcf_batch.pool import nodes
+from vcf_batch.pool.actor import Actor, Sign, Worker
+from vcf_batch.pool.ray_errors import cause, failure, node_died, reason, symptom
+from vcf_batch.pool.watch import Watch
+from vcf_batch.prepare import Job
+from vcf_batch.progress import Progress
+from vcf_batch.quarantine import FAILURES, Quarantine
+from vcf_batch.shard_queue import ShardQueue
+from vcf_batch.starts import Starts
+
+ANSWER_SECONDS = 1.0
+"""How long to wait for an answer before the run is looked at from other sides."""
+
+CAPACITY_SECONDS = 10.0
+"""Between two looks at how many workers the cluster has room for."""
+
+WAITING_SECONDS = 30.0
+"""How long no worker may be ready before the user is told what the run waits for."""
+
+
+class Dispatch:
+    """A run from its first worker to its last commit.
+
+    Args:
+        job: the run.
+        held: the right to commit.
+        ledger: what is committed, and what is left.
+        progress: what the user sees.
+    """
+
+    def __init__(self, job: Job, held: Lease, ledger: Ledger, progress: Progress) -> None:
+        self.config, self.lease, self.ledger, self.progress = job.config, held, ledger, progress
+        smaller = self.config.batch_size if self.config.allow_smaller_batches else None
+        self.queue = ShardQueue(ledger.remaining(), ledger.rows_of, smaller)
+        self.exporter = Exporter(ray.util.metrics, self.config.output, job.manifest.num_rows)
+        self.commits = CommitQueue(self.config.output, held, ledger, progress.note)
+        self.quarantine = Quarantine()
+        self.flights: dict[ray.ObjectRef, Worker] = {}
+        """What each busy worker will answer."""
+        self.idle: list[Worker] = []
+        self.watch = Watch(self.config.shard_timeout)
+        self.job_ref = ray.put(job)
+        remote: Any = ray.remote  # whose type hints leave out concurrency groups
+        self.actor_class = remote(
+            max_restarts=0,
+            max_task_retries=0,
+            num_cpus=self.config.cpus_per_worker,
+            num_gpus=self.config.gpus_per_worker,
+            runtime_env={"env_vars": prepare.environment(self.config)},
+            concurrency_groups={"signs": 1},
+        )(Actor)
+        self.loaded = False
+        self.starts = Starts()
+        self.capacity, self.capacity_until = 1, 0.0
+        self.ready_at = time.monotonic()
+
+    def run(self) -> None:
+        """Work until every shard is committed or set aside.
+
+        Raises:
+            UsageError, RefusedError, StorageError, VcfBatchError: see :func:`vcf_batch.pool.run`.
+        """
+        with self.commits:
+            try:
+                while self.ledger.left:
+                    if self.lease.lost:
+                        raise self.lease.lost
+                    self._start_workers()
+                    for worker in [*self.idle]:
+                        self.idle.remove(worker)
+                        self._send(worker)
+                    if self.flights:
+                        for ref in ray.wait([*self.flights], num_returns=1, timeout=ANSWER_SECONDS)[0]:
+                            self._land(ref)
+                    else:
+                        time.sleep(ANSWER_SECONDS / 10)
+                    self._settle()
+                    for ref, error in self.watch.stalled(self.flights):
+                        self._failed(self.flights.pop(ref), error)
+                    self._show_progress()
+            finally:
+                for worker in self._workers():
+                    ray.kill(worker.actor)
+        self.ledger.raise_if_incomplete()
+
+    def _workers(self) -> list[Worker]:
+        return [*self.flights.values(), *self.idle]
+
+    @property
+    def _ungenerated(self) -> int:
+        """Shards that it takes a worker for."""
+        return self.ledger.left - len(self.commits)
+
+    # Workers come and go
+
+    def _start_workers(self) -> None:
+        while len(self._workers()) < min(self._wanted(), self._ungenerated) and self.starts.may_begin:
+            left_out = ",".join(self.quarantine.nodes)
+            options = {"label_selector": {"ray.io/node-id": f"!in({left_out})"}} if left_out else {}
+            actor = self.actor_class.options(**options).remote(self.job_ref)
+            # First of all, where it is: a load may fail before it could be asked.
+            self.flights[actor.sign.remote()] = Worker(actor, time.monotonic())
+
+    def _wanted(self) -> int:
+        """Workers at most: as asked, else what the cluster has room for now."""
+        if time.monotonic() >= self.capacity_until:
+            room = nodes.room(self.config)
+            if self.quarantine.nodes and any(room.values()) and not self._room_left(room):
+                self.progress.note("no other node is left: the nodes that failed are used again", "nodes_used_again")
+                self.quarantine.lift()
+            self.capacity = max(self._room_left(room), 1)
+            self.capacity_until = time.monotonic() + CAPACITY_SECONDS
+        return self.config.num_workers or self.capacity
+
+    def _room_left(self, room: dict[str, int]) -> int:
+        return sum(workers for node, workers in room.items() if node not in self.quarantine.nodes)
+
+    def _send(self, worker: Worker) -> None:
+        """Give the worker its next shard; let it wait while failed ones or commits do; else let it go."""
+        nodes_at_work = {other.node for other in [worker, *self._workers()] if other.node}
+        task = worker.task = None if self.commits.is_full else self.queue.take(worker.node, nodes_at_work)
+        if task is not None:
+            worker.attempt_id, worker.silent = task.new_id(), 0.0
+            self.flights[worker.actor.run.remote(task, worker.attempt_id)] = worker
+        elif self.queue.is_waiting or self.commits.is_full:
+            self.idle.append(worker)
+        else:
+            ray.kill(worker.actor)
+
+    def _leave_out(self, bad: set[str]) -> None:
+        """Use some nodes no more. What failed there is nobody's fault."""
+        if not bad:
+            return
+        for node in bad:
+            self.progress.note(
+                f"node {node} is left out: it failed {FAILURES} times in a row what others did not: "
+                f"{self.quarantine.reasons[node]}",
+                "node_left_out",
+                logging.WARNING,
+                node=node,
+            )
+            self.queue.forgive(node)
+        self.starts.reset()
+        self.capacity_until = 0.0
+        for ref, worker in [*self.flights.items()]:
+            if worker.node in bad:
+                del self.flights[ref]
+                ray.kill(worker.actor)
+                if worker.task is not None:
+                    self.queue.repeat(worker.task)
+        for worker in [*self.idle]:
+            if worker.node in bad:
+                self.idle.remove(worker)
+                ray.kill(worker.actor)
+
+    # What workers answer
+
+    def _land(self, ref: ray.ObjectRef) -> None:
+        """An actor has answered, or died."""
+        worker = self.flights.pop(ref)
+        try:
+            answer = ray.get(ref)
+        except RayError as error:
+            self._failed(worker, cause(error))
+            return
+        if worker.sign is None:
+            self._came_up(worker, answer)
+        elif worker.task is None:
+            self.loaded = True
+            self.starts.reset()
+            self._send(worker)
+            self._leave_out(self.quarantine.succeeded(worker.node, "load"))
+        else:
+            self._did(worker, worker.task, answer)
+
+    def _came_up(self, worker: Worker, sign: Sign) -> None:
+        """An actor has found a machine."""
+        worker.sign = sign
+        if worker.node in self.quarantine.nodes:
+            ray.kill(worker.actor)
+        else:
+            self.flights[worker.actor.load.remote()] = worker
+
+    def _did(self, worker: Worker, task: Task, answer: Any) -> None:
+        """A worker has generated a shard, or survived a trial."""
+        if task.selected is not None:
+            self.queue.done(task)
+        else:
+            receipt, staged = answer
+            self.commits.add(Finished(task, worker.node, self.ledger.whole(receipt), staged))
+        self._send(worker)
+        self._leave_out(self.quarantine.succeeded(worker.node, "shard"))
+
+    def _failed(self, worker: Worker, error: Exception) -> None:
+        """A start or a task has failed."""
+        task = worker.task
+        # Where a worker has loaded, the run's settings are sound: what another one misses is its node's.
+        if isinstance(error, UsageError) and not (task is None and self.loaded):
+            ray.kill(worker.actor)
+            raise error
+        # After anything but trouble of the storage (an error of the GPU, say) the process is not to be trusted.
+        if task is None or not isinstance(error, StorageError):
+            ray.kill(worker.actor)
+        if task is None:
+            self._start_failed(worker, error)
+        else:
+            self._attempt_failed(task, worker.node, error)
+            if isinstance(error, StorageError):
+                self._send(worker)
+        # On trial a worker may fail: that is what the trial is for.
+        if worker.node and not node_died(error) and (task is None or task.selected is None):
+            self._leave_out(self.quarantine.failed(worker.node, task.shard if task else None, reason(error)))
+
+    def _start_failed(self, worker: Worker, error: Exception) -> None:
+        """Wait before the next start, and give up when nothing ever starts."""
+        if node_died(error) or (pause := self.starts.failed(worker.started)) is None:
+            return
+        failing = {*self.quarantine.failing, worker.node}
+        hope = any(other.task or other.node not in failing for other in self._workers() if other.node)
+        if self.starts.used_up and not hope:
+            kind = StorageError if isinstance(error, StorageError) else VcfBatchError
+            raise kind(
+                f"no worker could start, {self.starts.failures} times; the last time: {reason(error)}"
+            ) from error
+        self.progress.note(
+            f"a worker did not start (next one in {pause:.0f} s): {reason(error)}",
+            "worker_did_not_start",
+            logging.WARNING,
+            node=worker.node,
+        )
+
+    # What becomes of shards
+
+    def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
+        """Queue the shard again, or set it aside."""
+        if self.queue.failed(task, node, failure(error), symptom(error)):
+            self.progress.note(
+                f"shard {task.title}: attempt {task.attempt} failed and is repeated: {reason(error)}",
+                "attempt_failed",
+                logging.WARNING,
+                shard=task.shard.name,
+                node=node,
+            )
+        else:
+            self._set_aside(task, error)
+
+    def _set_aside(self, task: Task, error: Exception) -> None:
+        """Go on without the shard."""
+        why = reason(error)
+        self.progress.note(
+            f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {why}",
+            "shard_set_aside",
+            logging.ERROR,
+            shard=task.shard.name,
+        )
+        self.queue.done(task)
+        self.ledger.set_aside(task, error, why)
+
+    def _committed(self, finished: Finished) -> None:
+        task, receipt = finished.task, finished.receipt
+        self.ledger.committed(task, receipt)
+        self.exporter.committed(receipt)
+        self.progress.note(
+            f"shard {task.title} is finished",
+            "shard_finished",
+            logging.DEBUG,
+            shard=task.shard.name,
+            worker=receipt.timings["worker"],
+            node=finished.node,
+            rows=len(task.shard),
+            seconds=receipt.timings["total"],
+        )
+        for row, message in task.verdicts.items():
+            self.progress.note(
+                f"row {row} is recorded as failed: {message}", "row_failed", logging.WARNING, shard=task.shard.name
+            )
+
+    def _settle(self) -> None:
+        """Take note of what has been committed."""
+        for finished, error in self.commits.settled():
+            task = finished.task
+            if error is None:
+                self.queue.done(task)
+                self._committed(finished)
+            elif isinstance(error, StagedFilesLost):
+                self._attempt_failed(task, finished.node, error)
+            elif isinstance(error, VcfBatchError) and not isinstance(error, RefusedError):
+                self._set_aside(task, error)
+            else:
+                raise error
+
+    def _show_progress(self) -> None:
+        busy = [worker for worker in self.flights.values() if worker.task]
+        done = self.ledger.finished_rows + sum(worker.samples_done for worker in busy)
+        ready = len(busy) + len(self.idle)
+        self.progress.update(done, self.ledger.counts["failed"], ready, self.ledger.totals.means)
+        self.exporter.now(done, ready)
+        if ready or not self._ungenerated:
+            self.ready_at = time.monotonic()
+        elif time.monotonic() - self.ready_at >= WAITING_SECONDS:
+            self.ready_at = time.monotonic()
+            self.progress.note(
+                f"no worker is ready yet; {nodes.describe(self.config)}", "no_worker_ready", logging.WARNING
+            )

@@ -1,0 +1,66 @@
+"""The machines of a cluster: how many workers they have room for, and whether they see the run's storage."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from vcf_batch import prepare
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.pool import ray_errors
+from vcf_batch.prepare import Job
+
+CHECK_SECONDS = 60.0
+"""How long a node may take to look at the storage."""
+
+
+def with_gpus(config: RunConfig) -> RunConfig:
+    """Settle what a worker computes on, by what the cluster has."""
+    if config.gpus_per_worker is not None:
+        return config
+    return config.replace(gpus_per_worker=1.0 if ray.cluster_resources().get("GPU") else 0.0)
+
+
+def room(config: RunConfig) -> dict[str, int]:
+    """How many workers fit on each node, whatever runs there now."""
+    return {node["NodeID"]: _room_on(node, config) for node in ray.nodes()}
+
+
+def describe(config: RunConfig) -> str:
+    """What a worker needs, and what there is."""
+    there = ray.cluster_resources()
+    return (
+        f"each needs {config.cpus_per_worker} CPUs and {config.gpus_per_worker:g} GPUs, "
+        f"the cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"
+    )
+
+
+def check(job: Job) -> None:
+    """Let every node that can hold a worker prove that it sees the run's storage.
+
+    Raises:
+        UsageError: a node does not.
+    """
+    look = ray.remote(num_cpus=0, max_retries=0)(prepare.check_storage)
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(job)
+        for node, workers in room(job.config).items()
+        if workers
+    ]
+    for answer in asked:
+        try:
+            ray.get(answer, timeout=CHECK_SECONDS)
+        except RayError as error:
+            # Anything else (the node is leaving, or busy) may pass: a worker that starts there looks again.
+            if isinstance(cause := ray_errors.cause(error), UsageError):
+                raise cause from error
+
+
+def _room_on(node: dict[str, Any], config: RunConfig) -> int:
+    resources = node["Resources"] if node["Alive"] else {}
+    fits = resources.get("CPU", 0) / config.cpus_per_worker
+    if config.gpus_per_worker:
+        fits = min(fits, resources.get("GPU", 0) / config.gpus_per_worker)
+    return int(fits)

@@ -1,0 +1,63 @@
+"""Watches over busy workers: Ray does not notice those that stall."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import ray
+from ray.exceptions import RayError
+
+from vcf_batch.pool.actor import Worker
+from vcf_batch.pool.ray_errors import Stalled
+
+LOOK_SECONDS = 1.0
+"""Between two looks."""
+
+LOAD_SECONDS = 3600.0
+"""How long a worker may load; fetching a model takes its time and gives no sign of life."""
+
+
+class Watch:
+    """Asks workers for signs of life, and tells who has given none for too long.
+
+    Args:
+        timeout: seconds that a worker with a task may be silent; None is for ever.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._asked: dict[ray.ObjectRef, Worker] = {}
+        self._looked_at = time.monotonic()
+
+    def stalled(self, flights: Mapping[ray.ObjectRef, Worker]) -> Iterator[tuple[ray.ObjectRef, Stalled]]:
+        """Take in the signs that have come, ask for others, and yield what is not worth waiting for any longer.
+
+        Args:
+            flights: what busy workers will answer. An answer that is there already is no longer a worker's silence.
+        """
+        self._take_in()
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return
+        # Were this process itself stopped for an hour, no worker would have been silent for that.
+        elapsed, self._looked_at = min(now - self._looked_at, 5 * LOOK_SECONDS), now
+        asked = {*self._asked.values()}
+        for ref, worker in [*flights.items()]:
+            if worker.sign is None:  # it waits for a machine, which may take any time
+                continue
+            if worker not in asked:
+                self._asked[worker.actor.sign.remote()] = worker
+            worker.silent += elapsed
+            limit = LOAD_SECONDS if worker.task is None else self._timeout
+            if limit is not None and worker.silent > limit and not ray.wait([ref], timeout=0)[0]:
+                yield ref, Stalled(f"no sign of life for {limit:g} s")
+
+    def _take_in(self) -> None:
+        if not self._asked:
+            return
+        for ref in ray.wait([*self._asked], num_returns=len(self._asked), timeout=0)[0]:
+            worker = self._asked.pop(ref)
+            with contextlib.suppress(RayError):
+                sign = ray.get(ref)
+                if sign != worker.sign:
+                    worker.sign, worker.silent = sign, 0.0
