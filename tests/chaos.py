@@ -1,6 +1,6 @@
 """Chaos: a run that is struck by a hundred faults has the bytes of a run that nothing happened to.
 
-    python tests/chaos.py --seed 1 [--faults 100] [--output URL]
+    python tests/chaos.py --seed 1 [--faults 100] [--output URL | --s3]
 
 Two nodes of a Ray cluster on this machine, and one driver. Workers are killed, frozen and made to hang, in every phase
 and at any moment; the driver is killed, within commits too, stopped and interrupted, and started again each time;
@@ -13,6 +13,7 @@ faults strike one run.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
@@ -30,7 +31,9 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_wor
 os.environ.setdefault("FAULTY", '{"every": 10, "pause": 0.02}')
 
 import faults
+import fsspec.config
 import runs
+import s3_server
 from ray.cluster_utils import Cluster
 
 from vcf_batch import shards, storage, verify
@@ -290,6 +293,16 @@ def cluster() -> Iterator[Cluster]:
             nodes.shutdown()
 
 
+@contextlib.contextmanager
+def on_s3() -> Iterator[str]:
+    """A folder on an S3 server, for this process and those that it starts."""
+    with s3_server.running() as endpoint:
+        options = s3_server.options(endpoint)
+        fsspec.config.conf["s3"] = options
+        os.environ["FSSPEC_S3"] = json.dumps(options)
+        yield "s3://chaos/out"
+
+
 def run(seed: int, count: int, output: str | None, rows: int, num_shards: int) -> None:
     """Strike a run with faults and audit it.
 
@@ -328,8 +341,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--output", help="URL of an empty folder.  [default: a temporary one]")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--output", help="URL of an empty folder.  [default: a temporary one]")
+    place.add_argument("--s3", action="store_true", help="write to a real S3 server, started on this machine")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--shards", type=int, default=32)
     options = parser.parse_args()
-    run(options.seed, options.faults, options.output, options.rows, options.shards)
+    with on_s3() if options.s3 else contextlib.nullcontext(options.output) as output:
+        run(options.seed, options.faults, output, options.rows, options.shards)
