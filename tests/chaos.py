@@ -80,7 +80,7 @@ class Chaos:
             "steps": 4,
             "num-workers": 2,
             "gpus-per-worker": 0,
-            "shard-timeout": HANG_SECONDS,
+            "stall-timeout": HANG_SECONDS,
         }
         self.driver: subprocess.Popen[str] | None = None
         self.ends: Counter[int] = Counter()

@@ -26,7 +26,7 @@ OTHER: dict[str, Any] = {
     "dtype": "float16", "negative_prompt": "blurry", "batch_size": 9, "shard_size": 10, "reference_root": ("s3://b",),
     "max_pixels": 5, "max_failed": 0.5, "judge": "org/clip", "lpips": "none", "lpips_weights": "folder",
     "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2,
-    "mark": False, "log_format": "json", "allow_smaller_batches": True, "profile": True, "shard_timeout": 60.0,
+    "mark": False, "log_format": "json", "allow_smaller_batches": True, "profile": True, "stall_timeout": 60.0,
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",

@@ -168,7 +168,7 @@ def test_a_row_that_kills_its_worker_fails_alone(
 def test_rows_that_kill_hang_and_raise_fail_alone(undisturbed: Path, configure: Configure, notes: list[str]) -> None:
     """Several culprits of every kind, two of them in one shard."""
     columns = prompts(row0="kill", row6="fail", row7="kill", row13="hang")
-    config = configure(columns=columns, shard_timeout=60.0)
+    config = configure(columns=columns, stall_timeout=60.0)
     pool.run(config)
     check_that_only_these_fail(
         config,
@@ -184,7 +184,7 @@ def test_a_worker_that_hangs_is_replaced(
     """Ray never notices a hang, nor a frozen process: a worker that gives no sign of life is killed and its shard done
     again."""
     monkeypatch.setattr(attempts, "PAUSES", (0.1,) * 9)  # a busy machine may seem to hang
-    config = configure(shard_timeout=8.0)
+    config = configure(stall_timeout=8.0)
     order(config, "sample.hang", "score.stop")
     pool.run(config)
     assert sum("no sign of life for 8 s" in note for note in notes) >= 2

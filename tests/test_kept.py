@@ -63,10 +63,12 @@ def test_samples_are_read_when_they_are_asked_for(job: Job, monkeypatch: pytest.
             yield name, data
 
     monkeypatch.setattr(shards, "read_members", noted)
-    kept = KeptSamples(job, job.shards[0])
+    ticks: list[int] = []
+    kept = KeptSamples(job, job.shards[0], lambda: ticks.append(1))
     assert not read
     assert kept[1].image == runs.png(1, 32)
     assert len(read) <= 7
+    assert len(ticks) == 2  # signs of life, for those who wait
 
 
 def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:

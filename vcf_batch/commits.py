@@ -9,7 +9,7 @@ leaves all that it takes to finish, and the next start does so. Samples that wer
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
@@ -22,11 +22,14 @@ _NEW_RECEIPT, _OLD_RECEIPT = "replacing.json", "replaced.json"
 """What else is in an attempt's folder while its files replace older ones."""
 
 
-def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> dict[str, str]:
+def stage(
+    files: ShardFiles, output_url: str, shard: Shard, attempt_id: str, tick: Callable[[], None] = lambda: None
+) -> dict[str, str]:
     """Put a finished shard into the output's staging folder, one whole file at a time.
 
     Args:
         attempt_id: names this attempt at this shard and no other.
+        tick: called for each part of a file that has gone over.
 
     Returns:
         The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
@@ -36,7 +39,7 @@ def stage(files: ShardFiles, output_url: str, shard: Shard, attempt_id: str) -> 
     """
     staged = _staged(shard, attempt_id)
     for kind, path in (("tar", files.tar), ("parquet", files.parquet)):
-        storage.upload(path, storage.join(output_url, staged[kind]))
+        storage.upload(path, storage.join(output_url, staged[kind]), tick)
     return staged
 
 

@@ -148,9 +148,10 @@ class RunConfig:
     allow_smaller_batches: bool = False
     """Where the GPU's memory does not hold a batch, sample fewer rows at once. The receipt says so; such shards are
     outside of the promise of identical bytes."""
-    shard_timeout: float | None = None
-    """Seconds without any progress after which a worker is taken to hang, and killed. None: ten minutes, or
-    what twenty denoising steps of a batch are guessed to take."""
+    stall_timeout: float | None = None
+    """Seconds without a sign of life (a denoising step, a reference, a sample, a part of a file) after which a worker
+    is taken to hang, and killed; while it loads, an hour at least. None: ten minutes, or what twenty denoising steps of
+    a batch are guessed to take."""
     profile: bool = False
     """Record a trace of one shard's first batches."""
     log_format: str = "text"
@@ -217,7 +218,7 @@ class RunConfig:
         _between("num_workers", self.num_workers, 1, None)
         _between("gpus_per_worker", self.gpus_per_worker, 0, 16)
         _between("cpus_per_worker", self.cpus_per_worker, 1, 1024)
-        _between("shard_timeout", self.shard_timeout, 1, None)
+        _between("stall_timeout", self.stall_timeout, 1, None)
         _between("seed", self.seed, 0, MAX_SEED)
         for name in ("height", "width"):
             _between(name, getattr(self, name), MIN_EDGE, 8192)
@@ -285,7 +286,7 @@ NOT_CONTENT = frozenset(
         "num_workers",
         "gpus_per_worker",
         "allow_smaller_batches",
-        "shard_timeout",
+        "stall_timeout",
         "profile",
         "address",
         "max_failed",

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,12 +20,14 @@ class KeptSamples(Mapping[int, Sample]):
     Args:
         job: the run; its :attr:`~vcf_batch.prepare.Job.again` says which rows do not stay.
         shard: one of its shards.
+        tick: called for each sample that is read, whether it stays or not: a sign of life.
     """
 
-    def __init__(self, job: Job, shard: Shard) -> None:
+    def __init__(self, job: Job, shard: Shard, tick: Callable[[], None] = lambda: None) -> None:
         self._shard = shard
         self._again = job.again.get(shard.index, bytes([True]) * len(shard))
         self._samples = _committed(job, shard)
+        self._tick = tick
 
     def __contains__(self, number: object) -> bool:
         return isinstance(number, int) and not self._again[number - self._shard.start]
@@ -33,7 +35,11 @@ class KeptSamples(Mapping[int, Sample]):
     def __getitem__(self, number: int) -> Sample:
         if number not in self:
             raise KeyError(number)
-        return next(sample for sample in self._samples if sample.row.number == number)
+        for sample in self._samples:
+            self._tick()
+            if sample.row.number == number:
+                return sample
+        raise KeyError(number)
 
     def __iter__(self) -> Iterator[int]:
         return (number for number in range(self._shard.start, self._shard.stop) if number in self)

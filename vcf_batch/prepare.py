@@ -40,8 +40,8 @@ SHARDS_WANTED = 16
 """A small manifest is cut into about so many shards, so that several workers have something to do."""
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
-"""A worker hangs that makes no progress for so long, and not in the time of so many denoising steps of a batch either.
-No reference takes longer to read than the first."""
+"""A worker hangs that gives no sign of life for so long, and not in the time of so many denoising steps of a batch
+either. No reference takes longer to read than the first."""
 
 OPERATIONS = 700.0
 """Of a UNet forward, for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at 768 px."""
@@ -378,9 +378,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
     if config.shard_size is None:
         config = config.replace(shard_size=default_shard_size(manifest.num_rows, cast(int, config.batch_size), seconds))
-    if config.shard_timeout is None:
+    if config.stall_timeout is None:
         step = cast(int, config.batch_size) * seconds / cast(int, config.steps)
-        config = config.replace(shard_timeout=max(SILENT_SECONDS, SILENT_STEPS * step))
+        config = config.replace(stall_timeout=max(SILENT_SECONDS, SILENT_STEPS * step))
     fields = fingerprint_fields(
         config,
         manifest=manifest.identity,

@@ -31,6 +31,8 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
+from fsspec.callbacks import Callback
+
 from vcf_batch import storage_local
 from vcf_batch.errors import StorageError, redact
 from vcf_batch.records import FileEntry
@@ -277,19 +279,28 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
             raise
 
 
-def upload(local_path: str, url: str) -> None:
+def upload(local_path: str, url: str, tick: Callable[[], None] = lambda: None) -> None:
     """Copy a local file to ``url``, whole or not at all, and check the size that arrived.
+
+    Args:
+        tick: called for each part that has gone over.
 
     Raises:
         StorageError: see the module.
     """
 
+    def copy(temporary: str) -> None:
+        with open(local_path, "rb") as source, open(temporary, "wb") as target:
+            while chunk := source.read(_CHUNK):
+                target.write(chunk)
+                tick()
+
     def put() -> None:
         if is_local(url):
-            storage_local.publish(_local(url), lambda temporary: shutil.copyfile(local_path, temporary), create=False)
+            storage_local.publish(_local(url), copy, create=False)
             return
         fs, path = filesystem(url)
-        fs.put_file(local_path, path)
+        fs.put_file(local_path, path, callback=_Parts(tick))
         arrived, sent = size(url), os.path.getsize(local_path)
         if arrived != sent:
             raise ConnectionError(f"{arrived} of {sent} bytes arrived")
@@ -393,6 +404,17 @@ def arrow_filesystem(url: str) -> tuple[Any, str]:
 
 
 # How it is done
+
+
+class _Parts(Callback):
+    """Told by drivers of each part that has gone over."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        super().__init__()
+        self._tick = tick
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._tick()
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -122,6 +122,7 @@ class Worker:
         self.fingerprint = fingerprint
         self._under_way: dict[str, Generation] = {}
         """What is generated, by the names of the attempts."""
+        self._ticks = 0
 
     @property
     def samples_done(self) -> dict[str, int]:
@@ -131,7 +132,11 @@ class Worker:
     @property
     def ticks(self) -> int:
         """Changes whenever something is done: read from another thread to see whether the worker hangs."""
-        return sum(generation.clock.ticks for generation in [*self._under_way.values()])
+        return self._ticks + sum(generation.clock.ticks for generation in [*self._under_way.values()])
+
+    def tick(self) -> None:
+        """Something was done elsewhere for a shard that is under way."""
+        self._ticks += 1
 
     def run(
         self,
@@ -173,7 +178,7 @@ class Worker:
             clock = profiling.enter_context(Profile(storage.join(output, TRACE))) if profiled else Clock()
             how = (clock, last_attempt, sampled_at_once)
             with self._generated(shard, attempt_id, verdicts, existing, *how) as files, clock("stage"):
-                staged = commits.stage(files, output, shard, attempt_id)
+                staged = commits.stage(files, output, shard, attempt_id, clock.tick)
         receipt = Receipt(
             shard=shard,
             fingerprint=self.fingerprint,

@@ -58,7 +58,7 @@ class Actor:
             attempt_id,
             last_attempt=task.last_attempt,
             verdicts=task.verdicts,
-            existing=KeptSamples(self._job, task.shard),
+            existing=KeptSamples(self._job, task.shard, self._worker.tick),
             sampled_at_once=task.sampled_at_once,
             profiled=task.shard.index == self._job.profiled,
         )

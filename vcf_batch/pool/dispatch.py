@@ -56,7 +56,8 @@ class Dispatch:
         self.flights: dict[ray.ObjectRef, Worker] = {}
         """What each busy worker will answer."""
         self.idle: list[Worker] = []
-        self.watch = Watch(self.config.shard_timeout)
+        assert self.config.stall_timeout is not None
+        self.watch = Watch(self.config.stall_timeout)
         self.job_ref = ray.put(job)
         remote: Any = ray.remote  # whose type hints leave out concurrency groups
         self.actor_class = remote(

@@ -43,7 +43,7 @@ def symptom(error: Exception) -> str:
     """What a worker suffers from. It may become a row's error message, so it is the same whenever that happens: no
     message of the error's own, which has addresses, process numbers and times in it."""
     if isinstance(error, Stalled):
-        return "the worker that generates this row gives no sign of life (--shard-timeout)"
+        return "the worker that generates this row gives no sign of life (--stall-timeout)"
     if isinstance(error, OutOfDeviceMemory):
         return "the GPU's memory does not hold this row, even alone"
     if isinstance(error, OutOfMemoryError):

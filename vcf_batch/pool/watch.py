@@ -14,17 +14,17 @@ LOOK_SECONDS = 1.0
 """Between two looks."""
 
 LOAD_SECONDS = 3600.0
-"""How long a worker may load; fetching a model takes its time and gives no sign of life."""
+"""How long a worker may load at least: fetching a model takes its time and gives no sign of life."""
 
 
 class Watch:
     """Asks workers for signs of life, and tells who has given none for too long.
 
     Args:
-        timeout: seconds that a worker with a task may be silent; None is for ever.
+        timeout: seconds that a worker may be silent: while it loads, or :data:`LOAD_SECONDS` if that is more.
     """
 
-    def __init__(self, timeout: float | None) -> None:
+    def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._asked: dict[ray.ObjectRef, Worker] = {}
         self._looked_at = time.monotonic()
@@ -48,9 +48,9 @@ class Watch:
             if worker not in asked:
                 self._asked[worker.actor.sign.remote()] = worker
             worker.silent += elapsed
-            limit = LOAD_SECONDS if worker.task is None else self._timeout
-            if limit is not None and worker.silent > limit and not ray.wait([ref], timeout=0)[0]:
-                yield ref, Stalled(f"no sign of life for {limit:g} s")
+            limit = self._timeout if worker.task else max(LOAD_SECONDS, self._timeout)
+            if worker.silent > limit and not ray.wait([ref], timeout=0)[0]:
+                yield ref, Stalled(f"no sign of life for {limit:g} s (--stall-timeout)")
 
     def _take_in(self) -> None:
         if not self._asked:
