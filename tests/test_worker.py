@@ -451,9 +451,9 @@ def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
             second_reads.set()
         return read(self, reference)
 
-    def staged(files: shards.ShardFiles, output: str, shard: Shard, attempt_id: str) -> dict[str, str]:
+    def staged(files: shards.ShardFiles, output: str, shard: Shard, *rest: Any) -> dict[str, str]:
         assert shard == second or second_samples.wait(30), "the next shard waits until this one is staged"
-        return stage(files, output, shard, attempt_id)
+        return stage(files, output, shard, *rest)
 
     monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sampled)
     monkeypatch.setattr(ReferenceReader, "read", seen)
