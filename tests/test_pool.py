@@ -1,5 +1,6 @@
 """Runs on a real Ray cluster of three nodes on this machine."""
 
+import importlib
 import json
 import os
 import shutil
@@ -90,6 +91,16 @@ def test_three_nodes_load_the_model_once_per_worker(undisturbed: Path) -> None:
     assert 1 <= len({receipt.timings["worker"] for receipt in done}) <= 3
     assert [row["label"] for row in runs.rows_of(undisturbed)] == [f"row {number}" for number in range(ROWS)]
     assert not list(undisturbed.glob("_staging/*"))
+
+
+def test_the_benchmark_of_the_driver_runs(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    dispatch, plan = importlib.import_module("dispatch"), importlib.import_module("plan")
+    for module in (dispatch, plan):
+        ray.cloudpickle.register_pickle_by_value(module)  # workers do not find them
+    assert all(seconds > 0 for seconds in dispatch.cost_of_a_shard(20, 4))
+    share, processor = dispatch.share_at_work(4, 1.0)
+    assert share > 0 and processor > 0
 
 
 def test_one_worker_gives_the_same_bytes(

@@ -74,6 +74,8 @@ class Worker:
     """Its last one; None while it waits for a machine."""
     silent: float = 0.0
     """Seconds since anything moved."""
+    asked: float = 0.0
+    """When it was last asked for a sign, on the monotonic clock."""
     task: Task | None = None
     attempt_id: str = ""
 

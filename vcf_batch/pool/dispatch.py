@@ -71,7 +71,7 @@ class Dispatch:
         self.loaded = False
         self.starts = Starts()
         self.capacity, self.capacity_until = 1, 0.0
-        self.ready_at = time.monotonic()
+        self.ready_at, self.shown_at = time.monotonic(), 0.0
 
     def run(self) -> None:
         """Work until every shard is committed or set aside.
@@ -89,8 +89,9 @@ class Dispatch:
                         self.idle.remove(worker)
                         self._send(worker)
                     if self.flights:
-                        for ref in ray.wait([*self.flights], num_returns=1, timeout=ANSWER_SECONDS)[0]:
-                            self._land(ref)
+                        for ref in self._answered():
+                            if ref in self.flights:  # what an earlier answer led to may have ended its worker
+                                self._land(ref)
                     else:
                         time.sleep(ANSWER_SECONDS / 10)
                     self._settle()
@@ -101,6 +102,13 @@ class Dispatch:
                 for worker in self._workers():
                     ray.kill(worker.actor)
         self.ledger.raise_if_incomplete()
+
+    def _answered(self) -> list[ray.ObjectRef]:
+        """Wait for an answer, and return all that are there: Ray looks at every worker for each question."""
+        flights = [*self.flights]
+        if ray.wait(flights, num_returns=1, timeout=ANSWER_SECONDS)[0]:
+            return ray.wait(flights, num_returns=len(flights), timeout=0)[0]
+        return []
 
     def _workers(self) -> list[Worker]:
         return [*self.flights.values(), *self.idle]
@@ -113,7 +121,7 @@ class Dispatch:
     # Workers come and go
 
     def _start_workers(self) -> None:
-        while len(self._workers()) < min(self._wanted(), self._ungenerated) and self.starts.may_begin:
+        while len(self.flights) + len(self.idle) < min(self._wanted(), self._ungenerated) and self.starts.may_begin:
             left_out = ",".join(self.quarantine.nodes)
             options = {"label_selector": {"ray.io/node-id": f"!in({left_out})"}} if left_out else {}
             actor = self.actor_class.options(**options).remote(self.job_ref)
@@ -136,7 +144,9 @@ class Dispatch:
 
     def _send(self, worker: Worker) -> None:
         """Give the worker its next shard; let it wait while failed ones or commits do; else let it go."""
-        nodes_at_work = {other.node for other in [worker, *self._workers()] if other.node}
+        nodes_at_work = set[str]()
+        if self.queue.is_waiting:
+            nodes_at_work = {other.node for other in [worker, *self._workers()] if other.node}
         task = worker.task = None if self.commits.is_full else self.queue.take(worker.node, nodes_at_work)
         if task is not None:
             worker.attempt_id, worker.silent = task.new_id(), 0.0
@@ -309,6 +319,9 @@ class Dispatch:
                 raise error
 
     def _show_progress(self) -> None:
+        if self.ledger.left and time.monotonic() - self.shown_at < ANSWER_SECONDS:
+            return
+        self.shown_at = time.monotonic()
         busy = [worker for worker in self.flights.values() if worker.task]
         done = self.ledger.finished_rows + sum(worker.samples_done for worker in busy)
         ready = len(busy) + len(self.idle)

@@ -1,6 +1,7 @@
 """Watches over busy workers: Ray does not notice those that stall."""
 
 import contextlib
+import heapq
 import time
 from collections.abc import Iterator, Mapping
 
@@ -12,6 +13,10 @@ from vcf_batch.pool.ray_errors import Stalled
 
 LOOK_SECONDS = 1.0
 """Between two looks."""
+
+SIGNS_AT_ONCE = 200
+"""Workers that are asked in a look, those first that were not for the longest time: of thousands, it takes several
+looks to ask them all, and that is how much longer they may be silent."""
 
 LOAD_SECONDS = 3600.0
 """How long a worker may load at least: fetching a model takes its time and gives no sign of life."""
@@ -41,14 +46,19 @@ class Watch:
             return
         # Were this process itself stopped for an hour, no worker would have been silent for that.
         elapsed, self._looked_at = min(now - self._looked_at, 5 * LOOK_SECONDS), now
+        # Others wait for a machine, which may take any time.
+        up = [worker for worker in flights.values() if worker.sign]
         asked = {*self._asked.values()}
+        unasked = [worker for worker in up if worker not in asked]
+        for worker in heapq.nsmallest(SIGNS_AT_ONCE, unasked, key=lambda worker: worker.asked):
+            worker.asked = now
+            self._asked[worker.actor.sign.remote()] = worker
+        all_asked = len(up) // SIGNS_AT_ONCE * LOOK_SECONDS
         for ref, worker in [*flights.items()]:
-            if worker.sign is None:  # it waits for a machine, which may take any time
+            if worker.sign is None:
                 continue
-            if worker not in asked:
-                self._asked[worker.actor.sign.remote()] = worker
             worker.silent += elapsed
-            limit = self._timeout if worker.task else max(LOAD_SECONDS, self._timeout)
+            limit = (self._timeout if worker.task else max(LOAD_SECONDS, self._timeout)) + all_asked
             if worker.silent > limit and not ray.wait([ref], timeout=0)[0]:
                 yield ref, Stalled(f"no sign of life for {limit:g} s (--stall-timeout)")
 

@@ -1,0 +1,190 @@
+"""What a shard costs the driver: ``python benchmarks/dispatch.py``.
+
+The pool's own loop on a real Ray cluster, with fake workers: two processes play thousands of them, and a shard is a
+nap, two tiny staged files and a receipt.
+
+``cost``: as many shards as possible, without naps: milliseconds of each.
+
+``keep-busy``: as many workers as one driver is to have, with shards of ten minutes that end all over the time. After
+all have begun, the benchmark watches how many of them are at work.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from plan import CONTENT, peak_memory, receipt_of
+
+from vcf_batch import commits, lease, pool, prepare, shards, storage
+from vcf_batch.attempts import Task
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import RefusedError
+from vcf_batch.ledger import Ledger
+from vcf_batch.pool.actor import Sign
+from vcf_batch.pool.dispatch import Dispatch
+from vcf_batch.progress import Progress
+from vcf_batch.records import Receipt
+
+PROCESSES = 2
+SHARD_SECONDS = 600.0
+
+
+class Player:
+    """A process that plays many workers.
+
+    Args:
+        output: of the run.
+        seconds: that a shard takes.
+        seed: draws when the first shards end.
+    """
+
+    def __init__(self, output: str, seconds: float, seed: int) -> None:
+        self._output, self._seconds, self._random = output, seconds, random.Random(seed)
+        self._ticks = itertools.count()
+        self._newcomers = self._running = 0
+        self._since, self._worked = time.monotonic(), 0.0
+
+    async def sign(self) -> Sign:
+        return Sign(ray.get_runtime_context().get_node_id(), next(self._ticks), {})
+
+    async def load(self) -> None:
+        self._newcomers += 1
+
+    async def run(self, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]]:
+        self._count(+1)
+        # The first shard of each worker ends some time within the time of one, as in the middle of a run.
+        first = self._newcomers > 0
+        self._newcomers -= first
+        await asyncio.sleep(self._seconds * (self._random.random() if first else 1))
+        staged = {
+            kind: f"{commits.STAGING}/{attempt_id}/{task.shard.name}{end}" for kind, end in shards.SUFFIXES.items()
+        }
+        for path in staged.values():
+            storage.publish_bytes(storage.join(self._output, path), CONTENT)
+        self._count(-1)
+        return receipt_of(task.shard), staged
+
+    async def work(self) -> tuple[int, float]:
+        """How many workers have a shard now, and the seconds of work of all of them so far."""
+        self._count(0)
+        return self._running, self._worked
+
+    def _count(self, change: int) -> None:
+        now = time.monotonic()
+        self._worked += self._running * (now - self._since)
+        self._running, self._since = self._running + change, now
+
+
+class Players:
+    """Stands in for the pool's actor class: each new worker is played by the process whose turn it is."""
+
+    def __init__(self, output: str, seconds: float) -> None:
+        remote: Any = ray.remote  # as in pool.py
+        actor = remote(num_cpus=0, max_concurrency=1_000_000)(Player)
+        self.processes = [actor.remote(output, seconds, seed) for seed in range(PROCESSES)]
+        self._turns = itertools.cycle(self.processes)
+
+    def options(self, **_: Any) -> "Players":
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        return next(self._turns)
+
+    def work(self) -> tuple[int, float]:
+        """See :meth:`Player.work`, of all processes."""
+        running, worked = zip(*ray.get([process.work.remote() for process in self.processes]), strict=True)
+        return sum(running), sum(worked)
+
+
+@contextlib.contextmanager
+def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Dispatch, Players]]:
+    """A driver over a manifest of one row a shard, just before its loop."""
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-dispatch-") as folder:
+        manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
+        pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
+        config = RunConfig(manifest=str(manifest), output=output, shard_size=1, num_workers=workers, gpus_per_worker=0)
+        job = prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
+        with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
+            prepare.claim(job)
+            driver, players = Dispatch(job, held, Ledger(job), progress), Players(output, seconds)
+            driver.actor_class = players
+            with mock.patch.object(ray, "kill"):  # a player outlives the workers that it plays
+                yield driver, players
+
+
+def cost_of_a_shard(num_shards: int, workers: int) -> tuple[float, float]:
+    """Seconds of processor and wall clock that the driver spends on each of many shards."""
+    with dispatch(num_shards, workers, 0.0) as (driver, _):
+        begin = time.process_time(), time.perf_counter()
+        driver.run()
+        return (time.process_time() - begin[0]) / num_shards, (time.perf_counter() - begin[1]) / num_shards
+
+
+def share_at_work(workers: int, seconds: float) -> tuple[float, float]:
+    """Which share of the workers is at work, and of how much of a processor the driver makes use, over some seconds."""
+    found: list[tuple[float, float]] = []
+    with dispatch(2 * workers, workers, SHARD_SECONDS) as (driver, players):
+
+        def watch() -> None:
+            while players.work()[0] < workers:
+                time.sleep(1)
+            _, worked = players.work()
+            begin = time.process_time(), time.perf_counter()
+            time.sleep(seconds)
+            used, passed = time.process_time() - begin[0], time.perf_counter() - begin[1]
+            found.append(((players.work()[1] - worked) / (workers * passed), used / passed))
+            driver.lease.lost = RefusedError("enough was seen")
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with contextlib.suppress(RefusedError):
+            driver.run()
+        watcher.join()
+    return found[0]
+
+
+@click.group()
+def main() -> None:
+    """Measure the driver."""
+
+
+@main.command()
+@click.option("--shards", "num_shards", default=3000, show_default=True)
+@click.option("--workers", default=100, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+def cost(num_shards: int, workers: int, rounds: int) -> None:
+    """Milliseconds of a shard, the medians of the rounds, and how many workers that is enough for."""
+    found = [cost_of_a_shard(num_shards, workers) for _ in range(rounds)]
+    processor, wall = map(statistics.median, zip(*found, strict=True))
+    click.echo("| shards | workers | processor, ms a shard | wall clock, ms a shard | workers at 10-minute shards |")
+    click.echo("|---|---|---|---|---|")
+    click.echo(
+        f"| {num_shards:,} | {workers:,} | {1000 * processor:.2f} | {1000 * wall:.2f} | {SHARD_SECONDS / wall:,.0f} |"
+    )
+
+
+@main.command()
+@click.option("--workers", default=10_000, show_default=True)
+@click.option("--seconds", default=120.0, show_default=True)
+def keep_busy(workers: int, seconds: float) -> None:
+    """How many of the workers are at work."""
+    share, processor = share_at_work(workers, seconds)
+    click.echo("| workers | at work | driver's use of a processor | driver's peak memory, MiB |\n|---|---|---|---|")
+    click.echo(f"| {workers:,} | {share:.2%} | {processor:.0%} | {peak_memory() / 2**20:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
