@@ -140,6 +140,14 @@ def test_where_every_row_of_a_run_is_blamed_no_verdict_is_recorded(run: Run) -> 
     assert not runs.read_receipts(run.output)
 
 
+def test_samples_that_miss_their_gates_show_that_workers_are_healthy(run: Run) -> None:
+    """A run of which every sample is rejected records its blamed rows like any other."""
+    blamed = run.blamed(0)
+    counts: dict[Status, int] = {"success": 0, "rejected": 1, "failed": 1}
+    receipt = dataclasses.replace(blamed.receipt, counts=counts)
+    assert run.settle(dataclasses.replace(blamed, receipt=receipt)) == [("00000", None)]
+
+
 def test_what_is_staged_is_bounded(run: Run) -> None:
     """Where the storage is slower than the workers, they wait."""
     for finished in run.finished * (MAX_PENDING // 3):
