@@ -53,6 +53,16 @@ def test_counts_and_scores_are_those_of_the_run(text: str) -> None:
     assert "| `lpips` | 0 | - | - | - | - |" in text
 
 
+def test_a_selection_is_called_one(text: str, output: Path) -> None:
+    """Scores of samples that passed gates are not those of the model."""
+    assert "Selected" not in text
+    selected = Output.open(str(output), {"min_clip_score": 0.3, "max_lpips": 0.2, "attempts": 5})
+    assert (
+        "Selected: the first of up to 5 attempts at each row with clip_score >= 0.3 and lpips <= 0.2."
+        in card.render(selected)
+    )
+
+
 def test_the_snippets_run_in_the_folder(output: Path, tmp_path: Path) -> None:
     """webdataset, Hugging Face datasets (which takes the tars alone, by the header) and DuckDB."""
     card.write(Output.open(str(output)))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from vcf_batch import __version__, shards, storage
+from vcf_batch.config import GATES, RunConfig
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.report import figures
@@ -64,7 +65,18 @@ TRIPLET_FILES = (
 """What the card says of further members of a tar."""
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
-_SETTINGS = ("fusion", "strength", "guidance_scale", "steps", "scheduler", "pno_steps", "dtype", "seed")
+_SETTINGS = (
+    "fusion",
+    "strength",
+    "guidance_scale",
+    "guidance_lo",
+    "guidance_hi",
+    "steps",
+    "scheduler",
+    "pno_steps",
+    "dtype",
+    "seed",
+)
 _SIGNATURE = re.compile(r"\n<!-- written by vcf-batch, unchanged: ([0-9a-f]{64}) -->\n")
 
 
@@ -113,7 +125,7 @@ def render(output: Output, licence: str | None = None) -> str:
         samples=f"{found.counts['success']:,}",
         size=f"{config.width} x {config.height}",
         rows=f"{output.plan.num_rows:,}",
-        missing=_missing(found, output.plan.num_rows),
+        missing=_missing(found, output.plan.num_rows) + _selected(config),
         bytes=f"{found.bytes / 1e6:,.1f} MB",
         extension=config.image_format,
         triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
@@ -163,6 +175,19 @@ def _missing(found: Figures, rows: int) -> str:
     failed, rejected = found.counts["failed"], found.counts["rejected"]
     left = f" {rows - found.rows:,} more are not generated yet." if found.rows < rows else ""
     return f"Without an image: {failed:,} rows that failed, {rejected:,} that were rejected.{left}"
+
+
+def _selected(config: RunConfig) -> str:
+    """What gates left over is not what the model makes of the prompts."""
+    gates = [
+        f"{score} {'<=' if name.startswith('max_') else '>='} {getattr(config, name):g}"
+        for name, score in GATES.items()
+        if name in config.gates
+    ]
+    if not gates:
+        return ""
+    attempts = f"the first of up to {config.attempts} attempts at each row" if config.attempts > 1 else "images"
+    return f"\n\nSelected: {attempts} with {' and '.join(gates)}. The scores below are those of the selection."
 
 
 def _column(field: pa.Field) -> str:
