@@ -58,7 +58,7 @@ def receipt_of(shard: Shard) -> Receipt:
         counts={"success": len(shard), "rejected": 0, "failed": 0},
         files=dict.fromkeys(shards.SUFFIXES, FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())),
         device={"kind": "cpu", "dtype": "float32", "threads": 1},
-        timings={"sample": 1.0, "total": 1.0},
+        timings={"sample": 1.0, "total": 1.0, "worker": "node:1", "ended": "2026-01-01T00:00:00+00:00"},
         means={"clip_score": 0.3},
     )
 

@@ -28,9 +28,7 @@ def fake_files(folder: Path, content: str) -> shards.ShardFiles:
 
 
 def receipt_for(files: shards.ShardFiles, attempt: int = 1) -> Receipt:
-    return Receipt(
-        SHARD, "f" * 64, attempt, files.counts, files.entries, {"dtype": "float32"}, {"sample": 1.5}, files.means
-    )
+    return Receipt(SHARD, "f" * 64, attempt, files.counts, files.entries, {"dtype": "float32"}, {}, files.means)
 
 
 def check(output: str, found: Mapping[int, Receipt]) -> None:

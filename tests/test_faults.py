@@ -195,7 +195,7 @@ def workers_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-@pytest.mark.parametrize("what", ["load", "run"])
+@pytest.mark.parametrize("what", ["load", pytest.param("run", marks=pytest.mark.slow)])
 def test_a_bad_node_is_left_out_and_nobody_is_blamed(
     what: str, undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

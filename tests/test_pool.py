@@ -112,6 +112,7 @@ def test_one_worker_gives_the_same_bytes(
     assert len({receipt.timings["worker"] for receipt in receipts(tmp_path / "out")}) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_an_attempt_and_no_byte(
     undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
