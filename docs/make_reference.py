@@ -50,7 +50,7 @@ def _commands() -> Iterator[str]:
         yield "```text\n" + " ".join(command.get_usage(context).split()).removeprefix("Usage: ") + "\n```\n"
         yield inspect.cleandoc(command.help or "").replace("\b\n", "") + "\n"
         yield "| option | |\n|---|---|"
-        for parameter in command.get_params(context):
+        for parameter in command.params:
             if record := parameter.get_help_record(context):
                 yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
 
