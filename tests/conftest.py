@@ -16,6 +16,17 @@ settings.register_profile("new", deadline=None, print_blob=True)
 settings.load_profile("new")
 
 
+@pytest.fixture(scope="module")
+def restored_torch() -> Iterator[None]:
+    """Afterwards torch has the threads and the kernels again that a worker in this process has changed."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     import s3_server  # which brings the models' libraries

@@ -1,7 +1,7 @@
 """Timing a worker, and the batch size it is fastest with."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -14,13 +14,7 @@ from vcf_batch.generation import Tools
 from vcf_batch.records import Row
 from vcf_batch.worker import Worker
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_torch")
 
 
 @pytest.fixture(scope="module")

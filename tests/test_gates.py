@@ -2,13 +2,12 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
-import torch
 from runs import another, commit
 
 from vcf_batch import gates, plan, prepare, shards, worker
@@ -22,16 +21,10 @@ from vcf_batch.regenerate import regenerate
 from vcf_batch.verify import check
 from vcf_batch.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
 ROWS = 12
 ROW = Row(number=0, key="a", prompt="p", seed=7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def config(**values: Any) -> RunConfig:

@@ -1,24 +1,20 @@
 """The benchmark of what needs a GPU runs where there is none, at tiny shapes."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
+
+pytestmark = pytest.mark.usefixtures("restored_torch")
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def _restore_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set anew by the benchmark")
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def measured(*sections: str) -> list[str]:

@@ -36,16 +36,10 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.references import ReferenceReader
 from vcf_batch.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
 LIMIT = 1_000_000
 """Pixels of a reference."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,14 @@
 """The trace of a shard."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import runs
-import torch
 
 from vcf_batch import commits, plan, profiling
 
-
-@pytest.fixture(autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_torch")
 
 
 def test_a_trace_shows_the_phases_of_a_shard_and_changes_no_byte(

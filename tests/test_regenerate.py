@@ -2,13 +2,11 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
-import torch
 
 from vcf_batch import commits, prepare, regenerate, worker
 from vcf_batch.config import RunConfig
@@ -17,15 +15,9 @@ from vcf_batch.errors import RefusedError
 from vcf_batch.outputs import Output
 from vcf_batch.regenerate import TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
 ROWS = 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The safety checker: what it flags is rejected, and told."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,9 @@ from transformers import CLIPConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.vcf.safety import SafetyChecker
 
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
 ROWS = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def save_checker(folder: Path, threshold: float) -> Path:

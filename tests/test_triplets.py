@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,12 @@ from vcf_batch.report import card
 from vcf_batch.verify import check
 from vcf_batch.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
 ROWS = 6
 PAIR = ["reference0.png", "reference1.png"]
 REFERENCES = [["reference0.png"], None, ["reference1.png"], PAIR, ["reference0.png"], ["gone.png"]]
 WEIGHTS = [None, None, None, [1.0, 3.0], None, None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import errno
 import hashlib
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,7 @@ from vcf_batch.references import ReferenceReader
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import Worker
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _restore_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_torch")
 
 
 @pytest.fixture(scope="module")
