@@ -5,6 +5,7 @@ measures, each in a process of its own: opening and planning the manifest, check
 the finished shards of a resumed run.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,12 +24,15 @@ import pyarrow.parquet as pq
 
 from vcf_batch import plan, shards
 from vcf_batch.manifest import Manifest
-from vcf_batch.records import FileEntry, Receipt, Shard
+from vcf_batch.records import SCORE_STEP, FileEntry, Receipt, Scores, Shard
+from vcf_batch.totals import Totals
 
 FILES = 100
 SHARD_SIZE = 1000
 CONTENT = b"."
 """Of every tar and parquet: a resume looks at their sizes alone."""
+BINS = 10
+"""Of each score's histogram that have samples."""
 
 
 def write_manifest(folder: Path, rows: int) -> None:
@@ -50,16 +54,32 @@ def write_manifest(folder: Path, rows: int) -> None:
 
 
 def receipt_of(shard: Shard) -> Receipt:
-    """What a run says of a finished shard whose files are as small as they can be."""
+    """What a run says of a finished shard, at the length that it has where all is scored."""
+    phases = ("read_manifest", "read_references", "wait_for_references", "sample", "score", "encode", "write", "stage")
+    scores = [field.name for field in dataclasses.fields(Scores)]
+    bins = {f"{number * SCORE_STEP:.2f}": len(shard) // BINS for number in range(BINS)}
     return Receipt(
         shard=shard,
         fingerprint="0" * 64,
         attempt=1,
         counts={"success": len(shard), "rejected": 0, "failed": 0},
         files=dict.fromkeys(shards.SUFFIXES, FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())),
-        device={"kind": "cpu", "dtype": "float32", "threads": 1},
-        timings={"sample": 1.0, "total": 1.0, "worker": "node:1", "ended": "2026-01-01T00:00:00+00:00"},
-        means={"clip_score": 0.3},
+        device={
+            "type": "NVIDIA H100 80GB HBM3",
+            "dtype": "bfloat16",
+            "versions": dict.fromkeys(("Pillow", "diffusers", "torch", "transformers", "vcf_batch"), "1.2.3"),
+        },
+        timings={
+            **dict.fromkeys(phases, 123.456),
+            "generated": len(shard),
+            "model_loads": 1,
+            "started": "2026-01-01T00:00:00+00:00",
+            "ended": "2026-01-01T00:10:00+00:00",
+            "total": 600.0,
+            "worker": f"node:{shard.index % 1000}",
+        },
+        means=dict.fromkeys(scores, 0.25),
+        histograms=dict.fromkeys(scores, bins),
     )
 
 
@@ -87,8 +107,11 @@ def check_ids(folder: Path) -> str:
 
 
 def find_receipts(folder: Path) -> str:
-    """List the output and read its receipts."""
-    return f"{sum(1 for _ in shards.iter_receipts(str(folder / 'output'))):,} receipts"
+    """List the output, read its receipts and add them up, as a driver does that goes on with a run."""
+    totals = Totals()
+    for receipt in shards.iter_receipts(str(folder / "output")):
+        totals.add(receipt)
+    return f"{len(totals.done):,} receipts"
 
 
 MEASURES: dict[str, Callable[[Path], str]] = {

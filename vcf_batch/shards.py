@@ -421,25 +421,32 @@ def read_receipts(output_url: str, sizes: Mapping[str, int], known: Set[int] = f
     found = filter(None, map(_FILE_NAME.fullmatch, sizes))
     stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
 
-    def read(stem: str) -> Receipt | None:
+    def read(stem: str) -> bytes:
         try:
             with storage.refusals_as_storage_errors():
-                receipt = Receipt.from_json(storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX)))
-        except (FileNotFoundError, ValueError):
+                return storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX))
+        except FileNotFoundError:
+            return b""  # gone since the listing, and no receipt either
+
+    def receipt_in(data: bytes, stem: str) -> Receipt | None:
+        try:
+            receipt = Receipt.from_json(data)
+        except ValueError:
             return None
         found = {kind: sizes.get(stem + suffix) for kind, suffix in SUFFIXES.items()}
         said = {kind: entry.size for kind, entry in receipt.files.items()}
         own = receipt.shard.name == stem and receipt.shard.index == int(stem)
         return receipt if own and found == said else None
 
+    # Threads wait for the storage and do nothing else: there is one interpreter, which they would only pass around.
     with ThreadPoolExecutor(_READERS) as threads:
         for begin in range(0, len(stems), _RECEIPTS_AT_ONCE):
             batch = stems[begin : begin + _RECEIPTS_AT_ONCE]
             # A piece for each thread: handing over one receipt would take longer than reading it from a disk.
             step = math.ceil(len(batch) / _READERS)
             pieces = [batch[first : first + step] for first in range(0, len(batch), step)]
-            for receipts in threads.map(lambda piece: [*map(read, piece)], pieces):
-                yield from filter(None, receipts)
+            contents = itertools.chain.from_iterable(threads.map(lambda piece: [*map(read, piece)], pieces))
+            yield from filter(None, map(receipt_in, contents, batch))
 
 
 def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
