@@ -31,12 +31,15 @@ def damage(url: str) -> list[str]:
 def test_what_is_pushed_is_the_output(
     output: Output, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Shards, receipts, card and page have the same bytes there; `verify` finds nothing; a second push copies none."""
+    """Shards, receipts, card and page have the same bytes there, and nothing else is; a second push copies none."""
+    for internal in ("_progress.json", "_lease.json", "_staging/00000.tar", "profile/trace.json"):
+        storage.publish_bytes(storage.join(output.url, internal), b"{}")
     target = str(tmp_path / "there") if kind == "local" else request.getfixturevalue("s3")
     assert push(output, target) == (3, 0)
     assert damage(target) == []
-    names = {name for name in storage.list_files(target) if not name.startswith("_")}
-    assert {"README.md", "index.html", "run.json", "00002.tar", "00002.parquet", "00002_stats.json"} < names
+    names = set(storage.list_tree(target))
+    files = {f"0000{shard}{suffix}" for shard in range(3) for suffix in (".tar", ".parquet", "_stats.json")}
+    assert names == files | {"README.md", "index.html", "run.json"}
     for name in names:
         assert storage.read_bytes(storage.join(target, name)) == storage.read_bytes(storage.join(output.url, name))
     assert push(output, target) == (0, 3)

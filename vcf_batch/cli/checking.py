@@ -40,7 +40,10 @@ def verify(ctx: click.Context, output: str, regenerate: int | None, regenerate_s
     opened = Output.open(output, given(ctx))
     _tell(verification.check(opened), output)
     if regenerate is not None:
-        from vcf_batch import regenerate as regeneration  # nor torch to read files
+        from vcf_batch.vcf.quiet import quiet  # nor torch to read files
+
+        quiet()
+        from vcf_batch import regenerate as regeneration  # brings what would warn
 
         _tell(regeneration.regenerate(opened, regenerate, regenerate_seed), output)
     click.echo(f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")

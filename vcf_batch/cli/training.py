@@ -1,6 +1,5 @@
 """``train-aligner`` and ``assemble``: a model of one's own."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -111,11 +110,12 @@ def assemble(
     dtype: str,
 ) -> None:
     """Put Stable Diffusion, image encoder and aligner together as one directory: what generate takes as --model."""
-    # What transformers warns of when it is imported (torchvision is missing) concerns no user of this command.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch  # not needed to print a help text
 
-    from vcf_batch.vcf import assembly, parts
+    from vcf_batch.vcf.quiet import quiet
+
+    quiet()
+    from vcf_batch.vcf import assembly, parts  # bring what would warn
 
     found = parts.Parts.resolve(base, revision, image_encoder, image_encoder_revision)
     assembly.assemble(found, aligner, out, getattr(torch, dtype))
