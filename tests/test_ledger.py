@@ -44,3 +44,16 @@ def test_kept_samples_keep_what_their_receipt_said_of_them(
     assert (whole.device, whole.sampled_at_once) == (device, at_once)
     assert Receipt.from_json(whole.to_json()) == whole
     assert ledger.whole(generated[1]) == generated[1]
+
+
+def test_each_shard_keeps_its_own_marks(tmp_path: Path) -> None:
+    """However many shards are repaired in part, what is held of them is one receipt for each device type."""
+    job = runs.write_output(runs.write_manifest(tmp_path / "in", 8), tmp_path / "out", 2)
+    devices = [OLD, NEW, OLD, NEW]
+    for receipt, device in zip(runs.read_receipts(job.config.output).values(), devices, strict=True):
+        url = storage.join(job.config.output, f"{receipt.shard.name}_stats.json")
+        storage.publish_bytes(url, dataclasses.replace(receipt, device=device).to_json())
+    ledger = Ledger(dataclasses.replace(job, again=dict.fromkeys(range(4), bytes([0, 1]))))
+    committed = runs.read_receipts(job.config.output)
+    assert [ledger.whole(receipt) for receipt in committed.values()] == [*committed.values()]
+    assert len({*map(id, ledger._kept.values())}) == 2

@@ -60,16 +60,18 @@ class Ledger:
         self._fingerprint = job.fingerprint
         self.totals = Totals()
         self._kept: dict[int, Receipt] = {}
-        """Receipts of the shards that are generated again in part."""
+        """Of each shard that is generated again in part, a receipt that marks it as its own does."""
         self._rows = job.manifest.num_rows
         fingerprints = {job.fingerprint, *job.extends}
+        alike: dict[str, Receipt] = {}
         for receipt in shards.iter_receipts(job.config.output):
             index = receipt.shard.index
             if receipt.fingerprint in fingerprints and index < len(job.shards):
                 if index not in job.again:
                     self.totals.add(receipt)
                 elif not all(job.again[index]):
-                    self._kept[index] = receipt
+                    # Shards are many, but few are marked differently.
+                    self._kept[index] = alike.setdefault(f"{receipt.device} {receipt.sampled_at_once}", receipt)
         self.finished_rows = self.totals.counts.total()
         self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
         self.left = len(job.shards) - len(self.totals.done)
