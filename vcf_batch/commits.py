@@ -62,7 +62,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     That last step is safe on file systems alone. An object store has no folders that could be gone: a driver that is
     suspended for longer than a lease lasts between the look at the staged files and the removal of the older receipt,
     the next few requests, may remove the next owner's receipt of that shard. :mod:`vcf_batch.verify` finds it missing,
-    and a rerun computes the shard again.
+    and a rerun generates the shard again.
 
     Args:
         staged: what :func:`stage` returned. A file that has been moved is taken out of it, so that a commit which
@@ -85,7 +85,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
                 found, said = storage.size(url := storage.join(output_url, path)), receipt.files[kind].size
                 if found != said:
                     raise StagedFilesLost(
-                        f"staged file {url} has {found} bytes, its receipt says {said}; compute the shard again"
+                        f"staged file {url} has {found} bytes, its receipt says {said}; it has to be generated again"
                     )
         if replaces:
             storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT))
@@ -94,7 +94,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
             del staged[kind]
     except FileNotFoundError as error:
         raise StagedFilesLost(
-            f"a staged file of shard {receipt.shard.name} is gone ({error}); compute it again"
+            f"a staged file of shard {receipt.shard.name} is gone ({error}); it has to be generated again"
         ) from error
     try:
         storage.publish_bytes(receipt_url, receipt.to_json(), create=True)

@@ -64,7 +64,9 @@ def _committed(job: Job, shard: Shard) -> Iterator[Sample]:
 
 
 def _damaged(shard: Shard, how: str) -> StorageError:
-    return StorageError(f"shard {shard.name} was damaged while it was repaired ({how}); repair it again")
+    return StorageError(
+        f"shard {shard.name} was damaged while it was repaired ({how}); rerun the command: it generates it whole"
+    )
 
 
 def _read(job: Job, shard: Shard) -> Iterator[Sample]:
