@@ -106,7 +106,9 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
                 picture = png(row.number, 32)
                 writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
             files = writer.finish()
-            receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
+            receipt = Receipt(
+                shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
+            )
             commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
     return job
 

@@ -61,7 +61,7 @@ class Run:
         return dataclasses.replace(
             finished,
             task=dataclasses.replace(finished.task, verdicts=verdicts),
-            receipt=dataclasses.replace(finished.receipt, counts=counts),
+            receipt=dataclasses.replace(finished.receipt, counts=counts, sampled=0),
         )
 
 
@@ -144,8 +144,18 @@ def test_samples_that_miss_their_gates_show_that_workers_are_healthy(run: Run) -
     """A run of which every sample is rejected records its blamed rows like any other."""
     blamed = run.blamed(0)
     counts: dict[Status, int] = {"success": 0, "rejected": 1, "failed": 1}
-    receipt = dataclasses.replace(blamed.receipt, counts=counts)
+    receipt = dataclasses.replace(blamed.receipt, counts=counts, sampled=1)
     assert run.settle(dataclasses.replace(blamed, receipt=receipt)) == [("00000", None)]
+
+
+def test_rows_that_are_rejected_before_they_are_sampled_show_nothing_of_their_worker(run: Run) -> None:
+    """A triplet without a reference says nothing of workers that all other rows of the run seem to kill."""
+    blamed = run.blamed(0)
+    counts: dict[Status, int] = {"success": 0, "rejected": 1, "failed": 1}
+    unsampled = dataclasses.replace(blamed, receipt=dataclasses.replace(blamed.receipt, counts=counts))
+    outcomes = run.settle(unsampled, run.blamed(1), run.blamed(2))
+    assert all(isinstance(error, VcfBatchError) for _, error in outcomes)
+    assert not runs.read_receipts(run.output)
 
 
 def test_what_is_staged_is_bounded(run: Run) -> None:

@@ -361,9 +361,11 @@ def test_large_shards_are_written_in_row_groups(tmp_path: Path, monkeypatch: pyt
 
 def test_finish_tells_what_the_receipt_says(tmp_path: Path) -> None:
     odd = success(1, scores=Scores(0.75, float("nan"), None))
-    rejected = dataclasses.replace(failed(2), status="rejected")
-    files = write(tmp_path, [success(0), odd, rejected, failed(3)])
-    assert files.counts == {"success": 2, "rejected": 1, "failed": 1}
+    unsampled = dataclasses.replace(failed(2), status="rejected")
+    gated = dataclasses.replace(unsampled, row=failed(3).row, attempts=(Attempt(1, Scores()),))
+    files = write(tmp_path, [success(0), odd, unsampled, gated, failed(4)])
+    assert files.counts == {"success": 2, "rejected": 2, "failed": 1}
+    assert files.sampled == 3
     absent = {"content_alignment": None, "style_similarity": None}
     assert files.means == {"clip_score": 0.5, "clip_reference": 0.5, "lpips": 0.75, **absent}
     assert files.entries == {"tar": storage.digest(files.tar), "parquet": storage.digest(files.parquet)}

@@ -68,6 +68,7 @@ def test_every_sample_of_a_shard_has_the_same_members(run: tuple[Job, Worker]) -
     statuses = ["success", "rejected", "success", "success", "success", "failed"]
     assert [row["status"] for row in rows] == statuses
     assert rows[1]["error_message"] == worker.NO_REFERENCE
+    assert runs.read_receipts(str(output))[0].sampled == 4
     samples = list(webdataset.WebDataset(str(output / "00000.tar"), shardshuffle=False).decode("pil"))
     assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows if row["status"] == "success"]
     for sample in samples:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -13,7 +13,7 @@ from vcf_batch.commits import StagedFilesLost
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.lease import Lease
 from vcf_batch.ledger import MAX_SET_ASIDE, Ledger
-from vcf_batch.records import Receipt, Status
+from vcf_batch.records import Receipt
 
 MAX_PENDING = 32
 """Finished shards that wait for their commit before no further one is begun: a bound on what is staged."""
@@ -81,7 +81,7 @@ class CommitQueue:
 
     def add(self, finished: Finished) -> None:
         """Commit a shard when its turn comes."""
-        if finished.task.verdicts and not _drawn(finished.receipt.counts):
+        if finished.task.verdicts and not finished.receipt.sampled:
             self._doubtful.append(finished)
         else:
             self._pending.append(commit := _Commit(finished))
@@ -107,7 +107,7 @@ class CommitQueue:
     def _judged(self) -> Iterator[tuple[Finished, VcfBatchError]]:
         """Let doubtful shards go where it is known which way; those that are not to be committed are yielded."""
         left = self._doubtful
-        if _drawn(self._ledger.counts):
+        if self._ledger.totals.sampled:
             self._pending += map(_Commit, left)
         elif self._ledger.left == len(left) or len(left) == MAX_SET_ASIDE:
             doubt = "rows seem to kill their workers, but nothing that was generated shows that these are healthy"
@@ -137,8 +137,3 @@ class CommitQueue:
     def _commit(self, finished: Finished) -> None:
         self._lease.confirm()
         commits.commit(self._output, finished.receipt, finished.staged)
-
-
-def _drawn(counts: Mapping[Status, int]) -> int:
-    """Rows that an image was made of, whether it passed the gates or not: their worker was healthy."""
-    return counts["success"] + counts["rejected"]

@@ -215,6 +215,8 @@ class Receipt:
     """Mean of each score over the successful samples."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Of each score over the successful samples: samples by the upper end of their bin of :data:`SCORE_STEP`."""
+    sampled: int = 0
+    """Rows that an image was sampled of, whether it passed the gates or not."""
     sampled_at_once: int | None = None
     """Where memory was too small for the run's batches: how many rows were sampled at once. Such a shard is outside of
     the promise of identical bytes."""
@@ -249,6 +251,8 @@ class Receipt:
             counts, timings = {status: receipt.counts[status] for status in STATUSES}, receipt.timings
             if min(counts.values()) < 0 or sum(counts.values()) != len(receipt.shard):
                 raise ValueError(f"not a receipt: {counts} of {len(receipt.shard)} rows")
+            if not 0 <= receipt.sampled <= len(receipt.shard):
+                raise ValueError(f"not a receipt: {receipt.sampled} sampled of {len(receipt.shard)} rows")
             if timings and not timings.keys() >= {"total", "worker", "ended"}:
                 raise ValueError(f"not a receipt: timings of {sorted(timings)}")
             return receipt

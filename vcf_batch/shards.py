@@ -112,6 +112,8 @@ class ShardFiles:
     """Mean of each score over the successful samples that have it; None if none has."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """See :attr:`vcf_batch.records.Receipt.histograms`."""
+    sampled: int = 0
+    """See :attr:`vcf_batch.records.Receipt.sampled`."""
 
 
 class Tally:
@@ -120,10 +122,14 @@ class Tally:
     def __init__(self) -> None:
         self._counts: Counter[Status] = Counter()
         self._scores: dict[str, list[float]] = {name: [] for name in _SCORES}
+        self.sampled = 0
+        """See :attr:`vcf_batch.records.Receipt.sampled`."""
 
     def add(self, status: Status, record: Mapping[str, Any]) -> None:
         """Take one row, by its columns."""
         self._counts[status] += 1
+        # A row that is rejected before it is sampled has had no attempt.
+        self.sampled += status == "success" or (status == "rejected" and bool(record["attempts"]))
         if status == "success":
             for name, found in self._scores.items():
                 if record[name] is not None:
@@ -272,6 +278,7 @@ class ShardWriter:
             entries={kind: storage.digest(path) for kind, path in self._paths.items()},
             means=self._tally.means,
             histograms=self._tally.histograms,
+            sampled=self._tally.sampled,
         )
 
     def _record(self, sample: Sample) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Totals:
     done: set[int] = field(default_factory=set)
     """Indices of the shards."""
     counts: Counter[Status] = field(default_factory=Counter)
+    sampled: int = 0
+    """Rows that an image was sampled of."""
     retried: int = 0
     """Shards that took more than one attempt."""
     bytes: int = 0
@@ -61,6 +63,7 @@ class Totals:
         generated = timings.get("generated", len(receipt.shard))
         self.done.add(receipt.shard.index)
         self.counts.update(receipt.counts)
+        self.sampled += receipt.sampled
         self.retried += receipt.attempt > 1
         self.bytes += sum(entry.size for entry in receipt.files.values())
         self.generated += generated if seconds else 0

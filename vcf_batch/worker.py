@@ -197,6 +197,7 @@ class Worker:
             },
             means=files.means,
             histograms=files.histograms,
+            sampled=files.sampled,
             sampled_at_once=sampled_at_once,
         )
         return receipt, staged
