@@ -20,15 +20,16 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import commits, plan, prepare, shards, storage, worker
+from vcf_batch import commits, plan, prepare, run_models, shards, storage, worker
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
-from vcf_batch.prepare import Job, Models
+from vcf_batch.prepare import Job
 from vcf_batch.records import Objective, Receipt, Sample, Scores
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_json import row_json
 from vcf_batch.row_settings import settings_of
+from vcf_batch.run_models import Models
 from vcf_batch.worker import Worker
 
 SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
@@ -119,7 +120,7 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
         manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
     )
     config = prepare.absolute(config)
-    return prepare.settle(config, prepare.open_manifest(config, None), prepare.resolve_models(config))
+    return prepare.settle(config, prepare.open_manifest(config, None), run_models.resolve(config))
 
 
 def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:

@@ -12,9 +12,10 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
-from vcf_batch.prepare import Job, Models
+from vcf_batch.prepare import Job
 from vcf_batch.records import Receipt, Sample
 from vcf_batch.report import contact_sheet
+from vcf_batch.run_models import Models
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ LIGHT = (
     "row_settings",
     "repair",
     "run_file",
+    "run_models",
     "shard_check",
     "shard_queue",
     "shards",

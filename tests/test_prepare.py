@@ -13,13 +13,14 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import lease, prepare, run_file, storage
+from vcf_batch import lease, plan, prepare, run_file, run_models, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
 from vcf_batch.outputs import Output
-from vcf_batch.prepare import Job, Models
+from vcf_batch.prepare import Job
+from vcf_batch.run_models import Models
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
         config = prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
         found = run_file.read(config.output)
         config = prepare.resume(config, found)
-        return prepare.settle(config, prepare.open_manifest(config, found), prepare.resolve_models(config))
+        return prepare.settle(config, prepare.open_manifest(config, found), run_models.resolve(config))
 
     return build
 
@@ -104,9 +105,9 @@ def test_a_model_that_is_no_pipeline_is_refused(settle: Callable[..., Job], mode
 )
 def test_default_shards_are_small_enough(num_rows: int, batch_size: int, seconds: float) -> None:
     """The default shard takes a worker ten minutes at most, and 1,000 rows at most."""
-    size = prepare.default_shard_size(num_rows, batch_size, seconds)
-    assert 1 <= size <= prepare.MAX_SHARD_ROWS
-    assert size == 1 or size * seconds <= prepare.SHARD_SECONDS
+    size = plan.default_shard_size(num_rows, batch_size, seconds)
+    assert 1 <= size <= plan.MAX_SHARD_ROWS
+    assert size == 1 or size * seconds <= plan.SHARD_SECONDS
     assert size < batch_size or size % batch_size == 0
 
 

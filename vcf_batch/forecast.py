@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 
-from vcf_batch import in_process, lease, prepare, progress_file, run_file
+from vcf_batch import in_process, lease, prepare, progress_file, run_file, run_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest import Manifest
@@ -180,7 +180,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     if manifest is not None:
         for check in prepare.manifest_checks(manifest, config, found):
             attempt(check)
-    models = attempt(lambda: prepare.resolve_models(config))
+    models = attempt(lambda: run_models.resolve(config))
     if manifest is None or models is None:
         return forecast
     job = forecast.job = attempt(lambda: prepare.settle(config, manifest, models))

@@ -14,6 +14,11 @@ from vcf_batch.records import Shard
 MIN_DIGITS = 5
 """Digits of a shard's name, unless the run needs more."""
 
+MAX_SHARD_ROWS = 1000
+SHARD_SECONDS = 600.0
+SHARDS_WANTED = 16
+"""A small manifest is cut into about so many shards, so that several workers have something to do."""
+
 
 def shard_name(index: int, num_shards: int) -> str:
     """Name of shard ``index``: as many digits as the run's last index needs, and at least :data:`MIN_DIGITS`.
@@ -107,3 +112,14 @@ def batches(group_keys: Sequence[Hashable], batch_size: int) -> list[list[int]]:
     return [
         group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
     ]
+
+
+def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:
+    """The shard size where none is given: what a worker does in ten minutes at most, and at most 1,000 rows.
+
+    Whole batches, unless a single batch takes longer. A small manifest gets smaller shards, yet two batches in each, so
+    that scoring one overlaps with sampling the other. It depends on no worker count: any two runs of a command agree.
+    """
+    affordable = int(SHARD_SECONDS / seconds_per_sample)
+    rows = min(MAX_SHARD_ROWS, affordable, max(num_rows // SHARDS_WANTED, 2 * batch_size))
+    return max(rows if rows < batch_size else rows // batch_size * batch_size, 1)

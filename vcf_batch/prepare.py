@@ -3,7 +3,6 @@
 Neither torch nor Ray is needed for that.
 """
 
-import hashlib
 import importlib.metadata
 import os
 import socket
@@ -24,20 +23,15 @@ from vcf_batch.config import (
 )
 from vcf_batch.errors import ModelError, StorageError, UsageError, redact
 from vcf_batch.manifest import Manifest
-from vcf_batch.models import ResolvedModel
 from vcf_batch.plan import ShardPlan
 from vcf_batch.references import ReferenceReader
+from vcf_batch.run_models import OWN_GUIDE, Models
 
 POLICY_ROWS = 1000
 """Rows at the manifest's start whose references are compared with the allowed places before a model is loaded."""
 
 POLICY_ROWS_EMBEDDED = 64
 """The same where the manifest carries its images, which are always allowed and may be large."""
-
-MAX_SHARD_ROWS = 1000
-SHARD_SECONDS = 600.0
-SHARDS_WANTED = 16
-"""A small manifest is cut into about so many shards, so that several workers have something to do."""
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
 """A worker hangs that gives no sign of life for so long, and not in the time of so many denoising steps of a batch
@@ -53,63 +47,6 @@ CPU_SPEED = 2e10
 
 TRACE = "profile/trace.json"
 """Where ``--profile`` leaves its trace in an output."""
-
-DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
-OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
-"""Folders of a model that brings its own judge, network for the perceptual distance, PNO guide, safety checker."""
-OWN = "own"
-"""The safety checker that is asked for where it is the model's."""
-TINY_PERCEPTUAL = "tiny-perceptual"
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models of a run, each in exactly one version."""
-
-    pipeline: ResolvedModel
-    judge: ResolvedModel | None
-    """None: the pipeline's own."""
-    lpips: str
-    """``tiny-perceptual``, ``alex``, ``vgg`` or ``none``."""
-    lpips_identity: str
-    lpips_source: str | None = None
-    """Folder or URL of the published weights of ``alex`` and ``vgg``."""
-    pno_guide: ResolvedModel | None = None
-    """None: the pipeline's own image encoder."""
-    safety_checker: ResolvedModel | None = None
-    """None: no checker. The pipeline itself: its own."""
-
-    @property
-    def judge_identity(self) -> str:
-        return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
-
-    @property
-    def guide_identity(self) -> str:
-        return f"{self.pipeline.identity}/{OWN_GUIDE}" if self.pno_guide is None else self.pno_guide.identity
-
-    @property
-    def safety_identity(self) -> str | None:
-        if self.safety_checker == self.pipeline:
-            return f"{self.pipeline.identity}/{OWN_SAFETY}"
-        return self.safety_checker.identity if self.safety_checker else None
-
-    def describe(self, guided: bool) -> dict[str, Any]:
-        """Name and version of the model, of the PNO guide if there is one, and of what each score comes from."""
-        own = redact(self.pipeline.name)
-        judge = {"name": redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
-        judge["identity"] = self.judge_identity
-        guide = {"name": redact(self.pno_guide.name) if self.pno_guide else f"{own}/{OWN_GUIDE}"}
-        guide["identity"] = self.guide_identity
-        lpips = {"name": f"lpips-{self.lpips}" if self.lpips_source else self.lpips, "identity": self.lpips_identity}
-        return {
-            "model": {"name": own, "identity": self.pipeline.identity},
-            "clip_score": judge,
-            "clip_reference": judge,
-            "lpips": None if self.lpips == "none" else lpips,
-            "pno_guide": guide if guided else None,
-            "nsfw": self.safety_checker
-            and {"name": storage.redact(self.safety_checker.name), "identity": self.safety_identity},
-        }
 
 
 @dataclass(frozen=True)
@@ -262,59 +199,6 @@ def is_guided(config: RunConfig, manifest: Manifest) -> bool:
     return (config.pno_steps > 0 or manifest.has_any("pno_steps")) and manifest.has_any("reference")
 
 
-def resolve_models(config: RunConfig) -> Models:
-    """Find the exact versions of the models that a run needs.
-
-    Raises:
-        ModelError: one of them is not there.
-    """
-    pipeline = models.resolve(config.model, config.revision)
-    own_judge = config.judge is None and models.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
-    own_probe = models.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
-    lpips, source = config.lpips, config.lpips_weights
-    if lpips == "auto":
-        lpips = "alex" if source else TINY_PERCEPTUAL if own_probe else "none"
-    identity = lpips
-    if lpips == TINY_PERCEPTUAL:
-        identity = f"{pipeline.identity}/{OWN_PROBE}"
-    elif lpips in ("alex", "vgg"):
-        assert source is not None
-        source = storage.absolute(source)
-        identity = _lpips_identity(lpips, source)
-    return Models(
-        pipeline=pipeline,
-        judge=None if own_judge else models.resolve(config.judge or DEFAULT_JUDGE),
-        lpips=lpips,
-        lpips_identity=identity,
-        lpips_source=source if lpips in ("alex", "vgg") else None,
-        pno_guide=None if config.pno_guide is None else models.resolve(config.pno_guide),
-        safety_checker=_resolve_safety(config, pipeline),
-    )
-
-
-def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel | None:
-    if config.safety_checker != OWN:
-        return None if config.safety_checker is None else models.resolve(config.safety_checker)
-    if models.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:
-        raise ModelError(
-            f"{storage.redact(config.model)} has no safety checker of its own: name one with --safety-checker, such as "
-            "CompVis/stable-diffusion-safety-checker"
-        )
-    return pipeline
-
-
-def _lpips_identity(network: str, source: str) -> str:
-    """Hex SHA-256 of the two weight files' contents."""
-    # Brings torch, which is needed in this rare case alone.
-    from vcf_batch.metrics.lpips import weight_files
-
-    try:
-        digests = [storage.digest(url).sha256 for url in weight_files(network, source)]
-    except OSError as error:
-        raise ModelError(f"cannot read the LPIPS weights in {source}: {error}") from error
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     """Give every setting that was left open its value.
 
@@ -377,7 +261,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         )
         seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
     if config.shard_size is None:
-        config = config.replace(shard_size=default_shard_size(manifest.num_rows, cast(int, config.batch_size), seconds))
+        config = config.replace(
+            shard_size=plan.default_shard_size(manifest.num_rows, cast(int, config.batch_size), seconds)
+        )
     if config.stall_timeout is None:
         step = cast(int, config.batch_size) * seconds / cast(int, config.steps)
         config = config.replace(stall_timeout=max(SILENT_SECONDS, SILENT_STEPS * step))
@@ -437,17 +323,6 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
             f"{name} is {getattr(config, name):g}, but the manifest has no references to compare with: give them "
             "in a column 'reference', or leave the gate out"
         )
-
-
-def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:
-    """The shard size where none is given: what a worker does in ten minutes at most, and at most 1,000 rows.
-
-    Whole batches, unless a single batch takes longer. A small manifest gets smaller shards, yet two batches in each, so
-    that scoring one overlaps with sampling the other. It depends on no worker count: any two runs of a command agree.
-    """
-    affordable = int(SHARD_SECONDS / seconds_per_sample)
-    rows = min(MAX_SHARD_ROWS, affordable, max(num_rows // SHARDS_WANTED, 2 * batch_size))
-    return max(rows if rows < batch_size else rows // batch_size * batch_size, 1)
 
 
 def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from vcf_batch import in_process, prepare
+from vcf_batch import in_process, prepare, run_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.generation import Clock, Generation, Tools
@@ -85,7 +85,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
                 f"{manifest.num_rows} rows in {len(columns)} columns are more than {MAX_SAMPLES:,} samples; sweep "
                 "less, or show fewer --rows"
             )
-        job = prepare.settle(config, manifest, prepare.resolve_models(config))
+        job = prepare.settle(config, manifest, run_models.resolve(config))
         tools = in_process.load(job, scratch).tools
         shown = [checked(row, job.config) for row in manifest.rows(0, manifest.num_rows, config.seed)]
         samples = _generated(tools, [_changed(row, column) for row in shown for column in columns])

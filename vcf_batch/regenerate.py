@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import commits, images, in_process, prepare, shards, storage
+from vcf_batch import commits, images, in_process, prepare, run_models, shards, storage
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard
@@ -70,7 +70,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
 def _load(output: Output, scratch: str) -> Worker:
     """A worker of the output's own run, which writes into scratch."""
     config = output.config
-    job = prepare.settle(config, output.need_manifest(), prepare.resolve_models(config))
+    job = prepare.settle(config, output.need_manifest(), run_models.resolve(config))
     prepare.claim(job, publish=False)  # refuses what is not this very run
     gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
     return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), scratch)

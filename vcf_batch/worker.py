@@ -19,11 +19,12 @@ from vcf_batch.manifest import Manifest
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.prepare import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, TRACE, Models, is_guided
+from vcf_batch.prepare import TRACE, is_guided
 from vcf_batch.profiling import Profile
 from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import checked
+from vcf_batch.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.shards import ShardFiles
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import ray
 
-from vcf_batch import commits, lease, log, prepare, run_file
+from vcf_batch import commits, lease, log, prepare, run_file, run_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.ledger import Ledger, Summary
@@ -55,7 +55,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         found = run_file.read(config.output)
         config = prepare.resume(config, found)
         manifest = prepare.open_manifest(config, found)
-        models = prepare.resolve_models(config)
+        models = run_models.resolve(config)
         with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself
             config = with_batch_size(nodes.with_gpus(config), manifest, models)

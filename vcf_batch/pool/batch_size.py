@@ -10,7 +10,8 @@ from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest import Manifest
 from vcf_batch.pool import ray_errors
-from vcf_batch.prepare import Job, Models
+from vcf_batch.prepare import Job
+from vcf_batch.run_models import Models
 
 _log = logging.getLogger(__name__)
 

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import images, models, run_file, shards, storage
+from vcf_batch import images, models, run_file, run_models, shards, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
-from vcf_batch.prepare import OWN_PROBE, absolute, resolve_models
+from vcf_batch.prepare import absolute
+from vcf_batch.run_models import OWN_PROBE
 from vcf_batch.vcf import comparison
 from vcf_batch.vcf.comparison import RELATIVE, SCORES, Line
 from vcf_batch.vcf.fusion import default_strength
@@ -87,7 +88,7 @@ def prepare(
     for strength in sweep:
         config.replace(strength=strength)  # has the limits
     config = absolute(config)
-    resolved = resolve_models(config)
+    resolved = run_models.resolve(config)
     if isinstance(pairs, int):
         if models.read_config(resolved.pipeline, f"{OWN_PROBE}/config.json") is None:
             raise UsageError(f"model {config.model!r} needs --prompts and --references; only 'tiny' brings its own")
