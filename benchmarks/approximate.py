@@ -12,7 +12,7 @@ import click
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
-from vcf_batch import commits, images, plan, prepare, run_models, shards, storage, worker
+from vcf_batch import commits, images, plan, prepare, run_manifest, run_models, shards, storage, worker
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.worker import Worker
 
@@ -60,7 +60,7 @@ def main(manifest: str, threads: int, limit: int | None) -> None:
         config = prepare.absolute(
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads, limit=limit)
         )
-        job = prepare.settle(config, prepare.open_manifest(config, None), run_models.resolve(config))
+        job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import ray
 from plan import CONTENT, peak_memory, receipt_of
 
-from vcf_batch import commits, lease, pool, prepare, run_models, shards, storage
+from vcf_batch import commits, lease, pool, prepare, run_manifest, run_models, shards, storage
 from vcf_batch.attempts import Task
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RefusedError
@@ -116,7 +116,7 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Di
         manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
         pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
         config = RunConfig(manifest=str(manifest), output=output, shard_size=1, num_workers=workers, gpus_per_worker=0)
-        job = prepare.settle(config, prepare.open_manifest(config, None), run_models.resolve(config))
+        job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
             prepare.claim(job)
             driver, players = Dispatch(job, held, Ledger(job), progress), Players(output, seconds)

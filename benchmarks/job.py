@@ -18,7 +18,7 @@ import click
 from measure import alternate
 from PIL import Image
 
-from vcf_batch import plan, prepare, run_models, worker
+from vcf_batch import plan, prepare, run_manifest, run_models, worker
 from vcf_batch.config import RunConfig
 from vcf_batch.records import Shard
 from vcf_batch.worker import Worker
@@ -56,7 +56,7 @@ def main(manifest: str, rounds: int, threads: int) -> None:
         config = prepare.absolute(
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads)
         )
-        job = prepare.settle(config, prepare.open_manifest(config, None), run_models.resolve(config))
+        job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import commits, plan, prepare, run_models, shards, storage, worker
+from vcf_batch import commits, plan, prepare, run_manifest, run_models, shards, storage, worker
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
@@ -120,7 +120,7 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
         manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
     )
     config = prepare.absolute(config)
-    return prepare.settle(config, prepare.open_manifest(config, None), run_models.resolve(config))
+    return prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
 
 
 def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:

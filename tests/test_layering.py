@@ -40,6 +40,7 @@ LIGHT = (
     "row_settings",
     "repair",
     "run_file",
+    "run_manifest",
     "run_models",
     "shard_check",
     "shard_queue",

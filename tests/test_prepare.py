@@ -13,7 +13,7 @@ import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch import lease, plan, prepare, run_file, run_models, storage
+from vcf_batch import lease, plan, prepare, run_file, run_manifest, run_models, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
@@ -42,7 +42,7 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
         config = prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
         found = run_file.read(config.output)
         config = prepare.resume(config, found)
-        return prepare.settle(config, prepare.open_manifest(config, found), run_models.resolve(config))
+        return prepare.settle(config, run_manifest.open_checked(config, found), run_models.resolve(config))
 
     return build
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import runs
 
-from vcf_batch import commits, prepare, regenerate, run_models, worker
+from vcf_batch import commits, prepare, regenerate, run_manifest, run_models, worker
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
 from vcf_batch.errors import RefusedError
@@ -29,7 +29,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {**runs.SIZE, "gpus_per_worker": 0, "shard_size": 6, "batch_size": 4}
     model = runs.save_model(folder / "model")
     config = RunConfig(manifest=str(manifest), output=str(folder / "out"), model=str(model), **settings)
-    job = prepare.settle(config, prepare.open_manifest(config, None), run_models.resolve(config))
+    job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
     prepare.claim(job)
     loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
     for shard in job.shards:

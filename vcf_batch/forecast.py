@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 
-from vcf_batch import in_process, lease, prepare, progress_file, run_file, run_models
+from vcf_batch import in_process, lease, prepare, progress_file, run_file, run_manifest, run_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest import Manifest
@@ -178,7 +178,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     attempt(lambda: _refuse_owner(config.output))
     manifest = attempt(lambda: Manifest.open(config.manifest, config.limit))
     if manifest is not None:
-        for check in prepare.manifest_checks(manifest, config, found):
+        for check in run_manifest.checks(manifest, config, found):
             attempt(check)
     models = attempt(lambda: run_models.resolve(config))
     if manifest is None or models is None:

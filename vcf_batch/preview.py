@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from vcf_batch import in_process, prepare, run_models
+from vcf_batch import in_process, prepare, run_manifest, run_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.generation import Clock, Generation, Tools
@@ -79,7 +79,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
         config = prepare.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
         config = in_process.settled(config)
         columns = [TEXT_ONLY, *variants(sweeps, config)]
-        manifest = prepare.open_manifest(config, None)
+        manifest = run_manifest.open_checked(config, None)
         if manifest.num_rows * len(columns) > MAX_SAMPLES:
             raise UsageError(
                 f"{manifest.num_rows} rows in {len(columns)} columns are more than {MAX_SAMPLES:,} samples; sweep "

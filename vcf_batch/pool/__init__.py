@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import ray
 
-from vcf_batch import commits, lease, log, prepare, run_file, run_models
+from vcf_batch import commits, lease, log, prepare, run_file, run_manifest, run_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.ledger import Ledger, Summary
@@ -54,7 +54,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         config = prepare.absolute(config)
         found = run_file.read(config.output)
         config = prepare.resume(config, found)
-        manifest = prepare.open_manifest(config, found)
+        manifest = run_manifest.open_checked(config, found)
         models = run_models.resolve(config)
         with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself
