@@ -1,5 +1,7 @@
 """Prompt-noise optimisation: what it takes, and what it gives.
 
+``python benchmarks/pno.py cost``: operations of a step of optimisation against those of an image.
+
 ``python benchmarks/pno.py memory``: peak memory of a gradient through 5, 20 and 50 denoising steps, where activations
 are computed again, as the project does, and where they are kept.
 
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from measure import peak_memory
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images, models, pool, shards
 from vcf_batch.config import MAX_PIXELS, RunConfig
@@ -47,6 +50,31 @@ def load(model: str) -> tuple[VCFPipeline, Guide]:
     return pipeline, Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
 
 
+def prepared(model: str, batch_size: int) -> Callable[[int], tuple[Callable[[], Any], Callable[..., Any]]]:
+    """For a number of denoising steps: what samples a batch, and what optimises it in so many ``steps``."""
+    pipeline, guide = load(model)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    fusions = [Fusion([tokens]) for tokens in pipeline.encode_references([picture] * batch_size)]
+    text, negative = (pipeline.encode_prompts([prompt] * batch_size) for prompt in ("a red star", ""))
+    targets = guide.targets([[picture]] * batch_size, [None] * batch_size)
+    seeds = range(batch_size)
+
+    def both(steps: int) -> tuple[Callable[[], Any], Callable[..., Any]]:
+        inputs = pipeline.prepare(text, negative, fusions, seeds=seeds, steps=steps)
+        optimize = functools.partial(
+            pno.optimize, *inputs, guide, targets, seeds=seeds, lr_conditioning=1e-2, lr_noise=1e-2, gamma=0.1
+        )
+        return functools.partial(inputs[0], *inputs[1:]), optimize
+
+    return both
+
+
+def operations(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 @click.group()
 def main() -> None:
     """Measure prompt-noise optimisation."""
@@ -57,24 +85,29 @@ def main() -> None:
 @click.option("--batch-size", default=8, show_default=True)
 def memory(model: str, batch_size: int) -> None:
     """Peak memory of sampling and of one step of optimisation, in MiB, against the denoising steps."""
-    pipeline, guide = load(model)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    fusions = [Fusion([tokens]) for tokens in pipeline.encode_references([picture] * batch_size)]
-    text, negative = (pipeline.encode_prompts([prompt] * batch_size) for prompt in ("a red star", ""))
-    targets = guide.targets([[picture]] * batch_size, [None] * batch_size)
-    seeds = range(batch_size)
+    sampling_of = prepared(model, batch_size)
     click.echo("| denoising steps | sampling | activations computed again | activations kept |\n|---|---|---|---|")
     for steps in STEPS:
-        inputs = pipeline.prepare(text, negative, fusions, seeds=seeds, steps=steps)
-        optimize = functools.partial(
-            pno.optimize, *inputs, guide, targets, seeds=seeds, steps=1, lr_conditioning=1e-2, lr_noise=1e-2, gamma=0.1
-        )
+        sample, optimize = sampling_of(steps)
         with torch.no_grad():
-            alone = peak_memory(functools.partial(inputs[0], *inputs[1:]))
-        again = peak_memory(optimize)
+            alone = peak_memory(sample)
+        again = peak_memory(functools.partial(optimize, steps=1))
         with mock.patch.object(sampling, "checkpoint", lambda function, *inputs, **_: function(*inputs)):
-            kept = peak_memory(optimize)
+            kept = peak_memory(functools.partial(optimize, steps=1))
         click.echo(f"| {steps} | {alone:.1f} | {again:.1f} | {kept:.1f} |")
+
+
+@main.command()
+@click.option("--model", default="tiny", show_default=True)
+def cost(model: str) -> None:
+    """Operations of one more step of optimisation, for 5, 20 and 50 denoising steps; those of the image are 1."""
+    sampling_of = prepared(model, 1)
+    for steps in STEPS:
+        sample, optimize = sampling_of(steps)
+        with torch.no_grad():
+            alone = operations(sample)
+        one, two = (operations(functools.partial(optimize, steps=number)) for number in (1, 2))
+        click.echo(f"{steps} denoising steps: a step of optimisation is {(two - one) / alone:.2f} images")
 
 
 @main.command()

@@ -59,7 +59,7 @@ _DECIDED = (
     type=click.IntRange(min=0),
     default=16,
     show_default=True,
-    help="Samples of concat + PNO, which takes some 30 times as long as the other methods; 0 leaves it out.",
+    help="Samples of concat + PNO, each step of which takes the operations of three images; 0 leaves it out.",
 )
 @click.pass_context
 def evaluate(

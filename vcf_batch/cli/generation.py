@@ -85,8 +85,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "pno-steps",
     int,
-    "Prompt-noise optimisation: bring each image closer to its reference in so many steps, each of which costs as much "
-    "as three to four images.  [default: 0]",
+    "Prompt-noise optimisation: bring each image closer to its reference in so many steps, each of which takes three "
+    "times the operations of an image.  [default: 0]",
 )
 @_option(
     "pno-guide",
