@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vcf_batch import plan, shards
+from vcf_batch import plan, receipts, shards
 from vcf_batch.manifest import Manifest
 from vcf_batch.records import SCORE_STEP, FileEntry, Receipt, Scores, Shard
 from vcf_batch.totals import Totals
@@ -89,7 +89,7 @@ def write_receipts(folder: Path, count: int) -> None:
     for shard in plan.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
         for suffix in shards.SUFFIXES.values():
             (folder / f"{shard.name}{suffix}").write_bytes(CONTENT)
-        (folder / f"{shard.name}{shards.RECEIPT_SUFFIX}").write_bytes(receipt_of(shard).to_json())
+        (folder / f"{shard.name}{receipts.SUFFIX}").write_bytes(receipt_of(shard).to_json())
 
 
 def open_and_plan(folder: Path) -> str:
@@ -109,7 +109,7 @@ def check_ids(folder: Path) -> str:
 def find_receipts(folder: Path) -> str:
     """List the output, read its receipts and add them up, as a driver does that goes on with a run."""
     totals = Totals()
-    for receipt in shards.iter_receipts(str(folder / "output")):
+    for receipt in receipts.read(str(folder / "output")):
         totals.add(receipt)
     return f"{len(totals.done):,} receipts"
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from vcf_batch import commits, plan, prepare, run_manifest, run_models, shards, storage, worker
+from vcf_batch import commits, plan, prepare, receipts, run_manifest, run_models, shards, storage, worker
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest import Manifest
 from vcf_batch.models import ResolvedModel
@@ -178,7 +178,7 @@ def free_ports(count: int) -> list[int]:
 
 def read_receipts(output: str) -> dict[int, Receipt]:
     """The receipts of an output by shard index."""
-    return {receipt.shard.index: receipt for receipt in shards.iter_receipts(output)}
+    return {receipt.shard.index: receipt for receipt in receipts.read(output)}
 
 
 class Files:

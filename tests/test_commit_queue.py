@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from vcf_batch import attempts, commits, lease, shards, storage
+from vcf_batch import attempts, commits, lease, receipts, shards, storage
 from vcf_batch.attempts import Task
 from vcf_batch.commit_queue import MAX_PENDING, CommitQueue, Finished
 from vcf_batch.errors import RefusedError, StorageError, VcfBatchError
@@ -32,7 +32,7 @@ class Run:
             Path(self.output, commits.STAGING, name).mkdir(parents=True)
             for kind, path in staged.items():
                 storage.move(storage.join(self.output, name + shards.SUFFIXES[kind]), storage.join(self.output, path))
-            storage.remove(storage.join(self.output, name + shards.RECEIPT_SUFFIX))
+            storage.remove(storage.join(self.output, name + receipts.SUFFIX))
             self.finished.append(Finished(Task(receipt.shard), "node", receipt, staged))
         self.ledger = Ledger(job)
         self.notes: list[str] = []

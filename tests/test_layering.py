@@ -31,6 +31,7 @@ LIGHT = (
     "progress",
     "progress_file",
     "quarantine",
+    "receipts",
     "records",
     "references",
     "report.card",

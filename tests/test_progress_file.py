@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from vcf_batch import progress_file, shards, storage
+from vcf_batch import progress_file, receipts, storage
 from vcf_batch.attempts import Task
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.ledger import Ledger
@@ -25,7 +25,7 @@ def job(tmp_path: Path) -> Job:
 def counted(job: Job) -> Totals:
     """From the receipts alone."""
     found = Totals()
-    for receipt in shards.iter_receipts(job.config.output):
+    for receipt in receipts.read(job.config.output):
         found.add(receipt)
     return found
 

@@ -10,7 +10,7 @@ import pytest
 import runs
 from click.testing import CliRunner, Result
 
-from vcf_batch import commits, pool, shards
+from vcf_batch import commits, pool, receipts, shards
 from vcf_batch.cli import main
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
@@ -100,7 +100,7 @@ def test_a_repair_that_was_killed_keeps_the_samples_that_stay(output: Path, tmp_
     """A repair reuses committed samples byte for byte, even if its driver is killed while it replaces their shard."""
     manifest = Path(json.loads((output / "run.json").read_text())["config"]["manifest"])
     repaired = runs.write_output(manifest, tmp_path / "repaired", SHARD_SIZE, failed={9})
-    (receipt,) = (found for found in shards.iter_receipts(repaired.config.output) if found.shard.index == 1)
+    (receipt,) = (found for found in receipts.read(repaired.config.output) if found.shard.index == 1)
     paths = {kind: str(tmp_path / "repaired" / f"00001{suffix}") for kind, suffix in shards.SUFFIXES.items()}
     files = shards.ShardFiles(
         paths["tar"], paths["parquet"], counts=receipt.counts, entries=receipt.files, means=receipt.means

@@ -13,7 +13,7 @@ import pytest
 import runs
 from click.testing import CliRunner
 
-from vcf_batch import lease, shards, storage
+from vcf_batch import lease, receipts, storage
 from vcf_batch.cli import main
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.prepare import Job
@@ -95,7 +95,7 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_finished_shard_is_told_too(job: Job) -> None:
-    for name in [name for name in files(job.config.output) if name.endswith(shards.RECEIPT_SUFFIX)]:
+    for name in [name for name in files(job.config.output) if name.endswith(receipts.SUFFIX)]:
         (Path(job.config.output) / name).unlink()
     found = status.read(job.config.output)
     assert "stopped, 0 of 10 rows (0%), 0 of 5 shards" in str(found)

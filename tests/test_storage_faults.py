@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import fsspec.config
 import ray
 
-from vcf_batch import attempts, pool, progress_file, run_file, shards, storage, storage_errors
+from vcf_batch import attempts, pool, progress_file, receipts, run_file, shards, storage, storage_errors
 from vcf_batch.cli import main
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, StorageError
@@ -80,7 +80,7 @@ def data_files(output: str) -> dict[str, bytes]:
 
 def assert_nothing_is_left(output: str) -> None:
     """What a finished run leaves, and nothing else."""
-    ends = (*shards.SUFFIXES.values(), shards.RECEIPT_SUFFIX)
+    ends = (*shards.SUFFIXES.values(), receipts.SUFFIX)
     names = {f"{shard:05d}{end}" for shard in range(ROWS // SHARD_SIZE) for end in ends}
     assert set(storage.list_tree(output)) == {*names, run_file.NAME, progress_file.NAME}
 

@@ -11,10 +11,10 @@ leaves all that it takes to finish, and the next start does so. Samples that wer
 import contextlib
 from collections.abc import Callable, Mapping
 
-from vcf_batch import storage
+from vcf_batch import receipts, storage
 from vcf_batch.errors import StorageError
 from vcf_batch.records import Receipt, Shard
-from vcf_batch.shards import RECEIPT_SUFFIX, SUFFIXES, ShardFiles, files_found
+from vcf_batch.shards import SUFFIXES, ShardFiles
 
 STAGING = "_staging"
 """Folder of the output that holds the files of attempts that are not committed, a folder for each."""
@@ -72,7 +72,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
         StagedFilesLost: a staged file is missing, or not of the receipt's size.
         StorageError: the storage failed, or another driver committed the shard meanwhile.
     """
-    receipt_url = storage.join(output_url, receipt.shard.name + RECEIPT_SUFFIX)
+    receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
     left = dict(staged)
     try:
         with storage.refusals_as_storage_errors():
@@ -123,7 +123,7 @@ def any_committed(output_url: str) -> bool:
     Raises:
         StorageError: the output cannot be read.
     """
-    if any(RECEIPT_SUFFIX in suffixes for suffixes in files_found(output_url).values()):
+    if any(receipts.SUFFIX in suffixes for suffixes in receipts.files_found(output_url).values()):
         return True
     with storage.refusals_as_storage_errors():
         return bool(_replacing(output_url))
@@ -142,8 +142,8 @@ def clean(output_url: str) -> None:
             _finish(output_url, attempt_id)
     storage.remove_tree(storage.join(output_url, STAGING))
     storage.remove_unfinished(output_url)
-    for name, suffixes in files_found(output_url).items():
-        if RECEIPT_SUFFIX not in suffixes:
+    for name, suffixes in receipts.files_found(output_url).items():
+        if receipts.SUFFIX not in suffixes:
             for suffix in suffixes:
                 storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
 
@@ -158,7 +158,7 @@ def _finish(output_url: str, attempt_id: str) -> None:
     """Go on with a replacement, unless the shard has a receipt: still the older one, or already the new one."""
     data = storage.read_bytes(storage.join(output_url, STAGING, attempt_id, _NEW_RECEIPT))
     receipt = Receipt.from_json(data)
-    receipt_url = storage.join(output_url, receipt.shard.name + RECEIPT_SUFFIX)
+    receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
     if storage.exists(receipt_url):
         return
 

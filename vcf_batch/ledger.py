@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vcf_batch import plan, progress_file, shards
+from vcf_batch import plan, progress_file, receipts
 from vcf_batch.attempts import Task
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.prepare import Job
@@ -64,7 +64,7 @@ class Ledger:
         self._rows = job.manifest.num_rows
         fingerprints = {job.fingerprint, *job.extends}
         alike: dict[str, Receipt] = {}
-        for receipt in shards.iter_receipts(job.config.output):
+        for receipt in receipts.read(job.config.output):
             index = receipt.shard.index
             if receipt.fingerprint in fingerprints and index < len(job.shards):
                 if index not in job.again:

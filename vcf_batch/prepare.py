@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import vcf_batch
-from vcf_batch import appended, commits, lease, models, plan, run_file, shards, storage
+from vcf_batch import appended, commits, lease, models, plan, receipts, run_file, storage
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -299,7 +299,7 @@ def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
             | {name: importlib.metadata.version(name) for name in packages},
         },
         # Without run.json even half a shard is somebody else's.
-        begun=commits.any_committed(output) if found else bool(shards.files_found(output)),
+        begun=commits.any_committed(output) if found else bool(receipts.files_found(output)),
         obstacle=lambda there: appended.obstacle(there, job.manifest),
         publish=publish,
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcf_batch import shards, storage
+from vcf_batch import receipts, storage
 from vcf_batch.totals import Totals
 
 NAME = "_progress.json"
@@ -73,9 +73,9 @@ def look(output: str, fingerprints: Set[str]) -> Told:
     told = read(output)  # before the listing, which then has at least the shards that it counts
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output)
-    if told is None or told.fingerprint not in fingerprints or not told.totals.done <= shards.complete(sizes):
+    if told is None or told.fingerprint not in fingerprints or not told.totals.done <= receipts.complete(sizes):
         told = Told("", Totals())
-    for receipt in shards.read_receipts(output, sizes, told.totals.done):
+    for receipt in receipts.read_listed(output, sizes, told.totals.done):
         if receipt.fingerprint in fingerprints:
             told.totals.add(receipt)
     return told

@@ -4,7 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from vcf_batch import run_file, scratch, shards, storage
+from vcf_batch import receipts, run_file, scratch, shards, storage
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard
@@ -41,7 +41,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
     def copy(shard: Shard) -> bool:
         return _copy_shard(output.url, target, shard, sizes)
 
-    finished = (receipt.shard for receipt in shards.iter_receipts(output.url))
+    finished = (receipt.shard for receipt in receipts.read(output.url))
     # On the Hub each file is a commit, and two commits at once get into each other's way.
     one_by_one = target.startswith("hf://")
     done = ((shard, copy(shard)) for shard in finished) if one_by_one else side_by_side(copy, finished)
@@ -56,7 +56,7 @@ def _refuse_others(output: Output, target: str) -> None:
     found = run_file.read(target)
     if found is not None and found["fingerprint"] not in output.fingerprints:
         raise RefusedError(f"{target} holds another run; push to another place")
-    if found is None and shards.files_found(target):
+    if found is None and receipts.files_found(target):
         raise RefusedError(f"{target} holds shards but no {run_file.NAME}; push to another place")
     there = card.read(storage.join(target, card.NAME))
     if there is not None and not card.is_ours(there) and there != card.read(storage.join(output.url, card.NAME)):
@@ -65,7 +65,7 @@ def _refuse_others(output: Output, target: str) -> None:
 
 def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:
     """Copy a shard unless it is there, as ``sizes`` and its receipt say; whether it was copied."""
-    name = shard.name + shards.RECEIPT_SUFFIX
+    name = shard.name + receipts.SUFFIX
     data = storage.read_bytes(storage.join(source, name))
     files = {shard.name + shards.SUFFIXES[kind]: entry for kind, entry in Receipt.from_json(data).files.items()}
     if name in sizes:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import commits, images, in_process, prepare, run_models, shards, storage
+from vcf_batch import commits, images, in_process, prepare, receipts, run_models, shards, storage
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard
@@ -78,13 +78,13 @@ def _load(output: Output, scratch: str) -> Worker:
 
 def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, list[int]]]:
     """Shards, and which of their successful samples are drawn, counted from 0; every sample is as likely."""
-    counts = [receipt.counts["success"] for receipt in shards.iter_receipts(output.url)]
+    counts = [receipt.counts["success"] for receipt in receipts.read(output.url)]
     stops = [0, *itertools.accumulate(counts)]
     places: dict[int, list[int]] = defaultdict(list)
     for number in sorted(random.Random(seed).sample(range(stops[-1]), min(count, stops[-1]))):
         index = bisect_right(stops, number) - 1
         places[index].append(number - stops[index])
-    for receipt in shards.iter_receipts(output.url):
+    for receipt in receipts.read(output.url):
         if receipt.shard.index in places:
             yield receipt, places[receipt.shard.index]
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch import images, plan, shards, storage
+from vcf_batch import images, plan, receipts, shards, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.outputs import Output
@@ -77,7 +77,7 @@ def _check_hash(name: str, found: str, entry: FileEntry) -> None:
 
 def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
     """The shard's receipt, which is its own and describes files of the size that they have."""
-    name = shard.name + shards.RECEIPT_SUFFIX
+    name = shard.name + receipts.SUFFIX
     if name not in sizes:
         raise DamageFound("it has no receipt: it was never finished, or its receipt is gone")
     try:

@@ -1,9 +1,8 @@
 """One shard's files: write them, and read them back. :mod:`vcf_batch.commits` has what lies between.
 
 A shard is ``NAME.tar`` (the successful samples, for WebDataset readers), ``NAME.parquet`` (one row for every manifest
-row) and ``NAME_stats.json``, the receipt. A worker writes the first two in local scratch (:class:`ShardWriter`). A
-shard without a receipt does not exist, and neither does one whose receipt names files that are missing or of another
-size.
+row) and ``NAME_stats.json``, the receipt (:mod:`vcf_batch.receipts`). A worker writes the first two in local scratch
+(:class:`ShardWriter`).
 
 The bytes of tar and parquet depend on the samples alone: no times, owners or host names, fixed encoder settings, and
 groups of :data:`ROWS_PER_GROUP` rows in manifest order. (The parquet names the pyarrow version that wrote it.)
@@ -17,11 +16,9 @@ import itertools
 import json
 import math
 import os
-import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, BinaryIO, Self
@@ -38,7 +35,6 @@ from vcf_batch.records import (
     Attempt,
     FileEntry,
     Objective,
-    Receipt,
     Row,
     Sample,
     Scores,
@@ -49,7 +45,6 @@ from vcf_batch.row_json import finite, row_json
 
 SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
 """What follows the shard's name in the names of its files, by their name in :attr:`Receipt.files`."""
-RECEIPT_SUFFIX = "_stats.json"
 ROWS_PER_GROUP = 1024
 ROWS_AT_ONCE = 256
 """Rows that are held at once when a shard is read again."""
@@ -92,9 +87,6 @@ _NOT_STRINGS = {
     "nsfw": pa.bool_(),
     "attempts": pa.list_(pa.struct({"seed": pa.int64(), **dict.fromkeys(_SCORES, pa.float64()), "nsfw": pa.bool_()})),
 }
-_FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*SUFFIXES.values(), RECEIPT_SUFFIX]))})")
-_READERS = 32
-_RECEIPTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,77 +375,6 @@ def _finite(scores: Scores) -> dict[str, float | None]:
 
 def _scores(record: Mapping[str, Any]) -> Scores:
     return Scores(**{name: record[name] for name in _SCORES})
-
-
-def files_found(output_url: str) -> dict[str, list[str]]:
-    """Which files of which shards there are, finished or not: what follows the shard's name, by its name.
-
-    Raises:
-        StorageError: the output cannot be read.
-    """
-    with storage.refusals_as_storage_errors():
-        names = storage.list_files(output_url)
-    found: dict[str, list[str]] = {}
-    for match in filter(None, map(_FILE_NAME.fullmatch, names)):
-        found.setdefault(match[1], []).append(match[2])
-    return found
-
-
-def iter_receipts(output_url: str) -> Iterator[Receipt]:
-    """The receipts of the shards that exist, by shard index, without holding them all.
-
-    One listing finds them and tells whether their files are there in the right size; they are read side by side. What
-    is not a receipt, or does not match its own name, counts as absent.
-
-    Raises:
-        StorageError: the output cannot be read.
-    """
-    with storage.refusals_as_storage_errors():
-        sizes = storage.list_files(output_url)
-    yield from read_receipts(output_url, sizes)
-
-
-def complete(sizes: Mapping[str, int]) -> set[int]:
-    """Indices of the shards that a listing has all files of."""
-    found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match)
-    return {int(name) for name, files in found.items() if files == len(SUFFIXES) + 1}
-
-
-def read_receipts(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt]:
-    """:func:`iter_receipts` of a listing, name to size, without the shards whose index is ``known``.
-
-    Raises:
-        StorageError: the output cannot be read.
-    """
-    found = filter(None, map(_FILE_NAME.fullmatch, sizes))
-    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
-
-    def read(stem: str) -> bytes:
-        try:
-            with storage.refusals_as_storage_errors():
-                return storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX))
-        except FileNotFoundError:
-            return b""  # gone since the listing, and no receipt either
-
-    def receipt_in(data: bytes, stem: str) -> Receipt | None:
-        try:
-            receipt = Receipt.from_json(data)
-        except ValueError:
-            return None
-        found = {kind: sizes.get(stem + suffix) for kind, suffix in SUFFIXES.items()}
-        said = {kind: entry.size for kind, entry in receipt.files.items()}
-        own = receipt.shard.name == stem and receipt.shard.index == int(stem)
-        return receipt if own and found == said else None
-
-    # Threads wait for the storage and do nothing else: there is one interpreter, which they would only pass around.
-    with ThreadPoolExecutor(_READERS) as threads:
-        for begin in range(0, len(stems), _RECEIPTS_AT_ONCE):
-            batch = stems[begin : begin + _RECEIPTS_AT_ONCE]
-            # A piece for each thread: handing over one receipt would take longer than reading it from a disk.
-            step = math.ceil(len(batch) / _READERS)
-            pieces = [batch[first : first + step] for first in range(0, len(batch), step)]
-            contents = itertools.chain.from_iterable(threads.map(lambda piece: [*map(read, piece)], pieces))
-            yield from filter(None, map(receipt_in, contents, batch))
 
 
 def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:

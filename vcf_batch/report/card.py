@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from vcf_batch import __version__, shards, storage
+from vcf_batch import __version__, receipts, shards, storage
 from vcf_batch.config import GATES, RunConfig
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
@@ -160,7 +160,7 @@ def _header(output: Output, found: Figures, licence: str | None) -> str:
 
 
 def _schema(output: Output) -> pa.Schema:
-    shard = next(shards.iter_receipts(output.url)).shard
+    shard = next(receipts.read(output.url)).shard
     try:
         with (
             storage.refusals_as_storage_errors(),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vcf_batch import run_file, shards, storage
+from vcf_batch import receipts, run_file, shards, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.manifest import Manifest
@@ -49,7 +49,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
         StorageError: the storage failed.
     """
     record = run_file.read(output)
-    done = (receipt.shard for receipt in shards.iter_receipts(output))
+    done = (receipt.shard for receipt in receipts.read(output))
     first = next(done, None)
     if record is None or first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")

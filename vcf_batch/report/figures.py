@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vcf_batch import shards, storage
+from vcf_batch import receipts, shards, storage
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.records import Receipt, Shard, Status
@@ -234,7 +234,7 @@ def read(output: Output) -> Figures:
     figures = Figures()
 
     def finished() -> Iterator[Shard]:
-        for receipt in shards.iter_receipts(output.url):
+        for receipt in receipts.read(output.url):
             if receipt.fingerprint in output.fingerprints:
                 figures.add(receipt)
                 yield receipt.shard

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import images, models, run_file, run_models, shards, storage
+from vcf_batch import images, models, receipts, run_file, run_models, shards, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
@@ -178,7 +178,7 @@ def tabulate(config: RunConfig) -> str:
 
 def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:
     """The scored samples as the parquets have them; those of the tiny world with what they show, in ``shown``."""
-    for receipt in shards.iter_receipts(config.output):
+    for receipt in receipts.read(config.output):
         with storage.open_read(storage.join(config.output, f"{receipt.shard.name}.parquet")) as file:
             rows = pq.read_table(file).to_pylist()
         rows = [row for row in rows if all(row[name] is not None for name in SCORES)]
