@@ -11,6 +11,7 @@ all have begun, the benchmark watches how many of them are at work.
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import statistics
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -53,28 +55,29 @@ class Player:
 
     def __init__(self, output: str, seconds: float, seed: int) -> None:
         self._output, self._seconds, self._random = output, seconds, random.Random(seed)
-        self._ticks = itertools.count()
-        self._newcomers = self._running = 0
+        self._turns: dict[int, asyncio.Lock] = {}
+        """Of each worker that has had a shard: it works on one at a time."""
+        self._running = 0
         self._since, self._worked = time.monotonic(), 0.0
 
-    async def sign(self) -> Sign:
-        return Sign(ray.get_runtime_context().get_node_id(), next(self._ticks), {})
+    async def sign(self, worker: int) -> Sign:
+        return Sign(ray.get_runtime_context().get_node_id(), {}, {})
 
-    async def load(self) -> None:
-        self._newcomers += 1
+    async def load(self, worker: int) -> None:
+        pass
 
-    async def run(self, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]]:
-        self._count(+1)
+    async def run(self, worker: int, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]]:
         # The first shard of each worker ends some time within the time of one, as in the middle of a run.
-        first = self._newcomers > 0
-        self._newcomers -= first
-        await asyncio.sleep(self._seconds * (self._random.random() if first else 1))
+        share = 1.0 if worker in self._turns else self._random.random()
+        async with self._turns.setdefault(worker, asyncio.Lock()):
+            self._count(+1)
+            await asyncio.sleep(self._seconds * share)
+            self._count(-1)
         staged = {
             kind: f"{commits.STAGING}/{attempt_id}/{task.shard.name}{end}" for kind, end in shards.SUFFIXES.items()
         }
         for path in staged.values():
             storage.publish_bytes(storage.join(self._output, path), CONTENT)
-        self._count(-1)
         return receipt_of(task.shard), staged
 
     async def work(self) -> tuple[int, float]:
@@ -88,6 +91,17 @@ class Player:
         self._running, self._since = self._running + change, now
 
 
+class Part:
+    """Stands in for the handle of an actor: one worker that a player plays."""
+
+    def __init__(self, player: Any, worker: int) -> None:
+        self._player, self._worker = player, worker
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._player, name)
+        return SimpleNamespace(remote=functools.partial(method.remote, self._worker))
+
+
 class Players:
     """Stands in for the pool's actor class: each new worker is played by the process whose turn it is."""
 
@@ -95,13 +109,14 @@ class Players:
         remote: Any = ray.remote  # as in pool.py
         actor = remote(num_cpus=0, max_concurrency=1_000_000)(Player)
         self.processes = [actor.remote(output, seconds, seed) for seed in range(PROCESSES)]
-        self._turns = itertools.cycle(self.processes)
+        self._workers = itertools.count()
 
     def options(self, **_: Any) -> "Players":
         return self
 
-    def remote(self, *_: Any) -> Any:
-        return next(self._turns)
+    def remote(self, *_: Any) -> Part:
+        worker = next(self._workers)
+        return Part(self.processes[worker % PROCESSES], worker)
 
     def work(self) -> tuple[int, float]:
         """See :meth:`Player.work`, of all processes."""
@@ -136,7 +151,7 @@ def cost_of_a_shard(num_shards: int, workers: int) -> tuple[float, float]:
 def share_at_work(workers: int, seconds: float) -> tuple[float, float]:
     """Which share of the workers is at work, and of how much of a processor the driver makes use, over some seconds."""
     found: list[tuple[float, float]] = []
-    with dispatch(2 * workers, workers, SHARD_SECONDS) as (driver, players):
+    with dispatch(4 * workers, workers, SHARD_SECONDS) as (driver, players):
 
         def watch() -> None:
             while players.work()[0] < workers:

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from vcf_batch import attempts
+from vcf_batch.attempts import Task
 from vcf_batch.errors import StorageError
 from vcf_batch.pool import actor, dispatch
 
@@ -118,8 +119,8 @@ class FaultyActor(actor.Actor):
         def staging(*_: Any) -> None:
             obey(folder, "stage")
             while (folder / "tickets-only").exists() and not taken(folder / "ticket"):
-                for generation in self._worker._under_way.values():
-                    generation.clock.tick()  # it does not hang
+                for attempt_id in self._worker.ticks:
+                    self._worker.tick(attempt_id)  # it does not hang
                 time.sleep(0.05)
                 obey(folder, "stage")
                 obey(folder, "wait")
@@ -132,14 +133,15 @@ class FaultyActor(actor.Actor):
         around(shards.ShardWriter, "finish", phase("parquet"))
         around(commits, "stage", staging, phase("staged"))
 
-    def run(self, *arguments: Any) -> Any:
+    @ray.method(concurrency_group="shards")
+    def run(self, task: Task, attempt_id: str) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / f"no-run-on-{node}").exists():
             act("fail")
         while (folder / "hold").exists():
             time.sleep(0.05)
         obey(folder, "run")
-        return super().run(*arguments)
+        return super().run(task, attempt_id)  # type: ignore[operator]
 
 
 def drive() -> None:

@@ -125,6 +125,22 @@ def test_workers_killed_in_every_phase_cost_no_byte(
     assert not list(Path(config.output).glob("_staging/*"))
 
 
+def test_a_worker_that_dies_with_two_shards_blames_neither(
+    undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of the shards did it shows when each is tried alone: that costs neither of them one of its attempts."""
+    monkeypatch.setattr(attempts, "PAUSES", ())  # a shard that is blamed is searched at once
+    config = configure(num_workers=1)
+    order(config, "sample.kill")
+    pool.run(config)
+    (note,) = [note for note in notes if "tried again alone" in note]
+    tried = {receipt.shard.name: receipt.attempt for receipt in runs.read_receipts(config.output).values()}
+    again = [name for name, attempt in tried.items() if attempt == 2]
+    assert len(again) == 2 and all(name in note for name in again)
+    assert max(tried.values()) == 2
+    assert runs.data_files(Path(config.output)) == runs.data_files(undisturbed)
+
+
 def failed_rows(config: RunConfig) -> dict[int, str]:
     """Number and error message of the rows that failed."""
     rows = runs.rows_of(Path(config.output))

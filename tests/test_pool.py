@@ -106,10 +106,12 @@ def test_the_benchmark_of_the_driver_runs(cluster: str, monkeypatch: pytest.Monk
 def test_one_worker_gives_the_same_bytes(
     undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """The output does not depend on worker count or arrival order."""
+    """The output does not depend on worker count or arrival order. While one shard is sampled, the next one waits."""
     pool.run(configure(tmp_path / "out", num_workers=1))
     assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
-    assert len({receipt.timings["worker"] for receipt in receipts(tmp_path / "out")}) == 1
+    timings = [receipt.timings for receipt in receipts(tmp_path / "out")]
+    assert len({timing["worker"] for timing in timings}) == 1
+    assert any(timing["wait_for_turn"] > 0 for timing in timings)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_a_failed_shard_comes_again_after_growing_pauses(clock: Clock) -> None:
     assert list(PAUSES) == sorted(set(PAUSES))
     assert task.last_attempt
     assert not failed(queue, task, A)
-    assert not queue.is_waiting
+    assert not queue.waiting
 
 
 def test_one_nodes_trouble_does_not_use_up_a_shards_attempts(clock: Clock) -> None:
@@ -68,7 +68,7 @@ def test_one_nodes_trouble_does_not_use_up_a_shards_attempts(clock: Clock) -> No
     assert failed(queue, taken(queue, A, B), A)
     clock.now += PAUSES[0]
     assert queue.take(A, {A, B}) is None
-    assert queue.is_waiting
+    assert queue.waiting
     assert failed(queue, taken(queue, B, A), B)
     clock.now += PAUSES[1]
     assert taken(queue, A, B).last_attempt
@@ -97,6 +97,20 @@ def test_where_everything_fails_no_fresh_shard_is_begun(clock: Clock) -> None:
     assert queue.take(A, {A}) is None
     clock.now += PAUSES[0]
     assert taken(queue, A).shard.index == 0
+
+
+def test_a_worker_gets_fresh_shards_beside_another_unless_a_failed_one_is_due(clock: Clock) -> None:
+    """A failed shard comes before fresh ones, and alone."""
+    queue = ShardQueue(ShardPlan(9, 1), rows_of)
+    task = taken(queue, A)
+    assert not task.is_alone
+    assert failed(queue, task, A)
+    beside = queue.take_beside(A, {A})
+    assert beside is not None and beside.shard.index == 1
+    clock.now += PAUSES[0]
+    assert queue.take_beside(A, {A}) is None
+    again = taken(queue, A)
+    assert again.shard.index == 0 and again.is_alone
 
 
 def test_attempts_have_names_of_their_own() -> None:

@@ -298,7 +298,7 @@ def test_a_trial_generates_the_selected_rows_and_leaves_nothing(
     references = ["reference0.png"] * 12
     manifest = runs.write_manifest(tmp_path / "in", 12, {"reference": references})
     subject = another(loaded, manifest, tmp_path / "out")
-    subject.trial(plan.ShardPlan(12, 1000)[0], {0, 3, 11})
+    subject.trial(plan.ShardPlan(12, 1000)[0], "trial", {0, 3, 11})
     assert sampled == [4, 4]
     assert not (tmp_path / "out").exists()
     assert not subject.samples_done

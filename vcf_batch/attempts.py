@@ -51,6 +51,11 @@ class Task:
     """Rows at most, where memory is too small for the run's batches."""
 
     @property
+    def is_alone(self) -> bool:
+        """Whether its worker gets no other shard beside it: if a worker dies again, then of this one."""
+        return self.attempt > 1
+
+    @property
     def title(self) -> str:
         what = f"{self.shard.name} (rows {self.shard.start} to {self.shard.stop - 1})"
         return what if self.selected is None else f"{what}, trial of {len(self.selected)} of its rows"

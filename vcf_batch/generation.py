@@ -47,6 +47,9 @@ BATCHES_AHEAD = 2
 BATCHES_BEHIND = 2
 """Sampled batches that may wait for scoring and writing before sampling pauses: a bound on memory."""
 
+TURN_SECONDS = 1.0
+"""Between two signs of life of a shard that waits until another one is sampled."""
+
 PICTURE_BYTES = 1 << 30
 """Decoded references that are kept for later batches; beyond it they are read again."""
 
@@ -216,8 +219,6 @@ class Generation:
         self.reading: deque[_Batch] = deque()
         """Batches that are not sampled yet, and whose references are read."""
         self.finished: dict[int, Sample] = {}
-        self.written = 0
-        """Samples written so far: for progress, read from other threads."""
 
     def __enter__(self) -> Self:
         self.readers = ThreadPoolExecutor(READERS, "references")
@@ -281,7 +282,8 @@ class Generation:
     def _turn(self) -> Iterator[None]:
         """Wait until no other shard is sampled; then let every denoising step show that something moves."""
         with self.clock("wait_for_turn"):
-            self.tools.sampling.acquire()
+            while not self.tools.sampling.acquire(timeout=TURN_SECONDS):
+                self.clock.tick()  # nothing hangs here: the other shard would
         hook = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.tick())
         try:
             yield
@@ -477,10 +479,10 @@ class Generation:
                 self.finished[position] = sample
                 del batch.tries[position]
         with self.clock("write"):
-            while self.written in self.finished or self.written in self.padding:
-                known = self.written in self.padding
-                self.write(self.known[self.rows[self.written].number] if known else self.finished.pop(self.written))
-                self.written += 1
+            while (position := self.clock.samples_done) in self.finished or position in self.padding:
+                known = position in self.padding
+                self.write(self.known[self.rows[position].number] if known else self.finished.pop(position))
+                self.clock.samples_done += 1
         return not batch.tries
 
     def _pixels(self, batch: _Batch, sampled: Tensor | None) -> tuple[list[bool], list[NDArray[np.uint8]]]:
@@ -542,12 +544,14 @@ class Generation:
 
 
 class Clock:
-    """Seconds spent in each phase of a shard, summed over threads."""
+    """How far a shard is, read from other threads: seconds spent in each phase, summed over threads, and samples."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.samples_done = 0
+        """Samples that are written."""
         self.ticks = 0
-        """Grows with every phase and every denoising step: other threads see whether anything moves."""
+        """Grows with every phase and every denoising step: it shows whether anything moves."""
         self._begin = time.monotonic()
         self._lock = threading.Lock()
 

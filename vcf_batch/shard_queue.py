@@ -1,7 +1,7 @@
 """Which shard a worker gets next: fresh ones in order, failed ones again, later and elsewhere. No Ray here."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from vcf_batch.attempts import Case, Failure, Task
 from vcf_batch.records import Shard
@@ -30,12 +30,12 @@ class ShardQueue:
         """Shards that a worker has, and that have failed before."""
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether failed shards wait for their next attempt."""
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """Failed shards that wait for their next attempt."""
+        return len(self._waiting)
 
-    def take(self, node: str, nodes: Iterable[str]) -> Task | None:
-        """The next task for a worker; None if there is none now.
+    def take(self, node: str, nodes: Collection[str]) -> Task | None:
+        """The next task for a worker that has none; None if there is none now.
 
         A failed shard goes before fresh ones once its pause is over, and to a node where it has not failed as long as
         one has workers: one node's trouble shall not use up its attempts.
@@ -44,12 +44,29 @@ class ShardQueue:
             node: where the worker is.
             nodes: where any worker is.
         """
+        if (case := self._due(node, nodes)) is None:
+            return self._take_fresh()
+        self._waiting.remove(case)
+        self._at_work[case.shard] = case
+        return case.task()
+
+    def take_beside(self, node: str, nodes: Collection[str]) -> Task | None:
+        """A fresh shard for a worker that has another one; None if it shall soon be free for a failed one.
+
+        Args:
+            node: where the worker is.
+            nodes: where any worker is.
+        """
+        return self._take_fresh() if self._due(node, nodes) is None else None
+
+    def _due(self, node: str, nodes: Collection[str]) -> Case | None:
         now = time.monotonic()
         for case in self._waiting:
             if case.not_before <= now and (node not in case.failed_on or case.failed_on.issuperset(nodes)):
-                self._waiting.remove(case)
-                self._at_work[case.shard] = case
-                return case.task()
+                return case
+        return None
+
+    def _take_fresh(self) -> Task | None:
         if len(self._waiting) >= MAX_WAITING:
             return None
         shard = next(self._fresh, None)

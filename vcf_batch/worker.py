@@ -121,23 +121,22 @@ class Worker:
         self.tools = tools
         self.manifest = manifest
         self.fingerprint = fingerprint
-        self._under_way: dict[str, Generation] = {}
-        """What is generated, by the names of the attempts."""
-        self._ticks = 0
+        self._under_way: dict[str, Clock] = {}
+        """By the names of the attempts."""
+
+    @property
+    def ticks(self) -> dict[str, int]:
+        """By attempt, what changes whenever something is done: read from another thread to see whether one hangs."""
+        return {attempt_id: clock.ticks for attempt_id, clock in [*self._under_way.items()]}
 
     @property
     def samples_done(self) -> dict[str, int]:
         """Samples that are written, by attempt: for progress, read from another thread."""
-        return {attempt_id: generation.written for attempt_id, generation in [*self._under_way.items()]}
+        return {attempt_id: clock.samples_done for attempt_id, clock in [*self._under_way.items()]}
 
-    @property
-    def ticks(self) -> int:
-        """Changes whenever something is done: read from another thread to see whether the worker hangs."""
-        return self._ticks + sum(generation.clock.ticks for generation in [*self._under_way.values()])
-
-    def tick(self) -> None:
+    def tick(self, attempt_id: str) -> None:
         """Something was done elsewhere for a shard that is under way."""
-        self._ticks += 1
+        self._under_way[attempt_id].tick()
 
     def run(
         self,
@@ -203,11 +202,14 @@ class Worker:
         )
         return receipt, staged
 
-    def trial(self, shard: Shard, selected: Container[int], sampled_at_once: int | None = None) -> None:
+    def trial(
+        self, shard: Shard, attempt_id: str, selected: Container[int], sampled_at_once: int | None = None
+    ) -> None:
         """Generate some rows of a shard as :meth:`run` does, and throw them away: what happens to this process?
 
         Args:
             shard: rows of the manifest.
+            attempt_id: names what is under way.
             selected: numbers of the rows that are generated.
             sampled_at_once: as for :meth:`run`.
 
@@ -217,7 +219,7 @@ class Worker:
         left_out = {
             number: "left out of a trial" for number in range(shard.start, shard.stop) if number not in selected
         }
-        with self._generated(shard, "trial", left_out, {}, Clock(), True, sampled_at_once):
+        with self._generated(shard, attempt_id, left_out, {}, Clock(), True, sampled_at_once):
             pass
 
     @contextlib.contextmanager
@@ -233,6 +235,7 @@ class Worker:
     ) -> Iterator[ShardFiles]:
         """The shard's files, in scratch that goes when the block is left."""
         self.tools.device.use_threads()
+        self._under_way[attempt_id] = clock
         try:
             with scratch.folder() as folder:
                 with clock("read_manifest"):
@@ -253,10 +256,9 @@ class Worker:
                 layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
                 with shards.ShardWriter(folder, shard, *layout) as writer:
                     with Generation(self.tools, rows, known, writer.add, *way) as generation:
-                        self._under_way[attempt_id] = generation
                         generation.run()
                     with clock("finish_files"):
                         files = writer.finish()
                 yield files
         finally:
-            self._under_way.pop(attempt_id, None)
+            del self._under_way[attempt_id]

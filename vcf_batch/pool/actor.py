@@ -1,6 +1,7 @@
 """A worker in a process of its own, and what the driver knows of it."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -11,16 +12,18 @@ from vcf_batch.kept import KeptSamples
 from vcf_batch.prepare import Job
 from vcf_batch.records import Receipt
 
+SHARDS_AT_ONCE = 2
+"""Of a worker: while one is sampled, the next one's first references are read, or the last one's files staged."""
+
 
 @dataclass(frozen=True)
 class Sign:
-    """A sign of life: where an actor is, and how far it has come."""
+    """A sign of life: where an actor is, and by attempt how far it has come."""
 
     node: str
-    ticks: int
-    """Changes whenever something is done."""
+    ticks: dict[str, int]
+    """Change whenever something is done."""
     samples_done: dict[str, int]
-    """By attempt."""
 
 
 class Actor:
@@ -33,7 +36,7 @@ class Actor:
     @ray.method(concurrency_group="signs")
     def sign(self) -> Sign:
         """Say where and how far it is, whatever else it is doing."""
-        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else (0, {})
+        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else ({}, {})
         return Sign(ray.get_runtime_context().get_node_id(), ticks, samples)
 
     def load(self) -> None:
@@ -47,10 +50,11 @@ class Actor:
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
 
+    @ray.method(concurrency_group="shards")
     def run(self, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]] | None:
         """Do a task; the receipt and the staged files, unless it is a trial."""
         if task.selected is not None:
-            self._worker.trial(task.shard, task.selected, task.sampled_at_once)
+            self._worker.trial(task.shard, attempt_id, task.selected, task.sampled_at_once)
             return None
         return self._worker.run(
             task.shard,
@@ -58,7 +62,7 @@ class Actor:
             attempt_id,
             last_attempt=task.last_attempt,
             verdicts=task.verdicts,
-            existing=KeptSamples(self._job, task.shard, self._worker.tick),
+            existing=KeptSamples(self._job, task.shard, functools.partial(self._worker.tick, attempt_id)),
             sampled_at_once=task.sampled_at_once,
             profiled=task.shard.index == self._job.profiled,
         )
@@ -66,18 +70,16 @@ class Actor:
 
 @dataclass(eq=False)
 class Worker:
-    """An actor, and what it is doing: coming up, loading the model, a task, or waiting for one."""
+    """An actor, and what it is asked: where it is, then to load the model, then one task after the other."""
 
     actor: Any
     started: float
     sign: Sign | None = None
     """Its last one; None while it waits for a machine."""
-    silent: float = 0.0
-    """Seconds since anything moved."""
     asked: float = 0.0
     """When it was last asked for a sign, on the monotonic clock."""
-    task: Task | None = None
-    attempt_id: str = ""
+    flights: list["Flight"] = field(default_factory=list)
+    """What it has not answered yet."""
 
     @property
     def node(self) -> str:
@@ -85,5 +87,36 @@ class Worker:
         return self.sign.node if self.sign else ""
 
     @property
+    def is_busy(self) -> bool:
+        """Whether it has a task."""
+        return any(flight.task for flight in self.flights)
+
+    @property
     def samples_done(self) -> int:
-        return self.sign.samples_done.get(self.attempt_id, 0) if self.sign else 0
+        """Samples of unfinished shards."""
+        return sum(self.sign.samples_done.get(flight.attempt_id, 0) for flight in self.flights) if self.sign else 0
+
+    def signed(self, sign: Sign) -> None:
+        """Take a sign of life."""
+        self.sign = sign
+        for flight in self.flights:
+            ticks = sign.ticks.get(flight.attempt_id, 0)
+            if ticks != flight.ticks:
+                flight.ticks, flight.silent = ticks, 0.0
+
+
+@dataclass(eq=False)
+class Flight:
+    """What a worker has been asked."""
+
+    worker: Worker
+    ref: ray.ObjectRef
+    """What will answer it."""
+    task: Task | None = None
+    """None until it has loaded."""
+    attempt_id: str = ""
+    """Of the task."""
+    ticks: int = 0
+    """As of the last sign of life."""
+    silent: float = 0.0
+    """Seconds since anything moved."""

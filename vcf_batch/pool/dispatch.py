@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -17,8 +18,8 @@ from vcf_batch.exporter import Exporter
 from vcf_batch.lease import Lease
 from vcf_batch.ledger import Ledger
 from vcf_batch.pool import nodes
-from vcf_batch.pool.actor import Actor, Sign, Worker
-from vcf_batch.pool.ray_errors import cause, failure, node_died, reason, symptom
+from vcf_batch.pool.actor import SHARDS_AT_ONCE, Actor, Flight, Sign, Worker
+from vcf_batch.pool.ray_errors import cause, failure, node_died, reason, says_which, symptom
 from vcf_batch.pool.watch import Watch
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress
@@ -53,8 +54,9 @@ class Dispatch:
         self.exporter = Exporter(ray.util.metrics, self.config.output, job.manifest.num_rows)
         self.commits = CommitQueue(self.config.output, held, ledger, progress.note)
         self.quarantine = Quarantine()
-        self.flights: dict[ray.ObjectRef, Worker] = {}
-        """What each busy worker will answer."""
+        self.workers: set[Worker] = set()
+        self.flights: dict[ray.ObjectRef, Flight] = {}
+        """What workers have been asked, by what will answer it."""
         self.idle: list[Worker] = []
         assert self.config.stall_timeout is not None
         self.watch = Watch(self.config.stall_timeout)
@@ -66,7 +68,7 @@ class Dispatch:
             num_cpus=self.config.cpus_per_worker,
             num_gpus=self.config.gpus_per_worker,
             runtime_env={"env_vars": prepare.environment(self.config)},
-            concurrency_groups={"signs": 1},
+            concurrency_groups={"signs": 1, "shards": SHARDS_AT_ONCE},
         )(Actor)
         self.loaded = False
         self.starts = Starts()
@@ -95,11 +97,11 @@ class Dispatch:
                     else:
                         time.sleep(ANSWER_SECONDS / 10)
                     self._settle()
-                    for ref, error in self.watch.stalled(self.flights):
-                        self._failed(self.flights.pop(ref), error)
+                    for flight, error in self.watch.stalled(self.flights):
+                        self._failed(flight, error)
                     self._show_progress()
             finally:
-                for worker in self._workers():
+                for worker in self.workers:
                     ray.kill(worker.actor)
         self.ledger.raise_if_incomplete()
 
@@ -110,9 +112,6 @@ class Dispatch:
             return ray.wait(flights, num_returns=len(flights), timeout=0)[0]
         return []
 
-    def _workers(self) -> list[Worker]:
-        return [*self.flights.values(), *self.idle]
-
     @property
     def _ungenerated(self) -> int:
         """Shards that it takes a worker for."""
@@ -121,12 +120,13 @@ class Dispatch:
     # Workers come and go
 
     def _start_workers(self) -> None:
-        while len(self.flights) + len(self.idle) < min(self._wanted(), self._ungenerated) and self.starts.may_begin:
+        while len(self.workers) < min(self._wanted(), self._ungenerated) and self.starts.may_begin:
             left_out = ",".join(self.quarantine.nodes)
             options = {"label_selector": {"ray.io/node-id": f"!in({left_out})"}} if left_out else {}
             actor = self.actor_class.options(**options).remote(self.job_ref)
+            self.workers.add(worker := Worker(actor, time.monotonic()))
             # First of all, where it is: a load may fail before it could be asked.
-            self.flights[actor.sign.remote()] = Worker(actor, time.monotonic())
+            self._ask(worker, actor.sign.remote())
 
     def _wanted(self) -> int:
         """Workers at most: as asked, else what the cluster has room for now."""
@@ -142,19 +142,47 @@ class Dispatch:
     def _room_left(self, room: dict[str, int]) -> int:
         return sum(workers for node, workers in room.items() if node not in self.quarantine.nodes)
 
+    def _ask(self, worker: Worker, ref: ray.ObjectRef, task: Task | None = None, attempt_id: str = "") -> None:
+        flight = self.flights[ref] = Flight(worker, ref, task, attempt_id)
+        worker.flights.append(flight)
+
+    def _landed(self, flight: Flight) -> None:
+        """It is answered, or never will be."""
+        del self.flights[flight.ref]
+        flight.worker.flights.remove(flight)
+
     def _send(self, worker: Worker) -> None:
-        """Give the worker its next shard; let it wait while failed ones or commits do; else let it go."""
-        nodes_at_work = set[str]()
-        if self.queue.is_waiting:
-            nodes_at_work = {other.node for other in [worker, *self._workers()] if other.node}
-        task = worker.task = None if self.commits.is_full else self.queue.take(worker.node, nodes_at_work)
-        if task is not None:
-            worker.attempt_id, worker.silent = task.new_id(), 0.0
-            self.flights[worker.actor.run.remote(task, worker.attempt_id)] = worker
-        elif self.queue.is_waiting or self.commits.is_full:
+        """Give the worker what it can do; let it wait while failed shards or commits do; else let it go."""
+        while len(worker.flights) < SHARDS_AT_ONCE and (task := self._next(worker)):
+            attempt_id = task.new_id()
+            self._ask(worker, worker.actor.run.remote(task, attempt_id), task, attempt_id)
+        if worker.flights:
+            return
+        if self.queue.waiting or self.commits.is_full:
             self.idle.append(worker)
         else:
-            ray.kill(worker.actor)
+            self._let_go(worker)
+
+    def _next(self, worker: Worker) -> Task | None:
+        """The worker's next task; beside another one, as long as that takes it from no other worker."""
+        if self.commits.is_full:
+            return None
+        nodes_at_work = {other.node for other in self.workers if other.node} if self.queue.waiting else set()
+        if not worker.flights:
+            return self.queue.take(worker.node, nodes_at_work)
+        unclaimed = self._ungenerated - len(self.flights) - self.queue.waiting
+        if any(flight.task.is_alone for flight in worker.flights if flight.task) or unclaimed < self._wanted():
+            return None
+        return self.queue.take_beside(worker.node, nodes_at_work)
+
+    def _let_go(self, worker: Worker) -> None:
+        """End a worker. What it has not finished is nobody's fault, and is done again."""
+        ray.kill(worker.actor)
+        self.workers.remove(worker)
+        for flight in [*worker.flights]:
+            self._landed(flight)
+            if flight.task is not None:
+                self.queue.repeat(flight.task)
 
     def _leave_out(self, bad: set[str]) -> None:
         """Use some nodes no more. What failed there is nobody's fault."""
@@ -171,44 +199,40 @@ class Dispatch:
             self.queue.forgive(node)
         self.starts.reset()
         self.capacity_until = 0.0
-        for ref, worker in [*self.flights.items()]:
+        self.idle = [worker for worker in self.idle if worker.node not in bad]
+        for worker in [*self.workers]:
             if worker.node in bad:
-                del self.flights[ref]
-                ray.kill(worker.actor)
-                if worker.task is not None:
-                    self.queue.repeat(worker.task)
-        for worker in [*self.idle]:
-            if worker.node in bad:
-                self.idle.remove(worker)
-                ray.kill(worker.actor)
+                self._let_go(worker)
 
     # What workers answer
 
     def _land(self, ref: ray.ObjectRef) -> None:
         """An actor has answered, or died."""
-        worker = self.flights.pop(ref)
+        flight = self.flights[ref]
+        worker = flight.worker
         try:
             answer = ray.get(ref)
         except RayError as error:
-            self._failed(worker, cause(error))
+            self._failed(flight, cause(error))
             return
+        self._landed(flight)
         if worker.sign is None:
             self._came_up(worker, answer)
-        elif worker.task is None:
+        elif flight.task is None:
             self.loaded = True
             self.starts.reset()
             self._send(worker)
             self._leave_out(self.quarantine.succeeded(worker.node, "load"))
         else:
-            self._did(worker, worker.task, answer)
+            self._did(worker, flight.task, answer)
 
     def _came_up(self, worker: Worker, sign: Sign) -> None:
         """An actor has found a machine."""
         worker.sign = sign
         if worker.node in self.quarantine.nodes:
-            ray.kill(worker.actor)
+            self._let_go(worker)
         else:
-            self.flights[worker.actor.load.remote()] = worker
+            self._ask(worker, worker.actor.load.remote())
 
     def _did(self, worker: Worker, task: Task, answer: Any) -> None:
         """A worker has generated a shard, or survived a trial."""
@@ -220,18 +244,21 @@ class Dispatch:
         self._send(worker)
         self._leave_out(self.quarantine.succeeded(worker.node, "shard"))
 
-    def _failed(self, worker: Worker, error: Exception) -> None:
+    def _failed(self, flight: Flight, error: Exception) -> None:
         """A start or a task has failed."""
-        task = worker.task
+        worker, task = flight.worker, flight.task
+        self._landed(flight)
         # Where a worker has loaded, the run's settings are sound: what another one misses is its node's.
         if isinstance(error, UsageError) and not (task is None and self.loaded):
-            ray.kill(worker.actor)
             raise error
+        beside = [other.task for other in worker.flights if other.task]
         # After anything but trouble of the storage (an error of the GPU, say) the process is not to be trusted.
         if task is None or not isinstance(error, StorageError):
-            ray.kill(worker.actor)
+            self._let_go(worker)
         if task is None:
             self._start_failed(worker, error)
+        elif beside and not says_which(error):
+            self._undecided([task, *beside], error)
         else:
             self._attempt_failed(task, worker.node, error)
             if isinstance(error, StorageError):
@@ -245,7 +272,7 @@ class Dispatch:
         if node_died(error) or (pause := self.starts.failed(worker.started)) is None:
             return
         failing = {*self.quarantine.failing, worker.node}
-        hope = any(other.task or other.node not in failing for other in self._workers() if other.node)
+        hope = any(other.is_busy or other.node not in failing for other in self.workers if other.node)
         if self.starts.used_up and not hope:
             kind = StorageError if isinstance(error, StorageError) else VcfBatchError
             raise kind(
@@ -259,6 +286,17 @@ class Dispatch:
         )
 
     # What becomes of shards
+
+    def _undecided(self, tasks: Sequence[Task], error: Exception) -> None:
+        """A worker had several shards, and any of them may be to blame: that shows when each is tried alone."""
+        self.queue.repeat(tasks[0])  # the others were when the worker was let go
+        self.progress.note(
+            f"shards {' and '.join(task.shard.name for task in tasks)}: their worker failed and each is tried again "
+            f"alone: {reason(error)}",
+            "attempts_failed",
+            logging.WARNING,
+            shards=[task.shard.name for task in tasks],
+        )
 
     def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
         """Queue the shard again, or set it aside."""
@@ -322,9 +360,8 @@ class Dispatch:
         if self.ledger.left and time.monotonic() - self.shown_at < ANSWER_SECONDS:
             return
         self.shown_at = time.monotonic()
-        busy = [worker for worker in self.flights.values() if worker.task]
-        done = self.ledger.finished_rows + sum(worker.samples_done for worker in busy)
-        ready = len(busy) + len(self.idle)
+        done = self.ledger.finished_rows + sum(worker.samples_done for worker in self.workers)
+        ready = sum(worker.is_busy for worker in self.workers) + len(self.idle)
         self.progress.update(done, self.ledger.counts["failed"], ready, self.ledger.totals.means)
         self.exporter.now(done, ready)
         if ready or not self._ungenerated:

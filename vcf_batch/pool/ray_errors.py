@@ -39,6 +39,11 @@ def node_died(error: Exception) -> bool:
     return isinstance(error, RayError) and "node has died" in str(error).lower()
 
 
+def says_which(error: Exception) -> bool:
+    """Whether the error is of one task, and not of the process, which may have had several."""
+    return not isinstance(error, Stalled) and (not isinstance(error, RayError) or isinstance(error, RayTaskError))
+
+
 def symptom(error: Exception) -> str:
     """What a worker suffers from. It may become a row's error message, so it is the same whenever that happens: no
     message of the error's own, which has addresses, process numbers and times in it."""

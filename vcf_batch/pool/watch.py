@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import ray
 from ray.exceptions import RayError
 
-from vcf_batch.pool.actor import Worker
+from vcf_batch.pool.actor import Flight, Worker
 from vcf_batch.pool.ray_errors import Stalled
 
 LOOK_SECONDS = 1.0
@@ -34,11 +34,11 @@ class Watch:
         self._asked: dict[ray.ObjectRef, Worker] = {}
         self._looked_at = time.monotonic()
 
-    def stalled(self, flights: Mapping[ray.ObjectRef, Worker]) -> Iterator[tuple[ray.ObjectRef, Stalled]]:
+    def stalled(self, flights: Mapping[ray.ObjectRef, Flight]) -> Iterator[tuple[Flight, Stalled]]:
         """Take in the signs that have come, ask for others, and yield what is not worth waiting for any longer.
 
         Args:
-            flights: what busy workers will answer. An answer that is there already is no longer a worker's silence.
+            flights: by what will answer them. An answer that is there already is no longer a worker's silence.
         """
         self._take_in()
         now = time.monotonic()
@@ -47,20 +47,18 @@ class Watch:
         # Were this process itself stopped for an hour, no worker would have been silent for that.
         elapsed, self._looked_at = min(now - self._looked_at, 5 * LOOK_SECONDS), now
         # Others wait for a machine, which may take any time.
-        up = [worker for worker in flights.values() if worker.sign]
-        asked = {*self._asked.values()}
-        unasked = [worker for worker in up if worker not in asked]
-        for worker in heapq.nsmallest(SIGNS_AT_ONCE, unasked, key=lambda worker: worker.asked):
+        up = {flight.worker for flight in flights.values() if flight.worker.sign}
+        for worker in heapq.nsmallest(SIGNS_AT_ONCE, up.difference(self._asked.values()), key=lambda one: one.asked):
             worker.asked = now
             self._asked[worker.actor.sign.remote()] = worker
         all_asked = len(up) // SIGNS_AT_ONCE * LOOK_SECONDS
-        for ref, worker in [*flights.items()]:
-            if worker.sign is None:
+        for ref, flight in [*flights.items()]:
+            if flight.worker.sign is None:
                 continue
-            worker.silent += elapsed
-            limit = (self._timeout if worker.task else max(LOAD_SECONDS, self._timeout)) + all_asked
-            if worker.silent > limit and not ray.wait([ref], timeout=0)[0]:
-                yield ref, Stalled(f"no sign of life for {limit:g} s (--stall-timeout)")
+            flight.silent += elapsed
+            limit = (self._timeout if flight.task else max(LOAD_SECONDS, self._timeout)) + all_asked
+            if flight.silent > limit and ref in flights and not ray.wait([ref], timeout=0)[0]:
+                yield flight, Stalled(f"no sign of life for {limit:g} s (--stall-timeout)")
 
     def _take_in(self) -> None:
         if not self._asked:
@@ -68,6 +66,4 @@ class Watch:
         for ref in ray.wait([*self._asked], num_returns=len(self._asked), timeout=0)[0]:
             worker = self._asked.pop(ref)
             with contextlib.suppress(RayError):
-                sign = ray.get(ref)
-                if sign != worker.sign:
-                    worker.sign, worker.silent = sign, 0.0
+                worker.signed(ray.get(ref))
