@@ -1,4 +1,4 @@
-"""Compiled networks draw what the others draw, forwards and backwards."""
+"""Compiled networks draw what the others draw."""
 
 from pathlib import Path
 
@@ -13,9 +13,8 @@ from vcf_batch.config import MAX_PIXELS
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_a_compiled_run_draws_what_the_other_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within rounding; and what was compiled is in the node's cache."""
     monkeypatch.setenv("VCF_BATCH_CACHE", str(tmp_path / "cache"))
@@ -35,7 +34,7 @@ def test_a_compiled_run_draws_what_the_other_one_draws(tmp_path: Path, monkeypat
     assert any((tmp_path / "cache" / "compiled").iterdir())
 
 
-def test_gradients_pass_through_compiled_networks() -> None:
+def test_gradients_are_those_of_networks_that_are_not_compiled() -> None:
     """To noise and tokens, with a bias on the way and the activations of a step computed again."""
 
     def gradients(pipeline: VCFPipeline) -> list[torch.Tensor]:
@@ -47,5 +46,5 @@ def test_gradients_pass_through_compiled_networks() -> None:
         return [leaf.grad for leaf in (tokens, noise) if leaf.grad is not None]
 
     eager, compiled = (gradients(build_pipeline().set_up("cpu", compiled)) for compiled in (False, True))
-    assert len(compiled) == 2
-    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    assert all(gradient.any() for gradient in eager)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)

@@ -29,6 +29,9 @@ SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
 """A worker hangs that gives no sign of life for so long, and not in the time of so many denoising steps of a batch
 either. No reference takes longer to read than the first."""
 
+COMPILING_SECONDS = 3600.0
+"""The same with compiled networks: a new shape is compiled in the middle of a shard, without a sign of life."""
+
 OPERATIONS = 700.0
 """Of a UNet forward, for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at 768 px."""
 PNO_STEP = 3.3
@@ -196,7 +199,8 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         )
     if config.stall_timeout is None:
         step = cast(int, config.batch_size) * seconds / cast(int, config.steps)
-        config = config.replace(stall_timeout=max(SILENT_SECONDS, SILENT_STEPS * step))
+        silent = COMPILING_SECONDS if config.compile else SILENT_SECONDS
+        config = config.replace(stall_timeout=max(silent, SILENT_STEPS * step))
     fields = fingerprint_fields(
         config,
         manifest=manifest.identity,

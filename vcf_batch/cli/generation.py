@@ -222,7 +222,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "Seconds without a sign of life after which a worker is taken to hang, and killed; its shard is tried again. Each "
     "denoising step is a sign, each reference, each sample that is written and each part of a file that is staged: no "
     "shard is limited as a whole. Loading the models gives no sign, and may take an hour, or this if it is more.  "
-    "[default: 600, or what twenty denoising steps of a batch are guessed to take]",
+    "[default: 600, 3600 with --compile; or what twenty denoising steps of a batch are guessed to take]",
     metavar="SECONDS",
 )
 @_option(
