@@ -191,7 +191,7 @@ class Chaos:
         """As a cluster or a person stops it, once or twice."""
 
         def at_work() -> bool:
-            file = self.orders / "driving"
+            file = self.orders.parent / "driving"
             return self.driver is not None and file.exists() and file.read_text() == str(self.driver.pid)
 
         self.wait_for(at_work)

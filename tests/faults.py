@@ -155,7 +155,7 @@ def drive() -> None:
         obey(folder, "first file" if target.endswith(".tar") else "both files")
 
     def begin(*_: Any) -> None:
-        (folder / "driving").write_text(str(os.getpid()))
+        (folder.parent / "driving").write_text(str(os.getpid()))
 
     around(commits, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
     around(storage, "move", after=moved)
