@@ -143,12 +143,16 @@ class Chaos:
         faults.give(self.orders, name)
         # Where all workers wait for tickets, one has to come again for a phase before that.
         again = "wait.kill" if phase == "load" else "wait.storage"
-        if phase in BEFORE_A_TICKET:
-            faults.give(self.orders, again)
+        given = 0.0
 
         def struck() -> bool:
+            nonlocal given
             if phase in TAKING_A_TICKET:
                 self.hand_in()
+            # Now and then: a shard that comes again may first have to wait for another one of its worker.
+            if phase in BEFORE_A_TICKET and time.monotonic() > given + 5:
+                faults.give(self.orders, again)
+                given = time.monotonic()
             return not (self.orders / name).exists()
 
         self.wait_for(struck)
@@ -160,18 +164,13 @@ class Chaos:
         return self.order(self.random.choice(faults.WORKER_PHASES), "kill")
 
     def worker_dies_at_any_moment(self) -> str:
-        self.wait_for(lambda: bool(self.workers()))
+        self.wait_for(lambda: bool(faults.workers(self.orders)))
         time.sleep(self.random.random())
-        workers = self.workers()
+        workers = faults.workers(self.orders)
         if workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.random.choice(workers), signal.SIGKILL)
         return "SIGKILL"
-
-    def workers(self) -> list[int]:
-        """Processes of workers that are alive."""
-        numbers = [int(path.name) for path in (self.orders / "pids").iterdir()]
-        return [number for number in sorted(numbers) if b"FaultyActor" in _command(number)]
 
     def worker_hangs(self) -> str:
         return self.order(self.random.choice(("sample", "score", "tar")), self.random.choice(("hang", "stop")))
@@ -269,13 +268,6 @@ def digests(output: str) -> dict[str, str]:
         for name in storage.list_files(output)
         if name.endswith((".tar", ".parquet"))
     }
-
-
-def _command(process: int) -> bytes:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @contextlib.contextmanager

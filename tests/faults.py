@@ -57,6 +57,19 @@ def taken(order: Path) -> bool:
     return True
 
 
+def workers(folder: Path) -> list[int]:
+    """Processes of workers that are alive; there has to be a folder ``pids``, in which they say so."""
+    numbers = sorted(int(path.name) for path in (folder / "pids").iterdir())
+    return [number for number in numbers if b"FaultyActor" in _command(number)]
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def act(action: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Faults of workers, nodes and drivers on a real Ray cluster of two nodes on this machine (docs/reliability.md)."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,11 +22,12 @@ import faults
 import ray
 from ray.cluster_utils import Cluster
 
-from vcf_batch import attempts, blame, pool, quarantine
+from vcf_batch import attempts, blame, commits, pool, quarantine
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.pool import dispatch
 from vcf_batch.progress import Progress
+from vcf_batch.records import Receipt
 
 ray.cloudpickle.register_pickle_by_value(faults)
 """Workers cannot import what lies beside the tests."""
@@ -118,9 +120,28 @@ def test_workers_killed_in_every_phase_cost_no_byte(
     # All of it may happen to one shard, which shall not be looked into for that.
     monkeypatch.setattr(attempts, "PAUSES", (0.1,) * len(faults.WORKER_PHASES))
     config = configure()
-    order(config, *(f"{phase}.kill" for phase in faults.WORKER_PHASES))
+    folder = order(config, *(f"{phase}.kill" for phase in faults.WORKER_PHASES))
+    (folder / "pids").mkdir()
+    commit, receipts = commits.commit, list[Receipt]()
+
+    def commit_while_workers_die(output: str, receipt: Receipt, staged: dict[str, str]) -> None:
+        """The first time: before its files are moved, and after its receipt is written."""
+        if not receipts:
+            kill_workers()
+        commit(output, receipt, staged)
+        if not receipts:
+            kill_workers()
+        receipts.append(receipt)
+
+    def kill_workers() -> None:
+        for worker in faults.workers(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+    monkeypatch.setattr(commits, "commit", commit_while_workers_die)
     pool.run(config)
-    assert not orders_left(config)
+    assert len(receipts) == ROWS // SHARD_SIZE
+    assert orders_left(config) == ["pids"]
     assert runs.data_files(Path(config.output)) == runs.data_files(undisturbed)
     assert not list(Path(config.output).glob("_staging/*"))
 
@@ -133,10 +154,11 @@ def test_a_worker_that_dies_with_two_shards_blames_neither(
     config = configure(num_workers=1)
     order(config, "sample.kill")
     pool.run(config)
-    (note,) = [note for note in notes if "tried again alone" in note]
+    repeated = [note for note in notes if "is repeated alone" in note]
     tried = {receipt.shard.name: receipt.attempt for receipt in runs.read_receipts(config.output).values()}
     again = [name for name, attempt in tried.items() if attempt == 2]
-    assert len(again) == 2 and all(name in note for name in again)
+    assert len(again) == len(repeated) == 2
+    assert all(any(f"shard {name} " in note for note in repeated) for name in again)
     assert max(tried.values()) == 2
     assert runs.data_files(Path(config.output)) == runs.data_files(undisturbed)
 
@@ -201,9 +223,13 @@ def test_a_worker_that_hangs_is_replaced(
     again."""
     monkeypatch.setattr(attempts, "PAUSES", (0.1,) * 9)  # a busy machine may seem to hang
     config = configure(stall_timeout=8.0)
-    order(config, "sample.hang", "score.stop")
+    pids = order(config, "sample.hang", "score.stop") / "pids"
+    pids.mkdir()
     pool.run(config)
-    assert sum("no sign of life for 8 s" in note for note in notes) >= 2
+    stalls = sum("no sign of life for 8 s" in note for note in notes)
+    assert stalls >= 2
+    # While one hangs, no others are started for the shard that waits behind it.
+    assert len([*pids.iterdir()]) <= 2 + stalls
     assert runs.data_files(Path(config.output)) == runs.data_files(undisturbed)
 
 

@@ -125,6 +125,7 @@ def test_attempts_have_names_of_their_own() -> None:
     nodes=st.lists(st.sampled_from([A, B]), min_size=1, max_size=7),
     batch_size=st.sampled_from([None, 4]),
     forgiven=st.sets(st.integers(0, 80), max_size=3),
+    beside=st.sets(st.integers(0, 80)),
 )
 def test_no_shard_is_lost_or_doubled(
     count: int,
@@ -133,6 +134,7 @@ def test_no_shard_is_lost_or_doubled(
     nodes: list[str],
     batch_size: int | None,
     forgiven: set[int],
+    beside: set[int],
 ) -> None:
     """Every shard is finished or set aside, exactly once, whatever happens to its attempts and trials."""
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +146,8 @@ def test_no_shard_is_lost_or_doubled(
             assert step < 2000
             clock.now += 20.0
             node = nodes[step % len(nodes)]
-            task = queue.take(node, set(nodes))
+            take = queue.take_beside if step in beside else queue.take
+            task = take(node, set(nodes))
             outcome = outcomes[step] if step < len(outcomes) else "done"
             if step in forgiven:
                 queue.forgive(node)

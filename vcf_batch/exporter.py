@@ -49,10 +49,9 @@ class Exporter:
                 self._waits.inc(seconds, {"queue": phase.removeprefix("wait_for_")})
             else:
                 self._phases.inc(seconds, {"phase": phase})
-        seconds = timings["total"] - timings.get("wait_for_turn", 0.0)
-        if seconds > 0:
-            self._worker_seconds.inc(seconds, {"device": device})
-            self._busy.set(timings.get("sample", 0.0) / seconds, {"device": device})
+        if receipt.worker_seconds > 0:
+            self._worker_seconds.inc(receipt.worker_seconds, {"device": device})
+            self._busy.set(timings.get("sample", 0.0) / receipt.worker_seconds, {"device": device})
         for name, counts in receipt.histograms.items():
             for bound, count in counts.items():
                 for _ in range(count):

@@ -51,7 +51,7 @@ TURN_SECONDS = 1.0
 """Between two signs of life of a shard that waits until another one is sampled."""
 
 PICTURE_BYTES = 1 << 30
-"""Decoded references that are kept for later batches; beyond it they are read again."""
+"""Decoded references of a shard that are kept for later batches; beyond it they are read again."""
 
 NOT_FINITE = "the model produced values that are not finite for this row; try another seed or --dtype float32"
 

@@ -221,6 +221,11 @@ class Receipt:
     """Where memory was too small for the run's batches: how many rows were sampled at once. Such a shard is outside of
     the promise of identical bytes."""
 
+    @property
+    def worker_seconds(self) -> float:
+        """What the shard took of its worker: while it waited for its turn, another shard was sampled."""
+        return self.timings.get("total", 0.0) - self.timings.get("wait_for_turn", 0.0)
+
     def keeping(self, older: "Receipt") -> "Receipt":
         """The receipt of a shard that keeps samples of an older one: what marks those marks the shard."""
         devices = list(older.device.get("several", [older.device]))

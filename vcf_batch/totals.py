@@ -44,7 +44,7 @@ class Totals:
     """Rows that :attr:`worker_seconds` were spent on: all but those that a repair kept."""
     worker_seconds: float = 0.0
     phases: Counter[str] = field(default_factory=Counter)
-    """Worker seconds by phase; phases overlap."""
+    """Worker seconds by phase, without waiting for another shard; phases overlap."""
     devices: Counter[str] = field(default_factory=Counter)
     """Rows by device type."""
     device_seconds: Counter[str] = field(default_factory=Counter)
@@ -58,8 +58,7 @@ class Totals:
     def add(self, receipt: Receipt) -> None:
         """Take what a receipt says of how its shard came to be."""
         timings, device = receipt.timings, receipt.device.get("type", "several" if receipt.device else "unknown")
-        # While it waits for its turn, the worker samples another shard.
-        seconds = timings.get("total", 0.0) - timings.get("wait_for_turn", 0.0)
+        seconds = receipt.worker_seconds
         generated = timings.get("generated", len(receipt.shard))
         self.done.add(receipt.shard.index)
         self.counts.update(receipt.counts)
@@ -68,9 +67,10 @@ class Totals:
         self.bytes += sum(entry.size for entry in receipt.files.values())
         self.generated += generated if seconds else 0
         self.worker_seconds += seconds
-        self.phases.update({name: spent for name, spent in timings.items() if name not in NOT_PHASES})
+        phases = timings.keys() - NOT_PHASES - {"wait_for_turn"}
+        self.phases.update({name: timings[name] for name in phases})
         self.devices[device] += generated
-        self.device_seconds[device] += seconds
+        self.device_seconds[device] += seconds  # type: ignore[assignment]
         for name, mean in receipt.means.items():
             if mean is not None:
                 self.score_sums[name] += mean * receipt.counts["success"]  # type: ignore[assignment]

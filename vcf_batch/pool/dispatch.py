@@ -49,6 +49,7 @@ class Dispatch:
 
     def __init__(self, job: Job, held: Lease, ledger: Ledger, progress: Progress) -> None:
         self.config, self.lease, self.ledger, self.progress = job.config, held, ledger, progress
+        self.profiled = job.profiled
         smaller = self.config.batch_size if self.config.allow_smaller_batches else None
         self.queue = ShardQueue(ledger.remaining(), ledger.rows_of, smaller)
         self.exporter = Exporter(ray.util.metrics, self.config.output, job.manifest.num_rows)
@@ -117,10 +118,15 @@ class Dispatch:
         """Shards that it takes a worker for."""
         return self.ledger.left - len(self.commits)
 
+    @property
+    def _read_ahead(self) -> int:
+        """Shards that wait at workers which have another one: no further worker gets them."""
+        return len(self.flights) - (len(self.workers) - len(self.idle))
+
     # Workers come and go
 
     def _start_workers(self) -> None:
-        while len(self.workers) < min(self._wanted(), self._ungenerated) and self.starts.may_begin:
+        while len(self.workers) < min(self._wanted(), self._ungenerated - self._read_ahead) and self.starts.may_begin:
             left_out = ",".join(self.quarantine.nodes)
             options = {"label_selector": {"ray.io/node-id": f"!in({left_out})"}} if left_out else {}
             actor = self.actor_class.options(**options).remote(self.job_ref)
@@ -164,14 +170,18 @@ class Dispatch:
             self._let_go(worker)
 
     def _next(self, worker: Worker) -> Task | None:
-        """The worker's next task; beside another one, as long as that takes it from no other worker."""
+        """The worker's next task: a shard, or beside one another, as long as enough are left for all workers."""
         if self.commits.is_full:
             return None
         nodes_at_work = {other.node for other in self.workers if other.node} if self.queue.waiting else set()
-        if not worker.flights:
+        tasks = [flight.task for flight in worker.flights if flight.task]
+        if not tasks:
             return self.queue.take(worker.node, nodes_at_work)
-        unclaimed = self._ungenerated - len(self.flights) - self.queue.waiting
-        if any(flight.task.is_alone for flight in worker.flights if flight.task) or unclaimed < self._wanted():
+        # The trace shall show the one shard from its first batch on.
+        if any(task.is_alone or task.shard.index == self.profiled for task in tasks):
+            return None
+        claimed = sum(flight.task is not None for flight in self.flights.values())
+        if self._ungenerated - claimed - self.queue.waiting < self._wanted():
             return None
         return self.queue.take_beside(worker.node, nodes_at_work)
 
@@ -258,7 +268,7 @@ class Dispatch:
         if task is None:
             self._start_failed(worker, error)
         elif beside and not says_which(error):
-            self._undecided([task, *beside], error)
+            self._undecided([task, *beside], worker.node, error)
         else:
             self._attempt_failed(task, worker.node, error)
             if isinstance(error, StorageError):
@@ -287,16 +297,18 @@ class Dispatch:
 
     # What becomes of shards
 
-    def _undecided(self, tasks: Sequence[Task], error: Exception) -> None:
+    def _undecided(self, tasks: Sequence[Task], node: str, error: Exception) -> None:
         """A worker had several shards, and any of them may be to blame: that shows when each is tried alone."""
         self.queue.repeat(tasks[0])  # the others were when the worker was let go
-        self.progress.note(
-            f"shards {' and '.join(task.shard.name for task in tasks)}: their worker failed and each is tried again "
-            f"alone: {reason(error)}",
-            "attempts_failed",
-            logging.WARNING,
-            shards=[task.shard.name for task in tasks],
-        )
+        for task in tasks:
+            self.progress.note(
+                f"shard {task.title}: attempt {task.attempt} ended with its worker, which had another shard too, and "
+                f"is repeated alone: {reason(error)}",
+                "attempt_failed",
+                logging.WARNING,
+                shard=task.shard.name,
+                node=node,
+            )
 
     def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
         """Queue the shard again, or set it aside."""
@@ -335,7 +347,7 @@ class Dispatch:
             worker=receipt.timings["worker"],
             node=finished.node,
             rows=len(task.shard),
-            seconds=receipt.timings["total"],
+            seconds=round(receipt.worker_seconds, 3),
         )
         for row, message in task.verdicts.items():
             self.progress.note(

@@ -190,10 +190,9 @@ class Figures(Totals):
 
     def add(self, receipt: Receipt) -> None:
         super().add(receipt)
-        timings = receipt.timings
-        if "ended" in timings:
-            end = datetime.fromisoformat(timings["ended"]).timestamp()
-            self.intervals.add(end - timings["total"], end, len(receipt.shard))
+        if "ended" in receipt.timings:
+            end = datetime.fromisoformat(receipt.timings["ended"]).timestamp()
+            self.intervals.add(end - receipt.worker_seconds, end, len(receipt.shard))
 
     def add_rows(self, shard: Shard, table: pa.Table) -> None:
         """Take the rows of a shard, by :data:`_COLUMNS`."""
