@@ -20,6 +20,7 @@ from vcf_batch import attempts
 from vcf_batch.attempts import Task
 from vcf_batch.errors import StorageError
 from vcf_batch.pool import actor, dispatch
+from vcf_batch.prepare import Job
 
 WORKER_PHASES = ("load", "run", "sample", "score", "tar", "parquet", "stage", "staged")
 """When a worker looks for orders, in their order."""
@@ -102,6 +103,11 @@ def around(
 
 class FaultyActor(actor.Actor):
     """A worker that obeys. Tests put it in the place of the pool's own."""
+
+    def __init__(self, job: Job) -> None:
+        if (orders(job.config.manifest) / f"no-init-on-{ray.get_runtime_context().get_node_id()}").exists():
+            act("fail")
+        super().__init__(job)
 
     def load(self) -> None:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()

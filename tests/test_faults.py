@@ -45,8 +45,8 @@ def cluster() -> Iterator[Cluster]:
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
         )
         try:
-            nodes.add_node(num_cpus=1)
-            nodes.add_node(num_cpus=1)
+            for address in ("127.0.0.2", "127.0.0.3"):
+                nodes.add_node(num_cpus=1, node_ip_address=address)
             ray.init(address=nodes.address, log_to_driver=False)
             yield nodes
         finally:
@@ -237,7 +237,7 @@ def workers_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-@pytest.mark.parametrize("what", ["load", pytest.param("run", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["init", "load", pytest.param("run", marks=pytest.mark.slow)])
 def test_a_bad_node_is_left_out_and_nobody_is_blamed(
     what: str, undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

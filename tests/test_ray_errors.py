@@ -35,6 +35,15 @@ def test_the_reason_of_a_dead_worker_says_where_and_why() -> None:
     assert ray_errors.reason(StorageError("cannot read " + "x" * 400)).endswith("x" * 400)
 
 
+def test_where_an_actor_died_is_told_by_an_address_alone() -> None:
+    """A worker that could not even be made has not said on which node it is."""
+    traceback = "ray::Actor.__init__() (pid=4711, ip=10.0.0.7)\nImportError: no such module"
+    unmade = ActorDiedError(RayTaskError("__init__", traceback, None))
+    assert ray_errors.reason(unmade) == "ActorDiedError: ImportError: no such module"
+    assert ray_errors.address(unmade) == ray_errors.address(died("Worker exit type: SYSTEM_ERROR")) == "10.0.0.7"
+    assert ray_errors.address(RuntimeError("ip=10.0.0.7")) == ""
+
+
 def test_a_lost_node_is_nobodys_fault() -> None:
     """Losing a node costs no attempt of a shard."""
     assert ray_errors.node_died(died("The actor died because its node has died. Node Id: 0"))

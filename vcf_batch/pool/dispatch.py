@@ -19,7 +19,7 @@ from vcf_batch.lease import Lease
 from vcf_batch.ledger import Ledger
 from vcf_batch.pool import nodes
 from vcf_batch.pool.actor import SHARDS_AT_ONCE, Actor, Flight, Sign, Worker
-from vcf_batch.pool.ray_errors import cause, failure, node_died, reason, says_which, symptom
+from vcf_batch.pool.ray_errors import address, cause, failure, node_died, reason, says_which, symptom
 from vcf_batch.pool.watch import Watch
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress
@@ -257,6 +257,7 @@ class Dispatch:
     def _failed(self, flight: Flight, error: Exception) -> None:
         """A start or a task has failed."""
         worker, task = flight.worker, flight.task
+        node = worker.node or nodes.at(address(error))
         self._landed(flight)
         # Where a worker has loaded, the run's settings are sound: what another one misses is its node's.
         if isinstance(error, UsageError) and not (task is None and self.loaded):
@@ -266,22 +267,22 @@ class Dispatch:
         if task is None or not isinstance(error, StorageError):
             self._let_go(worker)
         if task is None:
-            self._start_failed(worker, error)
+            self._start_failed(worker, node, error)
         elif beside and not says_which(error):
-            self._undecided([task, *beside], worker.node, error)
+            self._undecided([task, *beside], node, error)
         else:
-            self._attempt_failed(task, worker.node, error)
+            self._attempt_failed(task, node, error)
             if isinstance(error, StorageError):
                 self._send(worker)
         # On trial a worker may fail: that is what the trial is for.
-        if worker.node and not node_died(error) and (task is None or task.selected is None):
-            self._leave_out(self.quarantine.failed(worker.node, task.shard if task else None, reason(error)))
+        if node and not node_died(error) and (task is None or task.selected is None):
+            self._leave_out(self.quarantine.failed(node, task.shard if task else None, reason(error)))
 
-    def _start_failed(self, worker: Worker, error: Exception) -> None:
+    def _start_failed(self, worker: Worker, node: str, error: Exception) -> None:
         """Wait before the next start, and give up when nothing ever starts."""
         if node_died(error) or (pause := self.starts.failed(worker.started)) is None:
             return
-        failing = {*self.quarantine.failing, worker.node}
+        failing = {*self.quarantine.failing, node}
         hope = any(other.is_busy or other.node not in failing for other in self.workers if other.node)
         if self.starts.used_up and not hope:
             kind = StorageError if isinstance(error, StorageError) else VcfBatchError
@@ -292,7 +293,7 @@ class Dispatch:
             f"a worker did not start (next one in {pause:.0f} s): {reason(error)}",
             "worker_did_not_start",
             logging.WARNING,
-            node=worker.node,
+            node=node,
         )
 
     # What becomes of shards

@@ -28,6 +28,12 @@ def room(config: RunConfig) -> dict[str, int]:
     return {node["NodeID"]: _room_on(node, config) for node in ray.nodes()}
 
 
+def at(address: str) -> str:
+    """The node with an address; empty where there is none, or more than one."""
+    found = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == address]
+    return found[0] if len(found) == 1 else ""
+
+
 def describe(config: RunConfig) -> str:
     """What a worker needs, and what there is."""
     there = ray.cluster_resources()

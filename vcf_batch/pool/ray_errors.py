@@ -1,5 +1,7 @@
 """What Ray's errors mean, in this package's words: who may be to blame, and what people are told."""
 
+import re
+
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from vcf_batch.attempts import Failure
@@ -39,6 +41,12 @@ def node_died(error: Exception) -> bool:
     return isinstance(error, RayError) and "node has died" in str(error).lower()
 
 
+def address(error: Exception) -> str:
+    """Of the machine where an actor died, which Ray tells in the error's text alone; empty where it does not."""
+    told = re.search(r"\bip(?:=|: )([0-9A-Fa-f.:]+)", str(error)) if isinstance(error, RayActorError) else None
+    return told[1] if told else ""
+
+
 def says_which(error: Exception) -> bool:
     """Whether the error is of one task, and not of the process, which may have had several."""
     return not isinstance(error, Stalled) and (not isinstance(error, RayError) or isinstance(error, RayTaskError))
@@ -65,8 +73,8 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     if isinstance(error, (VcfBatchError, Stalled)):
         return lines[0]
-    if isinstance(error, RayTaskError):  # a traceback, which ends with the exception
-        text = lines[-1]
+    if isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed):
+        text = lines[-1]  # of a traceback, which ends with the exception
     elif isinstance(error, RayActorError):  # a headline, names of Ray's own, then where it ran and what happened
         told = [line for line in lines[1:] if not line.startswith(("class_name:", "actor_id:", "name:", "namespace:"))]
         text = ", ".join(told or lines)
