@@ -179,10 +179,10 @@ class Bench:
         import pyarrow.parquet as pq
 
         from vcf_batch import plan
-        from vcf_batch.generation import Tools
         from vcf_batch.manifest import Manifest
         from vcf_batch.metrics.scorer import Scorer
         from vcf_batch.references import ReferenceReader
+        from vcf_batch.tools import Tools
         from vcf_batch.worker import Worker
 
         batch, batches = self.batches[0], 4

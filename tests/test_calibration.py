@@ -10,8 +10,8 @@ import torch
 
 from vcf_batch import calibration
 from vcf_batch.errors import OutOfDeviceMemory
-from vcf_batch.generation import Tools
 from vcf_batch.records import Row
+from vcf_batch.tools import Tools
 from vcf_batch.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("restored_torch")

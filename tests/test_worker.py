@@ -17,7 +17,7 @@ from PIL import Image
 from runs import another, commit, load
 from transformers import CLIPModel
 
-from vcf_batch import commits, generation, images, plan, shards, worker
+from vcf_batch import commits, images, plan, shard_references, shards, worker
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.metrics.scorer import Scorer
@@ -373,7 +373,7 @@ def test_pictures_that_do_not_fit_are_read_again(
     """Memory does not grow with the shard: decoded references are dropped, at the same bytes."""
     manifest = runs.write_manifest(tmp_path / "in", 24)
     commit(another(loaded, manifest, tmp_path / "kept"))
-    monkeypatch.setattr(generation, "PICTURE_BYTES", 0)
+    monkeypatch.setattr(shard_references, "PICTURE_BYTES", 0)
     commit(another(loaded, manifest, tmp_path / "dropped", batch_size=4))
     assert runs.data_files(tmp_path / "kept") == runs.data_files(tmp_path / "dropped")
 

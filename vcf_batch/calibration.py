@@ -6,11 +6,14 @@ import time
 from collections.abc import Sequence
 
 from vcf_batch import padding
+from vcf_batch.batches import batch_key
+from vcf_batch.clock import Clock
 from vcf_batch.errors import OutOfDeviceMemory
-from vcf_batch.generation import Clock, Generation, Tools, batch_key
+from vcf_batch.generation import Generation
 from vcf_batch.manifest import Manifest
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
+from vcf_batch.tools import Tools
 
 SECONDS = 1.0
 """A measurement is repeated until it has taken so long."""
@@ -81,8 +84,7 @@ def fastest_batch_size(tools: Tools, manifest: Manifest, limit: int) -> int:
 
 def _generate(tools: Tools, rows: Sequence[Row]) -> None:
     tools.device.use_threads()
-    with Generation(tools, rows, {}, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None) as generation:
-        generation.run()
+    Generation(tools, rows, {}, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
 
 
 def _most_demanding(tools: Tools, manifest: Manifest) -> Row:

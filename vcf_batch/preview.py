@@ -10,12 +10,14 @@ from typing import Any
 from PIL import Image
 
 from vcf_batch import in_process, prepare, run_manifest, run_models
+from vcf_batch.clock import Clock
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
-from vcf_batch.generation import Clock, Generation, Tools
+from vcf_batch.generation import Generation
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked
+from vcf_batch.tools import Tools
 
 SWEPT = {
     "strength": float,
@@ -121,8 +123,7 @@ def _generated(tools: Tools, rows: Sequence[Row]) -> list[Sample]:
     }
     made: list[Sample] = []
     tools.device.use_threads()
-    with Generation(tools, chosen, failed, made.append, Clock(), last_attempt=True, sampled_at_once=None) as generation:
-        generation.run()
+    Generation(tools, chosen, failed, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
     return [made[number] for number in numbers]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vcf_batch import storage
-from vcf_batch.generation import Clock
+from vcf_batch.clock import Clock
 
 BATCHES = 4
 """That are sampled before the recording ends: each kernel is an event, and of a whole shard they would be millions."""

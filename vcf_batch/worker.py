@@ -12,9 +12,10 @@ from typing import cast
 import torch
 
 from vcf_batch import commits, models, scratch, shards, storage
+from vcf_batch.clock import Clock
 from vcf_batch.config import RunConfig
 from vcf_batch.device import Device
-from vcf_batch.generation import Clock, Generation, Tools
+from vcf_batch.generation import Generation
 from vcf_batch.manifest import Manifest
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
@@ -26,6 +27,7 @@ from vcf_batch.references import ReferenceReader
 from vcf_batch.row_settings import checked
 from vcf_batch.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.shards import ShardFiles
+from vcf_batch.tools import Tools
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
@@ -255,8 +257,7 @@ class Worker:
                 way = (clock, last_attempt, sampled_at_once)
                 layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
                 with shards.ShardWriter(folder, shard, *layout) as writer:
-                    with Generation(self.tools, rows, known, writer.add, *way) as generation:
-                        generation.run()
+                    Generation(self.tools, rows, known, writer.add, *way).run()
                     with clock("finish_files"):
                         files = writer.finish()
                 yield files
