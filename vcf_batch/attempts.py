@@ -70,7 +70,8 @@ class Case:
 
     Trouble and crashes have a budget each, so that neither uses up the other's: a shard is tried ``len(PAUSES) + 1``
     times in all against trouble, and as often against crashes. Then a row that kills its workers is looked for
-    (:class:`vcf_batch.blame.Search`), blamed, and the rest generated; and again, if that kills a worker too.
+    (:class:`vcf_batch.blame.Search`), blamed, and the rest generated; and again, if that kills a worker too. A verdict
+    counts where the row died alone on several nodes, or on that which generated the rest.
 
     Args:
         shard: the shard.
@@ -93,12 +94,16 @@ class Case:
         """Nodes of the trials that died."""
         self._symptom = ""
         """Of the first death of the row that is searched for, alone."""
+        self._alone_on: set[str] = set()
+        """Nodes where that row died alone."""
+        self._seen_on: dict[int, set[str]] = {}
+        """Of each row that is blamed, likewise."""
         self._any_survived = self._in_vain = False
 
     @property
     def failed_on(self) -> set[str]:
-        """Nodes where it failed."""
-        return {*itertools.chain(*self._failures.values()), *self._searched_on}
+        """Nodes where it failed; of a row alone, those where it died alone: it shall show elsewhere, too."""
+        return self._alone_on or {*itertools.chain(*self._failures.values()), *self._searched_on}
 
     def task(self) -> Task:
         """What is tried next."""
@@ -153,17 +158,35 @@ class Case:
         if self._search is not None and task.selected == self._search.trial:
             self._search.survived()
             if self._search.in_vain:
-                self._search, self._in_vain = None, True
+                self._search, self._alone_on, self._in_vain = None, set(), True
 
     def forgive(self, node: str) -> None:
         """What failed on a node does not count."""
         if node in self._failures[Failure.MEMORY]:
             self._sampled_at_once = self._batch_size
+        crashed = node in self._failures[Failure.CRASH]
         for failures in self._failures.values():
             failures[:] = [other for other in failures if other != node]
-        if node in self._searched_on:
-            self._search, self._searched_on, self._verdicts = None, [], {}
+        if crashed or node in self._searched_on:
+            self._search, self._searched_on, self._alone_on, self._verdicts = None, [], set(), {}
+            self._any_survived = self._in_vain = False
         self.not_before = 0.0
+
+    def is_proven(self, task: Task, node: str) -> bool:
+        """Whether the rest of the shard, which a node has generated, may be committed beside the task's verdicts.
+
+        If not, the rows are tried again. Where one died on a single node, and the rest went well on another one, that
+        may be the difference between the nodes.
+        """
+        if task.verdicts != self._verdicts:  # a node was forgiven meanwhile
+            return False
+        for row, nodes in self._seen_on.items():
+            if row in self._verdicts and len(nodes) == 1 and node not in nodes:
+                del self._verdicts[row]
+                self._look_among([row])
+                self._alone_on = nodes
+                return False
+        return True
 
     def _wait(self, failure: Failure, node: str) -> bool:
         pauses = LOSS_PAUSES if failure is Failure.LOSS else PAUSES
@@ -182,8 +205,11 @@ class Case:
         if not self._verdicts and self._wait(Failure.CRASH, node):
             return True
         suspects = [row for row in self._rows if row not in self._verdicts]
-        self._search, self._symptom = Search(suspects[::-1] if len(self._verdicts) % 2 else suspects), ""
+        self._look_among(suspects[::-1] if len(self._verdicts) % 2 else suspects)
         return True
+
+    def _look_among(self, suspects: Sequence[int]) -> None:
+        self._search, self._symptom, self._alone_on = Search(suspects), "", set()
 
     def _died(self, task: Task, node: str, symptom: str) -> None:
         """A trial crashed."""
@@ -193,10 +219,12 @@ class Case:
         if search is not None and task.selected == search.trial:
             if len(search.trial) == 1:
                 self._symptom = self._symptom or symptom
+                self._alone_on.add(node)
             search.died()
             if search.culprit is not None:
                 self._verdicts[search.culprit] = (
                     f"{self._symptom}; so it was each of the {REPEATS} times that this row was generated alone, and "
                     "not with the other rows of its shard. Check its prompt and its references"
                 )
+                self._seen_on[search.culprit], self._alone_on = self._alone_on, set()
                 self._search = None

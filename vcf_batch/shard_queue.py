@@ -79,6 +79,17 @@ class ShardQueue:
             case.survived(task)
             self._waiting.append(case)
 
+    def generated(self, task: Task, node: str) -> bool:
+        """A node has generated a shard: whether it may be committed; else it is tried again.
+
+        See :meth:`vcf_batch.attempts.Case.is_proven`.
+        """
+        case = self._at_work.get(task.shard)
+        if case is None or case.is_proven(task, node):
+            return True
+        self.repeat(task)
+        return False
+
     def repeat(self, task: Task) -> None:
         """Try again at once: the worker was let go."""
         case = self._case(task)

@@ -246,13 +246,14 @@ class Dispatch:
 
     def _did(self, worker: Worker, task: Task, answer: Any) -> None:
         """A worker has generated a shard, or survived a trial."""
+        # First of all: what a bad node failed counts no more, and may be what the task rests on.
+        self._leave_out(self.quarantine.succeeded(worker.node, "shard"))
         if task.selected is not None:
             self.queue.done(task)
-        else:
+        elif self.queue.generated(task, worker.node):
             receipt, staged = answer
             self.commits.add(Finished(task, worker.node, self.ledger.whole(receipt), staged))
         self._send(worker)
-        self._leave_out(self.quarantine.succeeded(worker.node, "shard"))
 
     def _failed(self, flight: Flight, error: Exception) -> None:
         """A start or a task has failed."""
