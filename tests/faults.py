@@ -105,8 +105,10 @@ class FaultyActor(actor.Actor):
     """A worker that obeys. Tests put it in the place of the pool's own."""
 
     def __init__(self, job: Job) -> None:
-        if (orders(job.config.manifest) / f"no-init-on-{ray.get_runtime_context().get_node_id()}").exists():
+        folder = orders(job.config.manifest)
+        if (folder / f"no-init-on-{ray.get_runtime_context().get_node_id()}").exists():
             act("fail")
+        obey(folder, "init")
         super().__init__(job)
 
     def load(self) -> None:
@@ -153,14 +155,14 @@ class FaultyActor(actor.Actor):
         around(commits, "stage", staging, phase("staged"))
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: Task, attempt_id: str) -> Any:
+    def run(self, task: Task, attempt_id: str, again: bytes | None) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / f"no-run-on-{node}").exists():
             act("fail")
         while (folder / "hold").exists():
             time.sleep(0.05)
         obey(folder, "run")
-        return super().run(task, attempt_id)  # type: ignore[operator]
+        return super().run(task, attempt_id, again)  # type: ignore[operator]
 
 
 def drive() -> None:

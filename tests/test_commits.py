@@ -217,13 +217,15 @@ def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
     check(output, {0: second})
 
 
-def test_a_replacement_whose_files_are_damaged_is_not_finished(output: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["parquet", "receipt"])
+def test_a_replacement_whose_files_are_damaged_is_not_finished(output: str, tmp_path: Path, damaged: str) -> None:
     """What a commit left is published with the bytes that its receipt describes, or not at all."""
     old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
     commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
     staged = commits.stage(new, output, SHARD, "two")
-    storage.publish_bytes(storage.join(output, "_staging/two/replacing.json"), receipt_for(new).to_json())
+    paths = staged | {"receipt": "_staging/two/replacing.json"}
+    storage.publish_bytes(storage.join(output, paths["receipt"]), receipt_for(new).to_json())
     storage.remove(storage.join(output, "00000_stats.json"))
-    storage.publish_bytes(storage.join(output, staged["parquet"]), b"bad")
+    storage.publish_bytes(storage.join(output, paths[damaged]), b"bad")
     commits.clean(output)
     assert storage.list_tree(output) == {}

@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from vcf_batch import attempts, blame, commits, pool, quarantine
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import VcfBatchError
-from vcf_batch.pool import dispatch
+from vcf_batch.pool import dispatch, watch
 from vcf_batch.progress import Progress
 from vcf_batch.records import Receipt
 
@@ -230,6 +230,20 @@ def test_a_worker_that_hangs_is_replaced(
     assert stalls >= 2
     # While one hangs, no others are started for the shard that waits behind it.
     assert len([*pids.iterdir()]) <= 2 + stalls
+    assert runs.data_files(Path(config.output)) == runs.data_files(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_before_it_says_where_it_is_is_replaced(
+    undisturbed: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tell it from one that waits for a machine, so a worker that has not come up for long is asked for
+    again. It counts as no failure."""
+    monkeypatch.setattr(watch, "LOAD_SECONDS", 0.0)
+    config = configure(num_workers=1, stall_timeout=30.0)
+    order(config, "init.hang")
+    pool.run(config)
+    assert not orders_left(config)
     assert runs.data_files(Path(config.output)) == runs.data_files(undisturbed)
 
 

@@ -235,7 +235,7 @@ def test_bytes_do_not_depend_on_what_is_kept(gated: tuple[Job, Worker], tmp_path
     rejected = bytes(row["status"] == "rejected" for row in runs.rows_of(Path(job.config.output)))
     assert 0 < sum(rejected) < ROWS
     for number, again in enumerate((rejected, b"\1" + bytes(ROWS - 1))):
-        samples = KeptSamples(dataclasses.replace(job, again={0: again}), job.shards[0])
+        samples = KeptSamples(job, job.shards[0], again)
         commit(elsewhere(subject, tmp_path / str(number)), existing=samples)
         assert runs.data_files(tmp_path / str(number)) == runs.data_files(Path(job.config.output))
 

@@ -127,7 +127,7 @@ def test_triplets_are_kept_verified_and_told_of(run: tuple[Job, Worker], tmp_pat
     assert list(check(opened)) == []
     assert "`KEY.content.png` is what the prompt alone makes of the same noise" in card.render(opened)
     tools = dataclasses.replace(loaded.tools, config=job.config.replace(output=str(tmp_path / "out")))
-    again = KeptSamples(dataclasses.replace(job, again={0: bytes([0, 0, 1, 0, 0, 0])}), job.shards[0])
+    again = KeptSamples(job, job.shards[0], bytes([0, 0, 1, 0, 0, 0]))
     commit(Worker(tools, job.manifest, job.fingerprint), existing=again)
     assert runs.data_files(tmp_path / "out") == runs.data_files(Path(job.config.output))
 

@@ -157,7 +157,10 @@ def _replacing(output_url: str) -> list[str]:
 def _finish(output_url: str, attempt_id: str) -> None:
     """Go on with a replacement, unless the shard has a receipt: still the older one, or already the new one."""
     data = storage.read_bytes(storage.join(output_url, STAGING, attempt_id, _NEW_RECEIPT))
-    receipt = Receipt.from_json(data)
+    try:
+        receipt = Receipt.from_json(data)
+    except ValueError:  # damaged: the shard has no receipt then, and is generated whole
+        return
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
     if storage.exists(receipt_url):
         return

@@ -18,14 +18,15 @@ class KeptSamples(Mapping[int, Sample]):
     """Samples of one shard by the number of their row, read from the output when they are asked for: once, in order.
 
     Args:
-        job: the run; its :attr:`~vcf_batch.prepare.Job.again` says which rows do not stay.
+        job: the run.
         shard: one of its shards.
+        again: which of its rows do not stay, see :attr:`vcf_batch.prepare.Job.again`; None is all of them.
         tick: called for each sample that is read, whether it stays or not: a sign of life.
     """
 
-    def __init__(self, job: Job, shard: Shard, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, job: Job, shard: Shard, again: bytes | None, tick: Callable[[], None] = lambda: None) -> None:
         self._shard = shard
-        self._again = job.again.get(shard.index, bytes([True]) * len(shard))
+        self._again = bytes([True]) * len(shard) if again is None else again
         self._samples = _committed(job, shard)
         self._tick = tick
 

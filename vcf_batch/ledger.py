@@ -17,6 +17,9 @@ from vcf_batch.totals import Totals
 MAX_SET_ASIDE = 16
 """How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
 
+MAX_NAMED = 64
+"""How many of the shards that were set aside are named: a bound on memory, and on the length of a message."""
+
 TELL_SECONDS = 10.0
 """Between two looks that others get at what is counted."""
 
@@ -76,8 +79,11 @@ class Ledger:
         self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
         self.left = len(job.shards) - len(self.totals.done)
         """Shards that are neither committed nor set aside."""
-        self._set_aside: list[tuple[Task, Exception, str]] = []
-        self._set_aside_in_a_row = 0
+        self._set_aside: list[tuple[Task, str]] = []
+        """The first shards that were, and why."""
+        self._set_aside_count = self._set_aside_in_a_row = 0
+        self._last: tuple[Exception, str] | None = None
+        """Why the last one was."""
         self._tell()
 
     @property
@@ -115,8 +121,11 @@ class Ledger:
             StorageError, VcfBatchError: so have many in a row; there is no use in going on.
         """
         self.left -= 1
-        self._set_aside.append((task, error, why))
+        if len(self._set_aside) < MAX_NAMED:
+            self._set_aside.append((task, why))
+        self._set_aside_count += 1
         self._set_aside_in_a_row += 1
+        self._last = error, why
         self._tell_again()
         if self._set_aside_in_a_row == MAX_SET_ASIDE:
             self.raise_if_incomplete()
@@ -127,13 +136,15 @@ class Ledger:
         Raises:
             StorageError, VcfBatchError: shards were set aside; with their names and the last one's reason.
         """
-        if not self._set_aside:
+        if self._last is None:
             return
-        _, error, why = self._set_aside[-1]
+        error, why = self._last
+        more = self._set_aside_count - len(self._set_aside)
         kind = StorageError if isinstance(error, StorageError) else VcfBatchError
         raise kind(
-            f"{len(self._set_aside)} of {len(self._shards)} shards failed again and again: "
-            f"{', '.join(task.title for task, _, _ in self._set_aside)}. The last reason: {why}\n"
+            f"{self._set_aside_count} of {len(self._shards)} shards failed again and again: "
+            f"{', '.join(task.title for task, _ in self._set_aside)}{f' and {more:,} more' if more else ''}. "
+            f"The last reason: {why}\n"
             "What is finished is kept: once the cause is gone, rerun the same command to go on."
         ) from error
 
@@ -148,7 +159,7 @@ class Ledger:
         )
 
     def _tell(self) -> None:
-        set_aside = {task.shard.name: why for task, _, why in self._set_aside}
+        set_aside = {task.shard.name: why for task, why in self._set_aside}
         progress_file.publish(self._output, Told(self._fingerprint, self.totals, set_aside))
         self._told = time.monotonic()
 

@@ -23,7 +23,7 @@ class Told:
     fingerprint: str
     totals: Totals
     set_aside: Mapping[str, str] = field(default_factory=dict)
-    """Shards that failed for good, by name, and why."""
+    """The first shards that failed for good, by name, and why."""
 
     @property
     def counted(self) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ class Models:
             "lpips": None if self.lpips == "none" else lpips,
             "pno_guide": guide if guided else None,
             "nsfw": self.safety_checker
-            and {"name": storage.redact(self.safety_checker.name), "identity": self.safety_identity},
+            and {"name": redact(self.safety_checker.name), "identity": self.safety_identity},
         }
 
 

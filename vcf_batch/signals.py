@@ -44,5 +44,6 @@ class Signals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        # Whatever ends the block after a signal, it is its consequence.
+        if kind is not None and (self._received or issubclass(kind, KeyboardInterrupt)):
             raise Interrupted(self._received or signal.SIGINT) from None

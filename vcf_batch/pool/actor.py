@@ -51,8 +51,14 @@ class Actor:
         )
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: Task, attempt_id: str) -> tuple[Receipt, dict[str, str]] | None:
-        """Do a task; the receipt and the staged files, unless it is a trial."""
+    def run(self, task: Task, attempt_id: str, again: bytes | None) -> tuple[Receipt, dict[str, str]] | None:
+        """Do a task; the receipt and the staged files, unless it is a trial.
+
+        Args:
+            task: of which shard.
+            attempt_id: names the staged files.
+            again: see :class:`vcf_batch.kept.KeptSamples`.
+        """
         if task.selected is not None:
             self._worker.trial(task.shard, attempt_id, task.selected, task.sampled_at_once)
             return None
@@ -62,7 +68,7 @@ class Actor:
             attempt_id,
             last_attempt=task.last_attempt,
             verdicts=task.verdicts,
-            existing=KeptSamples(self._job, task.shard, functools.partial(self._worker.tick, attempt_id)),
+            existing=KeptSamples(self._job, task.shard, again, functools.partial(self._worker.tick, attempt_id)),
             sampled_at_once=task.sampled_at_once,
             profiled=task.shard.index == self._job.profiled,
         )

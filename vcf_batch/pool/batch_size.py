@@ -9,9 +9,12 @@ from vcf_batch import prepare
 from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest import Manifest
-from vcf_batch.pool import ray_errors
+from vcf_batch.pool import nodes, ray_errors
 from vcf_batch.prepare import Job
 from vcf_batch.run_models import Models
+
+WAITING_SECONDS = 30.0
+"""How long nothing may be known before the user is told what the run waits for."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +33,14 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
     measure = ray.remote(
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker or 0,
-        max_retries=0,
+        max_retries=2,  # of a machine that goes away
         runtime_env={"env_vars": prepare.environment(config)},
     )(_fastest)
+    answer = measure.remote(job, limit)
+    while not ray.wait([answer], timeout=WAITING_SECONDS)[0]:
+        _log.warning("No batch size yet: a worker measures it, or waits for a machine (%s).", nodes.describe(config))
     try:
-        size = ray.get(measure.remote(job, limit))
+        size = ray.get(answer)
     except RayError as error:
         why = ray_errors.cause(error)
         if isinstance(why, VcfBatchError):

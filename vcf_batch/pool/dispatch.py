@@ -1,5 +1,7 @@
 """The loop that hands shards to actors, has what comes back committed, and replaces what dies."""
 
+import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from vcf_batch.lease import Lease
 from vcf_batch.ledger import Ledger
 from vcf_batch.pool import nodes
 from vcf_batch.pool.actor import SHARDS_AT_ONCE, Actor, Flight, Sign, Worker
-from vcf_batch.pool.ray_errors import address, cause, failure, node_died, reason, says_which, symptom
+from vcf_batch.pool.ray_errors import Stalled, address, cause, failure, node_died, reason, says_which, symptom
 from vcf_batch.pool.watch import Watch
 from vcf_batch.prepare import Job
 from vcf_batch.progress import Progress
@@ -61,7 +63,9 @@ class Dispatch:
         self.idle: list[Worker] = []
         assert self.config.stall_timeout is not None
         self.watch = Watch(self.config.stall_timeout)
-        self.job_ref = ray.put(job)
+        self.again = job.again
+        # Which grows with the manifest, and of which a worker needs one shard's share at a time.
+        self.job_ref = ray.put(dataclasses.replace(job, again={}))
         remote: Any = ray.remote  # whose type hints leave out concurrency groups
         self.actor_class = remote(
             max_restarts=0,
@@ -103,7 +107,9 @@ class Dispatch:
                     self._show_progress()
             finally:
                 for worker in self.workers:
-                    ray.kill(worker.actor)
+                    # Where the cluster is gone, that is not what is to be told.
+                    with contextlib.suppress(Exception):
+                        ray.kill(worker.actor)
         self.ledger.raise_if_incomplete()
 
     def _answered(self) -> list[ray.ObjectRef]:
@@ -161,7 +167,8 @@ class Dispatch:
         """Give the worker what it can do; let it wait while failed shards or commits do; else let it go."""
         while len(worker.flights) < SHARDS_AT_ONCE and (task := self._next(worker)):
             attempt_id = task.new_id()
-            self._ask(worker, worker.actor.run.remote(task, attempt_id), task, attempt_id)
+            ref = worker.actor.run.remote(task, attempt_id, self.again.get(task.shard.index))
+            self._ask(worker, ref, task, attempt_id)
         if worker.flights:
             return
         if self.queue.waiting or self.commits.is_full:
@@ -281,7 +288,10 @@ class Dispatch:
 
     def _start_failed(self, worker: Worker, node: str, error: Exception) -> None:
         """Wait before the next start, and give up when nothing ever starts."""
-        if node_died(error) or (pause := self.starts.failed(worker.started)) is None:
+        # One that has never answered waits for a machine, most likely, which may take any time. In case its process
+        # hangs, another one is asked for.
+        waited = isinstance(error, Stalled) and not worker.sign
+        if waited or node_died(error) or (pause := self.starts.failed(worker.started)) is None:
             return
         failing = {*self.quarantine.failing, node}
         hope = any(other.is_busy or other.node not in failing for other in self.workers if other.node)

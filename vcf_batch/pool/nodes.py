@@ -13,7 +13,7 @@ from vcf_batch.pool import ray_errors
 from vcf_batch.prepare import Job
 
 CHECK_SECONDS = 60.0
-"""How long a node may take to look at the storage."""
+"""How long nodes may take to look at the storage."""
 
 
 def with_gpus(config: RunConfig) -> RunConfig:
@@ -55,11 +55,11 @@ def check(job: Job) -> None:
         for node, workers in room(job.config).items()
         if workers
     ]
-    for answer in asked:
+    for answer in ray.wait(asked, num_returns=len(asked), timeout=CHECK_SECONDS)[0] if asked else []:
         try:
-            ray.get(answer, timeout=CHECK_SECONDS)
+            ray.get(answer)
         except RayError as error:
-            # Anything else (the node is leaving, or busy) may pass: a worker that starts there looks again.
+            # Anything else (the node is leaving) may pass: a worker that starts there looks again.
             if isinstance(cause := ray_errors.cause(error), UsageError):
                 raise cause from error
 

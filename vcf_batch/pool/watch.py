@@ -19,7 +19,8 @@ SIGNS_AT_ONCE = 200
 looks to ask them all, and that is how much longer they may be silent."""
 
 LOAD_SECONDS = 3600.0
-"""How long a worker may load at least: fetching a model takes its time and gives no sign of life."""
+"""How long a worker may load at least: fetching a model takes its time and gives no sign of life. And how long it may
+wait for a machine before another one is asked for, since nobody can tell whether it waits or hangs."""
 
 
 class Watch:
@@ -46,15 +47,12 @@ class Watch:
             return
         # Were this process itself stopped for an hour, no worker would have been silent for that.
         elapsed, self._looked_at = min(now - self._looked_at, 5 * LOOK_SECONDS), now
-        # Others wait for a machine, which may take any time.
         up = {flight.worker for flight in flights.values() if flight.worker.sign}
         for worker in heapq.nsmallest(SIGNS_AT_ONCE, up.difference(self._asked.values()), key=lambda one: one.asked):
             worker.asked = now
             self._asked[worker.actor.sign.remote()] = worker
         all_asked = len(up) // SIGNS_AT_ONCE * LOOK_SECONDS
         for ref, flight in [*flights.items()]:
-            if flight.worker.sign is None:
-                continue
             flight.silent += elapsed
             limit = (self._timeout if flight.task else max(LOAD_SECONDS, self._timeout)) + all_asked
             if flight.silent > limit and ref in flights and not ray.wait([ref], timeout=0)[0]:
