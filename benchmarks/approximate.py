@@ -2,6 +2,8 @@
 
 The demo's rows on the embedded model, sampled and scored by a worker in this process: with 50 steps of DDIM, guided
 throughout, and with less. Noise, prompts and references are the same, so the differences are row by row.
+
+Then what a denoising step with reused deep blocks takes at the full shapes of Stable Diffusion 2.1, by operations.
 """
 
 import dataclasses
@@ -10,10 +12,14 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from full_size import FULL
 from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import commits, images, plan, prepare, run_manifest, run_models, shards, storage, worker
 from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.worker import Worker
 
 SCORES = ("clip_score", "clip_reference", "lpips")
@@ -24,17 +30,36 @@ MODES: dict[str, dict[str, Any]] = {
     "guided in 0 to 0.8": EXACT | {"guidance_hi": 0.8},
     "guided in 0.2 to 0.8": EXACT | {"guidance_lo": 0.2, "guidance_hi": 0.8},
     "guided in 0.5 to 1": EXACT | {"guidance_lo": 0.5},
+    "deep blocks in every 2nd step": EXACT | {"deep_cache": 2},
+    "deep blocks in every 3rd step": EXACT | {"deep_cache": 3},
+    "deep blocks in every 5th step": EXACT | {"deep_cache": 5},
     "20 steps of ddim": {"steps": 20, "scheduler": "ddim"},
     "20 steps of dpm++": {"steps": 20, "scheduler": "dpm++"},
     "20 steps of dpm++, guided in 0.2 to 1": {"steps": 20, "scheduler": "dpm++", "guidance_lo": 0.2},
+    "20 steps of dpm++, deep blocks in every 2nd step": {"steps": 20, "scheduler": "dpm++", "deep_cache": 2},
     "10 steps of dpm++": {"steps": 10, "scheduler": "dpm++"},
 }
+
+
+def share_of_a_step_that_reuses() -> float:
+    """Operations of a UNet call with reused deep blocks, relative to one that computes them, counted without values."""
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel(**FULL.unet, use_linear_projection=True)
+        inputs = (torch.empty(2, 4, FULL.pixels // 8, FULL.pixels // 8), torch.tensor(500), torch.empty(2, 334, 1024))
+        counts = []
+        with DeepCache(unet, interval=2) as cache:
+            for number in range(2):
+                cache.begin_step(number, is_new_batch=False)
+                with FlopCounterMode(display=False) as counter:
+                    unet(*inputs)
+                counts.append(counter.get_total_flops())
+    return counts[1] / counts[0]
 
 
 def operations(subject: Worker) -> int:
     """Of one image with a reference, multiplications and additions."""
     config, pipeline = subject.tools.config, subject.tools.pipeline
-    names = ("steps", "scheduler", "guidance_scale", "guidance_lo", "guidance_hi", "height", "width")
+    names = ("steps", "scheduler", "guidance_scale", "guidance_lo", "guidance_hi", "deep_cache", "height", "width")
     with FlopCounterMode(display=False) as counter:
         pipeline.generate(["a red star"], seeds=[0], **{name: getattr(config, name) for name in names})
     return counter.get_total_flops()
@@ -54,7 +79,8 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
 @click.option("--manifest", default="manifests/demo.parquet", show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--limit", type=int, help="Only the first rows.")
-def main(manifest: str, threads: int, limit: int | None) -> None:
+@click.option("--mode", "chosen", multiple=True, type=click.Choice([*MODES]), help="Beside the exact one; else all.")
+def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]) -> None:
     """Print one line for each mode."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-approximate-") as output:
         config = prepare.absolute(
@@ -69,6 +95,8 @@ def main(manifest: str, threads: int, limit: int | None) -> None:
         head = "operations | CLIP score | CLIP to reference | LPIPS to reference | mean difference of 255"
         click.echo(f"{job.manifest.num_rows} rows\n\n| mode | {head} |\n|---|{'---|' * 5}")
         for name, mode in MODES.items():
+            if chosen and mode is not EXACT and name not in chosen:
+                continue
             tools = dataclasses.replace(loaded.tools, config=job.config.replace(**mode))
             subject = Worker(tools, job.manifest, job.fingerprint)
             count, rows = operations(subject), drawn(subject)
@@ -78,6 +106,10 @@ def main(manifest: str, threads: int, limit: int | None) -> None:
                 [np.abs(a["pixels"] - b["pixels"].astype(float)) for a, b in zip(rows, exact, strict=True)]
             )
             click.echo(f"| {name} | {' | '.join(cells)} | {difference:.1f} |")
+    share = share_of_a_step_that_reuses()
+    click.echo(
+        f"\nA step that reuses deep blocks takes {share:.1%} of the operations of one that computes them (SD 2.1)."
+    )
 
 
 def _change(score: str, rows: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:

@@ -75,11 +75,17 @@ class Bench:
         """Seconds of stock diffusers for an image."""
         self.pictures = [Image.fromarray(pixels).resize((self.shapes.pixels,) * 2) for pixels in random]
 
-    def draw(self, pipeline: VCFPipeline, batch: int, steps: int | None = None) -> torch.Tensor:
+    def draw(self, pipeline: VCFPipeline, batch: int, steps: int | None = None, deep_cache: int = 1) -> torch.Tensor:
         """Different prompts, each with a reference of its own, to images on the CPU."""
         prompts = [f"a picture of the {number}th thing" for number in range(batch)]
         return pipeline.generate(
-            prompts, self.pictures[:batch], seeds=range(batch), guidance_scale=SCALE, steps=steps, strength=1.0
+            prompts,
+            self.pictures[:batch],
+            seeds=range(batch),
+            guidance_scale=SCALE,
+            steps=steps,
+            strength=1.0,
+            deep_cache=deep_cache,
         )
 
     def inputs(self, batch: int, steps: int) -> tuple[Any, torch.Tensor, Any]:
@@ -132,9 +138,11 @@ class Bench:
             self.draw(self.pipeline, batch, 2)
             self.per_image[batch] = self._per_image(batch)
             yield f"sampling, batch {batch}: s/image", _goal(batch), f"{self.per_image[batch]:.3f}"
+        took = self._per_image(batch, deep_cache=3)
+        yield f"deep blocks in every 3rd step, batch {batch}: s/image", "", f"{took:.3f}"
 
-    def _per_image(self, batch: int) -> float:
-        return seconds(lambda: self.draw(self.pipeline, batch), REPEATS) / batch
+    def _per_image(self, batch: int, deep_cache: int = 1) -> float:
+        return seconds(lambda: self.draw(self.pipeline, batch, deep_cache=deep_cache), REPEATS) / batch
 
     def stock(self) -> Rows:
         """diffusers' own pipeline over the same weights, one call per prompt, laid out as it comes."""

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
     "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True,
+    "deep_cache": 2,
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -161,6 +162,11 @@ def test_weights_that_say_nothing_are_refused(weights: tuple[float, ...], messag
 def test_only_ddim_adds_noise() -> None:
     with pytest.raises(UsageError, match=r"eta is 0\.5; the scheduler 'euler' takes 0 only: use ddim"):
         config(eta=0.5, scheduler="euler")
+
+
+def test_a_deep_cache_is_not_compiled() -> None:
+    with pytest.raises(UsageError, match="deep_cache is 2, which cannot be compiled: leave out --compile or"):
+        config(deep_cache=2, compile=True)
     assert config(eta=0, scheduler="euler").eta == 0
 
 
@@ -172,7 +178,8 @@ def test_published_lpips_needs_its_weights(lpips: str) -> None:
 
 
 def test_mapping_round_trip() -> None:
-    run = config(**OTHER | {"scheduler": "ddim"})  # no other takes an eta
+    # No other scheduler takes an eta, and what is compiled no deep cache.
+    run = config(**OTHER | {"scheduler": "ddim", "compile": False})
     assert RunConfig.from_mapping(run.to_dict()) == run
     assert run.replace(steps=9).steps == 9
     with pytest.raises(UsageError, match="steps is 0"):

@@ -43,6 +43,7 @@ MAX_BATCH_SIZE = 4096
 MAX_PNO_STEPS = 1000
 MAX_ATTEMPTS = 100
 MAX_SEED = 2**63 - 1
+MAX_DEEP_CACHE = 1000
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_STRENGTH = 1000.0
 MAX_WEIGHT = 1000.0
@@ -85,6 +86,9 @@ class RunConfig:
     """Steps are guided from here to ``guidance_hi``, in fractions of the schedule; 1 is pure noise. The others take
     half the operations."""
     guidance_hi: float = 1.0
+    deep_cache: int = 1
+    """The UNet's deep blocks are computed in one step in so many, and reused in the others; 1 is in every one. Without
+    effect in rows with prompt-noise optimisation."""
     scheduler: str = "ddim"
     eta: float = 0.0
     """Of ``ddim``, 0 to 1: how much of each step is new noise."""
@@ -184,6 +188,11 @@ class RunConfig:
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         _between("guidance_lo", self.guidance_lo, 0, 1)
         _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
+        _between("deep_cache", self.deep_cache, 1, MAX_DEEP_CACHE)
+        if self.deep_cache > 1 and self.compile:
+            raise UsageError(
+                f"deep_cache is {self.deep_cache}, which cannot be compiled: leave out --compile or --deep-cache"
+            )
         _between("steps", self.steps, 1, 1000)
         _between("eta", self.eta, 0, 1)
         if self.eta and self.scheduler != "ddim":

@@ -208,6 +208,7 @@ class Generation:
             "eta": self.config.eta,
             "guidance_lo": self.config.guidance_lo,
             "guidance_hi": self.config.guidance_hi,
+            "deep_cache": self.config.deep_cache,
             "height": self.config.height,
             "width": self.config.width,
         }

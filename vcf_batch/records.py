@@ -48,6 +48,7 @@ OUTPUT_COLUMNS: tuple[str, ...] = (
     "guidance_scale",
     "guidance_lo",
     "guidance_hi",
+    "deep_cache",
     "steps",
     "scheduler",
     "eta",

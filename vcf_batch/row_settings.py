@@ -18,6 +18,7 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
     """
     own = {} if row.error else row.overrides
     shares = reference_shares(own.get("reference_weights"), len(row.references))
+    pno_steps = int(own.get("pno_steps", config.pno_steps)) if row.references else 0
     return {
         "seed": row.seed,
         "reference_weights": list(shares) if len(shares) > 1 else None,
@@ -31,10 +32,11 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
         "guidance_lo": config.guidance_lo,
         "guidance_hi": config.guidance_hi,
+        "deep_cache": 1 if pno_steps else config.deep_cache,
         "steps": config.steps,
         "scheduler": config.scheduler,
         "eta": config.eta,
-        "pno_steps": int(own.get("pno_steps", config.pno_steps)) if row.references else 0,
+        "pno_steps": pno_steps,
     }
 
 

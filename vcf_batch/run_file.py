@@ -11,7 +11,7 @@ from vcf_batch.errors import RefusedError
 NAME = "run.json"
 MAX_BYTES = 1 << 20
 
-LAYOUT = 1
+LAYOUT = 2
 """Of an output: it goes up with what an output of before cannot be read, verified or resumed by."""
 
 Obstacle = Callable[[Mapping[str, Any]], str | None]

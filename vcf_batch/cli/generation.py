@@ -80,6 +80,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "the prompt less. 1 is pure noise.  [default: 0]",
 )
 @_option("guidance-hi", float, "See --guidance-lo.  [default: 1]")
+@_option(
+    "deep-cache",
+    int,
+    "Compute the deep blocks of the UNet in one step in so many, and reuse what they gave in the others: less time, "
+    "other images. Not in rows with prompt-noise optimisation.  [default: 1]",
+)
 @_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
 @_option("eta", float, "Share of new noise in each step of ddim, 0 to 1.  [default: 0]")
 @_option(

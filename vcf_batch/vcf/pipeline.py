@@ -281,6 +281,7 @@ class VCFPipeline(StableDiffusionPipeline):
         eta: float = 0.0,
         guidance_lo: float = 0.0,
         guidance_hi: float = 1.0,
+        deep_cache: int = 1,
         height: int | None = None,
         width: int | None = None,
     ) -> tuple[Sampler, Tensor, Conditioning]:
@@ -297,6 +298,7 @@ class VCFPipeline(StableDiffusionPipeline):
             eta: of ``ddim``, 0 to 1: how much of each step is new noise.
             guidance_lo, guidance_hi: the part of the schedule that is guided, in fractions of t / 999 (1 is pure
                 noise), both ends included. Outside it the unconditional side is not computed.
+            deep_cache: the UNet's deep blocks are computed in one step in so many.
             height, width: pixels; None is the model's native size.
 
         Returns:
@@ -315,6 +317,7 @@ class VCFPipeline(StableDiffusionPipeline):
             "eta": eta,
             "guidance_lo": guidance_lo,
             "guidance_hi": guidance_hi,
+            "deep_cache": deep_cache,
         }
 
         def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
@@ -372,8 +375,8 @@ class VCFPipeline(StableDiffusionPipeline):
                 authors do, or the image tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on
                 negative references.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
-            settings: ``guidance_scale``, ``guidance_lo``, ``guidance_hi``, ``steps``, ``scheduler``, ``eta``,
-                ``height`` and ``width`` as in :meth:`prepare`.
+            settings: ``guidance_scale``, ``guidance_lo``, ``guidance_hi``, ``deep_cache``, ``steps``, ``scheduler``,
+                ``eta``, ``height`` and ``width`` as in :meth:`prepare`.
 
         What is one per prompt may also be a single value for all, ``prompts`` and ``seeds`` apart.
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from vcf_batch.config import SCHEDULERS
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.attention import accept_token_bias
+from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.vcf.fusion import Conditioning
 
 _SCHEDULERS: dict[str, Any] = {
@@ -53,6 +54,7 @@ def denoise(
     eta: float = 0.0,
     guidance_lo: float = 0.0,
     guidance_hi: float = 1.0,
+    deep_cache: int = 1,
 ) -> Tensor:
     """Denoise with classifier-free guidance, both sides in one UNet call.
 
@@ -70,6 +72,8 @@ def denoise(
         eta: of DDIM, 0 to 1: how much of each step is new noise. The other schedulers know 0 only.
         guidance_lo, guidance_hi: steps with ``lo <= t / 999 <= hi`` are guided; in the others the unconditional side is
             not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        deep_cache: the UNet's deep blocks are computed in every so many steps only, and where guidance begins or ends
+            (:mod:`vcf_batch.vcf.deep_cache`). Without effect where gradients flow.
 
     Returns:
         float32 latents ``[B, C, h, w]``.
@@ -88,27 +92,33 @@ def denoise(
     initial, *added = noise.float().unbind(1)
     latents = initial * scheduler.init_noise_sigma
     selected: tuple[tuple[bool, ...], bool] | None = None
+    was_inside: bool | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
     timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True)
-    for number, (cpu_timestep, timestep) in enumerate(timesteps):
-        time = cpu_timestep.item() / (limit - 1)
-        guided = any_guided and guidance_lo <= time <= guidance_hi
-        if selected != (selected := (conditioning.inside(time), guided)):
-            tokens, bias = conditioning.select(*selected)
-            tokens, attention = tokens.to(unet.dtype), None
-            if bias is not None:
-                accept_token_bias(unet)
-                attention = {"token_bias": bias.to(unet.dtype)}
-        scaled = scheduler.scale_model_input(latents, cpu_timestep).to(unet.dtype)
-        predict = functools.partial(
-            unet, encoder_hidden_states=tokens, cross_attention_kwargs=attention, return_dict=False
-        )
-        prediction = recomputed(predict, torch.cat([scaled, scaled]) if guided else scaled, timestep)[0].float()
-        if guided:
-            negative, positive = prediction.chunk(2)
-            prediction = negative + scale * (positive - negative)
-        variance = {"eta": min(eta, MAX_ETA), "variance_noise": added[number]} if eta else {}
-        latents = scheduler.step(prediction, cpu_timestep, latents, return_dict=False, **variance)[0]
+    with DeepCache(unet, deep_cache) as cache:
+        for number, (cpu_timestep, timestep) in enumerate(timesteps):
+            time = cpu_timestep.item() / (limit - 1)
+            inside = guidance_lo <= time <= guidance_hi
+            guided = any_guided and inside
+            # Not where the batch is in fact another one: no sample depends on what its neighbours ask for.
+            cache.begin_step(number, is_new_batch=inside != was_inside)
+            was_inside = inside
+            if selected != (selected := (conditioning.inside(time), guided)):
+                tokens, bias = conditioning.select(*selected)
+                tokens, attention = tokens.to(unet.dtype), None
+                if bias is not None:
+                    accept_token_bias(unet)
+                    attention = {"token_bias": bias.to(unet.dtype)}
+            scaled = scheduler.scale_model_input(latents, cpu_timestep).to(unet.dtype)
+            predict = functools.partial(
+                unet, encoder_hidden_states=tokens, cross_attention_kwargs=attention, return_dict=False
+            )
+            prediction = recomputed(predict, torch.cat([scaled, scaled]) if guided else scaled, timestep)[0].float()
+            if guided:
+                negative, positive = prediction.chunk(2)
+                prediction = negative + scale * (positive - negative)
+            variance = {"eta": min(eta, MAX_ETA), "variance_noise": added[number]} if eta else {}
+            latents = scheduler.step(prediction, cpu_timestep, latents, return_dict=False, **variance)[0]
     return latents
 
 
