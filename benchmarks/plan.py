@@ -5,7 +5,6 @@ measures, each in a process of its own: opening and planning the manifest, check
 the finished shards of a resumed run.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 
 from vcf_batch import plan, receipts, shards
 from vcf_batch.manifest import Manifest
-from vcf_batch.records import SCORE_STEP, FileEntry, Receipt, Scores, Shard
+from vcf_batch.records import SCORE_STEP, SCORES, FileEntry, Receipt, Shard
 from vcf_batch.totals import Totals
 
 FILES = 100
@@ -56,7 +55,6 @@ def write_manifest(folder: Path, rows: int) -> None:
 def receipt_of(shard: Shard) -> Receipt:
     """What a run says of a finished shard, at the length that it has where all is scored."""
     phases = ("read_manifest", "read_references", "wait_for_references", "sample", "score", "encode", "write", "stage")
-    scores = [field.name for field in dataclasses.fields(Scores)]
     bins = {f"{number * SCORE_STEP:.2f}": len(shard) // BINS for number in range(BINS)}
     return Receipt(
         shard=shard,
@@ -78,8 +76,8 @@ def receipt_of(shard: Shard) -> Receipt:
             "total": 600.0,
             "worker": f"node:{shard.index % 1000}",
         },
-        means=dict.fromkeys(scores, 0.25),
-        histograms=dict.fromkeys(scores, bins),
+        means=dict.fromkeys(SCORES, 0.25),
+        histograms=dict.fromkeys(SCORES, bins),
     )
 
 

@@ -189,7 +189,7 @@ def test_a_sample_whose_gradient_explodes_stops_at_its_best(
     """It is marked by its steps, and costs its neighbours nothing."""
     images, course = optimized
     ours, our_course = batch.optimize(targets=batch.targets * torch.tensor([[1.0], [factor], [1.0]]))
-    assert [objective.steps for objective in our_course] == [3, 0, 3]
+    assert [(objective.steps, objective.stopped) for objective in our_course] == [(3, False), (0, True), (3, False)]
     assert ours.isfinite().all() and not torch.equal(ours[1], images[1])
     for number in (0, 2):
         assert torch.equal(ours[number], images[number]) and our_course[number] == course[number]
@@ -204,7 +204,7 @@ def test_a_sample_that_turns_bad_later_keeps_its_best(batch: Batch, optimized: t
         return sampled[-1]
 
     images, course = batch.optimize(sample=sample)
-    assert [objective.steps for objective in course] == [3, 1, 3]
+    assert [(objective.steps, objective.stopped) for objective in course] == [(3, False), (1, True), (3, False)]
     assert torch.equal(images[1], sampled[1][1])
     assert torch.equal(images[0], optimized[0][0]) and torch.equal(images[2], optimized[0][2])
 

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vcf_batch import shards, storage
+from vcf_batch import columns, shards, storage
 from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.records import OUTPUT_COLUMNS, Attempt, Reference, Row, Sample, Scores, Shard, Status
 
@@ -309,14 +309,14 @@ def test_carried_metadata_and_missing_values(tmp_path: Path) -> None:
 
 def test_a_carried_column_may_not_take_an_output_columns_name() -> None:
     with pytest.raises(ValueError, match="lpips"):
-        shards.schema(pa.schema([("lpips", pa.float64())]), False)
+        columns.schema(pa.schema([("lpips", pa.float64())]), False)
 
 
 def test_columns_and_types() -> None:
-    found = shards.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
+    found = columns.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
     assert tuple(found.names) == (*OUTPUT_COLUMNS, "extra")
     assert found.field("reference").type == pa.list_(pa.string())
-    assert shards.schema(NO_COLUMNS, False).field("reference").type == pa.string()
+    assert columns.schema(NO_COLUMNS, False).field("reference").type == pa.string()
     assert {found.field(name).type for name in ("strength", "guidance_scale", "clip_score", "lpips")} == {pa.float64()}
 
 

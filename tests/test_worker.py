@@ -17,7 +17,7 @@ from PIL import Image
 from runs import another, commit, load
 from transformers import CLIPModel
 
-from vcf_batch import commits, images, plan, shard_references, shards, worker
+from vcf_batch import columns, commits, images, plan, shard_references, shards, worker
 from vcf_batch.device import Device
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.metrics.scorer import Scorer
@@ -278,7 +278,7 @@ def test_existing_samples_are_written_as_they_are(loaded: Worker, tmp_path: Path
     existing = {}
     for row, found in zip(subject.manifest.rows(0, 24, 0), runs.rows_of(tmp_path / "whole"), strict=True):
         if row.number not in (3, 11):
-            existing[row.number] = shards.sample_of(row, found, images[row.key])
+            existing[row.number] = columns.sample_of(row, found, images[row.key])
     commit(subject, existing=existing)
     assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "whole")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch import shards, storage
+from vcf_batch import columns, shards, storage
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.prepare import Job
 from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, Sample, Shard
@@ -87,4 +87,4 @@ def _read(job: Job, shard: Shard) -> Iterator[Sample]:
                         triplet = {name: sample[f"{name}.{job.config.image_format}"] for name in TRIPLET}
                     if hashlib.sha256(image).hexdigest() != record["sha256"]:
                         raise _damaged(shard, f"row {row.number} has another sha256")
-                yield shards.sample_of(row, record, image, triplet)
+                yield columns.sample_of(row, record, image, triplet)

@@ -137,6 +137,10 @@ class Scores:
     """How alike the channel statistics of output and reference are, 0 to 1 (docs/quality.md)."""
 
 
+SCORES = tuple(field.name for field in dataclasses.fields(Scores))
+"""The names of the scores, in the order of their columns."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One image of a row that has to pass gates, whatever became of it."""
@@ -157,7 +161,9 @@ class Objective:
     best: float
     """Loss of the image that was kept."""
     steps: int
-    """Updates it took: fewer than were asked for where the numbers went bad."""
+    """Updates it took."""
+    stopped: bool = False
+    """Whether it took no more because its numbers went bad: a loss that is not finite, a gradient that exploded."""
 
 
 @dataclass(frozen=True, slots=True)

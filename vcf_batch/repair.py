@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch import shards, storage
+from vcf_batch import columns, shards, storage
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.outputs import Output
 from vcf_batch.records import Shard
@@ -40,7 +40,7 @@ class Repair:
         manifest = output.need_manifest()
         self._output, self._where = output, where
         self._database = duckdb.connect(":memory:", config=_CLOSED)
-        schema = shards.schema(manifest.carried_schema, manifest.reference_is_list)
+        schema = columns.schema(manifest.carried_schema, manifest.reference_is_list)
         self._columns = [field.name for field in schema if self._takes(field)]
         self._selected(schema.empty_table())
 

@@ -13,13 +13,14 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch import images, plan, receipts, shards, storage
+from vcf_batch import columns, images, plan, receipts, shards, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.outputs import Output
 from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
 from vcf_batch.row_json import json_value, row_json
 from vcf_batch.row_settings import checked, settings_of
+from vcf_batch.tally import Tally
 
 
 def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Array:
@@ -47,7 +48,7 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
     names = {kind: shard.name + suffix for kind, suffix in shards.SUFFIXES.items()}
     urls = {kind: storage.join(output.url, name) for kind, name in names.items()}
     keys: list[str] = []
-    tally = shards.Tally()
+    tally = Tally()
     # First, as nothing should be parsed that is known to be damaged.
     _check_hash(names["parquet"], storage.digest(urls["parquet"]).sha256, receipt.files["parquet"])
     with storage.open_read(urls["tar"]) as file:
@@ -135,7 +136,7 @@ def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
     is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
     if output.manifest:
         carried, is_list = output.manifest.carried_schema, output.manifest.reference_is_list
-    if not found.equals(expected := shards.schema(carried, is_list)):
+    if not found.equals(expected := columns.schema(carried, is_list)):
         # Not compared as text: what a list calls its items is another name once it has been in a file.
         different = [
             str(field)
@@ -149,7 +150,7 @@ def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
 def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
     """Compare a row of the parquet with what the manifest and the run's settings say."""
     assert output.manifest
-    said = shards.columns_of(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
+    said = columns.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
     said |= settings_of(checked(row, output.config), output.config)
     attempts = record["attempts"] or [{"seed": row.seed}]
     if [each["seed"] for each in attempts] != [plan.attempt_seed(row.seed, number) for number in range(len(attempts))]:

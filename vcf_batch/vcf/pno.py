@@ -111,7 +111,7 @@ def optimize(
         running &= _clip([tokens, noise], running)
         optimizer.step()
         optimizer.zero_grad()
-    course = zip(first.tolist(), best.tolist(), taken.tolist(), strict=True)
+    course = zip(first.tolist(), best.tolist(), taken.tolist(), (~running).tolist(), strict=True)
     return best_images, [Objective(*each) for each in course]
 
 
