@@ -4,10 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.slow
 def test_a_run_struck_by_faults_has_the_bytes_of_an_undisturbed_one() -> None:
     """After any mix of faults and reruns the output is byte-identical to an undisturbed run's, every row is there once,
     and nothing is left over."""
