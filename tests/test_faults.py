@@ -216,6 +216,7 @@ def test_rows_that_kill_hang_and_raise_fail_alone(undisturbed: Path, configure: 
     assert not any("left out" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(
     undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +252,7 @@ def workers_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-@pytest.mark.parametrize("what", ["init", "load", pytest.param("run", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["init", *(pytest.param(step, marks=pytest.mark.slow) for step in ("load", "run"))])
 def test_a_bad_node_is_left_out_and_nobody_is_blamed(
     what: str, undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -304,6 +304,7 @@ def test_a_model_that_does_not_load_ends_the_run_at_once(configure: Callable[...
         pool.run(configure(tmp_path / "out", model=str(broken), num_workers=1))
 
 
+@pytest.mark.slow
 def test_once_a_worker_has_loaded_a_failed_start_is_its_nodes_trouble(
     undisturbed: Path,
     configure: Callable[..., RunConfig],
