@@ -275,6 +275,7 @@ def test_a_bad_node_is_left_out_and_nobody_is_blamed(
     assert bad in left_out
 
 
+@pytest.mark.slow
 def test_where_memory_is_too_small_batches_shrink_on_request(configure: Configure, notes: list[str]) -> None:
     """Out of GPU memory: tried again in a fresh process; then, if allowed, with fewer rows at once, which the receipt
     tells. (Simulated: the order is a limit on the rows of a batch.)"""
@@ -320,10 +321,8 @@ def ended(driver: subprocess.Popen[str]) -> tuple[int, str]:
     return driver.returncode, output
 
 
-@pytest.mark.parametrize(
-    "step",
-    ["first file", *(pytest.param(step, marks=pytest.mark.slow) for step in ("commit", "both files", "receipt"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["commit", "first file", "both files", "receipt"])
 def test_a_driver_killed_between_the_steps_of_a_commit_is_resumed(
     step: str, cluster: Cluster, undisturbed: Path, configure: Configure
 ) -> None:

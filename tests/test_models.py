@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from vcf_batch import models, storage
+from vcf_batch import model_files, models, storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models import ResolvedModel, fetch, resolve
 
@@ -146,13 +146,13 @@ def test_only_the_model_s_own_files_count() -> None:
         "unet/a.non_ema.safetensors", "unet/a.bin", "unet/modeling.py", ".git/config.json",
         ".cache/huggingface/x.json", "../../evil.json", "/etc/evil.json", "unet/../../evil.json",
     ]  # fmt: skip
-    assert models.model_files(left_out + kept) == sorted(kept)
+    assert model_files.chosen(left_out + kept) == sorted(kept)
     only_bin = ["config.json", "pytorch_model.bin"]
-    assert models.model_files([*only_bin, "tf_model.h5"]) == only_bin
+    assert model_files.chosen([*only_bin, "tf_model.h5"]) == only_bin
     both = ["config.json", "open_clip_model.safetensors", "open_clip_config.json", "pytorch_model.bin"]
-    assert models.model_files(both) == only_bin, "OpenCLIP's names are not those that transformers loads"
+    assert model_files.chosen(both) == only_bin, "OpenCLIP's names are not those that transformers loads"
     sharded = ["m-00001-of-00002.safetensors", "m.fp16-00001-of-00002.safetensors", "m.safetensors.index.fp16.json"]
-    assert models.model_files([*sharded, "m.safetensors.index.json"]) == [sharded[0], "m.safetensors.index.json"]
+    assert model_files.chosen([*sharded, "m.safetensors.index.json"]) == [sharded[0], "m.safetensors.index.json"]
 
 
 # URLs

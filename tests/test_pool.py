@@ -159,6 +159,7 @@ def start_driver(config: RunConfig, address: str) -> subprocess.Popen[str]:
     return driver
 
 
+@pytest.mark.slow
 def test_a_stopped_and_a_killed_driver_are_resumed_by_the_same_command(
     cluster: str, undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

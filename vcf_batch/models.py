@@ -1,8 +1,6 @@
 """Where a model comes from: resolved once by the driver to an exact version, fetched once by each node.
 
-Only ``.safetensors``, ``.json`` and ``.txt`` files count as a model, and ``.bin`` where there is no safetensors: its
-loaders read that with ``weights_only``. What a pickle or a repository's code would run never runs. Nothing is loaded
-here, so torch is not needed.
+Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.model_files` says what may be loaded at all.
 """
 
 import contextlib
@@ -11,15 +9,15 @@ import json
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-from vcf_batch import storage
+from vcf_batch import model_hub, storage
 from vcf_batch.errors import ModelError, StorageError, VcfBatchError
+from vcf_batch.model_files import refuse_code, select
 
 TINY = "tiny"
 CACHE_VARIABLE = "VCF_BATCH_CACHE"
@@ -30,13 +28,6 @@ PRESETS: Mapping[str, tuple[str, str]] = {
 }
 """Hub ids of a Stable Diffusion and of the image encoder that its aligner reads (docs/method.md, section 7)."""
 
-_WEIGHTS = (".safetensors", ".bin")
-_SUFFIXES = (*_WEIGHTS, ".json", ".txt")
-_PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
-_CONFIGS = ("config.json", "model_index.json")
-_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
-"""What a pipeline's parts may come from."""
-_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKER = ".complete.json"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -82,7 +73,7 @@ def resolve(name: str, revision: str | None = None) -> ResolvedModel:
         _no_revision(name, revision)
         return ResolvedModel(name, "directory", folder, _folder_identity(folder))
     if _HUB_ID.fullmatch(name):
-        return ResolvedModel(name, "hub", name, _hub_commit(name, revision))
+        return ResolvedModel(name, "hub", name, model_hub.commit_of(name, revision))
     if name in PRESETS:
         raise ModelError(
             f"{name!r} is a preset to train an aligner for, and no model to generate with yet: train the aligner with "
@@ -118,7 +109,7 @@ def fetch(model: ResolvedModel) -> str:
         return folder
     if model.kind == "url":
         return _cached(model, lambda folder: _fill_from_url(model, folder))
-    return _cached(model, lambda folder: _fill_from_hub(model, folder))
+    return _cached(model, lambda folder: model_hub.fill(model.location, model.identity, folder))
 
 
 @contextlib.contextmanager
@@ -166,7 +157,7 @@ def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
     """
     try:
         if model.kind == "hub":
-            data = _read_hub(model.location, model.identity, file)
+            data = model_hub.read(model.location, model.identity, file)
         else:
             folder = tiny_folder() if model.kind == "tiny" else model.location
             data = storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES)
@@ -180,33 +171,6 @@ def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
     return config
 
 
-def model_files(files: Sequence[str]) -> list[str]:
-    """Those of a folder's relative paths that make up its model, sorted.
-
-    Left out are other kinds of files, hidden ones, names that would leave the folder, READMEs, half-precision or
-    training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the
-    parts of a diffusers folder, and the second copy of its weights that OpenCLIP's repositories have.
-    """
-    plain = [
-        file
-        for file in files
-        if file.endswith(_SUFFIXES)
-        and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
-        and not PurePosixPath(file).name.upper().startswith("README")
-        and not PurePosixPath(file).name.startswith("open_clip_")
-    ]
-    present = set(plain)
-    safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}
-    is_pipeline = "model_index.json" in present
-    return sorted(
-        file
-        for file in plain
-        if not (_VARIANT.search(file) and _VARIANT.sub("", file) in present)
-        and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
-        and not (is_pipeline and "/" not in file and file.endswith(_WEIGHTS))
-    )
-
-
 def _no_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise ModelError(f"revision is {revision!r}, but the model {name!r} is not a Hub id; leave the revision out")
@@ -215,65 +179,6 @@ def _no_revision(name: str, revision: str | None) -> None:
 def tiny_folder() -> str:
     """Where the package keeps the embedded family."""
     return str(Path(__file__).parent / "tiny" / "weights")
-
-
-def _selected(where: str, files: Mapping[str, int]) -> dict[str, int]:
-    """The model's files among all ``files`` of a place.
-
-    Raises:
-        ModelError: weights are missing, or exist as pickles only.
-    """
-    selected = model_files(list(files))
-    weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(_WEIGHTS)}
-    components = {str(PurePosixPath(file).parent) for file in selected if PurePosixPath(file).name == "config.json"}
-    pickles = sorted(file for file in files if file.endswith(_PICKLES))
-    unsafe = [file for file in pickles if str(PurePosixPath(file).parent) in components - weights]
-    if unsafe or (pickles and not weights):
-        raise ModelError(
-            f"{where} has weights only as a pickle, which may run code when it is loaded: {(unsafe or pickles)[0]}. "
-            "Convert it to safetensors: load it where you trust it and save it with save_pretrained, or name a "
-            "revision that has it (on the Hub, conversions are often offered as refs/pr/NUMBER)"
-        )
-    if not weights:
-        raise ModelError(
-            f"{where} has no .safetensors or .bin file; a model is a folder in diffusers or transformers layout"
-        )
-    return {file: files[file] for file in selected}
-
-
-def _refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) -> None:
-    """Refuse a model whose configuration names code to run.
-
-    Raises:
-        ModelError: it does, or a configuration is not JSON.
-    """
-    for file in files:
-        if not file.endswith(_CONFIGS):
-            continue
-        try:
-            wanted = next(_code_named_in(json.loads(read(file)), PurePosixPath(file).name == "model_index.json"), None)
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{where} has a damaged {file}: {error}") from error
-        if wanted is not None:
-            raise ModelError(
-                f"{where} wants to run code of its own ({wanted!r} in {file}), which is never done; "
-                "use a model of diffusers' and transformers' own classes"
-            )
-
-
-def _code_named_in(config: Any, is_index: bool) -> Iterator[str]:
-    """Settings of a configuration, at any depth, that name a module of the model's own, a kernel or another library."""
-    if isinstance(config, list):
-        for item in config:
-            yield from _code_named_in(item, False)
-    if not isinstance(config, dict):
-        return
-    for name, value in config.items():
-        is_module = is_index and isinstance(value, list) and value[:1] not in ([None], *([one] for one in _LIBRARIES))
-        is_kernel = name.endswith("attn_implementation") and "/" in str(value)
-        if name == "auto_map" or is_module or is_kernel:
-            yield name
-        yield from _code_named_in(value, False)
 
 
 def _combine(parts: Mapping[str, str]) -> str:
@@ -287,8 +192,8 @@ def _folder_identity(folder: str) -> str:
     files = storage.list_tree(folder)
     if not files:
         raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
-    selected = _selected(folder, files)
-    _refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
+    selected = select(folder, files)
+    refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
     return _content_identity(folder, list(selected))
 
 
@@ -311,8 +216,8 @@ def _url_identity(url: str) -> str:
 def _url_files(url: str) -> tuple[dict[str, int], str]:
     """The model's files at a URL with their sizes, and its identity."""
     found = storage.list_checksums(url)
-    files = _selected(url, {file: size for file, (size, _) in found.items()})
-    _refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
+    files = select(url, {file: size for file, (size, _) in found.items()})
+    refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
     if all(found[file][1] for file in files):
         return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})
     return files, _content_identity(url, list(files))
@@ -336,76 +241,6 @@ def _fill_from_url(model: ResolvedModel, folder: str) -> None:
     except (FileNotFoundError, PermissionError) as error:
         # The driver could read it: this node's trouble.
         raise StorageError(f"this node cannot read the model at {model.location}: {error}") from error
-
-
-# The Hugging Face Hub
-
-
-def _hub_commit(name: str, revision: str | None) -> str:
-    with _hub_errors(name, revision, ModelError):
-        from huggingface_hub import HfApi
-
-        info = HfApi().model_info(name, revision=revision)
-    commit = info.sha
-    assert commit, "the hub names the commit of every model"
-    where = f"{name} on the Hub"
-    selected = _selected(where, {file.rfilename: 0 for file in info.siblings or []})
-    _refuse_code(where, list(selected), lambda file: _read_hub(name, commit, file))
-    return commit
-
-
-def _read_hub(name: str, commit: str, file: str) -> bytes:
-    """One small file of a Hub model, without leaving a copy behind.
-
-    Raises:
-        FileNotFoundError: the model has no such file.
-        ModelError: the hub cannot be reached.
-    """
-    with _hub_errors(name, commit, ModelError), tempfile.TemporaryDirectory(prefix="vcf-batch-hub-") as folder:
-        from huggingface_hub import errors, hf_hub_download
-
-        try:
-            return Path(hf_hub_download(name, file, revision=commit, local_dir=folder)).read_bytes()
-        except errors.RemoteEntryNotFoundError as error:
-            raise FileNotFoundError(file) from error
-
-
-def _fill_from_hub(model: ResolvedModel, folder: str) -> None:
-    with _hub_errors(model.location, model.identity, StorageError):
-        from huggingface_hub import HfApi, snapshot_download
-
-        info = HfApi().model_info(model.location, revision=model.identity)
-        files = _selected(model.location, {file.rfilename: 0 for file in info.siblings or []})
-        snapshot_download(model.location, revision=model.identity, local_dir=folder, allow_patterns=list(files))
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str, revision: str | None, unreachable: type[ModelError] | type[StorageError]) -> Iterator[None]:
-    """Turn what the hub's client raises into errors with a remedy; ``unreachable`` for whatever may pass."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except (ModelError, ImportError, FileNotFoundError):
-        raise
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, then set HF_TOKEN on every node"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"there is no model {name!r} on {constants.ENDPOINT}, or it is private: check the name, or set HF_TOKEN; "
-            f"a folder of that name does not exist here either ({os.path.abspath(name)})"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{name} has no revision {revision!r}; give a branch, tag or commit that it has") from error
-    # The client lets errors of its HTTP library through, which differs between its versions.
-    except Exception as error:
-        raise unreachable(
-            f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). Without "
-            f"access to it, run 'hf download {name} --local-dir FOLDER' where there is access, bring the folder here "
-            "and give its path (or its URL on shared storage); or use the embedded model 'tiny'"
-        ) from error
 
 
 # The node's cache
@@ -435,8 +270,8 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
     try:
         if not _is_complete(folder):
             fill(folder)
-            files = _selected(folder, storage.list_tree(folder))
-            _refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
+            files = select(folder, storage.list_tree(folder))
+            refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
             storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
     finally:
         lock.release()

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
-from vcf_batch import models, storage
+from vcf_batch import model_files, models, storage
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.parts import MODEL_INDEX, Parts
@@ -94,7 +94,7 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
         forget_paths(Path(scratch))
         files = {file: os.path.join(scratch, file) for file in storage.list_tree(scratch)}
         # What a model has beside its pipeline: the judge and the probe of the tiny family.
-        for file in models.model_files(list(storage.list_tree(base))):
+        for file in model_files.chosen(list(storage.list_tree(base))):
             if "/" in file and file.split("/")[0] not in pipeline.config:
                 files[file] = os.path.join(base, file)
         # What names the parts comes last, so that half a model is never taken for one.

@@ -1,0 +1,107 @@
+"""Which files make up a model, and which models are refused for what they would run.
+
+Only ``.safetensors``, ``.json`` and ``.txt`` files count as a model, and ``.bin`` where there is no safetensors: its
+loaders read that with ``weights_only``. What a pickle or a repository's code would run never runs.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from vcf_batch.errors import ModelError
+
+_WEIGHTS = (".safetensors", ".bin")
+_SUFFIXES = (*_WEIGHTS, ".json", ".txt")
+_PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
+_CONFIGS = ("config.json", "model_index.json")
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
+"""What a pipeline's parts may come from."""
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
+
+
+def chosen(files: Sequence[str]) -> list[str]:
+    """Those of a folder's relative paths that make up its model, sorted.
+
+    Left out are other kinds of files, hidden ones, names that would leave the folder, READMEs, half-precision or
+    training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the
+    parts of a diffusers folder, and the second copy of its weights that OpenCLIP's repositories have.
+    """
+    plain = [
+        file
+        for file in files
+        if file.endswith(_SUFFIXES)
+        and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
+        and not PurePosixPath(file).name.upper().startswith("README")
+        and not PurePosixPath(file).name.startswith("open_clip_")
+    ]
+    present = set(plain)
+    safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}
+    is_pipeline = "model_index.json" in present
+    return sorted(
+        file
+        for file in plain
+        if not (_VARIANT.search(file) and _VARIANT.sub("", file) in present)
+        and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
+        and not (is_pipeline and "/" not in file and file.endswith(_WEIGHTS))
+    )
+
+
+def select(where: str, files: Mapping[str, int]) -> dict[str, int]:
+    """The model's files among all ``files`` of a place.
+
+    Raises:
+        ModelError: weights are missing, or exist as pickles only.
+    """
+    selected = chosen(list(files))
+    weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(_WEIGHTS)}
+    components = {str(PurePosixPath(file).parent) for file in selected if PurePosixPath(file).name == "config.json"}
+    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    unsafe = [file for file in pickles if str(PurePosixPath(file).parent) in components - weights]
+    if unsafe or (pickles and not weights):
+        raise ModelError(
+            f"{where} has weights only as a pickle, which may run code when it is loaded: {(unsafe or pickles)[0]}. "
+            "Convert it to safetensors: load it where you trust it and save it with save_pretrained, or name a "
+            "revision that has it (on the Hub, conversions are often offered as refs/pr/NUMBER)"
+        )
+    if not weights:
+        raise ModelError(
+            f"{where} has no .safetensors or .bin file; a model is a folder in diffusers or transformers layout"
+        )
+    return {file: files[file] for file in selected}
+
+
+def refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) -> None:
+    """Refuse a model whose configuration names code to run.
+
+    Raises:
+        ModelError: it does, or a configuration is not JSON.
+    """
+    for file in files:
+        if not file.endswith(_CONFIGS):
+            continue
+        try:
+            wanted = next(_code_named_in(json.loads(read(file)), PurePosixPath(file).name == "model_index.json"), None)
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{where} has a damaged {file}: {error}") from error
+        if wanted is not None:
+            raise ModelError(
+                f"{where} wants to run code of its own ({wanted!r} in {file}), which is never done; "
+                "use a model of diffusers' and transformers' own classes"
+            )
+
+
+def _code_named_in(config: Any, is_index: bool) -> Iterator[str]:
+    """Settings of a configuration, at any depth, that name a module of the model's own, a kernel or another library."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _code_named_in(item, False)
+    if not isinstance(config, dict):
+        return
+    for name, value in config.items():
+        is_module = is_index and isinstance(value, list) and value[:1] not in ([None], *([one] for one in _LIBRARIES))
+        is_kernel = name.endswith("attn_implementation") and "/" in str(value)
+        if name == "auto_map" or is_module or is_kernel:
+            yield name
+        yield from _code_named_in(value, False)
