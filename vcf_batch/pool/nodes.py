@@ -1,5 +1,6 @@
 """The machines of a cluster: how many workers they have room for, and whether they see the run's storage."""
 
+import logging
 from typing import Any
 
 import ray
@@ -9,8 +10,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vcf_batch import prepare
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
+from vcf_batch.models import TINY
 from vcf_batch.pool import ray_errors
 from vcf_batch.prepare import Job
+
+_log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 60.0
 """How long nodes may take to look at the storage."""
@@ -20,7 +24,14 @@ def with_gpus(config: RunConfig) -> RunConfig:
     """Settle what a worker computes on, by what the cluster has."""
     if config.gpus_per_worker is not None:
         return config
-    return config.replace(gpus_per_worker=1.0 if ray.cluster_resources().get("GPU") else 0.0)
+    if ray.cluster_resources().get("GPU"):
+        return config.replace(gpus_per_worker=1.0)
+    if config.model != TINY:
+        _log.warning(
+            "No node of the cluster has a GPU, so workers compute on CPUs. Where an autoscaler is still to add nodes "
+            "with GPUs, give --gpus-per-worker 1."
+        )
+    return config.replace(gpus_per_worker=0.0)
 
 
 def room(config: RunConfig) -> dict[str, int]:
