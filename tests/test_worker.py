@@ -167,6 +167,20 @@ def test_rows_are_optimised_as_they_ask(loaded: Worker, model: Path, tmp_path: P
     assert same == [False, True, False, True, True, False], "a failed row has no hash"
 
 
+def test_optimised_rows_reuse_no_deep_features(model: Path, tmp_path: Path) -> None:
+    """Not even for their last image, which takes no gradient; and each row says what it was made with."""
+    manifest = runs.write_manifest(tmp_path / "in", 4, {"pno_steps": [1, 0, 1, 0]})
+    rows = {}
+    for interval in (1, 3):
+        output = tmp_path / str(interval)
+        commit(load(manifest, output, model, pno_steps=1, steps=4, deep_cache=interval))
+        rows[interval] = runs.rows_of(output)
+    assert [row["deep_cache"] for row in rows[3]] == [1, 3, 1, 3]
+    same = [row["sha256"] == other["sha256"] for row, other in zip(rows[1], rows[3], strict=True)]
+    assert same == [True, False, True, False]
+    assert all(row["pno_objective"]["best"] < row["pno_objective"]["first"] for row in rows[3][::2])
+
+
 def test_the_judge_never_guides(model: Path, tmp_path: Path) -> None:
     """Enforced by the weights, under whatever name they come."""
     manifest = runs.write_manifest(tmp_path / "in", 1)

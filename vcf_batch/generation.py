@@ -208,7 +208,7 @@ class Generation:
             "eta": self.config.eta,
             "guidance_lo": self.config.guidance_lo,
             "guidance_hi": self.config.guidance_hi,
-            "deep_cache": self.config.deep_cache,
+            "deep_cache": settings[0]["deep_cache"],  # the same for the whole batch
             "height": self.config.height,
             "width": self.config.width,
         }

@@ -27,7 +27,8 @@ class DeepCache:
         self._reuses = False
         self._blocks: list[nn.Module] = []
         if interval > 1 and not torch.is_grad_enabled():
-            self._blocks = [*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]]
+            middle = [] if unet.mid_block is None else [unet.mid_block]
+            self._blocks = [*unet.down_blocks[1:], *middle, *unet.up_blocks[:-1]]
 
     def begin_step(self, number: int, is_new_batch: bool) -> None:
         """Decide what the next call of the UNet computes.
