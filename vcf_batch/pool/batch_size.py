@@ -10,11 +10,9 @@ from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest import Manifest
 from vcf_batch.pool import nodes, ray_errors
+from vcf_batch.pool.dispatch import WAITING_SECONDS
 from vcf_batch.prepare import Job
 from vcf_batch.run_models import Models
-
-WAITING_SECONDS = 30.0
-"""How long nothing may be known before the user is told what the run waits for."""
 
 _log = logging.getLogger(__name__)
 
