@@ -31,7 +31,7 @@ test-all: install
 
 # One run struck by a hundred faults; about ten minutes. SEED=2 for others, S3=1 on an S3 server.
 chaos: install
-	$(BIN)/python tests/chaos.py --seed $(or $(SEED),1) $(if $(S3),--s3)
+	$(BIN)/python tests/support/chaos.py --seed $(or $(SEED),1) $(if $(S3),--s3)
 
 reference: install
 	$(BIN)/python docs/make_reference.py

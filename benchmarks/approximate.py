@@ -17,10 +17,13 @@ from diffusers import UNet2DConditionModel
 from full_size import FULL
 from torch.utils.flop_counter import FlopCounterMode
 
-from vcf_batch import commits, images, plan, prepare, run_manifest, run_models, shards, storage, worker
+from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.output import commits, shards
+from vcf_batch.setup import manifest_check, prepare, run_models
 from vcf_batch.vcf.deep_cache import DeepCache
-from vcf_batch.worker import Worker
+from vcf_batch.worker import worker
+from vcf_batch.worker.worker import Worker
 
 SCORES = ("clip_score", "clip_reference", "lpips")
 EXACT: dict[str, Any] = {"steps": 50, "scheduler": "ddim"}
@@ -67,7 +70,7 @@ def operations(subject: Worker) -> int:
 
 def drawn(subject: Worker) -> list[dict[str, Any]]:
     """The rows of the whole manifest with their scores, and their pixels in ``pixels``."""
-    shard = plan.ShardPlan(subject.manifest.num_rows, subject.manifest.num_rows)[0]
+    shard = sharding.ShardPlan(subject.manifest.num_rows, subject.manifest.num_rows)[0]
     _, staged = subject.run(shard, 1, "benchmark")
     output = subject.tools.config.output
     samples = list(shards.read_samples(storage.join(output, staged["tar"])))
@@ -86,7 +89,7 @@ def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]
         config = prepare.absolute(
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads, limit=limit)
         )
-        job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
+        job = prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )

@@ -30,15 +30,17 @@ import pyarrow.parquet as pq
 import ray
 from plan import CONTENT, peak_memory, receipt_of
 
-from vcf_batch import commits, lease, pool, prepare, run_manifest, run_models, shards, storage
-from vcf_batch.attempts import Task
+from vcf_batch import pool, storage
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.failing_shard import Task
+from vcf_batch.driver.ledger import Ledger
+from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import RefusedError
-from vcf_batch.ledger import Ledger
+from vcf_batch.output import commits, lease, shards
 from vcf_batch.pool.actor import Sign
 from vcf_batch.pool.dispatch import Dispatch
-from vcf_batch.progress import Progress
 from vcf_batch.records import Receipt
+from vcf_batch.setup import manifest_check, prepare, run_models
 
 PROCESSES = 2
 SHARD_SECONDS = 600.0
@@ -131,7 +133,7 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Di
         manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
         pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
         config = RunConfig(manifest=str(manifest), output=output, shard_size=1, num_workers=workers, gpus_per_worker=0)
-        job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
+        job = prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
             prepare.claim(job)
             driver, players = Dispatch(job, held, Ledger(job), progress), Players(output, seconds)

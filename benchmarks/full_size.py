@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from vcf_batch.metrics.clip_score import ClipJudge
-from vcf_batch.models import tiny_folder
+from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline

@@ -32,10 +32,10 @@ from PIL import Image
 from sampling import stock_pipeline
 
 from vcf_batch.config import RunConfig
-from vcf_batch.device import Device
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.pipeline import VCFPipeline
+from vcf_batch.worker.device import Device
 
 REPEATS = 3
 FEW = 10
@@ -186,12 +186,12 @@ class Bench:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from vcf_batch import plan
-        from vcf_batch.manifest import Manifest
+        from vcf_batch import sharding
+        from vcf_batch.manifest.manifest import Manifest
+        from vcf_batch.manifest.references import ReferenceReader
         from vcf_batch.metrics.scorer import Scorer
-        from vcf_batch.references import ReferenceReader
-        from vcf_batch.tools import Tools
-        from vcf_batch.worker import Worker
+        from vcf_batch.worker.components import Tools
+        from vcf_batch.worker.worker import Worker
 
         batch, batches = self.batches[0], 4
         with tempfile.TemporaryDirectory(prefix="vcf-batch-gpu-") as scratch:
@@ -210,7 +210,7 @@ class Bench:
             scorer = Scorer(full_size.judge(self.shapes, self.kind))
             tools = Tools(config, self.pipeline, scorer, reader, "random weights", self.device)
             worker = Worker(tools, manifest, "0" * 64)
-            shards = plan.ShardPlan(count, batches * batch)
+            shards = sharding.ShardPlan(count, batches * batch)
             marks: list[float] = []
             sample = self.pipeline.generate_from_tokens
 

@@ -18,10 +18,12 @@ import click
 from measure import alternate
 from PIL import Image
 
-from vcf_batch import plan, prepare, run_manifest, run_models, worker
+from vcf_batch import sharding
 from vcf_batch.config import RunConfig
 from vcf_batch.records import Shard
-from vcf_batch.worker import Worker
+from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.worker import worker
+from vcf_batch.worker.worker import Worker
 
 
 def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float:
@@ -56,12 +58,12 @@ def main(manifest: str, rounds: int, threads: int) -> None:
         config = prepare.absolute(
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads)
         )
-        job = prepare.settle(config, run_manifest.open_checked(config, None), run_models.resolve(config))
+        job = prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
         tools, size = loaded.tools, cast(int, job.config.batch_size)
-        shard = plan.ShardPlan(job.manifest.num_rows, job.manifest.num_rows)[0]
+        shard = sharding.ShardPlan(job.manifest.num_rows, job.manifest.num_rows)[0]
         rows = job.manifest.rows(shard.start, shard.stop, job.config.seed)
         pictures: list[list[Image.Image]] = [[tools.references.read(r) for r in row.references] for row in rows]
 
@@ -83,7 +85,7 @@ def main(manifest: str, rounds: int, threads: int) -> None:
                 )
 
         medians = alternate({"bare sampling": bare_sampling, "whole job": whole_job}, rounds)
-        halves = [*plan.ShardPlan(len(rows), len(rows) // 2)]
+        halves = [*sharding.ShardPlan(len(rows), len(rows) // 2)]
         idle = {
             name: statistics.median(idle_between(loaded, halves, at_once) for _ in range(rounds))
             for name, at_once in (("one after the other", 1), ("overlapping", 2))

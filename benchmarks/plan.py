@@ -21,10 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vcf_batch import plan, receipts, shards
-from vcf_batch.manifest import Manifest
+from vcf_batch import sharding
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.output import receipts, shards
+from vcf_batch.output.sums import Totals
 from vcf_batch.records import SCORE_STEP, SCORES, FileEntry, Receipt, Shard
-from vcf_batch.totals import Totals
 
 FILES = 100
 SHARD_SIZE = 1000
@@ -84,7 +85,7 @@ def receipt_of(shard: Shard) -> Receipt:
 def write_receipts(folder: Path, count: int) -> None:
     """The files of a finished run."""
     folder.mkdir(exist_ok=True)
-    for shard in plan.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
+    for shard in sharding.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
         for suffix in shards.SUFFIXES.values():
             (folder / f"{shard.name}{suffix}").write_bytes(CONTENT)
         (folder / f"{shard.name}{receipts.SUFFIX}").write_bytes(receipt_of(shard).to_json())
@@ -93,8 +94,8 @@ def write_receipts(folder: Path, count: int) -> None:
 def open_and_plan(folder: Path) -> str:
     """Read the footers, cut the rows into shards and walk through all of them."""
     manifest = Manifest.open(str(folder / "manifest"))
-    shard_plan = plan.ShardPlan(manifest.num_rows, SHARD_SIZE)
-    return f"{manifest.num_rows:,} rows, {sum(1 for _ in plan.remaining(shard_plan, set())):,} shards"
+    shard_plan = sharding.ShardPlan(manifest.num_rows, SHARD_SIZE)
+    return f"{manifest.num_rows:,} rows, {sum(1 for _ in sharding.remaining(shard_plan, set())):,} shards"
 
 
 def check_ids(folder: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from measure import alternate
 
-from vcf_batch.models import tiny_folder
+from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "star", "ring", "cross")

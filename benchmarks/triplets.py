@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vcf_batch import images, models
+from vcf_batch import images
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment
 from vcf_batch.metrics.lpips import PerceptualDistance
+from vcf_batch.models import resolution
 from vcf_batch.tiny import world
 from vcf_batch.tiny.pairs import HELD_OUT
 from vcf_batch.tiny.probe import Probe
@@ -79,7 +80,7 @@ def main() -> None:
 @click.option("--count", default=400, show_default=True)
 def scores(count: int) -> None:
     """How often each score is higher for the pair that shares what it is about."""
-    folder = models.tiny_folder()
+    folder = resolution.tiny_folder()
     judge = ClipJudge.from_pretrained(f"{folder}/judge")
     probe = Probe.from_pretrained(f"{folder}/probe", dtype=torch.float32).eval()
     scenes = Scenes(count)
@@ -124,7 +125,7 @@ def scores(count: int) -> None:
 @click.option("--batch-size", default=8, show_default=True)
 def cost(model: str, batch_size: int) -> None:
     """Operations of a batch, and of its text-only twins, for each fusion."""
-    pipeline = VCFPipeline.from_pretrained(models.fetch(models.resolve(model)), dtype=torch.float32)
+    pipeline = VCFPipeline.from_pretrained(resolution.fetch(resolution.resolve(model)), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     reference = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     tokens = pipeline.encode_references([reference])[0]

@@ -29,7 +29,7 @@ def restored_torch() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    import s3_server  # which brings the models' libraries
+    from support import s3_server  # which brings the models' libraries
 
     with s3_server.running() as endpoint:
         yield endpoint
@@ -38,7 +38,7 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty folder on a real S3 server, for this process and those that it starts."""
-    import s3_server
+    from support import s3_server
 
     options = s3_server.options(s3_endpoint)
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
@@ -48,8 +48,8 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty folder of a storage that fails one call in five; see tests/faulty."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "faulty"))
+    """An empty folder of a storage that fails one call in five; see tests/support/faulty."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "support" / "faulty"))
     monkeypatch.setenv("FAULTY", json.dumps({"every": 5, "seed": 1}))
     fsspec.register_implementation("faulty", "faulty_storage.FaultyStorage")
     return f"faulty://{tmp_path}/faulty"

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from pictures import animation, file, noise, palette, png_header, rgba, to_bytes
 from PIL import Image, ImageFile
 
+from support.pictures import animation, file, noise, palette, png_header, rgba, to_bytes
 from vcf_batch import images
 from vcf_batch.errors import RowError
 

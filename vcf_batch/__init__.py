@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ImageAligner": "vcf_batch.vcf.aligner",
-    "Manifest": "vcf_batch.manifest",
+    "Manifest": "vcf_batch.manifest.manifest",
     "RunConfig": "vcf_batch.config",
-    "Summary": "vcf_batch.ledger",
+    "Summary": "vcf_batch.driver.ledger",
     "VCFPipeline": "vcf_batch.vcf.pipeline",
     "run": "vcf_batch.pool",
 }

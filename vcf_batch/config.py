@@ -140,7 +140,7 @@ class RunConfig:
     """The score that decides which attempt at a rejected row is recorded."""
     image_format: str = "png"
     mark: bool = True
-    """Every image says that it is synthetic, and how it was made: :mod:`vcf_batch.marking`."""
+    """Every image says that it is synthetic, and how it was made: :mod:`vcf_batch.output.marking`."""
     seed: int = 0
     limit: int | None = None
     num_workers: int | None = None

@@ -146,7 +146,7 @@ class Attempt:
     """One image of a row that has to pass gates, whatever became of it."""
 
     seed: int
-    """Of its noise: the row's own for the first, see :func:`vcf_batch.plan.attempt_seed`."""
+    """Of its noise: the row's own for the first, see :func:`vcf_batch.sharding.attempt_seed`."""
     scores: Scores
     nsfw: bool | None = None
     """See :attr:`Sample.nsfw`."""

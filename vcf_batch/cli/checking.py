@@ -10,7 +10,7 @@ from vcf_batch.cli.generation import generate, given, repair_command, run
 from vcf_batch.errors import DamageFound, redact
 
 if TYPE_CHECKING:
-    from vcf_batch.verify import Finding
+    from vcf_batch.commands.verify import Finding
 
 
 @click.command(cls=Command)
@@ -34,8 +34,8 @@ def verify(ctx: click.Context, output: str, regenerate: int | None, regenerate_s
     \b
     Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not the run's; 5 damage.
     """
-    from vcf_batch import verify as verification  # pyarrow is not needed to print a help text
-    from vcf_batch.outputs import Output
+    from vcf_batch.commands import verify as verification  # pyarrow is not needed to print a help text
+    from vcf_batch.output.output import Output
 
     opened = Output.open(output, given(ctx))
     _tell(verification.check(opened), output)
@@ -43,7 +43,7 @@ def verify(ctx: click.Context, output: str, regenerate: int | None, regenerate_s
         from vcf_batch.vcf.quiet import quiet  # nor torch to read files
 
         quiet()
-        from vcf_batch import regenerate as regeneration  # brings what would warn
+        from vcf_batch.commands import regenerate as regeneration  # brings what would warn
 
         _tell(regeneration.regenerate(opened, regenerate, regenerate_seed), output)
     click.echo(f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage")
@@ -83,8 +83,8 @@ def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
     \b
     Exit codes: as 'generate'; 5 where OUTPUT is damaged in a way that generating does not mend.
     """
-    from vcf_batch.outputs import Output  # pyarrow and DuckDB are not needed to print a help text
-    from vcf_batch.repair import Repair
+    from vcf_batch.commands.repair import Repair
+    from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
 
     opened = Output.open(output, _OWN | given(ctx))
     needed = Repair(opened, where)

@@ -83,7 +83,7 @@ def evaluate(
         raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
     files = {"manifest": storage.join(out, "manifest.parquet"), "output": storage.join(out, "samples")}
     config = run_config(ctx, **files, limit=None, pno_steps=0)
-    from vcf_batch.vcf import evaluate as evaluation  # torch is not needed to print a help text
+    from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
 
     chosen: Any = pairs
     if prompts is not None and references is not None:

@@ -8,10 +8,11 @@ import click
 from click.core import ParameterSource
 
 from vcf_batch import config as settings
-from vcf_batch import prepare, storage
+from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import TooManyFailedRows, UsageError, redact
+from vcf_batch.setup import prepare
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -290,8 +291,8 @@ def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> N
 
 def hand_on(output: str, target: str) -> None:
     """Copy an output to another storage, and tell what was copied."""
-    from vcf_batch.outputs import Output  # pyarrow is not needed to print a help text
-    from vcf_batch.push import push
+    from vcf_batch.commands.push import push
+    from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
 
     copied, there = push(Output.open(output), target)
     click.echo(f"{redact(target)}: {copied:,} shards copied, {there:,} were there")

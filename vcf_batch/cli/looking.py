@@ -64,7 +64,7 @@ def report(ctx: click.Context, output: str, out: str | None, **_: Any) -> None:
     \b
     Exit codes: 0 written; 1 unexpected; 2 no finished shard there; 5 damage.
     """
-    from vcf_batch.outputs import Output  # Pillow and pyarrow are not needed to print a help text
+    from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text
     from vcf_batch.report import page
 
     opened = Output.open(output, given(ctx))
@@ -89,7 +89,7 @@ def card(output: str, licence: str | None, force: bool) -> None:
     \b
     Exit codes: 0 written; 1 unexpected; 2 no finished shard there, or a README.md that is not ours; 5 damage.
     """
-    from vcf_batch.outputs import Output  # pyarrow is not needed to print a help text
+    from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
     from vcf_batch.report import card as cards
 
     click.echo(redact(cards.write(Output.open(output), licence, force)))

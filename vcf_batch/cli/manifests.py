@@ -7,7 +7,7 @@ import click
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
 from vcf_batch.errors import UsageError, redact
-from vcf_batch.pairing import PAIRINGS
+from vcf_batch.manifest.pairing import PAIRINGS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 @debug_option
 def manifest(prompts: str, references: str | None, out: str, **pairing: Any) -> None:
     """Build a manifest: prompts paired with references."""
-    from vcf_batch import manifest as manifests  # pyarrow is not needed to print a help text
+    from vcf_batch.manifest import manifest as manifests  # pyarrow is not needed to print a help text
 
     images = images_in(references, out) if references else []
     count = manifests.build(prompts_in(prompts), images, storage.absolute(out), **pairing)

@@ -37,13 +37,13 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     \b
     Exit codes: 0 nothing is in the way; 1 unexpected; 2 or 4 as 'generate' would end, all reasons are listed.
     """
-    from vcf_batch import forecast  # pyarrow is not needed to print a help text
+    from vcf_batch.commands import plan  # pyarrow is not needed to print a help text
 
     if calibrate:
         from vcf_batch.vcf.quiet import quiet  # nor torch to count rows
 
         quiet()
-    found = forecast.look(run_config(ctx), calibrate)
+    found = plan.look(run_config(ctx), calibrate)
     click.echo(json.dumps(found.to_dict(price), indent=2) if as_json else printable(found.told(price)))
     ctx.exit(max((problem.exit_code for problem in found.problems), default=0))
 
@@ -72,7 +72,7 @@ def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, **
     from vcf_batch.vcf.quiet import quiet  # torch is not needed to print a help text
 
     quiet()
-    from vcf_batch import preview as previews  # brings what would warn
+    from vcf_batch.commands import preview as previews  # brings what would warn
 
     picture = io.BytesIO()
     previews.draw(run_config(ctx, output=out), rows, sweeps).save(picture, "png")

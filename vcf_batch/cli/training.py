@@ -9,7 +9,7 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
 from vcf_batch.errors import redact
-from vcf_batch.vcf.recipe import TrainingConfig
+from vcf_batch.training.training_config import TrainingConfig
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
@@ -76,7 +76,7 @@ def train_aligner(**options: Any) -> None:
     The default recipe is the paper's. DIR becomes an ImageAligner directory, with log.csv, run.json and checkpoints/
     beside it; 'vcf-batch assemble' makes a model of it. Rerunning the same command resumes.
     """
-    from vcf_batch.vcf import train  # torch and ray are not needed to print a help text
+    from vcf_batch.training import train  # torch and ray are not needed to print a help text
 
     click.echo(str(train.run(TrainingConfig(**options))))
 

@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 
 import ray
 
-from vcf_batch import commits, lease, log, prepare, run_file, run_manifest, run_models
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.ledger import Ledger, Summary
+from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import UsageError
-from vcf_batch.ledger import Ledger, Summary
-from vcf_batch.pool import nodes
+from vcf_batch.output import commits, lease, run_file
+from vcf_batch.pool import log, nodes
 from vcf_batch.pool.batch_size import with_batch_size
 from vcf_batch.pool.dispatch import Dispatch
-from vcf_batch.progress import Progress
-from vcf_batch.signals import Signals
+from vcf_batch.pool.signals import Signals
+from vcf_batch.setup import manifest_check, prepare, run_models
 
 Again = Callable[[], Mapping[int, bytes]]
-"""Tells what of an output is generated again: see :attr:`vcf_batch.prepare.Job.again`."""
+"""Tells what of an output is generated again: see :attr:`vcf_batch.setup.prepare.Job.again`."""
 
 
 def run(config: RunConfig, again: Again = dict) -> Summary:
@@ -55,7 +56,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
         config = prepare.absolute(config)
         found = run_file.read(config.output)
         config = prepare.resume(config, found)
-        manifest = run_manifest.open_checked(config, found)
+        manifest = manifest_check.open_checked(config, found)
         models = run_models.resolve(config)
         with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself

@@ -6,11 +6,11 @@ from typing import Any
 
 import ray
 
-from vcf_batch import prepare
-from vcf_batch.attempts import Task
-from vcf_batch.kept import KeptSamples
-from vcf_batch.prepare import Job
+from vcf_batch.driver.failing_shard import Task
+from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.records import Receipt
+from vcf_batch.setup import prepare
+from vcf_batch.setup.prepare import Job
 
 SHARDS_AT_ONCE = 2
 """Of a worker: while one is sampled, the next one's first references are read, or the last one's files staged."""
@@ -27,7 +27,7 @@ class Sign:
 
 
 class Actor:
-    """What runs beside other actors on some node: a :class:`vcf_batch.worker.Worker`, once it is loaded."""
+    """What runs beside other actors on some node: a :class:`vcf_batch.worker.worker.Worker`, once it is loaded."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -43,7 +43,7 @@ class Actor:
         """Make the worker ready."""
         prepare.check_storage(self._job)
         # Here and not at the top: the driver needs no torch.
-        from vcf_batch import worker
+        from vcf_batch.worker import worker
 
         job = self._job
         self._worker = worker.load(
@@ -57,7 +57,7 @@ class Actor:
         Args:
             task: of which shard.
             attempt_id: names the staged files.
-            again: see :class:`vcf_batch.kept.KeptSamples`.
+            again: see :class:`vcf_batch.output.kept_samples.KeptSamples`.
         """
         if task.selected is not None:
             self._worker.trial(task.shard, attempt_id, task.selected, task.sampled_at_once)

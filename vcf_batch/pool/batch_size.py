@@ -5,14 +5,14 @@ import logging
 import ray
 from ray.exceptions import RayError
 
-from vcf_batch import prepare
 from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.errors import VcfBatchError
-from vcf_batch.manifest import Manifest
-from vcf_batch.pool import nodes, ray_errors
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.pool import errors, nodes
 from vcf_batch.pool.dispatch import WAITING_SECONDS
-from vcf_batch.prepare import Job
-from vcf_batch.run_models import Models
+from vcf_batch.setup import prepare
+from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.run_models import Models
 
 _log = logging.getLogger(__name__)
 
@@ -40,19 +40,19 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
     try:
         size = ray.get(answer)
     except RayError as error:
-        why = ray_errors.cause(error)
+        why = errors.cause(error)
         if isinstance(why, VcfBatchError):
             raise why from error
         raise VcfBatchError(
-            f"no batch size could be found ({ray_errors.reason(why)}); name one with --batch-size"
+            f"no batch size could be found ({errors.reason(why)}); name one with --batch-size"
         ) from error
     _log.warning("The batch size is %d from here on.", size)
     return config.replace(batch_size=size)
 
 
 def _fastest(job: Job, limit: int) -> int:
-    """See :func:`vcf_batch.calibration.fastest_batch_size`; runs where a worker does."""
-    from vcf_batch import calibration, worker
+    """See :func:`vcf_batch.worker.calibration.fastest_batch_size`; runs where a worker does."""
+    from vcf_batch.worker import calibration, worker
 
     loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
     return calibration.fastest_batch_size(loaded.tools, job.manifest, limit)

@@ -11,23 +11,23 @@ import ray
 import ray.util.metrics
 from ray.exceptions import RayError
 
-from vcf_batch import prepare
-from vcf_batch.attempts import Task
-from vcf_batch.commit_queue import CommitQueue, Finished
-from vcf_batch.commits import StagedFilesLost
+from vcf_batch.driver.backoff import Starts
+from vcf_batch.driver.commit_queue import CommitQueue, Finished
+from vcf_batch.driver.failing_shard import Task
+from vcf_batch.driver.ledger import Ledger
+from vcf_batch.driver.progress import Progress
+from vcf_batch.driver.prometheus import Exporter
+from vcf_batch.driver.quarantine import FAILURES, Quarantine
+from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
-from vcf_batch.exporter import Exporter
-from vcf_batch.lease import Lease
-from vcf_batch.ledger import Ledger
+from vcf_batch.output.commits import StagedFilesLost
+from vcf_batch.output.lease import Lease
 from vcf_batch.pool import nodes
 from vcf_batch.pool.actor import SHARDS_AT_ONCE, Actor, Flight, Sign, Worker
-from vcf_batch.pool.ray_errors import Stalled, address, cause, failure, node_died, reason, says_which, symptom
+from vcf_batch.pool.errors import Stalled, address, cause, failure, node_died, reason, says_which, symptom
 from vcf_batch.pool.watch import Watch
-from vcf_batch.prepare import Job
-from vcf_batch.progress import Progress
-from vcf_batch.quarantine import FAILURES, Quarantine
-from vcf_batch.shard_queue import ShardQueue
-from vcf_batch.starts import Starts
+from vcf_batch.setup import prepare
+from vcf_batch.setup.prepare import Job
 
 ANSWER_SECONDS = 1.0
 """How long to wait for an answer before the run is looked at from other sides."""

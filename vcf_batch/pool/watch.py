@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from vcf_batch.pool.actor import Flight, Worker
-from vcf_batch.pool.ray_errors import Stalled
+from vcf_batch.pool.errors import Stalled
 
 LOOK_SECONDS = 1.0
 """Between two looks."""

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from vcf_batch import __version__, receipts, shards, storage
+from vcf_batch import __version__, storage
 from vcf_batch.config import GATES, RunConfig
 from vcf_batch.errors import DamageFound, UsageError
-from vcf_batch.outputs import Output
+from vcf_batch.output import receipts, shards
+from vcf_batch.output.output import Output
 from vcf_batch.report import figures
 from vcf_batch.report.figures import SCORES, Figures
 

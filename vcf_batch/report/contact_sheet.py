@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vcf_batch import receipts, run_file, shards, storage
+from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
-from vcf_batch.manifest import Manifest
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.records import Row, Shard
-from vcf_batch.references import ReferenceReader
 
 TILE = 128
 """Edge of a picture on the sheet, in pixels."""

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vcf_batch import receipts, shards, storage
+from vcf_batch import storage
+from vcf_batch.commands.verify import side_by_side
 from vcf_batch.errors import DamageFound, UsageError
-from vcf_batch.outputs import Output
+from vcf_batch.output import receipts, shards
+from vcf_batch.output.output import Output
+from vcf_batch.output.sums import Totals
 from vcf_batch.records import Receipt, Shard, Status
-from vcf_batch.totals import Totals
-from vcf_batch.verify import side_by_side
 
 EXTREMES = 8
 """Rows kept at either end of each score."""

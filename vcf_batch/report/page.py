@@ -16,7 +16,7 @@ from typing import Any
 
 from vcf_batch import storage
 from vcf_batch.errors import redact
-from vcf_batch.outputs import Output
+from vcf_batch.output.output import Output
 from vcf_batch.report import figures, thumbnails
 from vcf_batch.report.figures import SCORES, Chosen, Figures, setting_of
 

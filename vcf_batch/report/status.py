@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from vcf_batch import lease, progress_file
+from vcf_batch.commands.verify import side_by_side
+from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import redact
-from vcf_batch.lease import Owner
-from vcf_batch.outputs import Output
-from vcf_batch.progress import duration, plural
+from vcf_batch.output import lease, progress_file
+from vcf_batch.output.lease import Owner
+from vcf_batch.output.output import Output
+from vcf_batch.output.sums import Totals
 from vcf_batch.records import STATUSES, Shard
 from vcf_batch.report.figures import Cause, Figures, read_rows
-from vcf_batch.totals import Totals
-from vcf_batch.verify import side_by_side
 
 State = Literal["finished", "running", "stopped"]
 SHOWN_CAUSES = 8

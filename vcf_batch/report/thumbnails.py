@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vcf_batch import images, shards, storage
+from vcf_batch import images, storage
+from vcf_batch.commands.verify import side_by_side
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.errors import DamageFound, RowError, StorageError
-from vcf_batch.outputs import Output
+from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.output import shards
+from vcf_batch.output.output import Output
 from vcf_batch.records import Shard
-from vcf_batch.references import ReferenceReader
-from vcf_batch.verify import side_by_side
 
 EDGE = 160
 """Longest edge in pixels; smaller pictures stay as they are."""

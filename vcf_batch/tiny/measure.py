@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vcf_batch.images import from_unit
 from vcf_batch.metrics.clip_score import ClipJudge
-from vcf_batch.models import tiny_folder
+from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.tiny import world
 from vcf_batch.tiny.fitting import chunks
 from vcf_batch.tiny.pairs import HELD_OUT

@@ -13,7 +13,7 @@ def compile_forward(network: nn.Module) -> None:
     """Compile a network's ``forward`` in place, anew for each kind of input: shapes and dtypes.
 
     Kernels are a function of these alone: nothing is timed, no shape is generalised from those before, and there is no
-    falling back. What is compiled is kept on disk for other processes (:meth:`vcf_batch.device.Device.prepare`).
+    falling back. What is compiled is kept on disk for other processes (:meth:`vcf_batch.worker.device.Device.prepare`).
 
     Where gradients are taken, nothing is compiled: on CPUs, torch 2.13 makes zeros of those of a VAE decoder.
     """

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from vcf_batch import models, storage
+from vcf_batch import storage
 from vcf_batch.errors import ModelError
-from vcf_batch.models import ResolvedModel
+from vcf_batch.models import resolution
+from vcf_batch.models.resolution import ResolvedModel
 
 MODEL_INDEX = "model_index.json"
 
@@ -28,7 +29,8 @@ class Parts:
         """Find the exact versions.
 
         Args:
-            base: a name of :data:`vcf_batch.models.PRESETS`, or whatever :func:`vcf_batch.models.resolve` takes.
+            base: a name of :data:`vcf_batch.models.resolution.PRESETS`, or whatever
+                :func:`vcf_batch.models.resolution.resolve` takes.
             revision: branch, tag or commit of a base on the Hub.
             image_encoder: a CLIP, or its vision tower alone; None is the preset's, else the base's own.
             image_encoder_revision: branch, tag or commit of an image encoder on the Hub.
@@ -38,15 +40,15 @@ class Parts:
             StorageError: the storage failed.
         """
         name = base
-        if base in models.PRESETS and not storage.exists(storage.absolute(base)):
-            base, own = models.PRESETS[base]
+        if base in resolution.PRESETS and not storage.exists(storage.absolute(base)):
+            base, own = resolution.PRESETS[base]
             image_encoder = image_encoder or own
-        found = models.resolve(base, revision)
-        index = models.read_config(found, MODEL_INDEX)
+        found = resolution.resolve(base, revision)
+        index = resolution.read_config(found, MODEL_INDEX)
         if index is None:
             raise ModelError(f"{base} is not a Stable Diffusion model in diffusers layout: it has no {MODEL_INDEX}")
         if image_encoder is not None:
-            return cls(found, models.resolve(image_encoder, image_encoder_revision))
+            return cls(found, resolution.resolve(image_encoder, image_encoder_revision))
         if image_encoder_revision is not None:
             raise ModelError(
                 f"the image encoder's revision is {image_encoder_revision!r}, but no image encoder is named"
@@ -55,7 +57,7 @@ class Parts:
         if not any(index.get("image_encoder") or ()):
             raise ModelError(
                 f"{name} has no image encoder of its own: name the CLIP whose vision tower the aligner "
-                f"reads with --image-encoder, such as {models.PRESETS['sd21'][1]} for Stable Diffusion 2 or "
-                f"{models.PRESETS['sd15'][1]} for 1.x"
+                f"reads with --image-encoder, such as {resolution.PRESETS['sd21'][1]} for Stable Diffusion 2 or "
+                f"{resolution.PRESETS['sd15'][1]} for 1.x"
             )
         return cls(found, None)

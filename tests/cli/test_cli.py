@@ -1,0 +1,168 @@
+"""The command line: options, files of options, exit codes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+import vcf_batch
+from support import runs
+from vcf_batch import pool
+from vcf_batch.cli import generate, main, train_aligner
+from vcf_batch.config import RunConfig
+from vcf_batch.driver.ledger import Summary
+from vcf_batch.errors import Interrupted, RefusedError, StorageError
+from vcf_batch.training.training_config import NOT_CONTENT, TrainingConfig
+
+NOT_SETTINGS = {"config", "push", "debug"}
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The configurations that runs were started with; no run takes place."""
+    found: list[RunConfig] = []
+
+    def record(config: RunConfig, again: object) -> Summary:
+        found.append(config)
+        return Summary(config.output, 10, {"success": 9, "rejected": 0, "failed": 1}, 0, 1.0)
+
+    monkeypatch.setattr(pool, "run", record)
+    return found
+
+
+def ends_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
+    def fail(config: RunConfig, again: object) -> Summary:
+        raise error
+
+    monkeypatch.setattr(pool, "run", fail)
+    return call("generate", "in.parquet", "out")
+
+
+def test_options_are_the_settings() -> None:
+    names = {parameter.name for parameter in generate.params}
+    assert names - NOT_SETTINGS == {field.name for field in dataclasses.fields(RunConfig)}
+
+
+def test_options_of_a_training_are_its_settings() -> None:
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    parameters = {parameter.name: parameter for parameter in train_aligner.params}
+    assert parameters.keys() - NOT_SETTINGS == fields.keys()
+    assert fields.keys() > NOT_CONTENT
+    for name in fields.keys() - {"model", "data", "out"}:
+        assert parameters[name].default == fields[name].default
+
+
+@pytest.mark.parametrize("command", [generate, train_aligner])
+def test_every_option_is_explained(command: click.Command) -> None:
+    text = call(cast(str, command.name), "--help").output
+    for parameter in command.params:
+        assert parameter.human_readable_name.replace("_", "-").upper() in text.upper()
+        assert isinstance(parameter, click.Argument) or cast(click.Option, parameter).help
+
+
+def test_version() -> None:
+    assert call("--version").output == f"vcf-batch, version {vcf_batch.__version__}\n"
+
+
+def test_defaults_are_those_of_the_configuration(configured: list[RunConfig]) -> None:
+    call("generate", "in.parquet", "out")
+    assert configured == [RunConfig(manifest="in.parquet", output="out")]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(
+    configured: list[RunConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("manifest: in.parquet\noutput: out\nsteps: 20\nguidance-scale: 3\nnum_workers: 4\nseed: 1\n")
+    call("generate", "--config", file, "--steps", 30, "--num-workers", "auto", "--reference-root", "/a")
+    assert configured == [
+        RunConfig(manifest="in.parquet", output="out", steps=30, guidance_scale=3, seed=1, reference_root=("/a",))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("in.parquet",), "output is missing"),
+        (("in.parquet", "out", "--strength", "-1"), "strength is -1.0"),
+        (("in.parquet", "out", "--fusion", "blend"), "'blend' is not one of"),
+        (("in.parquet", "out", "--num-workers", "many"), "'many' is not a valid integer"),
+        (("in.parquet", "out", "--config", "/no/such.yaml"), "cannot read the configuration file /no/such.yaml"),
+        (("/no/such.parquet", "out"), "/no/such.parquet does not exist"),
+    ],
+)
+def test_wrong_use_exits_with_2(arguments: tuple[str, ...], message: str) -> None:
+    result = call("generate", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_too_many_failed_rows_exit_with_3(configured: list[RunConfig]) -> None:
+    assert call("generate", "in.parquet", "out", "--max-failed", 0.1).exit_code == 0
+    result = call("generate", "in.parquet", "out", "--max-failed", 0.05)
+    assert result.exit_code == 3
+    assert "10 rows: 9 success, 0 rejected, 1 failed" in result.output
+    assert "To look at it: vcf-batch report out\n" in result.output
+    assert "error_message" in result.output
+    assert "To generate the failed rows again: vcf-batch repair out\n" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(StorageError("gone"), 1), (RefusedError("another run"), 4), (Interrupted(2), 130), (Interrupted(15), 143)],
+)
+def test_errors_have_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    result = ends_with(monkeypatch, error)
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    if isinstance(error, Interrupted):
+        assert "rerun the same command" in result.output
+
+
+def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ends_with(monkeypatch, RuntimeError("broken\nin two lines"))
+    assert result.exit_code == 1
+    assert result.output == "Unexpected RuntimeError: broken in two lines\nRerun with --debug for the traceback.\n"
+    assert "RuntimeError: broken" in call("generate", "in.parquet", "out", "--debug").output
+
+
+def test_manifest_builds_the_cross_product(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  a dog  \n")
+    images = tmp_path / "data" / "references"
+    images.mkdir(parents=True)
+    for name in ("b.png", "a.png"):
+        (images / name).write_bytes(runs.png(0))
+    (images / "notes.txt").write_text("not an image")
+    out = tmp_path / "data" / "manifest.parquet"
+    result = call(
+        *("manifest", "--prompts", tmp_path / "prompts.txt", "--references", images, "--seeds", 2, "--out", out)
+    )
+    assert result.output == f"{out}: 8 rows\n"
+    rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
+    assert {row["prompt"] for row in rows} == {"a cat", "a dog"}
+    assert {row["reference"] for row in rows} == {"references/a.png", "references/b.png"}
+    assert {row["seed"] for row in rows} == {0, 1}
+
+
+def test_manifest_without_references_is_text_only(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    assert call("manifest", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "m.parquet").exit_code == 0
+    assert pq.read_table(tmp_path / "m.parquet").to_pylist() == [{"prompt": "a cat", "reference": None, "seed": 0}]
+
+
+def test_manifest_says_what_is_wrong(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    result = call("manifest", "--prompts", prompts, "--out", tmp_path / "m.parquet")
+    assert (result.exit_code, f"cannot read prompts from {prompts}" in result.output) == (2, True)
+    prompts.write_text("a cat\n")
+    result = call("manifest", "--prompts", prompts, "--references", tmp_path, "--out", tmp_path / "m.parquet")
+    assert (result.exit_code, "holds no image" in result.output) == (2, True)

@@ -1,0 +1,166 @@
+"""An evaluation, end to end on a random model: the same prompts, references and noise for every method."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from support import runs
+from vcf_batch.cli import main
+from vcf_batch.commands import evaluate
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch.tiny.probe import HEADS, Probe
+
+PAIRS, SEEDS = 3, 2
+METHODS = [("text only", 0.0), ("naive", 0.3), ("cross-attention", 0.3), ("concat", 0.5), ("concat", 1.0)]
+PNO = ("concat + PNO", 1.0)
+PNO_SIZE = ("--pno-steps", 1, "--pno-samples", 2)
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+
+
+def run(model: Path, out: Path, *more: object) -> Result:
+    settings = ("--steps", 2, "--height", 32, "--width", 32, "--num-workers", 1, "--address", "local")
+    return call(
+        "--model",
+        model,
+        "--out",
+        out,
+        "--pairs",
+        PAIRS,
+        "--seeds",
+        SEEDS,
+        "--strength",
+        0.5,
+        *PNO_SIZE,
+        *settings,
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that brings a judge and a probe, as the tiny family does."""
+    folder = runs.save_model(tmp_path_factory.mktemp("model"))
+    Probe(width=8).save_pretrained(folder / "probe")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    result = run(model, folder)
+    assert result.exit_code == 0, result.output
+    assert (folder / "table.md").read_text() in result.output
+    return folder
+
+
+def case(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["prompt"], row["reference"], row["seed"]
+
+
+def test_every_method_gets_the_same_prompts_references_and_noise(out: Path) -> None:
+    rows = runs.rows_of(out / "samples")
+    cases = {case(row) for row in rows}
+    assert len(cases) == PAIRS * SEEDS
+    assert len(rows) == len(METHODS) * len(cases) + 2
+    for method in METHODS:
+        assert {case(row) for row in rows if (row["method"], row["strength"]) == method} == cases
+
+
+def test_text_only_is_compared_with_the_reference_too(out: Path) -> None:
+    rows = [row for row in runs.rows_of(out / "samples") if row["method"] == "text only"]
+    assert all(row["lpips"] is not None and row["clip_reference"] is not None for row in rows)
+
+
+def test_the_results_are_the_means_of_the_samples(out: Path) -> None:
+    rows, lines = runs.rows_of(out / "samples"), json.loads((out / "results.json").read_text())["methods"]
+    assert [(line["method"], line["strength"]) for line in lines] == [*METHODS, PNO, ("concat, those of PNO", 1.0)]
+    assert all(share == {"value": 1.0, "low": 1.0, "high": 1.0} for share in lines[0]["relative"].values())
+    for line in lines[:-1]:
+        own = [row for row in rows if (row["method"], row["strength"]) == (line["method"], line["strength"])]
+        for name, interval in line["scores"].items():
+            assert interval["value"] == pytest.approx(sum(row[name] for row in own) / len(own))
+            assert interval["low"] <= interval["value"] <= interval["high"]
+        assert line["shown"].keys() == HEADS.keys()
+    assert (out / "tradeoff.svg").read_text().count("</svg>") == 1
+
+
+def test_pno_is_compared_with_what_it_began_from(out: Path) -> None:
+    rows, lines = runs.rows_of(out / "samples"), json.loads((out / "results.json").read_text())["methods"]
+    optimised = [row for row in rows if row["method"] == PNO[0]]
+    began = [row for row in rows if (row["method"], row["strength"]) == ("concat", 1.0) and row["seed"] < 2]
+    assert [row["pno_objective"]["steps"] for row in optimised] == [1, 1]
+    assert [case(row) for row in optimised] == [case(row) for row in began]
+    assert lines[-1]["samples"] == len(began) == 2
+    assert lines[-1]["scores"]["lpips"]["value"] == pytest.approx(sum(row["lpips"] for row in began) / 2)
+
+
+def test_other_questions_do_not_mix_with_an_evaluation(model: Path, out: Path) -> None:
+    before = (out / "manifest.parquet").read_bytes()
+    result = run(model, out, "--strength", 0.7)
+    assert (result.exit_code, "belongs to an evaluation of other prompts" in result.output) == (4, True)
+    assert (out / "manifest.parquet").read_bytes() == before
+
+
+def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:
+    config = RunConfig(manifest=str(tmp_path / "manifest.parquet"), output=str(tmp_path / "samples"), model=str(model))
+    evaluate.prepare(config, evaluate.crossed(["a cat ", "", "a dog"], ["a.png", "b.png"]), seeds=2, sweep=[0.0, 1.0])
+    rows = pq.read_table(config.manifest).to_pylist()
+    assert len(rows) == 2 * 2 * 2 * 4
+    assert {(row["prompt"], row["reference"]) for row in rows} == {
+        (prompt, reference) for prompt in ("a cat", "a dog") for reference in ("a.png", "b.png")
+    }
+    assert len({row["seed"] for row in rows}) == 8
+    with pytest.raises(RefusedError):
+        evaluate.prepare(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=2, sweep=[])
+
+
+def test_the_models_own_strength_is_among_those_of_concat(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text()) | {"default_strength": 0.15}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = RunConfig(manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "samples"), model=str(folder))
+    evaluate.prepare(config, 1, seeds=1, sweep=[1.0])
+    rows = pq.read_table(config.manifest).to_pylist()
+    assert [row["strength"] for row in rows if row["method"] == "concat"] == [0.15, 1.0]
+
+
+def test_a_model_without_a_world_needs_prompts_and_a_distance(model: Path, tmp_path: Path) -> None:
+    bare = runs.save_model(tmp_path / "bare")
+    config = RunConfig(manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "samples"), model=str(bare))
+    with pytest.raises(UsageError, match="needs --prompts and --references"):
+        evaluate.prepare(config, 1, seeds=1, sweep=[])
+    with pytest.raises(UsageError, match="--lpips alex"):
+        evaluate.prepare(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=1, sweep=[])
+    with pytest.raises(UsageError, match="no prompts"):
+        evaluate.prepare(config, [], seeds=1, sweep=[])
+    result = call("--model", bare, "--out", tmp_path, "--prompts", "p.txt")
+    assert (result.exit_code, "--prompts and --references together" in result.output) == (2, True)
+
+
+def test_a_strength_out_of_range_is_refused_before_the_run(tmp_path: Path) -> None:
+    for strength in (-1, "nan", "inf"):
+        result = call("--out", tmp_path, "--strength", strength)
+        assert (result.exit_code, "it must be between 0 and" in result.output) == (2, True)
+
+
+def test_the_job_is_the_command(tmp_path: Path) -> None:
+    job = Path(__file__).parents[2] / "jobs" / "evaluate.py"
+    result = subprocess.run([sys.executable, job, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "jobs/evaluate.py [OPTIONS]" in result.stdout
+
+
+def test_an_evaluation_without_samples_is_no_table(model: Path, tmp_path: Path) -> None:
+    config = RunConfig(manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "samples"), model=str(model))
+    with pytest.raises(UsageError, match="no picture of text only"):
+        evaluate.tabulate(config)

@@ -1,0 +1,142 @@
+"""What a run will take, and what is in its way: measured or not said, all reasons at once, nothing touched."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from support import runs
+from vcf_batch.cli import main
+from vcf_batch.commands import plan
+from vcf_batch.commands.plan import Forecast, Measurement
+from vcf_batch.config import RunConfig
+from vcf_batch.output import lease
+from vcf_batch.setup import prepare
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("forecast") / "model")
+
+
+def config(folder: Path, model: Path, **options: Any) -> RunConfig:
+    settings = {**runs.SIZE, "batch_size": 2, "shard_size": 4, "gpus_per_worker": 0.0} | options
+    return RunConfig(
+        manifest=str(folder / "manifest.parquet"), output=str(folder / "out"), model=str(model), **settings
+    )
+
+
+def tree(folder: Path) -> Mapping[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def call(folder: Path, model: Path, *options: str) -> Result:
+    words = ["plan", str(folder / "manifest.parquet"), str(folder / "out"), "--model", str(model), *options]
+    return CliRunner().invoke(main, [*words, "--height", "32", "--width", "32", "--gpus-per-worker", "0"])
+
+
+def test_without_a_measurement_nothing_is_said_of_time(tmp_path: Path, model: Path) -> None:
+    runs.write_manifest(tmp_path, 10)
+    before = tree(tmp_path)
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    assert tree(tmp_path) == before
+    assert not found.problems
+    figures = found.figures(price=2.0)
+    assert (figures["rows"], figures["shards"], figures["rows_done"]) == (10, 3, 0)
+    assert (figures["bytes"], figures["seconds"], figures["device_hours"], figures["cost"]) == (None,) * 4
+    assert "not known before something is measured" in found.told(2.0)
+
+
+def test_a_calibration_measures_in_this_process_and_touches_nothing(tmp_path: Path, model: Path) -> None:
+    runs.write_manifest(tmp_path, 10)
+    before = tree(tmp_path)
+    told = call(tmp_path, model, "--calibrate", "--price-per-gpu-hour", "3", "--num-workers", "2", "--json")
+    assert tree(tmp_path) == before
+    assert told.exit_code == 0, told.output
+    record = json.loads(told.output[told.output.index("{") :])
+    assert record["measurement"]["seconds_per_row"] > 0
+    assert record["bytes"] > 0
+    assert record["workers"] == 2
+    assert record["cost"] == pytest.approx(3 * record["device_hours"])
+
+
+def test_rows_that_fail_are_not_timed(tmp_path: Path, model: Path) -> None:
+    """Where no row can be generated, there is nothing to tell of the time and the cost."""
+    runs.write_manifest(tmp_path, 4, {"reference": ["gone.png"] * 4})
+    told = call(tmp_path, model, "--calibrate")
+    assert told.exit_code == 2
+    assert "each of the first 4 rows fails; the first: reference 'gone.png' does not exist" in told.output
+
+
+def test_finished_shards_tell_without_a_calibration(tmp_path: Path, model: Path) -> None:
+    """And only what is left takes time."""
+    runs.write_manifest(tmp_path, 10)
+    job = runs.settled(tmp_path / "manifest.parquet", tmp_path / "out", model, batch_size=2, shard_size=4)
+    prepare.claim(job)
+    runs.write_output(tmp_path / "manifest.parquet", tmp_path / "other", 4)
+    timings = {"total": 8.0, "ended": "2026-01-01T00:00:00+00:00", "worker": "a:1"}
+    for receipt in [*runs.read_receipts(str(tmp_path / "other")).values()][:2]:
+        for suffix in (".tar", ".parquet"):
+            shutil.copy(tmp_path / "other" / f"{receipt.shard.name}{suffix}", tmp_path / "out")
+        told = dataclasses.replace(receipt, fingerprint=job.fingerprint, timings=timings)
+        (tmp_path / "out" / f"{receipt.shard.name}_stats.json").write_bytes(told.to_json())
+    found = plan.look(config(tmp_path, model), calibrate=True)
+    assert not found.problems
+    assert found.measurement
+    assert found.measurement.seconds_per_row == 2
+    figures = found.figures(price=None)
+    assert (figures["rows_done"], figures["shards_done"]) == (8, 2)
+    assert figures["seconds"] == 2 * 2
+
+
+def test_time_counts_whole_shards_and_cost_counts_gpus(tmp_path: Path, model: Path) -> None:
+    """A worker that waits for the others to finish does not shorten the run."""
+    runs.write_manifest(tmp_path, 40)
+    job = plan.look(config(tmp_path, model, num_workers=4, gpus_per_worker=2.0), calibrate=False).job
+    found = Forecast("out", job=job, measurement=Measurement("", "gpu", 3.0, 100.0, 30.0))
+    figures = found.figures(price=5.0)
+    assert figures["seconds"] == 3 * 4 * 3 + 30
+    assert figures["bytes"] == 4000
+    assert figures["device_hours"] == pytest.approx((40 * 3 + 4 * 30) / 3600 * 2)
+    assert figures["cost"] == pytest.approx(5 * figures["device_hours"])
+
+
+def test_all_that_would_refuse_the_run_is_told_at_once(tmp_path: Path, model: Path) -> None:
+    references = [f"../elsewhere/{number}.png" for number in range(10)]
+    runs.write_manifest(tmp_path, 10, {"reference": references, "sample_id": ["a", "a", *"bcdefghi"]})
+    before = tree(tmp_path)
+    with lease.hold(str(tmp_path / "out")):
+        told = call(tmp_path, model, "--pno-guide", str(tmp_path / "nowhere"))
+    (tmp_path / "out").rmdir()
+    assert tree(tmp_path).keys() == before.keys()
+    assert told.exit_code == 4
+    for reason in ("is held by another run", "may not be read", "nowhere", "sample_id"):
+        assert reason in told.output, told.output
+    assert told.output.count("refused: ") == 4
+
+
+def test_another_run_in_the_output_is_told_with_its_differences(tmp_path: Path, model: Path) -> None:
+    manifest = runs.write_manifest(tmp_path, 10)
+    runs.write_output(manifest, tmp_path / "out", 4)
+    told = call(tmp_path, model, "--shard-size", "4", "--steps", "3")
+    assert told.exit_code == 4
+    assert "steps: 4 there, 3 now" in told.output
+
+
+def test_rows_that_would_fail_are_named_and_refuse_nothing(tmp_path: Path, model: Path) -> None:
+    references = ["reference0.png", "../elsewhere.png", *["reference1.png"] * 8]
+    runs.write_manifest(tmp_path, 10, {"reference": references, "strength": [1.0, 1.0, -1.0, *[1.0] * 7]})
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    assert not found.problems
+    assert [row.split(":")[0] for row in found.doomed] == ["000000001", "000000002"]
+
+
+def test_an_output_in_the_manifests_folder_is_told(tmp_path: Path, model: Path) -> None:
+    runs.write_manifest(tmp_path, 4)
+    found = plan.look(config(tmp_path, model).replace(output=str(tmp_path)), calibrate=False)
+    assert "is the manifest's own folder" in str(found.problems[0])

@@ -1,0 +1,91 @@
+"""A preview shows what a run would make, in several ways, and leaves nothing but a picture."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from support import runs
+from vcf_batch.commands import preview
+from vcf_batch.commands.preview import variants
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.report import contact_sheet
+from vcf_batch.worker.worker import Worker
+
+CONFIG = RunConfig(manifest="m", output="o")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("preview") / "model")
+
+
+def test_sweeps_are_multiplied() -> None:
+    assert variants(["strength=0,0.5", "fusion=naive, concat"], CONFIG) == [
+        {"strength": 0.0, "fusion": "naive"},
+        {"strength": 0.0, "fusion": "concat"},
+        {"strength": 0.5, "fusion": "naive"},
+        {"strength": 0.5, "fusion": "concat"},
+    ]
+    assert variants([], CONFIG) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "reason"),
+    [
+        ("strength", "its values"),
+        ("steps=1,2", "give one of"),
+        ("strength=much", "could not convert"),
+        ("strength=-1", "strength is -1"),
+        ("fusion=glue", "fusion is 'glue'"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(sweep: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        variants([sweep], CONFIG)
+
+
+def test_the_command_writes_the_picture_and_nothing_else(tmp_path: Path, model: Path) -> None:
+    """Rows down, reference, text only and the variants across; a row that fails says why, and costs no other one.
+
+    In a process of its own, as what loads a model may warn and draw bars on its first use only.
+    """
+    strengths = [1.0, -1.0, 1.0, 1.0]
+    manifest = runs.write_manifest(tmp_path / "in", 4, {"strength": strengths})
+    before = set(tmp_path.rglob("*"))
+    options: list[Any] = ["--height", 32, "--width", 32, "--gpus-per-worker", 0, "--rows", 3]
+    sweeps = ["--sweep", "strength=0,1", "--sweep", "fusion=naive,concat", "--out", tmp_path / "sheet.png"]
+    words = ["preview", manifest, "--model", model, *options, *sweeps]
+    command = [sys.executable, "-m", "vcf_batch", *map(str, words)]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"{tmp_path / 'sheet.png'}\n", "")
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "sheet.png"}
+    sheet = Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes()))
+    assert sheet.width == (2 + 4) * (contact_sheet.TILE + 8) + 8
+    assert sheet.height > 3 * contact_sheet.TILE
+
+
+def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without strength it does not matter how the reference would have joined."""
+    runs.write_manifest(tmp_path, 1)
+    loaded: Worker = runs.load(tmp_path / "manifest.parquet", tmp_path / "out", model)
+    row = loaded.manifest.rows(0, 1, 0)[0]
+    drawn: list[int] = []
+    generate = preview.Generation
+
+    def count(tools: Any, rows: Any, *others: Any, **how: Any) -> Any:
+        drawn.append(len(rows))
+        return generate(tools, rows, *others, **how)
+
+    monkeypatch.setattr(preview, "Generation", count)
+    columns = [preview.TEXT_ONLY, *variants(["strength=0,1", "fusion=naive,concat"], CONFIG)]
+    samples = preview._generated(loaded.tools, [preview._changed(row, column) for column in columns])
+    assert drawn == [3]
+    images = [sample.image for sample in samples]
+    assert images[0] == images[1] == images[2]
+    assert len(set(images)) == 3

@@ -1,0 +1,126 @@
+"""An output is handed on whole or shard by shard, never in halves, and nothing of anybody else's is replaced."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from support import runs
+from vcf_batch import pool, storage
+from vcf_batch.cli import main
+from vcf_batch.commands import verify
+from vcf_batch.commands.push import push
+from vcf_batch.driver.ledger import Summary
+from vcf_batch.errors import DamageFound, RefusedError, StorageError, UsageError
+from vcf_batch.output.output import Output
+
+MINE = "# My own words\n"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    """Ten rows in three shards."""
+    runs.write_output(runs.write_manifest(tmp_path / "in", 10), tmp_path / "out", 4)
+    return Output.open(str(tmp_path / "out"))
+
+
+def damage(url: str) -> list[str]:
+    return [str(finding.cause) for finding in verify.check(Output.open(url)) if finding.is_damage]
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_what_is_pushed_is_the_output(
+    output: Output, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Shards, receipts, card and page have the same bytes there, and nothing else is; a second push copies none."""
+    for internal in ("_progress.json", "_lease.json", "_staging/00000.tar", "profile/trace.json"):
+        storage.publish_bytes(storage.join(output.url, internal), b"{}")
+    target = str(tmp_path / "there") if kind == "local" else request.getfixturevalue("s3")
+    assert push(output, target) == (3, 0)
+    assert damage(target) == []
+    names = set(storage.list_tree(target))
+    files = {f"0000{shard}{suffix}" for shard in range(3) for suffix in (".tar", ".parquet", "_stats.json")}
+    assert names == files | {"README.md", "index.html", "run.json"}
+    for name in names:
+        assert storage.read_bytes(storage.join(target, name)) == storage.read_bytes(storage.join(output.url, name))
+    assert push(output, target) == (0, 3)
+    assert push(Output.open(target), str(tmp_path / "back")) == (3, 0)
+
+
+def test_a_push_that_was_cut_goes_on(output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No receipt is there without its files, and what is there is not copied again."""
+    upload, left = storage.upload, [6]
+
+    def cut(local_path: str, url: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise StorageError("the network is gone")
+        upload(local_path, url)
+
+    monkeypatch.setattr(storage, "upload", cut)
+    target = tmp_path / "there"
+    with pytest.raises(StorageError, match="gone"):
+        push(output, str(target))
+    for receipt in target.glob("*_stats.json"):
+        assert all((target / receipt.name.replace("_stats.json", suffix)).exists() for suffix in (".tar", ".parquet"))
+    monkeypatch.undo()
+    copied, there = push(output, str(target))
+    assert copied + there == 3 and copied > 0
+    assert damage(str(target)) == []
+
+
+def test_a_shard_that_was_repaired_is_copied_again(output: Output, tmp_path: Path) -> None:
+    target = tmp_path / "there"
+    push(output, str(target))
+    files = runs.Files(Path(output.url), "00001")
+    files.edit_everywhere(0, clip_score=0.5)
+    files.write()
+    assert push(output, str(target)) == (1, 2)
+    assert (target / "00001.tar").read_bytes() == files.tar.read_bytes()
+
+
+def test_a_damaged_shard_is_not_handed_on(output: Output, tmp_path: Path) -> None:
+    tar = Path(output.url, "00001.tar")
+    data = bytearray(tar.read_bytes())
+    data[-600] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(DamageFound, match=r"00001\.tar does not match its receipt"):
+        push(output, str(tmp_path / "there"))
+    assert not (tmp_path / "there" / "00001_stats.json").exists()
+
+
+def test_nothing_of_anybody_elses_is_replaced(output: Output, tmp_path: Path) -> None:
+    """Neither another run nor a card; one's own card is handed on as it is."""
+    with pytest.raises(UsageError, match="the output itself"):
+        push(output, output.url + "/")
+    runs.write_output(runs.write_manifest(tmp_path / "in2", 5), tmp_path / "other", 4)
+    with pytest.raises(RefusedError, match="holds another run"):
+        push(output, str(tmp_path / "other"))
+    there = tmp_path / "there" / "README.md"
+    there.parent.mkdir()
+    there.write_text(MINE)
+    with pytest.raises(UsageError, match="somebody else's"):
+        push(output, str(there.parent))
+    assert list(there.parent.iterdir()) == [there]
+    Path(output.url, "README.md").write_text(MINE)
+    assert push(output, str(there.parent)) == (3, 0)
+    assert there.read_text() == MINE
+
+
+def test_generate_pushes_what_it_has_generated(output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a run that succeeds, and only then."""
+    counts = {"success": 10, "rejected": 0, "failed": 0}
+    monkeypatch.setattr(pool, "run", lambda *_: Summary(output.url, 10, counts, 0, 1.0))  # type: ignore[arg-type]
+    arguments = ["generate", str(tmp_path / "in/manifest.parquet"), output.url, "--push", str(tmp_path / "there")]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, f"{tmp_path}/there: 3 shards copied, 0 were there")
+    monkeypatch.setattr(pool, "run", lambda *_: Summary(output.url, 10, counts | {"failed": 1}, 0, 1.0))  # type: ignore[arg-type]
+    result = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "nowhere")])
+    assert (result.exit_code, (tmp_path / "nowhere").exists()) == (3, False)
+
+
+def test_push_is_a_command(output: Output, tmp_path: Path) -> None:
+    """A licence that the card has stays, though the card is written anew."""
+    for arguments in (["card", output.url, "--license", "cc-by-4.0"], ["push", output.url, str(tmp_path / "there")]):
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert "license: cc-by-4.0" in (tmp_path / "there" / "README.md").read_text()

@@ -1,0 +1,182 @@
+"""What of an output is generated again, and that a condition sees the rows and nothing else."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+
+from support import runs
+from vcf_batch import pool
+from vcf_batch.cli import main
+from vcf_batch.commands.repair import Repair
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import DamageFound, RefusedError, UsageError
+from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output.output import Output
+
+ROWS, SHARD_SIZE = 10, 4
+FAILED = "status = 'failed'"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output of three shards over ten rows; rows 5 and 9 failed."""
+    columns = {"half": pa.array([0.5] * ROWS, pa.float16()), "label": [f"row {number}" for number in range(ROWS)]}
+    folder = tmp_path_factory.mktemp("whole")
+    runs.write_output(runs.write_manifest(folder / "in", ROWS, columns), folder / "out", SHARD_SIZE, failed={5, 9})
+    return folder / "out"
+
+
+@pytest.fixture
+def output(whole: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(whole, tmp_path / "out")
+
+
+def needed(output: Path, where: str = FAILED) -> dict[int, list[int]]:
+    """Shard and numbers of the rows that are generated again."""
+    opened = Output.open(str(output))
+    again = Repair(opened, where).rows(lambda line: None)
+    for index, rows in again.items():
+        assert len(rows) == len(opened.plan[index])
+    return {index: [row for row, anew in enumerate(rows, index * SHARD_SIZE) if anew] for index, rows in again.items()}
+
+
+def test_failed_rows_are_generated_again(whole: Path) -> None:
+    assert needed(whole) == {1: [5], 2: [9]}
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("status = 'failed' OR clip_score < 0.1", {0: [0, 1], 1: [5], 2: [9]}),
+        ("label = 'row 7'", {1: [7]}),
+        ("clip_score > 0.2 AND prompt LIKE '%rings'", {1: [6]}),
+        ("reference = 'reference0.png' -- a comment", {0: [0, 3], 1: [6]}),
+        ("false", {}),
+        ("NULL", {}),
+    ],
+)
+def test_a_condition_selects_rows(whole: Path, where: str, expected: Mapping[int, list[int]]) -> None:
+    assert needed(whole, where) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("clip < 0.2", 'Referenced column "clip" not found'),
+        ("half > 0", 'Referenced column "half" not found'),  # a type that DuckDB does not have
+        ("", "Parser Error"),
+        ("true; DROP TABLE x", "Parser Error"),
+        ("true) UNION SELECT key --", "syntax error"),
+        ("true LIMIT 1", "Parser Error"),
+        ("count(*) > 1", "cannot contain aggregates"),
+        ("key IN (SELECT content FROM read_text('/etc/passwd'))", "disabled by configuration"),
+        ("key IN (SELECT file FROM glob('/etc/*'))", "disabled by configuration"),
+        ("key IN (SELECT key FROM rows)", "rows does not exist"),  # a variable of Python
+        ("key IN (SELECT key FROM 's3://bucket/secret.parquet')", "disabled by configuration"),
+    ],
+)
+def test_what_is_no_condition_on_a_row_is_refused_at_once(whole: Path, where: str, reason: str) -> None:
+    """A condition sees the rows and nothing else: no file, no network, no other statement."""
+    with pytest.raises(UsageError, match=r"--where .* is no condition on the columns key, status") as error:
+        Repair(Output.open(str(whole)), where)
+    assert reason in str(error.value)
+
+
+def test_damaged_and_missing_shards_are_generated_whole(output: Path) -> None:
+    (output / "00000_stats.json").unlink()
+    data = (output / "00001.tar").read_bytes()
+    (output / "00001.tar").write_bytes(data[:-5] + b"\1" + data[-4:])
+    assert needed(output) == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [9]}
+    assert needed(output, "false") == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}
+
+
+@pytest.mark.parametrize("survived", range(6))
+def test_a_repair_that_was_killed_keeps_the_samples_that_stay(output: Path, tmp_path: Path, survived: int) -> None:
+    """A repair reuses committed samples byte for byte, even if its driver is killed while it replaces their shard."""
+    manifest = Path(json.loads((output / "run.json").read_text())["config"]["manifest"])
+    repaired = runs.write_output(manifest, tmp_path / "repaired", SHARD_SIZE, failed={9})
+    (receipt,) = (found for found in receipts.read(repaired.config.output) if found.shard.index == 1)
+    paths = {kind: str(tmp_path / "repaired" / f"00001{suffix}") for kind, suffix in shards.SUFFIXES.items()}
+    files = shards.ShardFiles(
+        paths["tar"], paths["parquet"], counts=receipt.counts, entries=receipt.files, means=receipt.means
+    )
+    staged = commits.stage(files, str(output), receipt.shard, "attempt")
+    runs.kill_after(survived, lambda: commits.commit(str(output), receipt, staged))
+
+    commits.clean(str(output))
+    assert needed(output) == ({1: [5], 2: [9]} if survived < 2 else {2: [9]})
+
+
+def test_what_generating_does_not_mend_is_refused(output: Path) -> None:
+    shutil.copy(output / "00001.tar", output / "00007.tar")
+    with pytest.raises(DamageFound, match="00007: the run has 3 shards, and this is none of them; delete its files"):
+        needed(output)
+
+
+def test_a_changed_manifest_is_refused(output: Path) -> None:
+    manifest = runs.write_manifest(output.parent / "in", 3)
+    with pytest.raises(RefusedError, match="has changed since the run"):
+        Repair(Output.open(str(output), {"manifest": str(manifest)}), FAILED)
+    with pytest.raises(UsageError, match="does not exist"):
+        Repair(Output.open(str(output), {"manifest": str(manifest.parent / "gone")}), FAILED)
+
+
+# The command
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Result, list[RunConfig], list[dict[int, bytes]]]:
+    """The command's result, and what a run was started with; no run takes place."""
+    configs, asked = [], []
+
+    def record(config: RunConfig, again: pool.Again) -> pool.Summary:
+        configs.append(config)
+        asked.append(dict(again()))
+        return pool.Summary(config.output, ROWS, {"success": 10, "rejected": 0, "failed": 0}, 8, 1.0)
+
+    monkeypatch.setattr(pool, "run", record)
+    return CliRunner().invoke(main, ["repair", *map(str, arguments)]), configs, asked
+
+
+def test_a_repair_takes_its_settings_from_the_output(
+    output: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs where and with as many workers as it is told, whatever the run it repairs was told."""
+    record = json.loads((output / "run.json").read_text())
+    record["config"] |= {"address": "ray://gone:10001", "num_workers": 16, "max_failed": 1.0}
+    (output / "run.json").write_text(json.dumps(record))
+    (output / "00000.tar").unlink()
+    result, (config,), (again,) = call(monkeypatch, output, "--address", "local")
+    assert result.exit_code == 0, result.output
+    recorded = RunConfig.from_mapping(record["config"])
+    assert config == recorded.replace(output=str(output), address="local", num_workers=None, max_failed=0)
+    assert again == {0: b"\1\1\1\1", 1: b"\0\1\0\0", 2: b"\0\1"}
+    assert result.output.splitlines()[0] == "00000: 00000.tar is missing"
+
+
+def test_a_manifest_and_a_model_that_have_moved_are_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Path(json.loads((output / "run.json").read_text())["config"]["manifest"])
+    moved = shutil.copytree(recorded.parent, output.parent / "moved") / recorded.name
+    result, (config,), _ = call(monkeypatch, output, "--manifest", moved, "--model", "/new", "--where", FAILED)
+    assert result.exit_code == 0, result.output
+    assert (config.manifest, config.model) == (str(moved), "/new")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [("nowhere", 2, "holds no run; check the path"), ("damaged", 5, "run.json: it is missing")],
+)
+def test_an_output_that_says_nothing_of_its_run_is_not_repaired(
+    output: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int, message: str
+) -> None:
+    if name == "damaged":
+        (output / "run.json").unlink()
+        name = str(output)
+    result, configs, _ = call(monkeypatch, name)
+    assert (result.exit_code, configs) == (code, [])
+    assert message in result.output

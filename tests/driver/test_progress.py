@@ -1,0 +1,58 @@
+"""What a run shows of itself."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from vcf_batch.driver import progress
+from vcf_batch.driver.progress import Progress, duration
+from vcf_batch.pool import log
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What the log gets."""
+    stream = io.StringIO()
+    log.configure("text", stream)
+    yield stream
+    log.configure("text")
+
+
+def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:
+    """Samples, rate, time left, failures, mean scores, workers."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with Progress(100, 20) as shown:
+        shown.update(60, 3, 2, {"lpips": 0.25})
+        shown.note("a worker died", "worker_died")
+    first, second = logged.getvalue().splitlines()
+    assert first.startswith("60 of 100 samples (60%), ")
+    assert first.endswith(" left, 3 failed, lpips 0.250, 2 workers")
+    assert second == "a worker died"
+
+
+def test_a_log_is_not_flooded(logged: io.StringIO) -> None:
+    with Progress(100, 0) as shown:
+        for done in range(100):
+            shown.update(done, 0, 1)
+            shown.note("a shard is finished", "shard_finished", logging.DEBUG)
+    assert logged.getvalue() == ""
+
+
+def test_a_terminal_gets_one_bar() -> None:
+    stream = _Terminal()
+    with Progress(100, 0, stream) as shown:
+        shown.update(40, 1, 1, {"lpips": 0.25})
+    assert "40/100" in stream.getvalue()
+    assert "1 failed, lpips 0.250, 1 worker" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2s"), (59.9, "59.9s"), (185, "3m 05s"), (3725, "1h 02m")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,113 @@
+"""The first impression: the demo manifest through the real command on the embedded model, read as users read it."""
+
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+from datasets import load_dataset
+from PIL import Image
+
+from vcf_batch.models import resolution
+from vcf_batch.tiny import measure, world
+from vcf_batch.tiny.probe import Probe
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO = REPOSITORY / "manifests" / "demo.parquet"
+ROWS = 8
+MEBIBYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight demo rows in two shards, and the contact sheet."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    for arguments in (
+        ["generate", str(DEMO), str(folder), "--limit", str(ROWS), "--shard-size", "4", "--num-workers", "1"],
+        ["contact-sheet", str(folder)],
+    ):
+        subprocess.run([sys.executable, "-m", "vcf_batch", *arguments], check=True)
+    return folder
+
+
+def test_every_demo_row_has_an_image_a_prompt_and_three_scores(output: Path) -> None:
+    rows = pq.read_table(DEMO).to_pylist()[:ROWS]
+    shards = sorted(output.glob("*.tar"))
+    samples = list(webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False).decode("pil"))
+    assert len(shards) == 2
+    assert [sample["__key__"] for sample in samples] == [row["sample_id"] for row in rows]
+    for row, sample in zip(rows, samples, strict=True):
+        assert sample["txt"] == row["prompt"]
+        assert sample["png"].size == (world.SIZE, world.SIZE)
+        assert all(isinstance(sample["json"][score], float) for score in ("clip_score", "clip_reference", "lpips"))
+
+
+def test_the_references_change_the_picture(output: Path) -> None:
+    """The first four rows share prompt and noise: text only, then three references."""
+    samples = list(webdataset.WebDataset(str(output / "00000.tar"), shardshuffle=False))
+    assert len({sample["png"] for sample in samples}) == 4
+    assert json.loads(samples[0]["json"])["strength"] == 0.0
+
+
+def test_hugging_face_datasets_reads_the_output(output: Path) -> None:
+    files = [str(shard) for shard in sorted(output.glob("*.tar"))]
+    dataset = load_dataset("webdataset", data_files=files, split="train", cache_dir=str(output.parent / "cache"))
+    assert len(dataset) == ROWS
+    assert dataset[0]["png"].size == (world.SIZE, world.SIZE)
+    assert dataset[0]["json"]["clip_score"] is not None
+
+
+def test_duckdb_reads_the_scores(output: Path) -> None:
+    query = f"SELECT count(*), count(clip_score), count(lpips) FROM '{output}/*.parquet' WHERE status = 'success'"
+    assert duckdb.connect().execute(query).fetchone() == (ROWS, ROWS, ROWS)
+
+
+def test_the_contact_sheet_is_a_picture(output: Path) -> None:
+    sheet = Image.open(io.BytesIO((output / "contact_sheet.png").read_bytes()))
+    colors = sheet.convert("RGB").getcolors(sheet.width * sheet.height)
+    assert sheet.width > 1000
+    assert colors is not None
+    assert len(colors) > 1000
+
+
+def test_the_demo_manifest_uses_every_reference_equally() -> None:
+    rows = pq.read_table(DEMO).to_pylist()
+    uses = Counter(row["reference"] for row in rows)
+    assert len(rows) == 64
+    assert len({row["prompt"] for row in rows}) == 16
+    assert set(uses.values()) == {8}
+    assert all((DEMO.parent / reference).is_file() for reference in uses)
+
+
+def test_the_embedded_weights_stay_small() -> None:
+    sizes = [path.stat().st_size for path in Path(resolution.tiny_folder()).rglob("*") if path.is_file()]
+    assert sum(sizes) <= 32 * MEBIBYTE
+    assert max(sizes) <= 15 * MEBIBYTE
+
+
+def test_the_embedded_models_draw_what_captions_say() -> None:
+    """A small version of ``python -m vcf_batch.tiny.measure``, whose figures stand in the model card."""
+    folder = Path(resolution.tiny_folder())
+    probe = Probe.from_pretrained(folder / "probe", dtype=torch.float32)
+    real = world.sample_scenes(256, measure.HELD_OUT + 7)
+    seen = measure.read(probe, world.render(real), real)
+    assert min(seen.values()) > 0.9
+
+    pipeline = VCFPipeline.from_pretrained(folder, dtype=torch.float32)
+    drawn = measure.text_only(pipeline, probe, count=32)
+    chance = {name: 1 / len(values) for name, values in world.VALUES.items()}
+    assert all(drawn[name] > 2 * chance[name] for name in ("style", "pattern", "color", "shape", "position"))
+
+
+def test_the_model_card_shows_the_measurement() -> None:
+    card = (Path(resolution.tiny_folder()) / "README.md").read_text()
+    assert "text only, full captions" in card
+    assert "python -m vcf_batch.tiny.measure" in card

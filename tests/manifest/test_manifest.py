@@ -1,0 +1,362 @@
+"""A manifest is read by its footers, checked once in bounded memory, and its rows come by row groups."""
+
+import io
+import itertools
+import json
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcf_batch import storage
+from vcf_batch.errors import ManifestError, StorageError, UsageError
+from vcf_batch.manifest import manifest, repeats
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.records import Reference
+
+
+def write(path: Path, row_group_size: int | None = None, **columns: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return str(path)
+
+
+def numbered(start: int, stop: int) -> dict[str, list[Any]]:
+    numbers = range(start, stop)
+    return {"prompt": [f"cat {n}" for n in numbers], "sample_id": [f"id-{n}" for n in numbers], "n": list(numbers)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three files of 10, 0 and 15 rows in small row groups, and files that are none of the manifest's."""
+    write(tmp_path / "m" / "a.parquet", 4, **numbered(0, 10))
+    pq.write_table(pa.table(numbered(0, 1)).slice(0, 0), tmp_path / "m" / "b.parquet")
+    write(tmp_path / "m" / "c.parquet", 6, **numbered(10, 25))
+    for name in ("_SUCCESS", ".a.parquet.crc", "_metadata.parquet", "notes.txt", "deeper/d.parquet"):
+        path = tmp_path / "m" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"junk")
+    return tmp_path / "m"
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(folder: Path) -> None:
+    opened = Manifest.open(str(folder))
+    assert (opened.num_rows, opened.base) == (25, str(folder))
+    rows = opened.rows(0, 25, run_seed=0)
+    assert [row.carried["n"] for row in rows] == [row.number for row in rows] == list(range(25))
+    assert [row.key for row in rows] == [f"id-{n}" for n in range(25)]
+    assert opened.locate(10) == "row 0 of c.parquet"
+    opened.check()
+
+
+def test_a_file_resolves_references_against_its_folder(folder: Path) -> None:
+    opened = Manifest.open(str(folder / "c.parquet"))
+    assert (opened.num_rows, opened.base) == (15, str(folder))
+    assert opened.rows(0, 1, 0)[0].prompt == "cat 10"
+
+
+@settings(deadline=None, max_examples=60)
+@given(cuts=st.lists(st.integers(0, 25), min_size=0, max_size=6), limit=st.none() | st.integers(1, 40))
+def test_rows_are_the_same_in_any_slices(
+    cuts: list[int], limit: int | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "slices"
+    if not path.exists():
+        write(path / "a.parquet", 4, **numbered(0, 10))
+        write(path / "b.parquet", 7, **numbered(10, 25))
+    opened = Manifest.open(str(path), limit)
+    stops = sorted(min(cut, opened.num_rows) for cut in [*cuts, 0, opened.num_rows])
+    parts = [row for start, stop in itertools.pairwise(stops) for row in opened.rows(start, stop, 3)]
+    assert parts == opened.rows(0, opened.num_rows, 3)
+    assert [row.carried["n"] for row in parts] == list(range(min(25, limit or 25)))
+
+
+def test_only_the_needed_row_groups_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the manifest: rows stream."""
+    noise = [random.Random(n).randbytes(250).hex() for n in range(8000)]
+    url = write(tmp_path / "m.parquet", 100, prompt=noise)
+    opened = Manifest.open(url)
+    taken = 0
+
+    class Counting(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            nonlocal taken
+            data = super().read(-1 if size is None else size)
+            taken += len(data)
+            return data
+
+    monkeypatch.setattr(storage, "open_read", lambda url: Counting(url))
+    assert [row.prompt for row in opened.rows(4050, 4060, 0)] == noise[4050:4060]
+    assert taken < (tmp_path / "m.parquet").stat().st_size / 10
+
+
+def test_embedded_images_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_ROWS_PER_READ", 7)
+    images = [{"bytes": bytes([n]) * 1000, "path": f"{n}.png"} for n in range(40)]
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["a cat"] * 40, reference=images))
+    rows = opened.rows(20, 30, 0)
+    assert [row.references for row in rows] == [(Reference(f"{n}.png", bytes([n]) * 1000),) for n in range(20, 30)]
+    assert opened.carried_schema == pa.schema([])
+    assert not opened.reference_is_list
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.null(), pa.string(), pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))]
+)
+def test_whether_there_are_references(tmp_path: Path, kind: pa.DataType) -> None:
+    nothing = pa.array([None, None], kind)
+    assert not Manifest.open(write(tmp_path / "none.parquet", prompt=["a", "b"])).has_any("reference")
+    assert not Manifest.open(write(tmp_path / "null.parquet", prompt=["a", "b"], reference=nothing)).has_any(
+        "reference"
+    )
+    if not pa.types.is_null(kind):
+        value = "a.png" if kind == pa.string() else [{"bytes": b"x", "path": None}]
+        some = pa.array([None, value], kind)
+        assert Manifest.open(write(tmp_path / "some.parquet", 1, prompt=["a", "b"], reference=some)).has_any(
+            "reference"
+        )
+
+
+def test_negative_references_are_references(tmp_path: Path) -> None:
+    """They need a model that takes images, and are looked at before it is loaded."""
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["a", "b"], negative_reference=[None, "n.png"]))
+    assert opened.has_any("negative_reference") and not opened.has_any("reference")
+    assert [row.images for row in opened.rows(0, 2, 0)] == [(), (Reference("n.png"),)]
+    plain = Manifest.open(write(tmp_path / "p.parquet", prompt=["a"], reference=["a.png"]))
+    assert plain.has_any("reference") and not plain.has_any("negative_reference")
+
+
+def test_lists_of_references(tmp_path: Path) -> None:
+    kinds = pa.array([["a.png", "b.png"], [], None], pa.list_(pa.string()))
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["x"] * 3, reference=kinds))
+    assert opened.reference_is_list
+    assert [len(row.references) for row in opened.rows(0, 3, 0)] == [2, 0, 0]
+
+
+def test_images_as_datasets_writes_them(tmp_path: Path) -> None:
+    """The ``reference`` column may be struct<bytes, path> as Hugging Face ``datasets`` writes images."""
+    datasets = pytest.importorskip("datasets")
+    image_module = pytest.importorskip("PIL.Image")
+    features = datasets.Features({"prompt": datasets.Value("string"), "reference": datasets.Image()})
+    images = [image_module.new("RGB", (3, 2), "red"), None]
+    datasets.Dataset.from_dict({"prompt": ["a", "b"], "reference": images}, features).to_parquet(tmp_path / "m.parquet")
+    opened = Manifest.open(str(tmp_path / "m.parquet"))
+    with_image, text_only = opened.rows(0, 2, 0)
+    assert with_image.references[0].data is not None
+    assert with_image.references[0].data.startswith(b"\x89PNG")
+    assert text_only.references == ()
+    assert text_only.error is None
+
+
+def test_a_url_and_a_path_are_the_same_manifest(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a.parquet", "b.parquet", "c.parquet"):
+        memory.pipe_file(f"/manifest-test/{name}", (folder / name).read_bytes())
+    here, there = Manifest.open(str(folder)), Manifest.open("memory://manifest-test")
+    assert there.identity == here.identity
+    assert there.base == "memory://manifest-test"
+    assert there.rows(3, 17, 0) == here.rows(3, 17, 0)
+    assert Manifest.open("memory://manifest-test/c.parquet").num_rows == 15
+    there.check()
+
+
+def test_identity_names_the_content(folder: Path) -> None:
+    whole = Manifest.open(str(folder))
+    assert Manifest.open(str(folder), limit=3).identity == whole.identity
+    write(folder / "c.parquet", 6, **numbered(11, 26))
+    assert Manifest.open(str(folder)).identity != whole.identity
+
+
+def test_a_manifest_travels_to_workers_small(folder: Path) -> None:
+    opened = Manifest.open(str(folder), limit=12)
+    pickled = pickle.dumps(opened)
+    assert len(pickled) < 4000
+    assert pickle.loads(pickled).rows(8, 12, 0) == opened.rows(8, 12, 0)
+
+
+def test_limit_uses_and_checks_the_first_rows_only(tmp_path: Path) -> None:
+    url = write(tmp_path / "m.parquet", prompt=["a", "b", "", None], sample_id=["x", "y", "x", "z"])
+    opened = Manifest.open(url, limit=2)
+    opened.check()
+    assert opened.num_rows == len(opened.rows(0, 2, 0)) == 2
+    with pytest.raises(ValueError, match="the manifest has 0 to 2"):
+        opened.rows(0, 3, 0)
+
+
+def test_check_names_file_column_and_first_offending_rows(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", prompt=["ok", None, "", " \u3000"], sample_id=["1", "2", "3", "4"])
+    write(tmp_path / "b.parquet", prompt=["ok"] * 7, sample_id=["../5", "6", None, *["a b"] * 4])
+    with pytest.raises(ManifestError) as refused:
+        Manifest.open(str(tmp_path)).check()
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith(str(tmp_path))
+    assert lines[1:] == [
+        "  column 'prompt': 1 row is null (every row needs a value), first: row 1 of a.parquet",
+        "  column 'prompt': 2 rows are empty (every row needs a prompt), first: row 2 of a.parquet; row 3 of a.parquet",
+        "  column 'sample_id': 1 row is null (every row needs a value), first: row 2 of b.parquet",
+        (
+            "  column 'sample_id': 5 rows are unsafe (an id is 1 to 128 of the characters A-Z a-z 0-9 _ -), first: "
+            "row 0 of b.parquet ('../5'); row 3 of b.parquet ('a b'); row 4 of b.parquet ('a b'); "
+            "row 5 of b.parquet ('a b'); row 6 of b.parquet ('a b')"
+        ),
+    ]
+
+
+def test_check_names_both_rows_of_a_repeated_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uniqueness of ids is checked in bounded memory: through hash partitions, also across files."""
+    monkeypatch.setattr(repeats, "ROWS_PER_PARTITION", 10)
+    write(tmp_path / "a.parquet", 5, **numbered(0, 60))
+    write(tmp_path / "b.parquet", 5, **numbered(57, 90))
+    with pytest.raises(ManifestError) as refused:
+        Manifest.open(str(tmp_path)).check()
+    assert str(refused.value).splitlines()[1] == (
+        "  column 'sample_id': 3 rows are repeated (every id must be unique), first: "
+        "row 0 of b.parquet ('id-57', as row 57 of a.parquet); row 1 of b.parquet ('id-58', as row 58 of a.parquet); "
+        "row 2 of b.parquet ('id-59', as row 59 of a.parquet)"
+    )
+
+
+def test_check_leaves_trouble_of_single_rows_to_the_rows(tmp_path: Path) -> None:
+    """One bad row never costs another one: what fails a row does not refuse the manifest."""
+    array = pa.array([b"ok", b"\xff", b"a\0b", b"x" * 200_000], pa.binary())
+    prompts = pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=prompts, strength=[float("nan"), 1, 1, 1]))
+    opened.check()
+    errors = [row.error or "" for row in opened.rows(0, 4, 0)]
+    assert [error.split()[:2] for error in errors] == [
+        ["strength", "is"], ["prompt", "cannot"], ["prompt", "has"], ["prompt", "has"],
+    ]  # fmt: skip
+
+
+def test_blank_prompts_are_found_beside_text_that_is_not_utf8(tmp_path: Path) -> None:
+    array = pa.array([b"ok", b"\xff", b" \t"], pa.binary())
+    prompts = pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+    with pytest.raises(ManifestError, match=r"1 row is empty .* row 2 of m\.parquet"):
+        Manifest.open(write(tmp_path / "m.parquet", prompt=prompts)).check()
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_every_encoding_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = (
+        pa.array(["one", "two"]).cast(kind)
+        if not pa.types.is_dictionary(kind)
+        else pa.array(["one", "two"]).dictionary_encode()
+    )
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=texts, sample_id=texts, reference=texts))
+    opened.check()
+    row = opened.rows(1, 2, 0)[0]
+    assert (row.prompt, row.key, row.references) == ("two", "two", (Reference("two"),))
+
+
+def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "m.parquet", prompt=[f"{n} cats" for n in range(5000)]))
+    opened = Manifest.open(str(path))
+    data = bytearray(path.read_bytes())
+    data[4:2000] = bytes(1996)
+    path.write_bytes(data)
+    for read in (opened.check, lambda: opened.rows(0, 10, 0)):
+        with pytest.raises(ManifestError, match=r"m\.parquet is damaged: "):
+            read()
+
+
+def test_a_manifest_that_changes_is_refused(tmp_path: Path) -> None:
+    url = write(tmp_path / "m.parquet", prompt=["a"])
+    opened = Manifest.open(url)
+    write(tmp_path / "m.parquet", prompt=["a", "b"])
+    with pytest.raises(ManifestError, match="must not change during a run"):
+        opened.rows(0, 1, 0)
+    Path(url).unlink()
+    with pytest.raises(StorageError, match="cannot read the manifest's file"):
+        opened.rows(0, 1, 0)
+
+
+def test_trouble_of_storage_stays_trouble_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trouble of storage fails the attempt, never the row, and does not count as a damaged manifest."""
+    opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["a"] * 10))
+
+    class Failing(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise StorageError("connection reset")
+
+    def open_failing(url: str) -> BinaryIO:
+        return Failing(url)  # type: ignore[return-value]
+
+    monkeypatch.setattr(storage, "open_read", open_failing)
+    with pytest.raises(StorageError, match="connection reset"):
+        opened.rows(0, 1, 0)
+    with pytest.raises(StorageError, match="connection reset"):
+        opened.check()
+
+
+def test_credentials_are_not_repeated() -> None:
+    with pytest.raises(ManifestError) as refused:
+        Manifest.open("memory://user:secret@nowhere/m.parquet")
+    assert "secret" not in str(refused.value)
+
+
+def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_BUILD_ROWS", 5)
+    prompts = (line for line in ["a cat\n", "\n", "  a dog  ", "a fox"])
+    out = str(tmp_path / "new" / "m.parquet")
+    assert manifest.build(prompts, ["x.png", "y.png"], out, seeds=4) == 24
+    table = pq.read_table(out).to_pylist()
+    assert [(r["prompt"], r["reference"], r["seed"]) for r in table] == [
+        (prompt, reference, seed)
+        for prompt in ("a cat", "a dog", "a fox")
+        for reference in ("x.png", "y.png")
+        for seed in range(4)
+    ]
+    opened = Manifest.open(out)
+    opened.check()
+    assert [row.seed for row in opened.rows(0, 4, 0)] == [0, 1, 2, 3]
+
+
+def test_build_without_references_is_text_only_and_repeatable(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert manifest.build(["a cat"], [], str(tmp_path / name), seeds=2) == 2
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert [row.references for row in Manifest.open(str(tmp_path / "a")).rows(0, 2, 0)] == [(), ()]
+
+
+def test_build_writes_as_many_rows_of_a_pairing_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Balanced: every prompt and every reference equally often, each pair with all its seeds."""
+    monkeypatch.setattr(manifest, "_BUILD_ROWS", 7)
+    out = str(tmp_path / "m.parquet")
+    prompts, references = [f"cat {n}" for n in range(6)], [f"{n}.png" for n in range(4)]
+    assert manifest.build(prompts, references, out, pairing="balanced", rows=24, seeds=2) == 24
+    table = pq.read_table(out).to_pylist()
+    assert len({(row["prompt"], row["reference"]) for row in table}) == 12
+    assert set(Counter(row["prompt"] for row in table).values()) == {4}
+    assert set(Counter(row["reference"] for row in table).values()) == {6}
+    assert [row["seed"] for row in table] == [0, 1] * 12
+
+
+def test_build_refuses_nothing_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="seeds is 0"):
+        manifest.build(["a"], [], str(tmp_path / "m.parquet"), seeds=0)
+    with pytest.raises(UsageError, match="no prompts"):
+        manifest.build([" ", ""], [], str(tmp_path / "m.parquet"))
+    with pytest.raises(UsageError, match="rows is 7; 2 prompts, 1 references and 3 seeds make 1 to 6 different rows"):
+        manifest.build(["a", "b"], [], str(tmp_path / "m.parquet"), rows=7, seeds=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neither_torch_nor_ray_is_imported() -> None:
+    """``plan``, ``manifest``, ``records``, ``config``, ``storage`` import neither torch nor ray."""
+    code = (
+        "import json, sys;"
+        "import vcf_batch.manifest.manifest, vcf_batch.sharding, vcf_batch.manifest.contract, vcf_batch.config;"
+        "print(json.dumps([name for name in ('torch', 'ray', 'diffusers', 'transformers') if name in sys.modules]))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == []

@@ -1,0 +1,232 @@
+"""Commits: whole or absent, whoever dies, is suspended or lives on."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.runs import kill_after, read_receipts
+from vcf_batch import storage
+from vcf_batch.errors import StorageError
+from vcf_batch.output import commits, shards
+from vcf_batch.records import Receipt, Shard
+
+SHARD = Shard(0, 0, 2, "00000")
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
+
+
+def fake_files(folder: Path, content: str) -> shards.ShardFiles:
+    paths = {kind: str(folder / f"{content}.{kind}") for kind in ("tar", "parquet")}
+    for kind, path in paths.items():
+        Path(path).write_text(f"{content} {kind}")
+    entries = {kind: storage.digest(path) for kind, path in paths.items()}
+    return shards.ShardFiles(paths["tar"], paths["parquet"], {"success": 2, "rejected": 0, "failed": 0}, entries, {})
+
+
+def receipt_for(files: shards.ShardFiles, attempt: int = 1) -> Receipt:
+    return Receipt(SHARD, "f" * 64, attempt, files.counts, files.entries, {"dtype": "float32"}, {}, files.means)
+
+
+def check(output: str, found: Mapping[int, Receipt]) -> None:
+    """Each receipt describes the files beside it."""
+    for receipt in found.values():
+        for kind, entry in receipt.files.items():
+            assert storage.digest(storage.join(output, receipt.shard.name + shards.SUFFIXES[kind])) == entry
+
+
+def test_a_staged_shard_does_not_exist_and_a_committed_one_does(output: str, tmp_path: Path) -> None:
+    """Only the driver commits: files to their final names, receipt last. A shard without a receipt does not exist."""
+    files = fake_files(tmp_path, "x")
+    receipt = receipt_for(files)
+    staged = commits.stage(files, output, SHARD, "attempt-1")
+    assert set(storage.list_tree(output)) == {"_staging/attempt-1/00000.tar", "_staging/attempt-1/00000.parquet"}
+    assert read_receipts(output) == {}
+    commits.commit(output, receipt, staged)
+    assert set(storage.list_tree(output)) == {"00000.tar", "00000.parquet", "00000_stats.json"}
+    assert read_receipts(output) == {0: receipt}
+    assert storage.digest(storage.join(output, "00000.parquet")) == files.entries["parquet"]
+
+
+def test_discard_and_clean(output: str, tmp_path: Path) -> None:
+    files = fake_files(tmp_path, "x")
+    first, second = (commits.stage(files, output, SHARD, attempt) for attempt in ("one", "two"))
+    commits.discard(output, first)
+    assert set(storage.list_tree(output)) == set(second.values())
+    commits.clean(output)
+    commits.clean(output)
+    assert storage.list_tree(output) == {}
+
+
+def test_a_commit_that_never_ended_leaves_nothing_after_the_next_start(output: str, tmp_path: Path) -> None:
+    """Leftovers are never read as data and are removed at the next start; what is committed stays."""
+    whole, half = fake_files(tmp_path, "whole"), fake_files(tmp_path, "half")
+    receipt = receipt_for(whole)
+    commits.commit(output, receipt, commits.stage(whole, output, SHARD, "one"))
+    storage.publish_bytes(storage.join(output, "run.json"), b"{}")
+    committed = storage.list_tree(output)
+    storage.upload(half.tar, storage.join(output, "00001.tar"))
+    storage.upload(half.parquet, storage.join(output, "123456.parquet"))
+    if storage.is_local(output):
+        Path(output, ".tmp-0123").write_bytes(b"half")
+    commits.clean(output)
+    assert storage.list_tree(output) == committed
+    assert not storage.is_local(output) or {path.name for path in Path(output).iterdir()} == set(committed)
+
+
+def test_a_worker_that_was_declared_dead_never_touches_a_final_name(output: str, tmp_path: Path) -> None:
+    """A worker that was declared dead and lives on (this happens) can never touch a final name."""
+    dead = fake_files(tmp_path, "dead")
+    alive = fake_files(tmp_path, "alive")
+    receipt = receipt_for(alive, attempt=2)
+    commits.commit(output, receipt, commits.stage(alive, output, SHARD, "attempt-2"))
+    commits.stage(dead, output, SHARD, "attempt-1")
+    assert read_receipts(output) == {0: receipt}
+    assert storage.digest(storage.join(output, "00000.tar")) == alive.entries["tar"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_staged_file_that_is_gone_or_cut_is_not_committed(output: str, tmp_path: Path, kind: str) -> None:
+    files = fake_files(tmp_path, "x")
+    receipt = receipt_for(files)
+    staged = commits.stage(files, output, SHARD, "one")
+    storage.publish_bytes(storage.join(output, staged[kind]), b"cut")
+    with pytest.raises(StorageError, match="3 bytes"):
+        commits.commit(output, receipt, staged)
+    storage.remove(storage.join(output, staged[kind]))
+    with pytest.raises(StorageError, match="gone"):
+        commits.commit(output, receipt, staged)
+    assert storage.list_files(output) == {}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("calls", range(1, 6))
+def test_a_commit_that_failed_goes_on_where_it_stopped(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, there: bool
+) -> None:
+    """While the staged files are there, a shard whose commit failed need not be generated again: whichever call it
+    was, and whether or not it had its effect."""
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    receipt = receipt_for(new)
+    if there:
+        commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    left = calls
+
+    def failing(call: Callable[..., None], effect: bool) -> Callable[..., None]:
+        def wrapped(*arguments: Any, **options: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left or effect:
+                call(*arguments, **options)
+            if not left:
+                raise StorageError("as ordered")
+
+        return wrapped
+
+    monkeypatch.setattr(storage, "move", failing(storage.move, effect=False))
+    monkeypatch.setattr(storage, "publish_bytes", failing(storage.publish_bytes, effect=True))
+    if calls <= 3 + 2 * there:
+        with pytest.raises(StorageError, match="as ordered"):
+            commits.commit(output, receipt, staged)
+    commits.commit(output, receipt, staged)
+    assert read_receipts(output) == {0: receipt}
+    assert storage.digest(storage.join(output, "00000.tar")) == new.entries["tar"]
+
+
+@pytest.mark.parametrize("step", ["exists", "move", "publish_bytes"])
+def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A driver that lost its lease never commits: not even when another takes over in the middle of its commit."""
+    late, new = fake_files(tmp_path, "late"), fake_files(tmp_path, "next")
+    receipt = receipt_for(new, attempt=2)
+    staged = commits.stage(late, output, SHARD, "one")
+    stepped = getattr(storage, step)
+
+    def suspended(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(storage, step, stepped)
+        commits.clean(output)
+        commits.commit(output, receipt, commits.stage(new, output, SHARD, "two"))
+        return stepped(*arguments, **options)
+
+    monkeypatch.setattr(storage, step, suspended)
+    with pytest.raises(StorageError, match=r"another driver|is gone"):
+        commits.commit(output, receipt_for(late), staged)
+    assert read_receipts(output) == {0: receipt}
+    check(output, {0: receipt})
+
+
+@pytest.mark.parametrize(("step", "number"), [("publish_bytes", 1), ("move", 1), ("move", 2), ("move", 3)])
+def test_a_driver_suspended_while_it_replaces_a_shard_harms_nothing_of_the_next_owners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """Nor does it remove the next owner's receipt in place of the older one that it has seen."""
+    output = str(tmp_path / "out")
+    old, late, new = (fake_files(tmp_path, content) for content in ("old", "late", "next"))
+    receipt = receipt_for(new, attempt=2)
+    commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "zero"))
+    staged = commits.stage(late, output, SHARD, "one")
+    calls, stepped = 0, getattr(storage, step)
+
+    def suspended(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            commits.clean(output)
+            commits.commit(output, receipt, commits.stage(new, output, SHARD, "two"))
+        stepped(*arguments, **options)
+
+    monkeypatch.setattr(storage, step, suspended)
+    with pytest.raises(StorageError, match="is gone"):
+        commits.commit(output, receipt_for(late), staged)
+    assert read_receipts(output) == {0: receipt}
+    check(output, {0: receipt})
+
+
+@pytest.mark.parametrize(
+    ("replaces", "survived"), [*((False, step) for step in range(4)), *((True, step) for step in range(6))]
+)
+def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
+    output: str, tmp_path: Path, replaces: bool, survived: int
+) -> None:
+    """Nothing is ever lost, doubled or half-written: a receipt never stands beside files it does not describe, and the
+    next start has either the older shard or the one that replaces it, whole."""
+    # Of the same size, so that only the order of the steps keeps them apart.
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    first, second = receipt_for(old), receipt_for(new, attempt=2)
+    if replaces:
+        commits.commit(output, first, commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+
+    kill_after(survived, lambda: commits.commit(output, second, staged))
+
+    assert commits.any_committed(output) == (replaces or survived == 3)
+    check(output, read_receipts(output))
+    commits.clean(output)
+    found = read_receipts(output)
+    check(output, found)
+    if replaces:
+        assert found == {0: first if survived < 2 else second}
+    assert len(storage.list_tree(output)) == 3 * len(found)
+    commits.commit(output, second, commits.stage(new, output, SHARD, "three"))
+    assert read_receipts(output) == {0: second}
+    check(output, {0: second})
+
+
+@pytest.mark.parametrize("damaged", ["parquet", "receipt"])
+def test_a_replacement_whose_files_are_damaged_is_not_finished(output: str, tmp_path: Path, damaged: str) -> None:
+    """What a commit left is published with the bytes that its receipt describes, or not at all."""
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    paths = staged | {"receipt": "_staging/two/replacing.json"}
+    storage.publish_bytes(storage.join(output, paths["receipt"]), receipt_for(new).to_json())
+    storage.remove(storage.join(output, "00000_stats.json"))
+    storage.publish_bytes(storage.join(output, paths[damaged]), b"bad")
+    commits.clean(output)
+    assert storage.list_tree(output) == {}

@@ -1,0 +1,86 @@
+"""Which shards exist is what their receipts say, if these can be believed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.runs import read_receipts
+from vcf_batch import storage
+from vcf_batch.errors import StorageError
+from vcf_batch.output import receipts
+from vcf_batch.records import FileEntry, Receipt, Shard
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
+
+
+def _publish(output: str, index: int, **changes: Any) -> Receipt:
+    name = f"{index:05d}"
+    shard = Shard(index, index * 2, index * 2 + 2, name)
+    files = {"tar": FileEntry(3, "0" * 64), "parquet": FileEntry(2, "1" * 64)}
+    receipt = Receipt(shard, "f" * 64, 1, {"success": 2, "rejected": 0, "failed": 0}, files, {}, {})
+    for suffix, data in ((".tar", b"tar"), (".parquet", b"pq"), ("_stats.json", receipt.to_json())):
+        if (content := changes.get(suffix, data)) is not None:
+            storage.publish_bytes(storage.join(output, name + suffix), content)
+    return receipt
+
+
+def test_receipts_that_do_not_match_their_files_count_as_absent(output: str) -> None:
+    """A receipt whose files are missing or of another size counts as absent."""
+    good = [_publish(output, 0), _publish(output, 100_000)]
+    _publish(output, 1, **{".tar": None})
+    _publish(output, 2, **{".parquet": None})
+    _publish(output, 3, **{".tar": b"longer"})
+    _publish(output, 4, **{".parquet": b""})
+    _publish(output, 5, **{"_stats.json": good[0].to_json()[:-5]})
+    _publish(output, 6, **{"_stats.json": b"[]"})
+    _publish(output, 7, **{"_stats.json": b"\xff"})
+    _publish(output, 8, **{"_stats.json": good[0].to_json()})
+    _publish(output, 9, **{"_stats.json": None})
+    for index, changes in enumerate(
+        [{"counts": {}}, {"counts": {"success": 3}}, {"timings": {"total": 1}}, {"sampled": 3}], 10
+    ):
+        record = json.loads(good[0].to_json()) | changes
+        _publish(output, index, **{"_stats.json": json.dumps(record).encode()})
+    for name in ("x_stats.json", "123_stats.json", "run.json", "00099_stats.json.bak"):
+        storage.publish_bytes(storage.join(output, name), good[0].to_json())
+    assert read_receipts(output) == {0: good[0], 100_000: good[1]}
+    assert [receipt.shard.index for receipt in receipts.read(output)] == [0, 100_000]
+
+
+def test_an_output_that_does_not_exist_has_no_receipts(output: str) -> None:
+    assert read_receipts(output) == {}
+
+
+def test_many_receipts_are_found_with_one_listing(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receipts as truth: one uncached listing, whatever their number; nothing else is asked about the files."""
+    monkeypatch.setattr(receipts, "_RECEIPTS_AT_ONCE", 64)
+    for index in range(150):
+        _publish(output, index)
+    listings: list[str] = []
+    listing = storage.list_files
+
+    def noted(url: str) -> dict[str, int]:
+        listings.append(url)
+        return listing(url)
+
+    monkeypatch.setattr(storage, "list_files", noted)
+    for name in ("size", "exists", "list_tree"):
+        monkeypatch.delattr(storage, name)
+    assert list(read_receipts(output)) == list(range(150))
+    assert listings == [output]
+
+
+def test_a_storage_that_fails_is_not_an_empty_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _publish(str(tmp_path), 0)
+
+    def broken(url: str) -> bytes:
+        raise StorageError("down")
+
+    monkeypatch.setattr(storage, "read_bytes", broken)
+    with pytest.raises(StorageError):
+        read_receipts(str(tmp_path))

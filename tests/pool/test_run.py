@@ -1,0 +1,349 @@
+"""Runs on a real Ray cluster of three nodes on this machine."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import runs
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.cluster_utils import Cluster
+
+from vcf_batch import pool
+from vcf_batch.commands import verify
+from vcf_batch.commands.repair import Repair
+from vcf_batch.config import RunConfig
+from vcf_batch.driver import failing_shard
+from vcf_batch.driver.progress import Progress
+from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
+from vcf_batch.output import lease
+from vcf_batch.output.output import Output
+from vcf_batch.records import Receipt
+
+ROOT = Path(__file__).parents[2]
+ROWS, SHARD_SIZE, BATCH_SIZE = 40, 4, 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Three nodes of one CPU each; this process is connected as the driver."""
+    with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        nodes = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+        )
+        try:
+            nodes.add_node(num_cpus=1)
+            nodes.add_node(num_cpus=1)
+            ray.init(address=nodes.address, log_to_driver=False)
+            yield nodes.address
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_manifest(tmp_path_factory.mktemp("manifest"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def configure(cluster: str, model: Path, manifest: Path) -> Callable[..., RunConfig]:
+    def build(output: Path, **options: Any) -> RunConfig:
+        settings = {"model": str(model), "manifest": str(manifest), "shard_size": SHARD_SIZE, "batch_size": BATCH_SIZE}
+        return RunConfig(**{**settings, **runs.SIZE, "output": str(output), "num_workers": 3, **options})
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run with three workers on three nodes."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    summary = pool.run(configure(output))
+    assert summary.counts == {"success": ROWS, "rejected": 0, "failed": 0}
+    return output
+
+
+def receipts(output: Path) -> list[Receipt]:
+    return [receipt for _, receipt in sorted(runs.read_receipts(str(output)).items())]
+
+
+def test_three_nodes_load_the_model_once_per_worker(undisturbed: Path) -> None:
+    """A model loads once per actor."""
+    done = receipts(undisturbed)
+    assert len(done) == ROWS // SHARD_SIZE
+    assert {receipt.timings["model_loads"] for receipt in done} == {1}
+    assert 1 <= len({receipt.timings["worker"] for receipt in done}) <= 3
+    assert [row["label"] for row in runs.rows_of(undisturbed)] == [f"row {number}" for number in range(ROWS)]
+    assert not list(undisturbed.glob("_staging/*"))
+
+
+def test_the_benchmark_of_the_driver_runs(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    dispatch, plan = importlib.import_module("dispatch"), importlib.import_module("plan")
+    for module in (dispatch, plan):
+        ray.cloudpickle.register_pickle_by_value(module)  # workers do not find them
+    assert all(seconds > 0 for seconds in dispatch.cost_of_a_shard(20, 4))
+    share, processor = dispatch.share_at_work(4, 1.0)
+    assert share > 0 and processor > 0
+
+
+def test_one_worker_gives_the_same_bytes(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The output does not depend on worker count or arrival order. While one shard is sampled, the next one waits."""
+    pool.run(configure(tmp_path / "out", num_workers=1))
+    assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
+    timings = [receipt.timings for receipt in receipts(tmp_path / "out")]
+    assert len({timing["worker"] for timing in timings}) == 1
+    assert any(timing["wait_for_turn"] > 0 for timing in timings)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_an_attempt_and_no_byte(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The output does not depend on retries."""
+    output = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        killed.append(int(receipts(output)[0].timings["worker"].rpartition(":")[2]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        summary = pool.run(configure(output, num_workers=1))
+    finally:
+        killer.join()
+    assert killed
+    assert summary.counts["success"] == ROWS
+    assert runs.data_files(output) == runs.data_files(undisturbed)
+    assert len({receipt.timings["worker"] for receipt in receipts(output)}) == 2
+
+
+def start_driver(config: RunConfig, address: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, once two shards are committed."""
+    arguments = [config.manifest, config.output, "--model", config.model, "--address", address, "--num-workers", "1"]
+    for name in ("shard_size", "batch_size", "height", "width"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    output = Path(config.output)
+    before = len(list(output.glob("*_stats.json")))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "vcf_batch", "generate", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        runs.wait_for(
+            lambda: len(list(output.glob("*_stats.json"))) >= before + 2 or driver.poll() is not None, seconds=90
+        )
+    except BaseException:
+        driver.kill()
+        raise
+    return driver
+
+
+@pytest.mark.slow
+def test_a_stopped_and_a_killed_driver_are_resumed_by_the_same_command(
+    cluster: str, undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Rerunning the same command is the resume; two runs, one disturbed and one not, give identical bytes."""
+    config = configure(tmp_path / "out")
+    output = tmp_path / "out"
+
+    driver = start_driver(config, cluster)
+    driver.terminate()
+    _, message = driver.communicate(timeout=60)
+    assert driver.returncode == 143
+    assert "rerun the same command" in message
+    assert "Traceback" not in message
+    stopped = len(receipts(output))
+
+    driver = start_driver(config, cluster)
+    driver.kill()
+    driver.communicate(timeout=60)
+    killed = len(receipts(output))
+    assert 0 < stopped < killed < ROWS // SHARD_SIZE
+
+    summary = pool.run(config)
+    assert summary.resumed_rows == killed * SHARD_SIZE
+    assert summary.counts["success"] == ROWS
+    assert runs.data_files(output) == runs.data_files(undisturbed)
+    assert not list(output.glob("_staging/*"))
+
+
+def test_a_driver_that_lost_the_output_stops_and_commits_nothing_more(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """A driver that was suspended while another took over notices before it commits, and stops with exit code 4."""
+    output = tmp_path / "out"
+    committed: list[int] = []
+
+    def take_over() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        (output / lease.NAME).write_text('{"pid": 4711, "host": "far"}')
+        committed.append(len(receipts(output)))
+
+    taker = threading.Thread(target=take_over)
+    taker.start()
+    try:
+        with pytest.raises(RefusedError, match=r"process 4711 on far.* took over"):
+            pool.run(configure(output, num_workers=1))
+    finally:
+        taker.join()
+    # One commit may have been under way.
+    assert committed[0] <= len(receipts(output)) <= committed[0] + 1
+    assert json.loads((output / lease.NAME).read_text())["pid"] == 4711
+
+
+def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
+    summary = pool.run(configure(undisturbed, num_workers=1))
+    assert summary.resumed_rows == ROWS
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
+
+
+def test_a_shard_whose_files_are_gone_is_generated_again(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """A receipt whose files are missing or of another size counts as absent."""
+    expected = runs.data_files(undisturbed)
+    (undisturbed / "00003.tar").unlink()
+    (undisturbed / "00005.parquet").write_bytes(b"short")
+    summary = pool.run(configure(undisturbed, num_workers=1))
+    assert summary.resumed_rows == ROWS - 2 * SHARD_SIZE
+    assert runs.data_files(undisturbed) == expected
+
+
+def test_a_repaired_output_is_what_an_undisturbed_run_writes(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Failed rows, whose cause is gone, and damaged shards are generated again; the rest is not touched."""
+    source = tmp_path / "in"
+    references = [f"reference{row % 3}.png" for row in range(11)]
+    manifest = str(runs.write_manifest(source, 12, {"reference": [*references, "late.png"]}))
+    config = configure(tmp_path / "out", manifest=manifest, num_workers=1)
+    assert pool.run(config).counts["failed"] == 1
+    damaged = bytearray((tmp_path / "out" / "00001.tar").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "out" / "00001.tar").write_bytes(damaged)
+    (source / "late.png").write_bytes(runs.png(99))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("00000*")}
+
+    opened, notes = Output.open(config.output), list[str]()
+    summary = pool.run(config, lambda: Repair(opened, "status = 'failed'").rows(notes.append))
+    assert notes[0].startswith("00001: ")
+    assert notes[1:] == ["5 rows in 2 shards are to be generated again"]
+    assert (summary.counts["failed"], summary.resumed_rows) == (0, 4 + 3)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("00000*")} == before
+    assert list(verify.check(opened)) == []
+    pool.run(configure(tmp_path / "undisturbed", manifest=manifest, num_workers=1))
+    assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "undisturbed")
+
+
+def test_another_run_in_the_output_is_refused(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
+    """A different fingerprint in the same output is refused with both values shown."""
+    with pytest.raises(RefusedError, match=r"seed: 0 there, 7 now(.|\n)*steps: 4 there, 5 now"):
+        pool.run(configure(undisturbed, seed=7, steps=5))
+
+
+def test_a_shard_that_fails_again_and_again_does_not_stop_the_others(
+    undisturbed: Path, configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trouble of storage fails the attempt, never the row, and never silently; what fails for good is named, and the
+    rest completes."""
+    monkeypatch.setattr(failing_shard, "PAUSES", (0.1, 0.2))
+    for name in ("00001.tar", "00007.parquet"):
+        (tmp_path / "out" / name / "in the way").mkdir(parents=True)
+    named = (
+        r"2 of 10 shards failed again and again: 0000[17] \(rows .*\), 0000[17] \(rows .*\)\. The last reason: .*0000"
+    )
+    with pytest.raises(StorageError, match=rf"{named}(.|\n)*rerun the same command"):
+        pool.run(configure(tmp_path / "out", num_workers=2))
+    assert [receipt.shard.index for receipt in receipts(tmp_path / "out")] == [0, 2, 3, 4, 5, 6, 8, 9]
+    for name in ("00001.tar", "00007.parquet"):
+        shutil.rmtree(tmp_path / "out" / name)
+    assert pool.run(configure(tmp_path / "out", num_workers=2)).resumed_rows == ROWS - 2 * SHARD_SIZE
+    assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
+
+
+def test_a_reference_whose_storage_is_gone_fails_its_row_in_the_end(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trouble of storage fails the attempt, never the row: only what repeats marks a row."""
+    monkeypatch.setattr(failing_shard, "PAUSES", (0.1, 0.2))
+    gone = tmp_path / "gone"
+    source = runs.write_manifest(tmp_path / "in", 4, {"reference": [str(gone / "a.png"), None, None, None]})
+    config = configure(tmp_path / "out", manifest=str(source), reference_root=(str(gone),), num_workers=1)
+    assert pool.run(config).counts == {"success": 3, "rejected": 0, "failed": 1}
+    (receipt,) = receipts(tmp_path / "out")
+    assert receipt.attempt == 3
+    assert "is not there on this machine" in runs.rows_of(tmp_path / "out")[0]["error_message"]
+
+
+def test_a_model_that_does_not_load_ends_the_run_at_once(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    broken = runs.save_model(tmp_path / "model")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        pool.run(configure(tmp_path / "out", model=str(broken), num_workers=1))
+
+
+@pytest.mark.slow
+def test_once_a_worker_has_loaded_a_failed_start_is_its_nodes_trouble(
+    undisturbed: Path,
+    configure: Callable[..., RunConfig],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trouble of a node fails the attempt, not the run."""
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, message, *_, **__: notes.append(message))
+    output, own = tmp_path / "out", shutil.copytree(model, tmp_path / "model")
+    weights = own / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def break_for_a_while() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        weights.rename(own / "elsewhere")
+        os.kill(int(receipts(output)[0].timings["worker"].rpartition(":")[2]), signal.SIGKILL)
+        runs.wait_for(lambda: any("did not start" in note for note in notes))
+        (own / "elsewhere").rename(weights)
+
+    breaker = threading.Thread(target=break_for_a_while)
+    breaker.start()
+    try:
+        pool.run(configure(output, model=str(own), num_workers=1))
+    finally:
+        breaker.join()
+    assert runs.data_files(output) == runs.data_files(undisturbed)
+
+
+def test_references_outside_the_allowed_places_are_refused_before_a_model_loads(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """When most of the first 1,000 rows would fail by policy, the run is refused before a model loads."""
+    source = runs.write_manifest(tmp_path / "in", 4, {"reference": ["/etc/a.png", "/etc/b.png", "/etc/c.png", None]})
+    with pytest.raises(UsageError, match=r"3 of the first 4 rows(.|\n)*--reference-root"):
+        pool.run(configure(tmp_path / "out", manifest=str(source), model=str(tmp_path / "no model")))
+    assert not (tmp_path / "out").exists()

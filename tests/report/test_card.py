@@ -1,0 +1,93 @@
+"""The dataset card: what it says is so, its snippets run, and nobody's own words are lost."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from support import runs
+from vcf_batch.cli import main
+from vcf_batch.output.output import Output
+from vcf_batch.records import OUTPUT_COLUMNS
+from vcf_batch.report import card
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten rows in three shards, one failed, with a column that is named to break a table."""
+    folder = tmp_path_factory.mktemp("card")
+    manifest = runs.write_manifest(folder / "in", 10, {"a|b`<i>": list(range(10))})
+    runs.write_output(manifest, folder / "out", 4, failed={1})
+    return folder / "out"
+
+
+@pytest.fixture
+def text(output: Path) -> str:
+    return card.render(Output.open(str(output)), "cc-by-4.0")
+
+
+def test_hugging_face_reads_the_header(text: str, output: Path) -> None:
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license"] == "cc-by-4.0"
+    assert header["size_categories"] == ["n<1K"]
+    assert header["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}]
+    assert "license" not in yaml.safe_load(card.render(Output.open(str(output))).split("---\n")[1])
+
+
+def test_every_column_is_told(text: str) -> None:
+    assert card.COLUMNS.keys() == set(OUTPUT_COLUMNS)
+    assert re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE)[: len(OUTPUT_COLUMNS)] == [*OUTPUT_COLUMNS]
+    assert "| `label` | `string` | from the manifest |" in text
+    assert "| `a b <i>` | `int64` | from the manifest |" in text
+
+
+def test_counts_and_scores_are_those_of_the_run(text: str) -> None:
+    assert "| rows asked for | 10 |\n| samples | 9 |" in text
+    assert "Without an image: 1 rows that failed, 0 that were rejected." in text
+    mean = sum({*range(10)} - {1}) / 16 / 9
+    assert f"| `clip_score` | 9 | {mean:.3f} | " in text
+    assert "| `lpips` | 0 | - | - | - | - |" in text
+
+
+def test_a_selection_is_called_one(text: str, output: Path) -> None:
+    """Scores of samples that passed gates are not those of the model."""
+    assert "Selected" not in text
+    selected = Output.open(str(output), {"min_clip_score": 0.3, "max_lpips": 0.2, "attempts": 5})
+    assert (
+        "Selected: the first of up to 5 attempts at each row with clip_score >= 0.3 and lpips <= 0.2."
+        in card.render(selected)
+    )
+
+
+def test_the_snippets_run_in_the_folder(output: Path, tmp_path: Path) -> None:
+    """webdataset, Hugging Face datasets (which takes the tars alone, by the header) and DuckDB."""
+    card.write(Output.open(str(output)))
+    blocks = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    code = "\n".join(blocks)
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=output, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "000000000 a red disc (32, 32) 0.0" in done.stdout
+    assert "9 a red disc <PIL" in done.stdout
+
+
+def test_a_card_is_replaced_only_as_long_as_nobody_changed_it(output: Path) -> None:
+    def call(*arguments: str) -> int:
+        return CliRunner().invoke(main, ["card", str(output), *arguments]).exit_code
+
+    path = output / "README.md"
+    path.unlink(missing_ok=True)
+    assert (call(), call("--license", "mit")) == (0, 0)
+    mine = path.read_text().replace("Bias", "My bias")
+    path.write_text(mine)
+    assert call() == 2
+    assert path.read_text() == mine
+    assert call("--force") == 0
+    path.write_text("# My own\n")
+    assert call() == 2
+    assert path.read_text() == "# My own\n"

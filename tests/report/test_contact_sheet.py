@@ -1,0 +1,69 @@
+"""The contact sheet is drawn from what a run left behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import runs
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.models.resolution import ResolvedModel
+from vcf_batch.output import commits, shards
+from vcf_batch.records import Receipt, Sample
+from vcf_batch.report import contact_sheet
+from vcf_batch.setup import prepare
+from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.run_models import Models
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A finished shard of six rows; the second and the last one failed."""
+    path = runs.write_manifest(tmp_path / "in", 6)
+    manifest = Manifest.open(str(path))
+    config = RunConfig(manifest=str(path), output=str(tmp_path / "out"), shard_size=6)
+    model = ResolvedModel("m", "hub", "m", "0" * 40)
+    job = Job(config, manifest, Models(model, None, "none", "none"), {})
+    prepare.claim(job)
+    shard = job.shards[0]
+    with shards.ShardWriter(str(tmp_path / "scratch"), shard, "png", manifest.carried_schema, False) as writer:
+        for row in manifest.rows(0, 6, 0):
+            if row.number in (1, 5):
+                writer.add(Sample(row, "failed", {}, error_message="no"))
+            else:
+                writer.add(Sample(row, "success", {"strength": 1.0}, image=runs.png(row.number), width=24, height=24))
+        files = writer.finish()
+    receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
+    commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
+    return tmp_path / "out"
+
+
+def test_every_row_has_a_card_and_failed_ones_are_told(output: Path) -> None:
+    record = RunConfig(manifest=str(output.parent / "in" / "manifest.parquet"), output=str(output))
+    cards = list(contact_sheet._cards(str(output), record, [runs.read_receipts(str(output))[0].shard]))
+    assert [card.output is None for card in cards] == [False, True, False, False, False, True]
+    assert [card.reference is None for card in cards] == [False, False, False, False, True, False]
+    assert contact_sheet.contact_sheet(str(output)).width > 2 * contact_sheet.TILE
+
+
+def test_the_sheet_reads_no_further_than_it_shows(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the shard: a tar is streamed, and only as far as needed."""
+    read: list[str] = []
+    read_samples = shards.read_samples
+
+    def noted(url: str) -> Iterator[dict[str, Any]]:
+        for sample in read_samples(url):
+            read.append(sample["__key__"])
+            yield sample
+
+    monkeypatch.setattr(shards, "read_samples", noted)
+    contact_sheet.contact_sheet(str(output), limit=2)
+    assert len(read) <= 2
+
+
+def test_an_output_without_a_shard_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no finished shard"):
+        contact_sheet.contact_sheet(str(tmp_path))

@@ -1,0 +1,257 @@
+"""Small real runs: a random model with a judge, a manifest over images drawn here, and what a run left behind."""
+
+import dataclasses
+import io
+import json
+import socket
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from support.tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
+from vcf_batch import sharding, storage
+from vcf_batch.config import RunConfig, fingerprint_fields
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.models.resolution import ResolvedModel
+from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output.row_json import row_json
+from vcf_batch.records import Objective, Receipt, Sample, Scores
+from vcf_batch.row_settings import settings_of
+from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.run_models import Models
+from vcf_batch.worker import worker
+from vcf_batch.worker.worker import Worker
+
+SIZE: Mapping[str, Any] = {"height": 32, "width": 32}
+"""The smallest images that a run may ask for; the model's own 16 pixels are below it."""
+
+PROMPTS = ("a red disc", "a blue star on sand", "two rings", "green waves, soft")
+
+
+def save_model(folder: Path) -> Path:
+    """A pipeline of 16x16 images with random weights, and a judge beside it."""
+    build_pipeline().save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**shape, **special, "vocab_size": len(tokenizer), "max_position_embeddings": TEXT_TOKENS}
+    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        CLIPModel(config).save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder / "judge")
+    return folder
+
+
+def png(seed: int, size: int = 24) -> bytes:
+    """A random picture as a PNG file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | None = None) -> Path:
+    """A manifest over four prompts and three references; every fifth row is text only. ``columns`` replace or add."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(3):
+        (folder / f"reference{number}.png").write_bytes(png(number))
+    values: dict[str, list[Any]] = {
+        "prompt": [PROMPTS[row % len(PROMPTS)] for row in range(rows)],
+        "reference": [None if row % 5 == 4 else f"reference{row % 3}.png" for row in range(rows)],
+        "label": [f"row {row}" for row in range(rows)],
+    }
+    pq.write_table(pa.table(values | dict(columns or {})), folder / "manifest.parquet")
+    return folder / "manifest.parquet"
+
+
+def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = ()) -> Job:
+    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows."""
+    opened = Manifest.open(str(manifest))
+    chosen = {"steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
+    settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
+    config = RunConfig(manifest=opened.url, output=str(output), **settings)
+    fields = fingerprint_fields(
+        config,
+        manifest=opened.identity,
+        model="m",
+        judge="m/judge",
+        lpips="none",
+        pno_guide=None,
+        safety_checker=None,
+    )
+    job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
+    prepare.claim(job)
+    for shard in job.shards:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            shards.ShardWriter(scratch, shard, "png", opened.carried_schema, opened.reference_is_list) as writer,
+        ):
+            for row in opened.rows(shard.start, shard.stop, config.seed):
+                used = settings_of(row, config) | {"strength": 1.0}
+                if row.number in failed:
+                    writer.add(Sample(row, "failed", used, error_message="no"))
+                    continue
+                scores, objective = (
+                    Scores(row.number / 16, None, None),
+                    Objective(1.5, 0.5, row.number, row.number % 2 == 1),
+                )
+                picture = png(row.number, 32)
+                writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
+            files = writer.finish()
+            receipt = Receipt(
+                shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
+            )
+            commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
+    return job
+
+
+def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
+    """What the driver knows before it starts workers."""
+    config = RunConfig(
+        manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
+    )
+    config = prepare.absolute(config)
+    return prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+
+
+def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
+    """A worker in this process, as an actor starts it."""
+    job = settled(manifest, output, model, **options)
+    return worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+
+
+def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Worker:
+    """A worker for another manifest with the parts of ``loaded``."""
+    options = {"batch_size": 4, "shard_size": 1000} | options
+    opened = Manifest.open(str(manifest))
+    config = loaded.tools.config.replace(manifest=str(manifest), output=str(output), **options)
+    reader = ReferenceReader(opened.base, (), 1_000_000)
+    return Worker(dataclasses.replace(loaded.tools, config=config, references=reader), opened, "f" * 64)
+
+
+def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **given: Any) -> Receipt:
+    """Run the manifest as one shard and commit it, as the driver does."""
+    shard = sharding.ShardPlan(subject.manifest.num_rows, 1000)[0]
+    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
+    commits.commit(subject.tools.config.output, receipt, staged)
+    return receipt
+
+
+def data_files(output: Path) -> dict[str, bytes]:
+    """Name to bytes of a run's tars and parquets."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.suffix in (".tar", ".parquet")}
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """The rows of all parquets, in order."""
+    return [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Look again and again until ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def read_receipts(output: str) -> dict[int, Receipt]:
+    """The receipts of an output by shard index."""
+    return {receipt.shard.index: receipt for receipt in receipts.read(output)}
+
+
+class Files:
+    """One shard of an output, taken apart."""
+
+    def __init__(self, output: Path, name: str) -> None:
+        self.tar, self.parquet = output / f"{name}.tar", output / f"{name}.parquet"
+        self.receipt = output / f"{name}_stats.json"
+        self.table = pq.read_table(self.parquet)
+        with tarfile.open(self.tar) as tar:
+            self.members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.table.to_pylist()
+
+    def edit(self, row: int, **columns: Any) -> None:
+        """Change a row in the parquet."""
+        rows = self.rows
+        rows[row] |= columns
+        self.table = pa.Table.from_pylist(rows, self.table.schema)
+
+    def edit_everywhere(self, row: int, **columns: Any) -> None:
+        """Change a row in the parquet and the JSON that repeats it."""
+        self.edit(row, **columns)
+        key = self.rows[row]["key"]
+        self.replace(f"{key}.json", row_json(self.table.slice(row, 1).to_batches()[0]))
+
+    def replace(self, name: str, data: bytes) -> None:
+        self.members = [(member, data if member == name else old) for member, old in self.members]
+
+    def write(self) -> None:
+        """Put it back together with a receipt to match, as someone does who knows how."""
+        pq.write_table(self.table, self.parquet)
+        with tarfile.open(self.tar, "w") as tar:
+            for name, data in self.members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        self.match()
+
+    def match(self) -> None:
+        entries = {"tar": storage.digest(str(self.tar)), "parquet": storage.digest(str(self.parquet))}
+        self.edit_receipt(files={kind: dataclasses.asdict(entry) for kind, entry in entries.items()})
+
+    def edit_receipt(self, **changes: Any) -> None:
+        self.receipt.write_text(json.dumps(json.loads(self.receipt.read_text()) | changes))
+
+
+class Killed(BaseException):
+    """The driver dies here."""
+
+
+def kill_after(steps: int, work: Callable[[], None]) -> None:
+    """Let the driver die at its work, once it has made so many changes to the output."""
+    left = iter(range(steps))
+
+    def dying(step: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            if next(left, None) is None:
+                raise Killed
+            step(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("move", "publish_bytes", "remove_tree"):
+            patch.setattr(storage, name, dying(getattr(storage, name)))
+        with pytest.raises(Killed):
+            work()

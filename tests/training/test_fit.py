@@ -1,0 +1,210 @@
+"""A whole training without a cluster: planning, learning, the log, going on from a checkpoint."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from support import runs, sd_layouts
+from support.captioned import write_tar
+from support.tiny_models import TEXT_WIDTH, VISION_WIDTH, build_pipeline
+from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.training import fit as fitting
+from vcf_batch.training.fit import Place, fit
+from vcf_batch.training.training_config import TrainingConfig
+from vcf_batch.training.training_job import ALIGNER, STATE, Task, read_log
+from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.assembly import assemble, load
+from vcf_batch.vcf.parts import Parts
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+PAIRS = 48
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of noise whose captions are random letters; two of them broken."""
+    folder = tmp_path_factory.mktemp("data")
+    for shard in range(2):
+        members: dict[str, bytes | str] = {}
+        for number in range(shard * PAIRS // 2, (shard + 1) * PAIRS // 2):
+            members[f"{number:09d}.png"] = runs.png(number) if number not in (5, 30) else b"broken"
+            members[f"{number:09d}.txt"] = " ".join("abcdefghijkl"[number * step % 12] for step in (1, 5, 7))
+        write_tar(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+class Reports:
+    """Takes what a worker reports, and keeps its last checkpoint as Ray Train would."""
+
+    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
+        self.folder, self.stop_at = folder, stop_at
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.place = Place(
+            report=self.report,
+            progress=lambda done, broken: None,
+            note=self.notes.append,
+            parallel=lambda module: module,
+            device=torch.device("cpu"),
+        )
+
+    def report(self, row: dict[str, Any], checkpoint: Path | None) -> None:
+        assert checkpoint is not None
+        self.rows.append(row)
+        shutil.copytree(checkpoint, self.folder, dirs_exist_ok=True)
+        if row["step"] == self.stop_at:
+            raise KeyboardInterrupt
+
+
+Plan = Callable[..., Task]
+
+
+@pytest.fixture
+def plan(model: Path, data: Path, tmp_path: Path) -> Plan:
+    def make(**changes: Any) -> Task:
+        settings = {"model": str(model), "data": str(data), "out": str(tmp_path / "out"), "batch_size": 8, "epochs": 2}
+        settings |= {"learning_rate": 1e-2, "validation_pairs": 8, "dtype": "float32", "seed": 1}
+        return Task.plan(TrainingConfig(**{**settings, **changes}))
+
+    return make
+
+
+def test_training_learns_and_writes_it_down(plan: Plan, tmp_path: Path) -> None:
+    """A validation before the first step and after every epoch; the log has a row of each."""
+    task, reports = plan(epochs=3), Reports(tmp_path / "checkpoint")
+    fit(task, reports.place, None)
+    assert (task.pairs, task.steps_per_epoch, task.steps) == (40, 5, 15)
+    log = read_log(task.config.out)
+    assert [row["step"] for row in log] == [0, 5, 10, 15]
+    assert [row["step"] for row in reports.rows] == [5, 10, 15]
+    assert log[-1]["validation_loss"] < log[0]["validation_loss"]
+    assert log[-1]["loss"] < log[1]["loss"]
+    assert all(0 <= row["recall_at_1"] <= row["recall_at_5"] <= 1 for row in log)
+    assert log[0]["broken_pairs"] == 0 and all(row["broken_pairs"] >= 2 for row in log[1:])
+    assert sum(note.startswith("left out: ") for note in reports.notes) == 3
+    assert any(note.startswith("step 15 of 15: validation loss ") for note in reports.notes)
+    aligner = ImageAligner.from_pretrained(tmp_path / "checkpoint" / ALIGNER)
+    assert (aligner.config.vision_dim, aligner.config.text_dim) == (VISION_WIDTH, TEXT_WIDTH)
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(plan: Plan, tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch, it takes the steps that an undisturbed training takes."""
+    settings = {"validate_every": 3, "learn_temperature": True}
+    whole = Reports(tmp_path / "whole")
+    fit(plan(**settings, out=str(tmp_path / "whole-out")), whole.place, None)
+    stopped = Reports(tmp_path / "stopped", stop_at=6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(plan(**settings), stopped.place, None)
+    fit(plan(**settings), stopped.place, tmp_path / "stopped")
+
+    assert [row["step"] for row in stopped.rows] == [3, 6, 9, 10]
+    assert [row["step"] for row in read_log(str(tmp_path / "out"))] == [0, 3, 6, 9, 10]
+    timed = {"pairs_per_second"}
+    for one, other in zip(whole.rows, stopped.rows, strict=True):
+        assert {k: one[k] for k in one.keys() - timed} == pytest.approx({k: other[k] for k in other.keys() - timed})
+    states = [torch.load(reports.folder / STATE, weights_only=True)["alignment"] for reports in (whole, stopped)]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+    fit(plan(**settings), stopped.place, tmp_path / "stopped")
+    assert len(stopped.rows) == 4, "what is finished is not trained again"
+
+
+def test_the_cache_changes_nothing(plan: Plan, tmp_path: Path) -> None:
+    """A training with cached features, and a later one that finds them, see the same tokens."""
+    rows = []
+    for cache in (None, str(tmp_path / "cache"), str(tmp_path / "cache")):
+        reports = Reports(tmp_path / "checkpoint")
+        fit(plan(cache_features=cache, epochs=1), reports.place, None)
+        rows.append(reports.rows[-1])
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert [name[:13] for name in names] == ["image-float32", "text-float32-"]
+    assert [row["validation_loss"] for row in rows[1:]] == pytest.approx([rows[0]["validation_loss"]] * 2, rel=1e-5)
+
+
+def test_the_towers_stay_as_they_are(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[VCFPipeline] = []
+
+    def keep(*arguments: Any, **components: Any) -> VCFPipeline:
+        loaded.append(load(*arguments, **components))
+        return loaded[0]
+
+    monkeypatch.setattr(fitting, "load", keep)
+    task = plan(epochs=1)
+    fit(task, Reports(tmp_path / "checkpoint").place, None)
+    before = load(task.parts, torch.float32)
+    for name in ("text_encoder", "image_encoder"):
+        tower, untouched = getattr(loaded[0], name), getattr(before, name)
+        assert not tower.training and not any(parameter.requires_grad for parameter in tower.parameters())
+        assert all(map(torch.equal, tower.parameters(), untouched.parameters()))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_an_aligner_for_the_hub_s_layouts(name: str, data: Path, tmp_path: Path) -> None:
+    """Train for a checkpoint laid out as SD 1.5 or 2.1, assemble, generate: 257 image tokens, 77 text tokens."""
+    save = sd_layouts.save_sd15 if name == "sd15" else sd_layouts.save_sd21
+    base, clip = save(tmp_path / name), sd_layouts.save_clip(tmp_path / "clip")
+    settings = {"batch_size": 4, "epochs": 1, "limit": 12, "validation_pairs": 4, "dtype": "float32"}
+    out = str(tmp_path / "out")
+    config = TrainingConfig(model=str(base), image_encoder=str(clip), data=str(data), out=out, **settings)  # type: ignore[arg-type]
+    reports = Reports(tmp_path / "checkpoint")
+    fit(Task.plan(config), reports.place, None)
+    parts = Parts.resolve(str(base), image_encoder=str(clip))
+    assemble(parts, str(tmp_path / "checkpoint" / ALIGNER), str(tmp_path / "model"), torch.float32)
+    pipeline = VCFPipeline.from_pretrained(tmp_path / "model")
+    picture = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20)
+    images = pipeline.generate(["a cat", "a dog"], [picture, None], seeds=[0, 1], steps=2)
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
+
+
+# Planning
+
+
+def test_the_last_pairs_are_held_out(plan: Plan, data: Path) -> None:
+    task = plan(validation_pairs=None, limit=40)
+    assert (task.pairs, sum(map(len, task.validation))) == (38, 2)
+    held_out = next(iter(task.validation))
+    assert (Path(held_out.url).name, held_out.start, held_out.stop) == ("00001.tar", 14, 16)
+
+
+def test_validation_data_of_its_own(plan: Plan, data: Path) -> None:
+    task = plan(validation_data=str(data / "00001.tar"), data=str(data / "00000.tar"), validation_pairs=None)
+    assert (task.pairs, sum(map(len, task.validation))) == (24, 24)
+
+
+def test_too_few_pairs_are_refused(plan: Plan) -> None:
+    with pytest.raises(
+        UsageError, match="has 40 pairs to train on, 8 being for validation: fewer than --batch-size 64"
+    ):
+        plan(batch_size=64)
+    with pytest.raises(UsageError, match="has 0 pairs to train on, 60 being for validation"):
+        plan(validation_pairs=60)
+
+
+def test_a_model_without_image_encoder_is_refused(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no image encoder of its own"):
+        plan(model=str(sd_layouts.save_sd15(tmp_path / "sd15")))
+
+
+def test_what_makes_it_another_training(plan: Plan, tmp_path: Path) -> None:
+    """Recipe, data and models do; where it runs, how often it validates and what things are called do not."""
+    fields = plan().fields()
+    same = plan(num_workers=3, validate_every=1, cache_features="c", out=str(tmp_path / "other"))
+    assert same.fields() == fields
+    assert plan(epochs=3).fields() != fields
+    assert plan(limit=47).fields() != fields
+
+
+def test_there_may_be_no_log_yet(tmp_path: Path) -> None:
+    assert read_log(str(tmp_path)) == []

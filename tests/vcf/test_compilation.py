@@ -1,0 +1,50 @@
+"""Compiled networks draw what the others draw."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from support import runs
+from support.tiny_models import build_pipeline
+from vcf_batch import images
+from vcf_batch.config import MAX_PIXELS
+from vcf_batch.vcf.fusion import Fusion, condition
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+
+@pytest.mark.slow
+def test_a_compiled_run_draws_what_the_other_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding; and what was compiled is in the node's cache."""
+    monkeypatch.setenv("VCF_BATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    model, manifest = runs.save_model(tmp_path / "model"), runs.write_manifest(tmp_path / "in", 2)
+    drawn = []
+    for compiled in (False, True):
+        output = tmp_path / f"{compiled}"
+        runs.commit(runs.load(manifest, output, model, compile=compiled, batch_size=2))
+        samples = runs.Files(output, "00000").members
+        drawn.append(
+            [images.to_unit(images.decode(data, MAX_PIXELS)) for name, data in samples if name.endswith("png")]
+        )
+    assert len(drawn[0]) == 2
+    for eager, compiled in zip(*drawn, strict=True):
+        assert np.abs(eager - compiled).max() <= 1 / 255
+    assert any((tmp_path / "cache" / "compiled").iterdir())
+
+
+def test_gradients_are_those_of_networks_that_are_not_compiled() -> None:
+    """To noise and tokens, with a bias on the way and the activations of a step computed again."""
+
+    def gradients(pipeline: VCFPipeline) -> list[torch.Tensor]:
+        text = pipeline.encode_prompts(["a red cat"])
+        tokens = torch.ones(3, text.shape[-1], requires_grad=True)
+        sample, noise, _ = pipeline.prepare(text, text, [Fusion()], seeds=[3], steps=2)
+        noise.requires_grad_()
+        sample(noise, condition(text, text, [Fusion([tokens], strength=0.5)])).square().sum().backward()
+        return [leaf.grad for leaf in (tokens, noise) if leaf.grad is not None]
+
+    eager, compiled = (gradients(build_pipeline().set_up("cpu", compiled)) for compiled in (False, True))
+    assert all(gradient.any() for gradient in eager)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)

@@ -1,0 +1,33 @@
+"""The trace of a shard."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support import runs
+from vcf_batch import sharding
+from vcf_batch.output import commits
+from vcf_batch.worker import profiling
+
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
+
+def test_a_trace_shows_the_phases_of_a_shard_and_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--profile: a Chrome trace of the first batches, from every thread, in which the phases are named ranges."""
+    monkeypatch.setattr(profiling, "BATCHES", 3)
+    manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": ["reference0.png"] * 8})
+    model = runs.save_model(tmp_path / "model")
+    for name, profiled in (("plain", False), ("profiled", True)):
+        subject = runs.another(runs.load(manifest, tmp_path / name, model), manifest, tmp_path / name, batch_size=2)
+        receipt, staged = subject.run(sharding.ShardPlan(8, 8)[0], 1, "attempt", profiled=profiled)
+        commits.commit(str(tmp_path / name), receipt, staged)
+    assert runs.data_files(tmp_path / "profiled") == runs.data_files(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "profile").exists()
+    events = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
+    ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert {"read_manifest", "read_references", "sample", "score", "encode", "write"} <= {*ranges}
+    assert ranges.count("sample") == 3
+    assert {"aten::conv2d", "aten::addmm"} <= {event["name"] for event in events}

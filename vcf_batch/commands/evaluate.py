@@ -1,0 +1,237 @@
+"""The paper's Table 3 on any model: what each fusion takes from the reference, and what that costs the prompt
+(docs/method.md, section 6).
+
+An evaluation is a run like any other: :func:`prepare` writes a manifest of pairs x seeds x methods, each row with its
+method's settings as overrides; the run generates and scores it; :func:`tabulate` reads what the run left. All methods
+get the same pairs of prompt and reference and the same noise. Text only is strength 0, which is exactly the picture of
+the prompt alone, and is compared with the reference like the others.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from vcf_batch import images, storage
+from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
+from vcf_batch.models import resolution
+from vcf_batch.output import receipts, run_file, shards
+from vcf_batch.report import comparison
+from vcf_batch.report.comparison import RELATIVE, SCORES, Line
+from vcf_batch.setup import run_models
+from vcf_batch.setup.prepare import absolute
+from vcf_batch.setup.run_models import OWN_PROBE
+from vcf_batch.vcf.fusion import default_strength
+
+TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"
+"""Methods with a part of their own: what the others are compared with; what takes so long that it gets the first
+samples only; and what ``concat`` made of just these."""
+
+Case = tuple[str, str, int]
+"""What the methods have in common: prompt, reference and seed."""
+
+
+def crossed(prompts: Iterable[str], references: Sequence[str]) -> list[dict[str, Any]]:
+    """Every prompt with every reference, as columns of a manifest."""
+    lines = [line.strip() for line in prompts if line.strip()]
+    return [{"prompt": prompt, "reference": uri} for prompt, uri in itertools.product(lines, references)]
+
+
+def drawn(count: int) -> list[dict[str, Any]]:
+    """Pairs from the tiny family's world: prompt, reference, and each attribute that a picture of both shows."""
+    from vcf_batch.tiny import pairs  # for the one model that needs it
+
+    rows = []
+    for number, pair in enumerate(pairs.draw(count)):
+        file = io.BytesIO()
+        pair.reference.save(file, "png")
+        image = {"bytes": file.getvalue(), "path": f"reference-{number:04d}.png"}
+        rows.append({"prompt": pair.prompt, "reference": image, **pair.wanted})
+    return rows
+
+
+def prepare(
+    config: RunConfig,
+    pairs: Sequence[Mapping[str, Any]] | int,
+    seeds: int,
+    sweep: Collection[float],
+    pno_steps: int = 0,
+    pno_samples: int = 0,
+) -> RunConfig:
+    """Write the manifest that compares the methods.
+
+    Args:
+        config: the run; the manifest goes where it says.
+        pairs: of prompts and references, as :func:`crossed` gives them; or how many to take from :func:`drawn`, for a
+            model of the tiny family.
+        seeds: samples of each pair and method.
+        sweep: strengths of ``concat`` beside the model's own.
+        pno_steps: of prompt-noise optimisation at the model's own strength.
+        pno_samples: how many samples get it.
+
+    Returns:
+        The configuration to run.
+
+    Raises:
+        UsageError: a strength is out of range, there are no pairs or no perceptual distance, or matplotlib is not
+            installed.
+        RefusedError: the manifest of another evaluation is there.
+        StorageError: the storage failed.
+    """
+    comparison.require_matplotlib()
+    for strength in sweep:
+        config.replace(strength=strength)  # has the limits
+    config = absolute(config)
+    resolved = run_models.resolve(config)
+    if isinstance(pairs, int):
+        if resolution.read_config(resolved.pipeline, f"{OWN_PROBE}/config.json") is None:
+            raise UsageError(f"model {config.model!r} needs --prompts and --references; only 'tiny' brings its own")
+        pairs = drawn(pairs)
+    if not pairs:
+        raise UsageError("there are no prompts: every line is blank")
+    if resolved.lpips == "none":
+        raise UsageError(
+            f"model {config.model!r} has no perceptual distance of its own to compare pictures with references: name "
+            "one with --lpips alex --lpips-weights URL"
+        )
+    index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
+    own = index.get("default_strength") or default_strength("concat")
+    methods = [
+        (TEXT_ONLY, "concat", 0.0, None),
+        ("naive", "naive", default_strength("naive"), None),
+        ("cross-attention", "cross_attention", default_strength("cross_attention"), None),
+        *(("concat", "concat", strength, None) for strength in sorted({*sweep, own} - {0.0})),
+        (PNO, "concat", own, pno_steps),
+    ]
+    cases = [(number * seeds + seed, pair) for number, pair in enumerate(pairs) for seed in range(seeds)]
+    rows = [
+        {**pair, "seed": seed, "method": name, "fusion": fusion, "strength": strength, "pno_steps": steps}
+        for seed, pair in cases
+        for name, fusion, strength, steps in methods
+        if name != PNO or seed < pno_samples
+    ]
+    _publish(config.manifest, rows)
+    return config
+
+
+def _publish(url: str, rows: list[dict[str, Any]]) -> None:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    try:
+        storage.publish_bytes(url, file.getvalue(), create=True)
+    except FileExistsError:
+        if storage.read_bytes(url) != file.getvalue():
+            raise RefusedError(
+                f"{url} belongs to an evaluation of other prompts, references, seeds, strengths or "
+                "PNO; use another --out, or rerun with those"
+            ) from None
+
+
+def tabulate(config: RunConfig) -> str:
+    """Compare the methods of an evaluation whose run is done.
+
+    Beside the run's output it leaves ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg``.
+
+    Args:
+        config: as :func:`prepare` returned it.
+
+    Returns:
+        The Markdown of ``table.md``.
+
+    Raises:
+        UsageError: there is no run, or it has no picture of text only.
+        StorageError: the storage failed.
+    """
+    record = run_file.read(config.output)
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for sample in _samples(config):
+        groups.setdefault((sample["method"], sample["strength"]), []).append(sample)
+    base = {_case(sample): sample for sample in groups.get((TEXT_ONLY, 0.0), ())}
+    if record is None or not base:
+        raise UsageError(f"{config.output} has no picture of text only to compare the others with")
+    for (method, strength), group in [*groups.items()]:
+        if method == PNO and len(group) < len(base):
+            cases = {_case(sample) for sample in group}
+            groups[SAME, strength] = [
+                sample for sample in groups.get(("concat", strength), ()) if _case(sample) in cases
+            ]
+    comparable = {key: [sample for sample in group if _case(sample) in base] for key, group in groups.items()}
+    lines = [_line(method, group, base) for (method, _), group in comparable.items() if group]
+    results = {
+        **{name: record[name] for name in ("models", "config", "versions")},
+        "interval": {"level": LEVEL, "draws": DRAWS},
+        "methods": [asdict(line) for line in lines],
+    }
+    markdown = f"{_caption(record, base)}\n\n{comparison.tables(lines)}\n"
+    files = {f"tradeoff.{kind}": data for kind, data in comparison.plot(lines).items()}
+    files |= {"table.md": markdown.encode(), "results.json": json.dumps(results, indent=2).encode()}
+    for name, data in files.items():
+        storage.publish_bytes(storage.join(storage.parent(config.output), name), data)
+    return markdown
+
+
+def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """The scored samples as the parquets have them; those of the tiny world with what they show, in ``shown``."""
+    for receipt in receipts.read(config.output):
+        with storage.open_read(storage.join(config.output, f"{receipt.shard.name}.parquet")) as file:
+            rows = pq.read_table(file).to_pylist()
+        rows = [row for row in rows if all(row[name] is not None for name in SCORES)]
+        if rows and "shape" in rows[0]:
+            _add_shown(rows, receipt.shard.name, config)
+        yield from rows
+
+
+def _add_shown(rows: Sequence[dict[str, Any]], shard: str, config: RunConfig) -> None:
+    from vcf_batch.tiny.probe import Probe, agreement  # brings diffusers
+    from vcf_batch.tiny.world import SIZE, compose
+
+    tar = storage.join(config.output, f"{shard}.tar")
+    files = {sample["__key__"]: sample[config.image_format] for sample in shards.read_samples(tar)}
+    pictures = (images.resize(images.decode(files[row["key"]], MAX_PIXELS), SIZE, SIZE) for row in rows)
+    pixels = torch.from_numpy(np.stack([images.to_unit(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    folder = resolution.fetch(resolution.resolve(config.model, config.revision))
+    probe = Probe.from_pretrained(storage.join(folder, OWN_PROBE), dtype=torch.float32)
+    shown = agreement(probe, pixels, compose(rows, seed=0))
+    for number, row in enumerate(rows):
+        row["shown"] = {name: bool(right[number]) for name, right in shown.items()}
+
+
+def _case(sample: Mapping[str, Any]) -> Case:
+    return sample["prompt"], sample["reference"], sample["seed"]
+
+
+def _line(method: str, samples: Sequence[Mapping[str, Any]], base: Mapping[Case, Mapping[str, Any]]) -> Line:
+    first = samples[0]
+    bootstrap = Bootstrap([sample["prompt"] for sample in samples], [sample["reference"] for sample in samples])
+    return Line(
+        method=method,
+        fusion=first["fusion"],
+        strength=first["strength"],
+        samples=len(samples),
+        scores={name: bootstrap.mean([sample[name] for sample in samples]) for name in SCORES},
+        relative={
+            name: bootstrap.ratio([s[name] for s in samples], [base[_case(s)][name] for s in samples])
+            for name in RELATIVE
+        },
+        shown={name: bootstrap.mean([sample["shown"][name] for sample in samples]) for name in first.get("shown", ())},
+    )
+
+
+def _caption(record: Mapping[str, Any], cases: Iterable[Case]) -> str:
+    prompts, references, seeds = zip(*cases, strict=True)
+    used, fields = record["models"], record["fields"]
+    return (
+        f"Model `{used['model']['name']}`, {fields['width']}x{fields['height']} pixels, {fields['steps']} steps of "
+        f"{fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; {len(set(prompts))} prompts, "
+        f"{len(set(references))} references, {len(seeds)} samples of each method. CLIP scores by "
+        f"`{used['clip_score']['name']}`, LPIPS by `{used['lpips']['name']}`. In brackets: {LEVEL:.0%} intervals."
+    )

@@ -1,0 +1,260 @@
+"""What a run will take, and what is in its way, before it starts. Nothing is written."""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pyarrow.parquet as pq
+
+from vcf_batch.config import RunConfig
+from vcf_batch.driver.progress import duration, plural
+from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.output import lease, progress_file, run_file
+from vcf_batch.output.sums import Totals
+from vcf_batch.records import Row
+from vcf_batch.row_settings import checked
+from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.setup.prepare import Job
+from vcf_batch.sharding import ShardPlan
+from vcf_batch.worker import in_process
+
+ROWS_LOOKED_AT = 1000
+"""Rows at the manifest's start of which it is told whether they would fail."""
+SHOWN_ROWS = 8
+CALIBRATION_BATCHES = 2
+"""The second batch is sampled beside the scoring of the first."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How fast a worker is, and what it writes; measured, never guessed."""
+
+    source: str
+    """In words."""
+    device: str
+    seconds_per_row: float
+    """Of one worker."""
+    bytes_per_row: float
+    """Of tar and parquet."""
+    load_seconds: float = 0.0
+    """Until a worker is ready; 0 where that is not known."""
+
+
+@dataclass
+class Forecast:
+    """What a run will take."""
+
+    output: str
+    problems: list[VcfBatchError] = field(default_factory=list)
+    """Each of them alone keeps the run from starting."""
+    doomed: list[str] = field(default_factory=list)
+    """Of the first :data:`ROWS_LOOKED_AT` rows those that would fail, and why; the others do not mind."""
+    job: Job | None = None
+    """None where a problem leaves it open."""
+    guessed_shard_size: bool = False
+    """The shard size comes from a guess of the device's speed, which nothing else here does."""
+    open_batch_size: bool = False
+    """The batch size, which the run would measure, is :data:`vcf_batch.worker.in_process.BATCH_SIZE` here."""
+    rows_done: int = 0
+    shards_done: int = 0
+    measurement: Measurement | None = None
+    """From the receipts that are there, else from a calibration; None where there is neither."""
+
+    def figures(self, price: float | None) -> dict[str, Any]:
+        """Rows, shards, and what the rest of them takes, as plain JSON types; None where only a measurement could tell.
+
+        Args:
+            price: of an hour of a GPU; of a worker where workers have none.
+        """
+        if self.job is None:
+            return {}
+        config, shards, rows = self.job.config, len(self.job.shards), self.job.manifest.num_rows
+        rows_left, shards_left = rows - self.rows_done, shards - self.shards_done
+        workers = config.num_workers or 1
+        found = {
+            "rows": rows,
+            "rows_done": self.rows_done,
+            "shards": shards,
+            "shards_done": self.shards_done,
+            "shard_size": config.shard_size,
+            "workers": workers,
+            "gpus_per_worker": config.gpus_per_worker,
+            **dict.fromkeys(("bytes", "seconds", "device_hours", "cost")),
+        }
+        if self.measurement:
+            busy = min(workers, shards_left)
+            load, speed = self.measurement.load_seconds, self.measurement.seconds_per_row
+            # A shard is done by one worker; the last ones to finish decide.
+            in_a_row = math.ceil(shards_left / workers) * min(self.job.shards.shard_size, rows_left)
+            hours = (rows_left * speed + busy * load) / 3600 * (config.gpus_per_worker or 1)
+            found |= {
+                "bytes": round(rows * self.measurement.bytes_per_row),
+                "seconds": in_a_row * speed + load if rows_left else 0.0,
+                "device_hours": hours,
+                "cost": None if price is None else hours * price,
+            }
+        return found
+
+    def to_dict(self, price: float | None) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "output": redact(self.output),
+            "problems": [str(problem) for problem in self.problems],
+            "doomed_rows": self.doomed,
+            **self.figures(price),
+            "measurement": self.measurement and vars(self.measurement),
+        }
+
+    def told(self, price: float | None) -> str:
+        """The same for people."""
+        lines = [f"{redact(self.output)}: nothing is written yet, this is a plan"]
+        if figures := self.figures(price):
+            lines += [f"  {name:<10}{text}" for name, text in self._lines(figures)]
+        lines += [f"  would fail: {row}" for row in self.doomed[:SHOWN_ROWS]]
+        if len(self.doomed) > SHOWN_ROWS:
+            lines.append(f"  ({len(self.doomed):,} of the first {ROWS_LOOKED_AT:,} rows would fail)")
+        lines += [f"  refused: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+    def _lines(self, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        guess = ", sized by a rough guess of the speed (--shard-size sets it)" if self.guessed_shard_size else ""
+        yield "rows", f"{figures['rows']:,}, {figures['rows_done']:,} of them done"
+        yield (
+            "shards",
+            f"{figures['shards']:,} of {figures['shard_size']:,} rows{guess}; {figures['shards_done']:,} done",
+        )
+        if self.open_batch_size:
+            yield (
+                "batches",
+                f"of {in_process.BATCH_SIZE} rows here; the run looks for the fastest, and shards follow",
+            )
+        measured, gpus = self.measurement, figures["gpus_per_worker"]
+        if measured is None:
+            yield "time", "not known before something is measured: --calibrate does so on this machine"
+            return
+        unit = "GPU-hours" if gpus else "worker-hours"
+        yield "measured", f"{measured.source}, on {measured.device}: {measured.seconds_per_row:.3g} s a row and worker"
+        yield "bytes", f"{figures['bytes'] / 1e6:,.1f} MB in all"
+        yield (
+            "time",
+            f"{duration(figures['seconds'])} with {plural(figures['workers'], 'worker')}, each with {gpus:g} GPUs",
+        )
+        cost = "" if figures["cost"] is None else f", {figures['cost']:,.2f} at that price"
+        yield "work", f"{figures['device_hours']:.3g} {unit}{cost}"
+
+
+def look(config: RunConfig, calibrate: bool) -> Forecast:
+    """Look at what a run is asked to do, and collect whatever would refuse it.
+
+    Args:
+        config: as for :func:`vcf_batch.pool.run`.
+        calibrate: where no receipt tells how fast it goes, load the model in this process and generate a few rows.
+
+    Raises:
+        VcfBatchError: the calibration failed.
+    """
+    forecast = Forecast(config.output)
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except VcfBatchError as error:
+            forecast.problems.append(error)
+
+    absolute = attempt(lambda: prepare.absolute(config))
+    if absolute is None:
+        return forecast
+    config = absolute
+    forecast.output = config.output
+    found = attempt(lambda: run_file.read(config.output))
+    config = prepare.resume(config, found)
+    forecast.guessed_shard_size = config.shard_size is None
+    forecast.open_batch_size = config.batch_size is None
+    config = in_process.settled(config)
+    attempt(lambda: _refuse_owner(config.output))
+    manifest = attempt(lambda: Manifest.open(config.manifest, config.limit))
+    if manifest is not None:
+        for check in manifest_check.checks(manifest, config, found):
+            attempt(check)
+    models = attempt(lambda: run_models.resolve(config))
+    if manifest is None or models is None:
+        return forecast
+    job = forecast.job = attempt(lambda: prepare.settle(config, manifest, models))
+    if job is None:
+        return forecast
+    forecast.doomed = [f"{row.key}: {reason}" for row, reason in _first_rows(job) if reason]
+    extends = attempt(lambda: prepare.claim(job, publish=False))
+    totals = Totals()
+    if extends is not None:
+        totals = progress_file.look(config.output, {job.fingerprint, *extends}).totals
+        forecast.rows_done, forecast.shards_done = totals.counts.total(), len(totals.done)
+    if totals.generated:
+        forecast.measurement = _recorded(totals)
+    elif calibrate and not forecast.problems:
+        forecast.measurement = _calibrated(job)
+    return forecast
+
+
+def _refuse_owner(output: str) -> None:
+    if (owner := lease.owner(output)) and owner.alive:
+        raise RefusedError(
+            f"{output} is held by another run, which is alive: process {owner.pid} on {owner.host}, started "
+            f"{owner.started}"
+        )
+
+
+def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
+    """The manifest's first rows, and why each would fail as far as the manifest tells."""
+    config, manifest = job.config, job.manifest
+    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    for row in manifest.iter_rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), config.seed):
+        refused = next(filter(None, map(reader.policy_error, row.images)), None)
+        yield row, checked(row, config).error or refused
+
+
+def _recorded(totals: Totals) -> Measurement:
+    return Measurement(
+        f"by {len(totals.done):,} finished shards",
+        ", ".join(totals.devices),
+        totals.worker_seconds / totals.generated,
+        totals.bytes / totals.counts.total(),
+    )
+
+
+def _calibrated(job: Job) -> Measurement:
+    """Load a worker in this process, let it write a small shard into scratch, and time those rows that do not fail."""
+    count = min(CALIBRATION_BATCHES * cast(int, job.config.batch_size), job.manifest.num_rows)
+    shard = ShardPlan(job.manifest.num_rows, count)[0]
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+        begin = time.perf_counter()
+        loaded = in_process.load(job, scratch)
+        load_seconds = time.perf_counter() - begin
+        from vcf_batch.worker import calibration  # brings torch
+
+        receipt, staged = loaded.run(shard, 1, "calibration", last_attempt=True)
+        written = pq.read_table(os.path.join(scratch, staged["parquet"]), columns=["status", "error_message"])
+        rows = [
+            row
+            for row, status in zip(
+                job.manifest.iter_rows(shard.start, shard.stop, job.config.seed), written["status"], strict=True
+            )
+            if status.as_py() != "failed"
+        ]
+        if not rows:
+            raise UsageError(
+                f"there is nothing to time, as each of the first {len(shard)} rows fails; the first: "
+                f"{written['error_message'][0]}"
+            )
+        return Measurement(
+            f"by {len(rows)} rows in this process",
+            receipt.device["type"],
+            calibration.seconds_per_image(loaded.tools, rows),
+            sum(entry.size for entry in receipt.files.values()) / len(rows),
+            load_seconds,
+        )

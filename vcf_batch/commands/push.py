@@ -1,0 +1,101 @@
+"""Hand an output on: its committed shards, its card and its report, copied to another storage."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from vcf_batch import storage
+from vcf_batch.commands.verify import side_by_side
+from vcf_batch.errors import DamageFound, RefusedError, UsageError
+from vcf_batch.output import receipts, run_file, shards
+from vcf_batch.output.output import Output
+from vcf_batch.records import Receipt, Shard
+from vcf_batch.report import card, page
+from vcf_batch.storage import scratch
+
+
+def push(output: Output, target: str) -> tuple[int, int]:
+    """Copy what of an output is committed; how many shards were copied, and how many were there.
+
+    As in a run, a shard's receipt goes last: a shard that was copied in part does not exist, and calling this again
+    goes on. Card and report are written anew first, but for a card that somebody changed.
+
+    Args:
+        target: a folder or URL, such as ``hf://datasets/OWNER/NAME`` of a repository that exists.
+
+    Raises:
+        RefusedError: the target holds another run.
+        UsageError: the target is the output itself, no shard is finished, or the card there is somebody else's.
+        DamageFound: a shard does not match its receipt.
+        StorageError: one of the storages failed.
+    """
+    target = storage.absolute(target)
+    if storage.join(target) == storage.join(output.url):
+        raise UsageError(f"{target} is the output itself; name another place")
+    with contextlib.suppress(card.OthersCard):
+        card.write(output)
+    _refuse_others(output, target)
+    storage.publish_bytes(storage.join(output.url, page.NAME), page.render(output).encode())
+    _copy(storage.join(output.url, run_file.NAME), storage.join(target, run_file.NAME))
+    with storage.refusals_as_storage_errors():
+        sizes = storage.list_files(target)
+
+    def copy(shard: Shard) -> bool:
+        return _copy_shard(output.url, target, shard, sizes)
+
+    finished = (receipt.shard for receipt in receipts.read(output.url))
+    # On the Hub each file is a commit, and two commits at once get into each other's way.
+    one_by_one = target.startswith("hf://")
+    done = ((shard, copy(shard)) for shard in finished) if one_by_one else side_by_side(copy, finished)
+    counts = Counter(is_new for _, is_new in done)
+    for name in (card.NAME, page.NAME):
+        _copy(storage.join(output.url, name), storage.join(target, name))
+    return counts[True], counts[False]
+
+
+def _refuse_others(output: Output, target: str) -> None:
+    """Nothing that is not of this run is replaced."""
+    found = run_file.read(target)
+    if found is not None and found["fingerprint"] not in output.fingerprints:
+        raise RefusedError(f"{target} holds another run; push to another place")
+    if found is None and receipts.files_found(target):
+        raise RefusedError(f"{target} holds shards but no {run_file.NAME}; push to another place")
+    there = card.read(storage.join(target, card.NAME))
+    if there is not None and not card.is_ours(there) and there != card.read(storage.join(output.url, card.NAME)):
+        raise UsageError(f"{target} has a {card.NAME} of somebody else's; copy it into {output.url}, or delete it")
+
+
+def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:
+    """Copy a shard unless it is there, as ``sizes`` and its receipt say; whether it was copied."""
+    name = shard.name + receipts.SUFFIX
+    data = storage.read_bytes(storage.join(source, name))
+    files = {shard.name + shards.SUFFIXES[kind]: entry for kind, entry in Receipt.from_json(data).files.items()}
+    if name in sizes:
+        is_whole = all(sizes.get(file) == entry.size for file, entry in files.items())
+        if is_whole and storage.read_bytes(storage.join(target, name)) == data:
+            return False
+        storage.remove(storage.join(target, name), missing_ok=True)
+    for file, entry in files.items():
+        with _at_hand(storage.join(source, file)) as path:
+            if storage.digest(path) != entry:
+                raise DamageFound(f"{file} does not match its receipt; see 'vcf-batch verify {source}'")
+            storage.upload(path, storage.join(target, file))
+    storage.publish_bytes(storage.join(target, name), data)
+    return True
+
+
+def _copy(source: str, target: str) -> None:
+    with _at_hand(source) as path:
+        storage.upload(path, target)
+
+
+@contextlib.contextmanager
+def _at_hand(url: str) -> Iterator[str]:
+    """A path of the file on this machine, for the length of the block."""
+    if storage.is_local(url):
+        yield storage.absolute(url)
+        return
+    with scratch.folder() as folder:
+        path = storage.join(folder, storage.name(url))
+        storage.download(url, path)
+        yield path

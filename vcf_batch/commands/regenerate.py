@@ -1,0 +1,132 @@
+"""Samples of an output drawn again from their recorded settings, on this machine, and compared with what is there.
+
+A sample is drawn in its own batch and place, with padding for the other rows of its shard. So on the same type of
+device and with the same versions, which is what the receipt's ``device`` says, it has the same bytes. Elsewhere sums
+are rounded differently, and :data:`TOLERANCE` bounds what becomes of the pixels.
+"""
+
+import dataclasses
+import itertools
+import random
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from vcf_batch import images, storage
+from vcf_batch.commands.verify import Finding
+from vcf_batch.config import MAX_PIXELS
+from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output.output import Output
+from vcf_batch.records import Receipt, Shard
+from vcf_batch.setup import prepare, run_models
+from vcf_batch.worker import in_process
+from vcf_batch.worker.worker import Worker
+
+TOLERANCE = 5.0
+"""Mean absolute difference of an image's pixels, of 255, that another type of device may make. On the demo manifest
+another instruction set makes 0.0004 at most, 0.9 in bfloat16."""
+
+
+def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
+    """Draw samples again, and tell which are not what is there; at the end, how many are.
+
+    Args:
+        output: without damage.
+        count: samples to draw, at most.
+        seed: chooses which.
+
+    Raises:
+        UsageError: the manifest or a model cannot be used.
+        RefusedError: manifest or model are not those of the run.
+        VcfBatchError: storage, network or the machine failed.
+    """
+    drawn = same = 0
+    largest = 0.0
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+        drawing = _load(output, scratch)
+        for receipt, places in _chosen(output, count, seed):
+            shard = receipt.shard
+            exact = receipt.sampled_at_once is None and receipt.device == drawing.tools.device.describe()
+            for key, there, again in _pairs(output, drawing, scratch, shard, places, exact):
+                if isinstance(again, str):
+                    yield Finding(shard.name, f"{key} cannot be drawn again: {again}", is_damage=False)
+                    continue
+                drawn += 1
+                same += there == again
+                largest = max(largest, difference := _difference(there, again))
+                if (exact and there != again) or difference > TOLERANCE:
+                    cause = f"{key} drawn again differs by {difference:.3g} of 255 on the mean"
+                    where = "the type of device that made it" if exact else "another type of device"
+                    yield Finding(shard.name, f"{cause}, on {where}, unless a reference has changed", shard)
+    told = f"{drawn} drawn again, {same} with the same bytes; the largest mean difference is {largest:.3g} of 255"
+    yield Finding("samples", told, is_damage=False)
+
+
+def _load(output: Output, scratch: str) -> Worker:
+    """A worker of the output's own run, which writes into scratch."""
+    config = output.config
+    job = prepare.settle(config, output.need_manifest(), run_models.resolve(config))
+    prepare.claim(job, publish=False)  # refuses what is not this very run
+    gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
+    return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), scratch)
+
+
+def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, list[int]]]:
+    """Shards, and which of their successful samples are drawn, counted from 0; every sample is as likely."""
+    counts = [receipt.counts["success"] for receipt in receipts.read(output.url)]
+    stops = [0, *itertools.accumulate(counts)]
+    places: dict[int, list[int]] = defaultdict(list)
+    for number in sorted(random.Random(seed).sample(range(stops[-1]), min(count, stops[-1]))):
+        index = bisect_right(stops, number) - 1
+        places[index].append(number - stops[index])
+    for receipt in receipts.read(output.url):
+        if receipt.shard.index in places:
+            yield receipt, places[receipt.shard.index]
+
+
+def _pairs(
+    output: Output, drawing: Worker, scratch: str, shard: Shard, places: list[int], exact: bool
+) -> Iterator[tuple[str, bytes, bytes | str]]:
+    """Key of each chosen sample of a shard, the image that is there, and the one drawn again or why there is none."""
+    stem = storage.join(output.url, shard.name)
+    status = _column(f"{stem}.parquet", "status")
+    rows = np.flatnonzero(pc.equal(status, "success").to_numpy())[places] + shard.start
+    others = dict.fromkeys(set(range(shard.start, shard.stop)).difference(rows.tolist()), "not drawn")
+    _, staged = drawing.run(shard, 1, shard.name, last_attempt=True, verdicts=others)
+    tar, parquet = (storage.join(scratch, staged[kind]) for kind in ("tar", "parquet"))
+    image = output.config.image_format
+    again: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
+    errors = _by_key(parquet, "error_message")
+    there, here = (_by_key(file, "seed") for file in (f"{stem}.parquet", parquet))
+    if not exact:
+        # Rounding decides on a score beside a gate, and so on the attempt that passes.
+        other = "another of its attempts passes the gates here"
+        again |= {key: other for key in again if there[key] != here[key]}
+    commits.discard(scratch, staged)
+    for place, sample in enumerate(shards.read_samples(f"{stem}.tar")):
+        if place in places:
+            key = sample["__key__"]
+            yield key, sample[image], again.get(key) or errors[key]
+
+
+def _column(parquet: str, name: str) -> pa.ChunkedArray:
+    with storage.open_read(parquet) as file:
+        return pq.ParquetFile(file, pre_buffer=False).read([name])[name]
+
+
+def _by_key(parquet: str, name: str) -> dict[str, Any]:
+    return dict(zip(_column(parquet, "key").to_pylist(), _column(parquet, name).to_pylist(), strict=True))
+
+
+def _difference(first: bytes, second: bytes) -> float:
+    """Mean absolute difference of two images' pixels, 0 to 255."""
+    pixels = [np.asarray(images.decode(data, MAX_PIXELS), np.float32) for data in (first, second)]
+    return float(np.abs(pixels[0] - pixels[1]).mean())

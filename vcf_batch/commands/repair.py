@@ -1,0 +1,105 @@
+"""What of an output has to be generated again: damaged and missing shards, and the rows that a condition selects.
+
+The condition is SQL over the columns of the parquets. DuckDB evaluates it, and is given the rows and nothing else: no
+file, no network, no setting.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vcf_batch import storage
+from vcf_batch.commands.verify import check, side_by_side
+from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.output import columns, shards
+from vcf_batch.output.output import Output
+from vcf_batch.records import Shard
+
+_CLOSED: dict[str, Any] = {
+    "enable_external_access": False,
+    "python_enable_replacements": False,
+    "lock_configuration": True,
+}
+
+
+class Repair:
+    """What of an output has to be generated again.
+
+    Args:
+        output: the output.
+        where: a condition on a row of a parquet, such as ``status = 'failed' OR clip_score < 0.2``.
+
+    Raises:
+        UsageError: it is no condition on the columns that there are, or the manifest cannot be read.
+        RefusedError: the manifest has changed since the run.
+    """
+
+    def __init__(self, output: Output, where: str) -> None:
+        manifest = output.need_manifest()
+        self._output, self._where = output, where
+        self._database = duckdb.connect(":memory:", config=_CLOSED)
+        schema = columns.schema(manifest.carried_schema, manifest.reference_is_list)
+        self._columns = [field.name for field in schema if self._takes(field)]
+        self._selected(schema.empty_table())
+
+    def rows(self, show: Callable[[str], None]) -> dict[int, bytes]:
+        """Read the output again: which rows of which shards are generated again?
+
+        Args:
+            show: is given a line for each damaged or missing shard.
+
+        Returns:
+            See :attr:`vcf_batch.setup.prepare.Job.again`.
+
+        Raises:
+            UsageError: the condition does not fit a row.
+            DamageFound: something is wrong that generating does not mend.
+            StorageError: the storage failed.
+        """
+        again: dict[int, bytes] = {}
+        for finding in check(self._output):
+            if finding.shard is None and finding.is_damage:
+                raise DamageFound(str(finding))
+            show(str(finding))
+            if finding.shard is not None:
+                again[finding.shard.index] = bytes([True]) * len(finding.shard)
+        whole = (shard for shard in self._output.plan if shard.index not in again)
+        for shard, selected in side_by_side(self._selected_of, whole):
+            if any(selected):
+                again[shard.index] = selected
+        rows = sum(selected.count(True) for selected in again.values())
+        show(f"{rows:,} rows in {len(again):,} shards are to be generated again")
+        return again
+
+    def _selected_of(self, shard: Shard) -> bytes:
+        """For each row of a shard, whether it is selected."""
+        selected = bytearray()
+        url = storage.join(self._output.url, shard.name + shards.SUFFIXES["parquet"])
+        with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
+            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
+                keys = self._selected(pa.Table.from_batches([batch]))
+                selected += bytes(key in keys for key in batch["key"].to_pylist())
+        return bytes(selected)
+
+    def _selected(self, rows: pa.Table) -> set[str]:
+        """Keys of the rows that the condition is true for."""
+        try:
+            # Threads do not share a cursor.
+            relation = self._database.cursor().from_arrow(rows.select(self._columns))
+            return {key for (key,) in relation.filter(self._where).project("key").fetchall()}
+        except duckdb.Error as error:
+            raise UsageError(
+                f"--where {self._where!r} is no condition on the columns {', '.join(self._columns)}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+    def _takes(self, field: pa.Field) -> bool:
+        """Whether DuckDB has the type: it has no half-precision floats, and no decimals of more than 38 digits."""
+        try:
+            self._database.from_arrow(pa.schema([field]).empty_table()).fetchall()
+        except duckdb.NotImplementedException:
+            return False
+        return True

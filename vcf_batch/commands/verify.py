@@ -1,0 +1,105 @@
+"""Is an output what a run leaves behind? Everything is read again, and what differs is named, shard by shard.
+
+``run.json`` is compared with its own fingerprint; each shard of the run's plan is read again
+(:mod:`vcf_batch.commands.verify_shard`); and over all of them, no key may be there twice. Shards are read side by side
+and streamed: memory depends neither on their size nor, but for the names of files, on their number.
+"""
+
+import itertools
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+
+from vcf_batch import storage
+from vcf_batch.commands.verify_shard import check_shard
+from vcf_batch.errors import DamageFound
+from vcf_batch.manifest.repeats import RepeatFinder
+from vcf_batch.output import commits
+from vcf_batch.output.output import Output
+from vcf_batch.records import Shard
+
+READERS = 8
+"""Shards that are read side by side."""
+
+MAX_REPEATS = 100
+"""Repeated keys that are named."""
+
+T = TypeVar("T")
+
+_SHARD_FILE = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something in an output that is not as a run leaves it, or that could not be looked at."""
+
+    place: str
+    """Name of a shard or of a file."""
+    cause: str
+    shard: Shard | None = None
+    """Set where generating that shard again mends it."""
+    is_damage: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.cause}" if self.is_damage else f"note: {self.place}: {self.cause}"
+
+
+def check(output: Output) -> Iterator[Finding]:
+    """Read an output again and tell what is wrong with it: of each shard, the first thing.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    if output.manifest is None:
+        yield Finding("manifest", f"{output.manifest_error}; rows are not compared with it", is_damage=False)
+    with storage.refusals_as_storage_errors():
+        sizes = storage.list_files(output.url)
+
+    def keys_or_damage(shard: Shard) -> pa.Array | DamageFound:
+        try:
+            return check_shard(output, shard, sizes)
+        except DamageFound as damage:
+            return damage
+
+    with RepeatFinder(output.plan.num_rows) as finder:
+        for shard, result in side_by_side(keys_or_damage, output.plan):
+            if isinstance(result, DamageFound):
+                yield Finding(shard.name, str(result), shard)
+            else:
+                finder.add(result, shard.start)
+        count, repeats = finder.repeats(MAX_REPEATS)
+    for repeat in repeats:
+        shard, first = (output.plan[row // output.plan.shard_size] for row in (repeat.row, repeat.first))
+        yield Finding(shard.name, f"row {repeat.row} has the key of row {repeat.first} in {first.name}.parquet", shard)
+    if count > len(repeats):
+        yield Finding("keys", f"{count - len(repeats)} more rows have a key that another row has")
+    yield from _strangers(output, sizes)
+
+
+def side_by_side(read: Callable[[Shard], T], some: Iterable[Shard]) -> Iterator[tuple[Shard, T]]:
+    """Each shard, in order, with what ``read`` makes of it; a few shards ahead, in threads."""
+    threads = ThreadPoolExecutor(READERS, "shards")
+    try:
+        begun = ((shard, threads.submit(read, shard)) for shard in some)
+        window = deque(itertools.islice(begun, 2 * READERS))
+        while window:
+            shard, result = window.popleft()
+            yield shard, result.result()
+            window.extend(itertools.islice(begun, 1))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
+    """What lies beside the shards of the plan."""
+    names = {match[1] for match in map(_SHARD_FILE.fullmatch, sizes) if match}
+    for name in sorted(names - {shard.name for shard in output.plan}):
+        yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")
+    if left := len(storage.list_tree(storage.join(output.url, commits.STAGING))):
+        cause = f"{left} files of a run that is at work or was killed; the next start removes them"
+        yield Finding(commits.STAGING, cause, is_damage=False)

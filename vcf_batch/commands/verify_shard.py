@@ -1,0 +1,225 @@
+"""One shard of an output, read again: its receipt, its parquet and its tar against each other and the manifest.
+
+The first thing that is wrong is told: mending it takes generating the shard again, whatever else there is.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vcf_batch import images, sharding, storage
+from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.errors import DamageFound, RowError
+from vcf_batch.output import columns, receipts, shards
+from vcf_batch.output.output import Output
+from vcf_batch.output.row_json import json_value, row_json
+from vcf_batch.output.tally import Tally
+from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
+from vcf_batch.row_settings import checked, settings_of
+
+
+def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Array:
+    """Read one shard again.
+
+    Args:
+        sizes: of the output's files.
+
+    Returns:
+        The keys of its rows, binary, in order.
+
+    Raises:
+        DamageFound: the first thing that is wrong.
+        StorageError: the storage failed.
+    """
+    receipt = _receipt(output, shard, sizes)
+    try:
+        with storage.refusals_as_storage_errors():
+            return _check_files(output, shard, receipt)
+    except FileNotFoundError as error:
+        raise DamageFound(f"a file went away while it was read: {error}") from error
+
+
+def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
+    names = {kind: shard.name + suffix for kind, suffix in shards.SUFFIXES.items()}
+    urls = {kind: storage.join(output.url, name) for kind, name in names.items()}
+    keys: list[str] = []
+    tally = Tally()
+    # First, as nothing should be parsed that is known to be damaged.
+    _check_hash(names["parquet"], storage.digest(urls["parquet"]).sha256, receipt.files["parquet"])
+    with storage.open_read(urls["tar"]) as file:
+        tar = _Hashing(file)
+        members = _members(cast(BinaryIO, tar), names["tar"])
+        for number, (record, text) in enumerate(_records(output, shard, urls["parquet"]), shard.start):
+            status = record["status"]
+            if status not in STATUSES or (status == "success") != (not record["error_message"]):
+                raise DamageFound(f"row {number}: status {status!r} with error_message {record['error_message']!r}")
+            if status == "success":
+                _check_sample(record, text, members, names["tar"], output.config)
+            keys.append(record["key"])
+            tally.add(status, record)
+        if extra := next(members, None):
+            raise DamageFound(f"{names['tar']} has a member {extra[0]!r} that no row of the parquet accounts for")
+        _check_hash(names["tar"], tar.finish(), receipt.files["tar"])
+    for what, found, said in (("counts", tally.counts, receipt.counts), ("means", tally.means, receipt.means)):
+        if found != said:
+            raise DamageFound(f"its rows have {what} {found}, its receipt says {said}")
+    return pa.array(keys).cast(pa.binary())
+
+
+def _check_hash(name: str, found: str, entry: FileEntry) -> None:
+    if found != entry.sha256:
+        raise DamageFound(f"{name} has the sha256 {found}, its receipt says {entry.sha256}")
+
+
+def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
+    """The shard's receipt, which is its own and describes files of the size that they have."""
+    name = shard.name + receipts.SUFFIX
+    if name not in sizes:
+        raise DamageFound("it has no receipt: it was never finished, or its receipt is gone")
+    try:
+        with storage.refusals_as_storage_errors():
+            receipt = Receipt.from_json(storage.read_bytes(storage.join(output.url, name)))
+    except (FileNotFoundError, ValueError) as error:
+        raise DamageFound(f"{name} is damaged: {error}") from error
+    if receipt.shard != shard:
+        raise DamageFound(f"{name} is that of {_rows(receipt.shard)}; here belong {_rows(shard)}")
+    if receipt.fingerprint not in output.fingerprints:
+        raise DamageFound(f"{name} has the fingerprint {receipt.fingerprint} of another run")
+    if receipt.files.keys() != shards.SUFFIXES.keys():
+        raise DamageFound(f"{name} describes {sorted(receipt.files)}; a shard has {sorted(shards.SUFFIXES)}")
+    for kind, entry in receipt.files.items():
+        file = shard.name + shards.SUFFIXES[kind]
+        if file not in sizes:
+            raise DamageFound(f"{file} is missing")
+        if sizes[file] != entry.size:
+            raise DamageFound(f"{file} has {sizes[file]} bytes, its receipt says {entry.size}")
+    return receipt
+
+
+def _rows(shard: Shard) -> str:
+    return f"shard {shard.name} (rows {shard.start} to {shard.stop - 1})"
+
+
+def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The rows of a shard's parquet as their JSON says them, compared with the manifest; parsed, and as text."""
+    name = storage.name(url)
+    given: Iterator[Row] | None = None
+    if output.manifest:
+        given = output.manifest.iter_rows(shard.start, shard.stop, output.config.seed)
+    try:
+        with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False)
+            if parquet.metadata.num_rows != len(shard):
+                raise DamageFound(f"{name} has {parquet.metadata.num_rows} rows; {_rows(shard)} has {len(shard)}")
+            _check_columns(output, name, parquet.schema_arrow)
+            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
+                for at in range(batch.num_rows):
+                    one = batch.slice(at, 1)
+                    text = row_json(one)
+                    record = json.loads(text)
+                    if given:
+                        _check_row(output, next(given), record, one.schema)
+                    yield record, text
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DamageFound(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
+    carried = pa.schema([field for field in found if field.name not in OUTPUT_COLUMNS])
+    is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
+    if output.manifest:
+        carried, is_list = output.manifest.carried_schema, output.manifest.reference_is_list
+    if not found.equals(expected := columns.schema(carried, is_list)):
+        # Not compared as text: what a list calls its items is another name once it has been in a file.
+        different = [
+            str(field)
+            for these, others in ((found, expected), (expected, found))
+            for field in these
+            if field.name not in others.names or not field.equals(others.field(field.name))
+        ]
+        raise DamageFound(f"{name} has other columns than a run writes: {', '.join(different) or 'another order'}")
+
+
+def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
+    """Compare a row of the parquet with what the manifest and the run's settings say."""
+    assert output.manifest
+    said = columns.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
+    said |= settings_of(checked(row, output.config), output.config)
+    attempts = record["attempts"] or [{"seed": row.seed}]
+    if [each["seed"] for each in attempts] != [
+        sharding.attempt_seed(row.seed, number) for number in range(len(attempts))
+    ]:
+        raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")
+    said["seed"] = record["seed"] if record["seed"] in [each["seed"] for each in attempts] else row.seed
+    if said["strength"] is None:
+        del said["strength"]  # the model's default, which only the model tells
+    for column, value in said.items():
+        if record[column] != (value := json_value(pa.scalar(value, schema.field(column).type))):
+            raise DamageFound(f"row {row.number}: {column} is {record[column]!r}, the run has {value!r} there")
+
+
+def _check_sample(
+    record: Mapping[str, Any], text: bytes, members: Iterator[tuple[str, bytes]], tar: str, config: RunConfig
+) -> None:
+    """Compare the next members of a tar with their row."""
+    key, parts = record["key"], {}
+    beside = [f"{name}.{config.image_format}" for name in TRIPLET if config.triplets]
+    for extension in (config.image_format, *beside, "txt", "json"):
+        name, parts[extension] = next(members, ("", b""))
+        if name != f"{key}.{extension}":
+            ends = f"{tar} has a member {name!r}" if name else f"{tar} ends, or has a damaged header,"
+            raise DamageFound(f"{ends} where {key}.{extension} belongs")
+    if parts["txt"] != record["prompt"].encode():
+        raise DamageFound(f"{key}.txt in {tar} is not the prompt of its row")
+    if parts["json"] != text:
+        raise DamageFound(f"{key}.json in {tar} is not the row of the parquet")
+    if hashlib.sha256(parts[config.image_format]).hexdigest() != record["sha256"]:
+        raise DamageFound(f"{key}.{config.image_format} in {tar} has another sha256 than its row says")
+    for extension in (config.image_format, *beside):
+        name = f"{key}.{extension}"
+        try:
+            size = images.decode(parts[extension], MAX_PIXELS).size
+        except RowError as error:
+            raise DamageFound(f"{name} in {tar} cannot be decoded: {error}") from error
+        if not size == (record["width"], record["height"]) == (config.width, config.height):
+            raise DamageFound(
+                f"{name} in {tar} has {size[0]} x {size[1]} pixels, its row says {record['width']} x "
+                f"{record['height']}, the run {config.width} x {config.height}"
+            )
+
+
+def _members(tar: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    try:
+        yield from shards.read_members(tar)
+    # A damaged header may hold anything.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise DamageFound(f"{name} cannot be read: {error}") from error
+
+
+class _Hashing(io.RawIOBase):
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._file.read(size)
+        self._hash.update(data)
+        return data
+
+    def finish(self) -> str:
+        """Read what is left; the hex SHA-256 of the whole file."""
+        while self.read(1 << 20):
+            pass
+        return self._hash.hexdigest()

@@ -1,0 +1,1 @@
+"""Which shard goes to which worker, what is done and what failed. No Ray, no torch."""

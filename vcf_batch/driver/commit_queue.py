@@ -1,0 +1,141 @@
+"""Finished shards on their way into the output: committed one by one, beside the loop. No Ray here."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+from vcf_batch.driver import failing_shard
+from vcf_batch.driver.failing_shard import Task
+from vcf_batch.driver.ledger import MAX_SET_ASIDE, Ledger
+from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.output import commits
+from vcf_batch.output.commits import StagedFilesLost
+from vcf_batch.output.lease import Lease
+from vcf_batch.records import Receipt
+
+MAX_PENDING = 32
+"""Finished shards that wait for their commit before no further one is begun: a bound on what is staged."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard that a worker has generated and staged."""
+
+    task: Task
+    node: str
+    receipt: Receipt
+    staged: dict[str, str]
+    """See :func:`vcf_batch.output.commits.commit`, which takes out of it what it has moved."""
+
+
+@dataclass
+class _Commit:
+    """One of them, until it is committed or given up."""
+
+    finished: Finished
+    under_way: Future[None] | None = None
+    """None while it waits for its next try."""
+    failures: int = 0
+    not_before: float = 0.0
+    """On the monotonic clock."""
+
+
+class CommitQueue:
+    """Commits shards in the order in which they come; use it with ``with``, which ends with the commit under way.
+
+    What fails is tried again, later, as often as a shard is tried against trouble; the staged files are all that it
+    takes.
+
+    Where every row of a shard is blamed for the death of its workers, it takes a sample of another shard to show that
+    workers are healthy. Such a shard waits until there is one, or nothing else is left: what becomes of it does not
+    depend on which shard was first.
+
+    Args:
+        output: URL of the run's output.
+        held: asked before each commit.
+        ledger: of the run.
+        note: told of commits that fail and are tried again: see :meth:`vcf_batch.driver.progress.Progress.note`.
+    """
+
+    def __init__(self, output: str, held: Lease, ledger: Ledger, note: Callable[..., None]) -> None:
+        self._output, self._lease, self._ledger, self._note = output, held, ledger, note
+        self._thread = ThreadPoolExecutor(1, "commits")
+        self._pending: list[_Commit] = []
+        self._doubtful: list[Finished] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self._pending) + len(self._doubtful)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many are pending that no further shard should be begun."""
+        return len(self) >= MAX_PENDING
+
+    def add(self, finished: Finished) -> None:
+        """Commit a shard when its turn comes."""
+        if finished.task.verdicts and not finished.receipt.sampled:
+            self._doubtful.append(finished)
+        else:
+            self._pending.append(commit := _Commit(finished))
+            self._begin(commit)
+
+    def settled(self) -> Iterator[tuple[Finished, BaseException | None]]:
+        """What has been committed since it was last asked, and what has failed for good, with the reason.
+
+        A reason that is :class:`vcf_batch.output.commits.StagedFilesLost` means that the shard has to be generated
+        again.
+        """
+        yield from self._judged()
+        for commit in [*self._pending]:
+            if commit.under_way is None:
+                if time.monotonic() >= commit.not_before:
+                    self._begin(commit)
+            elif commit.under_way.done():
+                error = commit.under_way.exception()
+                if isinstance(error, StorageError) and self._again(commit, error):
+                    continue
+                self._pending.remove(commit)
+                yield commit.finished, error
+
+    def _judged(self) -> Iterator[tuple[Finished, VcfBatchError]]:
+        """Let doubtful shards go where it is known which way; those that are not to be committed are yielded."""
+        left = self._doubtful
+        if self._ledger.totals.sampled:
+            self._pending += map(_Commit, left)
+        elif self._ledger.left == len(left) or len(left) == MAX_SET_ASIDE:
+            doubt = "rows seem to kill their workers, but nothing that was generated shows that these are healthy"
+            yield from [(finished, VcfBatchError(f"{len(finished.task.verdicts)} {doubt}")) for finished in left]
+        else:
+            return
+        self._doubtful = []
+
+    def _again(self, commit: _Commit, error: StorageError) -> bool:
+        """Let a commit wait for another try, if there is one."""
+        if isinstance(error, StagedFilesLost) or commit.failures >= len(failing_shard.PAUSES):
+            return False
+        commit.not_before = time.monotonic() + failing_shard.PAUSES[commit.failures]
+        commit.failures += 1
+        commit.under_way = None
+        self._note(
+            f"shard {commit.finished.task.title}: its commit failed and is repeated: {error}",
+            "commit_failed",
+            logging.WARNING,
+            shard=commit.finished.task.shard.name,
+        )
+        return True
+
+    def _begin(self, commit: _Commit) -> None:
+        commit.under_way = self._thread.submit(self._commit, commit.finished)
+
+    def _commit(self, finished: Finished) -> None:
+        self._lease.confirm()
+        commits.commit(self._output, finished.receipt, finished.staged)

@@ -1,0 +1,90 @@
+"""How far a run is: one live bar on a terminal, a plain line now and then in a log."""
+
+import logging
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+
+_log = logging.getLogger(__name__)
+
+LINE_SECONDS = 10.0
+"""Between two lines where the output is not a terminal."""
+
+
+class Progress:
+    """Counts a run's samples; use it with ``with``.
+
+    Args:
+        total: rows of the run.
+        done: rows that an earlier attempt at the run finished.
+        bar: where to show a live bar, if that is a terminal; None for lines in the log alone.
+    """
+
+    def __init__(self, total: int, done: int, bar: TextIO | None = None) -> None:
+        self._total, self._initial = total, done
+        self._begin = self._shown = time.monotonic()
+        self._bar: tqdm | None = None
+        if bar is not None and bar.isatty():
+            self._bar = tqdm(total=total, initial=done, unit=" samples", file=bar, dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, failed: int, workers: int, means: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Show the state, if it is time to.
+
+        Args:
+            done: rows finished, those of earlier attempts included; it may go back when a shard is tried again.
+            failed: how many of the finished rows failed.
+            workers: workers that are ready.
+            means: of each score so far.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix_str(_outcome(failed, workers, means), refresh=False)
+            self._bar.n = done
+            self._bar.refresh()
+        elif time.monotonic() - self._shown >= LINE_SECONDS:
+            self._shown = time.monotonic()
+            self.note(self._line(done, _outcome(failed, workers, means)), "progress", rows=done)
+
+    def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
+        """Log something without disturbing the bar.
+
+        Args:
+            event: what it is about, for programs.
+            fields: those of :data:`vcf_batch.pool.log.FIELDS` that are known.
+        """
+        if self._bar is not None and _log.isEnabledFor(level):
+            self._bar.clear()
+        _log.log(level, message, extra={"event": event, **fields})
+
+    def _line(self, done: int, outcome: str) -> str:
+        rate = (done - self._initial) / max(self._shown - self._begin, 1e-9)
+        left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
+        return f"{done:,} of {self._total:,} samples ({done / self._total:.0%}), {rate:.2f} a second, {left}, {outcome}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, such as ``1h 02m``, ``3m 05s`` or ``4.2s``."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
+
+
+def _outcome(failed: int, workers: int, means: Mapping[str, float]) -> str:
+    scores = "".join(f", {name} {mean:.3f}" for name, mean in means.items())
+    return f"{failed} failed{scores}, {plural(workers, 'worker')}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and what is counted."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,63 @@
+"""The figures of a run as Prometheus metrics, through Ray. Names and meaning: docs/monitoring.md."""
+
+from typing import Any
+
+from vcf_batch.errors import redact
+from vcf_batch.output.sums import NOT_PHASES
+from vcf_batch.records import SCORE_STEP, Receipt
+
+WAITS = ("wait_for_references", "wait_for_scores", "wait_for_turn")
+"""Phases in which the sampling of a shard waits for what comes before or after it, or for another shard."""
+
+
+class Exporter:
+    """Exports what the driver learns of a run.
+
+    Args:
+        metrics: the module :mod:`ray.util.metrics`, which only the pool imports.
+        output: of the run; its metrics carry it.
+        rows: of the run.
+    """
+
+    def __init__(self, metrics: Any, output: str, rows: int) -> None:
+        def made(kind: Any, name: str, text: str, *tags: str, **how: Any) -> Any:
+            metric = kind(f"vcf_batch_{name}", description=text, tag_keys=("output", *tags), **how)
+            metric.set_default_tags({"output": redact(output)})
+            return metric
+
+        self._samples = made(metrics.Counter, "samples", "Rows of finished shards.", "status")
+        self._phases = made(metrics.Counter, "phase_seconds", "Seconds of workers by phase.", "phase")
+        self._waits = made(metrics.Counter, "wait_seconds", "Seconds that sampling waited, by what for.", "queue")
+        self._worker_seconds = made(metrics.Counter, "worker_seconds", "Seconds of workers.", "device")
+        self._busy = made(metrics.Gauge, "device_busy", "Share of its time that the last shard was sampled.", "device")
+        bounds = [round(number * SCORE_STEP, 2) for number in range(1, round(1 / SCORE_STEP) + 1)]
+        self._scores = made(metrics.Histogram, "score", "Scores of samples.", "score", boundaries=bounds)
+        self._done = made(metrics.Gauge, "rows_done", "Rows that are generated, those of unfinished shards too.")
+        self._workers = made(metrics.Gauge, "workers", "Workers that are ready.")
+        made(metrics.Gauge, "rows", "Rows of the run.").set(rows)
+
+    def committed(self, receipt: Receipt) -> None:
+        """Take the receipt of a shard that has just come to exist."""
+        timings, device = receipt.timings, receipt.device.get("type", "unknown")
+        for status, count in receipt.counts.items():
+            if count:
+                self._samples.inc(count, {"status": status})
+        for phase, seconds in timings.items():
+            if phase in NOT_PHASES or not seconds:
+                continue
+            if phase in WAITS:
+                self._waits.inc(seconds, {"queue": phase.removeprefix("wait_for_")})
+            else:
+                self._phases.inc(seconds, {"phase": phase})
+        if receipt.worker_seconds > 0:
+            self._worker_seconds.inc(receipt.worker_seconds, {"device": device})
+            self._busy.set(timings.get("sample", 0.0) / receipt.worker_seconds, {"device": device})
+        for name, counts in receipt.histograms.items():
+            for bound, count in counts.items():
+                for _ in range(count):
+                    self._scores.observe(float(bound) - SCORE_STEP / 2, {"score": name})
+
+    def now(self, rows_done: int, workers: int) -> None:
+        """Take how far the run is."""
+        self._done.set(rows_done)
+        self._workers.set(workers)

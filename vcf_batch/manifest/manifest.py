@@ -1,0 +1,336 @@
+"""The manifest: Parquet in, checked rows out, streamed. And the builder: prompts x references x seeds -> Parquet.
+
+The contract, as a user reads it, is manifests/README.md.
+"""
+
+import hashlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vcf_batch import storage
+from vcf_batch.errors import ManifestError, UsageError
+from vcf_batch.manifest import parquet
+from vcf_batch.manifest.contract import (
+    COLUMNS,
+    SAFE_ID,
+    carried_schema,
+    check_schema,
+    has_reference_lists,
+    parse_rows,
+    shown,
+)
+from vcf_batch.manifest.pairing import pairs
+from vcf_batch.manifest.parquet import ParquetFile
+from vcf_batch.manifest.repeats import RepeatFinder
+from vcf_batch.records import Row
+
+_SHOWN = 5
+_ROWS_PER_READ = 256
+_ROWS_PER_CHECK = 65_536
+_FOOTER_THREADS = 16
+_BUILD_ROWS = 65_536
+_BUILD_SCHEMA = pa.schema([("prompt", pa.string()), ("reference", pa.string()), ("seed", pa.int64())])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Manifest:
+    """A manifest whose footers have been read and whose columns have the right types. Small, and picklable.
+
+    Its rows are numbered from 0 through its files in the order of their names.
+    """
+
+    url: str
+    base: str
+    """The folder that relative references resolve against."""
+    num_rows: int
+    """Rows in use: all, or the first ``limit``."""
+    identity: str
+    """Hex SHA-256 over names, sizes and footers of the files: the same for a copy elsewhere, and for any ``limit``."""
+    carried_schema: pa.Schema
+    """The columns that the outputs repeat, as they are written there."""
+    reference_is_list: bool
+    """Whether rows may have several references."""
+    _files: tuple[ParquetFile, ...] = field(repr=False)
+    _columns: tuple[str, ...] = field(repr=False)
+    """Those of :data:`contract.COLUMNS` that the manifest has."""
+
+    @classmethod
+    def open(cls, url: str, limit: int | None = None, until: str | None = None) -> "Manifest":
+        """Read the footers of a Parquet file, or of the ``.parquet`` files in a folder; local or any fsspec URL.
+
+        Args:
+            url: the file or folder.
+            limit: use only the first rows, so many at most.
+            until: use only the first files, if this is the identity that they have together.
+
+        Raises:
+            ManifestError: no such file, not Parquet, no rows, or columns that break the contract.
+            StorageError: the storage failed.
+        """
+        url = storage.absolute(url)
+        base, names = _discover(url)
+        with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+            footers = list(threads.map(lambda name: parquet.read_footer(storage.join(base, name)), names))
+        digest = hashlib.sha256()
+        files: list[ParquetFile] = []
+        schemas: dict[str, pa.Schema] = {}
+        rows = 0
+        for name, (size, footer) in zip(names, footers, strict=True):
+            digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
+            file, schemas[name] = parquet.parse_footer(storage.join(base, name), size, footer, rows)
+            files.append(file)
+            rows += file.num_rows
+            if digest.hexdigest() == until:
+                break
+        if not rows:
+            raise ManifestError(f"{url} has no rows; there is nothing to generate")
+        for name, schema in schemas.items():
+            check_schema(name, schema, names[0], schemas[names[0]])
+        return cls(
+            url=url,
+            base=base,
+            num_rows=rows if limit is None else min(rows, limit),
+            identity=digest.hexdigest(),
+            carried_schema=carried_schema(schemas),
+            reference_is_list=any(map(has_reference_lists, schemas.values())),
+            _files=tuple(files),
+            _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
+        )
+
+    def check(self) -> None:
+        """Stream every row once: prompts that are empty, ids that are missing, unsafe or repeated.
+
+        Memory is bounded; ids go through local scratch (about their own size). Trouble that concerns one row alone,
+        such as an override out of range, is not looked for here: it becomes the :attr:`Row.error` of that row.
+
+        Raises:
+            ManifestError: one error with the columns, how many rows offend, and the file and number of the first ones.
+            StorageError: the storage failed.
+        """
+        findings = _Findings(self)
+        has_ids = "sample_id" in self._columns
+        columns = ["prompt", "sample_id"] if has_ids else ["prompt"]
+        with RepeatFinder(self.num_rows) as finder:
+            for first_row, batch in self._batches(columns, 0, self.num_rows, _ROWS_PER_CHECK):
+                prompts = batch["prompt"]
+                findings.add("prompt", "null", first_row, pc.is_null(prompts))
+                findings.add("prompt", "empty", first_row, _each(_blank, prompts))
+                if has_ids:
+                    ids = batch["sample_id"]
+                    findings.add("sample_id", "null", first_row, pc.is_null(ids))
+                    findings.add("sample_id", "unsafe", first_row, _each(_unsafe, ids), ids)
+                    if not findings.of("sample_id"):
+                        finder.add(_binary(ids), first_row)
+            if has_ids and not findings.of("sample_id"):
+                findings.add_repeats(finder)
+        findings.raise_if_any()
+
+    def has_any(self, column: str) -> bool:
+        """Whether the manifest has this column and any row in use a value in it. Reads up to the first one.
+
+        Raises:
+            ManifestError, StorageError: see :meth:`iter_rows`.
+        """
+        batches = self._batches([column], 0, self.num_rows, _ROWS_PER_READ) if column in self._columns else ()
+        return any(_holds_any(batch[column]) for _, batch in batches)
+
+    def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
+        """Rows ``start`` to ``stop`` (excluded); see :meth:`iter_rows`."""
+        return list(self.iter_rows(start, stop, run_seed))
+
+    def iter_rows(self, start: int, stop: int, run_seed: int) -> Iterator[Row]:
+        """Rows ``start`` to ``stop`` (excluded), streamed, reading only the row groups that hold them.
+
+        A row that cannot be generated (an override out of range, unreadable text) has an :attr:`Row.error` saying so.
+
+        Raises:
+            ManifestError: a file is damaged or has changed since it was opened.
+            StorageError: the storage failed.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise ValueError(f"rows {start} to {stop} were asked for; the manifest has 0 to {self.num_rows}")
+        wanted = [*self._columns, *self.carried_schema.names]
+        for first_row, batch in self._batches(wanted, start, stop, _ROWS_PER_READ):
+            yield from parse_rows(batch, first_row, run_seed, self.carried_schema)
+
+    def locate(self, row: int) -> str:
+        """File of a row and its number in that file, from 0, such as ``row 7 of part-2.parquet``."""
+        file = next(file for file in reversed(self._files) if file.first_row <= row)
+        return f"row {row - file.first_row} of {storage.name(file.url)}"
+
+    def _batches(
+        self, columns: Sequence[str], start: int, stop: int, most: int
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        return itertools.chain.from_iterable(file.batches(start, stop, columns, most) for file in self._files)
+
+
+def build(
+    prompts: Iterable[str],
+    references: Sequence[str],
+    out: str,
+    *,
+    pairing: str = "cross",
+    rows: int | None = None,
+    seeds: int = 1,
+    pairing_seed: int = 0,
+) -> int:
+    """Write a manifest that pairs prompts with references, streamed.
+
+    Seeds are 0 to ``seeds - 1`` for every pair, one row after the other, so that pairs can be compared. Blank prompts,
+    as at the end of a text file, are skipped.
+
+    Args:
+        prompts: any number; surrounding white space is removed.
+        references: URIs, or paths relative to the folder of ``out``; none means text only.
+        out: file to write; a path or any fsspec URL.
+        pairing: see :func:`vcf_batch.manifest.pairing.pairs`.
+        rows: how many to write; None is every pair with every seed.
+        seeds: images for each pair.
+        pairing_seed: of the pairings ``random`` and ``balanced``.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UsageError: no prompts, ``seeds`` is below 1, or there are not as many rows as asked for.
+        StorageError: the storage failed.
+    """
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}; it must be at least 1")
+    texts = pa.array(filter(None, map(str.strip, prompts)), pa.string())
+    if not len(texts):
+        raise UsageError("there are no prompts: every line is blank")
+    choices = pa.array(references, pa.string()) if references else pa.nulls(1, pa.string())
+    most = len(texts) * len(choices) * seeds
+    rows = most if rows is None else rows
+    if not 1 <= rows <= most:
+        raise UsageError(
+            f"rows is {rows}; {len(texts):,} prompts, {len(choices):,} references and {seeds:,} seeds make 1 to "
+            f"{most:,} different rows"
+        )
+    pairs_at = pairs(pairing, len(texts), len(choices), pairing_seed)
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-manifest-") as scratch:
+        path = Path(scratch) / "manifest.parquet"
+        with pq.ParquetWriter(path, _BUILD_SCHEMA, compression="zstd") as writer:
+            for start in range(0, rows, _BUILD_ROWS):
+                pair, seed = np.divmod(np.arange(start, min(start + _BUILD_ROWS, rows)), seeds)
+                prompt, reference = pairs_at(pair)
+                columns = [texts.take(pa.array(prompt)), choices.take(pa.array(reference)), pa.array(seed)]
+                writer.write_table(pa.Table.from_arrays(columns, schema=_BUILD_SCHEMA))
+        storage.upload(str(path), out)
+    return rows
+
+
+def _discover(url: str) -> tuple[str, list[str]]:
+    """The folder, and the sorted names of the manifest's files in it."""
+    rule = "a manifest is a Parquet file, or a folder with .parquet files directly in it"
+    try:
+        listed = storage.list_files(url)
+        names = sorted(name for name in listed if name.endswith(".parquet") and not name.startswith((".", "_")))
+        if names:
+            return url, names
+        storage.size(url)
+        return storage.parent(url), [storage.name(url)]
+    except FileNotFoundError as error:
+        raise ManifestError(f"{url} does not exist; {rule}") from error
+    except PermissionError as error:
+        raise ManifestError(f"{url} may not be read: {error}") from error
+    except storage.NotAFileError as error:
+        raise ManifestError(f"{url} holds no file named *.parquet; {rule}") from error
+
+
+def _holds_any(column: pa.Array) -> bool:
+    """Whether there is a value that is not null, also within lists and structs."""
+    if pa.types.is_struct(column.type):
+        return any(map(_holds_any, column.flatten()))
+    return _holds_any(column.flatten()) if pa.types.is_nested(column.type) else column.null_count < len(column)
+
+
+class _Findings:
+    """The first offending rows of each column and complaint, and how many there are."""
+
+    _REMEDIES: Mapping[str, str] = {
+        "null": "every row needs a value",
+        "empty": "every row needs a prompt",
+        "unsafe": "an id is 1 to 128 of the characters A-Z a-z 0-9 _ -",
+        "repeated": "every id must be unique",
+    }
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._counts: dict[tuple[str, str], int] = {}
+        self._examples: dict[tuple[str, str], list[str]] = {}
+
+    def of(self, column: str) -> bool:
+        return any(name == column for name, _ in self._counts)
+
+    def add(
+        self, column: str, complaint: str, first_row: int, offends: pa.Array, values: pa.Array | None = None
+    ) -> None:
+        """``offends``: boolean, one per row from ``first_row`` on; null counts as false."""
+        positions = np.flatnonzero(offends.fill_null(False).to_numpy(zero_copy_only=False))
+        if not len(positions):
+            return
+        examples = []
+        for position in positions[:_SHOWN].tolist():
+            value = "" if values is None else f" ({shown(_binary(values.slice(position, 1))[0].as_py())})"
+            examples.append(self._manifest.locate(first_row + position) + value)
+        self._record(column, complaint, len(positions), examples)
+
+    def add_repeats(self, finder: RepeatFinder) -> None:
+        count, repeats = finder.repeats(_SHOWN)
+        locate = self._manifest.locate
+        if count:
+            ids = [self._manifest.rows(repeat.row, repeat.row + 1, run_seed=0)[0].key for repeat in repeats]
+            examples = [
+                f"{locate(repeat.row)} ({key!r}, as {locate(repeat.first)})"
+                for key, repeat in zip(ids, repeats, strict=True)
+            ]
+            self._record("sample_id", "repeated", count, examples)
+
+    def raise_if_any(self) -> None:
+        if not self._counts:
+            return
+        lines = []
+        for (column, complaint), count in self._counts.items():
+            first = "; ".join(self._examples[column, complaint])
+            rows = "1 row is" if count == 1 else f"{count} rows are"
+            lines.append(f"  column {column!r}: {rows} {complaint} ({self._REMEDIES[complaint]}), first: {first}")
+        raise ManifestError(f"{self._manifest.url} breaks the manifest contract:\n" + "\n".join(lines))
+
+    def _record(self, column: str, complaint: str, count: int, examples: list[str]) -> None:
+        about = (column, complaint)
+        self._counts[about] = self._counts.get(about, 0) + count
+        self._examples[about] = (self._examples.get(about, []) + examples)[:_SHOWN]
+
+
+def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
+    """What ``judge`` says of each text; of a dictionary's it is asked once."""
+    return judge(texts.dictionary).take(texts.indices) if pa.types.is_dictionary(texts.type) else judge(texts)
+
+
+def _binary(texts: pa.Array) -> pa.Array:
+    """Texts as large_binary, however the file encodes them."""
+    return texts.cast(pa.large_string()).cast(pa.large_binary())
+
+
+def _unsafe(ids: pa.Array) -> pa.Array:
+    return pc.invert(pc.match_substring_regex(_binary(ids), rf"\A{SAFE_ID}\z"))
+
+
+def _blank(texts: pa.Array) -> pa.Array:
+    texts = texts.cast(pa.large_string())
+    try:
+        return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+    except pa.ArrowInvalid:
+        # Not UTF-8 somewhere in the batch: that fails its row later; the others are judged by ASCII white space.
+        return pc.invert(pc.match_substring_regex(_binary(texts), r"[^\s]"))

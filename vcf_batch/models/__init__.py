@@ -1,0 +1,1 @@
+"""Models by name: resolved to one exact version by the driver, fetched once by each node."""

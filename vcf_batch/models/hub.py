@@ -1,0 +1,88 @@
+"""Models on the Hugging Face Hub. Its client is imported where it is needed."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vcf_batch.errors import ModelError, StorageError
+from vcf_batch.models.model_files import refuse_code, select
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit that a revision of a model is; None is its main branch.
+
+    Raises:
+        ModelError: there is no such model, it is not one that may be loaded, or the hub cannot be reached.
+    """
+    with _errors(name, revision, ModelError):
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(name, revision=revision)
+    commit = info.sha
+    assert commit, "the hub names the commit of every model"
+    where = f"{name} on the Hub"
+    selected = select(where, {file.rfilename: 0 for file in info.siblings or []})
+    refuse_code(where, list(selected), lambda file: read(name, commit, file))
+    return commit
+
+
+def read(name: str, commit: str, file: str) -> bytes:
+    """One small file of a Hub model, without leaving a copy behind.
+
+    Raises:
+        FileNotFoundError: the model has no such file.
+        ModelError: the hub cannot be reached.
+    """
+    with _errors(name, commit, ModelError), tempfile.TemporaryDirectory(prefix="vcf-batch-hub-") as folder:
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(name, file, revision=commit, local_dir=folder)).read_bytes()
+        except errors.RemoteEntryNotFoundError as error:
+            raise FileNotFoundError(file) from error
+
+
+def fill(name: str, commit: str, folder: str) -> None:
+    """Download what makes up a model; what is in the folder already stays.
+
+    Raises:
+        StorageError: the hub cannot be reached.
+        ModelError: it no longer gives the model away.
+    """
+    with _errors(name, commit, StorageError):
+        from huggingface_hub import HfApi, snapshot_download
+
+        info = HfApi().model_info(name, revision=commit)
+        files = select(name, {file.rfilename: 0 for file in info.siblings or []})
+        snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(files))
+
+
+@contextlib.contextmanager
+def _errors(name: str, revision: str | None, unreachable: type[ModelError] | type[StorageError]) -> Iterator[None]:
+    """Turn what the hub's client raises into errors with a remedy; ``unreachable`` for whatever may pass."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (ModelError, ImportError, FileNotFoundError):
+        raise
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, then set HF_TOKEN on every node"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no model {name!r} on {constants.ENDPOINT}, or it is private: check the name, or set HF_TOKEN; "
+            f"a folder of that name does not exist here either ({os.path.abspath(name)})"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r}; give a branch, tag or commit that it has") from error
+    # The client lets errors of its HTTP library through, which differs between its versions.
+    except Exception as error:
+        raise unreachable(
+            f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). Without "
+            f"access to it, run 'hf download {name} --local-dir FOLDER' where there is access, bring the folder here "
+            "and give its path (or its URL on shared storage); or use the embedded model 'tiny'"
+        ) from error

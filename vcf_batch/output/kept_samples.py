@@ -1,0 +1,91 @@
+"""The samples of a committed shard that stay, while its other rows are generated again."""
+
+import hashlib
+import itertools
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vcf_batch import storage
+from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.output import columns, shards
+from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, Sample, Shard
+from vcf_batch.setup.prepare import Job
+
+
+class KeptSamples(Mapping[int, Sample]):
+    """Samples of one shard by the number of their row, read from the output when they are asked for: once, in order.
+
+    Args:
+        job: the run.
+        shard: one of its shards.
+        again: which of its rows do not stay, see :attr:`vcf_batch.setup.prepare.Job.again`; None is all of them.
+        tick: called for each sample that is read, whether it stays or not: a sign of life.
+    """
+
+    def __init__(self, job: Job, shard: Shard, again: bytes | None, tick: Callable[[], None] = lambda: None) -> None:
+        self._shard = shard
+        self._again = bytes([True]) * len(shard) if again is None else again
+        self._samples = _committed(job, shard)
+        self._tick = tick
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and not self._again[number - self._shard.start]
+
+    def __getitem__(self, number: int) -> Sample:
+        if number not in self:
+            raise KeyError(number)
+        for sample in self._samples:
+            self._tick()
+            if sample.row.number == number:
+                return sample
+        raise KeyError(number)
+
+    def __iter__(self) -> Iterator[int]:
+        return (number for number in range(self._shard.start, self._shard.stop) if number in self)
+
+    def __len__(self) -> int:
+        return self._again.count(False)
+
+
+def _committed(job: Job, shard: Shard) -> Iterator[Sample]:
+    """Every sample of a committed shard, in order.
+
+    Raises:
+        StorageError: the shard cannot be read, or is not what the repair found.
+    """
+    try:
+        yield from _read(job, shard)
+    except VcfBatchError:
+        raise
+    # A damaged file may hold anything.
+    except (tarfile.TarError, pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+        raise _damaged(shard, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(shard: Shard, how: str) -> StorageError:
+    return StorageError(
+        f"shard {shard.name} was damaged while it was repaired ({how}); rerun the command: it generates it whole"
+    )
+
+
+def _read(job: Job, shard: Shard) -> Iterator[Sample]:
+    stem = storage.join(job.config.output, shard.name)
+    rows = job.manifest.iter_rows(shard.start, shard.stop, job.config.seed)
+    samples = shards.read_samples(f"{stem}.tar")
+    with storage.refusals_as_storage_errors(), storage.open_read(f"{stem}.parquet") as file:
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=[*OUTPUT_COLUMNS], use_threads=False):
+            for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
+                image, triplet = None, {}
+                if record["status"] == "success":
+                    if (sample := next(samples, None)) is None:
+                        raise _damaged(shard, f"its tar ends before row {row.number}")
+                    image = sample[job.config.image_format]
+                    if job.config.triplets:
+                        triplet = {name: sample[f"{name}.{job.config.image_format}"] for name in TRIPLET}
+                    if hashlib.sha256(image).hexdigest() != record["sha256"]:
+                        raise _damaged(shard, f"row {row.number} has another sha256")
+                yield columns.sample_of(row, record, image, triplet)

@@ -1,0 +1,227 @@
+"""One shard's files: write them, and read them back. :mod:`vcf_batch.output.commits` has what lies between.
+
+A shard is ``NAME.tar`` (the successful samples, for WebDataset readers), ``NAME.parquet`` (one row for every manifest
+row) and ``NAME_stats.json``, the receipt (:mod:`vcf_batch.output.receipts`). A worker writes the first two in local
+scratch (:class:`ShardWriter`).
+
+The bytes of tar and parquet depend on the samples alone: no times, owners or host names, fixed encoder settings, and
+groups of :data:`ROWS_PER_GROUP` rows in manifest order. (The parquet names the pyarrow version that wrote it.)
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vcf_batch import storage
+from vcf_batch.errors import StorageError
+from vcf_batch.output import columns
+from vcf_batch.output.row_json import row_json
+from vcf_batch.output.tally import Tally
+from vcf_batch.records import FileEntry, Sample, Shard, Status
+
+SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
+"""What follows the shard's name in the names of its files, by their name in :attr:`Receipt.files`."""
+ROWS_PER_GROUP = 1024
+ROWS_AT_ONCE = 256
+"""Rows that are held at once when a shard is read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """A finished shard in local scratch, and what its receipt says about it."""
+
+    tar: str
+    """Local path."""
+    parquet: str
+    """Local path."""
+    counts: Mapping[Status, int]
+    entries: Mapping[str, FileEntry]
+    """``tar`` and ``parquet``."""
+    means: Mapping[str, float | None]
+    """Mean of each score over the successful samples that have it; None if none has."""
+    histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """See :attr:`vcf_batch.records.Receipt.histograms`."""
+    sampled: int = 0
+    """See :attr:`vcf_batch.records.Receipt.sampled`."""
+
+
+class ShardWriter:
+    """Writes one shard's tar and parquet in local scratch; use it with ``with``.
+
+    Leaving the ``with`` block without :meth:`finish` deletes both files: an abandoned shard leaves nothing that looks
+    whole.
+
+    Args:
+        scratch_dir: local folder of this attempt alone; made if there is none.
+        shard: the rows to be written.
+        image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
+        carried_schema: see :func:`vcf_batch.output.columns.schema`.
+        reference_is_list: see :func:`vcf_batch.output.columns.schema`.
+    """
+
+    def __init__(
+        self, scratch_dir: str, shard: Shard, image_format: str, carried_schema: pa.Schema, reference_is_list: bool
+    ) -> None:
+        self._shard = shard
+        self._image_format = image_format
+        self._reference_is_list = reference_is_list
+        self._schema = columns.schema(carried_schema, reference_is_list)
+        self._carried = carried_schema.names
+        self._pending: list[dict[str, Any]] = []
+        self._added = 0
+        self._tally = Tally()
+        self._finished = False
+        os.makedirs(scratch_dir, exist_ok=True)
+        self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
+        # PAX equals USTAR but for names over 100 characters, which keys may have.
+        self._tar = tarfile.open(self._paths["tar"], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._parquet = pq.ParquetWriter(
+            self._paths["parquet"],
+            self._schema,
+            version="2.6",
+            data_page_version="1.0",
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=True,
+            write_statistics=True,
+            store_schema=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self._finished:
+            with contextlib.suppress(OSError):
+                self._close()
+            for path in self._paths.values():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def add(self, sample: Sample) -> None:
+        """Append the next row of the shard, in manifest order.
+
+        Args:
+            sample: with an image if and only if it succeeded, else with an ``error_message``. Scores that are not
+                finite are recorded as null.
+
+        Raises:
+            ValueError: the sample is out of order, or breaks the rules above.
+            StorageError: the scratch cannot be written.
+        """
+        expected = self._shard.start + self._added
+        if sample.row.number != expected or expected >= self._shard.stop:
+            raise ValueError(
+                f"shard {self._shard.name} has rows {self._shard.start} to {self._shard.stop - 1} in order: "
+                f"expected row {expected}, got {sample.row.number}"
+            )
+        if (sample.status == "success") != (sample.image is not None):
+            raise ValueError(f"sample {sample.row.key}: status {sample.status} with image {sample.image is not None}")
+        if sample.status != "success" and not sample.error_message:
+            raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
+        record = columns.record_of(sample, self._carried, self._reference_is_list)
+        self._tally.add(sample.status, record)
+        self._added += 1
+        self._pending.append(record)
+        with self._writing():
+            if sample.image is not None:
+                self._add_member(sample.row.key, self._image_format, sample.image)
+                for name, image in sample.triplet.items():
+                    self._add_member(sample.row.key, f"{name}.{self._image_format}", image)
+                self._add_member(sample.row.key, "txt", sample.row.prompt.encode())
+                self._add_member(sample.row.key, "json", row_json(self._batch([record])))
+            if len(self._pending) == ROWS_PER_GROUP:
+                self._flush()
+
+    def finish(self) -> ShardFiles:
+        """Close both files and return what they are.
+
+        Raises:
+            ValueError: rows of the shard are missing.
+            StorageError: the scratch cannot be written or read back.
+        """
+        if self._added != len(self._shard):
+            raise ValueError(f"shard {self._shard.name} has {self._added} of its {len(self._shard)} rows")
+        with self._writing():
+            self._flush()
+            self._close()
+        self._finished = True
+        return ShardFiles(
+            tar=self._paths["tar"],
+            parquet=self._paths["parquet"],
+            counts=self._tally.counts,
+            entries={kind: storage.digest(path) for kind, path in self._paths.items()},
+            means=self._tally.means,
+            histograms=self._tally.histograms,
+            sampled=self._tally.sampled,
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the scratch files of shard {self._shard.name}: {error}. "
+                "Check that there is room, or set TMPDIR to a larger disk."
+            ) from error
+
+    def _add_member(self, key: str, extension: str, data: bytes) -> None:
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+        # tarfile remembers every member, which a large shard feels.
+        self._tar.getmembers().clear()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._parquet.write_batch(self._batch(self._pending))
+            self._pending = []
+
+    def _batch(self, records: list[dict[str, Any]]) -> pa.RecordBatch:
+        # Made of values: pyarrow joins batches with nested dictionary columns to invalid ones.
+        columns = [pa.array([record[field.name] for record in records], field.type) for field in self._schema]
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
+
+    def _close(self) -> None:
+        self._tar.close()
+        self._parquet.close()
+
+
+def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
+    """The samples of a shard's tar, streamed, as WebDataset readers give them.
+
+    Yields:
+        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row}``, and with triplets
+        ``"content.png"`` and ``"style.png"``.
+
+    Raises:
+        tarfile.ReadError: the file is not a tar, or ends within a member.
+        FileNotFoundError, PermissionError, StorageError: it cannot be read.
+    """
+    with storage.open_read(tar_url) as file:
+        for key, parts in itertools.groupby(read_members(file), key=lambda part: part[0].partition(".")[0]):
+            sample = {name.partition(".")[2]: data for name, data in parts}
+            yield {"__key__": key, **sample, "txt": sample["txt"].decode(), "json": json.loads(sample["json"])}
+
+
+def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each member of a tar, streamed. What is not a plain file has no content.
+
+    Raises:
+        tarfile.ReadError: the file is not a tar, or ends within a member.
+    """
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            yield member.name, content.read() if content else b""
+            tar.members = []  # type: ignore[attr-defined]

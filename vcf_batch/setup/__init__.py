@@ -1,0 +1,1 @@
+"""What the driver settles before a worker starts: defaults, models, the manifest, the claim on the output."""

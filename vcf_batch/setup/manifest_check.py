@@ -1,0 +1,77 @@
+"""The manifest of a run: sound, apart from the output, and with references that may be read."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vcf_batch import storage
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.manifest.references import ReferenceReader
+
+POLICY_ROWS = 1000
+"""Rows at the manifest's start whose references are compared with the allowed places before a model is loaded."""
+
+POLICY_ROWS_EMBEDDED = 64
+"""The same where the manifest carries its images, which are always allowed and may be large."""
+
+
+def open_checked(config: RunConfig, found: Mapping[str, Any] | None) -> Manifest:
+    """Open and check the manifest. A run that is resumed has had its ids checked.
+
+    Args:
+        found: the output's ``run.json``.
+
+    Raises:
+        ManifestError: it breaks its contract.
+        UsageError: most of its first rows have references that may not be read, or the output is where its files would
+            become a part of the manifest or the model.
+    """
+    manifest = Manifest.open(config.manifest, config.limit)
+    for check in checks(manifest, config, found):
+        check()
+    return manifest
+
+
+def checks(manifest: Manifest, config: RunConfig, found: Mapping[str, Any] | None) -> list[Callable[[], object]]:
+    """What :func:`open_checked` has to find in order, one by one; each raises what that raises."""
+    fields = found["fields"] if found else {}
+    known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, config.limit)
+    return [
+        lambda: _check_output(manifest, config),
+        *([] if known else [manifest.check]),
+        lambda: _check_policy(manifest, config),
+    ]
+
+
+def _check_output(manifest: Manifest, config: RunConfig) -> None:
+    output = _real(config.output)
+    if output == _real(manifest.base):
+        raise UsageError(
+            f"output {config.output} is the manifest's own folder, where the two would be taken for one; name another "
+            "folder, or one in it"
+        )
+    if os.path.isdir(config.model) and f"{output}/".startswith(f"{_real(config.model)}/"):
+        raise UsageError(
+            f"output {config.output} lies in the folder of the model, and its files would count as the model's; name "
+            "another folder"
+        )
+
+
+def _real(url: str) -> str:
+    return os.path.realpath(storage.absolute(url)) if storage.is_local(url) else url.rstrip("/")
+
+
+def _check_policy(manifest: Manifest, config: RunConfig) -> None:
+    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    rows = manifest.rows(0, min(POLICY_ROWS_EMBEDDED, manifest.num_rows), config.seed)
+    if not any(reference.data for row in rows for reference in row.images):
+        rows += manifest.rows(len(rows), min(POLICY_ROWS, manifest.num_rows), config.seed)
+    reasons = [next(filter(None, map(reader.policy_error, row.images)), None) for row in rows]
+    refused = [reason for reason in reasons if reason]
+    if 2 * len(refused) > len(rows):
+        raise UsageError(
+            f"{len(refused):,} of the first {len(rows):,} rows have references that may not be read; the first: "
+            f"{refused[0]}"
+        )

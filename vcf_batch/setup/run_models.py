@@ -1,0 +1,121 @@
+"""Which models a run needs, each in exactly one version."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from vcf_batch import storage
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import ModelError, redact
+from vcf_batch.models import resolution
+from vcf_batch.models.resolution import ResolvedModel
+
+DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
+OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
+"""Folders of a model that brings its own judge, network for the perceptual distance, PNO guide, safety checker."""
+OWN = "own"
+"""The safety checker that is asked for where it is the model's."""
+TINY_PERCEPTUAL = "tiny-perceptual"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, each in exactly one version."""
+
+    pipeline: ResolvedModel
+    judge: ResolvedModel | None
+    """None: the pipeline's own."""
+    lpips: str
+    """``tiny-perceptual``, ``alex``, ``vgg`` or ``none``."""
+    lpips_identity: str
+    lpips_source: str | None = None
+    """Folder or URL of the published weights of ``alex`` and ``vgg``."""
+    pno_guide: ResolvedModel | None = None
+    """None: the pipeline's own image encoder."""
+    safety_checker: ResolvedModel | None = None
+    """None: no checker. The pipeline itself: its own."""
+
+    @property
+    def judge_identity(self) -> str:
+        return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
+
+    @property
+    def guide_identity(self) -> str:
+        return f"{self.pipeline.identity}/{OWN_GUIDE}" if self.pno_guide is None else self.pno_guide.identity
+
+    @property
+    def safety_identity(self) -> str | None:
+        if self.safety_checker == self.pipeline:
+            return f"{self.pipeline.identity}/{OWN_SAFETY}"
+        return self.safety_checker.identity if self.safety_checker else None
+
+    def describe(self, guided: bool) -> dict[str, Any]:
+        """Name and version of the model, of the PNO guide if there is one, and of what each score comes from."""
+        own = redact(self.pipeline.name)
+        judge = {"name": redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
+        judge["identity"] = self.judge_identity
+        guide = {"name": redact(self.pno_guide.name) if self.pno_guide else f"{own}/{OWN_GUIDE}"}
+        guide["identity"] = self.guide_identity
+        lpips = {"name": f"lpips-{self.lpips}" if self.lpips_source else self.lpips, "identity": self.lpips_identity}
+        return {
+            "model": {"name": own, "identity": self.pipeline.identity},
+            "clip_score": judge,
+            "clip_reference": judge,
+            "lpips": None if self.lpips == "none" else lpips,
+            "pno_guide": guide if guided else None,
+            "nsfw": self.safety_checker
+            and {"name": redact(self.safety_checker.name), "identity": self.safety_identity},
+        }
+
+
+def resolve(config: RunConfig) -> Models:
+    """Find the exact versions of the models that a run needs.
+
+    Raises:
+        ModelError: one of them is not there.
+    """
+    pipeline = resolution.resolve(config.model, config.revision)
+    own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
+    own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
+    lpips, source = config.lpips, config.lpips_weights
+    if lpips == "auto":
+        lpips = "alex" if source else TINY_PERCEPTUAL if own_probe else "none"
+    identity = lpips
+    if lpips == TINY_PERCEPTUAL:
+        identity = f"{pipeline.identity}/{OWN_PROBE}"
+    elif lpips in ("alex", "vgg"):
+        assert source is not None
+        source = storage.absolute(source)
+        identity = _lpips_identity(lpips, source)
+    return Models(
+        pipeline=pipeline,
+        judge=None if own_judge else resolution.resolve(config.judge or DEFAULT_JUDGE),
+        lpips=lpips,
+        lpips_identity=identity,
+        lpips_source=source if lpips in ("alex", "vgg") else None,
+        pno_guide=None if config.pno_guide is None else resolution.resolve(config.pno_guide),
+        safety_checker=_resolve_safety(config, pipeline),
+    )
+
+
+def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel | None:
+    if config.safety_checker != OWN:
+        return None if config.safety_checker is None else resolution.resolve(config.safety_checker)
+    if resolution.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:
+        raise ModelError(
+            f"{redact(config.model)} has no safety checker of its own: name one with --safety-checker, such as "
+            "CompVis/stable-diffusion-safety-checker"
+        )
+    return pipeline
+
+
+def _lpips_identity(network: str, source: str) -> str:
+    """Hex SHA-256 of the two weight files' contents."""
+    # Brings torch, which is needed in this rare case alone.
+    from vcf_batch.metrics.lpips import weight_files
+
+    try:
+        digests = [storage.digest(url).sha256 for url in weight_files(network, source)]
+    except OSError as error:
+        raise ModelError(f"cannot read the LPIPS weights in {source}: {error}") from error
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,216 @@
+"""Training an aligner: the loss over all workers' pairs, a step, the validation (docs/method.md, section 3).
+
+Every worker has its own part of each batch. What the contrastive loss compares is the whole batch: each worker gathers
+the pooled tokens of all, with gradients, so that the loss and its gradient are those of one large batch.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vcf_batch.errors import VcfBatchError
+from vcf_batch.training.training_config import TrainingConfig
+from vcf_batch.vcf.aligner import ImageAligner, info_nce_loss, reconstruction_loss
+
+MIN_TEMPERATURE = 0.01
+"""Of a learned one: CLIP's limit."""
+
+
+class Losses(NamedTuple):
+    """Scalars."""
+
+    total: Tensor
+    info_nce: Tensor
+    """Over the pairs of all workers."""
+    reconstruction: Tensor
+    """Over this worker's pairs."""
+
+
+class Alignment(nn.Module):
+    """The aligner and the temperature: all that is trained, and what is wrapped for data-parallel training.
+
+    Args:
+        aligner: float32.
+        config: its ``info_nce_weight``, ``temperature`` and ``learn_temperature``.
+        dtype: the aligner computes in it where it is bfloat16, else in float32; the losses always are float32.
+    """
+
+    def __init__(self, aligner: ImageAligner, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.aligner, self.weight, self.dtype = aligner, config.info_nce_weight, dtype
+        self.log_temperature = nn.Parameter(
+            torch.tensor(math.log(config.temperature)), requires_grad=config.learn_temperature
+        )
+
+    @property
+    def temperature(self) -> Tensor:
+        temperature = self.log_temperature.exp()
+        return temperature.clamp(min=MIN_TEMPERATURE) if self.log_temperature.requires_grad else temperature
+
+    def align(self, vision_tokens: Tensor) -> Tensor:
+        """``[B, N, Dv]`` to float32 ``[B, N, Dt]``."""
+        with torch.autocast(vision_tokens.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            return self.aligner(vision_tokens.float()).float()
+
+    def forward(self, vision_tokens: Tensor, text_tokens: Tensor) -> Losses:
+        """The training loss.
+
+        Args:
+            vision_tokens: of this worker's pairs, ``[B, N, Dv]``.
+            text_tokens: ``[B, T, Dt]``.
+
+        Returns:
+            Losses whose gradient, averaged over the workers as data-parallel training does, is that of
+            :func:`vcf_batch.vcf.aligner.alignment_loss` over all workers' pairs.
+        """
+        image_tokens, text_tokens = self.align(vision_tokens), text_tokens.float()
+        image, text = (gathered(tokens.mean(dim=1, keepdim=True)) for tokens in (image_tokens, text_tokens))
+        contrastive = info_nce_loss(image, text, self.temperature)
+        reconstruction = reconstruction_loss(image_tokens, text_tokens)
+        return Losses(self.weight * contrastive + reconstruction, contrastive, reconstruction)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensors of all workers, concatenated in the order of their ranks; gradients flow back to each."""
+    return _Gather.apply(tensor) if world_size() > 1 else tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Every worker's loss has a gradient for every worker's tokens.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def world_size() -> int:
+    """How many workers train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Each of the values, added up over all workers."""
+    tensor = torch.tensor(values, device=device)
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+class Trainer:
+    """Optimiser and schedule around an :class:`Alignment`: AdamW, cosine decay to zero, clipped gradient norm.
+
+    Args:
+        alignment: on its device.
+        parallel: the same, wrapped for data-parallel training where there are several workers.
+        config: the recipe.
+        steps: of the whole training.
+    """
+
+    def __init__(self, alignment: Alignment, parallel: nn.Module, config: TrainingConfig, steps: int) -> None:
+        self.alignment, self.parallel, self.config = alignment, parallel, config
+        groups: list[dict[str, Any]] = [{"params": list(alignment.aligner.parameters())}]
+        if config.learn_temperature:
+            # Decay would pull it towards 1.
+            groups.append({"params": [alignment.log_temperature], "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+
+    @property
+    def steps_done(self) -> int:
+        return self.schedule.last_epoch
+
+    def step(self, vision_tokens: Tensor, text_tokens: Tensor) -> Losses:
+        """One step on this worker's part of a batch.
+
+        Returns:
+            The losses before the step, without gradients.
+
+        Raises:
+            VcfBatchError: the loss is not finite any more.
+        """
+        losses = Losses(*self.parallel(vision_tokens, text_tokens))
+        if not losses.total.isfinite():
+            raise VcfBatchError(
+                f"the loss is {losses.total.item()} in step {self.steps_done + 1}: use a lower --learning-rate, or "
+                "--dtype float32"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(self.alignment.parameters(), self.config.gradient_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        return Losses(*(loss.detach() for loss in losses))
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Losses and retrieval over the validation pairs of all workers.
+
+        The contrastive loss compares as many pairs at once as in training, at most. Retrieval looks for each image's
+        own caption among all of them.
+
+        Args:
+            batches: of this worker's pairs, as :meth:`step` takes them; maybe none.
+
+        Returns:
+            ``validation_pairs``, ``validation_loss``, ``validation_info_nce``, ``validation_reconstruction``,
+            ``recall_at_1``, ``recall_at_5`` (image to caption, 0 to 1) and ``temperature``.
+        """
+        pooled, error = [torch.empty(0, 2, self.alignment.aligner.config.text_dim)], 0.0
+        for vision_tokens, text_tokens in batches:
+            image_tokens, text_tokens = self.alignment.align(vision_tokens), text_tokens.float()
+            error += reconstruction_loss(image_tokens, text_tokens).item() * len(text_tokens)
+            pooled.append(torch.stack([image_tokens.mean(dim=1), text_tokens.mean(dim=1)], dim=1).cpu())
+        parts: list[Any] = [(torch.cat(pooled), error)]
+        if world_size() > 1:
+            parts = [None] * world_size()
+            dist.all_gather_object(parts, (torch.cat(pooled), error))
+        image, text = torch.cat([tokens for tokens, _ in parts]).unbind(dim=1)
+        temperature, size = self.alignment.temperature.item(), self.config.batch_size
+        contrastive = sum(
+            info_nce_loss(some_images[:, None], their_texts[:, None], temperature).item() * len(some_images)
+            for some_images, their_texts in zip(image.split(size), text.split(size), strict=True)
+        ) / len(image)
+        reconstruction = sum(error for _, error in parts) / len(image)
+        return {
+            "validation_pairs": len(image),
+            "validation_loss": self.config.info_nce_weight * contrastive + reconstruction,
+            "validation_info_nce": contrastive,
+            "validation_reconstruction": reconstruction,
+            "recall_at_1": recall(image, text, 1),
+            "recall_at_5": recall(image, text, 5),
+            "temperature": temperature,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on from: tensors and plain values."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"alignment": self.alignment, "optimizer": self.optimizer, "schedule": self.schedule}
+
+
+def recall(image: Tensor, text: Tensor, k: int) -> float:
+    """Share of images, 0 to 1, whose own caption is among the ``k`` most alike. A tie counts for the own one.
+
+    Args:
+        image, text: pooled tokens ``[V, Dt]``; row i of one belongs to row i of the other.
+    """
+    similarity = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    closer = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+    return (closer < k).float().mean().item()

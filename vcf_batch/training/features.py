@@ -1,0 +1,118 @@
+"""What the aligner is trained on: a pair's image tokens and text tokens, from the model's frozen towers.
+
+Tokens may be cached: files named by the content that they come from, so that any run with the same towers finds them,
+whatever its data set is called, however it is split and shuffled.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vcf_batch import images, storage
+from vcf_batch.errors import RowError
+from vcf_batch.training.captions import Pair
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+MAX_PIXELS = 64_000_000
+"""Of a training image; a larger one counts as broken."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair, prepared for the towers."""
+
+    image_id: str
+    """SHA-256 of the image file."""
+    image: Image.Image | None
+    """Squashed; None where its tokens are known."""
+    image_tokens: Tensor | None
+    """``[1 + P, Dv]``, if they were in the cache."""
+    caption: str
+    text_tokens: Tensor | None
+    """``[T, Dt]``, if they were in the cache."""
+
+
+class Towers:
+    """The frozen half of the training.
+
+    Args:
+        pipeline: with text encoder, image encoder, feature extractor and the aligner that is to be trained.
+        cache: folder or URL that keeps tokens; None keeps none.
+        vision_id, text_id: name what computes image and text tokens, dtype included.
+    """
+
+    def __init__(self, pipeline: VCFPipeline, cache: str | None, vision_id: str, text_id: str) -> None:
+        self.pipeline, self.cache, self.vision_id, self.text_id = pipeline, cache, vision_id, text_id
+
+    def prepare(self, pair: Pair, rng: random.Random) -> Example:
+        """Draw one of the captions; decode and squash the image, or find its tokens. Any thread may do it.
+
+        Raises:
+            RowError: the image is broken, or there is no caption.
+            StorageError: the cache's storage failed.
+        """
+        if not pair.captions:
+            raise RowError("there is no caption")
+        caption, image_id = rng.choice(pair.captions), hashlib.sha256(pair.image).hexdigest()
+        tokens = self._cached(self.vision_id, image_id)
+        image = self.pipeline.squash(images.decode(pair.image, MAX_PIXELS)) if tokens is None else None
+        return Example(image_id, image, tokens, caption, self._cached(self.text_id, _text_id(caption)))
+
+    def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Image tokens ``[B, N, Dv]``, those that the aligner uses, and text tokens ``[B, T, Dt]``.
+
+        Both are what the pipeline computes when it generates, on its device and in its dtype.
+
+        Raises:
+            StorageError: the cache's storage failed.
+        """
+        vision = self._tokens(
+            [example.image_id for example in examples],
+            [example.image_tokens for example in examples],
+            lambda missing: self.pipeline.vision_tokens([cast(Image.Image, examples[p].image) for p in missing]),
+            self.vision_id,
+        )
+        text = self._tokens(
+            [_text_id(example.caption) for example in examples],
+            [example.text_tokens for example in examples],
+            lambda missing: self.pipeline.encode_prompts([examples[place].caption for place in missing]),
+            self.text_id,
+        )
+        return self.pipeline.aligner.select_tokens(vision), text
+
+    def _tokens(
+        self, ids: list[str], found: list[Tensor | None], compute: Callable[[list[int]], Tensor], tower: str
+    ) -> Tensor:
+        """Tokens of a batch: those that were found in the cache, and the computed others, which are cached."""
+        missing = [place for place, tokens in enumerate(found) if tokens is None]
+        if missing:
+            for place, tokens in zip(missing, compute(missing), strict=True):
+                found[place] = tokens
+                if self.cache is not None:
+                    storage.publish_bytes(self._url(tower, ids[place]), save({"tokens": tokens.contiguous()}))
+        device = self.pipeline.device
+        return torch.stack([tokens.to(device) for tokens in found if tokens is not None])
+
+    def _cached(self, tower: str, content: str) -> Tensor | None:
+        if self.cache is None:
+            return None
+        try:
+            return load(storage.read_bytes(self._url(tower, content)))["tokens"]
+        except (FileNotFoundError, SafetensorError):  # not there, or not whole
+            return None
+
+    def _url(self, tower: str, content: str) -> str:
+        assert self.cache is not None
+        return storage.join(self.cache, tower, content[:2], f"{content}.safetensors")
+
+
+def _text_id(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()

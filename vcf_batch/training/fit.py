@@ -1,0 +1,159 @@
+"""One worker's part in a training: from step to step, with validations between. No ray here."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vcf_batch.training.alignment import Alignment, Trainer, summed
+from vcf_batch.training.captions import CaptionedData, Piece
+from vcf_batch.training.features import Example, Towers
+from vcf_batch.training.feed import Feed
+from vcf_batch.training.training_job import ALIGNER, STATE, Task, describe, write_log
+from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.assembly import load
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one worker stands, and whom it tells how far it is."""
+
+    report: Callable[[dict[str, Any], Path | None], None]
+    """Takes the metrics of a validation, on every worker, and the folder of the checkpoint, on the first one."""
+    progress: Callable[[int, int], None]
+    """Takes the pairs that were trained on, and those that were broken up to the last validation."""
+    note: Callable[[str], None]
+    parallel: Callable[[nn.Module], nn.Module]
+    """Wraps for data-parallel training."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+def fit(task: Task, place: Place, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the beginning, to the end.
+
+    Args:
+        task: with ``dtype`` and ``cpus_per_worker`` settled and ``batch_size`` a multiple of ``place.world``.
+        checkpoint: what ``place.report`` took last, if there is one.
+
+    Raises:
+        UsageError: the models or the data cannot be used.
+        StorageError: the storage failed.
+        VcfBatchError: the loss is not finite any more.
+    """
+    _Fit(task, place, checkpoint).run()
+
+
+class _Fit:
+    losses: list[float]
+    """Summed over the steps since the last validation."""
+
+    def __init__(self, task: Task, place: Place, checkpoint: Path | None) -> None:
+        self.task, self.place, config = task, place, task.config
+        torch.set_num_threads(config.cpus_per_worker)
+        torch.manual_seed(config.seed)
+        self.towers = _towers(task, place.device)
+        dtype = self.towers.pipeline.text_encoder.dtype
+        alignment = Alignment(self.towers.pipeline.aligner, config, dtype).to(place.device)
+        self.trainer = Trainer(alignment, place.parallel(alignment), config, task.steps)
+        self.rows: list[dict[str, Any]] = []
+        if checkpoint is not None:
+            state = torch.load(checkpoint / STATE, map_location=place.device, weights_only=True)
+            self.rows = state.pop("rows")
+            self.trainer.load_state_dict(state)
+        self.batch = config.batch_size // place.world
+        self.feed = self._feed(task.data, task.training)
+        self.validation = self._feed(task.validation_data, task.validation).all()
+        self._begin_interval()
+
+    def run(self) -> None:
+        task, trainer = self.task, self.trainer
+        every = task.config.validate_every or task.steps_per_epoch
+        if not trainer.steps_done:
+            self._record()
+        while trainer.steps_done < task.steps:
+            epoch, done = divmod(trainer.steps_done, task.steps_per_epoch)
+            batches = self.feed.batches(epoch, self.batch, first=done)
+            for batch in islice(batches, task.steps_per_epoch - done):
+                losses = trainer.step(*self.towers.encode(batch))
+                self.losses = [total + loss.item() for total, loss in zip(self.losses, losses, strict=True)]
+                self.place.progress(trainer.steps_done * task.config.batch_size, self._broken())
+                if trainer.steps_done % every == 0 or trainer.steps_done == task.steps:
+                    self._record()
+                    self._checkpoint()
+
+    def _broken(self) -> int:
+        return sum(row["broken_pairs"] for row in self.rows)
+
+    def _record(self) -> None:
+        """Validate, and write down what came of the steps since the last time."""
+        trainer, steps = self.trainer, self.trainer.steps_done - self.first_step
+        *losses, broken = summed([*self.losses, float(self.feed.broken - self.first_broken)], self.place.device)
+        seconds = time.monotonic() - self.begin
+        mean = [loss / self.place.world / steps if steps else None for loss in losses]
+        batches = [self.validation[start : start + self.batch] for start in range(0, len(self.validation), self.batch)]
+        self.rows.append(
+            {
+                "step": trainer.steps_done,
+                "epoch": trainer.steps_done / self.task.steps_per_epoch,
+                "learning_rate": trainer.schedule.get_last_lr()[0],
+                **dict(zip(("loss", "info_nce", "reconstruction"), mean, strict=True)),
+                **trainer.validate(map(self.towers.encode, batches)),
+                "broken_pairs": int(broken),
+                "pairs_per_second": steps * self.task.config.batch_size / seconds,
+            }
+        )
+        if self.place.rank == 0:
+            write_log(self.task.config.out, self.rows)
+            self.place.note(describe(self.rows[-1], self.task.steps))
+        self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        self.begin = time.monotonic()
+        self.first_step, self.first_broken = self.trainer.steps_done, self.feed.broken
+        self.losses = [0.0, 0.0, 0.0]
+
+    def _checkpoint(self) -> None:
+        if self.place.rank > 0:
+            self.place.report(self.rows[-1], None)
+            return
+        with tempfile.TemporaryDirectory(prefix="vcf-batch-") as folder:
+            self.towers.pipeline.aligner.save_pretrained(Path(folder, ALIGNER))
+            torch.save(self.trainer.state_dict() | {"rows": self.rows}, Path(folder, STATE))
+            self.place.report(self.rows[-1], Path(folder))
+
+    def _feed(self, data: CaptionedData, pieces: Sequence[Piece]) -> Feed[Example]:
+        config = self.task.config
+        return Feed(
+            data,
+            pieces,
+            self.towers.prepare,
+            rank=self.place.rank,
+            world=self.place.world,
+            seed=config.seed,
+            buffer=config.shuffle_buffer,
+            threads=config.cpus_per_worker,
+            note=self.place.note,
+        )
+
+
+def _towers(task: Task, device: torch.device) -> Towers:
+    """The frozen towers, and a new aligner beside them."""
+    config, parts = task.config, task.parts
+    pipeline = load(parts, getattr(torch, config.dtype), unet=None, vae=None, aligner=None)
+    widths = pipeline.image_encoder.config.hidden_size, pipeline.text_encoder.config.hidden_size
+    pipeline.register_modules(aligner=ImageAligner(*widths, tokens=config.tokens))
+    for tower in (pipeline.text_encoder, pipeline.image_encoder):
+        tower.requires_grad_(False).eval()
+    encoder = parts.image_encoder or parts.base
+    names = [
+        f"{kind}-{config.dtype}-{model.identity[:16]}" for kind, model in (("image", encoder), ("text", parts.base))
+    ]
+    return Towers(pipeline.to(device), config.cache_features, *names)

@@ -1,0 +1,122 @@
+"""A training of an aligner: what it is, and the log that it writes. Neither torch nor ray is needed here."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vcf_batch import storage
+from vcf_batch.errors import UsageError
+from vcf_batch.training.captions import CaptionedData, Piece, cut
+from vcf_batch.training.training_config import NOT_CONTENT, TrainingConfig
+from vcf_batch.vcf.parts import Parts
+
+LOG = "log.csv"
+ALIGNER, STATE = "aligner", "state.pt"
+"""What a checkpoint holds: an ImageAligner directory, and what training goes on from."""
+
+VALIDATION_SHARE = 20
+"""One pair in so many is held out where nothing else is said, and at most :data:`MAX_VALIDATION` pairs."""
+MAX_VALIDATION = 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know of a training. Small, and picklable."""
+
+    config: TrainingConfig
+    parts: Parts
+    data: CaptionedData
+    validation_data: CaptionedData
+    training: tuple[Piece, ...]
+    validation: tuple[Piece, ...]
+
+    @classmethod
+    def plan(cls, config: TrainingConfig) -> "Task":
+        """Find the models, count the pairs, and hold some out.
+
+        Raises:
+            UsageError: a model or the data cannot be used, or there are too few pairs.
+            StorageError: the storage failed.
+        """
+        parts = Parts.resolve(config.model, config.revision, config.image_encoder, config.image_encoder_revision)
+        columns = (config.image_column, config.caption_column)
+        data = CaptionedData.open(config.data, *columns)
+        total = min(len(data), config.limit or len(data))
+        if config.validation_data is not None:
+            validation_data = CaptionedData.open(config.validation_data, *columns)
+            held_out = min(config.validation_pairs or MAX_VALIDATION, len(validation_data))
+            validation = cut(validation_data.files, 0, held_out)
+        else:
+            validation_data = data
+            held_out = config.validation_pairs or min(max(total // VALIDATION_SHARE, 1), MAX_VALIDATION)
+            total -= held_out
+            validation = cut(data.files, total, total + held_out)
+        if total < config.batch_size:
+            raise UsageError(
+                f"{config.data} has {max(total, 0):,} pairs to train on, {held_out:,} being for "
+                f"validation: fewer than --batch-size {config.batch_size:,}; use a smaller batch or more data"
+            )
+        return cls(config, parts, data, validation_data, tuple(cut(data.files, 0, total)), tuple(validation))
+
+    @property
+    def pairs(self) -> int:
+        """To train on."""
+        return sum(map(len, self.training))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.pairs // self.config.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    def fields(self) -> dict[str, Any]:
+        """What makes this training another one than a training with other values, as plain JSON types."""
+        config = {name: value for name, value in vars(self.config).items() if name not in NOT_CONTENT}
+        encoder = self.parts.image_encoder or self.parts.base
+        return config | {
+            "validation_pairs": sum(map(len, self.validation)),
+            "data_id": self.data.identity,
+            "validation_data_id": self.validation_data.identity,
+            "model_id": self.parts.base.identity,
+            "image_encoder_id": encoder.identity,
+        }
+
+
+def read_log(out: str) -> list[dict[str, float]]:
+    """The validations of a training, the one before its first step included; none if there are none yet.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    try:
+        with storage.refusals_as_storage_errors():
+            text = storage.read_text(storage.join(out, LOG))
+    except FileNotFoundError:
+        return []
+    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
+
+
+def describe(row: dict[str, Any], steps: int) -> str:
+    """One validation in a line."""
+    return (
+        f"step {row['step']:,.0f} of {steps:,}: validation loss {row['validation_loss']:.4f} (InfoNCE "
+        f"{row['validation_info_nce']:.4f}, reconstruction {row['validation_reconstruction']:.4f}), recall@1 "
+        f"{row['recall_at_1']:.1%}, recall@5 {row['recall_at_5']:.1%}"
+    )
+
+
+def write_log(out: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Publish the validations so far.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    storage.publish_bytes(storage.join(out, LOG), text.getvalue().encode())

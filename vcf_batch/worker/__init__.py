@@ -1,0 +1,1 @@
+"""A worker: one shard in, its staged files and its receipt out. No Ray."""

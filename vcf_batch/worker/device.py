@@ -1,0 +1,82 @@
+"""Where and how a worker computes: the device type that a run's bytes depend on besides its fingerprint."""
+
+import importlib.metadata
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import vcf_batch
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import ModelError
+from vcf_batch.models import resolution
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how a worker computes."""
+
+    kind: str
+    """``cuda`` or ``cpu``."""
+    dtype: torch.dtype
+    threads: int
+    """CPU threads of one computation; sums depend on it."""
+
+    @classmethod
+    def prepare(cls, config: RunConfig) -> "Device":
+        """Make this process compute the same bytes every time.
+
+        Kernels are chosen by rule, never by timing, and only deterministic ones are allowed. What is compiled is kept
+        in the node's cache, ``compiled`` beside the models, for other workers and later runs; where
+        ``TORCHINDUCTOR_CACHE_DIR`` is set, there.
+
+        Args:
+            config: with ``dtype`` and ``gpus_per_worker`` resolved.
+
+        Raises:
+            ModelError: this machine cannot compute as the run asks.
+        """
+        kind = "cuda" if config.gpus_per_worker else "cpu"
+        dtype = getattr(torch, config.dtype)
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ModelError(
+                f"--gpus-per-worker is {config.gpus_per_worker}, but torch {torch.__version__} sees no GPU on "
+                f"{socket.gethostname()}; install a CUDA build of torch there, or use --gpus-per-worker 0"
+            )
+        if kind == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ModelError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16 or float32")
+        # Of processes that Ray did not start with the run's environment.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if config.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(resolution.cache_folder(), "compiled"))
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory costs a pass over it, and nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        device = cls(kind, dtype, config.cpus_per_worker)
+        device.use_threads()
+        return device
+
+    def use_threads(self) -> None:
+        """Set the number of CPU threads for the calling thread: OpenMP keeps it per thread."""
+        torch.set_num_threads(self.threads)
+
+    def describe(self) -> dict[str, Any]:
+        """The receipt's ``device``: what the bytes depend on besides the fingerprint."""
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "Pillow")}
+        on_gpu = self.kind == "cuda"
+        return {
+            "type": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {_instruction_set()}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "versions": packages
+            | {"vcf_batch": vcf_batch.__version__}
+            | ({"cuda": torch.version.cuda} if on_gpu else {}),
+        }
+
+
+def _instruction_set() -> str:
+    return torch.backends.cpu.get_cpu_capability()

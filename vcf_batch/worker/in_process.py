@@ -1,0 +1,49 @@
+"""A worker in this process, for what needs no cluster: a calibration, a preview. No Ray here."""
+
+import os
+from typing import TYPE_CHECKING
+
+from vcf_batch.config import RunConfig
+from vcf_batch.setup import prepare
+from vcf_batch.setup.prepare import Job
+
+if TYPE_CHECKING:
+    from vcf_batch.worker.worker import Worker
+
+BATCH_SIZE = 8
+"""Stands for ``--batch-size auto``."""
+
+
+def _gpus() -> float:
+    """GPUs of a worker on this machine: 1 where there is one, else 0."""
+    import torch  # planning needs it for nothing else
+
+    return 1.0 if torch.cuda.is_available() else 0.0
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """What a cluster decides, where it is left open: this machine stands for it, and no batch size is looked for."""
+    if config.gpus_per_worker is None:
+        config = config.replace(gpus_per_worker=_gpus())
+    return config.replace(batch_size=BATCH_SIZE) if config.batch_size is None else config
+
+
+def load(job: Job, scratch: str) -> "Worker":
+    """A worker for a run that writes nothing into the run's output.
+
+    Args:
+        job: the run.
+        scratch: local folder that takes what it writes.
+
+    Raises:
+        VcfBatchError: as :func:`vcf_batch.worker.worker.load`.
+    """
+    os.environ.update(prepare.environment(job.config))
+    from vcf_batch.worker import worker  # brings torch, which reads the environment
+
+    return worker.load(
+        config=job.config.replace(output=scratch),
+        fingerprint=job.fingerprint,
+        manifest=job.manifest,
+        models_used=job.models,
+    )

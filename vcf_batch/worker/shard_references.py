@@ -1,0 +1,150 @@
+"""The references of a shard: read ahead of the sampling, encoded once each, let go when no later batch needs them."""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self, cast
+
+from PIL import Image
+from torch import Tensor
+
+from vcf_batch.errors import RowError, StorageError, VcfBatchError
+from vcf_batch.records import Reference, Row
+from vcf_batch.vcf.pipeline import BLANK
+from vcf_batch.worker.batches import Batch
+from vcf_batch.worker.clock import Clock
+from vcf_batch.worker.components import Tools
+
+READERS = 8
+"""Threads that read references. They wait for storage most of the time."""
+
+PICTURE_BYTES = 1 << 30
+"""Decoded references of a shard that are kept for later batches; beyond it they are read again."""
+
+
+@dataclass
+class _Entry:
+    """One distinct reference of a shard."""
+
+    number: int
+    batches_left: int = 0
+    """Batches with a row of it that are not finished."""
+    holders: int = 0
+    """Batches in the making that look at the image."""
+    reading: "Future[tuple[Image.Image, Image.Image]] | None" = None
+    image: Image.Image | None = None
+    squashed: Image.Image | None = None
+    """What the model gets of it, until there are tokens."""
+    error: str | None = None
+    tokens: Tensor | None = None
+    """Aligned, ``[N, Dt]``."""
+
+    def wait(self, blamed: type[VcfBatchError] | tuple[type[VcfBatchError], ...]) -> None:
+        """Wait for the image.
+
+        Args:
+            blamed: errors that fail the rows of the reference. Any other is raised.
+        """
+        if self.image is None and self.reading is not None:
+            try:
+                self.image, self.squashed = self.reading.result()
+            except blamed as error:
+                self.error = str(error)
+                # Stands in for the image, so that its batch keeps its shape. No two alike, so that none are merged.
+                self.image = Image.new("RGB", (64, 64), (self.number % 256, self.number // 256 % 256, 128))
+                self.squashed = self.image
+            self.reading = None
+
+
+class ShardReferences:
+    """Reads and encodes the references of one shard; use it with ``with``.
+
+    Args:
+        tools: what to read and encode with.
+        batches: of the shard.
+        rows: of the shard.
+        last_attempt: trouble of storage or network with one reference fails its rows. Before that it raises.
+        clock: where the time went.
+    """
+
+    def __init__(
+        self, tools: Tools, batches: Sequence[Batch], rows: Sequence[Row], last_attempt: bool, clock: Clock
+    ) -> None:
+        self._tools, self._rows, self._clock = tools, rows, clock
+        self._blamed = (RowError, StorageError) if last_attempt else RowError
+        self._entries: dict[Reference, _Entry] = {}
+        for batch in batches:
+            for reference in batch.distinct_references():
+                entry = self._entries.setdefault(reference, _Entry(len(self._entries)))
+                entry.batches_left += 1
+
+    def __enter__(self) -> Self:
+        self._readers = ThreadPoolExecutor(READERS, "references")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._readers.shutdown(cancel_futures=True)
+
+    def read(self, batch: Batch) -> None:
+        """Start reading the batch's references."""
+        for reference in batch.distinct_references():
+            entry = self._entries[reference]
+            entry.holders += 1
+            if entry.image is None and entry.reading is None:
+                entry.reading = self._readers.submit(self._read_one, reference)
+
+    def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
+        """The image, and what the model gets of it. Runs beside the sampling."""
+        with self._clock("read_references"):
+            image = self._tools.references.read(reference)
+            return image, self._tools.pipeline.squash(image)
+
+    def collect(self, batch: Batch) -> None:
+        """Wait for the batch's references, and note which rows fail.
+
+        Raises:
+            StorageError: storage or network failed, and no row is to be blamed yet.
+        """
+        for position, references in zip(batch.positions, batch.references, strict=True):
+            entries = [self._entries[reference] for reference in references]
+            for entry in entries:
+                entry.wait(self._blamed)
+            shown = entries[: len(self._rows[position].references)]
+            batch.pictures.append([cast(Image.Image, entry.image) for entry in shown])
+            error = next((entry.error for entry in entries if entry.error), None)
+            if error:
+                batch.errors[position] = error
+
+    def tokens(self, batch: Batch) -> dict[Reference, Tensor]:
+        """Aligned tokens ``[N, Dt]`` of the batch's references; each distinct one is encoded once a shard."""
+        wanted = {reference: self._entries[reference] for reference in batch.distinct_references()}
+        new = [entry for entry in wanted.values() if entry.tokens is None]
+        if new:
+            for entry, tokens in zip(new, self._encoded([cast(Image.Image, e.squashed) for e in new]), strict=True):
+                entry.tokens = tokens
+        for entry in wanted.values():
+            entry.squashed = None
+        return {reference: cast(Tensor, entry.tokens) for reference, entry in wanted.items()}
+
+    @functools.cached_property
+    def blank(self) -> Tensor:
+        """Aligned tokens ``[N, Dt]`` of the blank image."""
+        return self._encoded([BLANK])[0]
+
+    def _encoded(self, pictures: list[Image.Image]) -> Tensor:
+        return self._tools.pipeline.encode_references(pictures, self._tools.config.image_tokens)
+
+    def release(self, batch: Batch) -> None:
+        """Let go of what no later batch needs."""
+        for reference in batch.distinct_references():
+            entry = self._entries[reference]
+            entry.holders -= 1
+            entry.batches_left -= 1
+            if not entry.batches_left:
+                del self._entries[reference]
+            elif not entry.holders and not entry.error and self._picture_bytes() > PICTURE_BYTES:
+                entry.image = None
+
+    def _picture_bytes(self) -> int:
+        return sum(3 * entry.image.width * entry.image.height for entry in self._entries.values() if entry.image)
