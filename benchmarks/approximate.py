@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.output import commits, shards
-from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.setup import defaults, manifest_check, paths, run_models
 from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
@@ -61,7 +61,7 @@ def share_of_a_step_that_reuses() -> float:
 
 def operations(subject: Worker) -> int:
     """Of one image with a reference, multiplications and additions."""
-    config, pipeline = subject.tools.config, subject.tools.pipeline
+    config, pipeline = subject.components.config, subject.components.pipeline
     names = ("steps", "scheduler", "guidance_scale", "guidance_lo", "guidance_hi", "deep_cache", "height", "width")
     with FlopCounterMode(display=False) as counter:
         pipeline.generate(["a red star"], seeds=[0], **{name: getattr(config, name) for name in names})
@@ -72,7 +72,7 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
     """The rows of the whole manifest with their scores, and their pixels in ``pixels``."""
     shard = sharding.ShardPlan(subject.manifest.num_rows, subject.manifest.num_rows)[0]
     _, staged = subject.run(shard, 1, "benchmark")
-    output = subject.tools.config.output
+    output = subject.components.config.output
     samples = list(shards.read_samples(storage.join(output, staged["tar"])))
     commits.discard(output, staged)
     return [sample["json"] | {"pixels": np.asarray(images.decode(sample["png"], MAX_PIXELS))} for sample in samples]
@@ -86,10 +86,10 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
 def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]) -> None:
     """Print one line for each mode."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-approximate-") as output:
-        config = prepare.absolute(
+        config = paths.absolute(
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads, limit=limit)
         )
-        job = prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+        job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
@@ -100,8 +100,8 @@ def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]
         for name, mode in MODES.items():
             if chosen and mode is not EXACT and name not in chosen:
                 continue
-            tools = dataclasses.replace(loaded.tools, config=job.config.replace(**mode))
-            subject = Worker(tools, job.manifest, job.fingerprint)
+            components = dataclasses.replace(loaded.components, config=job.config.replace(**mode))
+            subject = Worker(components, job.manifest, job.fingerprint)
             count, rows = operations(subject), drawn(subject)
             whole, exact = whole or count, exact or rows
             cells = [f"{count / whole:.0%}", *(_change(score, rows, exact) for score in SCORES)]

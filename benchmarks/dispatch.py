@@ -32,15 +32,15 @@ from plan import CONTENT, peak_memory, receipt_of
 
 from vcf_batch import pool, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import RefusedError
 from vcf_batch.output import commits, lease, shards
-from vcf_batch.pool.actor import Sign
+from vcf_batch.pool.actor import Heartbeat
 from vcf_batch.pool.dispatch import Dispatch
 from vcf_batch.records import Receipt
-from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.setup import claim, defaults, manifest_check, run_models
+from vcf_batch.setup.shard_task import ShardTask
 
 PROCESSES = 2
 SHARD_SECONDS = 600.0
@@ -62,13 +62,13 @@ class Player:
         self._running = 0
         self._since, self._worked = time.monotonic(), 0.0
 
-    async def sign(self, worker: int) -> Sign:
-        return Sign(ray.get_runtime_context().get_node_id(), {}, {})
+    async def sign(self, worker: int) -> Heartbeat:
+        return Heartbeat(ray.get_runtime_context().get_node_id(), {}, {})
 
     async def load(self, worker: int) -> None:
         pass
 
-    async def run(self, worker: int, task: Task, attempt_id: str, again: None) -> tuple[Receipt, dict[str, str]]:
+    async def run(self, worker: int, task: ShardTask, attempt_id: str, again: None) -> tuple[Receipt, dict[str, str]]:
         # The first shard of each worker ends some time within the time of one, as in the middle of a run.
         share = 1.0 if worker in self._turns else self._random.random()
         async with self._turns.setdefault(worker, asyncio.Lock()):
@@ -133,9 +133,9 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Di
         manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
         pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
         config = RunConfig(manifest=str(manifest), output=output, shard_size=1, num_workers=workers, gpus_per_worker=0)
-        job = prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+        job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
-            prepare.claim(job)
+            claim.claim(job)
             driver, players = Dispatch(job, held, Ledger(job), progress), Players(output, seconds)
             driver.actor_class = players
             with mock.patch.object(ray, "kill"):  # a player outlives the workers that it plays

@@ -190,7 +190,7 @@ class Bench:
         from vcf_batch.manifest.manifest import Manifest
         from vcf_batch.manifest.references import ReferenceReader
         from vcf_batch.metrics.scorer import Scorer
-        from vcf_batch.worker.components import Tools
+        from vcf_batch.worker.components import Components
         from vcf_batch.worker.worker import Worker
 
         batch, batches = self.batches[0], 4
@@ -208,8 +208,8 @@ class Bench:
             config = self.config.replace(manifest=manifest.url, output=str(folder / "out"), shard_size=batches * batch)
             reader = ReferenceReader(manifest.base, (), config.max_pixels)
             scorer = Scorer(full_size.judge(self.shapes, self.kind))
-            tools = Tools(config, self.pipeline, scorer, reader, "random weights", self.device)
-            worker = Worker(tools, manifest, "0" * 64)
+            components = Components(config, self.pipeline, scorer, reader, "random weights", self.device)
+            worker = Worker(components, manifest, "0" * 64)
             shards = sharding.ShardPlan(count, batches * batch)
             marks: list[float] = []
             sample = self.pipeline.generate_from_tokens

@@ -21,7 +21,7 @@ from PIL import Image
 from vcf_batch import sharding
 from vcf_batch.config import RunConfig
 from vcf_batch.records import Shard
-from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.setup import defaults, manifest_check, paths, run_models
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
 
@@ -29,7 +29,7 @@ from vcf_batch.worker.worker import Worker
 def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float:
     """Seconds without sampling between two shards, as a share of the seconds in which the second one is sampled."""
     sampled: list[tuple[float, float]] = []
-    generate = loaded.tools.pipeline.generate_from_tokens
+    generate = loaded.components.pipeline.generate_from_tokens
 
     def timed(*args: Any, **settings: Any) -> Any:
         begin = time.perf_counter()
@@ -38,7 +38,7 @@ def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float
         return pictures
 
     with (
-        mock.patch.object(loaded.tools.pipeline, "generate_from_tokens", timed),
+        mock.patch.object(loaded.components.pipeline, "generate_from_tokens", timed),
         ThreadPoolExecutor(at_once) as threads,
     ):
         for future in [threads.submit(loaded.run, shard, 1, f"benchmark-{shard.name}") for shard in shards]:
@@ -55,26 +55,24 @@ def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float
 def main(manifest: str, rounds: int, threads: int) -> None:
     """Print the ratio of the two, from the medians of the rounds."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-job-") as output:
-        config = prepare.absolute(
-            RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads)
-        )
-        job = prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+        config = paths.absolute(RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads))
+        job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(
             config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
         )
-        tools, size = loaded.tools, cast(int, job.config.batch_size)
+        components, size = loaded.components, cast(int, job.config.batch_size)
         shard = sharding.ShardPlan(job.manifest.num_rows, job.manifest.num_rows)[0]
         rows = job.manifest.rows(shard.start, shard.stop, job.config.seed)
-        pictures: list[list[Image.Image]] = [[tools.references.read(r) for r in row.references] for row in rows]
+        pictures: list[list[Image.Image]] = [[components.references.read(r) for r in row.references] for row in rows]
 
         def whole_job() -> None:
             loaded.run(shard, 1, "benchmark")
 
         def bare_sampling() -> None:
-            tools.device.use_threads()
+            components.device.use_threads()
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
-                tools.pipeline.generate(
+                components.pipeline.generate(
                     [row.prompt for row in part],
                     pictures[start : start + size],
                     seeds=[row.seed for row in part],

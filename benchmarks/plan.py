@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from vcf_batch import sharding
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, shards
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.sums import RunSums
 from vcf_batch.records import SCORE_STEP, SCORES, FileEntry, Receipt, Shard
 
 FILES = 100
@@ -107,7 +107,7 @@ def check_ids(folder: Path) -> str:
 
 def find_receipts(folder: Path) -> str:
     """List the output, read its receipts and add them up, as a driver does that goes on with a run."""
-    totals = Totals()
+    totals = RunSums()
     for receipt in receipts.read(str(folder / "output")):
         totals.add(receipt)
     return f"{len(totals.done):,} receipts"

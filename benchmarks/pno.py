@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vcf_batch import images, pool
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.models import resolution
+from vcf_batch.models.cache import fetch
 from vcf_batch.output import shards
 from vcf_batch.vcf import pno, sampling
 from vcf_batch.vcf.fusion import Fusion
@@ -46,7 +47,7 @@ BETTER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def load(model: str) -> tuple[VCFPipeline, Guide]:
     """The model and its own guide, frozen, on the GPU if there is one."""
-    pipeline = VCFPipeline.from_pretrained(resolution.fetch(resolution.resolve(model)), dtype=torch.float32)
+    pipeline = VCFPipeline.from_pretrained(fetch(resolution.resolve(model)), dtype=torch.float32)
     pipeline.set_up("cuda" if torch.cuda.is_available() else "cpu")
     statistics = pipeline.feature_extractor
     return pipeline, Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)

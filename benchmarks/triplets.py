@@ -21,6 +21,7 @@ from vcf_batch import images
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.models import resolution
+from vcf_batch.models.cache import fetch
 from vcf_batch.tiny import world
 from vcf_batch.tiny.pairs import HELD_OUT
 from vcf_batch.tiny.probe import Probe
@@ -125,7 +126,7 @@ def scores(count: int) -> None:
 @click.option("--batch-size", default=8, show_default=True)
 def cost(model: str, batch_size: int) -> None:
     """Operations of a batch, and of its text-only twins, for each fusion."""
-    pipeline = VCFPipeline.from_pretrained(resolution.fetch(resolution.resolve(model)), dtype=torch.float32)
+    pipeline = VCFPipeline.from_pretrained(fetch(resolution.resolve(model)), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     reference = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     tokens = pipeline.encode_references([reference])[0]

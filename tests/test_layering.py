@@ -1,122 +1,142 @@
-"""Who may import whom: each rule is checked in a fresh interpreter."""
+"""Who may import whom: read from the imports of every module, wherever they stand in it."""
 
-import re
+import ast
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-LIGHT = (
-    "attempts",
-    "blame",
-    "commit_queue",
-    "commits",
-    "columns",
-    "config",
-    "contract",
-    "errors",
-    "exporter",
-    "forecast",
-    "images",
-    "in_process",
-    "lease",
-    "ledger",
-    "log",
-    "manifest",
-    "model_files",
-    "model_hub",
-    "models",
-    "outputs",
-    "parquet",
-    "plan",
-    "prepare",
-    "progress",
-    "progress_file",
-    "quarantine",
-    "receipts",
-    "records",
-    "references",
-    "report.card",
-    "report.page",
-    "report.status",
-    "row_json",
-    "row_settings",
-    "repair",
-    "run_file",
-    "run_manifest",
-    "run_models",
-    "shard_check",
-    "shard_queue",
-    "shards",
-    "signals",
-    "starts",
-    "storage",
-    "storage_drivers",
-    "storage_errors",
-    "storage_local",
-    "storage_reader",
-    "tally",
-    "totals",
-    "verify",
-    "vcf.captions",
-    "vcf.feed",
-    "vcf.parts",
-    "vcf.recipe",
-    "vcf.task",
+PACKAGE = Path(__file__).parent.parent / "vcf_batch"
+
+LAYERS = (
+    ("cli",),
+    ("commands", "training"),
+    ("pool", "report"),
+    ("driver", "worker"),
+    ("setup", "tiny"),
+    ("output", "vcf", "metrics"),
+    ("manifest", "models"),
+    ("storage",),
+    ("",),
+)
+"""From the top down; "" is the vocabulary, the modules directly in the package. Those in a line do not know each other.
+The two at the very root (``__init__``, ``__main__``) stand above them all."""
+
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+
+ALLOWED = {
+    "ray": {"pool", "training"},
+    "diffusers": {"vcf", "training", "tiny"},
+    "torch": {*LEVEL} - {"storage", "manifest", "models", "output", "setup", "driver", ""},
+}
+"""Which packages may import a library, at the top of a module or within a function."""
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a module imports; of the package, ``vcf_batch.package.module``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
+
+
+def package_of(path: Path) -> str:
+    folder, *_ = path.relative_to(PACKAGE).parts
+    return folder if folder in LEVEL else ""
+
+
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path not in (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
 )
 
 
-def imported(module: str) -> set[str]:
-    """Top-level and package modules that importing ``module`` brings in."""
-    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
+def test_every_package_has_its_layer() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*LEVEL} - {""}
+
+
+def test_imports_go_one_way() -> None:
+    """A module imports from its own package or from one further down, never from one further up or beside."""
+    wrong = []
+    for path in MODULES:
+        own = package_of(path)
+        for line, name in imports(path):
+            if not name.startswith("vcf_batch."):
+                continue
+            other = next((part for part in name.split(".")[1:2] if part in LEVEL), "")
+            if other != own and LEVEL[other] <= LEVEL[own]:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", ALLOWED)
+def test_libraries_are_known_to_few_packages(library: str) -> None:
+    """ray in pool/ and training/ alone, diffusers where there are networks, no torch where planning happens."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line} imports {name}"
+        for path in MODULES
+        for line, name in imports(path)
+        if name.split(".")[0] == library and package_of(path) not in ALLOWED[library]
+    ]
+    assert not wrong
+
+
+def test_a_package_is_small_enough_to_look_through() -> None:
+    """At most 25 entries lie directly in the package, and 13 modules in each package, which says what it has."""
+    assert len([entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]) <= 25
+    for package in {*LEVEL} - {""}:
+        assert len([*(PACKAGE / package).glob("[!_]*.py")]) <= 13, package
+        docstring = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text()))
+        assert docstring, package
+
+
+def loaded(*modules: str) -> set[str]:
+    """Libraries that importing ``modules`` brings in, in a fresh interpreter."""
+    code = f"import sys, {', '.join(modules)}; print('\\n'.join(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(result.stdout.split())
 
 
-def test_light_modules_import_neither_torch_nor_ray() -> None:
-    """plan, manifest, records, config, storage import neither torch nor ray; importing the package is cheap."""
-    modules = ["vcf_batch", "vcf_batch.cli", *(f"vcf_batch.{name}" for name in LIGHT)]
-    code = (
-        "import importlib, sys\n"
-        f"for module in {modules}:\n"
-        "    importlib.import_module(module)\n"
-        "    heavy = {'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules)\n"
-        "    assert not heavy, f'{module} imports {heavy}'\n"
+def test_planning_brings_neither_torch_nor_ray() -> None:
+    """Neither importing the package or its command line, nor any module that plans, brings torch or ray in by what it
+    imports in its turn."""
+    light = {"storage", "manifest", "models", "output", "setup", "driver", "cli", ""}
+    names = [".".join(("vcf_batch", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in MODULES]
+    light_names = [
+        name.removesuffix(".__init__") for name, path in zip(names, MODULES, strict=True) if package_of(path) in light
+    ]
+    assert not loaded("vcf_batch", *light_names) & {"torch", "ray", "diffusers", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("module", "left_out"),
+    [
+        ("vcf_batch.worker.worker", {"ray"}),
+        ("vcf_batch.training.fit", {"ray"}),
+        ("vcf_batch.training.train", {"diffusers", "transformers"}),
+        ("vcf_batch.pool", {"torch"}),
+        ("vcf_batch.metrics.scorer", {"ray", "diffusers"}),
+        ("vcf_batch.metrics.lpips", {"ray", "diffusers"}),
+        ("vcf_batch.commands.evaluate", {"ray", "diffusers"}),
+    ],
+)
+def test_what_a_process_does_not_need_is_not_imported(module: str, left_out: set[str]) -> None:
+    """A worker and a training in one process need no ray, the driver no torch and no models' library, scores no
+    diffusers."""
+    assert not loaded(module) & left_out
+
+
+def test_class_names_are_unique() -> None:
+    """A class name stands for one class in the whole package."""
+    names = sorted(
+        (node.name, str(path.relative_to(PACKAGE)))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_worker_does_not_import_ray() -> None:
-    """worker.py: no ray import, so it is tested without a cluster."""
-    modules = imported("vcf_batch.worker")
-    assert "ray" not in modules
-    assert not modules & {"vcf_batch.cli", "vcf_batch.pool"}
-
-
-def test_ray_is_known_to_the_pool_and_the_training_alone() -> None:
-    """ray is imported in pool/ and, for Ray Train, in vcf/train.py alone, at their tops or within."""
-    package = Path(__file__).parent.parent / "vcf_batch"
-    knows = {path for path in package.rglob("*.py") if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.M)}
-    assert {str(path.relative_to(package)) for path in knows if path.parent != package / "pool"} == {"vcf/train.py"}
-
-
-def test_training_without_a_cluster_does_not_import_ray() -> None:
-    assert "ray" not in imported("vcf_batch.vcf.fit")
-
-
-def test_the_driver_of_a_training_leaves_the_models_to_the_workers() -> None:
-    assert not imported("vcf_batch.vcf.train") & {"diffusers", "transformers"}
-
-
-def test_pool_leaves_torch_to_the_workers() -> None:
-    """ray is imported in pool/; the driver itself needs no torch."""
-    modules = imported("vcf_batch.pool")
-    assert "ray" in modules
-    assert "torch" not in modules
-
-
-@pytest.mark.parametrize("module", ["vcf_batch.metrics.scorer", "vcf_batch.metrics.lpips", "vcf_batch.vcf.evaluate"])
-def test_ray_and_diffusers_stay_out(module: str) -> None:
-    """ray is for pool/; diffusers for what samples, not for what scores and compares."""
-    assert not imported(module) & {"ray", "diffusers"}
+    repeated = {name: [path for _, path in group] for name, group in itertools.groupby(names, lambda one: one[0])}
+    assert not {name: paths for name, paths in repeated.items() if len(paths) > 1}

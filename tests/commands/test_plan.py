@@ -16,7 +16,7 @@ from vcf_batch.commands import plan
 from vcf_batch.commands.plan import Forecast, Measurement
 from vcf_batch.config import RunConfig
 from vcf_batch.output import lease
-from vcf_batch.setup import prepare
+from vcf_batch.setup import claim
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_finished_shards_tell_without_a_calibration(tmp_path: Path, model: Path)
     """And only what is left takes time."""
     runs.write_manifest(tmp_path, 10)
     job = runs.settled(tmp_path / "manifest.parquet", tmp_path / "out", model, batch_size=2, shard_size=4)
-    prepare.claim(job)
+    claim.claim(job)
     runs.write_output(tmp_path / "manifest.parquet", tmp_path / "other", 4)
     timings = {"total": 8.0, "ended": "2026-01-01T00:00:00+00:00", "worker": "a:1"}
     for receipt in [*runs.read_receipts(str(tmp_path / "other")).values()][:2]:

@@ -78,13 +78,13 @@ def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, mon
     drawn: list[int] = []
     generate = preview.Generation
 
-    def count(tools: Any, rows: Any, *others: Any, **how: Any) -> Any:
+    def count(components: Any, rows: Any, *others: Any, **how: Any) -> Any:
         drawn.append(len(rows))
-        return generate(tools, rows, *others, **how)
+        return generate(components, rows, *others, **how)
 
     monkeypatch.setattr(preview, "Generation", count)
     columns = [preview.TEXT_ONLY, *variants(["strength=0,1", "fusion=naive,concat"], CONFIG)]
-    samples = preview._generated(loaded.tools, [preview._changed(row, column) for column in columns])
+    samples = preview._generated(loaded.components, [preview._changed(row, column) for column in columns])
     assert drawn == [3]
     images = [sample.image for sample in samples]
     assert images[0] == images[1] == images[2]

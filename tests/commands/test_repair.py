@@ -14,6 +14,7 @@ from vcf_batch import pool
 from vcf_batch.cli import main
 from vcf_batch.commands.repair import Repair
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
@@ -134,10 +135,10 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Result, l
     """The command's result, and what a run was started with; no run takes place."""
     configs, asked = [], []
 
-    def record(config: RunConfig, again: pool.Again) -> pool.Summary:
+    def record(config: RunConfig, again: pool.Again) -> Summary:
         configs.append(config)
         asked.append(dict(again()))
-        return pool.Summary(config.output, ROWS, {"success": 10, "rejected": 0, "failed": 0}, 8, 1.0)
+        return Summary(config.output, ROWS, {"success": 10, "rejected": 0, "failed": 0}, 8, 1.0)
 
     monkeypatch.setattr(pool, "run", record)
     return CliRunner().invoke(main, ["repair", *map(str, arguments)]), configs, asked

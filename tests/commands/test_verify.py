@@ -15,8 +15,10 @@ from vcf_batch import storage
 from vcf_batch.cli import main
 from vcf_batch.commands import verify
 from vcf_batch.errors import StorageError
+from vcf_batch.output import shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import row_json
+from vcf_batch.output.shards import side_by_side
 from vcf_batch.sharding import ShardPlan
 
 ROWS, SHARD_SIZE = 10, 4
@@ -309,8 +311,8 @@ def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyP
 def test_shards_are_read_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with the number of shards."""
     begun: list[str] = []
-    monkeypatch.setattr(verify, "READERS", 1)
-    results = verify.side_by_side(lambda shard: begun.append(shard.name), ShardPlan(100, 1))
+    monkeypatch.setattr(shards, "READERS", 1)
+    results = side_by_side(lambda shard: begun.append(shard.name), ShardPlan(100, 1))
     next(results)
     assert len(begun) <= 2
     assert len(list(results)) == 99

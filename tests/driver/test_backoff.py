@@ -3,7 +3,7 @@
 import pytest
 
 from vcf_batch.driver import backoff
-from vcf_batch.driver.backoff import MAX_BACKOFF_SECONDS, START_ATTEMPTS, Starts
+from vcf_batch.driver.backoff import MAX_BACKOFF_SECONDS, START_ATTEMPTS, StartBackoff
 
 
 class Clock:
@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_pauses_grow_and_end(clock: Clock) -> None:
-    subject, pauses = Starts(), list[float]()
+    subject, pauses = StartBackoff(), list[float]()
     for _ in range(10):
         assert subject.may_begin
         began = clock.now = clock.now + 1
@@ -35,7 +35,7 @@ def test_pauses_grow_and_end(clock: Clock) -> None:
 
 
 def test_workers_that_fail_to_start_together_count_once(clock: Clock) -> None:
-    subject = Starts()
+    subject = StartBackoff()
     for _ in range(9):
         subject.failed(99.0)
     assert subject.failures == 1

@@ -11,12 +11,12 @@ from support import runs
 from vcf_batch import storage
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.commit_queue import MAX_PENDING, CommitQueue, Finished
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, StorageError, VcfBatchError
 from vcf_batch.output import commits, lease, receipts, shards
 from vcf_batch.records import Status
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
 
 Outcome = tuple[str, BaseException | None]
 
@@ -35,7 +35,7 @@ class Run:
             for kind, path in staged.items():
                 storage.move(storage.join(self.output, name + shards.SUFFIXES[kind]), storage.join(self.output, path))
             storage.remove(storage.join(self.output, name + receipts.SUFFIX))
-            self.finished.append(Finished(Task(receipt.shard), "node", receipt, staged))
+            self.finished.append(Finished(ShardTask(receipt.shard), "node", receipt, staged))
         self.ledger = Ledger(job)
         self.notes: list[str] = []
         self.queue: CommitQueue

@@ -9,22 +9,23 @@ from hypothesis import strategies as st
 
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.bisection import REPEATS
-from vcf_batch.driver.failing_shard import LOSS_PAUSES, MAX_CULPRITS, PAUSES, Case, Failure, Task
+from vcf_batch.driver.failing_shard import LOSS_PAUSES, MAX_CULPRITS, PAUSES, FailingShard, Failure
 from vcf_batch.records import Shard
+from vcf_batch.setup.shard_task import ShardTask
 
 A, B = "node a", "node b"
 SYMPTOM = "it dies"
 
-World = Callable[[set[int], Task], Failure | None]
+World = Callable[[set[int], ShardTask], Failure | None]
 """What happens to a worker that generates these rows; None if all goes well."""
 
 
-def live(world: World, rows: int = 16, batch_size: int | None = None) -> tuple[Task | None, list[Task]]:
+def live(world: World, rows: int = 16, batch_size: int | None = None) -> tuple[ShardTask | None, list[ShardTask]]:
     """A case in a world until it is committed or set aside: the task that went well, and all tasks."""
-    case = Case(Shard(3, 100, 100 + rows, "00003"), range(100, 100 + rows), batch_size)
-    done: list[Task] = []
+    case = FailingShard(Shard(3, 100, 100 + rows, "00003"), range(100, 100 + rows), batch_size)
+    done: list[ShardTask] = []
     # A case is opened by the first failure of a whole attempt.
-    task, first = Task(case.shard), True
+    task, first = ShardTask(case.shard), True
     while True:
         assert len(done) < 400
         done.append(task)
@@ -131,7 +132,7 @@ def test_a_lost_node_is_nobodys_fault_unless_it_is_always_the_same_rows() -> Non
 
 def test_a_verdict_tells_the_first_symptom_of_the_row_alone() -> None:
     """Where a row suffers from several things, its error message does not depend on which came last."""
-    case = Case(Shard(0, 0, 2, "00000"), range(2), None)
+    case = FailingShard(Shard(0, 0, 2, "00000"), range(2), None)
     symptoms = iter(["of the shard"] * (len(PAUSES) + 1) + ["first alone", *(f"later {n}" for n in range(REPEATS))])
     while not (task := case.task()).verdicts:
         assert case.failed(task, A, Failure.CRASH, next(symptoms))
@@ -168,7 +169,7 @@ def test_a_row_that_does_not_fit_alone_is_found() -> None:
 
 def test_what_failed_on_a_bad_node_does_not_count() -> None:
     """No row is blamed for a node, and no attempt is lost."""
-    case = Case(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
     for failure in (Failure.TROUBLE, Failure.CRASH, Failure.TROUBLE, Failure.CRASH, Failure.CRASH):
         assert case.failed(case.task(), A, failure, SYMPTOM)
     trial = case.task()
@@ -185,9 +186,9 @@ def test_what_failed_on_a_bad_node_does_not_count() -> None:
     assert not case.failed(case.task(), B, Failure.TROUBLE, SYMPTOM)
 
 
-def blamed_on(node: str) -> tuple[Case, Task]:
+def blamed_on(node: str) -> tuple[FailingShard, ShardTask]:
     """A case whose first row died on a node, again and again; what is tried next is the rest of the shard."""
-    case = Case(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
     while not (task := case.task()).verdicts:
         assert case.failed(task, node, Failure.CRASH, SYMPTOM)
     return case, task
@@ -222,7 +223,7 @@ def test_a_verdict_of_a_node_that_is_left_out_does_not_count() -> None:
 
 
 def test_a_search_in_vain_on_a_bad_node_does_not_count() -> None:
-    case = Case(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
     while (task := case.task()).selected is None:
         assert case.failed(task, A, Failure.CRASH, SYMPTOM)
     while (task := case.task()).selected is not None:
@@ -233,7 +234,7 @@ def test_a_search_in_vain_on_a_bad_node_does_not_count() -> None:
 
 def test_batches_that_a_bad_node_made_smaller_are_whole_again() -> None:
     """No sample leaves the promise of identical bytes for a node."""
-    case = Case(Shard(0, 0, 8, "00000"), range(8), 8)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), 8)
     for node in (B, A, A):
         assert case.failed(case.task(), node, Failure.MEMORY, SYMPTOM)
     assert case.task().sampled_at_once == 2
@@ -248,7 +249,7 @@ def test_batches_that_a_bad_node_made_smaller_are_whole_again() -> None:
 
 def test_only_rows_that_are_generated_are_suspected() -> None:
     """A shard of which most samples are kept is bisected among the others."""
-    case = Case(Shard(0, 0, 8, "00000"), [2, 5], None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), [2, 5], None)
     for _ in [*PAUSES, "last"]:
         assert case.failed(case.task(), A, Failure.CRASH, SYMPTOM)
     assert case.task().selected == {2}
@@ -256,7 +257,7 @@ def test_only_rows_that_are_generated_are_suspected() -> None:
 
 def test_pauses_hold_back_whole_attempts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failing_shard.time, "monotonic", lambda: 1000.0)
-    case = Case(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
     for pause in PAUSES:
         case.failed(case.task(), A, Failure.CRASH, SYMPTOM)
         assert case.not_before == 1000.0 + pause
@@ -271,7 +272,7 @@ def test_any_world_comes_to_an_end(rows: int, culprits: set[int], luck: int) -> 
     bits = [bool(luck >> bit & 1) for bit in range(60)]
     alone: dict[int, list[bool]] = {}
 
-    def world(generated: set[int], task: Task) -> Failure | None:
+    def world(generated: set[int], task: ShardTask) -> Failure | None:
         died = bool(generated & culprits) or not alone or (bits.pop() if bits else False)
         for row in generated if len(generated) == 1 else ():
             alone.setdefault(row, []).append(died)

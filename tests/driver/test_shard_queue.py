@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcf_batch.driver import failing_shard, shard_queue
-from vcf_batch.driver.failing_shard import PAUSES, Failure, Task
+from vcf_batch.driver.failing_shard import PAUSES, Failure
 from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.records import Shard
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
 
 A, B = "node a", "node b"
@@ -34,11 +35,11 @@ def rows_of(shard: Shard) -> range:
     return range(shard.start, shard.stop)
 
 
-def failed(queue: ShardQueue, task: Task, node: str, failure: Failure = Failure.TROUBLE) -> bool:
+def failed(queue: ShardQueue, task: ShardTask, node: str, failure: Failure = Failure.TROUBLE) -> bool:
     return queue.failed(task, node, failure, "it dies")
 
 
-def taken(queue: ShardQueue, node: str, *others: str) -> Task:
+def taken(queue: ShardQueue, node: str, *others: str) -> ShardTask:
     task = queue.take(node, {node, *others})
     assert task is not None
     return task

@@ -33,7 +33,7 @@ from vcf_batch.errors import ModelError
 from vcf_batch.manifest import references
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
-from vcf_batch.setup import prepare
+from vcf_batch.setup import claim
 from vcf_batch.worker.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
@@ -64,10 +64,10 @@ def site() -> Iterator[str]:
 def generate(loaded: Worker, manifest: str, output: str, model: Path, **options: Any) -> None:
     """One shard, as a run generates it: everything that is settled before a worker starts, then the worker."""
     job = runs.settled(Path(manifest), Path(output), model, steps=1, batch_size=8, shard_size=1000, **options)
-    prepare.claim(job)
+    claim.claim(job)
     reader = ReferenceReader(job.manifest.base, job.config.reference_root, job.config.max_pixels)
-    tools = dataclasses.replace(loaded.tools, config=job.config, references=reader)
-    runs.commit(Worker(tools, job.manifest, job.fingerprint), last_attempt=True)
+    components = dataclasses.replace(loaded.components, config=job.config, references=reader)
+    runs.commit(Worker(components, job.manifest, job.fingerprint), last_attempt=True)
 
 
 # Rows
@@ -614,10 +614,10 @@ def test_secrets_in_urls_are_in_no_output(
     job = dataclasses.replace(
         job, config=job.config.replace(manifest=f"{base}/m.parquet"), manifest=Manifest.open(base)
     )
-    prepare.claim(job)
+    claim.claim(job)
     reader = ReferenceReader(job.manifest.base, job.config.reference_root, LIMIT)
-    tools = dataclasses.replace(loaded.tools, config=job.config, references=reader)
-    runs.commit(Worker(tools, job.manifest, job.fingerprint), last_attempt=True)
+    components = dataclasses.replace(loaded.components, config=job.config, references=reader)
+    runs.commit(Worker(components, job.manifest, job.fingerprint), last_attempt=True)
     found = runs.rows_of(tmp_path / "out")
     assert [row["status"] for row in found] == ["success"] * 2 + ["failed"] * 6 + ["success"] * 2
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]

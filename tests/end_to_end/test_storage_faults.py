@@ -25,6 +25,7 @@ from vcf_batch import pool, storage
 from vcf_batch.cli import main
 from vcf_batch.config import RunConfig
 from vcf_batch.driver import failing_shard
+from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, StorageError
 from vcf_batch.output import progress_file, receipts, run_file, shards
 from vcf_batch.storage import retries
@@ -61,7 +62,7 @@ def cluster(faults: dict[str, Any], s3_endpoint: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def generate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pool.Summary]:
+def generate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Summary]:
     model = runs.save_model(tmp_path_factory.mktemp("model"))
     manifest = runs.write_manifest(tmp_path_factory.mktemp("manifest"), ROWS)
     settings: dict[str, Any] = {"model": str(model), "manifest": str(manifest), "shard_size": SHARD_SIZE, **runs.SIZE}
@@ -69,7 +70,7 @@ def generate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pool.S
 
 
 @pytest.fixture(scope="module")
-def undisturbed(generate: Callable[[str], pool.Summary], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(generate: Callable[[str], Summary], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Name to bytes of the tars and parquets of a run on a healthy local disk."""
     output = tmp_path_factory.mktemp("undisturbed")
     assert generate(str(output)).counts["success"] == ROWS
@@ -89,7 +90,7 @@ def assert_nothing_is_left(output: str) -> None:
 
 
 def test_a_run_on_s3_that_is_stopped_and_resumed_gives_the_bytes_of_a_local_one(
-    s3: str, generate: Callable[[str], pool.Summary], undisturbed: dict[str, bytes]
+    s3: str, generate: Callable[[str], Summary], undisturbed: dict[str, bytes]
 ) -> None:
     """After any mix of faults and reruns the output is byte-identical to an undisturbed run's, through s3fs too."""
 
@@ -114,7 +115,7 @@ def test_a_run_on_s3_that_is_stopped_and_resumed_gives_the_bytes_of_a_local_one(
 def test_storage_that_fails_one_call_in_five_and_then_fills_up_changes_no_byte(
     tmp_path: Path,
     faults: dict[str, Any],
-    generate: Callable[[str], pool.Summary],
+    generate: Callable[[str], Summary],
     undisturbed: dict[str, bytes],
 ) -> None:
     """Throttling, timeouts and resets are retried with backoff, bounded, and the run completes. Disk full: clear error,
@@ -157,7 +158,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_local_disk_that_fills_up_and_one_that_is_read_only(
-    small_disk: Path, generate: Callable[[str], pool.Summary], undisturbed: dict[str, bytes]
+    small_disk: Path, generate: Callable[[str], Summary], undisturbed: dict[str, bytes]
 ) -> None:
     """Disk full and read-only output: clear error, earlier shards intact, rerun completes. `verify` reads both."""
     output, ballast = small_disk / "out", small_disk / "ballast"

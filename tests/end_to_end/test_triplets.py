@@ -21,8 +21,8 @@ from vcf_batch.output import shards
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.output.output import Output
 from vcf_batch.report import card
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import claim
+from vcf_batch.setup.job import Job
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
 
@@ -46,11 +46,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Worker]:
     manifest = runs.write_manifest(folder / "in", ROWS, columns)
     model = runs.save_model(folder / "model")
     job = runs.settled(manifest, folder / "out", model, batch_size=3, shard_size=ROWS, triplets=True)
-    prepare.claim(job)
+    claim.claim(job)
     loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
     features = [torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 2, 5)]
     perceptual = PerceptualDistance(lambda images: [layer(images).relu() for layer in features])
-    loaded.tools.scorer.perceptual = perceptual
+    loaded.components.scorer.perceptual = perceptual
     commit(loaded)
     return job, loaded
 
@@ -110,7 +110,7 @@ def test_the_style_is_the_reference_that_counts_most(run: tuple[Job, Worker]) ->
 def test_the_scores_are_those_of_the_images_that_are_there(run: tuple[Job, Worker]) -> None:
     job, loaded = run
     made = members(Path(job.config.output))
-    judge = loaded.tools.scorer.judge
+    judge = loaded.components.scorer.judge
     for row in runs.rows_of(Path(job.config.output)):
         if row["status"] != "success":
             assert row["content_alignment"] is row["style_similarity"] is row["phash"] is None
@@ -128,9 +128,9 @@ def test_triplets_are_kept_verified_and_told_of(run: tuple[Job, Worker], tmp_pat
     opened = Output.open(job.config.output)
     assert list(check(opened)) == []
     assert "`KEY.content.png` is what the prompt alone makes of the same noise" in card.render(opened)
-    tools = dataclasses.replace(loaded.tools, config=job.config.replace(output=str(tmp_path / "out")))
-    again = KeptSamples(job, job.shards[0], bytes([0, 0, 1, 0, 0, 0]))
-    commit(Worker(tools, job.manifest, job.fingerprint), existing=again)
+    components = dataclasses.replace(loaded.components, config=job.config.replace(output=str(tmp_path / "out")))
+    again = KeptSamples(job.config, job.manifest, job.shards[0], bytes([0, 0, 1, 0, 0, 0]))
+    commit(Worker(components, job.manifest, job.fingerprint), existing=again)
     assert runs.data_files(tmp_path / "out") == runs.data_files(Path(job.config.output))
 
 

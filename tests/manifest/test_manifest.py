@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, StorageError, UsageError
-from vcf_batch.manifest import manifest, repeats
+from vcf_batch.manifest import build as builder
+from vcf_batch.manifest import manifest as reader
+from vcf_batch.manifest import repeats
+from vcf_batch.manifest.build import build
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Reference
 
@@ -101,7 +104,7 @@ def test_only_the_needed_row_groups_are_read(tmp_path: Path, monkeypatch: pytest
 
 
 def test_embedded_images_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "_ROWS_PER_READ", 7)
+    monkeypatch.setattr(reader, "_ROWS_PER_READ", 7)
     images = [{"bytes": bytes([n]) * 1000, "path": f"{n}.png"} for n in range(40)]
     opened = Manifest.open(write(tmp_path / "m.parquet", prompt=["a cat"] * 40, reference=images))
     rows = opened.rows(20, 30, 0)
@@ -305,10 +308,10 @@ def test_credentials_are_not_repeated() -> None:
 
 
 def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "_BUILD_ROWS", 5)
+    monkeypatch.setattr(builder, "_BUILD_ROWS", 5)
     prompts = (line for line in ["a cat\n", "\n", "  a dog  ", "a fox"])
     out = str(tmp_path / "new" / "m.parquet")
-    assert manifest.build(prompts, ["x.png", "y.png"], out, seeds=4) == 24
+    assert build(prompts, ["x.png", "y.png"], out, seeds=4) == 24
     table = pq.read_table(out).to_pylist()
     assert [(r["prompt"], r["reference"], r["seed"]) for r in table] == [
         (prompt, reference, seed)
@@ -323,17 +326,17 @@ def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_build_without_references_is_text_only_and_repeatable(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert manifest.build(["a cat"], [], str(tmp_path / name), seeds=2) == 2
+        assert build(["a cat"], [], str(tmp_path / name), seeds=2) == 2
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert [row.references for row in Manifest.open(str(tmp_path / "a")).rows(0, 2, 0)] == [(), ()]
 
 
 def test_build_writes_as_many_rows_of_a_pairing_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Balanced: every prompt and every reference equally often, each pair with all its seeds."""
-    monkeypatch.setattr(manifest, "_BUILD_ROWS", 7)
+    monkeypatch.setattr(builder, "_BUILD_ROWS", 7)
     out = str(tmp_path / "m.parquet")
     prompts, references = [f"cat {n}" for n in range(6)], [f"{n}.png" for n in range(4)]
-    assert manifest.build(prompts, references, out, pairing="balanced", rows=24, seeds=2) == 24
+    assert build(prompts, references, out, pairing="balanced", rows=24, seeds=2) == 24
     table = pq.read_table(out).to_pylist()
     assert len({(row["prompt"], row["reference"]) for row in table}) == 12
     assert set(Counter(row["prompt"] for row in table).values()) == {4}
@@ -343,11 +346,11 @@ def test_build_writes_as_many_rows_of_a_pairing_as_asked_for(tmp_path: Path, mon
 
 def test_build_refuses_nothing_to_do(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="seeds is 0"):
-        manifest.build(["a"], [], str(tmp_path / "m.parquet"), seeds=0)
+        build(["a"], [], str(tmp_path / "m.parquet"), seeds=0)
     with pytest.raises(UsageError, match="no prompts"):
-        manifest.build([" ", ""], [], str(tmp_path / "m.parquet"))
+        build([" ", ""], [], str(tmp_path / "m.parquet"))
     with pytest.raises(UsageError, match="rows is 7; 2 prompts, 1 references and 3 seeds make 1 to 6 different rows"):
-        manifest.build(["a", "b"], [], str(tmp_path / "m.parquet"), rows=7, seeds=3)
+        build(["a", "b"], [], str(tmp_path / "m.parquet"), rows=7, seeds=3)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,8 @@ import pytest
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models import model_files, resolution
-from vcf_batch.models.resolution import ResolvedModel, fetch, resolve
+from vcf_batch.models.cache import _MARKER, CACHE_VARIABLE, fetch
+from vcf_batch.models.resolution import ResolvedModel, resolve
 
 FILES = {
     "model_index.json": b'{"_class_name": "VCFPipeline"}',
@@ -43,7 +44,7 @@ def model_folder(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(resolution.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -188,7 +189,7 @@ def test_a_url_is_fetched_once_and_whole(monkeypatch: pytest.MonkeyPatch, cache:
 
     memory.pipe_file("/models-test/sd/unet/diffusion_pytorch_model.safetensors", b"new! weights")
     assert resolve("memory://models-test/sd").identity != resolved.identity
-    Path(folder, resolution._MARKER).unlink()
+    Path(folder, _MARKER).unlink()
     with pytest.raises(ModelError, match="has changed since the run was started"):
         fetch(resolved)
 
@@ -258,11 +259,11 @@ def test_a_fetch_killed_in_the_middle_is_completed(model_folder: str, cache: Pat
     process = start_fetch(resolved, log, die_after=2)
     process.communicate(timeout=60)
     assert process.returncode == 9
-    assert not list(cache.rglob(resolution._MARKER))
+    assert not list(cache.rglob(_MARKER))
     interrupted = next(path for path in (cache / "models").iterdir() if path.is_dir())
     (interrupted / ".tmp-half").write_bytes(b"half a file")
     assert tree(fetch(resolved)) == FILES
-    assert len(list(cache.rglob(resolution._MARKER))) == 1
+    assert len(list(cache.rglob(_MARKER))) == 1
     assert not list(cache.rglob(".tmp-*"))
 
 
@@ -270,8 +271,8 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(
     model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(resolution.CACHE_VARIABLE, str(tmp_path / "file"))
-    with pytest.raises(ModelError, match=f"set {resolution.CACHE_VARIABLE} to a folder"):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=f"set {CACHE_VARIABLE} to a folder"):
         fetch(resolve(f"local://{model_folder}"))
 
 

@@ -12,7 +12,7 @@ from support import runs
 from vcf_batch.errors import StorageError
 from vcf_batch.output import shards
 from vcf_batch.output.kept_samples import KeptSamples
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job
 
 ROWS = 8
 
@@ -27,7 +27,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def test_the_rows_that_stay_are_there(job: Job) -> None:
-    kept = KeptSamples(job, job.shards[0], job.again[0])
+    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.again[0])
     assert list(kept) == [0, 1, 2, 4, 5, 6, 7]
     assert len(kept) == 7
     assert 3 not in kept
@@ -36,14 +36,14 @@ def test_the_rows_that_stay_are_there(job: Job) -> None:
 
 
 def test_nothing_stays_of_a_shard_that_is_generated_whole(job: Job) -> None:
-    assert not KeptSamples(job, job.shards[0], None)
+    assert not KeptSamples(job.config, job.manifest, job.shards[0], None)
 
 
 def test_what_is_read_is_what_was_written(job: Job, tmp_path: Path) -> None:
     """Committed samples are reused byte for byte."""
     before = runs.data_files(tmp_path / "out")
     shard, manifest = job.shards[0], job.manifest
-    kept = KeptSamples(job, shard, bytes(ROWS))
+    kept = KeptSamples(job.config, job.manifest, shard, bytes(ROWS))
     layout = ("png", manifest.carried_schema, manifest.reference_is_list)
     with shards.ShardWriter(str(tmp_path / "again"), shard, *layout) as writer:
         for number in range(ROWS):
@@ -64,7 +64,7 @@ def test_samples_are_read_when_they_are_asked_for(job: Job, monkeypatch: pytest.
 
     monkeypatch.setattr(shards, "read_members", noted)
     ticks: list[int] = []
-    kept = KeptSamples(job, job.shards[0], job.again[0], lambda: ticks.append(1))
+    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.again[0], lambda: ticks.append(1))
     assert not read
     assert kept[1].image == runs.png(1, 32)
     assert len(read) <= 7
@@ -77,7 +77,7 @@ def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:
     data[data.index(b"\x89PNG") + 60] ^= 1
     tar.write_bytes(data)
     with pytest.raises(StorageError, match="00000 was damaged"):
-        KeptSamples(job, job.shards[0], job.again[0])[0]
+        KeptSamples(job.config, job.manifest, job.shards[0], job.again[0])[0]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_shard_that_cannot_be_read_any_more_is_trouble_of_the_storage(job: Job
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:left])
-    kept = KeptSamples(job, job.shards[0], job.again[0])
+    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.again[0])
     with pytest.raises(StorageError, match="00000 was damaged"):
         list(kept.values())
 
@@ -102,4 +102,4 @@ def test_a_tar_with_fewer_samples_than_the_parquet_is_trouble_of_the_storage(job
         second = sorted(member.offset for member in tar)[3]
     path.write_bytes(path.read_bytes()[:second] + bytes(1024))
     with pytest.raises(StorageError, match=r"00000 was damaged .*its tar ends before row 1"):
-        list(KeptSamples(job, job.shards[0], job.again[0]).values())
+        list(KeptSamples(job.config, job.manifest, job.shards[0], job.again[0]).values())

@@ -67,7 +67,7 @@ def test_a_runs_images_are_marked_unless_it_says_otherwise(tmp_path: Path) -> No
         samples.append(list(shards.read_samples(str(tmp_path / str(mark) / "00000.tar"))))
     for marked, plain in zip(*samples, strict=True):
         assert properties(marked["png"])[f"{OWN}key"] == marked["__key__"]
-        assert properties(marked["png"])[f"{OWN}model"] == loaded.tools.model
+        assert properties(marked["png"])[f"{OWN}model"] == loaded.components.model
         assert marked["txt"].encode() not in marked["png"] and b"reference0.png" not in marked["png"]
         with Image.open(io.BytesIO(plain["png"])) as image:
             assert not image.info

@@ -8,13 +8,13 @@ import pytest
 
 from support import runs
 from vcf_batch import storage
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import progress_file, receipts
 from vcf_batch.output.progress_file import NAME, look
-from vcf_batch.output.sums import Totals
-from vcf_batch.setup.prepare import Job
+from vcf_batch.output.sums import RunSums
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def job(tmp_path: Path) -> Job:
     return runs.write_output(runs.write_manifest(tmp_path / "in", 10), tmp_path / "out", 2, failed={3})
 
 
-def counted(job: Job) -> Totals:
+def counted(job: Job) -> RunSums:
     """From the receipts alone."""
-    found = Totals()
+    found = RunSums()
     for receipt in receipts.read(job.config.output):
         found.add(receipt)
     return found
 
 
-def seen(job: Job) -> Totals:
+def seen(job: Job) -> RunSums:
     return look(job.config.output, {job.fingerprint}).totals
 
 
@@ -100,8 +100,8 @@ def test_the_driver_tells_what_it_commits_and_sets_aside(job: Job) -> None:
     for index in (2, 3):
         (Path(job.config.output) / f"{receipts[index].shard.name}_stats.json").unlink()
     ledger = Ledger(job)
-    ledger.set_aside(Task(job.shards[3]), VcfBatchError("no disk"), "no disk")
-    ledger.committed(Task(job.shards[2]), receipts[2])
+    ledger.set_aside(ShardTask(job.shards[3]), VcfBatchError("no disk"), "no disk")
+    ledger.committed(ShardTask(job.shards[2]), receipts[2])
     told = progress_file.read(job.config.output)
     assert told
     assert told.set_aside == {"00003": "no disk"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vcf_batch.output import sums
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.sums import RunSums
 from vcf_batch.records import FileEntry, Receipt, Shard
 
 
@@ -21,7 +21,7 @@ def receipt(index: int, worker: str, ended: int, seconds: float, failed: int = 0
 
 
 def test_receipts_add_up() -> None:
-    found = Totals()
+    found = RunSums()
     for number in range(2):
         found.add(receipt(number, "a:1", 100 * (number + 1), 10, failed=5 * number))
     assert (found.counts, found.retried, found.bytes, found.done) == (
@@ -37,7 +37,7 @@ def test_receipts_add_up() -> None:
 
 def test_the_rate_is_that_of_the_workers_at_work() -> None:
     """A worker that ended long before the others, or an earlier shard of one, says nothing of what is to come."""
-    found = Totals()
+    found = RunSums()
     for told in [
         receipt(3, "b:1", 600, 20),
         receipt(0, "gone:1", 10, 1),
@@ -50,35 +50,35 @@ def test_the_rate_is_that_of_the_workers_at_work() -> None:
 
 
 def test_rows_that_a_repair_kept_took_no_time() -> None:
-    found = Totals()
+    found = RunSums()
     found.add(receipt(0, "a:1", 10, 2, generated=1))
     assert (found.rate, found.generated, found.counts.total()) == (0.5, 1, 10)
 
 
 def test_a_worker_that_has_two_shards_under_way_is_not_counted_twice() -> None:
-    found = Totals()
+    found = RunSums()
     found.add(receipt(0, "a:1", 10, 9, wait_for_turn=4.0))
     assert (found.rate, found.worker_seconds) == (2, 5)
 
 
 def test_receipts_without_timings_have_no_rate() -> None:
-    found = Totals()
+    found = RunSums()
     found.add(Receipt(Shard(0, 0, 2, "00000"), "f", 1, {"success": 2}, {}, {}, {}))
     assert (found.rate, found.latest, found.generated, found.means) == (None, None, 0, {})
 
 
 def test_what_is_kept_does_not_grow_with_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sums, "MAX_WORKERS", 4)
-    found = Totals()
+    found = RunSums()
     for number in range(12):
         found.add(receipt(number, f"spot:{number}", 290 * number, 1))
     assert len(found.workers) <= 4
 
 
 def test_totals_are_read_back_as_written() -> None:
-    found = Totals()
+    found = RunSums()
     for number in (0, 1, 2, 7):
         found.add(receipt(number, f"a:{number % 2}", number, 10, failed=number))
     record = json.loads(json.dumps(found.to_dict()))
     assert record["done"] == [[0, 3], [7, 8]]
-    assert Totals.from_dict(record) == found
+    assert RunSums.from_dict(record) == found

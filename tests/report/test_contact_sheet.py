@@ -14,8 +14,8 @@ from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, shards
 from vcf_batch.records import Receipt, Sample
 from vcf_batch.report import contact_sheet
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import claim
+from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 
 
@@ -27,7 +27,7 @@ def output(tmp_path: Path) -> Path:
     config = RunConfig(manifest=str(path), output=str(tmp_path / "out"), shard_size=6)
     model = ResolvedModel("m", "hub", "m", "0" * 40)
     job = Job(config, manifest, Models(model, None, "none", "none"), {})
-    prepare.claim(job)
+    claim.claim(job)
     shard = job.shards[0]
     with shards.ShardWriter(str(tmp_path / "scratch"), shard, "png", manifest.carried_schema, False) as writer:
         for row in manifest.rows(0, 6, 0):

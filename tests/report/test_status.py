@@ -18,7 +18,7 @@ from vcf_batch.cli import main
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import lease, receipts
 from vcf_batch.report import status
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job
 
 
 @pytest.fixture

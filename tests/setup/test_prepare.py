@@ -20,8 +20,8 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import lease, run_file
 from vcf_batch.output.output import Output
-from vcf_batch.setup import manifest_check, prepare, run_models
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models, storage_check
+from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 
 
@@ -41,10 +41,10 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
             "model": str(model),
             "gpus_per_worker": 0,
         }
-        config = prepare.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
+        config = paths.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
         found = run_file.read(config.output)
-        config = prepare.resume(config, found)
-        return prepare.settle(config, manifest_check.open_checked(config, found), run_models.resolve(config))
+        config = claim.resume(config, found)
+        return defaults.settle(config, manifest_check.open_checked(config, found), run_models.resolve(config))
 
     return build
 
@@ -120,7 +120,7 @@ def commit_a_shard(job: Job) -> None:
 def test_a_resumed_run_keeps_what_the_cluster_settled(settle: Callable[..., Job]) -> None:
     """Rerunning the same command is the resume, whatever nodes happen to be up."""
     job = settle(shard_size=24, gpus_per_worker=1, batch_size=4)
-    prepare.claim(job)
+    claim.claim(job)
     assert settle(gpus_per_worker=None).config.gpus_per_worker is None  # nothing is there yet to be resumed
     commit_a_shard(job)
     resumed = settle(gpus_per_worker=None, batch_size=None)
@@ -132,8 +132,8 @@ def test_a_resumed_run_keeps_what_the_cluster_settled(settle: Callable[..., Job]
 
 def test_the_output_names_its_run(settle: Callable[..., Job], tmp_path: Path) -> None:
     job = settle()
-    prepare.claim(job)
-    prepare.claim(job)
+    claim.claim(job)
+    claim.claim(job)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["fingerprint"] == job.fingerprint
     assert record["shards"] == 3
@@ -141,7 +141,7 @@ def test_the_output_names_its_run(settle: Callable[..., Job], tmp_path: Path) ->
 
 def test_the_run_file_names_the_model_of_each_score(settle: Callable[..., Job], tmp_path: Path) -> None:
     """Scores, each with the model's name in run.json."""
-    prepare.claim(settle())
+    claim.claim(settle())
     named = json.loads((tmp_path / "out" / "run.json").read_text())["models"]
     assert named["clip_score"]["name"] == named["clip_reference"]["name"] == f"{named['model']['name']}/judge"
     assert named["lpips"] is None and named["pno_guide"] is None
@@ -180,7 +180,7 @@ def test_a_guide_that_cannot_be_is_refused_before_a_model_loads(
 
 def test_credentials_stay_out_of_the_run_file(settle: Callable[..., Job], tmp_path: Path) -> None:
     roots = ["https://host/a?token=secret", "memory://user:secret@bucket/a"]
-    prepare.claim(settle(reference_root=tuple(roots), negative_prompt='see "https://host/?sig=secret" \\ \n'))
+    claim.claim(settle(reference_root=tuple(roots), negative_prompt='see "https://host/?sig=secret" \\ \n'))
     text = (tmp_path / "out" / "run.json").read_text()
     config = json.loads(text)["config"]
     assert config["reference_root"] == ["https://host/a?...", "memory://bucket/a"]
@@ -191,19 +191,19 @@ def test_credentials_stay_out_of_the_run_file(settle: Callable[..., Job], tmp_pa
 
 def test_an_output_without_a_shard_takes_other_settings(settle: Callable[..., Job], tmp_path: Path) -> None:
     """A mistaken option costs no output: run.json binds from the first finished shard on."""
-    prepare.claim(settle(steps=5))
+    claim.claim(settle(steps=5))
     job = settle()
-    prepare.claim(job)
+    claim.claim(job)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["fingerprint"] == job.fingerprint
 
 
 def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> None:
     """A different fingerprint in the same output is refused with both values shown."""
     job = settle(negative_prompt="fog")
-    prepare.claim(job)
+    claim.claim(job)
     commit_a_shard(job)
     with pytest.raises(RefusedError, match=r'negative_prompt: "fog" there, "rain" now\n  seed: 0 there, 3 now\n'):
-        prepare.claim(settle(negative_prompt="rain", seed=3))
+        claim.claim(settle(negative_prompt="rain", seed=3))
 
 
 def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job], tmp_path: Path) -> None:
@@ -211,19 +211,19 @@ def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job]
     folder = tmp_path / "many"
     runs.write_manifest(folder, 8).rename(folder / "1.parquet")
     first = settle(manifest=str(folder), shard_size=4)
-    prepare.claim(first)
+    claim.claim(first)
     commit_a_shard(first)
     runs.write_manifest(folder, 6).rename(folder / "2.parquet")
     second = settle(manifest=str(folder), shard_size=4)
     for _ in range(2):
-        assert prepare.claim(second) == (first.fingerprint,)
+        assert claim.claim(second) == (first.fingerprint,)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["fingerprint"], record["manifest"]["rows"], record["shards"]) == (second.fingerprint, 14, 4)
     runs.write_manifest(folder, 1).rename(folder / "3.parquet")
     with pytest.raises(RefusedError, match=r"manifest_id: (.|\n)*last shard, 00003 with 2 rows"):
-        prepare.claim(settle(manifest=str(folder), shard_size=4))
+        claim.claim(settle(manifest=str(folder), shard_size=4))
     with pytest.raises(RefusedError, match=r"manifest_id: (.|\n)*seed: 0 there, 1 now\nUse another output"):
-        prepare.claim(settle(manifest=str(folder), shard_size=4, seed=1))
+        claim.claim(settle(manifest=str(folder), shard_size=4, seed=1))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
@@ -237,7 +237,7 @@ def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Pat
 def test_an_output_of_another_layout_is_refused_and_not_called_damaged(
     settle: Callable[..., Job], tmp_path: Path
 ) -> None:
-    prepare.claim(settle())
+    claim.claim(settle())
     file = tmp_path / "out" / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layout": 0}))
     for read in (settle, lambda: Output.open(str(tmp_path / "out"))):
@@ -251,12 +251,12 @@ def test_shards_without_a_run_file_are_refused(settle: Callable[..., Job], tmp_p
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(RefusedError, match=r"no run\.json"):
-        prepare.claim(settle())
+        claim.claim(settle())
 
 
 def test_ids_are_not_checked_again_on_a_resume(settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniqueness is not rechecked on a resume of the same manifest."""
-    prepare.claim(settle())
+    claim.claim(settle())
     monkeypatch.setattr(Manifest, "check", pytest.fail)
     settle()
 
@@ -268,10 +268,10 @@ def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     with pytest.raises(UsageError, match="temporary copy"):
-        prepare.absolute(RunConfig(manifest="in.parquet", output="out"))
-    config = prepare.absolute(RunConfig(manifest="in.parquet", output=str(tmp_path)))
+        paths.absolute(RunConfig(manifest="in.parquet", output="out"))
+    config = paths.absolute(RunConfig(manifest="in.parquet", output=str(tmp_path)))
     assert config.manifest == str(copy / "in.parquet")
-    assert prepare.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
+    assert paths.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
 
 
 def test_a_node_that_does_not_see_the_output_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
@@ -279,13 +279,13 @@ def test_a_node_that_does_not_see_the_output_is_refused(settle: Callable[..., Jo
     job = settle()
     with lease.hold(job.config.output) as held:
         job = dataclasses.replace(job, token=held.token)
-        prepare.check_storage(job)
+        storage_check.check_storage(job)
         elsewhere = dataclasses.replace(job, config=job.config.replace(output=str(tmp_path / "elsewhere")))
         with pytest.raises(UsageError, match="does not see the output"):
-            prepare.check_storage(elsewhere)
+            storage_check.check_storage(elsewhere)
         (tmp_path / "in" / "manifest.parquet").unlink()
         with pytest.raises(UsageError, match="does not see the manifest"):
-            prepare.check_storage(job)
+            storage_check.check_storage(job)
 
 
 def test_a_node_that_does_not_see_a_reference_root_is_refused(
@@ -298,19 +298,19 @@ def test_a_node_that_does_not_see_a_reference_root_is_refused(
     with lease.hold(job.config.output) as held:
         job = dataclasses.replace(job, token=held.token)
         assert job.roots == (str(mounted),)
-        prepare.check_storage(job)
+        storage_check.check_storage(job)
         mounted.rmdir()
         with pytest.raises(
             UsageError, match=rf"node {socket.gethostname()} does not see the --reference-root {mounted}"
         ):
-            prepare.check_storage(job)
+            storage_check.check_storage(job)
 
         def refuse(url: str, limit: int) -> bytes:
             raise PermissionError(13, "refused", url)
 
         monkeypatch.setattr(storage, "read_bytes", refuse)
         with pytest.raises(StorageError, match=rf"node {socket.gethostname()} may not look at the output"):
-            prepare.check_storage(job)
+            storage_check.check_storage(job)
 
 
 def test_image_tokens_default_to_the_aligners(settle: Callable[..., Job]) -> None:
@@ -339,14 +339,14 @@ def test_a_refusal_of_the_output_is_a_storage_error(
     settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = settle()
-    prepare.claim(job)
+    claim.claim(job)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "refused; check credentials and permissions")
 
     monkeypatch.setattr(storage, "read_bytes", refuse)
     with pytest.raises(StorageError, match="check credentials and permissions"):
-        prepare.claim(job)
+        claim.claim(job)
     monkeypatch.setattr(storage, "list_files", refuse)
     with pytest.raises(StorageError, match="check credentials and permissions"):
         runs.read_receipts(job.config.output)

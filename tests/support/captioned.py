@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch.training.captions import Pair
+from vcf_batch.training.captions import CaptionedImage
 
 
 def write_tar(path: Path, members: Mapping[str, bytes | str], mode: str = "w") -> Path:
@@ -37,5 +37,5 @@ def write_captioned(folder: Path, files: int = 2, pairs: int = 3, kind: str = "t
     return folder
 
 
-def texts(pairs: Iterable[Pair]) -> list[str]:
+def texts(pairs: Iterable[CaptionedImage]) -> list[str]:
     return [pair.captions[0] for pair in pairs]

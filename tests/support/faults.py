@@ -17,10 +17,10 @@ from typing import Any
 import ray
 
 from vcf_batch.driver import failing_shard
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.errors import StorageError
 from vcf_batch.pool import actor, dispatch
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
 
 WORKER_PHASES = ("load", "run", "sample", "score", "tar", "parquet", "stage", "staged")
 """When a worker looks for orders, in their order."""
@@ -146,16 +146,16 @@ class FaultyActor(actor.Actor):
                 obey(folder, "stage")
                 obey(folder, "wait")
 
-        tools = self._worker.tools
-        around(tools.pipeline, "generate_from_tokens", sampling)
-        around(tools.pipeline, "encode_prompts", encoding)
-        around(type(tools.scorer), "score", phase("score"))
+        components = self._worker.components
+        around(components.pipeline, "generate_from_tokens", sampling)
+        around(components.pipeline, "encode_prompts", encoding)
+        around(type(components.scorer), "score", phase("score"))
         around(shards.ShardWriter, "add", phase("tar"))
         around(shards.ShardWriter, "finish", phase("parquet"))
         around(commits, "stage", staging, phase("staged"))
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: Task, attempt_id: str, again: bytes | None) -> Any:
+    def run(self, task: ShardTask, attempt_id: str, again: bytes | None) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / f"no-run-on-{node}").exists():
             act("fail")

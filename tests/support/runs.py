@@ -29,8 +29,8 @@ from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.row_json import row_json
 from vcf_batch.records import Objective, Receipt, Sample, Scores
 from vcf_batch.row_settings import settings_of
-from vcf_batch.setup import manifest_check, prepare, run_models
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
@@ -95,7 +95,7 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
         safety_checker=None,
     )
     job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
-    prepare.claim(job)
+    claim.claim(job)
     for shard in job.shards:
         with (
             tempfile.TemporaryDirectory() as scratch,
@@ -125,8 +125,8 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
     config = RunConfig(
         manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
     )
-    config = prepare.absolute(config)
-    return prepare.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+    config = paths.absolute(config)
+    return defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
 
 
 def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
@@ -139,16 +139,16 @@ def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Wor
     """A worker for another manifest with the parts of ``loaded``."""
     options = {"batch_size": 4, "shard_size": 1000} | options
     opened = Manifest.open(str(manifest))
-    config = loaded.tools.config.replace(manifest=str(manifest), output=str(output), **options)
+    config = loaded.components.config.replace(manifest=str(manifest), output=str(output), **options)
     reader = ReferenceReader(opened.base, (), 1_000_000)
-    return Worker(dataclasses.replace(loaded.tools, config=config, references=reader), opened, "f" * 64)
+    return Worker(dataclasses.replace(loaded.components, config=config, references=reader), opened, "f" * 64)
 
 
 def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **given: Any) -> Receipt:
     """Run the manifest as one shard and commit it, as the driver does."""
     shard = sharding.ShardPlan(subject.manifest.num_rows, 1000)[0]
     receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
-    commits.commit(subject.tools.config.output, receipt, staged)
+    commits.commit(subject.components.config.output, receipt, staged)
     return receipt
 
 

@@ -18,10 +18,10 @@ from support import runs
 from support.captioned import texts, write_captioned, write_tar
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
-from vcf_batch.training.captions import CaptionedData, Pair, Piece, cut
+from vcf_batch.training.captions import CaptionedData, CaptionedImage, Piece, cut
 
 
-def read(url: object, **columns: Any) -> list[Pair]:
+def read(url: object, **columns: Any) -> list[CaptionedImage]:
     data = CaptionedData.open(str(url), **columns)
     pairs = list(data.read(data.files))
     assert len(pairs) == len(data)

@@ -12,12 +12,12 @@ from support import runs
 from support.tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, VISION_WIDTH, build_pipeline
 from vcf_batch.errors import RowError
 from vcf_batch.images import decode
-from vcf_batch.training.captions import Pair
+from vcf_batch.training.captions import CaptionedImage
 from vcf_batch.training.features import Towers
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-PAIRS = [Pair(str(number), runs.png(number), (f"caption {number}", "another")) for number in range(3)]
+PAIRS = [CaptionedImage(str(number), runs.png(number), (f"caption {number}", "another")) for number in range(3)]
 RNG = random.Random(0)
 
 
@@ -68,7 +68,7 @@ def test_the_cache_gives_back_what_was_computed(
 
     monkeypatch.setattr(pipeline, "vision_tokens", fail)
     monkeypatch.setattr(pipeline, "encode_prompts", fail)
-    renamed = [Pair("other", pair.image, pair.captions) for pair in PAIRS]
+    renamed = [CaptionedImage("other", pair.image, pair.captions) for pair in PAIRS]
     again = part.encode([part.prepare(pair, random.Random(0)) for pair in renamed])
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
@@ -91,12 +91,12 @@ def test_other_towers_have_another_cache(pipeline: VCFPipeline, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("pair", "reason"),
     [
-        (Pair("x", b"", ("a",)), "the image file is empty"),
-        (Pair("x", runs.png(0)[:60], ("a",)), "damaged or truncated PNG"),
-        (Pair("x", b"<html>", ("a",)), "a web page"),
-        (Pair("x", runs.png(0), ()), "there is no caption"),
+        (CaptionedImage("x", b"", ("a",)), "the image file is empty"),
+        (CaptionedImage("x", runs.png(0)[:60], ("a",)), "damaged or truncated PNG"),
+        (CaptionedImage("x", b"<html>", ("a",)), "a web page"),
+        (CaptionedImage("x", runs.png(0), ()), "there is no caption"),
     ],
 )
-def test_a_broken_pair_says_why(pair: Pair, reason: str, pipeline: VCFPipeline) -> None:
+def test_a_broken_pair_says_why(pair: CaptionedImage, reason: str, pipeline: VCFPipeline) -> None:
     with pytest.raises(RowError, match=reason):
         towers(pipeline).prepare(pair, RNG)

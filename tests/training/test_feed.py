@@ -10,11 +10,11 @@ import pytest
 
 from support.captioned import texts, write_captioned
 from vcf_batch.errors import RowError, UsageError
-from vcf_batch.training.captions import CaptionedData, Pair
+from vcf_batch.training.captions import CaptionedData, CaptionedImage
 from vcf_batch.training.feed import Feed, shuffled
 
 
-def caption(pair: Pair, rng: random.Random) -> str:
+def caption(pair: CaptionedImage, rng: random.Random) -> str:
     return pair.captions[0]
 
 
@@ -65,7 +65,7 @@ def test_the_buffer_shuffles_without_loss() -> None:
 
 
 def test_broken_pairs_are_left_out_counted_and_named(data: CaptionedData) -> None:
-    def prepare(pair: Pair, rng: random.Random) -> str:
+    def prepare(pair: CaptionedImage, rng: random.Random) -> str:
         if pair.captions[0].endswith((".0", ".1")):
             raise RowError("it is broken")
         return pair.captions[0]
@@ -81,7 +81,7 @@ def test_broken_pairs_are_left_out_counted_and_named(data: CaptionedData) -> Non
 def test_data_that_is_mostly_broken_ends_the_training(tmp_path: Path, data: CaptionedData) -> None:
     """The error tells how many, and why: at the end of a pass, and within a long one."""
 
-    def prepare(pair: Pair, rng: random.Random) -> str:
+    def prepare(pair: CaptionedImage, rng: random.Random) -> str:
         raise RowError("the image file is empty")
 
     with pytest.raises(UsageError, match=r"24 of the first 24 pairs cannot be used, .*: the image file is empty"):
@@ -94,7 +94,7 @@ def test_data_that_is_mostly_broken_ends_the_training(tmp_path: Path, data: Capt
 def test_each_pair_has_randomness_of_its_own(data: CaptionedData) -> None:
     """What is drawn for a pair depends on seed and epoch, not on how many workers there are."""
 
-    def draw(pair: Pair, rng: random.Random) -> Any:
+    def draw(pair: CaptionedImage, rng: random.Random) -> Any:
         return pair.name, rng.random()
 
     def drawn(epoch: int, size: int, **place: int) -> set[Any]:

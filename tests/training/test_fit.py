@@ -16,7 +16,7 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.training import fit as fitting
 from vcf_batch.training.fit import Place, fit
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.training.training_job import ALIGNER, STATE, Task, read_log
+from vcf_batch.training.training_job import ALIGNER, STATE, TrainingJob, read_log
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.assembly import assemble, load
 from vcf_batch.vcf.parts import Parts
@@ -68,15 +68,15 @@ class Reports:
             raise KeyboardInterrupt
 
 
-Plan = Callable[..., Task]
+Plan = Callable[..., TrainingJob]
 
 
 @pytest.fixture
 def plan(model: Path, data: Path, tmp_path: Path) -> Plan:
-    def make(**changes: Any) -> Task:
+    def make(**changes: Any) -> TrainingJob:
         settings = {"model": str(model), "data": str(data), "out": str(tmp_path / "out"), "batch_size": 8, "epochs": 2}
         settings |= {"learning_rate": 1e-2, "validation_pairs": 8, "dtype": "float32", "seed": 1}
-        return Task.plan(TrainingConfig(**{**settings, **changes}))
+        return TrainingJob.plan(TrainingConfig(**{**settings, **changes}))
 
     return make
 
@@ -159,7 +159,7 @@ def test_an_aligner_for_the_hub_s_layouts(name: str, data: Path, tmp_path: Path)
     out = str(tmp_path / "out")
     config = TrainingConfig(model=str(base), image_encoder=str(clip), data=str(data), out=out, **settings)  # type: ignore[arg-type]
     reports = Reports(tmp_path / "checkpoint")
-    fit(Task.plan(config), reports.place, None)
+    fit(TrainingJob.plan(config), reports.place, None)
     parts = Parts.resolve(str(base), image_encoder=str(clip))
     assemble(parts, str(tmp_path / "checkpoint" / ALIGNER), str(tmp_path / "model"), torch.float32)
     pipeline = VCFPipeline.from_pretrained(tmp_path / "model")

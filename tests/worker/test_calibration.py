@@ -11,7 +11,7 @@ from support import runs
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.records import Row
 from vcf_batch.worker import calibration
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.components import Components
 from vcf_batch.worker.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
@@ -32,16 +32,16 @@ def test_a_worker_is_timed_on_rows_of_the_manifest(loaded: Worker, monkeypatch: 
     """Every row is generated at the run's batch size, with all its steps, after one that warms up."""
     monkeypatch.setattr(calibration, "SECONDS", 1e-9)
     sampled: list[tuple[int, int]] = []
-    generate = loaded.tools.pipeline.generate_from_tokens
+    generate = loaded.components.pipeline.generate_from_tokens
 
     def seen(*args: Any, **settings: Any) -> torch.Tensor:
         sampled.append((len(settings["seeds"]), settings["steps"]))
         return generate(*args, **settings)
 
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", seen)
-    tools = dataclasses.replace(loaded.tools, config=loaded.tools.config.replace(batch_size=2))
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", seen)
+    components = dataclasses.replace(loaded.components, config=loaded.components.config.replace(batch_size=2))
     rows = [row for row in loaded.manifest.rows(4, 10, 0) if not row.references]
-    assert 0 < calibration.seconds_per_image(tools, rows) < 60
+    assert 0 < calibration.seconds_per_image(components, rows) < 60
     assert sampled == [(2, 1), (2, 1), (1, 1), (2, 4), (2, 4), (1, 4)]
 
 
@@ -59,8 +59,8 @@ def test_the_batch_size_grows_while_that_pays(
 ) -> None:
     """Doubled until memory is out or throughput gains less than 5 %."""
 
-    def timed(tools: Tools, rows: Sequence[Row]) -> float:
-        size = cast(int, tools.config.batch_size)
+    def timed(components: Components, rows: Sequence[Row]) -> float:
+        size = cast(int, components.config.batch_size)
         assert len(rows) == 2 * size
         assert {len(row.references) for row in rows} == {2}, "the most demanding row that is sound"
         if size not in seconds:
@@ -68,18 +68,18 @@ def test_the_batch_size_grows_while_that_pays(
         return seconds[size]
 
     monkeypatch.setattr(calibration, "seconds_per_image", timed)
-    assert calibration.fastest_batch_size(loaded.tools, loaded.manifest, limit) == best
+    assert calibration.fastest_batch_size(loaded.components, loaded.manifest, limit) == best
 
 
 def test_a_real_worker_finds_its_batch_size(loaded: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "SECONDS", 1e-9)
-    assert calibration.fastest_batch_size(loaded.tools, loaded.manifest, 4) in (1, 2, 4)
+    assert calibration.fastest_batch_size(loaded.components, loaded.manifest, 4) in (1, 2, 4)
 
 
 def test_where_not_even_one_sample_fits_the_error_says_so(loaded: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory, as ordered")
 
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", full)
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", full)
     with pytest.raises(OutOfDeviceMemory, match="with 1 images"):
-        calibration.fastest_batch_size(loaded.tools, loaded.manifest, 4)
+        calibration.fastest_batch_size(loaded.components, loaded.manifest, 4)

@@ -19,8 +19,8 @@ from vcf_batch.output import shards
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.output.output import Output
 from vcf_batch.records import Attempt, Row, Sample, Scores
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import claim
+from vcf_batch.setup.job import Job
 from vcf_batch.worker import gates, worker
 from vcf_batch.worker.worker import Worker
 
@@ -191,15 +191,15 @@ def gated(model: Path, manifest: Path, limit: float, tmp_path_factory: pytest.Te
     output = tmp_path_factory.mktemp("gated") / "out"
     options = {"batch_size": 4, "shard_size": ROWS, "min_clip_score": limit, "attempts": 3}
     job = runs.settled(manifest, output, model, **options)
-    prepare.claim(job)
+    claim.claim(job)
     loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
     commit(loaded)
     return job, loaded
 
 
 def elsewhere(subject: Worker, output: Path) -> Worker:
-    tools = dataclasses.replace(subject.tools, config=subject.tools.config.replace(output=str(output)))
-    return Worker(tools, subject.manifest, subject.fingerprint)
+    components = dataclasses.replace(subject.components, config=subject.components.config.replace(output=str(output)))
+    return Worker(components, subject.manifest, subject.fingerprint)
 
 
 def test_rows_that_pass_at_once_have_the_bytes_that_they_have_without_gates(
@@ -238,7 +238,7 @@ def test_bytes_do_not_depend_on_what_is_kept(gated: tuple[Job, Worker], tmp_path
     rejected = bytes(row["status"] == "rejected" for row in runs.rows_of(Path(job.config.output)))
     assert 0 < sum(rejected) < ROWS
     for number, again in enumerate((rejected, b"\1" + bytes(ROWS - 1))):
-        samples = KeptSamples(job, job.shards[0], again)
+        samples = KeptSamples(job.config, job.manifest, job.shards[0], again)
         commit(elsewhere(subject, tmp_path / str(number)), existing=samples)
         assert runs.data_files(tmp_path / str(number)) == runs.data_files(Path(job.config.output))
 

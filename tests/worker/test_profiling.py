@@ -8,7 +8,7 @@ import pytest
 from support import runs
 from vcf_batch import sharding
 from vcf_batch.output import commits
-from vcf_batch.worker import profiling
+from vcf_batch.worker import clock
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
 
@@ -17,7 +17,7 @@ def test_a_trace_shows_the_phases_of_a_shard_and_changes_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--profile: a Chrome trace of the first batches, from every thread, in which the phases are named ranges."""
-    monkeypatch.setattr(profiling, "BATCHES", 3)
+    monkeypatch.setattr(clock, "PROFILED_BATCHES", 3)
     manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": ["reference0.png"] * 8})
     model = runs.save_model(tmp_path / "model")
     for name, profiled in (("plain", False), ("profiled", True)):

@@ -44,8 +44,8 @@ def loaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Worker:
 
 
 def with_reader(subject: Worker, reader: type[ReferenceReader]) -> Worker:
-    tools = dataclasses.replace(subject.tools, references=reader(subject.manifest.base, (), 1_000_000))
-    return Worker(tools, subject.manifest, subject.fingerprint)
+    components = dataclasses.replace(subject.components, references=reader(subject.manifest.base, (), 1_000_000))
+    return Worker(components, subject.manifest, subject.fingerprint)
 
 
 def test_a_shard_holds_every_row_in_order_with_its_settings(loaded: Worker, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_receipt_names_the_device_type(loaded: Worker, tmp_path: Path) -> No
 def test_a_shard_of_failed_rows_samples_nothing(
     loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", pytest.fail)
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", pytest.fail)
     manifest = runs.write_manifest(tmp_path / "in", 3, {"reference": ["gone.png"] * 3})
     assert commit(another(loaded, manifest, tmp_path / "out")).counts["failed"] == 3
     assert [row["status"] for row in runs.rows_of(tmp_path / "out")] == ["failed"] * 3
@@ -214,7 +214,7 @@ def test_a_run_chooses_image_tokens_and_the_unconditional_side(loaded: Worker, t
     assert [(row["unconditional"], row["image_tokens"]) for row in rows] == [(choice, "cls")] * 2
     reference = Image.open(tmp_path / "in" / "reference0.png")
     for row, given, settings in zip(rows, [reference, None], [options, {}], strict=True):
-        [picture] = loaded.tools.pipeline.generate(
+        [picture] = loaded.components.pipeline.generate(
             [row["prompt"]], [given], seeds=[row["seed"]], guidance_scale=5.0, steps=4, **runs.SIZE, **settings
         )
         data = images.encode(images.from_unit(picture.permute(1, 2, 0).numpy()), "png")
@@ -233,14 +233,14 @@ def test_several_references_are_scored_by_their_mean(loaded: Worker, tmp_path: P
 
 
 def test_a_sample_that_is_not_finite_fails(loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = loaded.tools.pipeline.generate_from_tokens
+    generate = loaded.components.pipeline.generate_from_tokens
 
     def broken(*args: Any, **settings: Any) -> torch.Tensor:
         pictures = generate(*args, **settings)
         pictures[0, 0, 0, 0] = float("nan")
         return pictures
 
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", broken)
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", broken)
     commit(another(loaded, runs.write_manifest(tmp_path / "in", 3, {"reference": [None] * 3}), tmp_path / "out"))
     rows = runs.rows_of(tmp_path / "out")
     assert [row["status"] for row in rows] == ["failed", "success", "success"]
@@ -304,13 +304,13 @@ def test_a_trial_generates_the_selected_rows_and_leaves_nothing(
 ) -> None:
     """A shard is bisected in its own batches, and batches without a selected row are not sampled."""
     sampled: list[int] = []
-    generate = loaded.tools.pipeline.generate_from_tokens
+    generate = loaded.components.pipeline.generate_from_tokens
 
     def sample(*args: Any, **settings: Any) -> torch.Tensor:
         sampled.append(len(settings["seeds"]))
         return generate(*args, **settings)
 
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sample)
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", sample)
     references = ["reference0.png"] * 12
     manifest = runs.write_manifest(tmp_path / "in", 12, {"reference": references})
     subject = another(loaded, manifest, tmp_path / "out")
@@ -366,7 +366,10 @@ def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monk
     """Text and reference tokens are computed once per distinct input."""
     texts: list[str] = []
     counts: list[int] = []
-    encode_prompts, encode_references = loaded.tools.pipeline.encode_prompts, loaded.tools.pipeline.encode_references
+    encode_prompts, encode_references = (
+        loaded.components.pipeline.encode_prompts,
+        loaded.components.pipeline.encode_references,
+    )
 
     def note_prompts(prompts: Sequence[str]) -> torch.Tensor:
         texts.extend(prompts)
@@ -376,8 +379,8 @@ def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monk
         counts.append(len(pictures))
         return encode_references(pictures, image_tokens)
 
-    monkeypatch.setattr(loaded.tools.pipeline, "encode_prompts", note_prompts)
-    monkeypatch.setattr(loaded.tools.pipeline, "encode_references", note_references)
+    monkeypatch.setattr(loaded.components.pipeline, "encode_prompts", note_prompts)
+    monkeypatch.setattr(loaded.components.pipeline, "encode_references", note_references)
     commit(another(loaded, runs.write_manifest(tmp_path / "in", 24), tmp_path / "out"))
     assert sorted(texts) == sorted(["", *runs.PROMPTS])
     assert sum(counts) == 3
@@ -401,8 +404,8 @@ def test_reading_and_scoring_happen_beside_sampling(
     second_read, second_sampled = threading.Event(), threading.Event()
     sampled: list[int] = []
 
-    generate, score = loaded.tools.pipeline.generate_from_tokens, Scorer.score
-    squash = loaded.tools.pipeline.squash
+    generate, score = loaded.components.pipeline.generate_from_tokens, Scorer.score
+    squash = loaded.components.pipeline.squash
 
     def squashed(image: Image.Image) -> Image.Image:
         assert threading.current_thread() is not threading.main_thread()
@@ -422,8 +425,8 @@ def test_reading_and_scoring_happen_beside_sampling(
         assert second_sampled.wait(30), "sampling waits for scores"
         return score(*args)
 
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sample)
-    monkeypatch.setattr(loaded.tools.pipeline, "squash", squashed)
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", sample)
+    monkeypatch.setattr(loaded.components.pipeline, "squash", squashed)
     monkeypatch.setattr(Scorer, "score", scored)
     references = ["reference0.png"] * 2 + ["reference1.png"] * 2
     manifest = runs.write_manifest(tmp_path / "in", 4, {"reference": references})
@@ -445,7 +448,7 @@ def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
         commits.commit(str(tmp_path / "apart"), *apart.run(shard, 1, f"attempt-{shard.name}"))
 
     first_samples, second_reads, second_samples = threading.Event(), threading.Event(), threading.Event()
-    generate, read, stage = loaded.tools.pipeline.generate_from_tokens, ReferenceReader.read, commits.stage
+    generate, read, stage = loaded.components.pipeline.generate_from_tokens, ReferenceReader.read, commits.stage
 
     def sampled(*args: Any, **settings: Any) -> torch.Tensor:
         if first_samples.is_set():
@@ -465,7 +468,7 @@ def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
         assert shard == second or second_samples.wait(30), "the next shard waits until this one is staged"
         return stage(files, output, shard, *rest)
 
-    monkeypatch.setattr(loaded.tools.pipeline, "generate_from_tokens", sampled)
+    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", sampled)
     monkeypatch.setattr(ReferenceReader, "read", seen)
     monkeypatch.setattr(commits, "stage", staged)
     together = another(loaded, manifest, tmp_path / "together")
@@ -482,7 +485,7 @@ def test_a_run_that_asks_for_a_gpu_says_so_where_there_is_none(loaded: Worker) -
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match="--gpus-per-worker 0"):
-        Device.prepare(loaded.tools.config.replace(gpus_per_worker=1.0))
+        Device.prepare(loaded.components.config.replace(gpus_per_worker=1.0))
 
 
 @pytest.mark.parametrize(

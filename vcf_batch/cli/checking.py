@@ -34,11 +34,11 @@ def verify(ctx: click.Context, output: str, regenerate: int | None, regenerate_s
     \b
     Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not the run's; 5 damage.
     """
-    from vcf_batch.commands import verify as verification  # pyarrow is not needed to print a help text
+    from vcf_batch.commands import verify
     from vcf_batch.output.output import Output
 
     opened = Output.open(output, given(ctx))
-    _tell(verification.check(opened), output)
+    _tell(verify.check(opened), output)
     if regenerate is not None:
         from vcf_batch.vcf.quiet import quiet  # nor torch to read files
 

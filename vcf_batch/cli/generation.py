@@ -12,7 +12,7 @@ from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import TooManyFailedRows, UsageError, redact
-from vcf_batch.setup import prepare
+from vcf_batch.setup.job import TRACE
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -278,7 +278,7 @@ def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> N
     click.echo(str(summary))
     click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
     if config.profile and summary.resumed_rows < summary.rows:
-        trace = storage.join(summary.output, prepare.TRACE)
+        trace = storage.join(summary.output, TRACE)
         click.echo(f"To see where the time of a shard goes, open in https://ui.perfetto.dev: {redact(trace)}")
     if summary.counts["failed"]:
         click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")

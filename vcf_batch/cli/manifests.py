@@ -30,10 +30,10 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 @debug_option
 def manifest(prompts: str, references: str | None, out: str, **pairing: Any) -> None:
     """Build a manifest: prompts paired with references."""
-    from vcf_batch.manifest import manifest as manifests  # pyarrow is not needed to print a help text
+    from vcf_batch.manifest.build import build
 
     images = images_in(references, out) if references else []
-    count = manifests.build(prompts_in(prompts), images, storage.absolute(out), **pairing)
+    count = build(prompts_in(prompts), images, storage.absolute(out), **pairing)
     click.echo(f"{redact(out)}: {count:,} rows")
 
 

@@ -24,11 +24,13 @@ from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
 from vcf_batch.models import resolution
+from vcf_batch.models.cache import fetch
 from vcf_batch.output import receipts, run_file, shards
+from vcf_batch.records import Shard
 from vcf_batch.report import comparison
 from vcf_batch.report.comparison import RELATIVE, SCORES, Line
 from vcf_batch.setup import run_models
-from vcf_batch.setup.prepare import absolute
+from vcf_batch.setup.paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
 from vcf_batch.vcf.fusion import default_strength
 
@@ -182,23 +184,23 @@ def tabulate(config: RunConfig) -> str:
 def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:
     """The scored samples as the parquets have them; those of the tiny world with what they show, in ``shown``."""
     for receipt in receipts.read(config.output):
-        with storage.open_read(storage.join(config.output, f"{receipt.shard.name}.parquet")) as file:
-            rows = pq.read_table(file).to_pylist()
+        with shards.open_parquet(shards.file_url(config.output, receipt.shard, "parquet")) as parquet:
+            rows = parquet.read().to_pylist()
         rows = [row for row in rows if all(row[name] is not None for name in SCORES)]
         if rows and "shape" in rows[0]:
-            _add_shown(rows, receipt.shard.name, config)
+            _add_shown(rows, receipt.shard, config)
         yield from rows
 
 
-def _add_shown(rows: Sequence[dict[str, Any]], shard: str, config: RunConfig) -> None:
+def _add_shown(rows: Sequence[dict[str, Any]], shard: Shard, config: RunConfig) -> None:
     from vcf_batch.tiny.probe import Probe, agreement  # brings diffusers
     from vcf_batch.tiny.world import SIZE, compose
 
-    tar = storage.join(config.output, f"{shard}.tar")
+    tar = shards.file_url(config.output, shard, "tar")
     files = {sample["__key__"]: sample[config.image_format] for sample in shards.read_samples(tar)}
     pictures = (images.resize(images.decode(files[row["key"]], MAX_PIXELS), SIZE, SIZE) for row in rows)
     pixels = torch.from_numpy(np.stack([images.to_unit(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    folder = resolution.fetch(resolution.resolve(config.model, config.revision))
+    folder = fetch(resolution.resolve(config.model, config.revision))
     probe = Probe.from_pretrained(storage.join(folder, OWN_PROBE), dtype=torch.float32)
     shown = agreement(probe, pixels, compose(rows, seed=0))
     for number, row in enumerate(rows):

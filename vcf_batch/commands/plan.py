@@ -16,11 +16,11 @@ from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import lease, progress_file, run_file
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
-from vcf_batch.setup import manifest_check, prepare, run_models
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup.job import Job
 from vcf_batch.sharding import ShardPlan
 from vcf_batch.worker import in_process
 
@@ -167,13 +167,13 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         except VcfBatchError as error:
             forecast.problems.append(error)
 
-    absolute = attempt(lambda: prepare.absolute(config))
+    absolute = attempt(lambda: paths.absolute(config))
     if absolute is None:
         return forecast
     config = absolute
     forecast.output = config.output
     found = attempt(lambda: run_file.read(config.output))
-    config = prepare.resume(config, found)
+    config = claim.resume(config, found)
     forecast.guessed_shard_size = config.shard_size is None
     forecast.open_batch_size = config.batch_size is None
     config = in_process.settled(config)
@@ -185,12 +185,12 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     models = attempt(lambda: run_models.resolve(config))
     if manifest is None or models is None:
         return forecast
-    job = forecast.job = attempt(lambda: prepare.settle(config, manifest, models))
+    job = forecast.job = attempt(lambda: defaults.settle(config, manifest, models))
     if job is None:
         return forecast
     forecast.doomed = [f"{row.key}: {reason}" for row, reason in _first_rows(job) if reason]
-    extends = attempt(lambda: prepare.claim(job, publish=False))
-    totals = Totals()
+    extends = attempt(lambda: claim.claim(job, publish=False))
+    totals = RunSums()
     if extends is not None:
         totals = progress_file.look(config.output, {job.fingerprint, *extends}).totals
         forecast.rows_done, forecast.shards_done = totals.counts.total(), len(totals.done)
@@ -218,7 +218,7 @@ def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
         yield row, checked(row, config).error or refused
 
 
-def _recorded(totals: Totals) -> Measurement:
+def _recorded(totals: RunSums) -> Measurement:
     return Measurement(
         f"by {len(totals.done):,} finished shards",
         ", ".join(totals.devices),
@@ -254,7 +254,7 @@ def _calibrated(job: Job) -> Measurement:
         return Measurement(
             f"by {len(rows)} rows in this process",
             receipt.device["type"],
-            calibration.seconds_per_image(loaded.tools, rows),
+            calibration.seconds_per_image(loaded.components, rows),
             sum(entry.size for entry in receipt.files.values()) / len(rows),
             load_seconds,
         )

@@ -14,10 +14,10 @@ from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked
-from vcf_batch.setup import manifest_check, prepare, run_models
+from vcf_batch.setup import defaults, manifest_check, paths, run_models
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.components import Components
 from vcf_batch.worker.generation import Generation
 
 SWEPT = {
@@ -79,7 +79,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
         VcfBatchError: storage or network failed.
     """
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-        config = prepare.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
+        config = paths.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
         config = in_process.settled(config)
         columns = [TEXT_ONLY, *variants(sweeps, config)]
         manifest = manifest_check.open_checked(config, None)
@@ -88,16 +88,16 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
                 f"{manifest.num_rows} rows in {len(columns)} columns are more than {MAX_SAMPLES:,} samples; sweep "
                 "less, or show fewer --rows"
             )
-        job = prepare.settle(config, manifest, run_models.resolve(config))
-        tools = in_process.load(job, scratch).tools
+        job = defaults.settle(config, manifest, run_models.resolve(config))
+        components = in_process.load(job, scratch).components
         shown = [checked(row, job.config) for row in manifest.rows(0, manifest.num_rows, config.seed)]
-        samples = _generated(tools, [_changed(row, column) for row in shown for column in columns])
+        samples = _generated(components, [_changed(row, column) for row in shown for column in columns])
     heads = [["reference"], ["text only"], *(_label(column) for column in columns[1:])]
     cells = [_cell(sample) for sample in samples]
     return grid(
         heads,
         [
-            (row.prompt, [_reference(row, tools), *cells[place * len(columns) : (place + 1) * len(columns)]])
+            (row.prompt, [_reference(row, components), *cells[place * len(columns) : (place + 1) * len(columns)]])
             for place, row in enumerate(shown)
         ],
     )
@@ -108,23 +108,25 @@ def _changed(row: Row, variant: Variant) -> Row:
     return dataclasses.replace(row, seed=variant.get("seed", row.seed), overrides={**row.overrides, **overrides})
 
 
-def _generated(tools: Tools, rows: Sequence[Row]) -> list[Sample]:
+def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
     """A sample of each row, those that come out alike generated once."""
     distinct: dict[Any, int] = {}
     numbers = []
     for row in rows:
-        used = tools.settings(row)
+        used = components.settings(row)
         if not used["strength"]:  # then how and when the reference joins is nothing
             used |= dict.fromkeys(("fusion", "fusion_lo", "fusion_hi"))
         numbers.append(distinct.setdefault((row.key, repr(used)), len(distinct)))
     first = dict(zip(reversed(numbers), reversed(rows), strict=True))
     chosen = [dataclasses.replace(first[number], number=number) for number in range(len(distinct))]
     failed = {
-        row.number: Sample(row, "failed", tools.settings(row), error_message=row.error) for row in chosen if row.error
+        row.number: Sample(row, "failed", components.settings(row), error_message=row.error)
+        for row in chosen
+        if row.error
     }
     made: list[Sample] = []
-    tools.device.use_threads()
-    Generation(tools, chosen, failed, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
+    components.device.use_threads()
+    Generation(components, chosen, failed, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
     return [made[number] for number in numbers]
 
 
@@ -139,10 +141,10 @@ def _cell(sample: Sample) -> Cell:
     return Cell(picture, "", scores_of(dataclasses.asdict(sample.scores)))
 
 
-def _reference(row: Row, tools: Tools) -> Cell:
+def _reference(row: Row, components: Components) -> Cell:
     if not row.references:
         return Cell(None, "none")
     try:
-        return Cell(tools.references.read(row.references[0]), "")
+        return Cell(components.references.read(row.references[0]), "")
     except (RowError, StorageError):
         return Cell(None, "cannot be read")

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from vcf_batch import storage
-from vcf_batch.commands.verify import side_by_side
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Receipt, Shard
 from vcf_batch.report import card, page
 from vcf_batch.storage import scratch
@@ -69,7 +69,7 @@ def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]
     """Copy a shard unless it is there, as ``sizes`` and its receipt say; whether it was copied."""
     name = shard.name + receipts.SUFFIX
     data = storage.read_bytes(storage.join(source, name))
-    files = {shard.name + shards.SUFFIXES[kind]: entry for kind, entry in Receipt.from_json(data).files.items()}
+    files = {shards.file_name(shard, kind): entry for kind, entry in Receipt.from_json(data).files.items()}
     if name in sizes:
         is_whole = all(sizes.get(file) == entry.size for file, entry in files.items())
         if is_whole and storage.read_bytes(storage.join(target, name)) == data:

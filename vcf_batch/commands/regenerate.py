@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from vcf_batch import images, storage
@@ -26,7 +25,7 @@ from vcf_batch.config import MAX_PIXELS
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.records import Receipt, Shard
-from vcf_batch.setup import prepare, run_models
+from vcf_batch.setup import claim, defaults, run_models
 from vcf_batch.worker import in_process
 from vcf_batch.worker.worker import Worker
 
@@ -54,7 +53,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
         drawing = _load(output, scratch)
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
-            exact = receipt.sampled_at_once is None and receipt.device == drawing.tools.device.describe()
+            exact = receipt.sampled_at_once is None and receipt.device == drawing.components.device.describe()
             for key, there, again in _pairs(output, drawing, scratch, shard, places, exact):
                 if isinstance(again, str):
                     yield Finding(shard.name, f"{key} cannot be drawn again: {again}", is_damage=False)
@@ -73,8 +72,8 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
 def _load(output: Output, scratch: str) -> Worker:
     """A worker of the output's own run, which writes into scratch."""
     config = output.config
-    job = prepare.settle(config, output.need_manifest(), run_models.resolve(config))
-    prepare.claim(job, publish=False)  # refuses what is not this very run
+    job = defaults.settle(config, output.need_manifest(), run_models.resolve(config))
+    claim.claim(job, publish=False)  # refuses what is not this very run
     gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
     return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), scratch)
 
@@ -96,8 +95,8 @@ def _pairs(
     output: Output, drawing: Worker, scratch: str, shard: Shard, places: list[int], exact: bool
 ) -> Iterator[tuple[str, bytes, bytes | str]]:
     """Key of each chosen sample of a shard, the image that is there, and the one drawn again or why there is none."""
-    stem = storage.join(output.url, shard.name)
-    status = _column(f"{stem}.parquet", "status")
+    committed = shards.file_url(output.url, shard, "parquet")
+    status = _column(committed, "status")
     rows = np.flatnonzero(pc.equal(status, "success").to_numpy())[places] + shard.start
     others = dict.fromkeys(set(range(shard.start, shard.stop)).difference(rows.tolist()), "not drawn")
     _, staged = drawing.run(shard, 1, shard.name, last_attempt=True, verdicts=others)
@@ -105,21 +104,21 @@ def _pairs(
     image = output.config.image_format
     again: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
     errors = _by_key(parquet, "error_message")
-    there, here = (_by_key(file, "seed") for file in (f"{stem}.parquet", parquet))
+    there, here = (_by_key(file, "seed") for file in (committed, parquet))
     if not exact:
         # Rounding decides on a score beside a gate, and so on the attempt that passes.
         other = "another of its attempts passes the gates here"
         again |= {key: other for key in again if there[key] != here[key]}
     commits.discard(scratch, staged)
-    for place, sample in enumerate(shards.read_samples(f"{stem}.tar")):
+    for place, sample in enumerate(shards.read_samples(shards.file_url(output.url, shard, "tar"))):
         if place in places:
             key = sample["__key__"]
             yield key, sample[image], again.get(key) or errors[key]
 
 
 def _column(parquet: str, name: str) -> pa.ChunkedArray:
-    with storage.open_read(parquet) as file:
-        return pq.ParquetFile(file, pre_buffer=False).read([name])[name]
+    with shards.open_parquet(parquet) as file:
+        return file.read([name])[name]
 
 
 def _by_key(parquet: str, name: str) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vcf_batch import storage
-from vcf_batch.commands.verify import check, side_by_side
+from vcf_batch.commands.verify import check
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import columns, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Shard
 
 _CLOSED: dict[str, Any] = {
@@ -52,7 +51,7 @@ class Repair:
             show: is given a line for each damaged or missing shard.
 
         Returns:
-            See :attr:`vcf_batch.setup.prepare.Job.again`.
+            See :attr:`vcf_batch.setup.job.Job.again`.
 
         Raises:
             UsageError: the condition does not fit a row.
@@ -77,9 +76,8 @@ class Repair:
     def _selected_of(self, shard: Shard) -> bytes:
         """For each row of a shard, whether it is selected."""
         selected = bytearray()
-        url = storage.join(self._output.url, shard.name + shards.SUFFIXES["parquet"])
-        with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
-            for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
+        with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
+            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 keys = self._selected(pa.Table.from_batches([batch]))
                 selected += bytes(key in keys for key in batch["key"].to_pylist())
         return bytes(selected)

@@ -5,13 +5,9 @@
 and streamed: memory depends neither on their size nor, but for the names of files, on their number.
 """
 
-import itertools
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import pyarrow as pa
 
@@ -21,15 +17,11 @@ from vcf_batch.errors import DamageFound
 from vcf_batch.manifest.repeats import RepeatFinder
 from vcf_batch.output import commits
 from vcf_batch.output.output import Output
+from vcf_batch.output.shards import file_name, side_by_side
 from vcf_batch.records import Shard
-
-READERS = 8
-"""Shards that are read side by side."""
 
 MAX_REPEATS = 100
 """Repeated keys that are named."""
-
-T = TypeVar("T")
 
 _SHARD_FILE = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 
@@ -75,24 +67,12 @@ def check(output: Output) -> Iterator[Finding]:
         count, repeats = finder.repeats(MAX_REPEATS)
     for repeat in repeats:
         shard, first = (output.plan[row // output.plan.shard_size] for row in (repeat.row, repeat.first))
-        yield Finding(shard.name, f"row {repeat.row} has the key of row {repeat.first} in {first.name}.parquet", shard)
+        yield Finding(
+            shard.name, f"row {repeat.row} has the key of row {repeat.first} in {file_name(first, 'parquet')}", shard
+        )
     if count > len(repeats):
         yield Finding("keys", f"{count - len(repeats)} more rows have a key that another row has")
     yield from _strangers(output, sizes)
-
-
-def side_by_side(read: Callable[[Shard], T], some: Iterable[Shard]) -> Iterator[tuple[Shard, T]]:
-    """Each shard, in order, with what ``read`` makes of it; a few shards ahead, in threads."""
-    threads = ThreadPoolExecutor(READERS, "shards")
-    try:
-        begun = ((shard, threads.submit(read, shard)) for shard in some)
-        window = deque(itertools.islice(begun, 2 * READERS))
-        while window:
-            shard, result = window.popleft()
-            yield shard, result.result()
-            window.extend(itertools.islice(begun, 1))
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
@@ -19,7 +18,7 @@ from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.output import columns, receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import json_value, row_json
-from vcf_batch.output.tally import Tally
+from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
 from vcf_batch.row_settings import checked, settings_of
 
@@ -46,10 +45,10 @@ def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Ar
 
 
 def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
-    names = {kind: shard.name + suffix for kind, suffix in shards.SUFFIXES.items()}
+    names = {kind: shards.file_name(shard, kind) for kind in shards.SUFFIXES}
     urls = {kind: storage.join(output.url, name) for kind, name in names.items()}
     keys: list[str] = []
-    tally = Tally()
+    tally = ShardSums()
     # First, as nothing should be parsed that is known to be damaged.
     _check_hash(names["parquet"], storage.digest(urls["parquet"]).sha256, receipt.files["parquet"])
     with storage.open_read(urls["tar"]) as file:
@@ -94,7 +93,7 @@ def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
     if receipt.files.keys() != shards.SUFFIXES.keys():
         raise DamageFound(f"{name} describes {sorted(receipt.files)}; a shard has {sorted(shards.SUFFIXES)}")
     for kind, entry in receipt.files.items():
-        file = shard.name + shards.SUFFIXES[kind]
+        file = shards.file_name(shard, kind)
         if file not in sizes:
             raise DamageFound(f"{file} is missing")
         if sizes[file] != entry.size:
@@ -113,8 +112,7 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
     if output.manifest:
         given = output.manifest.iter_rows(shard.start, shard.stop, output.config.seed)
     try:
-        with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
-            parquet = pq.ParquetFile(file, pre_buffer=False)
+        with shards.open_parquet(url) as parquet:
             if parquet.metadata.num_rows != len(shard):
                 raise DamageFound(f"{name} has {parquet.metadata.num_rows} rows; {_rows(shard)} has {len(shard)}")
             _check_columns(output, name, parquet.schema_arrow)

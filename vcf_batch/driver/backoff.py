@@ -8,7 +8,7 @@ START_ATTEMPTS = 5
 MAX_BACKOFF_SECONDS = 30.0
 
 
-class Starts:
+class StartBackoff:
     """Counts failed starts, and waits longer and longer after each."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ REPEATS = 3
 """How often the last suspect has to kill its worker alone. A single survival clears it."""
 
 
-class Search:
+class Bisection:
     """Looks for one row that kills its workers: at most ``log2(len(suspects)) + 1 + REPEATS`` trials.
 
     Args:

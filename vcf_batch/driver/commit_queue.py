@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Self
 
 from vcf_batch.driver import failing_shard
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.driver.ledger import MAX_SET_ASIDE, Ledger
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.output import commits
 from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.lease import Lease
 from vcf_batch.records import Receipt
+from vcf_batch.setup.shard_task import ShardTask
 
 MAX_PENDING = 32
 """Finished shards that wait for their commit before no further one is begun: a bound on what is staged."""
@@ -24,7 +24,7 @@ MAX_PENDING = 32
 class Finished:
     """A shard that a worker has generated and staged."""
 
-    task: Task
+    task: ShardTask
     node: str
     receipt: Receipt
     staged: dict[str, str]

@@ -3,12 +3,11 @@
 import enum
 import itertools
 import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from vcf_batch.driver.bisection import REPEATS, Search
+from vcf_batch.driver.bisection import REPEATS, Bisection
 from vcf_batch.records import Shard
+from vcf_batch.setup.shard_task import ShardTask
 
 PAUSES: tuple[float, ...] = (10.0, 60.0)
 """Seconds that a shard waits after its first failure, its second, and so on. The failure after the last pause is final
@@ -35,43 +34,13 @@ class Failure(enum.Enum):
     """The node went away."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a worker is given: an attempt at a shard, or a trial of some of its rows."""
-
-    shard: Shard
-    attempt: int = 1
-    selected: frozenset[int] | None = None
-    """On trial: the rows that are generated, and thrown away."""
-    verdicts: Mapping[int, str] = field(default_factory=dict)
-    """Rows that fail without a try, and why."""
-    last_attempt: bool = False
-    """Trouble with one reference fails its rows, not the attempt."""
-    sampled_at_once: int | None = None
-    """Rows at most, where memory is too small for the run's batches."""
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether its worker gets no other shard beside it: if a worker dies again, then of this one."""
-        return self.attempt > 1
-
-    @property
-    def title(self) -> str:
-        what = f"{self.shard.name} (rows {self.shard.start} to {self.shard.stop - 1})"
-        return what if self.selected is None else f"{what}, trial of {len(self.selected)} of its rows"
-
-    def new_id(self) -> str:
-        """A name for this attempt that no other one has, even of another driver."""
-        return f"{self.shard.name}-{self.attempt}-{uuid.uuid4().hex[:8]}"
-
-
-class Case:
+class FailingShard:
     """One shard, from its first failure until it is committed or set aside.
 
     Trouble and crashes have a budget each, so that neither uses up the other's: a shard is tried ``len(PAUSES) + 1``
     times in all against trouble, and as often against crashes. Then a row that kills its workers is looked for
-    (:class:`vcf_batch.driver.bisection.Search`), blamed, and the rest generated; and again, if that kills a worker too.
-    A verdict counts where the row died alone on several nodes, or on that which generated the rest.
+    (:class:`vcf_batch.driver.bisection.Bisection`), blamed, and the rest generated; and again, if that kills a worker
+    too. A verdict counts where the row died alone on several nodes, or on that which generated the rest.
 
     Args:
         shard: the shard.
@@ -89,7 +58,7 @@ class Case:
         self._failures: dict[Failure, list[str]] = {failure: [] for failure in Failure}
         """Nodes of the attempts that failed."""
         self._verdicts: dict[int, str] = {}
-        self._search: Search | None = None
+        self._search: Bisection | None = None
         self._searched_on: list[str] = []
         """Nodes of the trials that died."""
         self._symptom = ""
@@ -105,9 +74,9 @@ class Case:
         """Nodes where it failed; of a row alone, those where it died alone: it shall show elsewhere, too."""
         return self._alone_on or {*itertools.chain(*self._failures.values()), *self._searched_on}
 
-    def task(self) -> Task:
+    def task(self) -> ShardTask:
         """What is tried next."""
-        return Task(
+        return ShardTask(
             self.shard,
             self._attempt,
             self._search.trial if self._search else None,
@@ -121,7 +90,7 @@ class Case:
         self._attempt += self._search is None
         self.not_before = 0.0
 
-    def failed(self, task: Task, node: str, failure: Failure, symptom: str) -> bool:
+    def failed(self, task: ShardTask, node: str, failure: Failure, symptom: str) -> bool:
         """An attempt or a trial failed.
 
         Args:
@@ -152,7 +121,7 @@ class Case:
             return self._crashed(node)
         return self._wait(failure, node)
 
-    def survived(self, task: Task) -> None:
+    def survived(self, task: ShardTask) -> None:
         """A trial went well."""
         self._any_survived = True
         if self._search is not None and task.selected == self._search.trial:
@@ -172,7 +141,7 @@ class Case:
             self._any_survived = self._in_vain = False
         self.not_before = 0.0
 
-    def is_proven(self, task: Task, node: str) -> bool:
+    def is_proven(self, task: ShardTask, node: str) -> bool:
         """Whether the rest of the shard, which a node has generated, may be committed beside the task's verdicts.
 
         If not, the rows are tried again. Where one died on a single node, and the rest went well on another one, that
@@ -209,9 +178,9 @@ class Case:
         return True
 
     def _look_among(self, suspects: Sequence[int]) -> None:
-        self._search, self._symptom, self._alone_on = Search(suspects), "", set()
+        self._search, self._symptom, self._alone_on = Bisection(suspects), "", set()
 
-    def _died(self, task: Task, node: str, symptom: str) -> None:
+    def _died(self, task: ShardTask, node: str, symptom: str) -> None:
         """A trial crashed."""
         self._searched_on.append(node)
         search = self._search

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vcf_batch import sharding
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.driver.progress import duration
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.output import progress_file, receipts
 from vcf_batch.output.progress_file import Told
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.sums import RunSums
 from vcf_batch.records import STATUSES, Receipt, Shard, Status
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
 
 MAX_SET_ASIDE = 16
 """How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
@@ -62,7 +62,7 @@ class Ledger:
     def __init__(self, job: Job) -> None:
         self._output, self._shards, self._again = job.config.output, job.shards, job.again
         self._fingerprint = job.fingerprint
-        self.totals = Totals()
+        self.totals = RunSums()
         self._kept: dict[int, Receipt] = {}
         """Of each shard that is generated again in part, a receipt that marks it as its own does."""
         self._rows = job.manifest.num_rows
@@ -80,7 +80,7 @@ class Ledger:
         self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
         self.left = len(job.shards) - len(self.totals.done)
         """Shards that are neither committed nor set aside."""
-        self._set_aside: list[tuple[Task, str]] = []
+        self._set_aside: list[tuple[ShardTask, str]] = []
         """The first shards that were, and why."""
         self._set_aside_count = self._set_aside_in_a_row = 0
         self._last: tuple[Exception, str] | None = None
@@ -106,7 +106,7 @@ class Ledger:
         older = self._kept.get(receipt.shard.index)
         return receipt.keeping(older) if older else receipt
 
-    def committed(self, task: Task, receipt: Receipt) -> None:
+    def committed(self, task: ShardTask, receipt: Receipt) -> None:
         """A shard exists."""
         self.left -= 1
         self._set_aside_in_a_row = 0
@@ -115,7 +115,7 @@ class Ledger:
         if not self.left or time.monotonic() - self._told >= TELL_SECONDS:
             self._tell_again()
 
-    def set_aside(self, task: Task, error: Exception, why: str) -> None:
+    def set_aside(self, task: ShardTask, error: Exception, why: str) -> None:
         """A shard has failed for good, because of ``error``; ``why`` says it in a line.
 
         Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from vcf_batch.errors import ModelError
-from vcf_batch.models.resolution import load_errors
+from vcf_batch.models.loading import load_errors
 
 _CHUNK = 64
 """Inputs in one forward pass: many references of one batch must not add up to a memory peak."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vcf_batch import storage
 from vcf_batch.errors import ModelError
-from vcf_batch.models.resolution import load_errors
+from vcf_batch.models.loading import load_errors
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 """Images ``[B, 3, H, W]`` in [-1, 1] to feature maps, each ``[B, C, h, w]``."""

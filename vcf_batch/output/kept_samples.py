@@ -6,29 +6,36 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vcf_batch import storage
+from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import columns, shards
 from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, Sample, Shard
-from vcf_batch.setup.prepare import Job
 
 
 class KeptSamples(Mapping[int, Sample]):
     """Samples of one shard by the number of their row, read from the output when they are asked for: once, in order.
 
     Args:
-        job: the run.
+        config: the run, with every default settled.
+        manifest: the run's.
         shard: one of its shards.
-        again: which of its rows do not stay, see :attr:`vcf_batch.setup.prepare.Job.again`; None is all of them.
+        again: which of its rows do not stay, see :attr:`vcf_batch.setup.job.Job.again`; None is all of them.
         tick: called for each sample that is read, whether it stays or not: a sign of life.
     """
 
-    def __init__(self, job: Job, shard: Shard, again: bytes | None, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        manifest: Manifest,
+        shard: Shard,
+        again: bytes | None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         self._shard = shard
         self._again = bytes([True]) * len(shard) if again is None else again
-        self._samples = _committed(job, shard)
+        self._samples = _committed(config, manifest, shard)
         self._tick = tick
 
     def __contains__(self, number: object) -> bool:
@@ -50,14 +57,14 @@ class KeptSamples(Mapping[int, Sample]):
         return self._again.count(False)
 
 
-def _committed(job: Job, shard: Shard) -> Iterator[Sample]:
+def _committed(config: RunConfig, manifest: Manifest, shard: Shard) -> Iterator[Sample]:
     """Every sample of a committed shard, in order.
 
     Raises:
         StorageError: the shard cannot be read, or is not what the repair found.
     """
     try:
-        yield from _read(job, shard)
+        yield from _read(config, manifest, shard)
     except VcfBatchError:
         raise
     # A damaged file may hold anything.
@@ -71,21 +78,19 @@ def _damaged(shard: Shard, how: str) -> StorageError:
     )
 
 
-def _read(job: Job, shard: Shard) -> Iterator[Sample]:
-    stem = storage.join(job.config.output, shard.name)
-    rows = job.manifest.iter_rows(shard.start, shard.stop, job.config.seed)
-    samples = shards.read_samples(f"{stem}.tar")
-    with storage.refusals_as_storage_errors(), storage.open_read(f"{stem}.parquet") as file:
-        parquet = pq.ParquetFile(file, pre_buffer=False)
+def _read(config: RunConfig, manifest: Manifest, shard: Shard) -> Iterator[Sample]:
+    rows = manifest.iter_rows(shard.start, shard.stop, config.seed)
+    samples = shards.read_samples(shards.file_url(config.output, shard, "tar"))
+    with shards.open_parquet(shards.file_url(config.output, shard, "parquet")) as parquet:
         for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=[*OUTPUT_COLUMNS], use_threads=False):
             for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
                 image, triplet = None, {}
                 if record["status"] == "success":
                     if (sample := next(samples, None)) is None:
                         raise _damaged(shard, f"its tar ends before row {row.number}")
-                    image = sample[job.config.image_format]
-                    if job.config.triplets:
-                        triplet = {name: sample[f"{name}.{job.config.image_format}"] for name in TRIPLET}
+                    image = sample[config.image_format]
+                    if config.triplets:
+                        triplet = {name: sample[f"{name}.{config.image_format}"] for name in TRIPLET}
                     if hashlib.sha256(image).hexdigest() != record["sha256"]:
                         raise _damaged(shard, f"row {row.number} has another sha256")
                 yield columns.sample_of(row, record, image, triplet)

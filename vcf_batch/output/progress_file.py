@@ -11,7 +11,7 @@ from typing import Any
 
 from vcf_batch import storage
 from vcf_batch.output import receipts
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.sums import RunSums
 
 NAME = "_progress.json"
 MAX_BYTES = 64 << 20
@@ -22,7 +22,7 @@ class Told:
     """What a driver has told of a run."""
 
     fingerprint: str
-    totals: Totals
+    totals: RunSums
     set_aside: Mapping[str, str] = field(default_factory=dict)
     """The first shards that failed for good, by name, and why."""
 
@@ -56,7 +56,7 @@ def read(output: str) -> Told | None:
         with storage.refusals_as_storage_errors():
             record = json.loads(storage.read_bytes(storage.join(output, NAME), limit=MAX_BYTES))
         set_aside = {str(name): str(reason) for name, reason in record["set_aside"].items()}
-        return Told(record["fingerprint"], Totals.from_dict(record["totals"]), set_aside)
+        return Told(record["fingerprint"], RunSums.from_dict(record["totals"]), set_aside)
     except (FileNotFoundError, storage.NotAFileError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -75,7 +75,7 @@ def look(output: str, fingerprints: Set[str]) -> Told:
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output)
     if told is None or told.fingerprint not in fingerprints or not told.totals.done <= receipts.complete(sizes):
-        told = Told("", Totals())
+        told = Told("", RunSums())
     for receipt in receipts.read_listed(output, sizes, told.totals.done):
         if receipt.fingerprint in fingerprints:
             told.totals.add(receipt)

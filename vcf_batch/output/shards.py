@@ -14,9 +14,11 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +27,7 @@ from vcf_batch import storage
 from vcf_batch.errors import StorageError
 from vcf_batch.output import columns
 from vcf_batch.output.row_json import row_json
-from vcf_batch.output.tally import Tally
+from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import FileEntry, Sample, Shard, Status
 
 SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
@@ -78,7 +80,7 @@ class ShardWriter:
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0
-        self._tally = Tally()
+        self._tally = ShardSums()
         self._finished = False
         os.makedirs(scratch_dir, exist_ok=True)
         self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
@@ -197,6 +199,29 @@ class ShardWriter:
         self._parquet.close()
 
 
+def file_name(shard: Shard, kind: str) -> str:
+    """Name of one file of a shard; ``kind`` is a key of :data:`SUFFIXES`."""
+    return shard.name + SUFFIXES[kind]
+
+
+def file_url(output: str, shard: Shard, kind: str) -> str:
+    """URL of one file of a shard in an output; ``kind`` is a key of :data:`SUFFIXES`."""
+    return storage.join(output, file_name(shard, kind))
+
+
+@contextlib.contextmanager
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+    """The parquet of a shard, open for reading; its columns are read as they are asked for.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: the storage failed, or refuses.
+        pyarrow.ArrowException, OSError: it is damaged.
+    """
+    with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
+        yield pq.ParquetFile(file, pre_buffer=False)
+
+
 def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard's tar, streamed, as WebDataset readers give them.
 
@@ -225,3 +250,23 @@ def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             content = tar.extractfile(member)
             yield member.name, content.read() if content else b""
             tar.members = []  # type: ignore[attr-defined]
+
+
+READERS = 8
+"""Shards that are read side by side."""
+
+T = TypeVar("T")
+
+
+def side_by_side(read: Callable[[Shard], T], some: Iterable[Shard]) -> Iterator[tuple[Shard, T]]:
+    """Each shard, in order, with what ``read`` makes of it; a few shards ahead, in threads."""
+    threads = ThreadPoolExecutor(READERS, "shards")
+    try:
+        begun = ((shard, threads.submit(read, shard)) for shard in some)
+        window = deque(itertools.islice(begun, 2 * READERS))
+        while window:
+            shard, result = window.popleft()
+            yield shard, result.result()
+            window.extend(itertools.islice(begun, 1))
+    finally:
+        threads.shutdown(cancel_futures=True)

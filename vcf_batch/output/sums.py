@@ -1,12 +1,13 @@
 """What the receipts of a run add up to. One more receipt takes one more number, whatever it says."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
-from vcf_batch.records import Receipt, Status
+from vcf_batch.records import SCORE_STEP, SCORES, STATUSES, Receipt, Status
 
 MAX_FAILING = 64
 """Shards with failed or rejected rows that are named."""
@@ -28,7 +29,7 @@ class Latest(NamedTuple):
 
 
 @dataclass
-class Totals:
+class RunSums:
     """What some shards of a run add up to."""
 
     done: set[int] = field(default_factory=set)
@@ -137,3 +138,40 @@ def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
     starts = [number for number in ordered if number - 1 not in numbers]
     stops = [number + 1 for number in ordered if number + 1 not in numbers]
     return list(zip(starts, stops, strict=True))
+
+
+class ShardSums:
+    """Counts of a shard's rows by status, means and histograms of its scores, as the receipt tells them."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Status] = Counter()
+        self._scores: dict[str, list[float]] = {name: [] for name in SCORES}
+        self.sampled = 0
+        """See :attr:`vcf_batch.records.Receipt.sampled`."""
+
+    def add(self, status: Status, record: Mapping[str, Any]) -> None:
+        """Take one row, by its columns."""
+        self._counts[status] += 1
+        # A row that is rejected before it is sampled has had no attempt.
+        self.sampled += status == "success" or (status == "rejected" and bool(record["attempts"]))
+        if status == "success":
+            for name, found in self._scores.items():
+                if record[name] is not None:
+                    found.append(record[name])
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        return {status: self._counts[status] for status in STATUSES}
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """Of each score over the successful samples that have it; None if none has."""
+        return {name: math.fsum(found) / len(found) if found else None for name, found in self._scores.items()}
+
+    @property
+    def histograms(self) -> dict[str, dict[str, int]]:
+        """See :attr:`vcf_batch.records.Receipt.histograms`."""
+        return {
+            name: dict(Counter(f"{math.ceil(score / SCORE_STEP) * SCORE_STEP:.2f}" for score in sorted(found)))
+            for name, found in self._scores.items()
+        }

@@ -6,18 +6,18 @@ from typing import Any
 
 import ray
 
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.records import Receipt
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import storage_check
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
 
 SHARDS_AT_ONCE = 2
 """Of a worker: while one is sampled, the next one's first references are read, or the last one's files staged."""
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """A sign of life: where an actor is, and by attempt how far it has come."""
 
     node: str
@@ -34,14 +34,14 @@ class Actor:
         self._worker: Any = None
 
     @ray.method(concurrency_group="signs")
-    def sign(self) -> Sign:
+    def sign(self) -> Heartbeat:
         """Say where and how far it is, whatever else it is doing."""
         ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else ({}, {})
-        return Sign(ray.get_runtime_context().get_node_id(), ticks, samples)
+        return Heartbeat(ray.get_runtime_context().get_node_id(), ticks, samples)
 
     def load(self) -> None:
         """Make the worker ready."""
-        prepare.check_storage(self._job)
+        storage_check.check_storage(self._job)
         # Here and not at the top: the driver needs no torch.
         from vcf_batch.worker import worker
 
@@ -51,7 +51,7 @@ class Actor:
         )
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: Task, attempt_id: str, again: bytes | None) -> tuple[Receipt, dict[str, str]] | None:
+    def run(self, task: ShardTask, attempt_id: str, again: bytes | None) -> tuple[Receipt, dict[str, str]] | None:
         """Do a task; the receipt and the staged files, unless it is a trial.
 
         Args:
@@ -68,23 +68,29 @@ class Actor:
             attempt_id,
             last_attempt=task.last_attempt,
             verdicts=task.verdicts,
-            existing=KeptSamples(self._job, task.shard, again, functools.partial(self._worker.tick, attempt_id)),
+            existing=KeptSamples(
+                self._job.config,
+                self._job.manifest,
+                task.shard,
+                again,
+                functools.partial(self._worker.tick, attempt_id),
+            ),
             sampled_at_once=task.sampled_at_once,
             profiled=task.shard.index == self._job.profiled,
         )
 
 
 @dataclass(eq=False)
-class Worker:
+class WorkerHandle:
     """An actor, and what it is asked: where it is, then to load the model, then one task after the other."""
 
     actor: Any
     started: float
-    sign: Sign | None = None
+    sign: Heartbeat | None = None
     """Its last one; None while it waits for a machine."""
     asked: float = 0.0
     """When it was last asked for a sign, on the monotonic clock."""
-    flights: list["Flight"] = field(default_factory=list)
+    flights: list["Request"] = field(default_factory=list)
     """What it has not answered yet."""
 
     @property
@@ -102,7 +108,7 @@ class Worker:
         """Samples of unfinished shards."""
         return sum(self.sign.samples_done.get(flight.attempt_id, 0) for flight in self.flights) if self.sign else 0
 
-    def signed(self, sign: Sign) -> None:
+    def signed(self, sign: Heartbeat) -> None:
         """Take a sign of life."""
         self.sign = sign
         for flight in self.flights:
@@ -112,13 +118,13 @@ class Worker:
 
 
 @dataclass(eq=False)
-class Flight:
+class Request:
     """What a worker has been asked."""
 
-    worker: Worker
+    worker: WorkerHandle
     ref: ray.ObjectRef
     """What will answer it."""
-    task: Task | None = None
+    task: ShardTask | None = None
     """None until it has loaded."""
     attempt_id: str = ""
     """Of the task."""

@@ -10,8 +10,8 @@ from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.pool import errors, nodes
 from vcf_batch.pool.dispatch import WAITING_SECONDS
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import defaults
+from vcf_batch.setup.job import Job, environment
 from vcf_batch.setup.run_models import Models
 
 _log = logging.getLogger(__name__)
@@ -25,14 +25,14 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
     """
     if config.batch_size is not None:
         return config
-    job = prepare.settle(config.replace(batch_size=1), manifest, models)
+    job = defaults.settle(config.replace(batch_size=1), manifest, models)
     limit = min(manifest.num_rows, config.shard_size or manifest.num_rows, MAX_BATCH_SIZE)
     _log.warning("Looking for the fastest batch size on a first worker.")
     measure = ray.remote(
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker or 0,
         max_retries=2,  # of a machine that goes away
-        runtime_env={"env_vars": prepare.environment(config)},
+        runtime_env={"env_vars": environment(config)},
     )(_fastest)
     answer = measure.remote(job, limit)
     while not ray.wait([answer], timeout=WAITING_SECONDS)[0]:
@@ -55,4 +55,4 @@ def _fastest(job: Job, limit: int) -> int:
     from vcf_batch.worker import calibration, worker
 
     loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
-    return calibration.fastest_batch_size(loaded.tools, job.manifest, limit)
+    return calibration.fastest_batch_size(loaded.components, job.manifest, limit)

@@ -11,9 +11,8 @@ import ray
 import ray.util.metrics
 from ray.exceptions import RayError
 
-from vcf_batch.driver.backoff import Starts
+from vcf_batch.driver.backoff import StartBackoff
 from vcf_batch.driver.commit_queue import CommitQueue, Finished
-from vcf_batch.driver.failing_shard import Task
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.progress import Progress
 from vcf_batch.driver.prometheus import Exporter
@@ -23,11 +22,11 @@ from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchErr
 from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.lease import Lease
 from vcf_batch.pool import nodes
-from vcf_batch.pool.actor import SHARDS_AT_ONCE, Actor, Flight, Sign, Worker
+from vcf_batch.pool.actor import SHARDS_AT_ONCE, Actor, Heartbeat, Request, WorkerHandle
 from vcf_batch.pool.errors import Stalled, address, cause, failure, node_died, reason, says_which, symptom
 from vcf_batch.pool.watch import Watch
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job, environment
+from vcf_batch.setup.shard_task import ShardTask
 
 ANSWER_SECONDS = 1.0
 """How long to wait for an answer before the run is looked at from other sides."""
@@ -57,10 +56,10 @@ class Dispatch:
         self.exporter = Exporter(ray.util.metrics, self.config.output, job.manifest.num_rows)
         self.commits = CommitQueue(self.config.output, held, ledger, progress.note)
         self.quarantine = Quarantine()
-        self.workers: set[Worker] = set()
-        self.flights: dict[ray.ObjectRef, Flight] = {}
+        self.workers: set[WorkerHandle] = set()
+        self.flights: dict[ray.ObjectRef, Request] = {}
         """What workers have been asked, by what will answer it."""
-        self.idle: list[Worker] = []
+        self.idle: list[WorkerHandle] = []
         assert self.config.stall_timeout is not None
         self.watch = Watch(self.config.stall_timeout)
         self.again = job.again
@@ -72,11 +71,11 @@ class Dispatch:
             max_task_retries=0,
             num_cpus=self.config.cpus_per_worker,
             num_gpus=self.config.gpus_per_worker,
-            runtime_env={"env_vars": prepare.environment(self.config)},
+            runtime_env={"env_vars": environment(self.config)},
             concurrency_groups={"signs": 1, "shards": SHARDS_AT_ONCE},
         )(Actor)
         self.loaded = False
-        self.starts = Starts()
+        self.starts = StartBackoff()
         self.capacity, self.capacity_until = 1, 0.0
         self.ready_at, self.shown_at = time.monotonic(), 0.0
 
@@ -136,7 +135,7 @@ class Dispatch:
             left_out = ",".join(self.quarantine.nodes)
             options = {"label_selector": {"ray.io/node-id": f"!in({left_out})"}} if left_out else {}
             actor = self.actor_class.options(**options).remote(self.job_ref)
-            self.workers.add(worker := Worker(actor, time.monotonic()))
+            self.workers.add(worker := WorkerHandle(actor, time.monotonic()))
             # First of all, where it is: a load may fail before it could be asked.
             self._ask(worker, actor.sign.remote())
 
@@ -154,16 +153,18 @@ class Dispatch:
     def _room_left(self, room: dict[str, int]) -> int:
         return sum(workers for node, workers in room.items() if node not in self.quarantine.nodes)
 
-    def _ask(self, worker: Worker, ref: ray.ObjectRef, task: Task | None = None, attempt_id: str = "") -> None:
-        flight = self.flights[ref] = Flight(worker, ref, task, attempt_id)
+    def _ask(
+        self, worker: WorkerHandle, ref: ray.ObjectRef, task: ShardTask | None = None, attempt_id: str = ""
+    ) -> None:
+        flight = self.flights[ref] = Request(worker, ref, task, attempt_id)
         worker.flights.append(flight)
 
-    def _landed(self, flight: Flight) -> None:
+    def _landed(self, flight: Request) -> None:
         """It is answered, or never will be."""
         del self.flights[flight.ref]
         flight.worker.flights.remove(flight)
 
-    def _send(self, worker: Worker) -> None:
+    def _send(self, worker: WorkerHandle) -> None:
         """Give the worker what it can do; let it wait while failed shards or commits do; else let it go."""
         while len(worker.flights) < SHARDS_AT_ONCE and (task := self._next(worker)):
             attempt_id = task.new_id()
@@ -176,7 +177,7 @@ class Dispatch:
         else:
             self._let_go(worker)
 
-    def _next(self, worker: Worker) -> Task | None:
+    def _next(self, worker: WorkerHandle) -> ShardTask | None:
         """The worker's next task: a shard, or beside one another, as long as enough are left for all workers."""
         if self.commits.is_full:
             return None
@@ -192,7 +193,7 @@ class Dispatch:
             return None
         return self.queue.take_beside(worker.node, nodes_at_work)
 
-    def _let_go(self, worker: Worker) -> None:
+    def _let_go(self, worker: WorkerHandle) -> None:
         """End a worker. What it has not finished is nobody's fault, and is done again."""
         ray.kill(worker.actor)
         self.workers.remove(worker)
@@ -243,7 +244,7 @@ class Dispatch:
         else:
             self._did(worker, flight.task, answer)
 
-    def _came_up(self, worker: Worker, sign: Sign) -> None:
+    def _came_up(self, worker: WorkerHandle, sign: Heartbeat) -> None:
         """An actor has found a machine."""
         worker.sign = sign
         if worker.node in self.quarantine.nodes:
@@ -251,7 +252,7 @@ class Dispatch:
         else:
             self._ask(worker, worker.actor.load.remote())
 
-    def _did(self, worker: Worker, task: Task, answer: Any) -> None:
+    def _did(self, worker: WorkerHandle, task: ShardTask, answer: Any) -> None:
         """A worker has generated a shard, or survived a trial."""
         # First of all: what a bad node failed counts no more, and may be what the task rests on.
         self._leave_out(self.quarantine.succeeded(worker.node, "shard"))
@@ -262,7 +263,7 @@ class Dispatch:
             self.commits.add(Finished(task, worker.node, self.ledger.whole(receipt), staged))
         self._send(worker)
 
-    def _failed(self, flight: Flight, error: Exception) -> None:
+    def _failed(self, flight: Request, error: Exception) -> None:
         """A start or a task has failed."""
         worker, task = flight.worker, flight.task
         node = worker.node or nodes.at(address(error))
@@ -286,7 +287,7 @@ class Dispatch:
         if node and not node_died(error) and (task is None or task.selected is None):
             self._leave_out(self.quarantine.failed(node, task.shard if task else None, reason(error)))
 
-    def _start_failed(self, worker: Worker, node: str, error: Exception) -> None:
+    def _start_failed(self, worker: WorkerHandle, node: str, error: Exception) -> None:
         """Wait before the next start, and give up when nothing ever starts."""
         # One that has never answered waits for a machine, most likely, which may take any time. In case its process
         # hangs, another one is asked for.
@@ -309,7 +310,7 @@ class Dispatch:
 
     # What becomes of shards
 
-    def _undecided(self, tasks: Sequence[Task], node: str, error: Exception) -> None:
+    def _undecided(self, tasks: Sequence[ShardTask], node: str, error: Exception) -> None:
         """A worker had several shards, and any of them may be to blame: that shows when each is tried alone."""
         self.queue.repeat(tasks[0])  # the others were when the worker was let go
         for task in tasks:
@@ -322,7 +323,7 @@ class Dispatch:
                 node=node,
             )
 
-    def _attempt_failed(self, task: Task, node: str, error: Exception) -> None:
+    def _attempt_failed(self, task: ShardTask, node: str, error: Exception) -> None:
         """Queue the shard again, or set it aside."""
         if self.queue.failed(task, node, failure(error), symptom(error)):
             self.progress.note(
@@ -335,7 +336,7 @@ class Dispatch:
         else:
             self._set_aside(task, error)
 
-    def _set_aside(self, task: Task, error: Exception) -> None:
+    def _set_aside(self, task: ShardTask, error: Exception) -> None:
         """Go on without the shard."""
         why = reason(error)
         self.progress.note(

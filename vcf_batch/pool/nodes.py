@@ -11,8 +11,8 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.models.resolution import TINY
 from vcf_batch.pool import errors
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup import storage_check
+from vcf_batch.setup.job import Job
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def check(job: Job) -> None:
     Raises:
         UsageError: a node does not.
     """
-    look = ray.remote(num_cpus=0, max_retries=0)(prepare.check_storage)
+    look = ray.remote(num_cpus=0, max_retries=0)(storage_check.check_storage)
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(job)
         for node, workers in room(job.config).items()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import ray
 from ray.exceptions import RayError
 
-from vcf_batch.pool.actor import Flight, Worker
+from vcf_batch.pool.actor import Request, WorkerHandle
 from vcf_batch.pool.errors import Stalled
 
 LOOK_SECONDS = 1.0
@@ -32,10 +32,10 @@ class Watch:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._asked: dict[ray.ObjectRef, Worker] = {}
+        self._asked: dict[ray.ObjectRef, WorkerHandle] = {}
         self._looked_at = time.monotonic()
 
-    def stalled(self, flights: Mapping[ray.ObjectRef, Flight]) -> Iterator[tuple[Flight, Stalled]]:
+    def stalled(self, flights: Mapping[ray.ObjectRef, Request]) -> Iterator[tuple[Request, Stalled]]:
         """Take in the signs that have come, ask for others, and yield what is not worth waiting for any longer.
 
         Args:

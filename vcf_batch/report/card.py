@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from vcf_batch import __version__, storage
@@ -165,13 +164,12 @@ def _header(output: Output, found: Figures, licence: str | None) -> str:
 def _schema(output: Output) -> pa.Schema:
     shard = next(receipts.read(output.url)).shard
     try:
-        with (
-            storage.refusals_as_storage_errors(),
-            storage.open_read(storage.join(output.url, shard.name + shards.SUFFIXES["parquet"])) as file,
-        ):
-            return pq.read_schema(file)
+        with shards.open_parquet(shards.file_url(output.url, shard, "parquet")) as parquet:
+            return parquet.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise DamageFound(f"{shard.name}.parquet cannot be read: {error}; see 'vcf-batch verify'") from error
+        raise DamageFound(
+            f"{shards.file_name(shard, 'parquet')} cannot be read: {error}; see 'vcf-batch verify'"
+        ) from error
 
 
 def _missing(found: Figures, rows: int) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.manifest.manifest import Manifest
@@ -128,7 +127,7 @@ def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_C
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for shard in done:
         # Both are in manifest order; only successful rows have a sample.
-        samples = shards.read_samples(storage.join(output, f"{shard.name}.tar"))
+        samples = shards.read_samples(shards.file_url(output, shard, "tar"))
         sample = next(samples, None)
         for row in manifest.rows(shard.start, shard.stop, config.seed):
             if sample is None or sample["__key__"] != row.key:

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vcf_batch import storage
-from vcf_batch.commands.verify import side_by_side
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.shards import side_by_side
+from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Receipt, Shard, Status
 
 EXTREMES = 8
@@ -174,7 +173,7 @@ class Cause:
 
 
 @dataclass
-class Figures(Totals):
+class Figures(RunSums):
     """What the finished shards of an output add up to, and the rows in them that are worth looking at."""
 
     scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORES})
@@ -267,10 +266,10 @@ def read_rows(output: Output, shard: Shard) -> pa.Table:
         DamageFound: the parquet is not what a run writes.
         StorageError: the storage failed.
     """
-    name = shard.name + shards.SUFFIXES["parquet"]
+    name = shards.file_name(shard, "parquet")
     try:
-        with storage.refusals_as_storage_errors(), storage.open_read(storage.join(output.url, name)) as file:
-            table = pq.ParquetFile(file, pre_buffer=False).read([*_COLUMNS], use_threads=False)
+        with shards.open_parquet(storage.join(output.url, name)) as parquet:
+            table = parquet.read([*_COLUMNS], use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DamageFound(f"{name} cannot be read: {error}; 'vcf-batch verify' tells what else is damaged") from error
     if missing := set(_COLUMNS) - set(table.column_names):

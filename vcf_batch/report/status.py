@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from vcf_batch.commands.verify import side_by_side
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import redact
 from vcf_batch.output import lease, progress_file
 from vcf_batch.output.lease import Owner
 from vcf_batch.output.output import Output
-from vcf_batch.output.sums import Totals
+from vcf_batch.output.shards import side_by_side
+from vcf_batch.output.sums import RunSums
 from vcf_batch.records import STATUSES, Shard
 from vcf_batch.report.figures import Cause, Figures, read_rows
 
@@ -32,12 +32,12 @@ class Status:
     """Of the manifest."""
     shards: int
     """Of the run."""
-    totals: Totals
+    totals: RunSums
     """Of its finished shards."""
     set_aside: dict[str, str]
     """Shards that failed for good in the last attempt at the run, by name, and why."""
     causes: list[Cause]
-    """Why rows of :attr:`Totals.failing` have no sample, most frequent first."""
+    """Why rows of :attr:`RunSums.failing` have no sample, most frequent first."""
     owner: Owner | None
 
     @property

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from vcf_batch import images, storage
-from vcf_batch.commands.verify import side_by_side
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.errors import DamageFound, RowError, StorageError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Shard
 
 EDGE = 160
@@ -29,7 +29,7 @@ _ENCODINGS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-class Pair(NamedTuple):
+class Thumbnails(NamedTuple):
     """Two WebP files."""
 
     output: bytes
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
     """None where there is no reference, or none that can be read any more."""
 
 
-def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, Pair]:
+def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, Thumbnails]:
     """Thumbnails of successful rows. Each of their shards' tars is streamed as far as its last chosen sample.
 
     Args:
@@ -59,10 +59,10 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, P
         except (RowError, StorageError):
             return None
 
-    def pairs(shard: Shard) -> dict[int, Pair]:
+    def pairs(shard: Shard) -> dict[int, Thumbnails]:
         numbers = {chosen[number]["key"]: number for number in chosen if shard.start <= number < shard.stop}
-        outputs = _outputs(storage.join(output.url, shard.name + shards.SUFFIXES["tar"]), numbers, config.image_format)
-        return {numbers[key]: Pair(picture, reference(numbers[key])) for key, picture in outputs.items()}
+        outputs = _outputs(shards.file_url(output.url, shard, "tar"), numbers, config.image_format)
+        return {numbers[key]: Thumbnails(picture, reference(numbers[key])) for key, picture in outputs.items()}
 
     wanted = (output.plan[index] for index in sorted({number // output.plan.shard_size for number in chosen}))
     return dict(itertools.chain.from_iterable(found.items() for _, found in side_by_side(pairs, wanted)))

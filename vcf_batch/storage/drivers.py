@@ -33,7 +33,7 @@ def _options(protocol: str) -> dict[str, Any]:
     """What a driver is created with."""
     options: dict[str, Any] = {} if protocol in _NO_LISTINGS_CACHE else {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
-        # One inner attempt: s3fs itself makes five of each request, and so do we of the whole operation.
+        # One inner retried: s3fs itself makes five of each request, and so do we of the whole operation.
         options["config_kwargs"] = {
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,

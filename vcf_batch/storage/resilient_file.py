@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vcf_batch.storage.retries import T, attempt
+from vcf_batch.storage.retries import T, retried
 
 
-class Reader(io.RawIOBase):
+class ResilientFile(io.RawIOBase):
     """What :func:`vcf_batch.storage.open_read` returns, with the errors that it promises.
 
     A file that ends before its announced size is trouble on the way, too.
@@ -22,7 +22,7 @@ class Reader(io.RawIOBase):
     def __init__(self, url: str, open_file: Callable[[], Any]) -> None:
         self._url, self._open_file = url, open_file
         self._position = 0
-        self._file = attempt("open", url, open_file)
+        self._file = retried("open", url, open_file)
 
     def readable(self) -> bool:
         return True
@@ -67,10 +67,10 @@ class Reader(io.RawIOBase):
                     broken.close()
                 raise
 
-        return attempt("read", self._url, on_an_open_file)
+        return retried("read", self._url, on_an_open_file)
 
     def _reopened(self) -> Any:
-        file = attempt("open", self._url, self._open_file)
+        file = retried("open", self._url, self._open_file)
         if file.seekable():
             file.seek(self._position)
         else:

@@ -1,6 +1,6 @@
 """What goes wrong with storage and network: tried again where it may pass, else one set of errors on every storage.
 
-Drivers name the same trouble in many ways. :func:`attempt` runs one operation and gives its failure the name that
+Drivers name the same trouble in many ways. :func:`retried` runs one operation and gives its failure the name that
 :mod:`vcf_batch.storage` promises, with credentials removed from the message.
 """
 
@@ -15,9 +15,9 @@ from vcf_batch.errors import StorageError, VcfBatchError, redact
 ATTEMPTS = 6
 """How often an operation is tried in all while its failure may pass: enough where one call in five fails."""
 PAUSE_SECONDS = 0.25
-"""Before the second attempt; three times as long before each further one."""
+"""Before the second retried; three times as long before each further one."""
 RETRY_SECONDS = 60.0
-"""No new attempt starts later than this after the first: some drivers wait minutes within one attempt."""
+"""No new retried starts later than this after the first: some drivers wait minutes within one retried."""
 
 _WEB = ("http://", "https://")
 
@@ -66,7 +66,7 @@ READING: Kinds = (FileNotFoundError, PermissionError, NotAFileError)
 MOVING: Kinds = (FileNotFoundError,)
 
 
-def attempt(action: str, url: str, call: Callable[[], T], stay: Kinds = READING) -> T:
+def retried(action: str, url: str, call: Callable[[], T], stay: Kinds = READING) -> T:
     """``call()``, again while its failure may pass; then the error that :mod:`vcf_batch.storage` promises for it.
 
     Args:

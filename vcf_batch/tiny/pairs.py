@@ -17,7 +17,7 @@ PROMPT = ("shape", "color")
 
 
 @dataclass(frozen=True)
-class Pair:
+class PromptAndReference:
     """A prompt that names :data:`PROMPT` only, and a reference that differs in both."""
 
     prompt: str
@@ -26,7 +26,7 @@ class Pair:
     """What a picture of both shows: the prompt's shape and colour, and every other attribute as in the reference."""
 
 
-def draw(count: int) -> list[Pair]:
+def draw(count: int) -> list[PromptAndReference]:
     """Held-out pairs. The prompt's shape is not the reference's, and its colour is nowhere in the reference."""
     shown = world.sample_scenes(count, HELD_OUT + 1)
     generator = torch.Generator().manual_seed(HELD_OUT + 2)
@@ -39,6 +39,8 @@ def draw(count: int) -> list[Pair]:
     rng = random.Random(HELD_OUT + 1)
     pixels = from_unit(world.render(shown).permute(0, 2, 3, 1).numpy())
     return [
-        Pair(world.caption(wanted.named(number), PROMPT, rng), Image.fromarray(picture), wanted.named(number))
+        PromptAndReference(
+            world.caption(wanted.named(number), PROMPT, rng), Image.fromarray(picture), wanted.named(number)
+        )
         for number, picture in enumerate(pixels)
     ]

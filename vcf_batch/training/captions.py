@@ -42,7 +42,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class CaptionedImage:
     """An image file's bytes and its captions; none if there are none to be found."""
 
     name: str
@@ -113,7 +113,7 @@ class CaptionedData:
         files = tuple(Piece(file, 0, count) for file, count in zip(sizes, counts, strict=True))
         return cls(url, files, identity, image_column, caption_column)
 
-    def read(self, pieces: Sequence[Piece]) -> Iterator[Pair]:
+    def read(self, pieces: Sequence[Piece]) -> Iterator[CaptionedImage]:
         """The pairs of some pieces, one after the other.
 
         Raises:
@@ -136,7 +136,7 @@ class CaptionedData:
                 self._columns(url, file.schema_arrow)
                 return file.metadata.num_rows
 
-    def _read_parquet(self, piece: Piece) -> Iterator[Pair]:
+    def _read_parquet(self, piece: Piece) -> Iterator[CaptionedImage]:
         with storage.open_read(piece.url) as source:
             # Unbuffered, Arrow would hold whole column chunks: gigabytes of images.
             file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
@@ -152,7 +152,7 @@ class CaptionedData:
                                 value = row[image]
                                 data = value.get("bytes") if isinstance(value, dict) else value
                                 texts = _captions([row[column] for column in captions])
-                                yield Pair(f"{piece.url} row {number}", data or b"", texts)
+                                yield CaptionedImage(f"{piece.url} row {number}", data or b"", texts)
                             number += 1
                 first = stop
 
@@ -208,14 +208,14 @@ def _reading(url: str) -> Iterator[None]:
         ) from error
 
 
-def _read_tar(piece: Piece) -> Iterator[Pair]:
+def _read_tar(piece: Piece) -> Iterator[CaptionedImage]:
     for number, (key, members) in enumerate(_tar_pairs(piece.url, lambda n: piece.start <= n < piece.stop)):
         if number >= piece.stop:
             return
         if number >= piece.start:
             image = next(data for kind, data in members.items() if kind in _IMAGES)
             texts = [members["txt"].decode(errors="replace")] if "txt" in members else _json_captions(members["json"])
-            yield Pair(f"{piece.url} {key}", image, _captions(texts))
+            yield CaptionedImage(f"{piece.url} {key}", image, _captions(texts))
 
 
 def _tar_pairs(url: str, wanted: Callable[[int], bool]) -> Iterator[tuple[str, dict[str, bytes]]]:

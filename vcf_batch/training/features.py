@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vcf_batch import images, storage
 from vcf_batch.errors import RowError
-from vcf_batch.training.captions import Pair
+from vcf_batch.training.captions import CaptionedImage
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 MAX_PIXELS = 64_000_000
@@ -52,7 +52,7 @@ class Towers:
     def __init__(self, pipeline: VCFPipeline, cache: str | None, vision_id: str, text_id: str) -> None:
         self.pipeline, self.cache, self.vision_id, self.text_id = pipeline, cache, vision_id, text_id
 
-    def prepare(self, pair: Pair, rng: random.Random) -> Example:
+    def prepare(self, pair: CaptionedImage, rng: random.Random) -> Example:
         """Draw one of the captions; decode and squash the image, or find its tokens. Any thread may do it.
 
         Raises:

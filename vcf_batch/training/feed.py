@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from vcf_batch.errors import RowError, UsageError
-from vcf_batch.storage import redact
-from vcf_batch.training.captions import CaptionedData, Pair, Piece, cut
+from vcf_batch.errors import RowError, UsageError, redact
+from vcf_batch.training.captions import CaptionedData, CaptionedImage, Piece, cut
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ class Feed(Generic[T]):
         self,
         data: CaptionedData,
         pieces: Sequence[Piece],
-        prepare: Callable[[Pair, random.Random], T],
+        prepare: Callable[[CaptionedImage, random.Random], T],
         *,
         rank: int,
         world: int,
@@ -100,7 +99,7 @@ class Feed(Generic[T]):
         while True:
             yield from self._examples(shuffled(self.data.read(share), self.buffer, rng), epoch)
 
-    def _examples(self, pairs: Iterator[Pair], epoch: object) -> Iterator[T | None]:
+    def _examples(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[T | None]:
         """The examples of one pass; None for each broken pair."""
         seen, broken = 0, 0
         for pair, prepared in self._ahead(pairs, epoch):
@@ -119,9 +118,9 @@ class Feed(Generic[T]):
         if 2 * broken > seen:
             raise _mostly_broken(broken, seen, reason)
 
-    def _ahead(self, pairs: Iterator[Pair], epoch: object) -> Iterator[tuple[Pair, "Future[T]"]]:
+    def _ahead(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[tuple[CaptionedImage, "Future[T]"]]:
         """Pairs, and what is made of them in the background, a few ahead."""
-        waiting: deque[tuple[Pair, Future[T]]] = deque()
+        waiting: deque[tuple[CaptionedImage, Future[T]]] = deque()
         for pair in pairs:
             rng = random.Random(f"{self.seed}/{epoch}/{pair.name}")
             waiting.append((pair, self.threads.submit(self.prepare, pair, rng)))

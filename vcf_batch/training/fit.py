@@ -15,7 +15,7 @@ from vcf_batch.training.alignment import Alignment, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
 from vcf_batch.training.features import Example, Towers
 from vcf_batch.training.feed import Feed
-from vcf_batch.training.training_job import ALIGNER, STATE, Task, describe, write_log
+from vcf_batch.training.training_job import ALIGNER, STATE, TrainingJob, describe, write_log
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.assembly import load
 
@@ -36,7 +36,7 @@ class Place:
     world: int = 1
 
 
-def fit(task: Task, place: Place, checkpoint: Path | None) -> None:
+def fit(task: TrainingJob, place: Place, checkpoint: Path | None) -> None:
     """Train from a checkpoint, or from the beginning, to the end.
 
     Args:
@@ -55,7 +55,7 @@ class _Fit:
     losses: list[float]
     """Summed over the steps since the last validation."""
 
-    def __init__(self, task: Task, place: Place, checkpoint: Path | None) -> None:
+    def __init__(self, task: TrainingJob, place: Place, checkpoint: Path | None) -> None:
         self.task, self.place, config = task, place, task.config
         torch.set_num_threads(config.cpus_per_worker)
         torch.manual_seed(config.seed)
@@ -144,7 +144,7 @@ class _Fit:
         )
 
 
-def _towers(task: Task, device: torch.device) -> Towers:
+def _towers(task: TrainingJob, device: torch.device) -> Towers:
     """The frozen towers, and a new aligner beside them."""
     config, parts = task.config, task.parts
     pipeline = load(parts, getattr(torch, config.dtype), unet=None, vae=None, aligner=None)

@@ -28,9 +28,9 @@ from vcf_batch.output import lease, run_file
 from vcf_batch.output.lease import Lease
 from vcf_batch.pool import cluster, log
 from vcf_batch.pool.signals import Signals
-from vcf_batch.setup.prepare import absolute_output
+from vcf_batch.setup.paths import absolute_output
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.training.training_job import ALIGNER, Task, read_log
+from vcf_batch.training.training_job import ALIGNER, TrainingJob, read_log
 
 CHECKPOINTS = "checkpoints"
 """Ray Train's folder in the output."""
@@ -46,7 +46,7 @@ WAITING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Summary:
+class TrainingSummary:
     """What came of a training."""
 
     out: str
@@ -71,7 +71,7 @@ class Summary:
         )
 
 
-def run(config: TrainingConfig) -> Summary:
+def run(config: TrainingConfig) -> TrainingSummary:
     """Train what is left of a training, and write the aligner with the lowest validation loss to ``config.out``.
 
     Raises:
@@ -83,7 +83,7 @@ def run(config: TrainingConfig) -> Summary:
     """
     begin = time.monotonic()
     with Signals() as signals:
-        task = Task.plan(_absolute(config))
+        task = TrainingJob.plan(_absolute(config))
         with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself
             task = _settled(task)
@@ -95,7 +95,7 @@ def run(config: TrainingConfig) -> Summary:
                     _publish(checkpoint, task.config.out)
     rows = read_log(task.config.out)
     best = min(rows[1:], key=lambda row: row["validation_loss"])
-    return Summary(task.config.out, task.steps, task.pairs, rows[0], best, time.monotonic() - begin)
+    return TrainingSummary(task.config.out, task.steps, task.pairs, rows[0], best, time.monotonic() - begin)
 
 
 def _absolute(config: TrainingConfig) -> TrainingConfig:
@@ -104,7 +104,7 @@ def _absolute(config: TrainingConfig) -> TrainingConfig:
     return config.replace(out=out, cache_features=cache and storage.absolute(cache))
 
 
-def _settled(task: Task) -> Task:
+def _settled(task: TrainingJob) -> TrainingJob:
     """Settle what was left open by what the cluster has."""
     config, cluster_has = task.config, ray.cluster_resources()
     gpus = config.gpus_per_worker
@@ -124,7 +124,7 @@ def _settled(task: Task) -> Task:
     return dataclasses.replace(task, config=config)
 
 
-def _claim(task: Task) -> None:
+def _claim(task: TrainingJob) -> None:
     """Publish ``run.json``, or find that the output holds this very training.
 
     Raises:
@@ -146,7 +146,7 @@ def _claim(task: Task) -> None:
     )
 
 
-def _train(task: Task, held: Lease) -> ray.train.Checkpoint:
+def _train(task: TrainingJob, held: Lease) -> ray.train.Checkpoint:
     """Run Ray Train, and show how far it is; the best checkpoint."""
     config = task.config
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -181,7 +181,7 @@ def _train(task: Task, held: Lease) -> ray.train.Checkpoint:
     return best
 
 
-def _watch(trainer: Any, board: Queue, progress: Progress, task: Task, held: Lease) -> ray.train.Result:
+def _watch(trainer: Any, board: Queue, progress: Progress, task: TrainingJob, held: Lease) -> ray.train.Result:
     # Not in the main thread, where Ray Train takes Ctrl-C for itself and ends the process with 0.
     outcome: Future[ray.train.Result] = Future()
     threading.Thread(target=_run_into, args=(trainer.fit, outcome), daemon=True).start()

@@ -22,7 +22,7 @@ MAX_VALIDATION = 1000
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingJob:
     """All that a worker needs to know of a training. Small, and picklable."""
 
     config: TrainingConfig
@@ -33,7 +33,7 @@ class Task:
     validation: tuple[Piece, ...]
 
     @classmethod
-    def plan(cls, config: TrainingConfig) -> "Task":
+    def plan(cls, config: TrainingConfig) -> "TrainingJob":
         """Find the models, count the pairs, and hold some out.
 
         Raises:

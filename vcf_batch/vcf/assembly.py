@@ -13,6 +13,8 @@ from transformers.utils import logging
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import model_files, resolution
+from vcf_batch.models.cache import fetch
+from vcf_batch.models.loading import load_errors
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.parts import MODEL_INDEX, Parts
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -30,13 +32,13 @@ def load(parts: Parts, dtype: torch.dtype, **components: Any) -> VCFPipeline:
         ModelError: a part is missing, cannot be loaded, or does not fit the others.
         StorageError: storage or network failed.
     """
-    folder = resolution.fetch(parts.base)
+    folder = fetch(parts.base)
     if parts.image_encoder is not None:
-        encoder = resolution.fetch(parts.image_encoder)
-        with resolution.load_errors(f"the image encoder {parts.image_encoder.name}"):
+        encoder = fetch(parts.image_encoder)
+        with load_errors(f"the image encoder {parts.image_encoder.name}"):
             components["image_encoder"] = _load_vision_tower(encoder, dtype)
             components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(encoder, local_files_only=True)
-    with resolution.load_errors(f"the model {parts.base.name}"):
+    with load_errors(f"the model {parts.base.name}"):
         return VCFPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
 
 
@@ -85,11 +87,11 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
     out = storage.absolute(out)
     if storage.exists(storage.join(out, MODEL_INDEX)):
         raise UsageError(f"{out} holds a model already; name another folder")
-    folder = resolution.fetch(resolution.resolve(aligner))
-    with resolution.load_errors(f"the aligner {aligner}"):
+    folder = fetch(resolution.resolve(aligner))
+    with load_errors(f"the aligner {aligner}"):
         trained = ImageAligner.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline = load(parts, dtype, aligner=trained)
-    base = resolution.fetch(parts.base)
+    base = fetch(parts.base)
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         pipeline.save_pretrained(scratch)
         forget_paths(Path(scratch))

@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithPr
 
 from vcf_batch.config import reference_shares
 from vcf_batch.errors import ModelError
-from vcf_batch.models.resolution import load_errors
+from vcf_batch.models.loading import load_errors
 from vcf_batch.vcf.aligner import squash
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from vcf_batch.errors import ModelError
-from vcf_batch.models.resolution import load_errors
+from vcf_batch.models.loading import load_errors
 
 # It tells of black images, and none is made here.
 logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)

@@ -1,13 +1,17 @@
 """The batches of a shard: which rows are sampled together, and all that is known of them on their way."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch import sharding
+from vcf_batch import images, sharding
 from vcf_batch.metrics.scorer import Targets
 from vcf_batch.records import Objective, Reference, Row, Sample
 
@@ -70,3 +74,43 @@ class Batch:
 
     def distinct_references(self) -> list[Reference]:
         return list(dict.fromkeys(reference for own in self.references for reference in own))
+
+
+def neutral(rows: Sequence[Row], padding: Container[int], run_text: str) -> list[Row]:
+    """The rows of a shard, those that are padding without their content.
+
+    A text or a reference that only padding has is replaced: each distinct text by a blank, each distinct reference by a
+    small plain picture, no two alike. Settings stay.
+
+    Args:
+        rows: of the shard.
+        padding: positions in ``rows`` of those that are not generated.
+        run_text: the run's own negative prompt, which no row brings along.
+    """
+    live = [row for position, row in enumerate(rows) if position not in padding]
+    texts = {text: text for text in (run_text, *(text for row in live for text in _texts(row)))}
+    blanks = (blank for count in itertools.count(1) if (blank := " " * count) not in texts)
+    text_of = defaultdict(blanks.__next__, texts)
+    references = {reference: reference for row in live for reference in row.images}
+    reference_of = defaultdict(map(_plain_picture, itertools.count()).__next__, references)
+    return [
+        dataclasses.replace(
+            row,
+            prompt=text_of[row.prompt],
+            references=tuple(reference_of[reference] for reference in row.references),
+            negative_reference=row.negative_reference and reference_of[row.negative_reference],
+            overrides={
+                name: text_of[value] if name == "negative_prompt" else value for name, value in row.overrides.items()
+            },
+        )
+        for row in rows
+    ]
+
+
+def _texts(row: Row) -> list[str]:
+    return [row.prompt, *([row.overrides["negative_prompt"]] if "negative_prompt" in row.overrides else [])]
+
+
+def _plain_picture(number: int) -> Reference:
+    colour = (number % 256, number // 256 % 256, 64)
+    return Reference(data=images.encode(np.full((64, 64, 3), colour, dtype=np.uint8), "png"))

@@ -9,10 +9,10 @@ from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
-from vcf_batch.worker import padding
+from vcf_batch.worker import batches
 from vcf_batch.worker.batches import batch_key
 from vcf_batch.worker.clock import Clock
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.components import Components
 from vcf_batch.worker.generation import Generation
 
 SECONDS = 1.0
@@ -27,51 +27,51 @@ BATCHES, STEPS = 2, 10
 ROWS_LOOKED_AT = 64
 
 
-def seconds_per_image(tools: Tools, rows: Sequence[Row]) -> float:
+def seconds_per_image(components: Components, rows: Sequence[Row]) -> float:
     """Seconds that a sample of a shard takes: references read, sampled, scored and encoded, and thrown away.
 
     A first pass with a single denoising step, which is not timed, loads kernels and fills caches.
 
     Args:
-        tools: of a loaded worker (:attr:`vcf_batch.worker.worker.Worker.tools`); their ``config`` has the batch size.
+        components: of a loaded worker; their ``config`` has the batch size.
         rows: the shard, such as the manifest's first rows; whole batches tell most. None has an error.
 
     Raises:
         OutOfDeviceMemory: a batch does not fit.
         StorageError: a reference cannot be read.
     """
-    _generate(dataclasses.replace(tools, config=tools.config.replace(steps=1)), rows)
+    _generate(dataclasses.replace(components, config=components.config.replace(steps=1)), rows)
     begin = time.perf_counter()
     images, seconds = 0, 0.0
     while seconds < SECONDS:
-        _generate(tools, rows)
+        _generate(components, rows)
         images += len(rows)
         seconds = time.perf_counter() - begin
     return seconds / images
 
 
-def fastest_batch_size(tools: Tools, manifest: Manifest, limit: int) -> int:
+def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -> int:
     """The batch size that gives the most samples a second: doubled as long as that pays and memory holds it.
 
     Measured on copies of the most demanding of the manifest's first rows, with plain pictures for its references and
     few steps.
 
     Args:
-        tools: of a loaded worker.
+        components: of a loaded worker.
         manifest: the run's.
         limit: the largest batch size that makes sense.
 
     Raises:
         OutOfDeviceMemory: not even one sample fits.
     """
-    row = _most_demanding(tools, manifest)
+    row = _most_demanding(components, manifest)
     best, least = 0, float("inf")
     for size in itertools.takewhile(lambda size: size <= limit, map((2).__pow__, itertools.count())):
-        config = tools.config.replace(batch_size=size, steps=min(tools.config.steps or STEPS, STEPS))
+        config = components.config.replace(batch_size=size, steps=min(components.config.steps or STEPS, STEPS))
         rows = [dataclasses.replace(row, number=number, seed=number) for number in range(BATCHES * size)]
-        plain = padding.neutral(rows, range(len(rows)), config.negative_prompt)
+        plain = batches.neutral(rows, range(len(rows)), config.negative_prompt)
         try:
-            seconds = seconds_per_image(dataclasses.replace(tools, config=config), plain)
+            seconds = seconds_per_image(dataclasses.replace(components, config=config), plain)
         except OutOfDeviceMemory:
             if best:
                 break
@@ -82,15 +82,15 @@ def fastest_batch_size(tools: Tools, manifest: Manifest, limit: int) -> int:
     return best
 
 
-def _generate(tools: Tools, rows: Sequence[Row]) -> None:
-    tools.device.use_threads()
-    Generation(tools, rows, {}, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
+def _generate(components: Components, rows: Sequence[Row]) -> None:
+    components.device.use_threads()
+    Generation(components, rows, {}, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
 
 
-def _most_demanding(tools: Tools, manifest: Manifest) -> Row:
+def _most_demanding(components: Components, manifest: Manifest) -> Row:
     """Of the first rows one that needs the most memory, with one update if there are any: they are all alike."""
-    rows = manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), tools.config.seed)
-    sound = [row for row in rows if not checked(row, tools.config).error]
-    row = max(sound, key=lambda row: batch_key(row, tools.settings(row)), default=Row(0, "text", ""))
-    updates = min(tools.settings(row)["pno_steps"], 1)
+    rows = manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), components.config.seed)
+    sound = [row for row in rows if not checked(row, components.config).error]
+    row = max(sound, key=lambda row: batch_key(row, components.settings(row)), default=Row(0, "text", ""))
+    updates = min(components.settings(row)["pno_steps"], 1)
     return dataclasses.replace(row, overrides={**row.overrides, "pno_steps": updates})

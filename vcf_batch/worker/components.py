@@ -16,7 +16,7 @@ from vcf_batch.worker.device import Device
 
 
 @dataclass(frozen=True)
-class Tools:
+class Components:
     """What a shard is generated with, from one shard to the next."""
 
     config: RunConfig

@@ -12,7 +12,7 @@ import torch
 import vcf_batch
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError
-from vcf_batch.models import resolution
+from vcf_batch.models.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Device:
         # Of processes that Ray did not start with the run's environment.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if config.compile:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(resolution.cache_folder(), "compiled"))
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache_folder(), "compiled"))
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory costs a pass over it, and nothing here reads what it has not written.

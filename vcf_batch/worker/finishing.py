@@ -17,7 +17,7 @@ from vcf_batch.records import TRIPLET, Row, Sample, Scores
 from vcf_batch.worker import gates
 from vcf_batch.worker.batches import Batch
 from vcf_batch.worker.clock import Clock
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.components import Components
 
 NOT_FINITE = "the model produced values that are not finite for this row; try another seed or --dtype float32"
 
@@ -26,7 +26,7 @@ class Finisher:
     """Finishes the batches of one shard, one after the other. It runs beside the sampling, and touches no state of it.
 
     Args:
-        tools: what to score with.
+        components: what to score with.
         rows: of the shard.
         settings: of each row.
         padding: positions of the rows that are not generated.
@@ -37,7 +37,7 @@ class Finisher:
 
     def __init__(
         self,
-        tools: Tools,
+        components: Components,
         rows: Sequence[Row],
         settings: Sequence[Mapping[str, Any]],
         padding: Set[int],
@@ -45,7 +45,7 @@ class Finisher:
         write: Callable[[Sample], None],
         clock: Clock,
     ) -> None:
-        self._tools, self._config, self._scorer = tools, tools.config, tools.scorer.new_shard()
+        self._components, self._config, self._scorer = components, components.config, components.scorer.new_shard()
         self._rows, self._settings, self._padding, self._known = rows, settings, padding, known
         self._write, self._clock = write, clock
         self._finished: dict[int, Sample] = {}
@@ -104,10 +104,10 @@ class Finisher:
 
     def _flags(self, pixels: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]]) -> Sequence[bool | None]:
         """Of each row, whether the safety checker flags its image or its twin; None without a checker."""
-        if self._tools.safety is None:
+        if self._components.safety is None:
             return [None] * len(pixels)
-        flags = self._tools.safety(pixels)
-        return [*map(operator.or_, flags, self._tools.safety(twins))] if twins else flags
+        flags = self._components.safety(pixels)
+        return [*map(operator.or_, flags, self._components.safety(twins))] if twins else flags
 
     def _outcome(self, batch: Batch, place: int, scores: Scores, nsfw: bool | None, is_finite: bool) -> Sample | None:
         """What became of a row, but for its image; None if it gets another attempt."""
@@ -124,7 +124,7 @@ class Finisher:
 
     def _encoded(self, sample: Sample, pixels: NDArray[np.uint8]) -> bytes:
         """The file of an image that a sample tells how it was made."""
-        mark = marking.xmp(sample, self._tools.model) if self._config.mark else None
+        mark = marking.xmp(sample, self._components.model) if self._config.mark else None
         return images.encode(pixels, self._config.image_format, mark)
 
     def _triplet(self, batch: Batch, place: int, sample: Sample, twin: NDArray[np.uint8]) -> dict[str, bytes]:

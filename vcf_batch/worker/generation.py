@@ -21,10 +21,10 @@ from vcf_batch.records import Objective, Reference, Row, Sample
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.guide import Guide
-from vcf_batch.worker import batches, padding
+from vcf_batch.worker import batches
 from vcf_batch.worker.batches import Batch
 from vcf_batch.worker.clock import Clock
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.components import Components
 from vcf_batch.worker.finishing import Finisher
 from vcf_batch.worker.shard_references import ShardReferences
 
@@ -44,7 +44,7 @@ class Generation:
     What is computed together depends on the manifest alone, never on what failed or is left out.
 
     Args:
-        tools: what to generate with.
+        components: what to generate with.
         rows: of the shard.
         known: samples by the number of their row, which are handed on as they are: the row is not touched, and keeps
             its place in its batch as padding (:mod:`vcf_batch.worker.padding`). A batch of padding alone is not
@@ -58,7 +58,7 @@ class Generation:
 
     def __init__(
         self,
-        tools: Tools,
+        components: Components,
         rows: Sequence[Row],
         known: Mapping[int, Sample],
         write: Callable[[Sample], None],
@@ -66,15 +66,20 @@ class Generation:
         last_attempt: bool,
         sampled_at_once: int | None,
     ) -> None:
-        self.tools, self.pipeline, self.config, self.clock = tools, tools.pipeline, tools.config, clock
-        batch_size = cast(int, tools.config.batch_size)
+        self.components, self.pipeline, self.config, self.clock = (
+            components,
+            components.pipeline,
+            components.config,
+            clock,
+        )
+        batch_size = cast(int, components.config.batch_size)
         self.sampled_at_once = min(sampled_at_once or batch_size, batch_size)
         self.padding = {position for position, row in enumerate(rows) if row.number in known}
-        self.rows = rows = padding.neutral(rows, self.padding, self.config.negative_prompt)
-        self.settings = [tools.settings(row) for row in rows]
+        self.rows = rows = batches.neutral(rows, self.padding, self.config.negative_prompt)
+        self.settings = [components.settings(row) for row in rows]
         self.batches = batches.cut(rows, self.settings, batch_size)
-        self.references = ShardReferences(tools, self.batches, rows, last_attempt, clock)
-        self.finisher = Finisher(tools, rows, self.settings, self.padding, known, write, clock)
+        self.references = ShardReferences(components, self.batches, rows, last_attempt, clock)
+        self.finisher = Finisher(components, rows, self.settings, self.padding, known, write, clock)
         self.texts: dict[str, Tensor] = {}
         self.text_last_batch = {
             text: batch.number
@@ -107,7 +112,7 @@ class Generation:
 
     def _run(self) -> None:
         self._read_ahead()
-        thread = ThreadPoolExecutor(1, "finish", initializer=self.tools.device.use_threads)
+        thread = ThreadPoolExecutor(1, "finish", initializer=self.components.device.use_threads)
         try:
             with self._turn():
                 for batch in self.batches:
@@ -148,14 +153,14 @@ class Generation:
     def _turn(self) -> Iterator[None]:
         """Wait until no other shard is sampled; then let every denoising step show that something moves."""
         with self.clock("wait_for_turn"):
-            while not self.tools.sampling.acquire(timeout=TURN_SECONDS):
+            while not self.components.sampling.acquire(timeout=TURN_SECONDS):
                 self.clock.tick()  # nothing hangs here: the other shard would
         hook = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.tick())
         try:
             yield
         finally:
             hook.remove()
-            self.tools.sampling.release()
+            self.components.sampling.release()
 
     def _read_ahead(self) -> None:
         while len(self.reading) <= BATCHES_AHEAD and (batch := next(self.ahead, None)):
@@ -219,7 +224,7 @@ class Generation:
         self, settings: Sequence[Mapping[str, Any]], pictures: Sequence[list[Image.Image]], inputs: Mapping[str, Any]
     ) -> tuple[Tensor, list[Objective | None]]:
         """Sample with prompt-noise optimisation."""
-        guide = cast(Guide, self.tools.guide)
+        guide = cast(Guide, self.components.guide)
         sample, noise, conditioning = self.pipeline.prepare(**inputs)
         found, course = pno.optimize(
             sample,

@@ -4,8 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vcf_batch.config import RunConfig
-from vcf_batch.setup import prepare
-from vcf_batch.setup.prepare import Job
+from vcf_batch.setup.job import Job, environment
 
 if TYPE_CHECKING:
     from vcf_batch.worker.worker import Worker
@@ -38,7 +37,7 @@ def load(job: Job, scratch: str) -> "Worker":
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.worker.load`.
     """
-    os.environ.update(prepare.environment(job.config))
+    os.environ.update(environment(job.config))
     from vcf_batch.worker import worker  # brings torch, which reads the environment
 
     return worker.load(

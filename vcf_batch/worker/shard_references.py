@@ -14,7 +14,7 @@ from vcf_batch.records import Reference, Row
 from vcf_batch.vcf.pipeline import BLANK
 from vcf_batch.worker.batches import Batch
 from vcf_batch.worker.clock import Clock
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.components import Components
 
 READERS = 8
 """Threads that read references. They wait for storage most of the time."""
@@ -61,7 +61,7 @@ class ShardReferences:
     """Reads and encodes the references of one shard; use it with ``with``.
 
     Args:
-        tools: what to read and encode with.
+        components: what to read and encode with.
         batches: of the shard.
         rows: of the shard.
         last_attempt: trouble of storage or network with one reference fails its rows. Before that it raises.
@@ -69,9 +69,9 @@ class ShardReferences:
     """
 
     def __init__(
-        self, tools: Tools, batches: Sequence[Batch], rows: Sequence[Row], last_attempt: bool, clock: Clock
+        self, components: Components, batches: Sequence[Batch], rows: Sequence[Row], last_attempt: bool, clock: Clock
     ) -> None:
-        self._tools, self._rows, self._clock = tools, rows, clock
+        self._components, self._rows, self._clock = components, rows, clock
         self._blamed = (RowError, StorageError) if last_attempt else RowError
         self._entries: dict[Reference, _Entry] = {}
         for batch in batches:
@@ -97,8 +97,8 @@ class ShardReferences:
     def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
         """The image, and what the model gets of it. Runs beside the sampling."""
         with self._clock("read_references"):
-            image = self._tools.references.read(reference)
-            return image, self._tools.pipeline.squash(image)
+            image = self._components.references.read(reference)
+            return image, self._components.pipeline.squash(image)
 
     def collect(self, batch: Batch) -> None:
         """Wait for the batch's references, and note which rows fail.
@@ -133,7 +133,7 @@ class ShardReferences:
         return self._encoded([BLANK])[0]
 
     def _encoded(self, pictures: list[Image.Image]) -> Tensor:
-        return self._tools.pipeline.encode_references(pictures, self._tools.config.image_tokens)
+        return self._components.pipeline.encode_references(pictures, self._components.config.image_tokens)
 
     def release(self, batch: Batch) -> None:
         """Let go of what no later batch needs."""

@@ -18,22 +18,22 @@ from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.models import resolution
+from vcf_batch.models.cache import fetch
+from vcf_batch.models.loading import load_errors
 from vcf_batch.output import commits, shards
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Receipt, Sample, Shard
 from vcf_batch.row_settings import checked
-from vcf_batch.setup.prepare import TRACE, is_guided
+from vcf_batch.setup.job import TRACE, is_guided
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.storage import scratch
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
-from vcf_batch.worker.clock import Clock
-from vcf_batch.worker.components import Tools
+from vcf_batch.worker.clock import Clock, Profile
+from vcf_batch.worker.components import Components
 from vcf_batch.worker.device import Device
 from vcf_batch.worker.generation import Generation
-from vcf_batch.worker.profiling import Profile
 
 NO_REFERENCE = "the row has no reference, which each triplet shows; give it one, or leave --triplets out"
 
@@ -57,9 +57,9 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     global _model_loads
     scratch.clean()
     device = Device.prepare(config)
-    folder = resolution.fetch(models_used.pipeline)
+    folder = fetch(models_used.pipeline)
     judge = models_used.judge
-    judge_folder = os.path.join(folder, OWN_JUDGE) if judge is None else resolution.fetch(judge)
+    judge_folder = os.path.join(folder, OWN_JUDGE) if judge is None else fetch(judge)
     pipeline = _load_pipeline(folder, device, config.compile)
     scorer = Scorer(
         ClipJudge.from_pretrained(judge_folder, device=device.kind),
@@ -72,19 +72,19 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     safety = _load_safety(models_used, device)
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     _model_loads += 1
-    tools = Tools(config, pipeline, scorer, references, models_used.pipeline.identity, device, guide, safety)
-    return Worker(tools, manifest, fingerprint)
+    components = Components(config, pipeline, scorer, references, models_used.pipeline.identity, device, guide, safety)
+    return Worker(components, manifest, fingerprint)
 
 
 def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
-    with resolution.load_errors(f"the model in {folder}"):
+    with load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
     return pipeline.set_up(device.kind, compiled)
 
 
 def _load_guide(models_used: Models, pipeline: VCFPipeline, device: Device) -> Guide:
     if models_used.pno_guide is not None:
-        return Guide.from_pretrained(resolution.fetch(models_used.pno_guide), device=device.kind)
+        return Guide.from_pretrained(fetch(models_used.pno_guide), device=device.kind)
     statistics = pipeline.feature_extractor
     return Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
 
@@ -92,7 +92,7 @@ def _load_guide(models_used: Models, pipeline: VCFPipeline, device: Device) -> G
 def _load_safety(models_used: Models, device: Device) -> SafetyChecker | None:
     if models_used.safety_checker is None:
         return None
-    folder = resolution.fetch(models_used.safety_checker)
+    folder = fetch(models_used.safety_checker)
     if models_used.safety_checker == models_used.pipeline:
         folder = os.path.join(folder, OWN_SAFETY)
     return SafetyChecker.from_pretrained(folder, device=device.kind)
@@ -102,7 +102,7 @@ def _load_perceptual(models_used: Models, folder: str, device: Device) -> Percep
     if models_used.lpips == TINY_PERCEPTUAL:
         from vcf_batch.tiny.probe import Probe  # only a model that brings one needs it
 
-        with resolution.load_errors(f"the probe of the model in {folder}"):
+        with load_errors(f"the probe of the model in {folder}"):
             probe = Probe.from_pretrained(os.path.join(folder, OWN_PROBE), dtype=torch.float32)
         return PerceptualDistance(probe.to(device.kind).eval().features, device=device.kind)
     if models_used.lpips_source is None:
@@ -117,13 +117,13 @@ class Worker:
     references are read, or the last one's files are finished and staged.
 
     Args:
-        tools: what samples, scores and reads references.
+        components: what samples, scores and reads references.
         manifest: where rows are read from.
         fingerprint: the run's name, for the receipts.
     """
 
-    def __init__(self, tools: Tools, manifest: Manifest, fingerprint: str) -> None:
-        self.tools = tools
+    def __init__(self, components: Components, manifest: Manifest, fingerprint: str) -> None:
+        self.components = components
         self.manifest = manifest
         self.fingerprint = fingerprint
         self._under_way: dict[str, Clock] = {}
@@ -168,7 +168,7 @@ class Worker:
             existing: row number to sample: rows that are done. Samples are asked for one by one, in order.
             sampled_at_once: rows at most, where memory is too small for a batch; the receipt says so, because samples
                 may differ in their last bits.
-            profiled: record a trace of the shard's first batches: :data:`vcf_batch.setup.prepare.TRACE` in the output.
+            profiled: record a trace of the shard's first batches: :data:`vcf_batch.setup.job.TRACE` in the output.
 
         Returns:
             The receipt, not published, and what :func:`vcf_batch.output.commits.commit` needs to publish it.
@@ -178,7 +178,7 @@ class Worker:
             OutOfDeviceMemory: a batch does not fit.
             VcfBatchError: storage, network or the machine failed. No row is to blame; the shard may be tried again.
         """
-        started, output = datetime.now(UTC), self.tools.config.output
+        started, output = datetime.now(UTC), self.components.config.output
         with contextlib.ExitStack() as profiling:
             clock = profiling.enter_context(Profile(storage.join(output, TRACE))) if profiled else Clock()
             how = (clock, last_attempt, sampled_at_once)
@@ -190,7 +190,7 @@ class Worker:
             attempt=attempt,
             counts=files.counts,
             files=files.entries,
-            device=self.tools.device.describe(),
+            device=self.components.device.describe(),
             timings=clock.seconds
             | {
                 "started": started.isoformat(timespec="seconds"),
@@ -239,28 +239,32 @@ class Worker:
         sampled_at_once: int | None,
     ) -> Iterator[ShardFiles]:
         """The shard's files, in scratch that goes when the block is left."""
-        self.tools.device.use_threads()
+        self.components.device.use_threads()
         self._under_way[attempt_id] = clock
         try:
             with scratch.folder() as folder:
                 with clock("read_manifest"):
-                    read = self.manifest.rows(shard.start, shard.stop, self.tools.config.seed)
-                    rows = [checked(row, self.tools.config) for row in read]
+                    read = self.manifest.rows(shard.start, shard.stop, self.components.config.seed)
+                    rows = [checked(row, self.components.config) for row in read]
                 failed = {
-                    row.number: Sample(row, "failed", self.tools.settings(row), error_message=error)
+                    row.number: Sample(row, "failed", self.components.settings(row), error_message=error)
                     for row in rows
                     if (error := verdicts.get(row.number) or row.error)
                 }
                 rejected = {
-                    row.number: Sample(row, "rejected", self.tools.settings(row), error_message=NO_REFERENCE)
+                    row.number: Sample(row, "rejected", self.components.settings(row), error_message=NO_REFERENCE)
                     for row in rows
-                    if self.tools.config.triplets and not row.references
+                    if self.components.config.triplets and not row.references
                 }
                 known = ChainMap(failed, rejected, cast(dict[int, Sample], existing))
                 way = (clock, last_attempt, sampled_at_once)
-                layout = (self.tools.config.image_format, self.manifest.carried_schema, self.manifest.reference_is_list)
+                layout = (
+                    self.components.config.image_format,
+                    self.manifest.carried_schema,
+                    self.manifest.reference_is_list,
+                )
                 with shards.ShardWriter(folder, shard, *layout) as writer:
-                    Generation(self.tools, rows, known, writer.add, *way).run()
+                    Generation(self.components, rows, known, writer.add, *way).run()
                     with clock("finish_files"):
                         files = writer.finish()
                 yield files

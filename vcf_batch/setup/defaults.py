@@ -3,30 +3,24 @@
 Neither torch nor Ray is needed for that.
 """
 
-import importlib.metadata
-import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
-import vcf_batch
-from vcf_batch import sharding, storage
+from vcf_batch import sharding
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     REFERENCE_PARTS,
     RunConfig,
-    fingerprint,
     fingerprint_fields,
 )
-from vcf_batch.errors import ModelError, StorageError, UsageError, redact
-from vcf_batch.manifest import appended
+from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution
-from vcf_batch.output import commits, lease, receipts, run_file
+from vcf_batch.models.loading import load_errors
+from vcf_batch.setup.job import Job, is_guided
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
-from vcf_batch.sharding import ShardPlan
+from vcf_batch.setup.storage_check import is_seen
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
 """A worker hangs that gives no sign of life for so long, and not in the time of so many denoising steps of a batch
@@ -42,97 +36,6 @@ PNO_STEP = 3.3
 GPU_SPEED = 4e13
 CPU_SPEED = 2e10
 """Operations a second, of a modest data-center GPU in 16 bits and of one CPU thread."""
-
-TRACE = "profile/trace.json"
-"""Where ``--profile`` leaves its trace in an output."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to know of a run. Small, and picklable."""
-
-    config: RunConfig
-    """With every default resolved and every path absolute."""
-    manifest: Manifest
-    models: Models
-    fields: dict[str, Any]
-    """What the fingerprint covers."""
-    roots: tuple[str, ...] = ()
-    """Places of references, besides the manifest's own folder, that the driver sees."""
-    token: str = ""
-    """Of the driver's lease, which every node has to see."""
-    extends: tuple[str, ...] = ()
-    """Fingerprints of the run before rows were appended to its manifest. Receipts that have them are its own."""
-    again: Mapping[int, bytes] = field(default_factory=dict)
-    """Shards that are generated again though they may exist, by index: of each row, 1 if it is generated, 0 if the
-    committed sample stays."""
-    profiled: int | None = None
-    """Index of the shard whose first batches are recorded for ``--profile``."""
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.fields)
-
-    @property
-    def guided(self) -> bool:
-        return is_guided(self.config, self.manifest)
-
-    @property
-    def shards(self) -> ShardPlan:
-        assert self.config.shard_size is not None
-        return ShardPlan(self.manifest.num_rows, self.config.shard_size)
-
-
-def absolute(config: RunConfig) -> RunConfig:
-    """Make paths absolute, so that they mean the same to every process.
-
-    Raises:
-        UsageError: an output in the temporary working directory of a Ray job, which is where a relative one would go.
-    """
-    return config.replace(
-        manifest=storage.absolute(config.manifest),
-        output=absolute_output(config.output),
-        reference_root=tuple(storage.absolute(root) for root in config.reference_root),
-    )
-
-
-def absolute_output(url: str) -> str:
-    """The output's absolute path or URL.
-
-    Raises:
-        UsageError: it lies in the temporary working directory of a Ray job, which is where a relative one would go.
-    """
-    output = storage.absolute(url)
-    if storage.is_local(output) and any(map(_is_job_copy, Path(output).parts)):
-        raise UsageError(
-            f"output {url!r} lies in the temporary copy of the directory that this job was submitted with "
-            f"({output}), which Ray deletes: name an absolute path on shared storage, or a URL such as s3://bucket/folder"
-        )
-    return output
-
-
-def _is_job_copy(folder: str) -> bool:
-    return folder == "working_dir_files" or folder.startswith("_ray_pkg_")
-
-
-def resume(config: RunConfig, found: Mapping[str, Any] | None) -> RunConfig:
-    """Take what is left open, and what a later start could settle otherwise, from the run that has begun the output.
-
-    Args:
-        found: the output's ``run.json``.
-
-    Raises:
-        StorageError: the storage failed.
-    """
-    names = [name for name in ("shard_size", "batch_size", "gpus_per_worker") if getattr(config, name) is None]
-    if found is None or not names or not commits.any_committed(config.output):
-        return config
-    return config.replace(**{name: found.get("config", {}).get(name) for name in names})
-
-
-def is_guided(config: RunConfig, manifest: Manifest) -> bool:
-    """Whether a row may be brought closer to its reference by prompt-noise optimisation."""
-    return (config.pno_steps > 0 or manifest.has_any("pno_steps")) and manifest.has_any("reference")
 
 
 def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
@@ -179,7 +82,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     if guided:
         _check_guide(resolved, index)
     _check_quality(config, resolved, manifest)
-    with resolution.load_errors(f"the configuration of {config.model}"):
+    with load_errors(f"the configuration of {config.model}"):
         native = unet["sample_size"]
         native_height, native_width = (native, native) if isinstance(native, int) else native
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -217,7 +120,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     if on_gpu:
         # Its CPUs prepare and encode; no sum that is in the output depends on how many there are.
         del fields["cpus_per_worker"]
-    return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if _is_seen(root)))
+    return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if is_seen(root)))
 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
@@ -268,91 +171,3 @@ def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int)
     operations = OPERATIONS * area * sum(width**2 / 4**level for level, width in enumerate(channels))
     speed = GPU_SPEED if config.gpus_per_worker else CPU_SPEED * config.cpus_per_worker
     return 2 * cast(int, config.steps) * (1 + PNO_STEP * config.pno_steps) * operations / speed
-
-
-def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
-    """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
-
-    Args:
-        job: the run.
-        publish: False only looks, which anybody may.
-
-    Returns:
-        See :attr:`Job.extends`.
-
-    Raises:
-        RefusedError: the output holds another run.
-        StorageError: the storage failed.
-    """
-    manifest = {
-        "url": redact(job.manifest.url),
-        "identity": job.manifest.identity,
-        "rows": job.manifest.num_rows,
-    }
-    packages = ("torch", "diffusers", "transformers", "ray", "pyarrow")
-    output = job.config.output
-    found = run_file.read(output)  # once more: an earlier owner may have written it meanwhile
-    return run_file.claim(
-        output,
-        found,
-        job.fields,
-        {
-            "config": {name: _redacted(value) for name, value in job.config.to_dict().items()},
-            "manifest": manifest,
-            "models": job.models.describe(job.guided),
-            "shards": len(job.shards),
-            "shard_digits": len(sharding.shard_name(0, len(job.shards))),
-            "versions": {"vcf_batch": vcf_batch.__version__}
-            | {name: importlib.metadata.version(name) for name in packages},
-        },
-        # Without run.json even half a shard is somebody else's.
-        begun=commits.any_committed(output) if found else bool(receipts.files_found(output)),
-        obstacle=lambda there: appended.obstacle(there, job.manifest),
-        publish=publish,
-    )
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_redacted(item) for item in value]
-    return redact(value) if isinstance(value, str) and "://" in value else value
-
-
-def _is_seen(root: str) -> bool:
-    """Whether the driver sees a place of references. Web addresses have no folders, and what fails proves nothing."""
-    if root.startswith(("http://", "https://")):
-        return False
-    try:
-        return storage.exists(root)
-    except (PermissionError, StorageError):
-        return False
-
-
-def environment(config: RunConfig) -> dict[str, str]:
-    """Environment of a worker: fixed threads, and cuBLAS workspaces that keep its sums in order."""
-    return {
-        "OMP_NUM_THREADS": str(config.cpus_per_worker),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
-def check_storage(job: Job) -> None:
-    """Prove that this node sees the run's storage: the driver's lease in the output, the manifest, the reference roots.
-
-    Raises:
-        UsageError: it does not.
-        StorageError: the storage failed, or refuses this node.
-    """
-    node, output = socket.gethostname(), job.config.output
-    roots = [("--reference-root", root) for root in job.roots]
-    for what, place in [("output", output), ("manifest", job.manifest.url), *roots]:
-        try:
-            seen = lease.is_seen(output, job.token) if what == "output" else storage.exists(place)
-        except PermissionError as error:
-            raise StorageError(f"node {node} may not look at the {what}: {error}") from error
-        if not seen:
-            raise UsageError(
-                f"node {node} does not see the {what} {place}; "
-                "it must be on storage that every node shares, such as s3://bucket/folder"
-            )

@@ -1,0 +1,106 @@
+"""Models on this node: each is fetched once, whatever number of processes ask for it."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vcf_batch import storage
+from vcf_batch.errors import ModelError, StorageError
+from vcf_batch.models import hub
+from vcf_batch.models.model_files import refuse_code, select
+from vcf_batch.models.resolution import _THREADS, ResolvedModel, _folder_identity, _url_files, tiny_folder
+
+CACHE_VARIABLE = "VCF_BATCH_CACHE"
+_MARKER = ".complete.json"
+
+
+def fetch(model: ResolvedModel) -> str:
+    """Make the model's files available on this node.
+
+    A download happens once per node, whatever number of processes ask for it: under a file lock, into
+    ``$VCF_BATCH_CACHE`` (else ``~/.cache/vcf-batch``), with the marker that it is complete written last.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        ModelError: the model is not here, or not the one that was resolved.
+        StorageError: storage or network failed.
+    """
+    if model.kind in ("tiny", "directory"):
+        folder = tiny_folder() if model.kind == "tiny" else model.location
+        if (found := _folder_identity(folder)) != model.identity:
+            raise ModelError(
+                f"{folder} on this node holds another model than where the run was started ({found[:12]}, not "
+                f"{model.identity[:12]}); put the model on shared storage, or give its URL"
+            )
+        return folder
+    if model.kind == "url":
+        return _cached(model, lambda folder: _fill_from_url(model, folder))
+    return _cached(model, lambda folder: hub.fill(model.location, model.identity, folder))
+
+
+def _fill_from_url(model: ResolvedModel, folder: str) -> None:
+    for leftover in Path(folder).rglob(".tmp-*"):
+        leftover.unlink()
+    try:
+        files, identity = _url_files(model.location)
+        if identity != model.identity:
+            raise ModelError(f"the model at {model.location} has changed since the run was started; start it again")
+
+        def download(file: str) -> None:
+            path = Path(folder, file)
+            if not (path.exists() and path.stat().st_size == files[file]):
+                storage.download(storage.join(model.location, file), str(path))
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(download, files))
+    except (FileNotFoundError, PermissionError) as error:
+        # The driver could read it: this node's trouble.
+        raise StorageError(f"this node cannot read the model at {model.location}: {error}") from error
+
+
+def cache_folder() -> str:
+    """What this node keeps for later runs is here: ``$VCF_BATCH_CACHE``, else ``~/.cache/vcf-batch``."""
+    return os.path.abspath(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch"))
+
+
+def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
+    from filelock import FileLock
+
+    cache = cache_folder()
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
+    unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
+    folder = os.path.join(cache, "models", f"{readable}-{unique}")
+    # The system drops the lock of a process that is killed; the next one completes what it had downloaded.
+    lock = FileLock(f"{folder}.lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise ModelError(
+            f"cannot write to the model cache {cache}: {error}; set {CACHE_VARIABLE} to a folder"
+        ) from error
+    try:
+        if not _is_complete(folder):
+            fill(folder)
+            files = select(folder, storage.list_tree(folder))
+            refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
+            storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
+    finally:
+        lock.release()
+    return folder
+
+
+def _is_complete(folder: str) -> bool:
+    """Whether the marker is there, and every file that it names still has its size."""
+    try:
+        expected: dict[str, Any] = json.loads(storage.read_bytes(os.path.join(folder, _MARKER)))
+        return expected == {file: os.path.getsize(os.path.join(folder, file)) for file in expected}
+    except (FileNotFoundError, ValueError):
+        return False

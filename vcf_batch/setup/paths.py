@@ -1,0 +1,41 @@
+"""Paths of a run, made absolute, so that they mean the same to every process."""
+
+from pathlib import Path
+
+from vcf_batch import storage
+from vcf_batch.config import (
+    RunConfig,
+)
+from vcf_batch.errors import UsageError
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Make paths absolute, so that they mean the same to every process.
+
+    Raises:
+        UsageError: an output in the temporary working directory of a Ray job, which is where a relative one would go.
+    """
+    return config.replace(
+        manifest=storage.absolute(config.manifest),
+        output=absolute_output(config.output),
+        reference_root=tuple(storage.absolute(root) for root in config.reference_root),
+    )
+
+
+def absolute_output(url: str) -> str:
+    """The output's absolute path or URL.
+
+    Raises:
+        UsageError: it lies in the temporary working directory of a Ray job, which is where a relative one would go.
+    """
+    output = storage.absolute(url)
+    if storage.is_local(output) and any(map(_is_job_copy, Path(output).parts)):
+        raise UsageError(
+            f"output {url!r} lies in the temporary copy of the directory that this job was submitted with "
+            f"({output}), which Ray deletes: name an absolute path on shared storage, or a URL such as s3://bucket/folder"
+        )
+    return output
+
+
+def _is_job_copy(folder: str) -> bool:
+    return folder == "working_dir_files" or folder.startswith("_ray_pkg_")

@@ -1,0 +1,83 @@
+"""Folders listed, at any depth, never from a cache."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vcf_batch.storage import local
+from vcf_batch.storage.drivers import filesystem
+from vcf_batch.storage.paths import as_local_path, is_local, join, name
+from vcf_batch.storage.retries import retried
+
+_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
+
+
+def list_files(url: str) -> dict[str, int]:
+    """Name and size of the files directly in a folder; ``{}`` if there is no such folder. One uncached listing.
+
+    Raises:
+        PermissionError, StorageError: see the module.
+    """
+
+    if is_local(url):
+        return _local_listing(url, local.files)
+    return {name(entry["name"]): int(entry["size"] or 0) for entry in _entries(url) if entry["type"] == "file"}
+
+
+def list_tree(url: str) -> dict[str, int]:
+    """Relative path and size of all files under a folder, at any depth; ``{}`` if there is no such folder. Uncached.
+
+    Raises:
+        PermissionError, StorageError: see the module.
+    """
+
+    if is_local(url):
+        return _local_listing(url, local.tree)
+    return {file: int(entry["size"] or 0) for file, entry in _walk(url)}
+
+
+def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
+    """Like :func:`list_tree` for URLs that are not local: size, and the checksum that the store keeps, if it does.
+
+    Raises:
+        PermissionError, StorageError: see the module.
+    """
+
+    return {
+        file: (int(entry["size"] or 0), next((str(entry[key]) for key in _CHECKSUMS if entry.get(key)), None))
+        for file, entry in _walk(url)
+    }
+
+
+def _local_listing(url: str, files: Callable[[str], Iterator[tuple[str, int]]]) -> dict[str, int]:
+    try:
+        return retried("list", url, lambda: dict(files(as_local_path(url))))
+    except FileNotFoundError:
+        return {}
+
+
+def _entries(url: str) -> list[dict[str, Any]]:
+    """What is directly in a folder that is not local, as its driver tells it; nothing if there is no such folder."""
+
+    def listing() -> list[dict[str, Any]]:
+        fs, path = filesystem(url)
+        fs.invalidate_cache(path)
+        return [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path.rstrip("/")]
+
+    try:
+        return retried("list", url, listing)
+    except FileNotFoundError:
+        return []
+
+
+def _walk(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Relative path and entry of each file under a folder that is not local."""
+    # Not fs.find: most drivers leave out what they fail to list, without a word.
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for entry in _entries(join(url, folder)):
+            path = f"{folder}/{name(entry['name'])}".removeprefix("/")
+            if entry["type"] == "file":
+                yield path, entry
+            elif entry["type"] == "directory":
+                folders.append(path)

@@ -1,0 +1,169 @@
+"""Files read: whole, in part, hashed, downloaded; and what is known of them without reading."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+from vcf_batch.errors import StorageError, redact
+from vcf_batch.records import FileEntry
+from vcf_batch.storage import local
+from vcf_batch.storage.drivers import filesystem
+from vcf_batch.storage.paths import as_local_path, is_local
+from vcf_batch.storage.resilient_file import ResilientFile
+from vcf_batch.storage.retries import NotAFileError, retried
+
+_CHUNK = 1 << 20
+
+
+def open_read(url: str) -> BinaryIO:
+    """Open a file for reading; use it with ``with``. Seekable, wherever the server can do it.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: at opening, and while reading.
+    """
+    return cast(BinaryIO, ResilientFile(url, lambda: _open(url)))
+
+
+def read_bytes(url: str, limit: int | None = None) -> bytes:
+    """The file's bytes, at most the first ``limit`` of them (ask for one more than allowed to notice a larger file).
+
+    Raises:
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+    """
+    if limit is None and not is_local(url):
+        fs, path = filesystem(url)
+        return retried("read", url, lambda: bytes(fs.cat_file(path)))
+    with open_read(url) as file:
+        return file.read(-1 if limit is None else limit)
+
+
+def read_text(url: str) -> str:
+    """The file's bytes as UTF-8.
+
+    Raises:
+        UnicodeDecodeError: they are not.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+    """
+    return read_bytes(url).decode("utf-8")
+
+
+def size(url: str) -> int:
+    """The file's size in bytes.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+    """
+    info = _info(url)
+    if info["type"] != "file":
+        raise NotAFileError(errno.EISDIR, "not a regular file", redact(url))
+    return int(info["size"] or 0)
+
+
+def modified(url: str) -> float | None:
+    """When the file was last written, in seconds since 1970 by the storage's clock; None where that is not kept.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: see the module.
+    """
+    if is_local(url):
+        return retried("look up", url, lambda: os.stat(as_local_path(url)).st_mtime)
+    fs, path = filesystem(url)
+
+    def ask() -> float:
+        fs.invalidate_cache(path)
+        return cast(float, fs.modified(path).timestamp())
+
+    try:
+        return retried("look up", url, ask)
+    except NotImplementedError:
+        return None
+
+
+def exists(url: str) -> bool:
+    """True for a file or a folder. A storage that cannot be asked raises; it does not count as an absent file.
+
+    Raises:
+        PermissionError, StorageError: see the module.
+    """
+    try:
+        _info(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def digest(url: str) -> FileEntry:
+    """Size and SHA-256 of a file, streamed.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+    """
+    sha, total = hashlib.sha256(), 0
+    with open_read(url) as file:
+        while chunk := file.read(_CHUNK):
+            sha.update(chunk)
+            total += len(chunk)
+    return FileEntry(total, sha.hexdigest())
+
+
+def download(url: str, local_path: str) -> None:
+    """Copy a file to ``local_path``, whole or not at all; the size that arrives is the size that was announced.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+    """
+
+    def fetch() -> None:
+        announced = size(url)
+
+        def fill(temporary: str) -> None:
+            if is_local(url):
+                shutil.copyfile(as_local_path(url), temporary)
+            else:
+                fs, path = filesystem(url)
+                fs.get_file(path, temporary)
+            # Servers that stream do not announce a size: 0 stands for unknown there.
+            if announced and os.path.getsize(temporary) != announced:
+                raise ConnectionError(f"{os.path.getsize(temporary)} of {announced} bytes arrived")
+
+        local.publish(local_path, fill, create=False)
+
+    retried("download", url, fetch)
+
+
+@contextlib.contextmanager
+def refusals_as_storage_errors() -> Iterator[None]:
+    """Within the block a PermissionError becomes a StorageError: for what a run cannot do without.
+
+    Raises:
+        StorageError: instead of the PermissionError, with its message.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise StorageError(str(error)) from error
+
+
+def _open(url: str) -> Any:
+    if is_local(url):
+        return local.open_read(as_local_path(url))
+    fs, path = filesystem(url)
+    return fs.open(path, "rb")
+
+
+def _info(url: str) -> dict[str, Any]:
+    def ask() -> dict[str, Any]:
+        if is_local(url):
+            status = os.stat(as_local_path(url))
+            kind = "file" if stat.S_ISREG(status.st_mode) else "other"
+            return {"type": kind, "size": status.st_size}
+        fs, path = filesystem(url)
+        fs.invalidate_cache(path)
+        return cast(dict[str, Any], fs.info(path))
+
+    return retried("look up", url, ask)

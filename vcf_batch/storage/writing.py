@@ -1,0 +1,162 @@
+"""Files published whole, moved and removed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+
+from fsspec.callbacks import Callback
+
+from vcf_batch.storage import local
+from vcf_batch.storage.drivers import filesystem
+from vcf_batch.storage.listing import list_tree
+from vcf_batch.storage.paths import as_local_path, is_local, join
+from vcf_batch.storage.reading import _CHUNK, read_bytes, size
+from vcf_batch.storage.retries import MOVING, retried
+
+
+def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
+    """Write a whole file at once, replacing what is there; readers see the old bytes or the new ones.
+
+    Args:
+        create: only if there is no such file yet. Of several writers one wins.
+
+    Raises:
+        FileExistsError: ``create``, and the file is there.
+        StorageError: see the module.
+    """
+    tries = 0
+
+    def publish() -> None:
+        nonlocal tries
+        tries += 1
+        if is_local(url):
+            local.publish(as_local_path(url), lambda temporary: local.write(temporary, data), create)
+            return
+        fs, path = filesystem(url)
+        fs.pipe_file(path, data, **({"mode": "create"} if create else {}))
+
+    try:
+        retried("write", url, publish, (FileExistsError,) if create else ())
+    except FileExistsError:
+        # An earlier try may have won and only its answer was lost.
+        if tries == 1 or read_bytes(url) != data:
+            raise
+
+
+def upload(local_path: str, url: str, tick: Callable[[], None] = lambda: None) -> None:
+    """Copy a local file to ``url``, whole or not at all, and check the size that arrived.
+
+    Args:
+        tick: called for each part that has gone over.
+
+    Raises:
+        StorageError: see the module.
+    """
+
+    def copy(temporary: str) -> None:
+        with open(local_path, "rb") as source, open(temporary, "wb") as target:
+            while chunk := source.read(_CHUNK):
+                target.write(chunk)
+                tick()
+
+    def put() -> None:
+        if is_local(url):
+            local.publish(as_local_path(url), copy, create=False)
+            return
+        fs, path = filesystem(url)
+        fs.put_file(local_path, path, callback=_Parts(tick))
+        arrived, sent = size(url), os.path.getsize(local_path)
+        if arrived != sent:
+            raise ConnectionError(f"{arrived} of {sent} bytes arrived")
+
+    retried("upload", url, put, ())
+
+
+def move(source: str, target: str) -> None:
+    """Give a file another name in the same storage, replacing what is there.
+
+    Locally a rename; elsewhere a copy within the server and a delete.
+
+    Raises:
+        FileNotFoundError: there is no ``source`` (or, locally, no folder to move it to).
+        StorageError: see the module.
+    """
+    if is_local(source):
+
+        def rename() -> None:
+            os.replace(as_local_path(source), as_local_path(target))
+            local.sync_folder(as_local_path(target))
+
+        retried("move", source, rename, MOVING)
+        return
+    fs, path = filesystem(source)
+    retried("copy", source, lambda: fs.cp_file(path, filesystem(target)[1]), MOVING)
+    remove(source, missing_ok=True)
+
+
+def remove(url: str, missing_ok: bool = False) -> None:
+    """Delete one file.
+
+    Raises:
+        FileNotFoundError: there is none, unless ``missing_ok``.
+        StorageError: see the module.
+    """
+
+    tries = 0
+
+    def delete() -> None:
+        nonlocal tries
+        tries += 1
+        if is_local(url):
+            os.unlink(as_local_path(url))
+            return
+        fs, path = filesystem(url)
+        if not missing_ok:
+            fs.info(path)  # an object store deletes what does not exist without a word
+        fs.rm_file(path)
+
+    try:
+        retried("delete", url, delete, MOVING)
+    except FileNotFoundError:
+        # An earlier try may have deleted it and only its answer was lost.
+        if not missing_ok and tries == 1:
+            raise
+
+
+def remove_tree(url: str) -> None:
+    """Delete a folder and everything in it; fine if there is none.
+
+    Raises:
+        StorageError: see the module.
+    """
+
+    if is_local(url):
+        with contextlib.suppress(FileNotFoundError):
+            retried("delete", url, lambda: shutil.rmtree(as_local_path(url)), MOVING)
+        return
+    # One by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
+    for file in list_tree(url):
+        remove(join(url, file), missing_ok=True)
+
+
+def remove_unfinished(url: str) -> None:
+    """Delete what killed writers left directly in a local folder. Other storages show nothing that is unfinished.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    if is_local(url):
+        for path in retried("list", url, lambda: local.unfinished(as_local_path(url)), ()):
+            remove(path, missing_ok=True)
+
+
+class _Parts(Callback):
+    """Told by drivers of each part that has gone over."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        super().__init__()
+        self._tick = tick
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._tick()
