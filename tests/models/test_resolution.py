@@ -51,6 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_tiny_is_the_package_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "tiny", FILES | {"README.md": b"card"})
     monkeypatch.setattr(resolution, "tiny_folder", lambda: folder)
+    monkeypatch.setattr("vcf_batch.models.cache.tiny_folder", lambda: folder)
     tiny = resolve("tiny")
     assert (tiny.kind, fetch(tiny)) == ("tiny", folder)
     Path(folder, "README.md").write_bytes(b"a better card")
@@ -224,7 +225,7 @@ def test_an_absent_url_and_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 FETCH = """
 import os, pickle, sys
 from vcf_batch import storage
-from vcf_batch.models import resolution
+from vcf_batch.models import cache, resolution
 die_after, log = int(sys.argv[2]), sys.argv[3]
 download = storage.download
 def counted(url, path):
@@ -234,8 +235,8 @@ def counted(url, path):
     if sum(1 for _ in open(log)) == die_after:
         os._exit(9)
 storage.download = counted
-resolution._THREADS = 1
-print(resolution.fetch(pickle.loads(bytes.fromhex(sys.argv[1]))))
+cache._THREADS = 1
+print(cache.fetch(pickle.loads(bytes.fromhex(sys.argv[1]))))
 """
 
 
@@ -279,10 +280,10 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(
 # The Hugging Face Hub
 
 RESOLVE = """
-from vcf_batch.models import resolution
+from vcf_batch.models import cache, resolution
 from vcf_batch.errors import VcfBatchError
 resolved = resolution.ResolvedModel("a", "hub", "a/b", "0" * 40)
-for call in (lambda: resolution.resolve("org/model"), lambda: resolution.fetch(resolved)):
+for call in (lambda: resolution.resolve("org/model"), lambda: cache.fetch(resolved)):
     try:
         call()
     except VcfBatchError as error:

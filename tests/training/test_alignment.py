@@ -74,9 +74,9 @@ def test_two_workers_have_the_gradient_of_one_large_batch(tmp_path: Path) -> Non
             [
                 sys.executable,
                 "-c",
-                f"import pathlib, test_alignment; test_alignment.distributed({rank}, pathlib.Path({str(tmp_path)!r}))",
+                f"import pathlib, test_alignment as t; t.distributed({rank}, pathlib.Path({str(tmp_path)!r}))",
             ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         )
         for rank in range(2)
     ]
