@@ -1,4 +1,4 @@
-"""Everything that can go wrong, and the exit code it ends the command with.
+"""All errors, and the exit code of a command that ends with each.
 
 ::
 
@@ -10,15 +10,15 @@
     ├── RefusedError               4   the output belongs to another run
     ├── DamageFound                5   verify found outputs that do not match their receipts
     ├── StorageError               1   the storage failed: the attempt fails, never the row
-    ├── OutOfDeviceMemory          1   the GPU's memory does not hold a batch: the attempt fails
-    └── RowError                   -   one row cannot be generated: ends in its error_message, never as an exit code
+    ├── OutOfDeviceMemory          1   a batch does not fit into the GPU's memory: the attempt fails
+    └── RowError                   -   one row cannot be generated: goes into its error_message, never into an exit code
 
     Interrupted                  130   Ctrl-C
                                  143   SIGTERM: stopped by the cluster
 
 A message gives the value, the limit and the remedy; the command line prints it without a traceback. Values may come
-from anyone, and messages go to terminals, logs and published outputs: what is secret in them is removed, and characters
-that would move a cursor or turn the text around are escaped.
+from anyone, and messages go to terminals, logs and published outputs. So secrets are removed from messages, and
+characters that would move a cursor or reverse the text are escaped.
 """
 
 import re
@@ -26,15 +26,15 @@ import re
 
 def redact(text: str) -> str:
     """``text`` with user names, passwords and query strings (signatures, tokens) removed from every URL in it."""
-    # A password may hold slashes, which belong into no URL; what looks like a port and a path is none.
+    # A password may contain slashes, although no URL allows that. A port and a path are not a password.
     text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*|[^\s/:]*:(?!\d+/)\S*)@", r"\1", text)
-    # A reference may be relative to a URL, and network libraries often name the path alone.
+    # Query strings are removed without a URL, too: references may be relative, and libraries often name the path alone.
     return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "?...", text)
 
 
 def printable(text: str) -> str:
-    """``text`` as a message may show it: without secrets, control characters other than line breaks escaped."""
-    # Drivers of storage name what they take for a bucket or a path, without the scheme.
+    """``text`` without secrets, and with control characters other than line breaks escaped, for a message."""
+    # Storage drivers name a bucket or a path without its scheme, so a password may stand there, too.
     text = re.sub(r"(?<![^\s/'\"=(])[^\s/:@'\"]+:[^\s/@'\"]+@(?=\w)", "", redact(text))
     return "".join(
         character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
@@ -84,11 +84,11 @@ class DamageFound(VcfBatchError):
 
 
 class StorageError(VcfBatchError):
-    """Storage or network failed. The attempt is retried; no row is blamed."""
+    """Storage or network failed. The shard gets another attempt; no row is blamed."""
 
 
 class OutOfDeviceMemory(VcfBatchError):
-    """The memory of the GPU does not hold a batch. The attempt is retried in a fresh process."""
+    """A batch does not fit into the GPU's memory. The shard gets another attempt in a fresh process."""
 
 
 class RowError(VcfBatchError):
@@ -98,7 +98,7 @@ class RowError(VcfBatchError):
 class Interrupted(BaseException):
     """The run was told to stop. What is committed stays; the same command resumes.
 
-    Not an Exception, so that nothing that handles failures takes it for one.
+    It is not an Exception, so that no handler of failures catches it.
     """
 
     def __init__(self, signal_number: int) -> None:

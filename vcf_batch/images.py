@@ -1,8 +1,8 @@
 """Images: decode within bounds, orient, resize, convert ranges, encode.
 
-The three ranges that pixels have in this project meet here only: ``uint8`` (files, PIL), ``[0, 1]`` (the pipeline's
-output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]``, sRGB as stored; ICC profiles are not
-applied.
+Pixels have three ranges in this project, and only this module converts them: ``uint8`` (files, PIL), ``[0, 1]`` (the
+pipeline's output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]``, sRGB as stored; ICC profiles
+are not applied.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from vcf_batch.errors import RowError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""What a reference may be. A closed list, because Pillow's others include EPS, which starts Ghostscript."""
+"""File formats of references. The list is closed because Pillow also reads EPS, and EPS starts Ghostscript."""
 
 MAX_JPEG_SCANS = 100
-"""Of a progressive JPEG; encoders write about ten. Each goes over the whole picture and may take 100 bytes."""
+"""Most scans of a progressive JPEG; encoders write about ten. A scan of 100 bytes can cover the whole picture."""
 
 LARGE_PIXELS = 16_000_000
-"""Threads take turns with larger images: decoding takes up to 24 bytes a pixel, which a file of a few kilobytes can ask
-for."""
+"""Number of pixels above which images are decoded two at a time: decoding takes up to 24 bytes a pixel, and a file of a
+few kilobytes may declare many pixels."""
 
 _LARGE = threading.Semaphore(2)
 
@@ -64,25 +64,25 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Decode an image file to plain RGB.
 
     EXIF orientation is applied, transparency is composed over white, 16-bit greys are rounded to 8 bits, CMYK and
-    palettes are converted, and of an animation the first frame is taken. Pixels are counted from the header, before
-    anything is decoded. Pillow has a limit of its own, ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 million), which holds
-    even where ``max_pixels`` is larger.
+    palettes are converted, and the first frame of an animation is taken. Pixels are counted from the header, before
+    anything is decoded. Pillow's own limit, ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 million), holds even if
+    ``max_pixels`` is larger.
 
     Args:
         data: the whole file, in one of :data:`FORMATS`.
-        max_pixels: the largest width times height that is decoded.
+        max_pixels: largest width times height.
 
     Returns:
         An ``RGB`` image that owns its pixels and carries no metadata.
 
     Raises:
-        RowError: empty, damaged, truncated, too large, or not an image.
+        RowError: the file is empty, damaged, truncated, too large, or not an image.
     """
     if not data:
         raise RowError("the image file is empty (0 bytes)")
     _check_pixels(_webp_size(data), max_pixels)
     _check_scans(data)
-    # A damaged file makes Pillow's readers raise nearly any exception; all but running out of memory is the file's own.
+    # A damaged file makes Pillow raise nearly any exception. All but MemoryError are the file's fault.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except MemoryError:
@@ -110,32 +110,33 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def to_unit(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [0, 1]."""
+    """Convert uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [0, 1]."""
     return _pixels(image).astype(np.float32) / np.float32(255)
 
 
 def to_signed(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [-1, 1]."""
+    """Convert uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [-1, 1]."""
     return to_unit(image) * np.float32(2) - np.float32(1)
 
 
 def from_unit(array: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Finite floats ``[H, W, 3]`` in [0, 1] to the nearest uint8; values outside are clipped."""
+    """Convert finite floats ``[H, W, 3]`` in [0, 1] to the nearest uint8; values outside are clipped."""
     return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
 
 
 def perceptual_hash(image: NDArray[np.uint8]) -> str:
-    """64 bits in hex that similar images have mostly in common: the signs of the lowest frequencies.
+    """Perceptual hash: 64 bits in hex; similar images differ in few bits.
 
-    The bits of ``phash`` in the ImageHash package: of the image as 32 x 32 greys, the 8 x 8 lowest frequencies of its
-    cosine transform (DCT-II), compared with their median; rows first, the highest bit first.
+    It equals ``phash`` of the ImageHash package. The image becomes 32 x 32 greys, and the 8 x 8 lowest frequencies of
+    their cosine transform (DCT-II) give one bit each: whether they exceed the median. Bits come row by row, the highest
+    first.
 
     Args:
         image: uint8 ``[H, W, 3]``.
     """
     grey = Image.fromarray(_pixels(image)).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     waves = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
-    # Rounded, or a plain image would have the signs of rounding errors.
+    # Rounded, because in a plain image the bits would otherwise depend on rounding errors.
     frequencies = np.round(waves @ np.asarray(grey, np.float64) @ waves.T, 6)
     return np.packbits(frequencies > np.median(frequencies)).tobytes().hex()
 
@@ -146,7 +147,7 @@ def encode(image: NDArray[np.uint8], image_format: str, xmp: bytes | None = None
     Args:
         image: uint8 ``[H, W, 3]``.
         image_format: ``png`` (level 1), ``webp`` (lossless, method 0) or ``jpg`` (quality 95, 4:4:4).
-        xmp: metadata to go with it, as XMP in UTF-8.
+        xmp: metadata as XMP in UTF-8; None writes none.
     """
     buffer = io.BytesIO()
     options = dict(_ENCODERS[image_format])
@@ -226,14 +227,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     else:
-        # A copy even where the mode is already RGB: the caller gets an image without an open file behind it.
+        # An RGB image is copied, too, so that the caller's image has no open file behind it.
         rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
     rgb.info.clear()
     return rgb
 
 
 def _not_readable(data: bytes, error: Exception) -> str:
-    # What Pillow says of a file that it knows nothing of is an address in memory: another one every time.
+    # For an unknown file Pillow's message contains a memory address, and so differs every time.
     reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
     for offset, signature, name in _SIGNATURES:
         if data[offset : offset + len(signature)] == signature:

@@ -1,4 +1,4 @@
-"""Which rows form which shard, which shards are left, and how a shard is cut into batches.
+"""Division of rows into shards and of a shard into batches, the shards left to do, and the seeds of rows.
 
 Pure integer functions without I/O: the same arguments give the same plan on every machine, so a resumed run and an
 undisturbed one do the same work.
@@ -12,19 +12,19 @@ from typing import overload
 from vcf_batch.records import Shard
 
 MIN_DIGITS = 5
-"""Digits of a shard's name, unless the run needs more."""
+"""Smallest number of digits in a shard's name."""
 
 MAX_SHARD_ROWS = 1000
 SHARD_SECONDS = 600.0
 SHARDS_WANTED = 16
-"""A small manifest is cut into about so many shards, so that several workers have something to do."""
+"""Approximate number of shards for a small manifest, so that several workers have something to do."""
 
 
 def shard_name(index: int, num_shards: int) -> str:
     """Name of shard ``index``: as many digits as the run's last index needs, and at least :data:`MIN_DIGITS`.
 
     Raises:
-        ValueError: ``index`` is not one of the run's.
+        ValueError: the run has no shard ``index``.
     """
     if not 0 <= index < num_shards:
         raise ValueError(f"shard index is {index}; it must be 0 to {num_shards - 1}")
@@ -33,9 +33,9 @@ def shard_name(index: int, num_shards: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan(Sequence[Shard]):
-    """The shards of a run: every row in exactly one shard, in manifest order, only the last one shorter.
+    """The shards of a run: every row in exactly one shard, in manifest order. Only the last shard may be shorter.
 
-    A sequence computed on access, so that a plan takes the same memory for any number of rows.
+    Shards are computed on access, so a plan takes the same memory for any number of rows.
 
     Args:
         num_rows: rows of the manifest, 0 or more.
@@ -80,14 +80,14 @@ def remaining(plan: Sequence[Shard], done: Container[int]) -> Iterator[Shard]:
 def derive_seed(run_seed: int, key: str) -> int:
     """Seed of the sample ``key`` in a run with ``run_seed``: 0 to 2**63 - 1.
 
-    A hash (BLAKE2b) of nothing else, so it survives any other shard size, order of rows or addition of rows.
+    It is a hash (BLAKE2b) of the two values alone: shard size, row order and added rows do not change it.
     """
     digest = hashlib.blake2b(f"{run_seed}:{key}".encode(), digest_size=8, person=b"vcf-batch seed").digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def attempt_seed(seed: int, attempt: int) -> int:
-    """Seed of an attempt at a row: the row's own for attempt 0, and one derived from it for each later one."""
+    """Seed of a row's draw number ``attempt``: the row's own for draw 0, and one derived from it for later draws."""
     return seed if attempt == 0 else derive_seed(seed, f"attempt {attempt}")
 
 
@@ -96,10 +96,10 @@ def batches(group_keys: Sequence[Hashable], batch_size: int) -> list[list[int]]:
 
     Args:
         group_keys: one key per row of the shard; only rows with equal keys may share a batch.
-        batch_size: rows in a batch at most, 1 or more.
+        batch_size: largest number of rows in a batch, 1 or more.
 
     Returns:
-        Positions in ``group_keys``, each exactly once: groups in order of first appearance, rows in order within.
+        Positions in ``group_keys``, each exactly once: groups in order of first appearance, rows in order in a group.
 
     Raises:
         ValueError: ``batch_size`` is out of range.
@@ -115,10 +115,11 @@ def batches(group_keys: Sequence[Hashable], batch_size: int) -> list[list[int]]:
 
 
 def default_shard_size(num_rows: int, batch_size: int, seconds_per_sample: float) -> int:
-    """The shard size where none is given: what a worker does in ten minutes at most, and at most 1,000 rows.
+    """Shard size if none is given: at most ten minutes of a worker's time, and at most 1,000 rows.
 
-    Whole batches, unless a single batch takes longer. A small manifest gets smaller shards, yet two batches in each, so
-    that scoring one overlaps with sampling the other. It depends on no worker count: any two runs of a command agree.
+    A shard has whole batches, unless a single batch takes longer. A small manifest gets smaller shards, but of at least
+    two batches, so that scoring one batch overlaps with sampling the next. The number of workers has no influence, so
+    any two runs of a command agree.
     """
     affordable = int(SHARD_SECONDS / seconds_per_sample)
     rows = min(MAX_SHARD_ROWS, affordable, max(num_rows // SHARDS_WANTED, 2 * batch_size))

@@ -48,10 +48,10 @@ def test_files_that_come_after_the_others_extend_a_run(begun: Callable[..., dict
 @pytest.mark.parametrize(
     ("name", "rows", "columns", "shard_size", "reason"),
     [
-        ("a.parquet", 4, {}, 4, "come after those that are there"),
-        ("c.parquet", 4, {}, 4, "come after those that are there"),
-        ("d.parquet", 4, {}, 4, "these have changed"),
-        ("e.parquet", 4, {}, 5, r"last shard, 00001 with 3 rows: .* full \(5 rows\)"),
+        ("a.parquet", 4, {}, 4, "comes before one of them"),
+        ("c.parquet", 4, {}, 4, "comes before one of them"),
+        ("d.parquet", 4, {}, 4, "existing files have changed"),
+        ("e.parquet", 4, {}, 5, r"last shard, 00001 with 3 rows\. .* full \(5 rows\)"),
         ("e.parquet", 99_999, {}, 1, "no further digit"),
         ("e.parquet", 2, {"label": [0.5, 1.5]}, 4, "types of the output's columns"),
     ],

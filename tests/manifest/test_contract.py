@@ -28,7 +28,7 @@ def rows(**columns: Any) -> list[Row]:
         {name: column if isinstance(column, pa.Array) else pa.array(column) for name, column in columns.items()}
     )
     carried = contract.carried_schema({"m.parquet": table.schema})
-    used = [name for name in table.column_names if name in contract.COLUMNS or name in carried.names]
+    used = [name for name in table.column_names if name in contract.MANIFEST_COLUMNS or name in carried.names]
     return contract.parse_rows(table.select(used).to_batches()[0], 0, 7, carried)
 
 
@@ -100,11 +100,11 @@ def test_missing_prompt_says_what_is_there() -> None:
 
 def test_a_column_twice_is_refused() -> None:
     schema = pa.schema([("prompt", pa.string()), ("prompt", pa.string())])
-    with pytest.raises(ManifestError, match="column 'prompt' is there 2 times"):
+    with pytest.raises(ManifestError, match="column 'prompt' occurs 2 times"):
         contract.check_schema("m.parquet", schema, "m.parquet", schema)
 
 
-@pytest.mark.parametrize("name", sorted(set(OUTPUT_COLUMNS) - set(contract.COLUMNS)))
+@pytest.mark.parametrize("name", sorted(set(OUTPUT_COLUMNS) - set(contract.MANIFEST_COLUMNS)))
 def test_carried_column_that_collides_with_an_output_is_refused(name: str) -> None:
     with pytest.raises(ManifestError, match=f"'{name}' would collide"):
         check(**{name: pa.string()})

@@ -131,9 +131,9 @@ def test_a_refusal_is_the_nodes_trouble_not_the_rows(base: Path, monkeypatch: py
 
 
 def test_size_limit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "MAX_BYTES", len(png()))
+    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", len(png()))
     reader(base).read(Reference(uri="refs/a.png"))
-    monkeypatch.setattr(references, "MAX_BYTES", len(png()) - 1)
+    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", len(png()) - 1)
     with pytest.raises(RowError, match="larger than the limit"):
         reader(base).read(Reference(uri="refs/a.png"))
 
@@ -288,7 +288,7 @@ def test_web_answers(base: Path, site: str) -> None:
         (404, RowError, "does not exist"),
         (410, RowError, "does not exist"),
         (403, RowError, "answers 403"),
-        (503, StorageError, "after 3 attempts"),
+        (503, StorageError, "after 3 tries"),
         (530, StorageError, "answers 530"),
         (429, StorageError, "answers 429"),
     ):
@@ -304,7 +304,7 @@ def test_an_unreachable_server_is_storage_trouble(base: Path, site: str) -> None
     with socketserver.TCPServer(("127.0.0.1", 0), web.Site) as closed:
         port = closed.server_address[1]
     gone = f"http://127.0.0.1:{port}"
-    with pytest.raises(StorageError, match="after 3 attempts"):
+    with pytest.raises(StorageError, match="after 3 tries"):
         reader(base, gone).read(Reference(uri=f"{gone}/a.png"))
 
 

@@ -75,7 +75,7 @@ def test_a_folder_is_used_in_place_and_named_by_its_contents(
 def test_another_model_on_a_node_is_refused(model_folder: str, tmp_path: Path) -> None:
     resolved = resolve(model_folder)
     write(tmp_path / "model", {"unet/diffusion_pytorch_model.safetensors": b"changed"})
-    with pytest.raises(ModelError, match=f"another model than where the run was started.*not {resolved.identity[:12]}"):
+    with pytest.raises(ModelError, match=rf"another model .* that started the run \({resolved.identity[:12]}\)"):
         fetch(resolved)
     for name in FILES:
         Path(model_folder, name).unlink()
@@ -235,7 +235,7 @@ def counted(url, path):
     if sum(1 for _ in open(log)) == die_after:
         os._exit(9)
 storage.download = counted
-cache._THREADS = 1
+cache.FILE_THREADS = 1
 print(cache.fetch(pickle.loads(bytes.fromhex(sys.argv[1]))))
 """
 

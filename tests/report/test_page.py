@@ -94,10 +94,10 @@ def test_the_page_needs_no_other_file(written: Path) -> None:
 def test_the_page_stays_small() -> None:
     """A page has so many thumbnails at most, and each is small even where nothing compresses."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
-    assert len(thumbnails.thumbnail(noise)) <= thumbnails.MAX_BYTES
-    assert len(thumbnails.thumbnail(noise.resize((thumbnails.EDGE, thumbnails.EDGE)))) <= thumbnails.MAX_BYTES
-    samples = page.figures.RANDOM + 2 * page.figures.EXTREMES * len(page.SCORES)
-    assert samples * 2 * thumbnails.MAX_BYTES * 4 / 3 < 2.2e6
+    assert len(thumbnails.thumbnail(noise)) <= thumbnails.MAX_THUMBNAIL_BYTES
+    assert len(thumbnails.thumbnail(noise.resize((thumbnails.EDGE, thumbnails.EDGE)))) <= thumbnails.MAX_THUMBNAIL_BYTES
+    samples = page.figures.RANDOM + 2 * page.figures.EXTREMES * len(page.SCORE_MEANINGS)
+    assert samples * 2 * thumbnails.MAX_THUMBNAIL_BYTES * 4 / 3 < 2.2e6
 
 
 def test_a_run_without_its_manifest_is_shown_without_references(output: Path, tmp_path: Path) -> None:

@@ -396,15 +396,15 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(
     flaky: type[Flaky], pauses: list[float], make: Callable[[], Exception]
 ) -> None:
     storage.publish_bytes("flaky://a", b"x")
-    flaky.failures = {"cat_file": [make() for _ in range(retries.ATTEMPTS - 1)]}
+    flaky.failures = {"cat_file": [make() for _ in range(retries.TRIES - 1)]}
     assert storage.read_bytes("flaky://a") == b"x"
-    assert len(pauses) == retries.ATTEMPTS - 1
+    assert len(pauses) == retries.TRIES - 1
     assert pauses == sorted(pauses)
 
     flaky.failures, flaky.calls = {"cat_file": [make() for _ in range(100)]}, []
-    with pytest.raises(StorageError, match=rf"flaky://a after {retries.ATTEMPTS} attempts.*Check"):
+    with pytest.raises(StorageError, match=rf"flaky://a after {retries.TRIES} tries.*Check"):
         storage.read_bytes("flaky://a")
-    assert flaky.calls == ["cat_file"] * retries.ATTEMPTS
+    assert flaky.calls == ["cat_file"] * retries.TRIES
 
 
 def test_no_attempt_starts_after_the_time_limit(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,7 +653,7 @@ def test_answers_of_the_web(web: str, status: int, expected: type[Exception]) ->
 
 def test_a_server_that_hangs_is_given_up(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drivers, "_READ_SECONDS", 0.1)
-    with pytest.raises(StorageError, match=f"after {retries.ATTEMPTS} attempts"):
+    with pytest.raises(StorageError, match=f"after {retries.TRIES} tries"):
         storage.read_bytes(web + "/hang")
 
 

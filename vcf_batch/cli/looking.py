@@ -68,7 +68,7 @@ def report(ctx: click.Context, output: str, out: str | None, **_: Any) -> None:
     from vcf_batch.report import page
 
     opened = Output.open(output, given(ctx))
-    target = storage.absolute(out) if out is not None else storage.join(opened.url, page.NAME)
+    target = storage.absolute(out) if out is not None else storage.join(opened.url, page.PAGE_NAME)
     storage.publish_bytes(target, page.render(opened).encode())
     click.echo(redact(target))
 

@@ -28,7 +28,7 @@ from vcf_batch.models.cache import fetch
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.records import Shard
 from vcf_batch.report import comparison
-from vcf_batch.report.comparison import RELATIVE, SCORES, Line
+from vcf_batch.report.comparison import RELATIVE, TABLE_SCORES, Line
 from vcf_batch.setup import run_models
 from vcf_batch.setup.paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
@@ -186,7 +186,7 @@ def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:
     for receipt in receipts.read(config.output):
         with shards.open_parquet(shards.file_url(config.output, receipt.shard, "parquet")) as parquet:
             rows = parquet.read().to_pylist()
-        rows = [row for row in rows if all(row[name] is not None for name in SCORES)]
+        rows = [row for row in rows if all(row[name] is not None for name in TABLE_SCORES)]
         if rows and "shape" in rows[0]:
             _add_shown(rows, receipt.shard, config)
         yield from rows
@@ -219,7 +219,7 @@ def _line(method: str, samples: Sequence[Mapping[str, Any]], base: Mapping[Case,
         fusion=first["fusion"],
         strength=first["strength"],
         samples=len(samples),
-        scores={name: bootstrap.mean([sample[name] for sample in samples]) for name in SCORES},
+        scores={name: bootstrap.mean([sample[name] for sample in samples]) for name in TABLE_SCORES},
         relative={
             name: bootstrap.ratio([s[name] for s in samples], [base[_case(s)][name] for s in samples])
             for name in RELATIVE

@@ -35,7 +35,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
     with contextlib.suppress(card.OthersCard):
         card.write(output)
     _refuse_others(output, target)
-    storage.publish_bytes(storage.join(output.url, page.NAME), page.render(output).encode())
+    storage.publish_bytes(storage.join(output.url, page.PAGE_NAME), page.render(output).encode())
     _copy(storage.join(output.url, run_file.NAME), storage.join(target, run_file.NAME))
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(target)
@@ -48,7 +48,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
     one_by_one = target.startswith("hf://")
     done = ((shard, copy(shard)) for shard in finished) if one_by_one else side_by_side(copy, finished)
     counts = Counter(is_new for _, is_new in done)
-    for name in (card.NAME, page.NAME):
+    for name in (card.NAME, page.PAGE_NAME):
         _copy(storage.join(output.url, name), storage.join(target, name))
     return counts[True], counts[False]
 

@@ -28,23 +28,23 @@ def build(
 ) -> int:
     """Write a manifest that pairs prompts with references, streamed.
 
-    Seeds are 0 to ``seeds - 1`` for every pair, one row after the other, so that pairs can be compared. Blank prompts,
-    as at the end of a text file, are skipped.
+    Each pair gets the seeds 0 to ``seeds - 1`` in consecutive rows, so that pairs can be compared. Blank prompts, as at
+    the end of a text file, are skipped.
 
     Args:
         prompts: any number; surrounding white space is removed.
         references: URIs, or paths relative to the folder of ``out``; none means text only.
         out: file to write; a path or any fsspec URL.
         pairing: see :func:`vcf_batch.manifest.pairing.pairs`.
-        rows: how many to write; None is every pair with every seed.
-        seeds: images for each pair.
-        pairing_seed: of the pairings ``random`` and ``balanced``.
+        rows: number of rows to write; None writes every pair with every seed.
+        seeds: number of seeds for each pair.
+        pairing_seed: seed of the pairings ``random`` and ``balanced``.
 
     Returns:
         The number of rows.
 
     Raises:
-        UsageError: no prompts, ``seeds`` is below 1, or there are not as many rows as asked for.
+        UsageError: there are no prompts, ``seeds`` is below 1, or ``rows`` is out of range.
         StorageError: the storage failed.
     """
     if seeds < 1:

@@ -1,4 +1,4 @@
-"""The manifest's columns: which there are, of what types, and how one Arrow batch of them becomes rows."""
+"""The manifest's columns and their types, and the conversion of Arrow batches to rows."""
 
 import math
 import re
@@ -16,21 +16,21 @@ from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEE
 from vcf_batch.errors import ManifestError, RowError, UsageError, redact
 from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
 
-COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
-"""Columns with a meaning; any other one is carried through to the outputs."""
+MANIFEST_COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
+"""Columns with a meaning for the run; every other column is carried through to the outputs."""
 
 MAX_TEXT_BYTES = 100_000
-"""A longer prompt, negative prompt or reference fails its row."""
+"""Longest prompt, negative prompt or reference; a longer one fails its row."""
 MAX_CARRIED_BYTES = 1_000_000
-"""Of all carried columns of a row together; more fails the row."""
+"""Most bytes of all carried columns of a row together; more fail the row."""
 MAX_REFERENCES = 16
-"""Of a row."""
+"""Most references of a row."""
 SAFE_ID = "[A-Za-z0-9_-]{1,128}"
 
 _NUMBERS = {"guidance_scale": MAX_GUIDANCE_SCALE, "strength": MAX_STRENGTH, "fusion_lo": 1.0, "fusion_hi": 1.0}
-"""Overrides that are numbers of 0 or more, and the largest that each may be."""
+"""Numeric overrides, and the largest value of each; the smallest is 0."""
 _NO_VALUE = (ValueError, OverflowError, pa.ArrowException)
-"""What Arrow raises where Python has no such value."""
+"""Errors that Arrow raises for a value without a counterpart in Python."""
 _LIGHT_BYTES = 1 << 16
 _PROBLEMS_SHOWN = 10
 _REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"
@@ -40,10 +40,10 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
     """Check one file's columns against the contract, and against the manifest's first file.
 
     Raises:
-        ManifestError: one error with everything that is wrong: file, column, what it is and what it must be.
+        ManifestError: one error that lists every problem, with file, column, actual and required type.
     """
     names = schema.names
-    problems = [f"column {shown(name)} is there {count} times" for name, count in Counter(names).items() if count > 1]
+    problems = [f"column {shown(name)} occurs {count} times" for name, count in Counter(names).items() if count > 1]
     if "prompt" not in names:
         alike = [name for name in names if name.strip().lower() == "prompt"]
         problems.append(
@@ -52,13 +52,15 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
             else f"column 'prompt' is missing; the file has: {_cut(', '.join(names)) or 'no columns'}"
         )
     for field in schema:
-        name, is_ours = shown(field.name), field.name in COLUMNS
+        name, is_ours = shown(field.name), field.name in MANIFEST_COLUMNS
         if expected := _expected_type(field.name, field.type):
             problems.append(f"column {name} is {_cut(str(field.type))}; it must be {expected}")
         elif not is_ours and field.name in OUTPUT_COLUMNS:
             problems.append(f"column {name} would collide with the output's own; rename it")
         elif not is_ours and (obstacle := _not_carried(_plain(field.type))):
-            problems.append(f"column {name} {obstacle}, which cannot be carried through; mend it or leave it out")
+            problems.append(
+                f"column {name} {obstacle}, which cannot be carried through; change its type or leave it out"
+            )
     for name in sorted(set(first_schema.names) ^ set(names)):
         here, there = (file, first_file) if name in names else (first_file, file)
         problems.append(f"column {shown(name)} is in {here} but not in {there}; all files need the same columns")
@@ -78,40 +80,43 @@ def has_reference_lists(schema: pa.Schema) -> bool:
 
 
 def carried_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
-    """The columns that the outputs repeat, with the types that they have there.
+    """The columns repeated in the outputs, with their types there.
 
-    Columns that hold bytes are left out. Dictionaries, views and extension types become their plain values, nanoseconds
-    become microseconds, also within lists and structs; metadata is dropped. Types that differ between files are widened
-    to what holds both.
+    Columns that hold bytes are left out. Dictionaries, views and extension types become their plain values, and
+    nanoseconds become microseconds, also within lists and structs. Metadata is dropped. If a column's types differ
+    between files, the outputs have a wider type that holds both.
 
     Args:
         schemas: schema of each file, checked, by file name.
 
     Raises:
-        ManifestError: two files disagree about a column.
+        ManifestError: no type holds a column of two files.
     """
     merged: pa.Schema | None = None
     for file, schema in schemas.items():
-        fields = [pa.field(field.name, _plain(field.type)) for field in schema if field.name not in COLUMNS]
+        fields = [pa.field(field.name, _plain(field.type)) for field in schema if field.name not in MANIFEST_COLUMNS]
         carried = pa.schema([field for field in fields if not _holds_bytes(field.type)])
         try:
             merged = carried if merged is None else pa.unify_schemas([merged, carried], promote_options="permissive")
         except pa.ArrowTypeError as error:
-            raise ManifestError(f"{file} has columns of other types than the files before it: {error}") from error
+            raise ManifestError(
+                f"{file} has columns of other types than the files before it: {error}. Write all files with "
+                "the same types"
+            ) from error
     return merged or pa.schema([])
 
 
 def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa.Schema) -> list[Row]:
-    """Rows from one batch of a manifest's columns.
+    """Convert one batch of a manifest's columns to rows.
 
     Args:
-        batch: columns of :data:`COLUMNS`, as many as the manifest has, and those of ``carried``.
+        batch: the manifest's columns among :data:`MANIFEST_COLUMNS`, and the columns of ``carried``.
         first_row: number of the first row in the manifest.
-        run_seed: seeds of rows without one of their own derive from it.
+        run_seed: seed of the run; rows without a seed derive theirs from it.
         carried: see :func:`carried_schema`.
 
     Raises:
-        ManifestError: an id that is not safe.
+        ManifestError: a sample id is null or not safe.
     """
     weights = sum((_sizes(batch[name]) for name in carried.names), np.zeros(batch.num_rows, np.int64))
     too_heavy = np.flatnonzero(weights > MAX_CARRIED_BYTES).tolist()
@@ -131,7 +136,10 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
         number = first_row + at
         key = values.get("sample_id", f"{number:09d}")
         if key is None or not re.fullmatch(SAFE_ID, key):
-            raise ManifestError(f"column 'sample_id' of row {number} is {shown(key)}, which is not a safe id")
+            raise ManifestError(
+                f"column 'sample_id' of row {number} is {shown(key)}, which is not a safe id; an id is 1 to 128 of the "
+                "characters A-Z a-z 0-9 _ -"
+            )
         prompt, seed, error = values["prompt"] or "", sharding.derive_seed(run_seed, key), errors.get(at)
         references: tuple[Reference, ...] = ()
         negative: tuple[Reference, ...] = ()
@@ -165,15 +173,15 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
 
 
 def parse_references(value: Any, column: str = "reference") -> tuple[Reference, ...]:
-    """The references of one row, from the value of a column.
+    """Convert the value of a column to the references of one row.
 
     Args:
         value: a URI, a mapping with ``bytes`` and ``path`` as Hugging Face ``datasets`` writes images, a list of
             either, or None for none.
-        column: as errors name it.
+        column: name of the column, for error messages.
 
     Raises:
-        RowError: a reference is null within a list, empty, or not usable as text; or there are too many.
+        RowError: a reference is null within a list, empty, or not usable as text; or there are too many references.
     """
     if value is None:
         return ()
@@ -195,7 +203,7 @@ def parse_references(value: Any, column: str = "reference") -> tuple[Reference, 
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: never more than a line."""
+    """A value as error messages show it: redacted, and at most 60 characters."""
     return _cut(redact(repr(value.decode(errors="replace") if isinstance(value, bytes) else value)), 60)
 
 
@@ -204,7 +212,7 @@ def _cut(text: str, length: int = 200) -> str:
 
 
 def _expected_type(name: str, kind: pa.DataType) -> str | None:
-    """What a column must be, in words, if it is not."""
+    """The required type of a column, in words; None if ``kind`` is right."""
     kind = _plain(kind)
     if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "fusion"):
         return None if _is_text(kind) else "string"
@@ -226,7 +234,7 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of the values themselves, at the resolution that Python's dates have."""
+    """The type of a column's values without their encoding, at the resolution of Python's dates (microseconds)."""
     if pt.is_dictionary(kind):
         return _plain(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
@@ -252,7 +260,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _not_carried(kind: pa.DataType) -> str | None:
-    """What in a plain type has no Python value, in words."""
+    """The reason why values of a plain type cannot become Python values, in words; None if they can."""
     if pt.is_timestamp(kind) and kind.tz:
         try:
             pa.scalar(0, kind).as_py()
@@ -277,7 +285,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Whether it is ``struct<bytes, path>``, or one of the two alone."""
+    """Whether a type is ``struct<bytes, path>``, or a struct of one of the two fields alone."""
     if not pt.is_struct(kind):
         return False
     fields = {kind.field(index).name: _plain(kind.field(index).type) for index in range(kind.num_fields)}
@@ -302,9 +310,9 @@ def _reference_kind(kind: pa.DataType) -> str:
 
 
 def _sizes(column: pa.Array) -> np.ndarray:
-    """About how many bytes each value takes; of light columns 0."""
+    """Approximate number of bytes of each value; 0 for every value of a small column."""
     if pt.is_dictionary(column.type):
-        # Not decoded: from a few bytes of indices a dictionary makes values of any length.
+        # Not decoded: a dictionary turns a few bytes of indices into values of any length.
         return _filled(pc.take(pa.array(_sizes(column.dictionary)), column.indices))
     if _is_text(column.type) and not pt.is_null(column.type):
         return _filled(pc.binary_length(column.cast(pa.large_binary())))
@@ -320,9 +328,10 @@ def _filled(numbers: pa.Array) -> np.ndarray:
 def _values(
     name: str, column: pa.Array, kind: pa.DataType, left_out: frozenset[int], errors: dict[int, str]
 ) -> list[Any]:
-    """The column's values of type ``kind`` as Python objects, and None at ``left_out``.
+    """The column's values of type ``kind`` as Python objects, with None at the positions in ``left_out``.
 
-    A value that Python does not have (not UTF-8, a date out of range) is None too, and its row gets an error.
+    A value without a counterpart in Python (text that is not UTF-8, a date out of range) becomes None, too, and adds an
+    error for its row to ``errors``.
     """
 
     def python(part: pa.Array) -> list[Any]:
@@ -344,10 +353,10 @@ def _values(
 
 
 def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, Any]:
-    """The own settings of a row with so many references; nulls are left out.
+    """The overrides of a row that has ``references`` references; nulls are left out.
 
     Raises:
-        RowError: one is outside its limits.
+        RowError: an override is outside its limits.
     """
     given = {name: values[name] for name in OVERRIDES if values.get(name) is not None}
     if given.get("fusion", FUSIONS[0]) not in FUSIONS:

@@ -1,6 +1,6 @@
-"""The manifest: Parquet in, checked rows out, streamed. And the builder: prompts x references x seeds -> Parquet.
+"""The manifest: Parquet in, checked rows out, streamed.
 
-The contract, as a user reads it, is manifests/README.md.
+manifests/README.md describes its contract for users.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from vcf_batch import storage
 from vcf_batch.errors import ManifestError
 from vcf_batch.manifest import parquet
 from vcf_batch.manifest.contract import (
-    COLUMNS,
+    MANIFEST_COLUMNS,
     SAFE_ID,
     carried_schema,
     check_schema,
@@ -37,9 +37,9 @@ _FOOTER_THREADS = 16
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Manifest:
-    """A manifest whose footers have been read and whose columns have the right types. Small, and picklable.
+    """A manifest with its footers read and the types of its columns checked. Small and picklable.
 
-    Its rows are numbered from 0 through its files in the order of their names.
+    Rows are numbered from 0 through all files, in the order of the files' names.
     """
 
     url: str
@@ -50,12 +50,12 @@ class Manifest:
     identity: str
     """Hex SHA-256 over names, sizes and footers of the files: the same for a copy elsewhere, and for any ``limit``."""
     carried_schema: pa.Schema
-    """The columns that the outputs repeat, as they are written there."""
+    """The columns repeated in the outputs, with their types there."""
     reference_is_list: bool
     """Whether rows may have several references."""
     _files: tuple[ParquetFile, ...] = field(repr=False)
     _columns: tuple[str, ...] = field(repr=False)
-    """Those of :data:`contract.COLUMNS` that the manifest has."""
+    """The manifest's columns among :data:`contract.MANIFEST_COLUMNS`."""
 
     @classmethod
     def open(cls, url: str, limit: int | None = None, until: str | None = None) -> "Manifest":
@@ -63,11 +63,11 @@ class Manifest:
 
         Args:
             url: the file or folder.
-            limit: use only the first rows, so many at most.
-            until: use only the first files, if this is the identity that they have together.
+            limit: use at most the first ``limit`` rows; None uses all.
+            until: an identity; use only the first files if they have this identity together.
 
         Raises:
-            ManifestError: no such file, not Parquet, no rows, or columns that break the contract.
+            ManifestError: there is no such file, it is not Parquet, it has no rows, or columns break the contract.
             StorageError: the storage failed.
         """
         url = storage.absolute(url)
@@ -97,17 +97,17 @@ class Manifest:
             carried_schema=carried_schema(schemas),
             reference_is_list=any(map(has_reference_lists, schemas.values())),
             _files=tuple(files),
-            _columns=tuple(name for name in COLUMNS if name in schemas[names[0]].names),
+            _columns=tuple(name for name in MANIFEST_COLUMNS if name in schemas[names[0]].names),
         )
 
     def check(self) -> None:
-        """Stream every row once: prompts that are empty, ids that are missing, unsafe or repeated.
+        """Read every row once and refuse empty prompts and missing, unsafe or repeated ids.
 
-        Memory is bounded; ids go through local scratch (about their own size). Trouble that concerns one row alone,
-        such as an override out of range, is not looked for here: it becomes the :attr:`Row.error` of that row.
+        Memory is bounded; hashes of the ids go through local scratch (24 bytes each). A mistake that concerns one row
+        alone, such as an override out of range, is not refused here: it becomes the :attr:`Row.error` of its row.
 
         Raises:
-            ManifestError: one error with the columns, how many rows offend, and the file and number of the first ones.
+            ManifestError: one error with each column, the number of wrong rows, and the places of the first ones.
             StorageError: the storage failed.
         """
         findings = _Findings(self)
@@ -129,7 +129,7 @@ class Manifest:
         findings.raise_if_any()
 
     def has_any(self, column: str) -> bool:
-        """Whether the manifest has this column and any row in use a value in it. Reads up to the first one.
+        """Whether any row in use has a value in this column. Reads up to the first such row.
 
         Raises:
             ManifestError, StorageError: see :meth:`iter_rows`.
@@ -144,7 +144,7 @@ class Manifest:
     def iter_rows(self, start: int, stop: int, run_seed: int) -> Iterator[Row]:
         """Rows ``start`` to ``stop`` (excluded), streamed, reading only the row groups that hold them.
 
-        A row that cannot be generated (an override out of range, unreadable text) has an :attr:`Row.error` saying so.
+        A row that cannot be generated (an override out of range, unreadable text) says why in :attr:`Row.error`.
 
         Raises:
             ManifestError: a file is damaged or has changed since it was opened.
@@ -157,7 +157,7 @@ class Manifest:
             yield from parse_rows(batch, first_row, run_seed, self.carried_schema)
 
     def locate(self, row: int) -> str:
-        """File of a row and its number in that file, from 0, such as ``row 7 of part-2.parquet``."""
+        """Number of a row in its file, from 0, and the file's name, such as ``row 7 of part-2.parquet``."""
         file = next(file for file in reversed(self._files) if file.first_row <= row)
         return f"row {row - file.first_row} of {storage.name(file.url)}"
 
@@ -168,7 +168,7 @@ class Manifest:
 
 
 def _discover(url: str) -> tuple[str, list[str]]:
-    """The folder, and the sorted names of the manifest's files in it."""
+    """The manifest's folder, and the sorted names of its files."""
     rule = "a manifest is a Parquet file, or a folder with .parquet files directly in it"
     try:
         listed = storage.list_files(url)
@@ -186,14 +186,14 @@ def _discover(url: str) -> tuple[str, list[str]]:
 
 
 def _holds_any(column: pa.Array) -> bool:
-    """Whether there is a value that is not null, also within lists and structs."""
+    """Whether any value is not null, also within lists and structs."""
     if pa.types.is_struct(column.type):
         return any(map(_holds_any, column.flatten()))
     return _holds_any(column.flatten()) if pa.types.is_nested(column.type) else column.null_count < len(column)
 
 
 class _Findings:
-    """The first offending rows of each column and complaint, and how many there are."""
+    """Number of wrong rows for each column and complaint, and the places of the first ones."""
 
     _REMEDIES: Mapping[str, str] = {
         "null": "every row needs a value",
@@ -213,7 +213,7 @@ class _Findings:
     def add(
         self, column: str, complaint: str, first_row: int, offends: pa.Array, values: pa.Array | None = None
     ) -> None:
-        """``offends``: boolean, one per row from ``first_row`` on; null counts as false."""
+        """Record the rows that are true in ``offends``, one boolean per row from ``first_row`` on; null is false."""
         positions = np.flatnonzero(offends.fill_null(False).to_numpy(zero_copy_only=False))
         if not len(positions):
             return
@@ -251,7 +251,7 @@ class _Findings:
 
 
 def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
-    """What ``judge`` says of each text; of a dictionary's it is asked once."""
+    """Results of ``judge`` for each text; each distinct text of a dictionary is judged once."""
     return judge(texts.dictionary).take(texts.indices) if pa.types.is_dictionary(texts.type) else judge(texts)
 
 
@@ -269,5 +269,5 @@ def _blank(texts: pa.Array) -> pa.Array:
     try:
         return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
     except pa.ArrowInvalid:
-        # Not UTF-8 somewhere in the batch: that fails its row later; the others are judged by ASCII white space.
+        # A text that is not UTF-8 fails its row later. Here the batch is checked for ASCII white space instead.
         return pc.invert(pc.match_substring_regex(_binary(texts), r"[^\s]"))

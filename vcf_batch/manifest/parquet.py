@@ -1,6 +1,6 @@
-"""One Parquet file of a manifest, read in bounded memory and without trust in what its footer says of the contents.
+"""One Parquet file of a manifest, read in bounded memory. Its footer is not trusted to describe the contents.
 
-Statistics and sizes of columns are never asked for: where they are damaged, pyarrow ends the process.
+Statistics and sizes of columns are never read: damaged ones make pyarrow end the process.
 """
 
 import itertools
@@ -18,29 +18,29 @@ from vcf_batch import storage
 from vcf_batch.errors import ManifestError, StorageError
 
 MAX_COLUMNS = 1000
-"""Of a file, with every field of its structs."""
+"""Most columns of a file, counting every field of a struct."""
 
 BATCH_BYTES = 32 << 20
-"""About as much as a batch takes, by the mean of its row group; it has one row at least."""
+"""Approximate size of a batch, from the mean size of a row in its row groups. A batch has at least one row."""
 
 _LONG_BYTES = 1 << 16
-"""A dictionary with a longer text is not written out."""
+"""Longest text of a dictionary column that is decoded; a column with a longer text stays a dictionary."""
 _MOST_ALIKE = 16
-"""How many times :data:`BATCH_BYTES` a batch may take in which every text is its dictionary's longest."""
+"""Largest size of a batch, in units of :data:`BATCH_BYTES`, if every text were the longest of its dictionary."""
 _BUFFER_BYTES = 4 << 20
 _TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ParquetFile:
-    """A file known by its footer. Small, and picklable."""
+    """A Parquet file described by its footer. Small and picklable."""
 
     url: str
     size: int
     first_row: int
-    """Number that its first row has in the manifest."""
+    """Number of the file's first row in the manifest."""
     group_stops: np.ndarray = field(repr=False)
-    """``[groups]`` int64: the file's rows up to and including each row group."""
+    """Number of rows up to the end of each row group, ``[groups]`` int64."""
 
     @property
     def num_rows(self) -> int:
@@ -49,10 +49,10 @@ class ParquetFile:
     def batches(
         self, start: int, stop: int, columns: Sequence[str], most_rows: int
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Those of the manifest's rows ``start`` to ``stop`` (excluded) that are here; each batch's first one's number.
+        """Yield the manifest's rows ``start`` to ``stop - 1`` that lie in this file, as (first row's number, batch).
 
-        Texts come as dictionaries where that is how very long ones are stored: from a few bytes of indices they make
-        a column of any size.
+        A dictionary column with very long texts stays a dictionary: a few bytes of indices could become a column of
+        any size.
 
         Raises:
             ManifestError: the file is damaged or has changed since it was opened.
@@ -86,10 +86,10 @@ class ParquetFile:
 
 
 def read_footer(url: str) -> tuple[int, bytes]:
-    """Size of a Parquet file, and its footer with the 8 bytes that end it.
+    """Size of a Parquet file, and its footer with the last 8 bytes of the file.
 
     Raises:
-        ManifestError: there is no such file, or it is none that can be read.
+        ManifestError: there is no such file, or it is not a readable Parquet file.
         StorageError: the storage failed.
     """
     try:
@@ -127,7 +127,7 @@ def parse_footer(url: str, size: int, footer: bytes, first_row: int) -> tuple[Pa
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         if min(rows, default=0) < 0:
             raise ManifestError(f"{url} has a damaged footer: a row group of {min(rows)} rows")
-        _ = parsed.schema_arrow.names  # which fails where they are not UTF-8
+        _ = parsed.schema_arrow.names  # fails if a name is not UTF-8
         return ParquetFile(url, size, first_row, np.cumsum(rows, dtype=np.int64)), parsed.schema_arrow
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{url} has a damaged footer: {_first_line(error)}") from error
@@ -137,7 +137,7 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
     metadata = pq.read_metadata(source)
 
     def read(groups: Sequence[int], rows: int, dictionaries: list[str]) -> Iterator[pa.RecordBatch]:
-        # Unbuffered, Arrow would hold whole column chunks: gigabytes where images are embedded.
+        # Without a buffer size Arrow would hold whole column chunks: gigabytes if images are embedded.
         parquet = pq.ParquetFile(
             source,
             metadata=metadata,
@@ -154,7 +154,7 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
     for group in groups:
         described = metadata.row_group(group)
         width = max(width, described.total_byte_size / max(described.num_rows, 1))
-        # With its first row comes a group's whole dictionary.
+        # Reading a group's first row reads its whole dictionary.
         for first in itertools.islice(read([group], 1, flat), 1):
             longest = {name: max(length, _longest_text(first[name])) for name, length in longest.items()}
     dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES]
@@ -163,7 +163,7 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
 
 
 def _longest_text(column: pa.Array) -> int:
-    """Bytes of the longest text in a dictionary; 0 where it is none, or no texts."""
+    """Bytes of the longest text in a dictionary column; 0 for every other column."""
     if not pt.is_dictionary(column.type) or not pt.is_string(column.type.value_type):
         return 0
     return pc.max(pc.binary_length(column.dictionary)).as_py() or 0

@@ -1,8 +1,8 @@
-"""Reference images of rows: decide whether a reference may be read at all, read it, decode it.
+"""Reference images of rows: permission to read them, reading and decoding.
 
-A manifest may come from anyone, so a reference is opened only where the user let references live: under the manifest's
-own folder (in object storage: its own bucket) and under the roots named with ``--reference-root``. Places are compared
-after ``..`` and local links are resolved, and what was compared is what is opened.
+A manifest may come from anyone, so references are opened only in places that the user allowed: under the manifest's own
+folder (in object storage: its own bucket) and under the roots named with ``--reference-root``. Places are compared
+after ``..`` and local links are resolved, and the resolved path is the one that is opened.
 """
 
 import http.client
@@ -25,28 +25,28 @@ from vcf_batch import __version__, images, storage
 from vcf_batch.errors import RowError, StorageError, UsageError, redact
 from vcf_batch.records import Reference
 
-MAX_BYTES = 256 * 2**20
-"""A larger file is not read. An uncompressed image at the default limit of 64 million pixels has 192 MB."""
+MAX_REFERENCE_BYTES = 256 * 2**20
+"""Largest file that is read. An uncompressed image at the default limit of 64 million pixels has 192 MB."""
 
-WEB_ATTEMPTS = 3
+WEB_TRIES = 3
 WEB_PAUSE_SECONDS = 1.0
 WEB_TIMEOUT_SECONDS = 20.0
 """Longest wait for a web server's next bytes."""
 WEB_TOTAL_SECONDS = 120.0
-"""Longest time for one file, so that a server that drips bytes cannot hold a worker."""
+"""Longest time for one file, all tries together: a server that sends single bytes cannot hold up a worker."""
 
 _BUCKET_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"})
 _LONGEST_KEY = 1024
 _WEB_PORTS = {"http": 80, "https": 443}
 _WEB_BUSY = frozenset({408, 425, 429})
-"""Answers that pass, beside all from 500 on."""
+"""HTTP statuses that are retried, like all statuses from 500 on."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where something is, normalised so that containment is a comparison of leading segments."""
+    """Normalised location of a file or folder: a folder contains a file if its segments begin the file's."""
 
     scheme: str
     """Empty for local paths."""
@@ -54,7 +54,7 @@ class _Place:
     """Bucket or server; empty for local paths."""
     segments: tuple[str, ...]
     url: str
-    """What is opened: the absolute path without links, or the URL without ``..``."""
+    """The address that is opened: the absolute path without links, or the URL without ``..``."""
 
     def holds(self, other: "_Place") -> bool:
         return (self.scheme, self.host, self.segments) == (
@@ -65,16 +65,16 @@ class _Place:
 
 
 class ReferenceReader:
-    """Reads references of one manifest. Keeps no open connection and no state: threads may share it.
+    """Reader of one manifest's references. It keeps no open connection and no state, so threads may share it.
 
     Args:
-        base: the folder or URL that relative references resolve against. References may live there, unless it is a web
-            address: those are read only where ``roots`` name them.
-        roots: further folders, buckets or web addresses that references may live under.
-        max_pixels: a larger image fails its row before it is decoded.
+        base: the folder or URL that relative references resolve against. References under it are allowed, unless it is
+            a web address: web addresses are allowed only under ``roots``.
+        roots: further folders, buckets or web addresses with allowed references.
+        max_pixels: largest width times height; a larger image fails its row before it is decoded.
 
     Raises:
-        UsageError: a root that names no folder, bucket or server, or that contains a password.
+        UsageError: a root names no folder, bucket or server, or contains a password.
     """
 
     def __init__(self, base: str, roots: Sequence[str], max_pixels: int) -> None:
@@ -91,9 +91,9 @@ class ReferenceReader:
             self._roots.insert(0, place)
 
     def policy_error(self, reference: Reference) -> str | None:
-        """Why this reference may not be read, whatever is there; None if it may. Nothing is opened.
+        """The reason why this reference may not be read; None if it may. Nothing is opened.
 
-        Local links are followed, so the answer is the same that :meth:`read` gives.
+        Local links are followed, so :meth:`read` decides the same way.
         """
         if reference.data is not None:
             return None
@@ -104,12 +104,12 @@ class ReferenceReader:
         return None
 
     def read(self, reference: Reference) -> Image.Image:
-        """The reference as an RGB image (see :func:`vcf_batch.images.decode`). Embedded bytes are used as they are.
+        """The reference as an RGB image (see :func:`vcf_batch.images.decode`). Embedded bytes are always allowed.
 
         Raises:
-            RowError: not allowed, missing, not a file, too large, damaged or not an image.
-            StorageError: storage, network or a web server failed, they refuse this machine, or the allowed folder
-                itself is not there on it.
+            RowError: the reference is not allowed, missing, not a file, too large, damaged or not an image.
+            StorageError: storage, network or a web server failed or refused this machine, or the allowed folder itself
+                is missing on it.
         """
         shown = _shown(reference.uri) if reference.uri is not None else "(embedded bytes)"
         if reference.data is not None:
@@ -159,7 +159,7 @@ class ReferenceReader:
             if place.scheme in _WEB_PORTS:
                 data = self._fetch_web(place.url, shown)
             else:
-                data = storage.read_bytes(place.url, MAX_BYTES + 1)
+                data = storage.read_bytes(place.url, MAX_REFERENCE_BYTES + 1)
         except FileNotFoundError as error:
             if not root.scheme and not os.path.isdir(root.url):
                 raise StorageError(
@@ -168,25 +168,25 @@ class ReferenceReader:
                 ) from error
             raise RowError(f"reference {shown} does not exist") from error
         except PermissionError as error:
-            # Credentials belong to a machine, and so may the permissions of a mounted folder.
+            # Credentials, and permissions of a mounted folder, may differ between machines: the row is not to blame.
             raise StorageError(
                 f"reference {shown} may not be read on this machine; check its permissions and the credentials there"
             ) from error
         except storage.NotAFileError as error:
             raise RowError(f"reference {shown} is a folder, pipe or device, not a file") from error
-        if len(data) > MAX_BYTES:
-            raise RowError(f"reference {shown} is larger than the limit of {MAX_BYTES} bytes; shrink it")
+        if len(data) > MAX_REFERENCE_BYTES:
+            raise RowError(f"reference {shown} is larger than the limit of {MAX_REFERENCE_BYTES} bytes; shrink it")
         return data
 
     def _fetch_web(self, url: str, shown: str) -> bytes:
-        """At most ``MAX_BYTES + 1`` bytes of a web address, retried while the server or the network is in trouble."""
+        """Read at most ``MAX_REFERENCE_BYTES + 1`` bytes of a web address; retry if the server or the network fails."""
         deadline = time.monotonic() + WEB_TOTAL_SECONDS
         opener = urllib.request.build_opener(_Redirects(self, shown), _Web(deadline))
-        # Spaces and letters beyond ASCII occur in manifests; what is quoted already stays as it is.
+        # Quote the spaces and non-ASCII letters that occur in manifests; quoted characters stay as they are.
         request = urllib.request.Request(
             urllib.parse.quote(url, safe=string.punctuation), headers={"User-Agent": f"vcf-batch/{__version__}"}
         )
-        for attempt in range(1, WEB_ATTEMPTS + 1):
+        for number in range(1, WEB_TRIES + 1):
             try:
                 with opener.open(request, timeout=WEB_TIMEOUT_SECONDS) as response:
                     return _read_all(response)
@@ -201,14 +201,14 @@ class ReferenceReader:
                 raise RowError(f"reference {shown} is not a usable web address") from error
             except (OSError, http.client.HTTPException) as error:
                 trouble = f"{type(error).__name__}: {error}"
-            if attempt == WEB_ATTEMPTS or time.monotonic() > deadline:
+            if number == WEB_TRIES or time.monotonic() > deadline:
                 break
-            time.sleep(WEB_PAUSE_SECONDS * 2 ** (attempt - 1))
-        raise StorageError(f"cannot read reference {shown} after {attempt} attempts: {trouble}")
+            time.sleep(WEB_PAUSE_SECONDS * 2 ** (number - 1))
+        raise StorageError(f"cannot read reference {shown} after {number} tries: {trouble}")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to a place that the reference could have named itself."""
+    """HTTP handler that follows redirects only to places with allowed references."""
 
     def __init__(self, reader: ReferenceReader, shown: str) -> None:
         self._reader = reader
@@ -223,7 +223,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _UntilDeadline(io.RawIOBase):
-    """A connection's bytes, until a deadline: a server can drip headers as well as contents."""
+    """A connection that is read until a deadline at most: a server may send even headers byte by byte."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection = connection
@@ -246,7 +246,7 @@ class _UntilDeadline(io.RawIOBase):
 
 
 class _Web(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Opens web addresses whose answers have to be complete at ``deadline``."""
+    """HTTP handler for answers that must be complete at ``deadline``."""
 
     def __init__(self, deadline: float) -> None:
         super().__init__()
@@ -268,10 +268,10 @@ class _Web(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 
 def _root(url: str) -> _Place:
-    """A root as the user named it.
+    """The place of a root that the user named.
 
     Raises:
-        UsageError: it names no place.
+        UsageError: the root is not a usable folder, bucket or web address.
     """
     try:
         if not url:
@@ -287,7 +287,7 @@ def _place(url: str) -> _Place:
     """Normalise an absolute path or a URL.
 
     Raises:
-        ValueError: it names no place, or is written so that two programs could read it differently.
+        ValueError: ``url`` names no place, or two programs could read it differently.
     """
     match = _SCHEME.match(url)
     if match is None or match[1].lower() == "file":
@@ -314,7 +314,7 @@ def _place(url: str) -> _Place:
             segments.append(segment)
     if scheme in _BUCKET_SCHEMES and len(path.encode()) > _LONGEST_KEY:
         raise ValueError(f"object names have at most {_LONGEST_KEY} bytes")
-    # A root with a trailing slash is the same root; object keys may hold empty segments elsewhere.
+    # A trailing slash makes no difference; elsewhere, object keys may have empty segments.
     while segments and not segments[-1]:
         segments.pop()
     return _Place(scheme, host, tuple(segments), "/".join([f"{scheme}://{host}", *segments]))
@@ -326,7 +326,7 @@ def _web_place(scheme: str, url: str) -> _Place:
         raise ValueError(f"{scheme}:// needs a server name")
     if "@" in parts.netloc:
         raise ValueError("user names and passwords in web addresses are not used, because outputs repeat the address")
-    # Servers differ on who resolves these: a segment that could climb out of a root is refused in every spelling.
+    # Servers resolve such segments differently: one that could lead out of a root is refused in every spelling.
     path = urllib.parse.unquote(parts.path)
     segments = [part for part in path.split("/") if part]
     if "\\" in parts.netloc + path or any(part.partition(";")[0] in (".", "..") for part in segments):
@@ -339,11 +339,11 @@ def _web_place(scheme: str, url: str) -> _Place:
 def _read_all(response: http.client.HTTPResponse) -> bytes:
     chunks: list[bytes] = []
     size = 0
-    while size <= MAX_BYTES and (chunk := response.read1(min(1 << 20, MAX_BYTES + 1 - size))):
+    while size <= MAX_REFERENCE_BYTES and (chunk := response.read1(min(1 << 20, MAX_REFERENCE_BYTES + 1 - size))):
         chunks.append(chunk)
         size += len(chunk)
-    # read1 ends without a word where a connection breaks off; what is missing is the network's fault, not the row's.
-    if size <= MAX_BYTES and response.length:
+    # read1 raises nothing when a connection breaks. Missing bytes are the network's fault, not the row's.
+    if size <= MAX_REFERENCE_BYTES and response.length:
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(chunks)
 

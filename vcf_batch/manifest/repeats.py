@@ -1,7 +1,7 @@
-"""Repeated ids among very many, in bounded memory.
+"""Search for repeated ids among very many, in bounded memory.
 
-An id is known by 128 bits of hash, which two different ids of a manifest share with a probability below 1e-20. The
-hashes are spread over files in local scratch, which are then read back one by one.
+Ids are compared by 128 bits of hash: two different ids of a manifest have equal hashes with a probability below 1e-20.
+The hashes are spread over files in local scratch, and then the files are read one by one.
 """
 
 import tempfile
@@ -20,27 +20,27 @@ _PENDING_ROWS = 500_000
 _RECORD = np.dtype([("hash", np.uint64), ("check", np.uint64), ("row", np.int64)])
 _WORD = 8
 _WORD_MASKS = np.array([(1 << 8 * kept) - 1 for kept in range(_WORD + 1)], dtype=np.uint64)
-"""By the number of bytes that belong to the id."""
+"""Mask of a word for each number of its bytes that belong to the id."""
 _HASH_FACTOR, _CHECK_FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
-"""Odd, with bits all over: the golden ratio's, and a prime of xxHash."""
+"""Odd factors with many bits set throughout: the golden ratio's, and a prime of xxHash."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Repeat:
-    """Row ``row`` has the id that row ``first`` has already."""
+    """A repeated id: row ``row`` has the same id as the earlier row ``first``."""
 
     row: int
     first: int
 
 
 class RepeatFinder:
-    """Finds repeated ids. A context manager: its scratch folder lives as long as the context.
+    """Finder of repeated ids. It is a context manager: leaving it deletes its scratch folder.
 
     Memory is bounded by :data:`ROWS_PER_PARTITION` and :data:`MAX_PARTITIONS`, not by the number of repeats. Scratch
     takes 24 bytes for each id.
 
     Args:
-        expected: about how many ids will come; decides the number of partitions.
+        expected: approximate number of ids; it decides the number of partitions.
     """
 
     def __init__(self, expected: int) -> None:
@@ -59,7 +59,7 @@ class RepeatFinder:
         self._scratch.__exit__(kind, error, trace)
 
     def add(self, ids: pa.Array, first_row: int) -> None:
-        """Take the ids (binary, no nulls) of the rows from ``first_row`` on. Batches come in the order of the rows."""
+        """Add the ids (binary, no nulls) of the rows from ``first_row`` on. Batches must come in row order."""
         records = np.empty(len(ids), _RECORD)
         records["hash"], records["check"] = hash_ids(ids.cast(pa.large_binary()))
         records["row"] = np.arange(first_row, first_row + len(ids))
@@ -69,7 +69,7 @@ class RepeatFinder:
             self._spread()
 
     def repeats(self, most: int) -> tuple[int, list[Repeat]]:
-        """How many rows repeat an earlier id, and the ``most`` first of them."""
+        """Number of rows that repeat an earlier id, and the first ``most`` of them."""
         self._spread()
         total = 0
         found: list[Repeat] = []
@@ -83,7 +83,7 @@ class RepeatFinder:
         return self._folder / f"{partition}.records"
 
     def _spread(self) -> None:
-        """Append what is pending to its partitions' files."""
+        """Append the pending records to the files of their partitions."""
         if not self._pending:
             return
         records = np.concatenate(self._pending)
@@ -97,7 +97,7 @@ class RepeatFinder:
                     part.tofile(file)
 
     def _repeats_in(self, partition: int, most: int) -> Iterator[tuple[int, list[Repeat]]]:
-        """Repeats of one partition. Holds its distinct ids and one chunk: an id repeated without end stays cheap."""
+        """Yield the repeats of one partition by chunks. Memory holds its distinct ids and one chunk."""
         if not self._path(partition).exists():
             return
         seen = np.empty(0, _RECORD)
@@ -107,7 +107,7 @@ class RepeatFinder:
                 if not _equals_previous(np.sort(records["hash"])).any():
                     seen = records
                     continue
-                # A stable sort: the first of equal ids stays the one that was seen first.
+                # The sort is stable: of equal ids, the one seen first stays first.
                 records = records[np.lexsort((records["check"], records["hash"]))]
                 is_repeat = _equals_previous(records["hash"]) & _equals_previous(records["check"])
                 seen = records[~is_repeat]
@@ -118,7 +118,7 @@ class RepeatFinder:
 
 
 def hash_ids(ids: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent hashes of each id's bytes, ``[n]`` uint64 each. Steps over words of the ids, not over ids."""
+    """Two independent hashes of each id's bytes, ``[n]`` uint64 each. The loop runs over the words of an id."""
     offsets = np.frombuffer(ids.buffers()[1], dtype=np.int64)[ids.offset : ids.offset + len(ids) + 1]
     data = np.frombuffer(ids.buffers()[2] or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
     padded = np.append(data, np.zeros(_WORD, np.uint8))
@@ -135,7 +135,7 @@ def hash_ids(ids: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """High bits brought down to the low ones, which a product leaves poor."""
+    """Mix the high bits of products into their low bits, which are mixed badly."""
     return values ^ (values >> np.uint64(32))
 
 

@@ -12,7 +12,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate, and the percentiles between which :data:`LEVEL` of its resamples lie."""
+    """An estimate and its interval: :data:`LEVEL` of the resamples lie between ``low`` and ``high``."""
 
     value: float
     low: float
@@ -20,22 +20,23 @@ class Interval:
 
 
 class Bootstrap:
-    """Resamples some samples. Every score of them is resampled alike, so that scores stay paired.
+    """Resamples of a set of samples, the same for every score, so that scores stay paired.
 
-    Samples that share a prompt or a reference are not independent, so what is drawn with replacement is
+    Samples that share a prompt or a reference are not independent. So these are drawn with replacement:
 
-    * pairs of prompt and reference, where every prompt meets one reference, or every reference one prompt;
-    * prompts and references, each on their own, where both meet several: a sample then counts as often as its prompt
-      times as often as its reference (the pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1(2), 386-411);
-    * samples, where there is one pair only.
+    * pairs of prompt and reference, if every prompt has one reference, or every reference has one prompt;
+    * prompts and references separately, if both have several partners. The count of a sample is then the count of its
+      prompt times the count of its reference (the pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1(2),
+      386-411);
+    * samples, if there is only one pair.
 
-    Where there is a single prompt, or a single reference, the interval holds for it alone.
+    With a single prompt, or a single reference, the interval holds for it alone.
 
     Args:
-        prompts: of each sample.
-        references: of each sample.
-        draws: how many resamples.
-        seed: of the resampling.
+        prompts: prompt of each sample.
+        references: reference of each sample.
+        draws: number of resamples.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: there are no samples.
@@ -61,25 +62,25 @@ class Bootstrap:
         ]
 
     def mean(self, values: ArrayLike) -> Interval:
-        """Mean of one value per sample."""
+        """Mean of ``values``, one per sample, with its interval."""
         return self.ratio(values, np.ones(len(self._place[0])))
 
     def ratio(self, values: ArrayLike, base: ArrayLike) -> Interval:
-        """Sum of ``values`` over the sum of ``base``, both one per sample."""
+        """Sum of ``values`` over the sum of ``base``, both one per sample, with its interval."""
         (value, values_drawn), (one, base_drawn) = self._sums(values), self._sums(base)
-        with np.errstate(divide="ignore", invalid="ignore"):  # a resample may miss all of the few samples there are
+        with np.errstate(divide="ignore", invalid="ignore"):  # a resample of few samples may be empty
             drawn = values_drawn / base_drawn
         low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Interval(value / one, float(low), float(high))
 
     def _sums(self, values: ArrayLike) -> tuple[float, NDArray[np.float64]]:
-        """The sum of the samples' values, and of each resample's."""
+        """Sum of the values over the samples, and over each resample."""
         table = np.zeros(self._shape)
         np.add.at(table, self._place, np.asarray(values, np.float64))
         return float(table.sum()), (self._drawn[0] @ table * self._drawn[1]).sum(axis=1)
 
 
 def _numbered(labels: Iterable[Hashable]) -> NDArray[np.int64]:
-    """Labels as numbers from 0, in the order in which they first come."""
+    """Labels as numbers from 0, in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64)

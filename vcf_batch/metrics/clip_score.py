@@ -14,22 +14,22 @@ from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
 
 _CHUNK = 64
-"""Inputs in one forward pass: many references of one batch must not add up to a memory peak."""
+"""Most inputs of one forward pass, so that a batch with many references causes no memory peak."""
 
 _EPS = 1e-5
 
 _LONGEST_ASPECT = 8
-"""Sides beyond this ratio are trimmed: resizing the short side of a 1 x 30000 image to 224 would give 1.5 G pixels."""
+"""Largest ratio of sides; a longer side is trimmed. Resizing a 1 x 30000 image to width 224 would give 1.5 G pixels."""
 
 
 class ClipJudge:
-    """Embeds texts and images for cosine similarity (Radford et al. 2021; CLIPScore, Hessel et al. 2021).
+    """The CLIP that embeds texts and images for cosine similarity (Radford et al. 2021; CLIPScore, Hessel et al. 2021).
 
     Args:
         model: the CLIP, on its device.
         tokenizer: its tokenizer.
-        processor: its image preprocessing, as ``preprocessor_config.json`` says; in Pillow, so that scores do not
-            depend on whether torchvision is installed.
+        processor: its image preprocessing by ``preprocessor_config.json``, in Pillow, so that scores do not depend on
+            an installed torchvision.
     """
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil) -> None:
@@ -43,7 +43,7 @@ class ClipJudge:
 
         Args:
             path: folder of a CLIP in transformers' layout.
-            device: where it runs, always in float32.
+            device: device for the model; the model always runs in float32.
 
         Raises:
             ModelError: a part is missing or does not fit.
@@ -57,7 +57,7 @@ class ClipJudge:
             model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(path)
             processor = CLIPImageProcessorPil.from_pretrained(path)
-        # transformers fills what a file lacks with random weights, and a tokenizer without files knows three tokens.
+        # transformers gives missing weights random values, and a tokenizer without files knows only three tokens.
         if report["missing_keys"]:
             raise ModelError(
                 f"the judge {path!r} lacks {len(report['missing_keys'])} weights, among them "
@@ -78,15 +78,15 @@ class ClipJudge:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The model's device."""
         return self.model.device
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised embeddings, float32 ``[B, D]`` on the CPU. Text beyond the model's length is cut off.
 
-        Texts are padded to that length, and not to the longest of them, whose length would show in the others' last
-        bits.
+        All texts are padded to the model's length. Padding to the longest text would make the last bits of an embedding
+        depend on the other texts.
 
         Args:
             texts: ``B`` texts.
@@ -123,16 +123,16 @@ class ClipJudge:
 
     @torch.inference_mode()
     def embed_layouts(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """What is where in images, whatever it looks like: patch tokens, each channel normalised over the image.
+        """Layout of images without their style: patch tokens, each channel normalised over the image.
 
-        Normalised by its mean and deviation over the image's patches, a channel tells where there is more or less of
-        what it stands for, and no longer how much: these statistics carry the style (Huang and Belongie, 2017).
+        The mean and deviation of a channel over the patches carry the style (Huang and Belongie, 2017). Without them, a
+        channel tells only where its feature is stronger or weaker.
 
         Args:
             pictures: ``B`` uint8 arrays ``[H, W, 3]``.
 
         Returns:
-            float32 ``[B, P, D]`` on the CPU, of the last layer.
+            Tokens of the last layer, float32 ``[B, P, D]`` on the CPU.
         """
         parts = []
         for start in range(0, len(pictures), _CHUNK):
@@ -143,7 +143,7 @@ class ClipJudge:
         return torch.cat(parts)
 
     def _trimmed(self, image: Image.Image) -> Image.Image:
-        """The middle of a very long image, all that the centre crop will look at; any other image as it is."""
+        """The middle of a very long image (the centre crop drops the rest anyway); any other image unchanged."""
         limit = _LONGEST_ASPECT * min(image.size)
         if not self.processor.do_center_crop or max(image.size) <= limit:
             return image
@@ -163,10 +163,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def content_alignment(a: Tensor, b: Tensor) -> Tensor:
-    """How alike images are laid out: ``[B, P, D]``, ``[B, P, D]`` of :meth:`ClipJudge.embed_layouts` to ``[B]``.
+    """Similarity of layouts: ``[B, P, D]``, ``[B, P, D]`` from :meth:`ClipJudge.embed_layouts` to ``[B]``.
 
-    The correlation of a channel's values over the patches, averaged over the channels: 1 for the same layout, 0 for
-    unrelated ones (docs/quality.md).
+    It is the correlation of a channel's values over the patches, averaged over the channels: 1 for the same layout, 0
+    for unrelated ones (docs/quality.md).
     """
     return (a * b).mean(dim=(1, 2))
 

@@ -1,8 +1,8 @@
-"""LPIPS and its relatives: perceptual distance over the feature maps of a network.
+"""LPIPS: perceptual distance between images by the feature maps of a network.
 
-The computation of "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (Zhang et al., CVPR 2018,
-arXiv 1801.03924, eq. 1) as the ``lpips`` package 0.1.4 publishes it: feature maps are normalised to unit length over
-their channels, their squared difference is weighted per channel, averaged over space and summed over layers.
+The computation is that of "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (Zhang et al., CVPR
+2018, arXiv 1801.03924, eq. 1), as in the ``lpips`` package 0.1.4: feature maps are normalised to unit length over their
+channels, and their squared difference is weighted per channel, averaged over space and summed over layers.
 """
 
 import io
@@ -19,7 +19,7 @@ from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
 
 Features = Callable[[Tensor], Sequence[Tensor]]
-"""Images ``[B, 3, H, W]`` in [-1, 1] to feature maps, each ``[B, C, h, w]``."""
+"""Function from images ``[B, 3, H, W]`` in [-1, 1] to feature maps, each ``[B, C, h, w]``."""
 
 _EPS = 1e-10
 
@@ -29,8 +29,8 @@ class PerceptualDistance:
 
     Args:
         features: the network.
-        weights: for each feature map its channels' weights ``[C]``; None: ``1 / C``, the plain mean.
-        device: where ``features`` runs.
+        weights: for each feature map the weights of its channels, ``[C]``; None weights every channel ``1 / C``.
+        device: the device of ``features``.
     """
 
     def __init__(
@@ -41,22 +41,21 @@ class PerceptualDistance:
         self.device = torch.device(device)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """The first of what :meth:`compare` gives."""
+        """The distances of :meth:`compare`, float32 ``[B]``."""
         return self.compare(a, b)[0]
 
     @torch.inference_mode()
     def compare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare each image of ``a`` with its counterpart in ``b``, from one look at both.
+        """Compare each image of ``a`` with its counterpart in ``b``: distance and style in one pass.
 
-        Nothing is resized here: LPIPS compares the reference, squashed bilinearly to the output's size, with the output
-        (see :class:`vcf_batch.metrics.scorer.Scorer`).
+        Nothing is resized here: :class:`vcf_batch.metrics.scorer.Scorer` squashes references to the output's size.
 
         Args:
             a, b: float ``[B, 3, H, W]`` in [-1, 1], of equal sizes.
 
         Returns:
-            Their distance, 0 for equal images, larger for less alike ones; and their style similarity, 1 for equal
-            channel statistics, towards 0 for less alike ones. Both float32 ``[B]`` on the CPU.
+            Distances (0 for equal images, larger for less similar ones) and style similarities (1 for equal channel
+            statistics, nearer 0 for less similar ones), both float32 ``[B]`` on the CPU.
 
         Raises:
             ValueError: the shapes differ, are not images, or are too small for the network.
@@ -81,9 +80,9 @@ class LPIPS(PerceptualDistance):
         """Load a backbone and its linear heads.
 
         Args:
-            network: ``alex`` (images of 31 pixels and more) or ``vgg`` (16 pixels and more).
+            network: ``alex`` (for images of 31 pixels a side and more) or ``vgg`` (16 pixels and more).
             source: folder or URL with the official files (see :func:`weight_files`).
-            device: where it runs, always in float32.
+            device: device for the network; the network always runs in float32.
 
         Raises:
             ModelError: a file is missing, unsafe to load or of another layout.
@@ -110,7 +109,7 @@ class LPIPS(PerceptualDistance):
 
 
 class Backbone(nn.Module):
-    """Convolutions of AlexNet or VGG16 in torchvision's layout (``features.0.weight``...), tapped after five ReLUs.
+    """Convolutions of AlexNet or VGG16 in torchvision's layout (``features.0.weight``...), tapped at five ReLUs.
 
     Args:
         network: ``alex`` or ``vgg``.
@@ -123,7 +122,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.network = _NETWORKS[network]
         self.features = self.network.build()
-        # ImageNet's mean and standard deviation, as they read for images in [-1, 1].
+        # ImageNet's mean and standard deviation, converted for images in [-1, 1].
         for name, values in {"shift": (-0.030, -0.088, -0.188), "scale": (0.458, 0.448, 0.450)}.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -154,10 +153,10 @@ def weight_files(network: str, source: str) -> tuple[str, str]:
 
     The backbone is torchvision's (``alexnet-owt-7be5be79.pth``, ``vgg16-397923af.pth``), the heads are those of the
     ``lpips`` package (``lpips/weights/v0.1/alex.pth``, ``vgg.pth``); either may be ``.safetensors`` instead. A web
-    address cannot be listed, so there the names must be exactly these.
+    address cannot be listed, so its files must have exactly these names.
 
     Raises:
-        ModelError: one of them is not there.
+        ModelError: backbone or heads are missing.
     """
     wanted = {
         _NETWORKS[network].official: rf"{_NETWORKS[network].backbone}(-[\w-]+)?\.(pth|safetensors)",
@@ -237,26 +236,26 @@ _NETWORKS = {
 
 
 def _unit(maps: Tensor) -> Tensor:
-    """``[B, C, h, w]`` with every pixel's channels scaled to length 1, in float32."""
+    """Feature maps ``[B, C, h, w]`` with the channels of every pixel scaled to length 1, in float32."""
     maps = maps.float()
     return maps / (maps.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
 
 
 def _style_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """``[B]``, 0 to 1: how much the channels' means and deviations over the image have in common (docs/quality.md)."""
+    """Overlap of the channels' means and deviations over the image, ``[B]``, 0 to 1 (docs/quality.md)."""
     x, y = _statistics(a), _statistics(b)
     apart, size = (x - y).abs().sum(dim=1), (x.abs() + y.abs()).sum(dim=1)
     return 1 - apart / (size + _EPS)
 
 
 def _statistics(maps: Tensor) -> Tensor:
-    """``[B, C, h, w]`` to ``[B, 2 C]``: what says how an image looks, and not where in it."""
+    """Style of feature maps: mean and deviation of each channel over the image, ``[B, C, h, w]`` to ``[B, 2 C]``."""
     deviation, mean = torch.std_mean(maps.float(), dim=(2, 3), correction=0)
     return torch.cat([mean, deviation], dim=1)
 
 
 def _load(url: str) -> Mapping[str, Tensor]:
-    """A state dict from ``.safetensors``, or from ``.pth`` without running anything that it holds."""
+    """Load a state dict from ``.safetensors``, or from ``.pth`` without running code in it."""
     with load_errors(f"{url}, which LPIPS needs", ". Check --lpips-weights, or turn the score off with --lpips none"):
         data = storage.read_bytes(url)
     try:

@@ -1,4 +1,4 @@
-"""Judge and perceptual distance joined: a batch of outputs in, :class:`vcf_batch.records.Scores` out."""
+"""The scorer, judge and perceptual distance together: outputs in, :class:`vcf_batch.records.Scores` out."""
 
 import hashlib
 import math
@@ -18,10 +18,10 @@ from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.records import Scores
 
 REFERENCES_KEPT = 256
-"""Distinct references whose embedding and pixels are kept: 450 MB at 768 x 768."""
+"""Most distinct references with kept embedding and pixels: 450 MB at 768 x 768."""
 
 _PIXELS_AT_ONCE = 2**20
-"""Pixels of one perceptual forward pass, so that VGG16's feature maps stay near 2 GB whatever the batch size."""
+"""Most pixels of one perceptual forward pass, so that VGG16's feature maps stay near 2 GB for any batch size."""
 
 
 @dataclass(slots=True)
@@ -29,38 +29,38 @@ class _Reference:
     embedding: Tensor
     """``[D]``, normalised."""
     resized: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
-    """The image at each output size (width, height) that it was compared at."""
+    """The image resized to each output size (width, height) so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a batch of outputs is compared with."""
+    """Prompts and references to compare a batch of outputs with."""
 
     texts: Tensor
     """Embeddings of the prompts, ``[B, D]``."""
     references: list[_Reference]
-    """Of all outputs, one after the other."""
+    """Embedded references of all outputs, output by output."""
     pictures: list[Image.Image]
-    """Of ``references``."""
+    """Images of ``references``, in the same order."""
     shares: list[tuple[float, ...]]
-    """Of each output, what each of its references counts, summing to 1."""
+    """For each output, the shares of its references in its scores; they sum to 1."""
 
     @property
     def owners(self) -> list[int]:
-        """Which output each reference belongs to."""
+        """Position of the output of each reference."""
         return [number for number, own in enumerate(self.shares) for _ in own]
 
 
 class Scorer:
-    """Scores outputs against their prompts and references.
+    """Scorer of outputs against their prompts and references.
 
-    Prompts and references are embedded once per distinct input and shard: each shard has a scorer of its own
-    (:meth:`new_shard`). What an input is embedded together with changes its last bits, so nothing may be carried from
-    one shard to the next, or a score would depend on which shards a worker happened to do before.
+    Each shard has its own scorer (:meth:`new_shard`), and each distinct prompt and reference is embedded once per
+    shard. Embeddings are not kept for the next shard, because inputs of one forward pass change each other's last bits:
+    a score would depend on a worker's earlier shards.
 
     Args:
         judge: the CLIP that scores.
-        perceptual: the perceptual distance; None leaves ``lpips`` and ``style_similarity`` empty.
+        perceptual: the perceptual distance; without it, ``lpips`` and ``style_similarity`` are None.
     """
 
     def __init__(self, judge: ClipJudge, perceptual: PerceptualDistance | None = None) -> None:
@@ -70,7 +70,7 @@ class Scorer:
         self._references: dict[bytes, _Reference] = {}
 
     def new_shard(self) -> "Scorer":
-        """A scorer with the same judge and distance that has embedded nothing yet."""
+        """A new scorer with the same judge and distance, and without embeddings."""
         return Scorer(self.judge, self.perceptual)
 
     def targets(
@@ -79,13 +79,13 @@ class Scorer:
         references: Sequence[Sequence[Image.Image]],
         weights: Sequence[Sequence[float] | None] | None = None,
     ) -> Targets:
-        """Look at what a batch is to be scored against, once for all attempts at it.
+        """Embed the prompts and references of a batch, once for all draws of its rows.
 
         Args:
             prompts: ``B`` prompts, 1 or more.
-            references: for each output its RGB references. Of several the mean is taken; with none, ``clip_reference``,
-                ``lpips`` and ``style_similarity`` are None.
-            weights: for each output, those of its references in that mean; None is equal ones.
+            references: RGB references of each output. A score is the mean over several references; without references,
+                ``clip_reference``, ``lpips`` and ``style_similarity`` are None.
+            weights: for each output, the weights of its references in that mean; None gives equal weights.
         """
         given = [None] * len(prompts) if weights is None else weights
         shares = [reference_shares(own, len(shown)) for own, shown in zip(given, references, strict=True)]
@@ -97,15 +97,16 @@ class Scorer:
     def score(
         self, targets: Targets, outputs: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]] = ()
     ) -> list[Scores]:
-        """Score a batch.
+        """Score a batch of outputs.
 
         For the perceptual distance each reference is squashed bilinearly, with antialiasing, to the output's size (as
-        the paper's evaluation does) and both go from uint8 to [-1, 1]. The judge preprocesses on its own.
+        in the paper's evaluation), and both are converted from uint8 to [-1, 1]. The judge has its own preprocessing.
 
         Args:
-            targets: of the batch.
+            targets: the targets of the batch.
             outputs: ``B`` images of one size, uint8 ``[H, W, 3]``.
-            twins: what each prompt alone makes of the same noise, likewise; without them ``content_alignment`` is None.
+            twins: images of the prompts alone from the same noise, of the same form as ``outputs``. Without twins,
+                ``content_alignment`` is None.
         """
         if len(outputs) != len(targets.shares):
             raise ValueError(f"{len(outputs)} outputs, targets of {len(targets.shares)}")
@@ -134,14 +135,14 @@ class Scorer:
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
     def _embedded_references(self, pictures: Sequence[Image.Image]) -> list[_Reference]:
-        """What is known of each image. The same image in many rows is usually one object: it is hashed once."""
+        """The stored reference of each image. An image of many rows is usually one object, and is hashed once."""
         digests = {number: _digest(image) for number, image in {id(image): image for image in pictures}.items()}
         keys = [digests[id(image)] for image in pictures]
         new = {key: image for key, image in zip(keys, pictures, strict=True) if key not in self._references}
         for key, embedding in zip(new, self.judge.embed_images(list(new.values())), strict=True):
             self._references[key] = _Reference(embedding)
         for key in dict.fromkeys(keys):
-            self._references[key] = self._references.pop(key)  # the dictionary's order is that of last use
+            self._references[key] = self._references.pop(key)  # keeps the dictionary in order of last use
         return [self._references[key] for key in keys]
 
     def _forget_oldest(self) -> None:
@@ -149,9 +150,9 @@ class Scorer:
             del self._references[digest]
 
     def _compared(self, outputs: Sequence[NDArray[np.uint8]], targets: Targets) -> tuple[list[float], list[float]]:
-        """Perceptual distance and style similarity of each output and the reference beside it.
+        """Perceptual distances and style similarities between each output and the reference at its position.
 
-        Both ``[]`` without a perceptual network.
+        Both lists are empty without a perceptual network.
         """
         if self.perceptual is None or not outputs:
             return [], []
@@ -172,7 +173,7 @@ class Scorer:
 
 
 def _signed(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """uint8 ``[H, W, 3]`` each, to float32 ``[B, 3, H, W]`` in [-1, 1]."""
+    """Convert ``B`` uint8 arrays ``[H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1]."""
     return torch.from_numpy(np.stack([images.to_signed(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
 
@@ -181,10 +182,11 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:
-    """The mean of each output's values, in their order; None for an output without any. No values at all: None for all.
+    """Weighted mean of each output's values; None for an output without values.
 
     Args:
-        shares: of each output, what each of its values counts, summing to 1.
+        values: values of all outputs, output by output. An empty list gives None for every output.
+        shares: for each output, the weights of its values; they sum to 1.
     """
     following = iter(values)
     return [math.fsum(share * next(following) for share in own) if own and values else None for own in shares]

@@ -1,4 +1,4 @@
-"""Models on this node: each is fetched once, whatever number of processes ask for it."""
+"""Cache of models on this node: each model is fetched once, even if many processes ask for it."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from vcf_batch import storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models import hub
 from vcf_batch.models.model_files import refuse_code, select
-from vcf_batch.models.resolution import _THREADS, ResolvedModel, _folder_identity, _url_files, tiny_folder
+from vcf_batch.models.resolution import FILE_THREADS, ResolvedModel, folder_identity, tiny_folder, url_files
 
 CACHE_VARIABLE = "VCF_BATCH_CACHE"
 _MARKER = ".complete.json"
@@ -22,22 +22,22 @@ _MARKER = ".complete.json"
 def fetch(model: ResolvedModel) -> str:
     """Make the model's files available on this node.
 
-    A download happens once per node, whatever number of processes ask for it: under a file lock, into
-    ``$VCF_BATCH_CACHE`` (else ``~/.cache/vcf-batch``), with the marker that it is complete written last.
+    A model is downloaded once per node, under a file lock, into ``$VCF_BATCH_CACHE`` (else ``~/.cache/vcf-batch``). The
+    marker of a complete download is written last.
 
     Returns:
         A local folder.
 
     Raises:
-        ModelError: the model is not here, or not the one that was resolved.
+        ModelError: the model is missing on this node, or is not the resolved one.
         StorageError: storage or network failed.
     """
     if model.kind in ("tiny", "directory"):
         folder = tiny_folder() if model.kind == "tiny" else model.location
-        if (found := _folder_identity(folder)) != model.identity:
+        if (found := folder_identity(folder)) != model.identity:
             raise ModelError(
-                f"{folder} on this node holds another model than where the run was started ({found[:12]}, not "
-                f"{model.identity[:12]}); put the model on shared storage, or give its URL"
+                f"{folder} on this node holds another model ({found[:12]}) than on the node that started the run "
+                f"({model.identity[:12]}); put the model on shared storage, or give its URL"
             )
         return folder
     if model.kind == "url":
@@ -49,7 +49,7 @@ def _fill_from_url(model: ResolvedModel, folder: str) -> None:
     for leftover in Path(folder).rglob(".tmp-*"):
         leftover.unlink()
     try:
-        files, identity = _url_files(model.location)
+        files, identity = url_files(model.location)
         if identity != model.identity:
             raise ModelError(f"the model at {model.location} has changed since the run was started; start it again")
 
@@ -58,15 +58,15 @@ def _fill_from_url(model: ResolvedModel, folder: str) -> None:
             if not (path.exists() and path.stat().st_size == files[file]):
                 storage.download(storage.join(model.location, file), str(path))
 
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(FILE_THREADS) as threads:
             list(threads.map(download, files))
     except (FileNotFoundError, PermissionError) as error:
-        # The driver could read it: this node's trouble.
+        # The driver could read it, so this node is at fault.
         raise StorageError(f"this node cannot read the model at {model.location}: {error}") from error
 
 
 def cache_folder() -> str:
-    """What this node keeps for later runs is here: ``$VCF_BATCH_CACHE``, else ``~/.cache/vcf-batch``."""
+    """Folder for what this node keeps for later runs: ``$VCF_BATCH_CACHE``, else ``~/.cache/vcf-batch``."""
     return os.path.abspath(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/vcf-batch"))
 
 
@@ -77,7 +77,7 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
     unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
     folder = os.path.join(cache, "models", f"{readable}-{unique}")
-    # The system drops the lock of a process that is killed; the next one completes what it had downloaded.
+    # The system releases the lock of a killed process; the next process completes its download.
     lock = FileLock(f"{folder}.lock")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -98,7 +98,7 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
 
 
 def _is_complete(folder: str) -> bool:
-    """Whether the marker is there, and every file that it names still has its size."""
+    """Whether the marker exists, and every file in it still has its recorded size."""
     try:
         expected: dict[str, Any] = json.loads(storage.read_bytes(os.path.join(folder, _MARKER)))
         return expected == {file: os.path.getsize(os.path.join(folder, file)) for file in expected}

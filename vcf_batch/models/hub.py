@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub. Its client is imported where it is needed."""
+"""Models on the Hugging Face Hub. The Hub's client is imported only by the functions that use it."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ from vcf_batch.models.model_files import refuse_code, select
 
 
 def commit_of(name: str, revision: str | None) -> str:
-    """The commit that a revision of a model is; None is its main branch.
+    """The commit of a model's revision; revision None is its main branch.
 
     Raises:
-        ModelError: there is no such model, it is not one that may be loaded, or the hub cannot be reached.
+        ModelError: there is no such model, it may not be loaded, or the hub cannot be reached.
     """
     with _errors(name, revision, ModelError):
         from huggingface_hub import HfApi
@@ -45,11 +45,11 @@ def read(name: str, commit: str, file: str) -> bytes:
 
 
 def fill(name: str, commit: str, folder: str) -> None:
-    """Download what makes up a model; what is in the folder already stays.
+    """Download the files of a model; files that are in the folder already stay.
 
     Raises:
         StorageError: the hub cannot be reached.
-        ModelError: it no longer gives the model away.
+        ModelError: the hub no longer offers the model.
     """
     with _errors(name, commit, StorageError):
         from huggingface_hub import HfApi, snapshot_download
@@ -61,7 +61,7 @@ def fill(name: str, commit: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def _errors(name: str, revision: str | None, unreachable: type[ModelError] | type[StorageError]) -> Iterator[None]:
-    """Turn what the hub's client raises into errors with a remedy; ``unreachable`` for whatever may pass."""
+    """Turn errors of the hub's client into errors with a remedy; a failure that may pass becomes ``unreachable``."""
     from huggingface_hub import constants, errors
 
     try:
@@ -79,7 +79,7 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision!r}; give a branch, tag or commit that it has") from error
-    # The client lets errors of its HTTP library through, which differs between its versions.
+    # The client passes on errors of its HTTP library, and that library differs between the client's versions.
     except Exception as error:
         raise unreachable(
             f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). Without "

@@ -1,4 +1,4 @@
-"""Loading a model: what is wrong with the model told from what is wrong with this machine."""
+"""Errors of loading a model: faults of the model told apart from faults of this machine."""
 
 import contextlib
 import pickle
@@ -9,23 +9,23 @@ from vcf_batch.errors import ModelError, StorageError, VcfBatchError
 
 @contextlib.contextmanager
 def load_errors(what: str, remedy: str = "") -> Iterator[None]:
-    """Tell what is wrong with a model from what is wrong with this machine: loaders have no common error type.
+    """Turn errors in the block into a ModelError or a StorageError: loaders have no common error type.
 
     Args:
-        what: what is loaded, for the message.
-        remedy: a sentence about what else to use, beginning with ". ".
+        what: name of the model or part, for the message.
+        remedy: a sentence with a remedy, beginning with ". ".
 
     Raises:
         ModelError: a part is missing or does not fit.
         StorageError: the disk failed.
-        MemoryError: as it came.
+        MemoryError: memory ran out; passed on unchanged.
     """
     try:
         yield
     except (VcfBatchError, MemoryError):
         raise
     except Exception as error:
-        # Loaders report what a model lacks as an OSError without a number.
+        # Loaders report a missing part of a model as an OSError without errno.
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise StorageError(f"cannot read {what} on this node: {error}") from error
         reason: object = error

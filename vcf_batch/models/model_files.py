@@ -1,7 +1,7 @@
-"""Which files make up a model, and which models are refused for what they would run.
+"""Selection of a model's files, and refusal of models that would run code.
 
-Only ``.safetensors``, ``.json`` and ``.txt`` files count as a model, and ``.bin`` where there is no safetensors: its
-loaders read that with ``weights_only``. What a pickle or a repository's code would run never runs.
+Only ``.safetensors``, ``.json`` and ``.txt`` files belong to a model, and ``.bin`` files if there is no safetensors:
+loaders read them with ``weights_only``. Code in a pickle or in a repository never runs.
 """
 
 import json
@@ -17,16 +17,16 @@ _SUFFIXES = (*_WEIGHTS, ".json", ".txt")
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 _CONFIGS = ("config.json", "model_index.json")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
-"""What a pipeline's parts may come from."""
+"""Libraries and modules allowed for the parts of a pipeline."""
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 
 
 def chosen(files: Sequence[str]) -> list[str]:
-    """Those of a folder's relative paths that make up its model, sorted.
+    """The relative paths that make up a folder's model, sorted.
 
-    Left out are other kinds of files, hidden ones, names that would leave the folder, READMEs, half-precision or
-    training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the
-    parts of a diffusers folder, and the second copy of its weights that OpenCLIP's repositories have.
+    These are left out: other kinds of files, hidden files, names that would leave the folder, READMEs, half-precision
+    or training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the parts
+    of a diffusers folder, and the second copy of the weights in OpenCLIP's repositories.
     """
     plain = [
         file
@@ -49,10 +49,10 @@ def chosen(files: Sequence[str]) -> list[str]:
 
 
 def select(where: str, files: Mapping[str, int]) -> dict[str, int]:
-    """The model's files among all ``files`` of a place.
+    """The model's files (path to size) among all ``files`` of a folder or repository.
 
     Raises:
-        ModelError: weights are missing, or exist as pickles only.
+        ModelError: the weights are missing, or exist only as pickles.
     """
     selected = chosen(list(files))
     weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(_WEIGHTS)}
@@ -76,7 +76,7 @@ def refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) 
     """Refuse a model whose configuration names code to run.
 
     Raises:
-        ModelError: it does, or a configuration is not JSON.
+        ModelError: a configuration names code to run, or is not JSON.
     """
     for file in files:
         if not file.endswith(_CONFIGS):
@@ -93,7 +93,7 @@ def refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) 
 
 
 def _code_named_in(config: Any, is_index: bool) -> Iterator[str]:
-    """Settings of a configuration, at any depth, that name a module of the model's own, a kernel or another library."""
+    """Yield the settings, at any depth, that name a module of the model's own, a kernel or another library."""
     if isinstance(config, list):
         for item in config:
             yield from _code_named_in(item, False)

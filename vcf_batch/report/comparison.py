@@ -1,4 +1,4 @@
-"""How an evaluation is shown: as Markdown tables, and as a plot of the prompt's score against the reference's."""
+"""Presentation of an evaluation: Markdown tables, and a plot of the prompt's score against the reference's."""
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,42 +8,43 @@ from typing import Any
 from vcf_batch.errors import UsageError
 from vcf_batch.metrics.bootstrap import Interval
 
-SCORES = {
+TABLE_SCORES = {
     "clip_score": "CLIP score (up)",
     "lpips": "LPIPS to reference (down)",
     "clip_reference": "CLIP to reference (up)",
 }
-
+"""Columns of the table of scores, with their headings."""
 
 RELATIVE = ("clip_score", "lpips")
-"""Scores that text only has enough of to be compared with; its likeness to the reference is about 0."""
+"""Scores that the tables also give relative to text only. ``clip_reference`` is not among them: it is near 0 for text
+only, so a ratio means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What one method did: a line of the tables."""
+    """Results of one method: a line of the tables."""
 
     method: str
     fusion: str
     strength: float
     samples: int
     scores: Mapping[str, Interval]
-    """Mean of each of :data:`SCORES`."""
+    """Mean of each of :data:`TABLE_SCORES`."""
     relative: Mapping[str, Interval]
-    """Each of :data:`RELATIVE` as a share of what text only has on the same prompts, references and seeds."""
+    """Each of :data:`RELATIVE` over its value for text only on the same prompts, references and seeds."""
     shown: Mapping[str, Interval]
-    """Attribute to the share of samples that show the wanted value of it; empty where none is known."""
+    """For each attribute, the share of samples that show its wanted value; empty if no attribute is known."""
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """The lines in Markdown: their scores, then what they show, if that is known."""
+    """The lines as Markdown tables: scores, then the shown attributes, if any are known."""
     columns = ["samples"]
-    for name, title in SCORES.items():
+    for name, title in TABLE_SCORES.items():
         columns += [title, "of text only"] if name in RELATIVE else [title]
 
     def cells(line: Line) -> Iterator[str]:
         yield str(line.samples)
-        for name in SCORES:
+        for name in TABLE_SCORES:
             yield _cell(line.scores[name], "{:.3f}")
             if name in RELATIVE:
                 yield _cell(line.relative[name], "{:.0%}")
@@ -66,7 +67,7 @@ def _cell(interval: Interval, form: str) -> str:
 
 
 def require_matplotlib() -> None:
-    """Fail before the work rather than after it.
+    """Check that matplotlib is installed, before the work and not after it.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -78,9 +79,9 @@ def require_matplotlib() -> None:
 
 
 def plot(lines: Sequence[Line]) -> dict[str, bytes]:
-    """CLIP score against LPIPS with their intervals, as files: ``png`` and ``svg``, the same bytes for the same lines.
+    """Plot of CLIP score against LPIPS with their intervals, as ``png`` and ``svg`` files.
 
-    Lines of one method, such as the strengths of ``concat``, are joined.
+    Points of one method, such as the strengths of ``concat``, are joined. The same lines give the same bytes.
     """
     from matplotlib import rc_context  # an optional dependency
     from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
 
 
 def _values(lines: Sequence[Line], score: str) -> tuple[list[float], list[list[float]]]:
-    """A score of each line, and how far its interval reaches below and above."""
+    """A score of each line, and the lengths of its interval below and above it."""
     intervals = [line.scores[score] for line in lines]
     return [i.value for i in intervals], [[i.value - i.low for i in intervals], [i.high - i.value for i in intervals]]
 

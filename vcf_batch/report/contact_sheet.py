@@ -1,4 +1,4 @@
-"""Look at a run: the contact sheet, drawn from the output alone and the references it names."""
+"""The contact sheet of a run, drawn from its output and references alone."""
 
 import bisect
 import io
@@ -19,8 +19,8 @@ from vcf_batch.records import Row, Shard
 TILE = 128
 """Edge of a picture on the sheet, in pixels."""
 
-COLUMNS = 4
-"""Cards beside each other; a card is a reference and what became of it."""
+CARDS_PER_ROW = 4
+"""Most cards side by side; a card is a reference and the image made from it."""
 
 _GAP = 8
 _LINE = 16
@@ -38,11 +38,11 @@ class _Card:
 
 
 def contact_sheet(output: str, limit: int = 64) -> Image.Image:
-    """Draw the first samples of a run: reference beside output, one heading a prompt, scores below.
+    """Draw the first samples of a run: reference beside output, one heading per prompt, scores below.
 
     Args:
-        output: folder or URL that a run has written, finished or not.
-        limit: samples at most.
+        output: folder or URL of a run's output, finished or not.
+        limit: most samples to draw.
 
     Raises:
         UsageError: the output has no finished shard, or its manifest is gone.
@@ -57,7 +57,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     cards = itertools.islice(_cards(output, config, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
 
-    columns = min(COLUMNS, max(len(group) for _, group in groups))
+    columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
     heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]
     width = columns * (_CARD[0] + 2 * _GAP)
     sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
@@ -77,13 +77,13 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
 
 
 class Cell(NamedTuple):
-    """A picture of a grid."""
+    """One cell of a grid."""
 
     picture: Image.Image | None
     instead: str
-    """What stands there where there is no picture."""
+    """Text shown if there is no picture."""
     notes: Sequence[str] = ()
-    """Lines below it."""
+    """Lines below the picture."""
 
 
 def grid(heads: Sequence[Sequence[str]], rows: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
@@ -118,7 +118,7 @@ def grid(heads: Sequence[Sequence[str]], rows: Sequence[tuple[str, Sequence[Cell
 
 
 def scores_of(record: Mapping[str, Any]) -> list[str]:
-    """The scores that a sample has, each in a few words."""
+    """The scores of a sample, each in a few words."""
     return [f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if record[name] is not None]
 
 
@@ -126,7 +126,7 @@ def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_C
     manifest = Manifest.open(config.manifest, config.limit)
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for shard in done:
-        # Both are in manifest order; only successful rows have a sample.
+        # Rows and samples are in manifest order; only successful rows have a sample.
         samples = shards.read_samples(shards.file_url(output, shard, "tar"))
         sample = next(samples, None)
         for row in manifest.rows(shard.start, shard.stop, config.seed):
@@ -141,7 +141,7 @@ def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_C
 
 
 def _reference(row: Row, reader: ReferenceReader) -> Image.Image | None:
-    """The row's first reference; None if it has none, or none that can be read any more."""
+    """The row's first reference; None if there is none, or it can no longer be read."""
     if not row.references:
         return None
     try:
@@ -155,7 +155,7 @@ def _paste(sheet: Image.Image, picture: Image.Image | None, place: tuple[int, in
         ImageDraw.Draw(sheet).rectangle((*place, place[0] + TILE - 1, place[1] + TILE - 1), _PALE)
         ImageDraw.Draw(sheet).text((place[0] + 8, place[1] + 8), instead, _INK, ImageFont.load_default(13))
         return
-    # Small pictures grow by whole pixels, so that what is looked at is what was written.
+    # Small pictures are enlarged by whole pixels, so that the sheet shows the written pixels.
     method = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
     sheet.paste(picture.resize((TILE, TILE), method), place)
 

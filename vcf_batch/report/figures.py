@@ -1,6 +1,6 @@
-"""The figures of an output: counts, scores, failures, throughput, and the rows that are worth looking at.
+"""The figures of an output: counts, scores, failures, throughput, and rows worth looking at.
 
-One pass over receipts and parquets, shards side by side. What is kept does not grow with the number of rows.
+Receipts and parquets are read once, several shards at a time. Memory does not grow with the number of rows.
 """
 
 import re
@@ -23,35 +23,36 @@ from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Receipt, Shard, Status
 
 EXTREMES = 8
-"""Rows kept at either end of each score."""
+"""Number of best rows, and of worst rows, kept for each score."""
 RANDOM = 32
-"""Rows of the random sample."""
+"""Number of rows in the random sample."""
 POINTS = 1500
-"""Rows of the scatter plot."""
+"""Most rows in the scatter plot."""
 MAX_CAUSES = 500
-"""Causes that are told apart; what comes after them is counted together."""
+"""Most causes of failure counted separately; further causes are counted together."""
 MAX_INTERVALS = 240
-"""Intervals that the time of a run is cut into."""
+"""Most intervals that the time of a run is divided into."""
 
 
 class Score(NamedTuple):
-    """How a score is to be read."""
+    """Name and meaning of a score."""
 
     label: str
     meaning: str
     higher_is_better: bool
 
 
-SCORES: Mapping[str, Score] = {
+SCORE_MEANINGS: Mapping[str, Score] = {
     "clip_score": Score("Prompt", "cosine of output and prompt, by the judge", True),
     "clip_reference": Score("Reference", "cosine of output and reference, by the judge", True),
     "lpips": Score("Distance", "perceptual distance of output and reference", False),
     "content_alignment": Score("Content", "likeness of layout of output and text-only twin, by the judge", True),
     "style_similarity": Score("Style", "likeness of channel statistics of output and reference", True),
 }
+"""Scores of a report, by their column."""
 
 _SETTINGS = ("fusion", "strength", "pno_steps")
-_COLUMNS = ("key", "status", "error_message", "prompt", "reference", "seed", *_SETTINGS, *SCORES)
+_COLUMNS = ("key", "status", "error_message", "prompt", "reference", "seed", *_SETTINGS, *SCORE_MEANINGS)
 _VARYING = re.compile(
     r"""(?P<text>'[^']*'|"[^"]*"|\S*[/\\]\S*|\b[\w-]+\.[A-Za-z]\w{2,4}\b)|(?P<number>\b[0-9a-f]{16,}\b|\d[\d,.]*\d|\d)"""
 )
@@ -59,7 +60,7 @@ _CAUSE_LENGTH = 240
 
 
 class Histogram:
-    """Values counted in bins of :data:`STEP`, fine enough for quantiles; what is off the scale is in the outermost."""
+    """Counts of values in bins of width :attr:`STEP`. The outermost bins also count the values beyond them."""
 
     STEP = 0.001
     LOW, HIGH = -1.0, 4.0
@@ -84,16 +85,16 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """Of one value at least."""
+        """Mean of the values. Needs at least one value."""
         return self._sum / self.count
 
     def quantile(self, share: float) -> float:
-        """The value that ``share`` of the values, 0 to 1, do not exceed; to half a bin. Of one value at least."""
+        """The value that a ``share`` (0 to 1) of the values does not exceed, to half a bin. Needs a value at least."""
         place = int(np.searchsorted(np.cumsum(self._bins), max(share * self.count, 1)))
         return min(max(self.LOW + (place + 0.5) * self.STEP, self.low), self.high)
 
     def bars(self, most: int = 40) -> tuple[float, float, list[int]]:
-        """The histogram where there are values: its start, the width of a bar, and the bars. Of one value at least."""
+        """Start, width and heights of at most ``most`` bars over the range of the values. Needs at least one value."""
         used = np.flatnonzero(self._bins)
         per_bar = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if used[-1] // n - used[0] // n < most)
         first, last = int(used[0]) // per_bar, int(used[-1]) // per_bar
@@ -103,23 +104,29 @@ class Histogram:
 
 
 class Chosen(NamedTuple):
-    """A row that is kept, by the order that it was kept for, lowest first."""
+    """A row kept because its ``order`` is among the lowest."""
 
     order: float
     number: int
     record: dict[str, Any]
-    """The columns of the parquet that this module reads."""
+    """The row's values in the parquet columns that this module reads."""
 
 
 class Lowest:
-    """The rows with the lowest of some numbers."""
+    """The ``most`` rows with the lowest order."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self.rows: list[Chosen] = []
 
     def add(self, order: NDArray[np.float64], start: int, table: pa.Table) -> None:
-        """Take the rows of a shard, of which ``start`` is the first one's number. NaN leaves a row out."""
+        """Add the rows of a shard.
+
+        Args:
+            order: one number per row, ``[n]``; NaN leaves a row out.
+            start: number of the shard's first row.
+            table: the rows, in order.
+        """
         bound = self.rows[-1].order if len(self.rows) == self._most else np.inf
         near = np.flatnonzero(order < bound)
         near = near[np.argsort(order[near], kind="stable")[: self._most]]
@@ -129,7 +136,7 @@ class Lowest:
 
 
 class Intervals:
-    """Rows finished over time, in intervals that double whenever there would be more than :data:`MAX_INTERVALS`."""
+    """Rows finished over time. Intervals double in length before there are more than :data:`MAX_INTERVALS`."""
 
     def __init__(self) -> None:
         self.seconds = 1.0
@@ -137,7 +144,7 @@ class Intervals:
         self._rows: Counter[int] = Counter()
 
     def add(self, begin: float, end: float, rows: int) -> None:
-        """Spread rows evenly over the seconds they took."""
+        """Add ``rows`` rows, spread evenly from ``begin`` to ``end`` (seconds since 1970)."""
         self.begin, self.end = min(self.begin, begin), max(self.end, end)
         while self.end // self.seconds - self.begin // self.seconds >= MAX_INTERVALS:
             self.seconds *= 2
@@ -151,7 +158,7 @@ class Intervals:
             self._rows[place] += rows * ((high - low) / (end - begin) if end > begin else 1)  # type: ignore[assignment]
 
     def rates(self) -> tuple[float, list[float]]:
-        """Start of the first interval in seconds since 1970, and the rows a second of each."""
+        """Start of the first interval in seconds since 1970, and the rows per second in each interval."""
         first, last = int(self.begin // self.seconds), int(self.end // self.seconds)
         rates = []
         for place in range(first, last + 1):
@@ -163,7 +170,7 @@ class Intervals:
 
 @dataclass
 class Cause:
-    """Rows without a sample whose messages differ in names and numbers only."""
+    """A cause of failure: rows without a sample, with messages that differ only in names and numbers."""
 
     status: Status
     text: str
@@ -174,11 +181,11 @@ class Cause:
 
 @dataclass
 class Figures(RunSums):
-    """What the finished shards of an output add up to, and the rows in them that are worth looking at."""
+    """Sums over the finished shards of an output, and rows worth looking at."""
 
-    scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORES})
-    best: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORES})
-    worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORES})
+    scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORE_MEANINGS})
+    best: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_MEANINGS})
+    worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_MEANINGS})
     random: Lowest = field(default_factory=lambda: Lowest(RANDOM))
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
@@ -195,12 +202,12 @@ class Figures(RunSums):
             self.intervals.add(end - receipt.worker_seconds, end, len(receipt.shard))
 
     def add_rows(self, shard: Shard, table: pa.Table) -> None:
-        """Take the rows of a shard, by :data:`_COLUMNS`."""
+        """Add the rows of a shard, a table with the columns :data:`_COLUMNS`."""
         succeeded = np.array([status == "success" for status in table["status"].to_pylist()])
         lots = np.where(succeeded, _lots(np.arange(shard.start, shard.stop)), np.nan)
         self.random.add(lots, shard.start, table)
         self.points.add(lots, shard.start, table)
-        for name, score in SCORES.items():
+        for name, score in SCORE_MEANINGS.items():
             values = np.where(succeeded, table[name].to_numpy(), np.nan)
             self.scores[name].add(values[np.isfinite(values)])
             worse = -values if score.higher_is_better else values
@@ -209,7 +216,7 @@ class Figures(RunSums):
         self.add_failures(table.filter(pa.array(~succeeded)))
 
     def add_failures(self, table: pa.Table) -> None:
-        """Take rows without a sample, by key, status and message."""
+        """Add rows without a sample, a table with key, status and error message."""
         for record in table.select(["key", "status", "error_message"]).to_pylist():
             self._add_failure(**record)
 
@@ -227,7 +234,7 @@ def read(output: Output) -> Figures:
 
     Raises:
         UsageError: no shard is finished.
-        DamageFound: a parquet is not what a run writes.
+        DamageFound: a parquet is damaged, incomplete or of another version.
         StorageError: the storage failed.
     """
     figures = Figures()
@@ -246,13 +253,13 @@ def read(output: Output) -> Figures:
 
 
 def cause_of(message: str) -> str:
-    """A message without what differs from row to row: quoted texts, paths and file names, numbers."""
+    """A message with placeholders for the parts that differ between rows: quoted texts, paths, file names, numbers."""
     plain = _VARYING.sub(lambda match: "…" if match["text"] else "N", " ".join(message.split()))
     return plain if len(plain) <= _CAUSE_LENGTH else plain[: _CAUSE_LENGTH - 1] + "…"
 
 
 def setting_of(record: Mapping[str, Any]) -> str:
-    """What tells a row's method from that of other rows, such as ``concat 0.5``."""
+    """The method of a row in a few words, such as ``concat 0.5``."""
     if not record["strength"] or not record["reference"]:
         return "text only"
     pno = f", PNO {record['pno_steps']}" if record["pno_steps"] else ""
@@ -260,10 +267,10 @@ def setting_of(record: Mapping[str, Any]) -> str:
 
 
 def read_rows(output: Output, shard: Shard) -> pa.Table:
-    """The rows of a finished shard, by :data:`_COLUMNS`.
+    """The rows of a finished shard, a table with the columns :data:`_COLUMNS`.
 
     Raises:
-        DamageFound: the parquet is not what a run writes.
+        DamageFound: the parquet is damaged, incomplete or of another version.
         StorageError: the storage failed.
     """
     name = shards.file_name(shard, "parquet")
@@ -280,9 +287,9 @@ def read_rows(output: Output, shard: Shard) -> pa.Table:
 
 
 def _lots(numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each row number, as good as random (SplitMix64): the same row draws the same one always.
+    """Pseudo-random number in [0, 1) for each row number, always the same for the same row (SplitMix64).
 
-    So a sample stays what it was while a run goes on, but for the rows that displace others.
+    A random sample therefore keeps its rows while a run goes on, except those displaced by new rows.
     """
     z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
 """The report as one HTML page that needs no other file, no network and no server.
 
-Everything that comes from the output reaches the page as JSON and is shown as text, never as markup; the page's policy
-lets no other script run than its own.
+Values from the output are embedded as JSON and shown as text, never as markup. The page's content security policy
+allows no script but its own.
 """
 
 import base64
@@ -18,22 +18,23 @@ from vcf_batch import storage
 from vcf_batch.errors import redact
 from vcf_batch.output.output import Output
 from vcf_batch.report import figures, thumbnails
-from vcf_batch.report.figures import SCORES, Chosen, Figures, setting_of
+from vcf_batch.report.figures import SCORE_MEANINGS, Chosen, Figures, setting_of
 
-NAME = "index.html"
+PAGE_NAME = "index.html"
 
 PROMPT_LENGTH = 600
-"""Characters of a prompt or message that are shown."""
+"""Most characters shown of a prompt or message."""
 
-SHOWN_CAUSES = 50
+PAGE_CAUSES = 50
+"""Most causes of failure on the page."""
 
 
 def render(output: Output) -> str:
-    """The report of an output, below 3 MB whatever its size.
+    """The report of an output as HTML, below 3 MB for an output of any size.
 
     Raises:
         UsageError: no shard is finished.
-        DamageFound: a file is not what its receipt says.
+        DamageFound: a file does not match its receipt.
         StorageError: the storage failed.
     """
     found = figures.read(output)
@@ -48,7 +49,7 @@ def render(output: Output) -> str:
         "rows": output.plan.num_rows,
         "done": found.rows,
         "counts": found.counts,
-        "scores": [_score(found, name) for name in SCORES],
+        "scores": [_score(found, name) for name in SCORE_MEANINGS],
         "points": [_point(row) for row in found.points.rows],
         "samples": [
             {
@@ -68,15 +69,15 @@ def render(output: Output) -> str:
 
 
 def _groups(found: Figures) -> dict[str, list[Chosen]]:
-    """The rows of the gallery by why they are in it."""
+    """The rows of the gallery, by the reason for showing them."""
     groups = {"random": found.random.rows}
-    for name in SCORES:
+    for name in SCORE_MEANINGS:
         groups |= {f"best {name}": found.best[name].rows, f"worst {name}": found.worst[name].rows}
     return groups
 
 
 def _score(found: Figures, name: str) -> dict[str, Any]:
-    score, histogram = SCORES[name], found.scores[name]
+    score, histogram = SCORE_MEANINGS[name], found.scores[name]
     about = {"name": name, "label": score.label, "meaning": score.meaning, "higher": score.higher_is_better}
     if not histogram.count:
         return about | {"count": 0}
@@ -94,7 +95,12 @@ def _score(found: Figures, name: str) -> dict[str, Any]:
 
 
 def _point(row: Chosen) -> list[Any]:
-    return [row.number, row.record["key"], setting_of(row.record), *(_rounded(row.record[name]) for name in SCORES)]
+    return [
+        row.number,
+        row.record["key"],
+        setting_of(row.record),
+        *(_rounded(row.record[name]) for name in SCORE_MEANINGS),
+    ]
 
 
 def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,15 +110,15 @@ def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str,
         "key": record["key"],
         "shard": output.plan[number // output.plan.shard_size].name,
         "prompt": _shortened(record["prompt"]),
-        "seed": str(record["seed"]),  # as JavaScript's numbers do not hold it
+        "seed": str(record["seed"]),  # as text, because JavaScript's numbers cannot hold it
         "setting": setting_of(record),
         "references": len(references) if record["reference"] else 0,
-        "scores": {name: _rounded(record[name]) for name in SCORES},
+        "scores": {name: _rounded(record[name]) for name in SCORE_MEANINGS},
     }
 
 
 def _causes(found: Figures) -> list[dict[str, Any]]:
-    causes = sorted(found.causes.values(), key=lambda cause: -cause.count)[:SHOWN_CAUSES]
+    causes = sorted(found.causes.values(), key=lambda cause: -cause.count)[:PAGE_CAUSES]
     return [
         {
             "status": cause.status,
@@ -126,7 +132,7 @@ def _causes(found: Figures) -> list[dict[str, Any]]:
 
 
 def _time(found: Figures) -> dict[str, Any] | None:
-    """Seconds since 1970, rows a second, worker seconds. None where the receipts do not tell."""
+    """Times in seconds since 1970, rows per second, and worker seconds; None if the receipts hold no times."""
     if found.intervals.end <= found.intervals.begin:
         return None
     start, rates = found.intervals.rates()
@@ -142,7 +148,7 @@ def _time(found: Figures) -> dict[str, Any] | None:
 
 
 def _configuration(found: Figures, record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Headings, and what stands below each."""
+    """Headings, and the names and values below each."""
     run: dict[str, Any] = {
         "fingerprint": record["fingerprint"][:16],
         "manifest": record["manifest"]["url"],

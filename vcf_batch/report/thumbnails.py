@@ -1,4 +1,4 @@
-"""Small pictures of chosen rows: what was generated, and the reference it was generated from."""
+"""Thumbnails of chosen rows: the generated image and its reference."""
 
 import io
 import itertools
@@ -20,8 +20,8 @@ from vcf_batch.records import Shard
 EDGE = 160
 """Longest edge in pixels; smaller pictures stay as they are."""
 
-MAX_BYTES = 7 << 10
-"""Of a thumbnail; what is hard to compress loses detail."""
+MAX_THUMBNAIL_BYTES = 7 << 10
+"""Size aimed at for a thumbnail; pictures that compress badly lose detail."""
 
 _ENCODINGS: tuple[Mapping[str, Any], ...] = (
     {"lossless": True},
@@ -30,21 +30,21 @@ _ENCODINGS: tuple[Mapping[str, Any], ...] = (
 
 
 class Thumbnails(NamedTuple):
-    """Two WebP files."""
+    """Two thumbnails of a row, as WebP files."""
 
     output: bytes
     reference: bytes | None
-    """None where there is no reference, or none that can be read any more."""
+    """The reference's thumbnail; None if there is no reference, or it can no longer be read."""
 
 
 def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, Thumbnails]:
-    """Thumbnails of successful rows. Each of their shards' tars is streamed as far as its last chosen sample.
+    """Thumbnails of successful rows. Each shard's tar is streamed up to its last chosen sample.
 
     Args:
-        chosen: rows of the parquets by row number, at least ``key``, ``reference`` and ``strength``.
+        chosen: parquet rows by row number, with at least ``key``, ``reference`` and ``strength``.
 
     Raises:
-        DamageFound: a tar is not what its receipt says.
+        DamageFound: a tar does not match its receipt.
         StorageError: the storage failed.
     """
     manifest, config = output.manifest, output.config
@@ -69,13 +69,13 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, T
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """A picture as a small WebP file."""
+    """Encode a picture as a small WebP file."""
     image = image.copy()
     image.thumbnail((EDGE, EDGE))
     for options in _ENCODINGS:
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", **options)
-        if buffer.tell() <= MAX_BYTES:
+        if buffer.tell() <= MAX_THUMBNAIL_BYTES:
             break
     return buffer.getvalue()
 

@@ -1,24 +1,25 @@
-"""Files on local paths and on every fsspec URL: read, listed, published whole. No other package does it.
+"""Files on local paths and fsspec URLs: read, listed and published whole. No other package uses fsspec.
 
 A *url* is a local path, a ``file://`` URL, or a URL of any installed fsspec protocol (``s3://``, ``gs://``, ``memory://``).
 Three promises hold on all of them:
 
-* A file is published whole or not at all. Local files are written beside their place, flushed to disk and renamed;
-  objects are put in one request (or one multipart upload that is completed last). No file is ever opened for writing
-  under its final name: leaving ``with fs.open(url, "wb")`` through an exception publishes the part that was written.
+* A file is published whole or not at all. Local files are written under a temporary name in the same folder, flushed to
+  disk and renamed; objects are put in one request (or one multipart upload, completed at the end). No file is ever
+  opened for writing under its final name, because an exception inside ``with fs.open(url, "wb")`` publishes the part
+  written so far.
 * Listings are never cached: another writer's file is seen as soon as the storage shows it.
-* Nothing waits for ever: connecting and reading have time limits, and what may pass (throttling, timeouts, resets) is
-  tried a few times with growing pauses (:mod:`vcf_batch.storage.retries`).
+* Nothing waits forever: connecting and reading have time limits. A request that fails for a passing reason (throttling,
+  a timeout, a reset) is retried a few times with growing pauses (:mod:`vcf_batch.storage.retries`).
 
 Errors, the same on every storage, with credentials removed from their messages:
 
 ======================== ============================================================================================
-``FileNotFoundError``    reading, moving, removing: no such file (also: a name that cannot exist, such as one too long)
-``PermissionError``      reading, listing: the storage refuses
-:class:`NotAFileError`   reading: a directory, pipe, socket or device stands there; it is not waited on
-``FileExistsError``      :func:`publish_bytes` with ``create``: the file is there already
-``StorageError``         everything else that storage or network do, and every failure of writing, refusals included
-``UsageError``           no fsspec driver for the URL's protocol
+``FileNotFoundError``    reading, moving, removing: there is no such file, or its name is impossible (too long)
+``PermissionError``      reading, listing: the storage refuses access
+:class:`NotAFileError`   reading: the path is a directory, pipe, socket or device; opening it does not block
+``FileExistsError``      :func:`publish_bytes` with ``create``: the file exists already
+``StorageError``         any other failure of storage or network, and every failure to write, refused access included
+``UsageError``           any operation: no fsspec driver is installed for the URL's protocol
 ======================== ============================================================================================
 """
 

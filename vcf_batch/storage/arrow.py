@@ -1,4 +1,4 @@
-"""Storage as Arrow sees it, for a library that keeps files of its own."""
+"""The Arrow filesystem of a URL, for libraries that write files themselves."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from vcf_batch.storage.paths import absolute, is_local
 
 
 def arrow_filesystem(url: str) -> tuple[Any, str]:
-    """Arrow's view of the storage, with this module's drivers and options, and the path of ``url`` in it.
+    """The Arrow filesystem that holds ``url``, with this package's drivers and options, and the path of ``url`` in it.
 
     Raises:
-        UsageError: see the module.
+        UsageError: no fsspec driver is installed for the URL's protocol.
     """
-    import pyarrow.fs  # nothing else here needs it
+    import pyarrow.fs  # imported late: only this function needs it
 
     if is_local(url):
         return pyarrow.fs.LocalFileSystem(), absolute(url)

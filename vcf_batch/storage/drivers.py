@@ -1,4 +1,4 @@
-"""fsspec's drivers: which options each is created with."""
+"""fsspec drivers, and the options to create them with."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ _READ_SECONDS = 20
 _HTTP_SECONDS = 1800
 _CONNECTIONS = 64
 _NO_LISTINGS_CACHE = ("sftp", "ssh")
-"""Drivers that keep no listings, and hand every option that they do not know to their connection, which refuses it."""
+"""Drivers without a listings cache. They pass unknown options on to their connection, and it rejects them."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem (one per process and protocol) of a URL, and the path in it.
 
     Raises:
-        UsageError: there is no driver for its protocol.
+        UsageError: no driver is installed for the URL's protocol.
     """
     protocol = url.partition("://")[0]
     try:
@@ -30,10 +30,10 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What a driver is created with."""
+    """Options to create the driver of ``protocol`` with."""
     options: dict[str, Any] = {} if protocol in _NO_LISTINGS_CACHE else {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
-        # One inner retried: s3fs itself makes five of each request, and so do we of the whole operation.
+        # botocore tries once: s3fs tries each request five times, and ``retried`` repeats the whole operation.
         options["config_kwargs"] = {
             "connect_timeout": _CONNECT_SECONDS,
             "read_timeout": _READ_SECONDS,

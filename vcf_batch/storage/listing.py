@@ -1,4 +1,4 @@
-"""Folders listed, at any depth, never from a cache."""
+"""Listing of folders, at any depth, never from a cache."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +15,8 @@ def list_files(url: str) -> dict[str, int]:
     """Name and size of the files directly in a folder; ``{}`` if there is no such folder. One uncached listing.
 
     Raises:
-        PermissionError, StorageError: see the module.
+        PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
-
     if is_local(url):
         return _local_listing(url, local.files)
     return {name(entry["name"]): int(entry["size"] or 0) for entry in _entries(url) if entry["type"] == "file"}
@@ -27,21 +26,19 @@ def list_tree(url: str) -> dict[str, int]:
     """Relative path and size of all files under a folder, at any depth; ``{}`` if there is no such folder. Uncached.
 
     Raises:
-        PermissionError, StorageError: see the module.
+        PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
-
     if is_local(url):
         return _local_listing(url, local.tree)
     return {file: int(entry["size"] or 0) for file, entry in _walk(url)}
 
 
 def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
-    """Like :func:`list_tree` for URLs that are not local: size, and the checksum that the store keeps, if it does.
+    """Relative path, size and checksum (None if the store keeps none) of all files under a remote folder. Uncached.
 
     Raises:
-        PermissionError, StorageError: see the module.
+        PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
-
     return {
         file: (int(entry["size"] or 0), next((str(entry[key]) for key in _CHECKSUMS if entry.get(key)), None))
         for file, entry in _walk(url)
@@ -56,7 +53,7 @@ def _local_listing(url: str, files: Callable[[str], Iterator[tuple[str, int]]]) 
 
 
 def _entries(url: str) -> list[dict[str, Any]]:
-    """What is directly in a folder that is not local, as its driver tells it; nothing if there is no such folder."""
+    """The driver's entries for a remote folder; ``[]`` if there is no such folder."""
 
     def listing() -> list[dict[str, Any]]:
         fs, path = filesystem(url)
@@ -70,8 +67,8 @@ def _entries(url: str) -> list[dict[str, Any]]:
 
 
 def _walk(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Relative path and entry of each file under a folder that is not local."""
-    # Not fs.find: most drivers leave out what they fail to list, without a word.
+    """Relative path and entry of each file under a remote folder, at any depth."""
+    # Not fs.find: most drivers silently leave out folders that they fail to list.
     folders = [""]
     while folders:
         folder = folders.pop()

@@ -17,10 +17,10 @@ def open_read(path: str) -> BinaryIO:
     """Open a regular file.
 
     Raises:
-        NotAFileError: something else stands there.
-        OSError: it cannot be opened.
+        NotAFileError: ``path`` is not a regular file.
+        OSError: the file cannot be opened.
     """
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+    # O_NONBLOCK: otherwise opening a pipe without a writer would wait forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -29,15 +29,14 @@ def open_read(path: str) -> BinaryIO:
 
 
 def files(folder: str) -> Iterator[tuple[str, int]]:
-    """Name and size of each file directly in a folder; not of those that are still being written."""
+    """Name and size of each file directly in a folder, without the temporary files of writers."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 found = entry.is_file() and not entry.name.startswith(_TEMPORARY)
                 size = entry.stat().st_size if found else 0
             except OSError as error:
-                # A file that vanishes meanwhile was not there: listings race with other writers. Nor is a link in a
-                # circle a file.
+                # Left out: a file that another writer deletes during the listing, and a link that leads in a circle.
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
             else:
@@ -46,16 +45,16 @@ def files(folder: str) -> Iterator[tuple[str, int]]:
 
 
 def tree(top: str) -> Iterator[tuple[str, int]]:
-    """Relative path and size of each file under a folder, at any depth."""
+    """Relative path and size of each file under a folder, at any depth, without the temporary files of writers."""
     for folder, _, _ in os.walk(top, onerror=_raise):
-        # A folder that vanishes meanwhile was not there, like a file.
+        # A folder deleted during the listing is left out, like a file.
         with contextlib.suppress(FileNotFoundError):
             for name, size in files(folder):
                 yield os.path.relpath(os.path.join(folder, name), top), size
 
 
 def unfinished(folder: str) -> list[str]:
-    """Paths of the files directly in a folder that are still being written, or that were when their writer died."""
+    """Paths of the temporary files directly in a folder: still being written, or left by a killed writer."""
     try:
         with os.scandir(folder) as entries:
             return [entry.path for entry in entries if entry.name.startswith(_TEMPORARY)]
@@ -64,11 +63,11 @@ def unfinished(folder: str) -> list[str]:
 
 
 def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
-    """Let ``fill`` write a temporary file beside ``path``; flush it to disk; give it its name.
+    """Write a temporary file in the folder of ``path`` with ``fill``, flush it to disk, and rename it to ``path``.
 
     Raises:
-        FileExistsError: ``create``, and the name is taken.
-        OSError: it cannot be written.
+        FileExistsError: ``create`` is true and ``path`` exists.
+        OSError: the file cannot be written.
     """
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
@@ -97,7 +96,7 @@ def _link(temporary: str, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
-        # File systems over object stores have no hard links; claiming the name first keeps one winner.
+        # File systems over object stores have no hard links. Creating the name first lets only one writer win.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         os.replace(temporary, path)
 

@@ -1,10 +1,10 @@
-"""Paths and URLs taken apart and put together; nothing is looked up."""
+"""Functions that split and join paths and URLs; none accesses a storage."""
 
 import os
 
 
 def is_local(url: str) -> bool:
-    """True for a path and a ``file://`` URL."""
+    """Whether ``url`` is a path or a ``file://`` URL."""
     return "://" not in url or url.startswith("file://")
 
 
@@ -36,7 +36,7 @@ def name(url: str) -> str:
 
 
 def _split(url: str) -> tuple[str, str]:
-    """``scheme://`` (empty for a path) and the rest."""
+    """The ``scheme://`` of a URL (empty for a path), and the rest."""
     scheme, separator, rest = url.partition("://")
     return (scheme + separator, rest) if separator else ("", url)
 

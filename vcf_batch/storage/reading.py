@@ -1,4 +1,4 @@
-"""Files read: whole, in part, hashed, downloaded; and what is known of them without reading."""
+"""Reading of files: whole, in part, hashed or downloaded; and their size, date and existence."""
 
 import contextlib
 import errno
@@ -17,11 +17,11 @@ from vcf_batch.storage.paths import as_local_path, is_local
 from vcf_batch.storage.resilient_file import ResilientFile
 from vcf_batch.storage.retries import NotAFileError, retried
 
-_CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 def open_read(url: str) -> BinaryIO:
-    """Open a file for reading; use it with ``with``. Seekable, wherever the server can do it.
+    """Open a file for reading, as a context manager. It is seekable if the server supports that.
 
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: at opening, and while reading.
@@ -30,10 +30,10 @@ def open_read(url: str) -> BinaryIO:
 
 
 def read_bytes(url: str, limit: int | None = None) -> bytes:
-    """The file's bytes, at most the first ``limit`` of them (ask for one more than allowed to notice a larger file).
+    """The file's bytes, or its first ``limit`` bytes. Ask for one byte more than you accept to notice a larger file.
 
     Raises:
-        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
     if limit is None and not is_local(url):
         fs, path = filesystem(url)
@@ -43,11 +43,11 @@ def read_bytes(url: str, limit: int | None = None) -> bytes:
 
 
 def read_text(url: str) -> str:
-    """The file's bytes as UTF-8.
+    """The file's text, decoded from UTF-8.
 
     Raises:
-        UnicodeDecodeError: they are not.
-        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+        UnicodeDecodeError: the file is not UTF-8.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
     return read_bytes(url).decode("utf-8")
 
@@ -56,7 +56,7 @@ def size(url: str) -> int:
     """The file's size in bytes.
 
     Raises:
-        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
     info = _info(url)
     if info["type"] != "file":
@@ -65,10 +65,10 @@ def size(url: str) -> int:
 
 
 def modified(url: str) -> float | None:
-    """When the file was last written, in seconds since 1970 by the storage's clock; None where that is not kept.
+    """Time of the last write, in seconds since 1970 by the storage's clock; None if the storage keeps none.
 
     Raises:
-        FileNotFoundError, PermissionError, StorageError: see the module.
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(url):
         return retried("look up", url, lambda: os.stat(as_local_path(url)).st_mtime)
@@ -85,10 +85,10 @@ def modified(url: str) -> float | None:
 
 
 def exists(url: str) -> bool:
-    """True for a file or a folder. A storage that cannot be asked raises; it does not count as an absent file.
+    """Whether there is such a file or folder. A storage that does not answer raises an error instead.
 
     Raises:
-        PermissionError, StorageError: see the module.
+        PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
     try:
         _info(url)
@@ -101,21 +101,21 @@ def digest(url: str) -> FileEntry:
     """Size and SHA-256 of a file, streamed.
 
     Raises:
-        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
     sha, total = hashlib.sha256(), 0
     with open_read(url) as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             sha.update(chunk)
             total += len(chunk)
     return FileEntry(total, sha.hexdigest())
 
 
 def download(url: str, local_path: str) -> None:
-    """Copy a file to ``local_path``, whole or not at all; the size that arrives is the size that was announced.
+    """Copy a file to ``local_path``, whole or not at all, and compare its size with the announced one.
 
     Raises:
-        FileNotFoundError, PermissionError, NotAFileError, StorageError: see the module.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
 
     def fetch() -> None:
@@ -127,7 +127,7 @@ def download(url: str, local_path: str) -> None:
             else:
                 fs, path = filesystem(url)
                 fs.get_file(path, temporary)
-            # Servers that stream do not announce a size: 0 stands for unknown there.
+            # 0 stands for an unknown size: a streaming server announces none.
             if announced and os.path.getsize(temporary) != announced:
                 raise ConnectionError(f"{os.path.getsize(temporary)} of {announced} bytes arrived")
 
@@ -138,7 +138,7 @@ def download(url: str, local_path: str) -> None:
 
 @contextlib.contextmanager
 def refusals_as_storage_errors() -> Iterator[None]:
-    """Within the block a PermissionError becomes a StorageError: for what a run cannot do without.
+    """Turn a PermissionError in the block into a StorageError, for files that a run cannot do without.
 
     Raises:
         StorageError: instead of the PermissionError, with its message.

@@ -1,4 +1,4 @@
-"""A file open for reading that survives trouble on the way: it is opened again, and read on from the same place."""
+"""A file for reading that is reopened after a failure and continues at the same position."""
 
 import contextlib
 import io
@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vcf_batch.storage.retries import T, retried
+from vcf_batch.storage.retries import Result, retried
 
 
 class ResilientFile(io.RawIOBase):
-    """What :func:`vcf_batch.storage.open_read` returns, with the errors that it promises.
+    """The file object of :func:`vcf_batch.storage.open_read`. Its errors are those of :mod:`vcf_batch.storage`.
 
-    A file that ends before its announced size is trouble on the way, too.
+    A file that ends before its announced size has failed, too, and is reopened.
 
     Args:
-        url: for error messages.
-        open_file: opens the file at its beginning.
+        url: the file's URL, for error messages.
+        open_file: function that opens the file at its beginning.
     """
 
     def __init__(self, url: str, open_file: Callable[[], Any]) -> None:
@@ -55,8 +55,8 @@ class ResilientFile(io.RawIOBase):
             self._file.close()
         super().close()
 
-    def _do(self, call: Callable[[Any], T]) -> T:
-        def on_an_open_file() -> T:
+    def _do(self, call: Callable[[Any], Result]) -> Result:
+        def on_an_open_file() -> Result:
             if self._file is None:
                 self._file = self._reopened()
             try:
@@ -79,10 +79,10 @@ class ResilientFile(io.RawIOBase):
 
 
 def _read(file: Any, count: int | None) -> bytes:
-    """``count`` bytes, or all there are. Files that stream from the web return less than asked for while there is more.
+    """Read ``count`` bytes, or all if None. A streamed web file may return less than asked for before its end.
 
     Raises:
-        ConnectionError: the file ends before its size.
+        ConnectionError: the file ends before its announced size.
     """
     size = getattr(file, "size", None)
     if size is not None:

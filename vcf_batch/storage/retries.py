@@ -1,7 +1,7 @@
-"""What goes wrong with storage and network: tried again where it may pass, else one set of errors on every storage.
+"""Retries of failed requests, and one set of errors for every storage.
 
-Drivers name the same trouble in many ways. :func:`retried` runs one operation and gives its failure the name that
-:mod:`vcf_batch.storage` promises, with credentials removed from the message.
+Drivers report the same failure in many ways. :func:`retried` repeats a request while its failure may pass, and then
+raises the error that :mod:`vcf_batch.storage` lists for it, with credentials removed from the message.
 """
 
 import errno
@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 
-ATTEMPTS = 6
-"""How often an operation is tried in all while its failure may pass: enough where one call in five fails."""
+TRIES = 6
+"""Most tries of one request, the first included: enough if one call in five fails."""
 PAUSE_SECONDS = 0.25
-"""Before the second retried; three times as long before each further one."""
+"""Pause before the second try; each further pause is three times as long."""
 RETRY_SECONDS = 60.0
-"""No new retried starts later than this after the first: some drivers wait minutes within one retried."""
+"""Time since the first try after which a failure is final, because some drivers wait for minutes within one try."""
 
 _WEB = ("http://", "https://")
 
@@ -33,7 +33,7 @@ _PASSING_ERRNO = {
     errno.ESTALE,
 }
 _PASSING_HTTP = {408, 409, 425, 429, 500, 502, 503, 504}
-# Drivers have error classes of their own; named here, so that no driver needs to be imported.
+# Error classes of the drivers, by name, so that no driver needs to be imported.
 _PASSING_CLASSES = {
     "ClientConnectionError",
     "ClientPayloadError",
@@ -52,7 +52,7 @@ _MISTAKES = (TypeError, AttributeError, LookupError, AssertionError, NotImplemen
 
 _jitter = random.Random()
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 class NotAFileError(OSError):
@@ -60,18 +60,20 @@ class NotAFileError(OSError):
 
 
 Kinds = tuple[type[OSError], ...]
-"""Errors that stay themselves because a caller of the operation can act on them."""
+"""Types of error that do not become a StorageError, because the caller can act on them."""
 
 READING: Kinds = (FileNotFoundError, PermissionError, NotAFileError)
 MOVING: Kinds = (FileNotFoundError,)
 
 
-def retried(action: str, url: str, call: Callable[[], T], stay: Kinds = READING) -> T:
-    """``call()``, again while its failure may pass; then the error that :mod:`vcf_batch.storage` promises for it.
+def retried(action: str, url: str, call: Callable[[], Result], stay: Kinds = READING) -> Result:
+    """Run ``call``, repeat it while its failure may pass, then raise the error listed in :mod:`vcf_batch.storage`.
 
     Args:
-        action: what is done to ``url``, for the message: a verb.
-        stay: errors that a caller of this operation can act on; all others become StorageErrors.
+        action: verb for the message, such as ``read``.
+        url: the file or folder, for the message.
+        call: the request; called without arguments.
+        stay: types of error that the caller can act on; all others become a StorageError.
     """
     begin = time.monotonic()
     number = 0
@@ -81,10 +83,10 @@ def retried(action: str, url: str, call: Callable[[], T], stay: Kinds = READING)
             return call()
         except Exception as error:
             cause = error
-            # fsspec's web driver calls whatever goes wrong in looking a file up, timeouts too, a missing file.
+            # fsspec's web driver reports any failure to look a file up, timeouts included, as a missing file.
             if url.startswith(_WEB) and isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
                 cause = error.__cause__
-            last = number == ATTEMPTS or time.monotonic() - begin > RETRY_SECONDS
+            last = number == TRIES or time.monotonic() - begin > RETRY_SECONDS
             if last or not _may_pass(cause):
                 told = translated(action, url, cause, number, stay)
                 if told is error:
@@ -94,7 +96,7 @@ def retried(action: str, url: str, call: Callable[[], T], stay: Kinds = READING)
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status that the server answered with. A connection that broke has none, though aiohttp calls that 400."""
+    """The HTTP status of the server's answer. A broken connection has none, although aiohttp reports status 400."""
     if _classes(error) & _PASSING_CLASSES:
         return None
     for candidate in (error, error.__cause__):
@@ -122,8 +124,8 @@ def _may_pass(error: Exception) -> bool:
     )
 
 
-def translated(action: str, url: str, error: Exception, attempts: int, stay: Kinds) -> Exception:
-    """The error that is promised for ``error``; ``error`` itself where it is a mistake of ours."""
+def translated(action: str, url: str, error: Exception, tries: int, stay: Kinds) -> Exception:
+    """The error that :mod:`vcf_batch.storage` lists for ``error``; ``error`` itself if it is a mistake in the code."""
     if isinstance(error, (VcfBatchError, *_MISTAKES)):
         return error
     where, status = redact(url), _http_status(error)
@@ -140,7 +142,7 @@ def translated(action: str, url: str, error: Exception, attempts: int, stay: Kin
         known = FileNotFoundError(errno.ENOENT, f"no such file (HTTP {status})" if status else "no such file", where)
     if isinstance(known, stay):
         return known
-    tried = f" after {attempts} attempts" if attempts > 1 else ""
+    tried = f" after {tries} tries" if tries > 1 else ""
     remedy = "credentials and permissions" if refused else "that the storage is reachable, exists and has room"
     return StorageError(f"cannot {action} {where}{tried}: {reason}. Check {remedy}.")
 
@@ -150,6 +152,6 @@ def _is_absent(url: str, error: Exception, status: int | None) -> bool:
         return True
     if "embedded null" in str(error) or _classes(error) & _ABSENT_CLASSES:
         return True
-    # A web server that answers with 4xx has nothing at that address, whatever it calls that.
+    # The other 4xx answers of a web server mean that it has no file at that address.
     refusals = range(400, 500) if url.startswith(_WEB) else (404, 410)
     return status in refusals and status not in _PASSING_HTTP

@@ -1,4 +1,4 @@
-"""Scratch folders of workers on local disk: no worker leaves one behind, not even one that was killed."""
+"""Scratch folders of workers on local disk; those of killed workers are removed, too."""
 
 import contextlib
 import fcntl
@@ -10,21 +10,21 @@ from pathlib import Path
 
 _PREFIX = "vcf-batch-scratch-"
 _OWNER = "owner"
-"""A file in each folder that its process holds locked for as long as it lives; the kernel lets go of it."""
+"""Name of the lock file in each folder. Its process holds the lock while it lives; the kernel releases it."""
 
 
 @contextlib.contextmanager
 def folder() -> Iterator[str]:
-    """A folder for the length of the block."""
+    """Create a scratch folder, and remove it at the end of the block."""
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as path, open(os.path.join(path, "new"), "w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
-        os.rename(owner.name, os.path.join(path, _OWNER))  # nobody sees it unlocked
+        os.rename(owner.name, os.path.join(path, _OWNER))  # so that nobody sees it unlocked
         yield path
 
 
 def clean() -> None:
-    """Delete the folders of processes on this machine that were killed."""
+    """Delete the scratch folders of killed processes on this machine."""
     for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError), owner.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where the process lives
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the process is alive
             shutil.rmtree(owner.parent)

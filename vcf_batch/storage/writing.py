@@ -1,4 +1,4 @@
-"""Files published whole, moved and removed."""
+"""Publishing files whole, moving and removing them."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from vcf_batch.storage import local
 from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import list_tree
 from vcf_batch.storage.paths import as_local_path, is_local, join
-from vcf_batch.storage.reading import _CHUNK, read_bytes, size
+from vcf_batch.storage.reading import CHUNK_BYTES, read_bytes, size
 from vcf_batch.storage.retries import MOVING, retried
 
 
@@ -19,11 +19,11 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
     """Write a whole file at once, replacing what is there; readers see the old bytes or the new ones.
 
     Args:
-        create: only if there is no such file yet. Of several writers one wins.
+        create: write only if there is no such file yet. If several writers try, one succeeds.
 
     Raises:
-        FileExistsError: ``create``, and the file is there.
-        StorageError: see the module.
+        FileExistsError: ``create`` is true and the file exists.
+        StorageError: see :mod:`vcf_batch.storage`.
     """
     tries = 0
 
@@ -39,7 +39,7 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
     try:
         retried("write", url, publish, (FileExistsError,) if create else ())
     except FileExistsError:
-        # An earlier try may have won and only its answer was lost.
+        # An earlier try may have written the file, and only the answer was lost.
         if tries == 1 or read_bytes(url) != data:
             raise
 
@@ -48,15 +48,15 @@ def upload(local_path: str, url: str, tick: Callable[[], None] = lambda: None) -
     """Copy a local file to ``url``, whole or not at all, and check the size that arrived.
 
     Args:
-        tick: called for each part that has gone over.
+        tick: called after each part is sent.
 
     Raises:
-        StorageError: see the module.
+        StorageError: see :mod:`vcf_batch.storage`.
     """
 
     def copy(temporary: str) -> None:
         with open(local_path, "rb") as source, open(temporary, "wb") as target:
-            while chunk := source.read(_CHUNK):
+            while chunk := source.read(CHUNK_BYTES):
                 target.write(chunk)
                 tick()
 
@@ -76,11 +76,11 @@ def upload(local_path: str, url: str, tick: Callable[[], None] = lambda: None) -
 def move(source: str, target: str) -> None:
     """Give a file another name in the same storage, replacing what is there.
 
-    Locally a rename; elsewhere a copy within the server and a delete.
+    A local file is renamed; elsewhere the server copies the file, and then the source is deleted.
 
     Raises:
-        FileNotFoundError: there is no ``source`` (or, locally, no folder to move it to).
-        StorageError: see the module.
+        FileNotFoundError: there is no ``source`` (or, locally, no folder for ``target``).
+        StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(source):
 
@@ -99,10 +99,9 @@ def remove(url: str, missing_ok: bool = False) -> None:
     """Delete one file.
 
     Raises:
-        FileNotFoundError: there is none, unless ``missing_ok``.
-        StorageError: see the module.
+        FileNotFoundError: there is no such file and ``missing_ok`` is false.
+        StorageError: see :mod:`vcf_batch.storage`.
     """
-
     tries = 0
 
     def delete() -> None:
@@ -113,35 +112,34 @@ def remove(url: str, missing_ok: bool = False) -> None:
             return
         fs, path = filesystem(url)
         if not missing_ok:
-            fs.info(path)  # an object store deletes what does not exist without a word
+            fs.info(path)  # an object store reports no error for a missing object
         fs.rm_file(path)
 
     try:
         retried("delete", url, delete, MOVING)
     except FileNotFoundError:
-        # An earlier try may have deleted it and only its answer was lost.
+        # An earlier try may have deleted the file, and only the answer was lost.
         if not missing_ok and tries == 1:
             raise
 
 
 def remove_tree(url: str) -> None:
-    """Delete a folder and everything in it; fine if there is none.
+    """Delete a folder and everything in it, if it exists.
 
     Raises:
-        StorageError: see the module.
+        StorageError: see :mod:`vcf_batch.storage`.
     """
-
     if is_local(url):
         with contextlib.suppress(FileNotFoundError):
             retried("delete", url, lambda: shutil.rmtree(as_local_path(url)), MOVING)
         return
-    # One by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
+    # Files are removed one by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
     for file in list_tree(url):
         remove(join(url, file), missing_ok=True)
 
 
 def remove_unfinished(url: str) -> None:
-    """Delete what killed writers left directly in a local folder. Other storages show nothing that is unfinished.
+    """Delete temporary files of killed writers directly in a local folder. Other storages show no such files.
 
     Raises:
         StorageError: the storage failed.
@@ -152,7 +150,7 @@ def remove_unfinished(url: str) -> None:
 
 
 class _Parts(Callback):
-    """Told by drivers of each part that has gone over."""
+    """fsspec callback: drivers report each part sent, and it calls ``tick``."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ import pyarrow.types as pt
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, UsageError
-from vcf_batch.manifest.references import MAX_BYTES
+from vcf_batch.manifest.references import MAX_REFERENCE_BYTES
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "sentence", "txt", "prompt")
 """Names that captions go by, the first that exists counts; ``caption_0``, ``caption_1`` ... count together."""
@@ -243,8 +243,8 @@ def _mode(source: BinaryIO) -> Literal["r:*", "r|*"]:
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None, "a regular member has content"
-    data = file.read(MAX_BYTES)
-    if len(data) < min(member.size, MAX_BYTES):
+    data = file.read(MAX_REFERENCE_BYTES)
+    if len(data) < min(member.size, MAX_REFERENCE_BYTES):
         raise tarfile.ReadError(f"{member.name} is cut short")
     return data
 
