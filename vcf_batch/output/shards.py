@@ -80,7 +80,7 @@ class ShardWriter:
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0
-        self._tally = ShardSums()
+        self._sums = ShardSums()
         self._finished = False
         os.makedirs(scratch_dir, exist_ok=True)
         self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
@@ -131,7 +131,7 @@ class ShardWriter:
         if sample.status != "success" and not sample.error_message:
             raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
         record = columns.record_of(sample, self._carried, self._reference_is_list)
-        self._tally.add(sample.status, record)
+        self._sums.add(sample.status, record)
         self._added += 1
         self._pending.append(record)
         with self._writing():
@@ -160,11 +160,11 @@ class ShardWriter:
         return ShardFiles(
             tar=self._paths["tar"],
             parquet=self._paths["parquet"],
-            counts=self._tally.counts,
+            counts=self._sums.counts,
             entries={kind: storage.digest(path) for kind, path in self._paths.items()},
-            means=self._tally.means,
-            histograms=self._tally.histograms,
-            sampled=self._tally.sampled,
+            means=self._sums.means,
+            histograms=self._sums.histograms,
+            sampled=self._sums.sampled,
         )
 
     @contextlib.contextmanager
