@@ -40,11 +40,12 @@ class ShardTask:
 
     @property
     def is_alone(self) -> bool:
-        """Whether its worker gets no other shard beside it: if a worker dies again, then of this one."""
+        """Whether its worker gets no other shard beside it, so that only this one is to blame if it dies."""
         return self.attempt > 1
 
     @property
     def title(self) -> str:
+        """The shard and its rows, for people."""
         what = f"{self.shard.name} (rows {self.shard.start} to {self.shard.stop - 1})"
         return what if self.selected is None else f"{what}, trial of {len(self.selected)} of its rows"
 
