@@ -21,6 +21,7 @@ from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.output import commits, shards
 from vcf_batch.setup import defaults, manifest_check, paths, run_models
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
@@ -71,7 +72,9 @@ def operations(subject: Worker) -> int:
 def drawn(subject: Worker) -> list[dict[str, Any]]:
     """The rows of the whole manifest with their scores, and their pixels in ``pixels``."""
     shard = sharding.ShardPlan(subject.manifest.num_rows, subject.manifest.num_rows)[0]
-    _, staged = subject.run(shard, 1, "benchmark")
+    made = subject.run(ShardTask(shard), "benchmark")
+    assert made  # it is no trial
+    _, staged = made
     output = subject.components.config.output
     samples = list(shards.read_samples(storage.join(output, staged["tar"])))
     commits.discard(output, staged)
@@ -90,9 +93,7 @@ def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads, limit=limit)
         )
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
-        loaded = worker.load(
-            config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
-        )
+        loaded = worker.load(job)
         whole = 0
         exact: list[dict[str, Any]] = []
         head = "operations | CLIP score | CLIP to reference | LPIPS to reference | mean difference of 255"

@@ -68,7 +68,7 @@ class Player:
     async def load(self, worker: int) -> None:
         pass
 
-    async def run(self, worker: int, task: ShardTask, attempt_id: str, again: None) -> tuple[Receipt, dict[str, str]]:
+    async def run(self, worker: int, task: ShardTask, attempt_id: str, redo: None) -> tuple[Receipt, dict[str, str]]:
         # The first shard of each worker ends some time within the time of one, as in the middle of a run.
         share = 1.0 if worker in self._turns else self._random.random()
         async with self._turns.setdefault(worker, asyncio.Lock()):

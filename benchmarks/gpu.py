@@ -190,6 +190,7 @@ class Bench:
         from vcf_batch.manifest.manifest import Manifest
         from vcf_batch.manifest.references import ReferenceReader
         from vcf_batch.metrics.scorer import Scorer
+        from vcf_batch.setup.shard_task import ShardTask
         from vcf_batch.worker.components import Components
         from vcf_batch.worker.worker import Worker
 
@@ -223,7 +224,7 @@ class Bench:
             self.pipeline.generate_from_tokens = marked  # type: ignore[method-assign]
             try:
                 with ThreadPoolExecutor(2) as threads:
-                    list(threads.map(lambda shard: worker.run(shard, 1, shard.name), shards))
+                    list(threads.map(lambda shard: worker.run(ShardTask(shard), shard.name), shards))
             finally:
                 del self.pipeline.generate_from_tokens
         whole, bare = (marks[-1] - marks[0]) / count, self._per_image(batch)

@@ -22,6 +22,7 @@ from vcf_batch import sharding
 from vcf_batch.config import RunConfig
 from vcf_batch.records import Shard
 from vcf_batch.setup import defaults, manifest_check, paths, run_models
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
 
@@ -41,7 +42,7 @@ def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float
         mock.patch.object(loaded.components.pipeline, "generate_from_tokens", timed),
         ThreadPoolExecutor(at_once) as threads,
     ):
-        for future in [threads.submit(loaded.run, shard, 1, f"benchmark-{shard.name}") for shard in shards]:
+        for future in [threads.submit(loaded.run, ShardTask(shard), f"benchmark-{shard.name}") for shard in shards]:
             future.result()
     batches = len(sampled) // 2
     (_, first_ends), (second_begins, _), (_, second_ends) = sampled[batches - 1], sampled[batches], sampled[-1]
@@ -57,16 +58,14 @@ def main(manifest: str, rounds: int, threads: int) -> None:
     with tempfile.TemporaryDirectory(prefix="vcf-batch-job-") as output:
         config = paths.absolute(RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads))
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
-        loaded = worker.load(
-            config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
-        )
+        loaded = worker.load(job)
         components, size = loaded.components, cast(int, job.config.batch_size)
         shard = sharding.ShardPlan(job.manifest.num_rows, job.manifest.num_rows)[0]
         rows = job.manifest.rows(shard.start, shard.stop, job.config.seed)
         pictures: list[list[Image.Image]] = [[components.references.read(r) for r in row.references] for row in rows]
 
         def whole_job() -> None:
-            loaded.run(shard, 1, "benchmark")
+            loaded.run(ShardTask(shard), "benchmark")
 
         def bare_sampling() -> None:
             components.device.use_threads()

@@ -13,6 +13,9 @@ SCORE_STEP = 0.05
 
 STATUSES: tuple[Status, ...] = ("success", "rejected", "failed")
 
+RowMask = bytes
+"""One byte for each row of a shard, in order. 1: the row is generated anew. 0: its committed sample stays."""
+
 OVERRIDES = (
     "negative_prompt",
     "guidance_scale",
@@ -142,11 +145,11 @@ SCORES = tuple(field.name for field in dataclasses.fields(Scores))
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """One image of a row that has to pass gates, whatever became of it."""
+class Draw:
+    """One image that was drawn of a row in a run with gates, whatever became of it."""
 
     seed: int
-    """Of its noise: the row's own for the first, see :func:`vcf_batch.sharding.attempt_seed`."""
+    """The seed of its noise: the row's own for the first draw, see :func:`vcf_batch.sharding.draw_seed`."""
     scores: Scores
     nsfw: bool | None = None
     """See :attr:`Sample.nsfw`."""
@@ -184,8 +187,8 @@ class Sample:
     """None without prompt-noise optimisation."""
     nsfw: bool | None = None
     """Whether the safety checker flagged it; None without one."""
-    attempts: tuple[Attempt, ...] = ()
-    """All of them, in order, where the run has gates."""
+    attempts: tuple[Draw, ...] = ()
+    """The draws of the row, in order, where the run has gates: the column ``attempts``."""
     phash: str | None = None
     """See :func:`vcf_batch.images.perceptual_hash`."""
     triplet: Mapping[str, bytes] = field(default_factory=dict)

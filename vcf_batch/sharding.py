@@ -86,9 +86,15 @@ def derive_seed(run_seed: int, key: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def attempt_seed(seed: int, attempt: int) -> int:
-    """Seed of a row's draw number ``attempt``: the row's own for draw 0, and one derived from it for later draws."""
-    return seed if attempt == 0 else derive_seed(seed, f"attempt {attempt}")
+def draw_seed(seed: int, draw: int) -> int:
+    """Seed of one draw of a row, 0 to 2**63 - 1.
+
+    Args:
+        seed: the row's own, which draw 0 has; each later draw has one derived from it.
+        draw: number of the draw, from 0.
+    """
+    # "attempt" is what draws were called at first: another word would change the bytes of every output.
+    return seed if draw == 0 else derive_seed(seed, f"attempt {draw}")
 
 
 def batches(group_keys: Sequence[Hashable], batch_size: int) -> list[list[int]]:

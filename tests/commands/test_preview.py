@@ -79,7 +79,7 @@ def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, mon
     generate = preview.Generation
 
     def count(components: Any, rows: Any, *others: Any, **how: Any) -> Any:
-        drawn.append(len(rows))
+        drawn.append(len(rows.rows))
         return generate(components, rows, *others, **how)
 
     monkeypatch.setattr(preview, "Generation", count)

@@ -15,6 +15,7 @@ from vcf_batch.errors import RefusedError
 from vcf_batch.output import commits
 from vcf_batch.output.output import Output
 from vcf_batch.setup import claim, defaults, manifest_check, run_models
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
 from vcf_batch.worker.device import Device
 
@@ -34,9 +35,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = RunConfig(manifest=str(manifest), output=str(folder / "out"), model=str(model), **settings)
     job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
     claim.claim(job)
-    loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    loaded = worker.load(job)
     for shard in job.shards:
-        commits.commit(config.output, *loaded.run(shard, 1, shard.name))
+        commits.commit(config.output, *runs.stage(loaded, ShardTask(shard), shard.name))
     return folder / "out"
 
 

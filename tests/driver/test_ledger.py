@@ -35,7 +35,7 @@ def test_kept_samples_keep_what_their_receipt_said_of_them(
     for receipt in committed.values():
         marked = dataclasses.replace(receipt, device=there[0], sampled_at_once=there[1])
         storage.publish_bytes(storage.join(job.config.output, f"{receipt.shard.name}_stats.json"), marked.to_json())
-    ledger = Ledger(dataclasses.replace(job, again={0: bytes([0, 1, 0, 0]), 1: bytes([1] * 4)}))
+    ledger = Ledger(dataclasses.replace(job, redo={0: bytes([0, 1, 0, 0]), 1: bytes([1] * 4)}))
     generated = {
         index: dataclasses.replace(receipt, device=here[0], sampled_at_once=here[1])
         for index, receipt in committed.items()
@@ -53,7 +53,7 @@ def test_each_shard_keeps_its_own_marks(tmp_path: Path) -> None:
     for receipt, device in zip(runs.read_receipts(job.config.output).values(), devices, strict=True):
         url = storage.join(job.config.output, f"{receipt.shard.name}_stats.json")
         storage.publish_bytes(url, dataclasses.replace(receipt, device=device).to_json())
-    ledger = Ledger(dataclasses.replace(job, again=dict.fromkeys(range(4), bytes([0, 1]))))
+    ledger = Ledger(dataclasses.replace(job, redo=dict.fromkeys(range(4), bytes([0, 1]))))
     committed = runs.read_receipts(job.config.output)
     assert [ledger.whole(receipt) for receipt in committed.values()] == [*committed.values()]
     assert len({*map(id, ledger._kept.values())}) == 2

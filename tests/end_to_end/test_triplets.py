@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Worker]:
     model = runs.save_model(folder / "model")
     job = runs.settled(manifest, folder / "out", model, batch_size=3, shard_size=ROWS, triplets=True)
     claim.claim(job)
-    loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    loaded = worker.load(job)
     features = [torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 2, 5)]
     perceptual = PerceptualDistance(lambda images: [layer(images).relu() for layer in features])
     loaded.components.scorer.perceptual = perceptual

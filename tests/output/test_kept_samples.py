@@ -19,15 +19,15 @@ ROWS = 8
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """One committed shard; rows 2 and 5 failed, and row 3 is generated again."""
+    """One committed shard; rows 2 and 5 failed, and row 3 is generated anew."""
     columns = {"weight": [float("nan"), 0.1, *range(2, ROWS)], "tags": [["a", None], None] * (ROWS // 2)}
     manifest = runs.write_manifest(tmp_path / "in", ROWS, columns)
     job = runs.write_output(manifest, tmp_path / "out", ROWS, failed={2, 5})
-    return dataclasses.replace(job, again={0: bytes(number == 3 for number in range(ROWS))})
+    return dataclasses.replace(job, redo={0: bytes(number == 3 for number in range(ROWS))})
 
 
 def test_the_rows_that_stay_are_there(job: Job) -> None:
-    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.again[0])
+    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0])
     assert list(kept) == [0, 1, 2, 4, 5, 6, 7]
     assert len(kept) == 7
     assert 3 not in kept
@@ -44,8 +44,8 @@ def test_what_is_read_is_what_was_written(job: Job, tmp_path: Path) -> None:
     before = runs.data_files(tmp_path / "out")
     shard, manifest = job.shards[0], job.manifest
     kept = KeptSamples(job.config, job.manifest, shard, bytes(ROWS))
-    layout = ("png", manifest.carried_schema, manifest.reference_is_list)
-    with shards.ShardWriter(str(tmp_path / "again"), shard, *layout) as writer:
+    carried, is_list = manifest.carried_schema, manifest.reference_is_list
+    with shards.ShardWriter(str(tmp_path / "again"), shard, "png", carried, is_list) as writer:
         for number in range(ROWS):
             writer.add(kept[number])
         writer.finish()
@@ -63,12 +63,12 @@ def test_samples_are_read_when_they_are_asked_for(job: Job, monkeypatch: pytest.
             yield name, data
 
     monkeypatch.setattr(shards, "read_members", noted)
-    ticks: list[int] = []
-    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.again[0], lambda: ticks.append(1))
+    progress: list[int] = []
+    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0], lambda: progress.append(1))
     assert not read
     assert kept[1].image == runs.png(1, 32)
     assert len(read) <= 7
-    assert len(ticks) == 2  # signs of life, for those who wait
+    assert len(progress) == 2, "each sample that is read is progress, kept or not"
 
 
 def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:
@@ -77,7 +77,7 @@ def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:
     data[data.index(b"\x89PNG") + 60] ^= 1
     tar.write_bytes(data)
     with pytest.raises(StorageError, match="00000 was damaged"):
-        KeptSamples(job.config, job.manifest, job.shards[0], job.again[0])[0]
+        KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0])[0]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_shard_that_cannot_be_read_any_more_is_trouble_of_the_storage(job: Job
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:left])
-    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.again[0])
+    kept = KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0])
     with pytest.raises(StorageError, match="00000 was damaged"):
         list(kept.values())
 
@@ -102,4 +102,4 @@ def test_a_tar_with_fewer_samples_than_the_parquet_is_trouble_of_the_storage(job
         second = sorted(member.offset for member in tar)[3]
     path.write_bytes(path.read_bytes()[:second] + bytes(1024))
     with pytest.raises(StorageError, match=r"00000 was damaged .*its tar ends before row 1"):
-        list(KeptSamples(job.config, job.manifest, job.shards[0], job.again[0]).values())
+        list(KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0]).values())

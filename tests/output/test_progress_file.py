@@ -88,7 +88,7 @@ def test_a_shard_that_is_gone_is_not_counted(job: Job, lost: str) -> None:
 def test_shards_that_are_being_replaced_are_read_from_their_receipts(job: Job) -> None:
     """What the driver tells is never older than what it is about to commit."""
     Ledger(job)
-    ledger = Ledger(dataclasses.replace(job, again={1: bytes([0, 1])}))
+    ledger = Ledger(dataclasses.replace(job, redo={1: bytes([0, 1])}))
     told = progress_file.read(job.config.output)
     assert told
     assert told.totals.done == ledger.totals.done == {0, 2, 3, 4}

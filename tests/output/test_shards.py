@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.output import columns, shards
-from vcf_batch.records import OUTPUT_COLUMNS, Attempt, Reference, Row, Sample, Scores, Shard, Status
+from vcf_batch.records import OUTPUT_COLUMNS, Draw, Reference, Row, Sample, Scores, Shard, Status
 
 NO_COLUMNS = pa.schema([])
 SHARD = Shard(0, 0, 2, "00000")
@@ -149,7 +149,7 @@ def shard_contents(draw: st.DrawFn) -> tuple[list[Sample], pa.Schema, bool]:
                 draw(st.none() | st.integers(8, 8192)),
                 Scores(draw(scores), draw(scores), draw(scores)),
                 draw(st.none() | _words) if status == "success" else "why: " + draw(_words),
-                attempts=tuple(Attempt(seed, Scores(draw(scores), 0.5)) for seed in range(draw(st.integers(0, 2)))),
+                attempts=tuple(Draw(seed, Scores(draw(scores), 0.5)) for seed in range(draw(st.integers(0, 2)))),
             )
         )
     return samples, carried, is_list
@@ -357,7 +357,7 @@ def test_large_shards_are_written_in_row_groups(tmp_path: Path, monkeypatch: pyt
 def test_finish_tells_what_the_receipt_says(tmp_path: Path) -> None:
     odd = success(1, scores=Scores(0.75, float("nan"), None))
     unsampled = dataclasses.replace(failed(2), status="rejected")
-    gated = dataclasses.replace(unsampled, row=failed(3).row, attempts=(Attempt(1, Scores()),))
+    gated = dataclasses.replace(unsampled, row=failed(3).row, attempts=(Draw(1, Scores()),))
     files = write(tmp_path, [success(0), odd, unsampled, gated, failed(4)])
     assert files.counts == {"success": 2, "rejected": 2, "failed": 1}
     assert files.sampled == 3

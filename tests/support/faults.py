@@ -19,6 +19,7 @@ import ray
 from vcf_batch.driver import failing_shard
 from vcf_batch.errors import StorageError
 from vcf_batch.pool import actor, dispatch
+from vcf_batch.records import RowMask
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -140,8 +141,8 @@ class FaultyActor(actor.Actor):
         def staging(*_: Any) -> None:
             obey(folder, "stage")
             while (folder / "tickets-only").exists() and not taken(folder / "ticket"):
-                for attempt_id in self._worker.ticks:
-                    self._worker.tick(attempt_id)  # it does not hang
+                for attempt_id in self._worker.progress:
+                    self._worker.note_progress(attempt_id)  # it does not hang
                 time.sleep(0.05)
                 obey(folder, "stage")
                 obey(folder, "wait")
@@ -155,14 +156,14 @@ class FaultyActor(actor.Actor):
         around(commits, "stage", staging, phase("staged"))
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: ShardTask, attempt_id: str, again: bytes | None) -> Any:
+    def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / f"no-run-on-{node}").exists():
             act("fail")
         while (folder / "hold").exists():
             time.sleep(0.05)
         obey(folder, "run")
-        return super().run(task, attempt_id, again)  # type: ignore[operator]
+        return super().run(task, attempt_id, redo)  # type: ignore[operator]
 
 
 def drive() -> None:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
 
@@ -131,8 +133,7 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
 
 def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
     """A worker in this process, as an actor starts it."""
-    job = settled(manifest, output, model, **options)
-    return worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    return worker.load(settled(manifest, output, model, **options))
 
 
 def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Worker:
@@ -144,10 +145,21 @@ def another(loaded: Worker, manifest: Path, output: Path, **options: Any) -> Wor
     return Worker(dataclasses.replace(loaded.components, config=config, references=reader), opened, "f" * 64)
 
 
-def commit(subject: Worker, attempt: int = 1, last_attempt: bool = False, **given: Any) -> Receipt:
-    """Run the manifest as one shard and commit it, as the driver does."""
-    shard = sharding.ShardPlan(subject.manifest.num_rows, 1000)[0]
-    receipt, staged = subject.run(shard, attempt, f"attempt-{attempt}", last_attempt, **given)
+def stage(
+    subject: Worker, task: ShardTask, attempt_id: str, existing: Mapping[int, Sample] = MappingProxyType({})
+) -> tuple[Receipt, dict[str, str]]:
+    """The receipt and the staged files of an attempt at a shard."""
+    made = subject.run(task, attempt_id, existing)
+    assert made, "an attempt leaves files"
+    return made
+
+
+def commit(
+    subject: Worker, attempt: int = 1, existing: Mapping[int, Sample] = MappingProxyType({}), **given: Any
+) -> Receipt:
+    """Run the manifest as one shard and commit it, as the driver does; ``given`` are fields of the task."""
+    task = ShardTask(sharding.ShardPlan(subject.manifest.num_rows, 1000)[0], attempt, **given)
+    receipt, staged = stage(subject, task, f"attempt-{attempt}", existing)
     commits.commit(subject.components.config.output, receipt, staged)
     return receipt
 

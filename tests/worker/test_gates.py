@@ -18,7 +18,7 @@ from vcf_batch.errors import UsageError
 from vcf_batch.output import shards
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.output.output import Output
-from vcf_batch.records import Attempt, Row, Sample, Scores
+from vcf_batch.records import Draw, Row, Sample, Scores
 from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job
 from vcf_batch.worker import gates, worker
@@ -34,32 +34,32 @@ def config(**values: Any) -> RunConfig:
     return RunConfig(manifest="m.parquet", output="out", **values)
 
 
-def tried(*scores: Scores | None) -> list[Sample]:
-    """What attempts at a row gave: scores, or None where values were not finite."""
+def drawn(*scores: Scores | None) -> list[Sample]:
+    """What the draws of a row gave: scores, or None where values were not finite."""
     samples = []
     for number, each in enumerate(scores):
-        used = {"seed": sharding.attempt_seed(7, number)}
+        used = {"seed": sharding.draw_seed(7, number)}
         failed = Sample(ROW, "failed", used, error_message="not finite")
         samples.append(failed if each is None else Sample(ROW, "success", used, scores=each))
     return samples
 
 
-def test_without_gates_a_row_is_what_its_one_attempt_gave() -> None:
-    (sample,) = tried(Scores(0.1))
+def test_without_gates_a_row_is_what_its_one_draw_gave() -> None:
+    (sample,) = drawn(Scores(0.1))
     assert gates.outcome([sample], config()) is sample
 
 
-def test_a_row_gets_another_attempt_until_one_passes() -> None:
+def test_a_row_gets_another_draw_until_one_passes() -> None:
     gated = config(min_clip_score=0.25, attempts=3)
-    assert gates.outcome(tried(Scores(0.2)), gated) is None
-    passed = gates.outcome(tries := tried(Scores(0.2), None, Scores(0.25)), gated)
+    assert gates.outcome(drawn(Scores(0.2)), gated) is None
+    passed = gates.outcome(draws := drawn(Scores(0.2), None, Scores(0.25)), gated)
     assert passed
-    assert (passed.status, passed.settings["seed"]) == ("success", sharding.attempt_seed(7, 2))
-    assert passed.attempts == tuple(Attempt(each.settings["seed"], each.scores) for each in tries)
+    assert (passed.status, passed.settings["seed"]) == ("success", sharding.draw_seed(7, 2))
+    assert passed.attempts == tuple(Draw(each.settings["seed"], each.scores) for each in draws)
 
 
 @pytest.mark.parametrize(
-    ("settings", "scores", "kept_attempt", "reason"),
+    ("settings", "scores", "kept_draw", "reason"),
     [
         ({"min_clip_score": 0.25}, [Scores(0.21)], 0, "clip_score 0.21 < --min-clip-score 0.25 in 1 attempt"),
         (
@@ -82,35 +82,35 @@ def test_a_row_gets_another_attempt_until_one_passes() -> None:
         ),
     ],
 )
-def test_what_never_passes_is_rejected_with_its_best_attempt(
-    settings: Mapping[str, Any], scores: Sequence[Scores | None], kept_attempt: int, reason: str
+def test_what_never_passes_is_rejected_with_its_best_draw(
+    settings: Mapping[str, Any], scores: Sequence[Scores | None], kept_draw: int, reason: str
 ) -> None:
-    """If none passes, the best is recorded with the reason, and every attempt's scores."""
-    rejected = gates.outcome(tried(*scores), config(**settings))
+    """If none passes, the best is recorded with the reason, and every draw's scores."""
+    rejected = gates.outcome(drawn(*scores), config(**settings))
     assert rejected
     assert (rejected.status, rejected.error_message) == ("rejected", reason)
-    assert rejected.settings["seed"] == sharding.attempt_seed(7, kept_attempt)
-    assert rejected.scores == scores[kept_attempt]
+    assert rejected.settings["seed"] == sharding.draw_seed(7, kept_draw)
+    assert rejected.scores == scores[kept_draw]
     assert len(rejected.attempts) == len(scores)
 
 
 def test_a_gate_on_a_score_that_does_not_apply_is_passed() -> None:
     gated = config(min_clip_reference=0.5, max_lpips=0.1)
-    text_only, other = tried(Scores(0.1), Scores(0.1, 0.4, float("nan")))
+    text_only, other = drawn(Scores(0.1), Scores(0.1, 0.4, float("nan")))
     assert gates.misses(text_only, gated) == []
     assert len(gates.misses(other, gated)) == 2
 
 
-def test_a_row_without_finite_values_in_any_attempt_fails() -> None:
-    failed = gates.outcome(tried(None, None), config(min_clip_score=0, attempts=2))
+def test_a_row_without_finite_values_in_any_draw_fails() -> None:
+    failed = gates.outcome(drawn(None, None), config(min_clip_score=0, attempts=2))
     assert failed
     assert (failed.status, len(failed.attempts)) == ("failed", 2)
 
 
-def test_attempts_have_seeds_of_their_own() -> None:
-    seeds = [sharding.attempt_seed(seed, attempt) for seed in (0, 7) for attempt in range(20)]
+def test_draws_have_seeds_of_their_own() -> None:
+    seeds = [sharding.draw_seed(seed, draw) for seed in (0, 7) for draw in range(20)]
     assert len(set(seeds)) == 40
-    assert (seeds[0], seeds[20]) == (0, 7), "the first attempt is the plain one"
+    assert (seeds[0], seeds[20]) == (0, 7), "the first draw is the plain one"
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -177,7 +177,7 @@ def plain(loaded: Worker, manifest: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def limit(plain: list[dict[str, Any]]) -> float:
-    """Two thirds of the first attempts are below it."""
+    """Two thirds of the first draws are below it."""
     return sorted(row["clip_score"] for row in plain)[2 * ROWS // 3]
 
 
@@ -192,7 +192,7 @@ def gated(model: Path, manifest: Path, limit: float, tmp_path_factory: pytest.Te
     options = {"batch_size": 4, "shard_size": ROWS, "min_clip_score": limit, "attempts": 3}
     job = runs.settled(manifest, output, model, **options)
     claim.claim(job)
-    loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    loaded = worker.load(job)
     commit(loaded)
     return job, loaded
 
@@ -205,7 +205,7 @@ def elsewhere(subject: Worker, output: Path) -> Worker:
 def test_rows_that_pass_at_once_have_the_bytes_that_they_have_without_gates(
     gated: tuple[Job, Worker], plain: list[dict[str, Any]], limit: float
 ) -> None:
-    """The first attempt is the plain one; the record tells every attempt."""
+    """The first draw is the plain one; the record tells every draw."""
     rows = runs.rows_of(Path(gated[0].config.output))
     outcomes = {(row["status"], len(row["attempts"])) for row in rows}
     assert {("success", 1), ("success", 2), ("rejected", 3)} <= outcomes
@@ -218,11 +218,11 @@ def test_rows_that_pass_at_once_have_the_bytes_that_they_have_without_gates(
         assert row["seed"] == best["seed"]
         assert row["clip_score"] == best["clip_score"]
         assert [attempt["seed"] for attempt in row["attempts"]] == [
-            sharding.attempt_seed(before["seed"], number) for number in range(len(row["attempts"]))
+            sharding.draw_seed(before["seed"], number) for number in range(len(row["attempts"]))
         ]
 
 
-def test_a_later_attempt_is_what_its_seed_makes(gated: tuple[Job, Worker], loaded: Worker, tmp_path: Path) -> None:
+def test_a_later_draw_is_what_its_seed_makes(gated: tuple[Job, Worker], loaded: Worker, tmp_path: Path) -> None:
     """The seed of the record draws the image again, in a run without gates."""
     rows = runs.rows_of(Path(gated[0].config.output))
     manifest = runs.write_manifest(tmp_path / "in", ROWS, {"seed": [row["seed"] for row in rows]})
@@ -237,8 +237,8 @@ def test_bytes_do_not_depend_on_what_is_kept(gated: tuple[Job, Worker], tmp_path
     job, subject = gated
     rejected = bytes(row["status"] == "rejected" for row in runs.rows_of(Path(job.config.output)))
     assert 0 < sum(rejected) < ROWS
-    for number, again in enumerate((rejected, b"\1" + bytes(ROWS - 1))):
-        samples = KeptSamples(job.config, job.manifest, job.shards[0], again)
+    for number, redo in enumerate((rejected, b"\1" + bytes(ROWS - 1))):
+        samples = KeptSamples(job.config, job.manifest, job.shards[0], redo)
         commit(elsewhere(subject, tmp_path / str(number)), existing=samples)
         assert runs.data_files(tmp_path / str(number)) == runs.data_files(Path(job.config.output))
 

@@ -1,14 +1,13 @@
 """The trace of a shard."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from support import runs
-from vcf_batch import sharding
-from vcf_batch.output import commits
-from vcf_batch.worker import clock
+from vcf_batch.worker import clock, worker
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
 
@@ -20,10 +19,9 @@ def test_a_trace_shows_the_phases_of_a_shard_and_changes_no_byte(
     monkeypatch.setattr(clock, "PROFILED_BATCHES", 3)
     manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": ["reference0.png"] * 8})
     model = runs.save_model(tmp_path / "model")
-    for name, profiled in (("plain", False), ("profiled", True)):
-        subject = runs.another(runs.load(manifest, tmp_path / name, model), manifest, tmp_path / name, batch_size=2)
-        receipt, staged = subject.run(sharding.ShardPlan(8, 8)[0], 1, "attempt", profiled=profiled)
-        commits.commit(str(tmp_path / name), receipt, staged)
+    for name, profiled in (("plain", None), ("profiled", 0)):
+        job = runs.settled(manifest, tmp_path / name, model, batch_size=2, shard_size=8)
+        runs.commit(worker.load(dataclasses.replace(job, profiled=profiled)))
     assert runs.data_files(tmp_path / "profiled") == runs.data_files(tmp_path / "plain")
     assert not (tmp_path / "plain" / "profile").exists()
     events = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]

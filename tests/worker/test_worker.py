@@ -23,6 +23,7 @@ from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.output import columns, commits, shards
 from vcf_batch.records import Reference, Shard
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import shard_references, worker
 from vcf_batch.worker.device import Device
@@ -314,7 +315,8 @@ def test_a_trial_generates_the_selected_rows_and_leaves_nothing(
     references = ["reference0.png"] * 12
     manifest = runs.write_manifest(tmp_path / "in", 12, {"reference": references})
     subject = another(loaded, manifest, tmp_path / "out")
-    subject.trial(sharding.ShardPlan(12, 1000)[0], "trial", {0, 3, 11})
+    task = ShardTask(sharding.ShardPlan(12, 1000)[0], selected=frozenset({0, 3, 11}))
+    assert subject.run(task, "trial") is None
     assert sampled == [4, 4]
     assert not (tmp_path / "out").exists()
     assert not subject.samples_done
@@ -445,7 +447,7 @@ def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
     manifest = runs.write_manifest(tmp_path / "in", 8, {"reference": names})
     apart = another(loaded, manifest, tmp_path / "apart")
     for shard in (first, second):
-        commits.commit(str(tmp_path / "apart"), *apart.run(shard, 1, f"attempt-{shard.name}"))
+        commits.commit(str(tmp_path / "apart"), *runs.stage(apart, ShardTask(shard), f"attempt-{shard.name}"))
 
     first_samples, second_reads, second_samples = threading.Event(), threading.Event(), threading.Event()
     generate, read, stage = loaded.components.pipeline.generate_from_tokens, ReferenceReader.read, commits.stage
@@ -473,9 +475,9 @@ def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
     monkeypatch.setattr(commits, "stage", staged)
     together = another(loaded, manifest, tmp_path / "together")
     with ThreadPoolExecutor(2) as threads:
-        one = threads.submit(together.run, first, 1, "one")
+        one = threads.submit(runs.stage, together, ShardTask(first), "one")
         assert first_samples.wait(30)
-        two = threads.submit(together.run, second, 1, "two")
+        two = threads.submit(runs.stage, together, ShardTask(second), "two")
         for each in (one, two):
             commits.commit(str(tmp_path / "together"), *each.result())
     assert runs.data_files(tmp_path / "together") == runs.data_files(tmp_path / "apart")

@@ -21,6 +21,7 @@ from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
 from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
 from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
 from vcf_batch.worker import in_process
 
@@ -237,7 +238,9 @@ def _calibrated(job: Job) -> Measurement:
         load_seconds = time.perf_counter() - begin
         from vcf_batch.worker import calibration  # brings torch
 
-        receipt, staged = loaded.run(shard, 1, "calibration", last_attempt=True)
+        made = loaded.run(ShardTask(shard, last_attempt=True), "calibration")
+        assert made  # it is no trial
+        receipt, staged = made
         written = pq.read_table(os.path.join(scratch, staged["parquet"]), columns=["status", "error_message"])
         rows = [
             row

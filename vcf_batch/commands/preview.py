@@ -19,6 +19,7 @@ from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.generation import Generation
+from vcf_batch.worker.shard_rows import ShardRows
 
 SWEPT = {
     "strength": float,
@@ -126,7 +127,8 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
     }
     made: list[Sample] = []
     components.device.use_threads()
-    Generation(components, chosen, failed, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
+    whole = ShardRows.of(chosen, failed, components)
+    Generation(components, whole, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
     return [made[number] for number in numbers]
 
 

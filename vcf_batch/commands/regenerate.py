@@ -26,6 +26,7 @@ from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.records import Receipt, Shard
 from vcf_batch.setup import claim, defaults, run_models
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import in_process
 from vcf_batch.worker.worker import Worker
 
@@ -99,7 +100,9 @@ def _pairs(
     status = _column(committed, "status")
     rows = np.flatnonzero(pc.equal(status, "success").to_numpy())[places] + shard.start
     others = dict.fromkeys(set(range(shard.start, shard.stop)).difference(rows.tolist()), "not drawn")
-    _, staged = drawing.run(shard, 1, shard.name, last_attempt=True, verdicts=others)
+    made = drawing.run(ShardTask(shard, last_attempt=True, verdicts=others), shard.name)
+    assert made  # it is no trial
+    _, staged = made
     tar, parquet = (storage.join(scratch, staged[kind]) for kind in ("tar", "parquet"))
     image = output.config.image_format
     again: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}

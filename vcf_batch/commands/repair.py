@@ -15,7 +15,7 @@ from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import columns, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import side_by_side
-from vcf_batch.records import Shard
+from vcf_batch.records import RowMask, Shard
 
 _CLOSED: dict[str, Any] = {
     "enable_external_access": False,
@@ -44,36 +44,36 @@ class Repair:
         self._columns = [field.name for field in schema if self._takes(field)]
         self._selected(schema.empty_table())
 
-    def rows(self, show: Callable[[str], None]) -> dict[int, bytes]:
-        """Read the output again: which rows of which shards are generated again?
+    def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
+        """Read the output redo: which rows of which shards are generated anew?
 
         Args:
             show: is given a line for each damaged or missing shard.
 
         Returns:
-            See :attr:`vcf_batch.setup.job.Job.again`.
+            See :attr:`vcf_batch.setup.job.Job.redo`.
 
         Raises:
             UsageError: the condition does not fit a row.
             DamageFound: something is wrong that generating does not mend.
             StorageError: the storage failed.
         """
-        again: dict[int, bytes] = {}
+        redo: dict[int, RowMask] = {}
         for finding in check(self._output):
             if finding.shard is None and finding.is_damage:
                 raise DamageFound(str(finding))
             show(str(finding))
             if finding.shard is not None:
-                again[finding.shard.index] = bytes([True]) * len(finding.shard)
-        whole = (shard for shard in self._output.plan if shard.index not in again)
+                redo[finding.shard.index] = bytes([True]) * len(finding.shard)
+        whole = (shard for shard in self._output.plan if shard.index not in redo)
         for shard, selected in side_by_side(self._selected_of, whole):
             if any(selected):
-                again[shard.index] = selected
-        rows = sum(selected.count(True) for selected in again.values())
-        show(f"{rows:,} rows in {len(again):,} shards are to be generated again")
-        return again
+                redo[shard.index] = selected
+        rows = sum(selected.count(True) for selected in redo.values())
+        show(f"{rows:,} rows in {len(redo):,} shards are to be generated again")
+        return redo
 
-    def _selected_of(self, shard: Shard) -> bytes:
+    def _selected_of(self, shard: Shard) -> RowMask:
         """For each row of a shard, whether it is selected."""
         selected = bytearray()
         with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:

@@ -152,9 +152,7 @@ def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.S
     said = columns.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
     said |= settings_of(checked(row, output.config), output.config)
     attempts = record["attempts"] or [{"seed": row.seed}]
-    if [each["seed"] for each in attempts] != [
-        sharding.attempt_seed(row.seed, number) for number in range(len(attempts))
-    ]:
+    if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:
         raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")
     said["seed"] = record["seed"] if record["seed"] in [each["seed"] for each in attempts] else row.seed
     if said["strength"] is None:

@@ -60,24 +60,24 @@ class Ledger:
     """
 
     def __init__(self, job: Job) -> None:
-        self._output, self._shards, self._again = job.config.output, job.shards, job.again
+        self._output, self._shards, self._redo = job.config.output, job.shards, job.redo
         self._fingerprint = job.fingerprint
         self.totals = RunSums()
         self._kept: dict[int, Receipt] = {}
-        """Of each shard that is generated again in part, a receipt that marks it as its own does."""
+        """For each partly regenerated shard, by index, an old receipt with the same device and batch marks."""
         self._rows = job.manifest.num_rows
         fingerprints = {job.fingerprint, *job.extends}
         alike: dict[str, Receipt] = {}
         for receipt in receipts.read(job.config.output):
             index = receipt.shard.index
             if receipt.fingerprint in fingerprints and index < len(job.shards):
-                if index not in job.again:
+                if index not in job.redo:
                     self.totals.add(receipt)
-                elif not all(job.again[index]):
+                elif not all(job.redo[index]):
                     # Shards are many, but few are marked differently.
                     self._kept[index] = alike.setdefault(f"{receipt.device} {receipt.sampled_at_once}", receipt)
         self.finished_rows = self.totals.counts.total()
-        self.resumed_rows = self.finished_rows + sum(again.count(False) for again in job.again.values())
+        self.resumed_rows = self.finished_rows + sum(mask.count(False) for mask in job.redo.values())
         self.left = len(job.shards) - len(self.totals.done)
         """Shards that are neither committed nor set aside."""
         self._set_aside: list[tuple[ShardTask, str]] = []
@@ -98,8 +98,8 @@ class Ledger:
 
     def rows_of(self, shard: Shard) -> list[int]:
         """Rows of a shard that are generated: all of them, unless some samples are kept."""
-        again = self._again.get(shard.index, bytes([True]) * len(shard))
-        return [row for row, chosen in enumerate(again, start=shard.start) if chosen]
+        mask = self._redo.get(shard.index, bytes([True]) * len(shard))
+        return [row for row, chosen in enumerate(mask, start=shard.start) if chosen]
 
     def whole(self, receipt: Receipt) -> Receipt:
         """A worker's receipt of a shard, with what there is to say of the samples that it kept."""

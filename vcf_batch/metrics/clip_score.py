@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from vcf_batch.errors import ModelError
-from vcf_batch.models.loading import load_errors
+from vcf_batch.models.loading import load_errors, refuse_missing_weights
 
 _CHUNK = 64
 """Most inputs of one forward pass, so that a batch with many references causes no memory peak."""
@@ -57,13 +57,9 @@ class ClipJudge:
             model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(path)
             processor = CLIPImageProcessorPil.from_pretrained(path)
-        # transformers gives missing weights random values, and a tokenizer without files knows only three tokens.
-        if report["missing_keys"]:
-            raise ModelError(
-                f"the judge {path!r} lacks {len(report['missing_keys'])} weights, among them "
-                f"{min(report['missing_keys'])}; name a complete CLIP with --judge"
-            )
+        refuse_missing_weights(report, f"the judge {path!r}", "name a complete CLIP with --judge")
         vocabulary = model.config.text_config.vocab_size
+        # A tokenizer without files knows three tokens.
         if not 3 < len(tokenizer) <= vocabulary:
             raise ModelError(
                 f"the judge {path!r} has a tokenizer of {len(tokenizer)} tokens for a model of {vocabulary}; "

@@ -2,7 +2,8 @@
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from vcf_batch.errors import ModelError, StorageError, VcfBatchError
 
@@ -32,6 +33,21 @@ def load_errors(what: str, remedy: str = "") -> Iterator[None]:
         if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
             reason = "a .bin file of it is damaged, or a pickle of more than weights; nothing in it was run"
         raise ModelError(f"cannot load {what}: {reason}{remedy}") from error
+
+
+def refuse_missing_weights(report: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Refuse a model whose files lack weights: transformers would fill them with random ones.
+
+    Args:
+        report: what ``from_pretrained`` of transformers returns beside the model with ``output_loading_info=True``.
+        what: what was loaded, for the message.
+        remedy: what to do about it, after a semicolon.
+
+    Raises:
+        ModelError: weights are missing; with their number and the name of one.
+    """
+    if missing := report["missing_keys"]:
+        raise ModelError(f"{what} lacks {len(missing)} weights, among them {min(missing)}; {remedy}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from vcf_batch.errors import printable, redact
 from vcf_batch.output.row_json import finite
-from vcf_batch.records import OUTPUT_COLUMNS, SCORES, Attempt, Objective, Row, Sample, Scores
+from vcf_batch.records import OUTPUT_COLUMNS, SCORES, Draw, Objective, Row, Sample, Scores
 
 _SETTINGS = (
     "seed",
@@ -140,7 +140,7 @@ def sample_of(
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
         nsfw=record["nsfw"],
-        attempts=tuple(Attempt(each["seed"], _scores(each), each["nsfw"]) for each in record["attempts"] or ()),
+        attempts=tuple(Draw(each["seed"], _scores(each), each["nsfw"]) for each in record["attempts"] or ()),
     )
 
 

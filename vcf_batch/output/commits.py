@@ -24,13 +24,13 @@ _NEW_RECEIPT, _OLD_RECEIPT = "replacing.json", "replaced.json"
 
 
 def stage(
-    files: ShardFiles, output_url: str, shard: Shard, attempt_id: str, tick: Callable[[], None] = lambda: None
+    files: ShardFiles, output_url: str, shard: Shard, attempt_id: str, note_progress: Callable[[], None] = lambda: None
 ) -> dict[str, str]:
     """Put a finished shard into the output's staging folder, one whole file at a time.
 
     Args:
         attempt_id: names this attempt at this shard and no other.
-        tick: called for each part of a file that has gone over.
+        note_progress: called for each part of a file that has gone over.
 
     Returns:
         The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
@@ -40,7 +40,7 @@ def stage(
     """
     staged = _staged(shard, attempt_id)
     for kind, path in (("tar", files.tar), ("parquet", files.parquet)):
-        storage.upload(path, storage.join(output_url, staged[kind]), tick)
+        storage.upload(path, storage.join(output_url, staged[kind]), note_progress)
     return staged
 
 

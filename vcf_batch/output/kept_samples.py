@@ -1,4 +1,4 @@
-"""The samples of a committed shard that stay, while its other rows are generated again."""
+"""The samples of a committed shard that stay while its other rows are generated anew."""
 
 import hashlib
 import itertools
@@ -11,18 +11,20 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import columns, shards
-from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, Sample, Shard
+from vcf_batch.records import OUTPUT_COLUMNS, TRIPLET, RowMask, Sample, Shard
 
 
 class KeptSamples(Mapping[int, Sample]):
-    """Samples of one shard by the number of their row, read from the output when they are asked for: once, in order.
+    """The samples of one committed shard that stay, by row number.
+
+    A sample is read from the output when it is asked for. Ask for each once, in the order of the rows.
 
     Args:
         config: the run, with every default settled.
-        manifest: the run's.
-        shard: one of its shards.
-        again: which of its rows do not stay, see :attr:`vcf_batch.setup.job.Job.again`; None is all of them.
-        tick: called for each sample that is read, whether it stays or not: a sign of life.
+        manifest: the manifest of the run.
+        shard: a committed shard of the run.
+        redo: which of its rows are generated anew; None means all of them.
+        note_progress: called for each sample that is read, whether it stays or not.
     """
 
     def __init__(
@@ -30,22 +32,28 @@ class KeptSamples(Mapping[int, Sample]):
         config: RunConfig,
         manifest: Manifest,
         shard: Shard,
-        again: bytes | None,
-        tick: Callable[[], None] = lambda: None,
+        redo: RowMask | None,
+        note_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._shard = shard
-        self._again = bytes([True]) * len(shard) if again is None else again
+        self._redo = bytes([True]) * len(shard) if redo is None else redo
         self._samples = _committed(config, manifest, shard)
-        self._tick = tick
+        self._note_progress = note_progress
 
     def __contains__(self, number: object) -> bool:
-        return isinstance(number, int) and not self._again[number - self._shard.start]
+        return isinstance(number, int) and not self._redo[number - self._shard.start]
 
     def __getitem__(self, number: int) -> Sample:
+        """Read on up to the sample of a row.
+
+        Raises:
+            KeyError: the row is generated anew, or an earlier call has passed it.
+            StorageError: the shard cannot be read, or is damaged.
+        """
         if number not in self:
             raise KeyError(number)
         for sample in self._samples:
-            self._tick()
+            self._note_progress()
             if sample.row.number == number:
                 return sample
         raise KeyError(number)
@@ -54,14 +62,14 @@ class KeptSamples(Mapping[int, Sample]):
         return (number for number in range(self._shard.start, self._shard.stop) if number in self)
 
     def __len__(self) -> int:
-        return self._again.count(False)
+        return self._redo.count(False)
 
 
 def _committed(config: RunConfig, manifest: Manifest, shard: Shard) -> Iterator[Sample]:
     """Every sample of a committed shard, in order.
 
     Raises:
-        StorageError: the shard cannot be read, or is not what the repair found.
+        StorageError: the shard cannot be read, or is damaged.
     """
     try:
         yield from _read(config, manifest, shard)

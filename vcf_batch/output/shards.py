@@ -1,4 +1,4 @@
-"""One shard's files: write them, and read them back. :mod:`vcf_batch.output.commits` has what lies between.
+"""One shard's files, written and read back. :mod:`vcf_batch.output.commits` moves them to their place in between.
 
 A shard is ``NAME.tar`` (the successful samples, for WebDataset readers), ``NAME.parquet`` (one row for every manifest
 row) and ``NAME_stats.json``, the receipt (:mod:`vcf_batch.output.receipts`). A worker writes the first two in local
@@ -31,10 +31,11 @@ from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import FileEntry, Sample, Shard, Status
 
 SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
-"""What follows the shard's name in the names of its files, by their name in :attr:`Receipt.files`."""
+"""Endings of the file names of a shard, by the kind of file as in :attr:`vcf_batch.records.Receipt.files`."""
 ROWS_PER_GROUP = 1024
+"""Rows of a row group of the parquet."""
 ROWS_AT_ONCE = 256
-"""Rows that are held at once when a shard is read again."""
+"""Rows that are held at once while a committed shard is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,15 @@ class ShardFiles:
     """A finished shard in local scratch, and what its receipt says about it."""
 
     tar: str
-    """Local path."""
+    """Local path of the tar."""
     parquet: str
-    """Local path."""
+    """Local path of the parquet."""
     counts: Mapping[Status, int]
+    """Number of rows by status."""
     entries: Mapping[str, FileEntry]
-    """``tar`` and ``parquet``."""
+    """Size and hash of ``tar`` and ``parquet``."""
     means: Mapping[str, float | None]
-    """Mean of each score over the successful samples that have it; None if none has."""
+    """The mean of each score over the successful samples that have it; None if no sample has it."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """See :attr:`vcf_batch.records.Receipt.histograms`."""
     sampled: int = 0
@@ -59,11 +61,11 @@ class ShardFiles:
 class ShardWriter:
     """Writes one shard's tar and parquet in local scratch; use it with ``with``.
 
-    Leaving the ``with`` block without :meth:`finish` deletes both files: an abandoned shard leaves nothing that looks
+    Leaving the ``with`` block without :meth:`finish` deletes both files, so that nothing of an abandoned shard looks
     whole.
 
     Args:
-        scratch_dir: local folder of this attempt alone; made if there is none.
+        scratch_dir: a local folder that no other attempt uses; made if there is none.
         shard: the rows to be written.
         image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
         carried_schema: see :func:`vcf_batch.output.columns.schema`.
@@ -80,7 +82,7 @@ class ShardWriter:
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0
-        self._tally = ShardSums()
+        self._sums = ShardSums()
         self._finished = False
         os.makedirs(scratch_dir, exist_ok=True)
         self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
@@ -131,7 +133,7 @@ class ShardWriter:
         if sample.status != "success" and not sample.error_message:
             raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
         record = columns.record_of(sample, self._carried, self._reference_is_list)
-        self._tally.add(sample.status, record)
+        self._sums.add(sample.status, record)
         self._added += 1
         self._pending.append(record)
         with self._writing():
@@ -145,7 +147,10 @@ class ShardWriter:
                 self._flush()
 
     def finish(self) -> ShardFiles:
-        """Close both files and return what they are.
+        """Close both files.
+
+        Returns:
+            The files, and what the receipt says about them.
 
         Raises:
             ValueError: rows of the shard are missing.
@@ -160,11 +165,11 @@ class ShardWriter:
         return ShardFiles(
             tar=self._paths["tar"],
             parquet=self._paths["parquet"],
-            counts=self._tally.counts,
+            counts=self._sums.counts,
             entries={kind: storage.digest(path) for kind, path in self._paths.items()},
-            means=self._tally.means,
-            histograms=self._tally.histograms,
-            sampled=self._tally.sampled,
+            means=self._sums.means,
+            histograms=self._sums.histograms,
+            sampled=self._sums.sampled,
         )
 
     @contextlib.contextmanager
@@ -211,12 +216,12 @@ def file_url(output: str, shard: Shard, kind: str) -> str:
 
 @contextlib.contextmanager
 def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """The parquet of a shard, open for reading; its columns are read as they are asked for.
+    """Open the parquet of a shard for reading. Its columns are read when they are asked for.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is no such file.
         StorageError: the storage failed, or refuses.
-        pyarrow.ArrowException, OSError: it is damaged.
+        pyarrow.ArrowException, OSError: the file is damaged.
     """
     with storage.refusals_as_storage_errors(), storage.open_read(url) as file:
         yield pq.ParquetFile(file, pre_buffer=False)
@@ -231,7 +236,7 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         tarfile.ReadError: the file is not a tar, or ends within a member.
-        FileNotFoundError, PermissionError, StorageError: it cannot be read.
+        FileNotFoundError, PermissionError, StorageError: the file cannot be read.
     """
     with storage.open_read(tar_url) as file:
         for key, parts in itertools.groupby(read_members(file), key=lambda part: part[0].partition(".")[0]):
@@ -240,7 +245,7 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
 
 
 def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each member of a tar, streamed. What is not a plain file has no content.
+    """Name and content of each member of a tar, streamed. A member that is no plain file has empty content.
 
     Raises:
         tarfile.ReadError: the file is not a tar, or ends within a member.
@@ -253,13 +258,13 @@ def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 READERS = 8
-"""Shards that are read side by side."""
+"""Threads that read shards side by side."""
 
 T = TypeVar("T")
 
 
 def side_by_side(read: Callable[[Shard], T], some: Iterable[Shard]) -> Iterator[tuple[Shard, T]]:
-    """Each shard, in order, with what ``read`` makes of it; a few shards ahead, in threads."""
+    """Each shard, in order, with the result of ``read``, which runs in threads a few shards ahead."""
     threads = ThreadPoolExecutor(READERS, "shards")
     try:
         begun = ((shard, threads.submit(read, shard)) for shard in some)

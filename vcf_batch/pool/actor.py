@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from vcf_batch.output.kept_samples import KeptSamples
-from vcf_batch.records import Receipt
+from vcf_batch.records import Receipt, RowMask
 from vcf_batch.setup import storage_check
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -21,8 +21,8 @@ class Heartbeat:
     """A sign of life: where an actor is, and by attempt how far it has come."""
 
     node: str
-    ticks: dict[str, int]
-    """Change whenever something is done."""
+    progress: dict[str, int]
+    """Grows whenever anything moves."""
     samples_done: dict[str, int]
 
 
@@ -36,8 +36,8 @@ class Actor:
     @ray.method(concurrency_group="signs")
     def sign(self) -> Heartbeat:
         """Say where and how far it is, whatever else it is doing."""
-        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else ({}, {})
-        return Heartbeat(ray.get_runtime_context().get_node_id(), ticks, samples)
+        progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
+        return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
     def load(self) -> None:
         """Make the worker ready."""
@@ -45,39 +45,20 @@ class Actor:
         # Here and not at the top: the driver needs no torch.
         from vcf_batch.worker import worker
 
-        job = self._job
-        self._worker = worker.load(
-            config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models
-        )
+        self._worker = worker.load(self._job)
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: ShardTask, attempt_id: str, again: bytes | None) -> tuple[Receipt, dict[str, str]] | None:
+    def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> tuple[Receipt, dict[str, str]] | None:
         """Do a task; the receipt and the staged files, unless it is a trial.
 
         Args:
-            task: of which shard.
+            task: what to do.
             attempt_id: names the staged files.
-            again: see :class:`vcf_batch.output.kept_samples.KeptSamples`.
+            redo: see :class:`vcf_batch.output.kept_samples.KeptSamples`.
         """
-        if task.selected is not None:
-            self._worker.trial(task.shard, attempt_id, task.selected, task.sampled_at_once)
-            return None
-        return self._worker.run(
-            task.shard,
-            task.attempt,
-            attempt_id,
-            last_attempt=task.last_attempt,
-            verdicts=task.verdicts,
-            existing=KeptSamples(
-                self._job.config,
-                self._job.manifest,
-                task.shard,
-                again,
-                functools.partial(self._worker.tick, attempt_id),
-            ),
-            sampled_at_once=task.sampled_at_once,
-            profiled=task.shard.index == self._job.profiled,
-        )
+        note_progress = functools.partial(self._worker.note_progress, attempt_id)
+        kept = KeptSamples(self._job.config, self._job.manifest, task.shard, redo, note_progress)
+        return self._worker.run(task, attempt_id, kept)
 
 
 @dataclass(eq=False)
@@ -112,9 +93,9 @@ class WorkerHandle:
         """Take a sign of life."""
         self.sign = sign
         for flight in self.flights:
-            ticks = sign.ticks.get(flight.attempt_id, 0)
-            if ticks != flight.ticks:
-                flight.ticks, flight.silent = ticks, 0.0
+            progress = sign.progress.get(flight.attempt_id, 0)
+            if progress != flight.progress:
+                flight.progress, flight.silent = progress, 0.0
 
 
 @dataclass(eq=False)
@@ -128,7 +109,7 @@ class Request:
     """None until it has loaded."""
     attempt_id: str = ""
     """Of the task."""
-    ticks: int = 0
+    progress: int = 0
     """As of the last sign of life."""
     silent: float = 0.0
     """Seconds since anything moved."""

@@ -54,5 +54,5 @@ def _fastest(job: Job, limit: int) -> int:
     """See :func:`vcf_batch.worker.calibration.fastest_batch_size`; runs where a worker does."""
     from vcf_batch.worker import calibration, worker
 
-    loaded = worker.load(config=job.config, fingerprint=job.fingerprint, manifest=job.manifest, models_used=job.models)
+    loaded = worker.load(job)
     return calibration.fastest_batch_size(loaded.components, job.manifest, limit)

@@ -62,9 +62,9 @@ class Dispatch:
         self.idle: list[WorkerHandle] = []
         assert self.config.stall_timeout is not None
         self.watch = Watch(self.config.stall_timeout)
-        self.again = job.again
+        self.redo = job.redo
         # Which grows with the manifest, and of which a worker needs one shard's share at a time.
-        self.job_ref = ray.put(dataclasses.replace(job, again={}))
+        self.job_ref = ray.put(dataclasses.replace(job, redo={}))
         remote: Any = ray.remote  # whose type hints leave out concurrency groups
         self.actor_class = remote(
             max_restarts=0,
@@ -168,7 +168,7 @@ class Dispatch:
         """Give the worker what it can do; let it wait while failed shards or commits do; else let it go."""
         while len(worker.flights) < SHARDS_AT_ONCE and (task := self._next(worker)):
             attempt_id = task.new_id()
-            ref = worker.actor.run.remote(task, attempt_id, self.again.get(task.shard.index))
+            ref = worker.actor.run.remote(task, attempt_id, self.redo.get(task.shard.index))
             self._ask(worker, ref, task, attempt_id)
         if worker.flights:
             return

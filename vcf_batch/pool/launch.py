@@ -22,10 +22,11 @@ from vcf_batch.pool.batch_size import with_batch_size
 from vcf_batch.pool.connection import cluster
 from vcf_batch.pool.dispatch import Dispatch
 from vcf_batch.pool.signals import Signals
+from vcf_batch.records import RowMask
 from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
 
-Again = Callable[[], Mapping[int, bytes]]
-"""Tells what of an output is generated again: see :attr:`vcf_batch.setup.job.Job.again`."""
+Again = Callable[[], Mapping[int, RowMask]]
+"""Tells what of an output is generated again: see :attr:`vcf_batch.setup.job.Job.redo`."""
 
 
 def run(config: RunConfig, again: Again = dict) -> Summary:
@@ -62,7 +63,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
                 held.confirm()
                 # Before anything is read: from here on, no earlier owner can change what there is.
                 commits.clean(job.config.output)
-                job = dataclasses.replace(job, again=again())
+                job = dataclasses.replace(job, redo=again())
                 ledger = Ledger(job)
                 if ledger.left:
                     if config.profile:

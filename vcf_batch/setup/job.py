@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcf_batch.config import (
-    RunConfig,
-    fingerprint,
-)
+from vcf_batch.config import RunConfig, fingerprint
 from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.records import RowMask
 from vcf_batch.setup.run_models import Models
 from vcf_batch.sharding import ShardPlan
 
@@ -27,27 +25,29 @@ class Job:
     fields: dict[str, Any]
     """What the fingerprint covers."""
     roots: tuple[str, ...] = ()
-    """Places of references, besides the manifest's own folder, that the driver sees."""
+    """Places of references that the driver sees, besides the manifest's own folder."""
     token: str = ""
-    """Of the driver's lease, which every node has to see."""
+    """The token of the driver's lease, which every node has to see."""
     extends: tuple[str, ...] = ()
     """Fingerprints of the run before rows were appended to its manifest. Receipts that have them are its own."""
-    again: Mapping[int, bytes] = field(default_factory=dict)
-    """Shards that are generated again though they may exist, by index: of each row, 1 if it is generated, 0 if the
-    committed sample stays."""
+    redo: Mapping[int, RowMask] = field(default_factory=dict)
+    """Shards that are generated anew, in whole or in part, though they may exist; by index."""
     profiled: int | None = None
     """Index of the shard whose first batches are recorded for ``--profile``."""
 
     @property
     def fingerprint(self) -> str:
+        """The name of the run: a hash of :attr:`fields`."""
         return fingerprint(self.fields)
 
     @property
     def guided(self) -> bool:
+        """See :func:`is_guided`."""
         return is_guided(self.config, self.manifest)
 
     @property
     def shards(self) -> ShardPlan:
+        """Every shard of the run, in order."""
         assert self.config.shard_size is not None
         return ShardPlan(self.manifest.num_rows, self.config.shard_size)
 

@@ -44,11 +44,11 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
             raise
 
 
-def upload(local_path: str, url: str, tick: Callable[[], None] = lambda: None) -> None:
+def upload(local_path: str, url: str, note_progress: Callable[[], None] = lambda: None) -> None:
     """Copy a local file to ``url``, whole or not at all, and check the size that arrived.
 
     Args:
-        tick: called after each part is sent.
+        note_progress: called after each part is sent.
 
     Raises:
         StorageError: see :mod:`vcf_batch.storage`.
@@ -58,14 +58,14 @@ def upload(local_path: str, url: str, tick: Callable[[], None] = lambda: None) -
         with open(local_path, "rb") as source, open(temporary, "wb") as target:
             while chunk := source.read(CHUNK_BYTES):
                 target.write(chunk)
-                tick()
+                note_progress()
 
     def put() -> None:
         if is_local(url):
             local.publish(as_local_path(url), copy, create=False)
             return
         fs, path = filesystem(url)
-        fs.put_file(local_path, path, callback=_Parts(tick))
+        fs.put_file(local_path, path, callback=_Parts(note_progress))
         arrived, sent = size(url), os.path.getsize(local_path)
         if arrived != sent:
             raise ConnectionError(f"{arrived} of {sent} bytes arrived")
@@ -150,11 +150,11 @@ def remove_unfinished(url: str) -> None:
 
 
 class _Parts(Callback):
-    """fsspec callback: drivers report each part sent, and it calls ``tick``."""
+    """fsspec callback: drivers report each part sent, and it calls ``note_progress``."""
 
-    def __init__(self, tick: Callable[[], None]) -> None:
+    def __init__(self, note_progress: Callable[[], None]) -> None:
         super().__init__()
-        self._tick = tick
+        self._note_progress = note_progress
 
     def relative_update(self, inc: int = 1) -> None:
-        self._tick()
+        self._note_progress()

@@ -11,10 +11,10 @@ from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisi
 from transformers.utils import logging
 
 from vcf_batch import storage
-from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.errors import UsageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import fetch
-from vcf_batch.models.loading import load_errors
+from vcf_batch.models.loading import load_errors, refuse_missing_weights
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.parts import MODEL_INDEX, Parts
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -61,12 +61,7 @@ def _load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithPr
         )
     finally:
         logging.set_verbosity(verbosity)
-    # transformers fills what a file lacks with random weights.
-    if missing := report["missing_keys"]:
-        raise ModelError(
-            f"the image encoder in {folder} lacks {len(missing)} weights, among them {min(missing)}; name a CLIP, or "
-            "its vision tower with projection"
-        )
+    refuse_missing_weights(report, f"the image encoder in {folder}", "name a CLIP, or its vision tower with projection")
     return tower
 
 

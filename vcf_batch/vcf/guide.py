@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithPr
 
 from vcf_batch.config import reference_shares
 from vcf_batch.errors import ModelError
-from vcf_batch.models.loading import load_errors
+from vcf_batch.models.loading import load_errors, refuse_missing_weights
 from vcf_batch.vcf.aligner import squash
 
 
@@ -49,12 +49,7 @@ class Guide:
         with load_errors(f"the PNO guide {path!r}", remedy):
             clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             processor = CLIPImageProcessorPil.from_pretrained(path)
-        # transformers fills what a file lacks with random weights.
-        if report["missing_keys"]:
-            raise ModelError(
-                f"the PNO guide {path!r} lacks {len(report['missing_keys'])} weights, among them "
-                f"{min(report['missing_keys'])}; name a complete CLIP with --pno-guide"
-            )
+        refuse_missing_weights(report, f"the PNO guide {path!r}", "name a complete CLIP with --pno-guide")
         return cls(clip.to(device), processor.image_mean, processor.image_std)
 
     @property

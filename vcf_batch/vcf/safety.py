@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from vcf_batch.errors import ModelError
-from vcf_batch.models.loading import load_errors
+from vcf_batch.models.loading import load_errors, refuse_missing_weights
 
 # It tells of black images, and none is made here.
 logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
@@ -45,12 +44,7 @@ class SafetyChecker:
             model, report = StableDiffusionSafetyChecker.from_pretrained(
                 path, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
-        # transformers fills what a file lacks with random weights.
-        if report["missing_keys"]:
-            raise ModelError(
-                f"the safety checker {path!r} lacks {len(report['missing_keys'])} weights, among them "
-                f"{min(report['missing_keys'])}; name a complete one with --safety-checker"
-            )
+        refuse_missing_weights(report, f"the safety checker {path!r}", "name a complete one with --safety-checker")
         return cls(model.to(device))
 
     def __call__(self, pictures: Sequence[NDArray[np.uint8]]) -> list[bool]:

@@ -1,1 +1,1 @@
-"""A worker: one shard in, its staged files and its receipt out. No Ray."""
+"""A worker: one task in, a shard's staged files and its receipt out. No Ray."""

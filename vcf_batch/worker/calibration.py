@@ -9,32 +9,34 @@ from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
-from vcf_batch.worker import batches
 from vcf_batch.worker.batches import batch_key
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.generation import Generation
+from vcf_batch.worker.shard_rows import ShardRows, neutral
 
 SECONDS = 1.0
-"""A measurement is repeated until it has taken so long."""
+"""Seconds after which a measurement is not repeated any more."""
 
 GAIN = 1.05
-"""By how much a doubled batch size has to raise the throughput to be worth its memory."""
+"""Factor by which a doubled batch size has to raise the throughput to be worth its memory."""
 
 BATCHES, STEPS = 2, 10
-"""Of a measurement that compares batch sizes: the second batch is sampled beside the scoring of the first."""
+"""Batches and denoising steps of a measurement that compares batch sizes. While the first batch is scored, the second
+one is sampled."""
 
 ROWS_LOOKED_AT = 64
+"""The first rows of the manifest, of which the most demanding one is measured."""
 
 
 def seconds_per_image(components: Components, rows: Sequence[Row]) -> float:
-    """Seconds that a sample of a shard takes: references read, sampled, scored and encoded, and thrown away.
+    """Seconds that one sample takes, from reading its references to its encoded image, which is thrown away.
 
-    A first pass with a single denoising step, which is not timed, loads kernels and fills caches.
+    A first pass with one denoising step is not timed: it loads kernels and fills caches.
 
     Args:
-        components: of a loaded worker; their ``config`` has the batch size.
-        rows: the shard, such as the manifest's first rows; whole batches tell most. None has an error.
+        components: those of a loaded worker; their ``config`` has the batch size.
+        rows: the rows of a shard, such as the manifest's first ones, none with an error. Whole batches tell most.
 
     Raises:
         OutOfDeviceMemory: a batch does not fit.
@@ -51,14 +53,14 @@ def seconds_per_image(components: Components, rows: Sequence[Row]) -> float:
 
 
 def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -> int:
-    """The batch size that gives the most samples a second: doubled as long as that pays and memory holds it.
+    """The batch size that gives the most samples a second, a power of two.
 
-    Measured on copies of the most demanding of the manifest's first rows, with plain pictures for its references and
-    few steps.
+    The batch size is doubled as long as that pays and memory holds it. Each is measured on copies of the most demanding
+    of the manifest's first rows, with plain pictures for its references, and few steps.
 
     Args:
-        components: of a loaded worker.
-        manifest: the run's.
+        components: those of a loaded worker.
+        manifest: the manifest of the run.
         limit: the largest batch size that makes sense.
 
     Raises:
@@ -69,7 +71,7 @@ def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -
     for size in itertools.takewhile(lambda size: size <= limit, map((2).__pow__, itertools.count())):
         config = components.config.replace(batch_size=size, steps=min(components.config.steps or STEPS, STEPS))
         rows = [dataclasses.replace(row, number=number, seed=number) for number in range(BATCHES * size)]
-        plain = batches.neutral(rows, range(len(rows)), config.negative_prompt)
+        plain = neutral(rows, range(len(rows)), config.negative_prompt)
         try:
             seconds = seconds_per_image(dataclasses.replace(components, config=config), plain)
         except OutOfDeviceMemory:
@@ -84,11 +86,12 @@ def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -
 
 def _generate(components: Components, rows: Sequence[Row]) -> None:
     components.device.use_threads()
-    Generation(components, rows, {}, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
+    whole = ShardRows.of(rows, {}, components)
+    Generation(components, whole, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
 
 
 def _most_demanding(components: Components, manifest: Manifest) -> Row:
-    """Of the first rows one that needs the most memory, with one update if there are any: they are all alike."""
+    """The most memory-hungry of the first rows, reduced to one PNO update if it has any, as all cost the same."""
     rows = manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), components.config.seed)
     sound = [row for row in rows if not checked(row, components.config).error]
     row = max(sound, key=lambda row: batch_key(row, components.settings(row)), default=Row(0, "text", ""))

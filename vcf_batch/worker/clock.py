@@ -15,14 +15,18 @@ from vcf_batch import storage
 
 
 class Clock:
-    """How far a shard is, read from other threads: seconds spent in each phase, summed over threads, and samples."""
+    """Where the time of one shard goes, and how far it is. Any thread may use it.
+
+    Call it with the name of a phase for a context manager that times the phase.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        """Seconds spent in each phase, summed over threads."""
         self.samples_done = 0
-        """Samples that are written."""
-        self.ticks = 0
-        """Grows with every phase and every denoising step: it shows whether anything moves."""
+        """Number of samples that are written."""
+        self.progress = 0
+        """A count that grows whenever anything moves: what a heartbeat shows of the shard."""
         self._begin = time.monotonic()
         self._lock = threading.Lock()
 
@@ -35,27 +39,33 @@ class Clock:
         finally:
             with self._lock:
                 self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.monotonic() - begin, 3)
-            self.tick()
+            self.note_progress()
 
-    def tick(self) -> None:
-        """Something is done."""
-        self.ticks += 1
+    def note_progress(self) -> None:
+        """Note that something moved: a phase ended, a denoising step, a part of a file."""
+        self.progress += 1
+
+    def note_sample(self) -> None:
+        """Note that one more sample is written."""
+        self.samples_done += 1
+        self.note_progress()
 
     def elapsed(self) -> float:
+        """Seconds since the clock was made."""
         return time.monotonic() - self._begin
 
 
 PROFILED_BATCHES = 4
-"""That are sampled before the recording ends: each kernel is an event, and of a whole shard they would be millions."""
+"""Batches that are sampled before the recording ends. Each kernel is an event: a whole shard would make millions."""
 
 
 class Profile(Clock):
-    """A shard's clock that records what every thread and the GPU do meanwhile; use it with ``with``.
+    """A shard's clock that also records what every thread and the GPU do; use it with ``with``.
 
     The ranges in the trace have the names of the phases in the receipt's timings.
 
     Args:
-        url: of the trace, JSON as Chrome reads it. Written when the block is left.
+        url: where the trace goes, JSON as Chrome reads it. It is written when the ``with`` block is left.
     """
 
     def __init__(self, url: str) -> None:
@@ -71,7 +81,8 @@ class Profile(Clock):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """
+        """Stop the recording, and write the trace.
+
         Raises:
             StorageError: the storage failed.
         """

@@ -1,4 +1,4 @@
-"""What a worker generates with."""
+"""The components of a worker: its models, and what reads its references."""
 
 import threading
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from vcf_batch.worker.device import Device
 
 @dataclass(frozen=True)
 class Components:
-    """What a shard is generated with, from one shard to the next."""
+    """What a worker generates every shard with."""
 
     config: RunConfig
     """With every default resolved."""
@@ -25,15 +25,15 @@ class Components:
     scorer: Scorer
     references: ReferenceReader
     model: str
-    """Identity of the model, as images name it."""
+    """The identity of the model, which images name if they are marked."""
     device: Device
-    """Of pipeline and scorer."""
+    """Where pipeline and scorer compute, and how."""
     guide: Guide | None = None
-    """Of prompt-noise optimisation; None where no row asks for it."""
+    """The CLIP that prompt-noise optimisation follows; None where no row asks for it."""
     safety: SafetyChecker | None = None
-    """None without one."""
+    """The checker that flags images; None in a run without one."""
     sampling: threading.Lock = field(default_factory=threading.Lock)
-    """Held by the shard that is sampled."""
+    """The lock that a shard holds while it is sampled."""
 
     def settings(self, row: Row) -> dict[str, Any]:
         """What a row is generated with: the run's settings, with the row's own in their place."""

@@ -23,18 +23,18 @@ class Device:
     """``cuda`` or ``cpu``."""
     dtype: torch.dtype
     threads: int
-    """CPU threads of one computation; sums depend on it."""
+    """Number of CPU threads of one computation. Sums depend on it."""
 
     @classmethod
     def prepare(cls, config: RunConfig) -> "Device":
         """Make this process compute the same bytes every time.
 
-        Kernels are chosen by rule, never by timing, and only deterministic ones are allowed. What is compiled is kept
-        in the node's cache, ``compiled`` beside the models, for other workers and later runs; where
-        ``TORCHINDUCTOR_CACHE_DIR`` is set, there.
+        Kernels are chosen by rule, never by timing, and only deterministic ones are allowed. Compiled kernels are kept
+        for other workers and later runs: in ``TORCHINDUCTOR_CACHE_DIR`` if it is set, else in ``compiled`` beside the
+        models of the node's cache.
 
         Args:
-            config: with ``dtype`` and ``gpus_per_worker`` resolved.
+            config: the run, with ``dtype`` and ``gpus_per_worker`` resolved.
 
         Raises:
             ModelError: this machine cannot compute as the run asks.
@@ -48,7 +48,7 @@ class Device:
             )
         if kind == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ModelError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16 or float32")
-        # Of processes that Ray did not start with the run's environment.
+        # For processes that Ray did not start with the run's environment.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if config.compile:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache_folder(), "compiled"))
@@ -65,7 +65,7 @@ class Device:
         torch.set_num_threads(self.threads)
 
     def describe(self) -> dict[str, Any]:
-        """The receipt's ``device``: what the bytes depend on besides the fingerprint."""
+        """The ``device`` of a receipt: what the bytes depend on besides the fingerprint."""
         packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "Pillow")}
         on_gpu = self.kind == "cuda"
         return {

@@ -1,9 +1,9 @@
-"""What becomes of sampled batches: their images scored, judged by the gates, encoded and written."""
+"""The end of a batch: its images are scored, judged by the gates, encoded and written."""
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 from vcf_batch import images, sharding
 from vcf_batch.metrics.scorer import Targets
 from vcf_batch.output import marking
-from vcf_batch.records import TRIPLET, Row, Sample, Scores
+from vcf_batch.records import TRIPLET, Sample, Scores
 from vcf_batch.worker import gates
 from vcf_batch.worker.batches import Batch
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
+from vcf_batch.worker.shard_rows import ShardRows
 
 NOT_FINITE = "the model produced values that are not finite for this row; try another seed or --dtype float32"
 
@@ -27,49 +28,42 @@ class Finisher:
 
     Args:
         components: what to score with.
-        rows: of the shard.
-        settings: of each row.
-        padding: positions of the rows that are not generated.
-        known: samples of these rows, by the number of the row.
-        write: takes the samples, in the order of the rows.
-        clock: where the time went.
+        rows: the rows of the shard, padding included.
+        write: takes a sample of each row, in the order of the rows.
+        clock: takes the time, and is told of each sample that is written.
     """
 
-    def __init__(
-        self,
-        components: Components,
-        rows: Sequence[Row],
-        settings: Sequence[Mapping[str, Any]],
-        padding: Set[int],
-        known: Mapping[int, Sample],
-        write: Callable[[Sample], None],
-        clock: Clock,
-    ) -> None:
+    def __init__(self, components: Components, rows: ShardRows, write: Callable[[Sample], None], clock: Clock) -> None:
         self._components, self._config, self._scorer = components, components.config, components.scorer.new_shard()
-        self._rows, self._settings, self._padding, self._known = rows, settings, padding, known
-        self._write, self._clock = write, clock
+        self._rows, self._write, self._clock = rows, write, clock
         self._finished: dict[int, Sample] = {}
-        """By position: samples that wait for earlier ones to be written."""
+        """Samples that wait for earlier ones to be written, by position."""
+        self._position = 0
+        """Position of the next row to be written."""
 
     def finish(self, batch: Batch) -> bool:
-        """Score a batch; encode and write what is settled.
+        """Score a batch whose images are there; encode and write the rows that get no other draw.
 
         Returns:
-            Whether all rows are settled, and none gets another attempt.
+            Whether that is each row of the batch.
+
+        Raises:
+            StorageError: the scratch cannot be written, or a sample that stays cannot be read.
         """
         finite, pixels = self._pixels(batch, batch.images)
         twins_finite, twins = self._pixels(batch, batch.twins) if self._config.triplets else (finite, [])
+        padding = self._rows.padding
         with self._clock("score"):
             if batch.targets is None:
-                prompts = [self._rows[position].prompt for position in batch.positions]
-                weights = [self._settings[position]["reference_weights"] for position in batch.positions]
+                prompts = [self._rows.rows[position].prompt for position in batch.positions]
+                weights = [self._rows.settings[position]["reference_weights"] for position in batch.positions]
                 batch.targets = self._scorer.targets(prompts, batch.pictures, weights)
-                batch.tries = {position: [] for position in batch.positions if position not in self._padding}
+                batch.draws = {position: [] for position in batch.positions if position not in padding}
             scores = self._scorer.score(batch.targets, pixels, twins)
             flags = self._flags(pixels, twins)
         with self._clock("encode"):
             for place, position in enumerate(batch.positions):
-                if position not in batch.tries:
+                if position not in batch.draws:
                     continue
                 is_finite = finite[place] and twins_finite[place]
                 sample = self._outcome(batch, place, scores[place], flags[place], is_finite)
@@ -86,16 +80,31 @@ class Finisher:
                         phash=images.perceptual_hash(pixels[place]),
                     )
                 self._finished[position] = sample
-                del batch.tries[position]
+                del batch.draws[position]
         with self._clock("write"):
-            while (position := self._clock.samples_done) in self._finished or position in self._padding:
-                known = position in self._padding
-                self._write(self._known[self._rows[position].number] if known else self._finished.pop(position))
-                self._clock.samples_done += 1
-        return not batch.tries
+            self._write_finished()
+        return not batch.draws
+
+    def _write_finished(self) -> None:
+        """Write the samples up to the first row that has none yet."""
+        while True:
+            if self._position in self._rows.padding:
+                sample = self._rows.known_sample(self._position)
+            elif self._position in self._finished:
+                sample = self._finished.pop(self._position)
+            else:
+                return
+            self._write(sample)
+            self._position += 1
+            self._clock.note_sample()
 
     def _pixels(self, batch: Batch, sampled: Tensor | None) -> tuple[list[bool], list[NDArray[np.uint8]]]:
-        """Which images are finite, and all as uint8 ``[H, W, 3]``; plain ones where nothing was sampled."""
+        """Which images of a batch are finite, and all of them as uint8 ``[H, W, 3]``.
+
+        Args:
+            batch: the batch.
+            sampled: float32 ``[B, 3, H, W]`` in [0, 1]; None gives black images.
+        """
         if sampled is None:
             size = cast(int, self._config.height), cast(int, self._config.width)
             sampled = torch.zeros(len(batch.positions), 3, *size)
@@ -103,32 +112,35 @@ class Finisher:
         return finite, [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
 
     def _flags(self, pixels: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]]) -> Sequence[bool | None]:
-        """Of each row, whether the safety checker flags its image or its twin; None without a checker."""
+        """Whether the safety checker flags each row's image or its twin; None for each row without a checker."""
         if self._components.safety is None:
             return [None] * len(pixels)
         flags = self._components.safety(pixels)
         return [*map(operator.or_, flags, self._components.safety(twins))] if twins else flags
 
     def _outcome(self, batch: Batch, place: int, scores: Scores, nsfw: bool | None, is_finite: bool) -> Sample | None:
-        """What became of a row, but for its image; None if it gets another attempt."""
+        """What became of a row, but for its image; None if it gets another draw."""
         position = batch.positions[place]
-        row, used = self._rows[position], self._settings[position]
+        row, used = self._rows.rows[position], self._rows.settings[position]
         if position in batch.errors:
             return Sample(row, "failed", used, error_message=batch.errors[position])
-        used = {**used, "seed": sharding.attempt_seed(used["seed"], batch.attempt)}
-        tried = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place], nsfw=nsfw)
+        used = {**used, "seed": sharding.draw_seed(used["seed"], batch.draw)}
+        drawn = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place], nsfw=nsfw)
         if not is_finite:
-            tried = Sample(row, "failed", used, error_message=NOT_FINITE)
-        batch.tries[position].append(tried)
-        return gates.outcome(batch.tries[position], self._config)
+            drawn = Sample(row, "failed", used, error_message=NOT_FINITE)
+        batch.draws[position].append(drawn)
+        return gates.outcome(batch.draws[position], self._config)
 
     def _encoded(self, sample: Sample, pixels: NDArray[np.uint8]) -> bytes:
-        """The file of an image that a sample tells how it was made."""
+        """The encoded image file, with the sample's settings as XMP unless the run leaves them out."""
         mark = marking.xmp(sample, self._components.model) if self._config.mark else None
         return images.encode(pixels, self._config.image_format, mark)
 
     def _triplet(self, batch: Batch, place: int, sample: Sample, twin: NDArray[np.uint8]) -> dict[str, bytes]:
-        """The twin of a row, and the reference that counts most in it, as the perceptual distance sees it: encoded."""
+        """The other images of a row's triplet, encoded, by :data:`vcf_batch.records.TRIPLET`.
+
+        They are the text-only twin, and the reference that counts most, in the size that the perceptual distance sees.
+        """
         text_only = dataclasses.replace(sample, settings={**sample.settings, "strength": 0.0, "pno_steps": 0})
         shares = cast(Targets, batch.targets).shares[place]
         height, width, _ = twin.shape

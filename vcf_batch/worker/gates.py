@@ -1,42 +1,42 @@
-"""Quality gates: what a sample's scores have to be, and what becomes of a row after the attempts at it."""
+"""Quality gates: what a sample's scores have to be, and what becomes of a row after its draws."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
 from vcf_batch.config import GATES, RunConfig
-from vcf_batch.records import Attempt, Sample, Scores
+from vcf_batch.records import Draw, Sample, Scores
 
 
-def outcome(tries: Sequence[Sample], config: RunConfig) -> Sample | None:
-    """What becomes of a row: the sample that passes; else, once all attempts are made, the best one, rejected.
+def outcome(draws: Sequence[Sample], config: RunConfig) -> Sample | None:
+    """What becomes of a row: the sample that passes; else, after the last draw, the best one, rejected.
 
     Args:
-        tries: what the attempts at the row gave so far, in order: as if there were no gates, and without images.
-        config: with the gates.
+        draws: what the draws of the row gave so far, one or more in order: as without gates, and without images.
+        config: the run, with its gates.
 
     Returns:
-        None if the row gets another attempt.
+        The sample of the last draw or of the best one; None if the row gets another draw.
     """
-    last = tries[-1]
+    last = draws[-1]
     if not config.is_gated:
         return last
-    attempts = tuple(Attempt(each.settings["seed"], each.scores, each.nsfw) for each in tries)
+    attempts = tuple(Draw(each.settings["seed"], each.scores, each.nsfw) for each in draws)
     if last.status == "success" and not misses(last, config):
         return dataclasses.replace(last, attempts=attempts)
-    if len(tries) < config.attempts:
+    if len(draws) < config.attempts:
         return None
-    scored = [each for each in tries if each.status == "success"]
+    scored = [each for each in draws if each.status == "success"]
     if not scored:
         return dataclasses.replace(last, attempts=attempts)
     best = max(scored, key=lambda each: _quality(each.scores, config.best_by))
-    where = f"in the best of {len(tries)} attempts" if len(tries) > 1 else "in 1 attempt"
+    where = f"in the best of {len(draws)} attempts" if len(draws) > 1 else "in 1 attempt"
     reason = f"{' and '.join(misses(best, config))} {where}"
     return dataclasses.replace(best, status="rejected", error_message=reason, attempts=attempts)
 
 
 def misses(sample: Sample, config: RunConfig) -> list[str]:
-    """The gates that a sample does not pass, in words. A score that does not apply to it passes."""
+    """The gates that a sample misses, in words. A score that does not apply to the sample passes."""
     missed = ["flagged by the safety checker"] if sample.nsfw else []
     for name, limit in config.gates.items():
         value = getattr(sample.scores, GATES[name])
@@ -48,7 +48,7 @@ def misses(sample: Sample, config: RunConfig) -> list[str]:
 
 
 def _quality(scores: Scores, best_by: str) -> float:
-    """Higher is better. Rows without that score go by their prompt."""
+    """How good a sample is, higher is better. Rows without the score ``best_by`` go by their prompt."""
     value = getattr(scores, best_by)
     if value is None:
         return cast(float, scores.clip_score)

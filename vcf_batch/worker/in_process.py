@@ -1,5 +1,6 @@
 """A worker in this process, for what needs no cluster: a calibration, a preview. No Ray here."""
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from vcf_batch.worker.worker import Worker
 
 BATCH_SIZE = 8
-"""Stands for ``--batch-size auto``."""
+"""The batch size in place of a measured one."""
 
 
 def _gpus() -> float:
@@ -21,18 +22,18 @@ def _gpus() -> float:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """What a cluster decides, where it is left open: this machine stands for it, and no batch size is looked for."""
+    """Fill in what a cluster would decide: GPUs from this machine, and a fixed batch size instead of a measured one."""
     if config.gpus_per_worker is None:
         config = config.replace(gpus_per_worker=_gpus())
     return config.replace(batch_size=BATCH_SIZE) if config.batch_size is None else config
 
 
 def load(job: Job, scratch: str) -> "Worker":
-    """A worker for a run that writes nothing into the run's output.
+    """Load a worker that writes nothing into the run's output.
 
     Args:
         job: the run.
-        scratch: local folder that takes what it writes.
+        scratch: a local folder, which takes what the worker writes.
 
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.worker.load`.
@@ -40,9 +41,4 @@ def load(job: Job, scratch: str) -> "Worker":
     os.environ.update(environment(job.config))
     from vcf_batch.worker import worker  # brings torch, which reads the environment
 
-    return worker.load(
-        config=job.config.replace(output=scratch),
-        fingerprint=job.fingerprint,
-        manifest=job.manifest,
-        models_used=job.models,
-    )
+    return worker.load(dataclasses.replace(job, config=job.config.replace(output=scratch)))

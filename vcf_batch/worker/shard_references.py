@@ -10,17 +10,18 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
-from vcf_batch.records import Reference, Row
+from vcf_batch.records import Reference
 from vcf_batch.vcf.pipeline import BLANK
 from vcf_batch.worker.batches import Batch
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
+from vcf_batch.worker.shard_rows import ShardRows
 
 READERS = 8
 """Threads that read references. They wait for storage most of the time."""
 
 PICTURE_BYTES = 1 << 30
-"""Decoded references of a shard that are kept for later batches; beyond it they are read again."""
+"""Bytes of decoded references that a shard keeps for later batches. Images beyond it are read again."""
 
 
 @dataclass
@@ -28,30 +29,37 @@ class _Entry:
     """One distinct reference of a shard."""
 
     number: int
+    """Its place among the distinct references of the shard, from 0."""
     batches_left: int = 0
-    """Batches with a row of it that are not finished."""
+    """Number of batches that need it and are not finished."""
     holders: int = 0
-    """Batches in the making that look at the image."""
+    """Number of batches that need its image now: they are read ahead, sampled or being finished."""
     reading: "Future[tuple[Image.Image, Image.Image]] | None" = None
+    """The read under way, which gives ``image`` and ``squashed``."""
     image: Image.Image | None = None
+    """The decoded image; None before it is read, and after it is dropped."""
     squashed: Image.Image | None = None
-    """What the model gets of it, until there are tokens."""
+    """The image as the model takes it; dropped once there are tokens."""
     error: str | None = None
+    """Why the rows of the reference fail."""
     tokens: Tensor | None = None
-    """Aligned, ``[N, Dt]``."""
+    """Aligned tokens, ``[N, Dt]``."""
 
     def wait(self, blamed: type[VcfBatchError] | tuple[type[VcfBatchError], ...]) -> None:
-        """Wait for the image.
+        """Wait for the read under way, if there is one.
 
         Args:
             blamed: errors that fail the rows of the reference. Any other is raised.
+
+        Raises:
+            StorageError: storage or network failed, and that is not in ``blamed``.
         """
         if self.image is None and self.reading is not None:
             try:
                 self.image, self.squashed = self.reading.result()
             except blamed as error:
                 self.error = str(error)
-                # Stands in for the image, so that its batch keeps its shape. No two alike, so that none are merged.
+                # A plain image stands in, so that the batch keeps its shape. No two are alike, so that none are merged.
                 self.image = Image.new("RGB", (64, 64), (self.number % 256, self.number // 256 % 256, 128))
                 self.squashed = self.image
             self.reading = None
@@ -62,14 +70,15 @@ class ShardReferences:
 
     Args:
         components: what to read and encode with.
-        batches: of the shard.
-        rows: of the shard.
-        last_attempt: trouble of storage or network with one reference fails its rows. Before that it raises.
-        clock: where the time went.
+        batches: the batches of the shard, in order.
+        rows: the rows of the shard.
+        last_attempt: trouble of storage or network with one reference fails its rows. Before the last attempt it
+            raises.
+        clock: takes the time.
     """
 
     def __init__(
-        self, components: Components, batches: Sequence[Batch], rows: Sequence[Row], last_attempt: bool, clock: Clock
+        self, components: Components, batches: Sequence[Batch], rows: ShardRows, last_attempt: bool, clock: Clock
     ) -> None:
         self._components, self._rows, self._clock = components, rows, clock
         self._blamed = (RowError, StorageError) if last_attempt else RowError
@@ -95,29 +104,29 @@ class ShardReferences:
                 entry.reading = self._readers.submit(self._read_one, reference)
 
     def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
-        """The image, and what the model gets of it. Runs beside the sampling."""
+        """The image, and its squashed form, which the model takes. Runs in a thread beside the sampling."""
         with self._clock("read_references"):
             image = self._components.references.read(reference)
             return image, self._components.pipeline.squash(image)
 
     def collect(self, batch: Batch) -> None:
-        """Wait for the batch's references, and note which rows fail.
+        """Wait for the batch's references; fill in its ``pictures``, and the ``errors`` of rows that fail.
 
         Raises:
-            StorageError: storage or network failed, and no row is to be blamed yet.
+            StorageError: storage or network failed, and this is not the last attempt.
         """
         for position, references in zip(batch.positions, batch.references, strict=True):
             entries = [self._entries[reference] for reference in references]
             for entry in entries:
                 entry.wait(self._blamed)
-            shown = entries[: len(self._rows[position].references)]
+            shown = entries[: len(self._rows.rows[position].references)]
             batch.pictures.append([cast(Image.Image, entry.image) for entry in shown])
             error = next((entry.error for entry in entries if entry.error), None)
             if error:
                 batch.errors[position] = error
 
     def tokens(self, batch: Batch) -> dict[Reference, Tensor]:
-        """Aligned tokens ``[N, Dt]`` of the batch's references; each distinct one is encoded once a shard."""
+        """Aligned tokens ``[N, Dt]`` of each of the batch's references. A reference is encoded once a shard."""
         wanted = {reference: self._entries[reference] for reference in batch.distinct_references()}
         new = [entry for entry in wanted.values() if entry.tokens is None]
         if new:
@@ -136,7 +145,7 @@ class ShardReferences:
         return self._components.pipeline.encode_references(pictures, self._components.config.image_tokens)
 
     def release(self, batch: Batch) -> None:
-        """Let go of what no later batch needs."""
+        """Let go of the references that no later batch needs, and of images beyond :data:`PICTURE_BYTES`."""
         for reference in batch.distinct_references():
             entry = self._entries[reference]
             entry.holders -= 1

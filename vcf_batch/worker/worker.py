@@ -1,10 +1,10 @@
-"""A worker: one shard in, its staged files and its receipt out. No ray here, so it is tested without a cluster."""
+"""A worker: one task in, a shard's staged files and its receipt out. No Ray here, so it is tested without a cluster."""
 
 import contextlib
 import os
 import socket
 from collections import ChainMap
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import cast
@@ -12,7 +12,6 @@ from typing import cast
 import torch
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.clip_score import ClipJudge
@@ -22,10 +21,11 @@ from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors
 from vcf_batch.output import commits, shards
 from vcf_batch.output.shards import ShardFiles
-from vcf_batch.records import Receipt, Sample, Shard
+from vcf_batch.records import Receipt, Row, Sample
 from vcf_batch.row_settings import checked
-from vcf_batch.setup.job import TRACE, is_guided
+from vcf_batch.setup.job import TRACE, Job
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
+from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -34,21 +34,19 @@ from vcf_batch.worker.clock import Clock, Profile
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.device import Device
 from vcf_batch.worker.generation import Generation
+from vcf_batch.worker.shard_rows import ShardRows
 
 NO_REFERENCE = "the row has no reference, which each triplet shows; give it one, or leave --triplets out"
 
 _model_loads = 0
-"""How often this process has loaded models. Receipts show it: once is right."""
+"""Number of times this process has loaded models. Receipts show it: 1 is right."""
 
 
-def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used: Models) -> "Worker":
+def load(job: Job) -> "Worker":
     """Fetch and load everything, and build the worker. Takes as long as loading a model does.
 
     Args:
-        config: the run, with every default resolved.
-        fingerprint: the run's name.
-        manifest: as the driver opened it.
-        models_used: as the driver resolved them.
+        job: the run. The worker writes to the output that its ``config`` names.
 
     Raises:
         ModelError: a model is not there, unsafe, incomplete, or this machine cannot run it.
@@ -56,24 +54,23 @@ def load(*, config: RunConfig, fingerprint: str, manifest: Manifest, models_used
     """
     global _model_loads
     scratch.clean()
+    config, manifest, models = job.config, job.manifest, job.models
     device = Device.prepare(config)
-    folder = fetch(models_used.pipeline)
-    judge = models_used.judge
-    judge_folder = os.path.join(folder, OWN_JUDGE) if judge is None else fetch(judge)
+    folder = fetch(models.pipeline)
+    judge_folder = os.path.join(folder, OWN_JUDGE) if models.judge is None else fetch(models.judge)
     pipeline = _load_pipeline(folder, device, config.compile)
     scorer = Scorer(
-        ClipJudge.from_pretrained(judge_folder, device=device.kind),
-        _load_perceptual(models_used, folder, device),
+        ClipJudge.from_pretrained(judge_folder, device=device.kind), _load_perceptual(models, folder, device)
     )
     guide = None
-    if is_guided(config, manifest):
-        guide = _load_guide(models_used, pipeline, device)
+    if job.guided:
+        guide = _load_guide(models, pipeline, device)
         guide.refuse_judge(scorer.judge.model)
-    safety = _load_safety(models_used, device)
+    safety = _load_safety(models, device)
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     _model_loads += 1
-    components = Components(config, pipeline, scorer, references, models_used.pipeline.identity, device, guide, safety)
-    return Worker(components, manifest, fingerprint)
+    components = Components(config, pipeline, scorer, references, models.pipeline.identity, device, guide, safety)
+    return Worker(components, manifest, job.fingerprint, job.profiled)
 
 
 def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
@@ -82,96 +79,88 @@ def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
     return pipeline.set_up(device.kind, compiled)
 
 
-def _load_guide(models_used: Models, pipeline: VCFPipeline, device: Device) -> Guide:
-    if models_used.pno_guide is not None:
-        return Guide.from_pretrained(fetch(models_used.pno_guide), device=device.kind)
+def _load_guide(models: Models, pipeline: VCFPipeline, device: Device) -> Guide:
+    if models.pno_guide is not None:
+        return Guide.from_pretrained(fetch(models.pno_guide), device=device.kind)
     statistics = pipeline.feature_extractor
     return Guide(pipeline.image_encoder, statistics.image_mean, statistics.image_std)
 
 
-def _load_safety(models_used: Models, device: Device) -> SafetyChecker | None:
-    if models_used.safety_checker is None:
+def _load_safety(models: Models, device: Device) -> SafetyChecker | None:
+    if models.safety_checker is None:
         return None
-    folder = fetch(models_used.safety_checker)
-    if models_used.safety_checker == models_used.pipeline:
+    folder = fetch(models.safety_checker)
+    if models.safety_checker == models.pipeline:
         folder = os.path.join(folder, OWN_SAFETY)
     return SafetyChecker.from_pretrained(folder, device=device.kind)
 
 
-def _load_perceptual(models_used: Models, folder: str, device: Device) -> PerceptualDistance | None:
-    if models_used.lpips == TINY_PERCEPTUAL:
+def _load_perceptual(models: Models, folder: str, device: Device) -> PerceptualDistance | None:
+    if models.lpips == TINY_PERCEPTUAL:
         from vcf_batch.tiny.probe import Probe  # only a model that brings one needs it
 
         with load_errors(f"the probe of the model in {folder}"):
             probe = Probe.from_pretrained(os.path.join(folder, OWN_PROBE), dtype=torch.float32)
         return PerceptualDistance(probe.to(device.kind).eval().features, device=device.kind)
-    if models_used.lpips_source is None:
+    if models.lpips_source is None:
         return None
-    return LPIPS.from_pretrained(models_used.lpips, models_used.lpips_source, device=device.kind)
+    return LPIPS.from_pretrained(models.lpips, models.lpips_source, device=device.kind)
 
 
 class Worker:
-    """Generates shards from parts that are given to it.
+    """Generates shards from components that are given to it.
 
     Two shards may be under way at once, each in a thread of its own: while one is sampled, the next one's first
     references are read, or the last one's files are finished and staged.
 
     Args:
-        components: what samples, scores and reads references.
+        components: what samples, scores and reads references, with the run's configuration.
         manifest: where rows are read from.
-        fingerprint: the run's name, for the receipts.
+        fingerprint: the name of the run, for the receipts.
+        profiled: index of the shard whose first batches are recorded, see :attr:`vcf_batch.setup.job.Job.profiled`.
     """
 
-    def __init__(self, components: Components, manifest: Manifest, fingerprint: str) -> None:
+    def __init__(
+        self, components: Components, manifest: Manifest, fingerprint: str, profiled: int | None = None
+    ) -> None:
         self.components = components
         self.manifest = manifest
         self.fingerprint = fingerprint
+        self._profiled = profiled
         self._under_way: dict[str, Clock] = {}
-        """By the names of the attempts."""
+        """The clock of each task under way, by attempt id."""
 
     @property
-    def ticks(self) -> dict[str, int]:
-        """By attempt, what changes whenever something is done: read from another thread to see whether one hangs."""
-        return {attempt_id: clock.ticks for attempt_id, clock in [*self._under_way.items()]}
+    def progress(self) -> dict[str, int]:
+        """By attempt id, a count that grows whenever anything moves. Any thread may read it."""
+        return {attempt_id: clock.progress for attempt_id, clock in [*self._under_way.items()]}
 
     @property
     def samples_done(self) -> dict[str, int]:
-        """Samples that are written, by attempt: for progress, read from another thread."""
+        """By attempt id, the number of samples that are written. Any thread may read it."""
         return {attempt_id: clock.samples_done for attempt_id, clock in [*self._under_way.items()]}
 
-    def tick(self, attempt_id: str) -> None:
-        """Something was done elsewhere for a shard that is under way."""
-        self._under_way[attempt_id].tick()
+    def note_progress(self, attempt_id: str) -> None:
+        """Note that something moved elsewhere for a task that is under way."""
+        self._under_way[attempt_id].note_progress()
 
     def run(
-        self,
-        shard: Shard,
-        attempt: int,
-        attempt_id: str,
-        last_attempt: bool = False,
-        verdicts: Mapping[int, str] = MappingProxyType({}),
-        existing: Mapping[int, Sample] = MappingProxyType({}),
-        sampled_at_once: int | None = None,
-        profiled: bool = False,
-    ) -> tuple[Receipt, dict[str, str]]:
+        self, task: ShardTask, attempt_id: str, existing: Mapping[int, Sample] = MappingProxyType({})
+    ) -> tuple[Receipt, dict[str, str]] | None:
         """Generate one shard and stage its files under the output.
 
         Rows with a verdict or an existing sample are not touched; the other rows' bytes do not depend on which these
-        are.
+        are. A trial generates its selected rows in the same way and throws them away: it shows what happens to this
+        process.
 
         Args:
-            shard: rows of the manifest.
-            attempt: how often the shard was tried, from 1.
-            attempt_id: names the staged files; unique to this attempt.
-            last_attempt: a reference that storage or network do not deliver fails its rows, not the attempt.
-            verdicts: row number to error message: rows that fail without a try.
-            existing: row number to sample: rows that are done. Samples are asked for one by one, in order.
-            sampled_at_once: rows at most, where memory is too small for a batch; the receipt says so, because samples
-                may differ in their last bits.
-            profiled: record a trace of the shard's first batches: :data:`vcf_batch.setup.job.TRACE` in the output.
+            task: what to do.
+            attempt_id: a name that no other task under way has; it names the staged files.
+            existing: samples that stay, by row number. They are asked for one by one, in order.
 
         Returns:
-            The receipt, not published, and what :func:`vcf_batch.output.commits.commit` needs to publish it.
+            The receipt, not published, and what :func:`vcf_batch.output.commits.commit` needs to publish it. None for a
+            trial.
 
         Raises:
             UsageError: the manifest or the model cannot be used; trying again does not help.
@@ -179,15 +168,18 @@ class Worker:
             VcfBatchError: storage, network or the machine failed. No row is to blame; the shard may be tried again.
         """
         started, output = datetime.now(UTC), self.components.config.output
+        is_profiled = not task.is_trial and task.shard.index == self._profiled
         with contextlib.ExitStack() as profiling:
-            clock = profiling.enter_context(Profile(storage.join(output, TRACE))) if profiled else Clock()
-            how = (clock, last_attempt, sampled_at_once)
-            with self._generated(shard, attempt_id, verdicts, existing, *how) as files, clock("stage"):
-                staged = commits.stage(files, output, shard, attempt_id, clock.tick)
+            clock = profiling.enter_context(Profile(storage.join(output, TRACE))) if is_profiled else Clock()
+            with self._generated(task, attempt_id, existing, clock) as files:
+                if task.is_trial:
+                    return None
+                with clock("stage"):
+                    staged = commits.stage(files, output, task.shard, attempt_id, clock.note_progress)
         receipt = Receipt(
-            shard=shard,
+            shard=task.shard,
             fingerprint=self.fingerprint,
-            attempt=attempt,
+            attempt=task.attempt,
             counts=files.counts,
             files=files.entries,
             device=self.components.device.describe(),
@@ -203,70 +195,50 @@ class Worker:
             means=files.means,
             histograms=files.histograms,
             sampled=files.sampled,
-            sampled_at_once=sampled_at_once,
+            sampled_at_once=task.sampled_at_once,
         )
         return receipt, staged
 
-    def trial(
-        self, shard: Shard, attempt_id: str, selected: Container[int], sampled_at_once: int | None = None
-    ) -> None:
-        """Generate some rows of a shard as :meth:`run` does, and throw them away: what happens to this process?
-
-        Args:
-            shard: rows of the manifest.
-            attempt_id: names what is under way.
-            selected: numbers of the rows that are generated.
-            sampled_at_once: as for :meth:`run`.
-
-        Raises:
-            VcfBatchError: as :meth:`run`, but a reference that storage or network do not deliver fails its rows.
-        """
-        left_out = {
-            number: "left out of a trial" for number in range(shard.start, shard.stop) if number not in selected
-        }
-        with self._generated(shard, attempt_id, left_out, {}, Clock(), True, sampled_at_once):
-            pass
-
     @contextlib.contextmanager
     def _generated(
-        self,
-        shard: Shard,
-        attempt_id: str,
-        verdicts: Mapping[int, str],
-        existing: Mapping[int, Sample],
-        clock: Clock,
-        last_attempt: bool,
-        sampled_at_once: int | None,
+        self, task: ShardTask, attempt_id: str, existing: Mapping[int, Sample], clock: Clock
     ) -> Iterator[ShardFiles]:
-        """The shard's files, in scratch that goes when the block is left."""
-        self.components.device.use_threads()
+        """The shard's files, in scratch that goes when the block is left. The task is under way until then."""
+        components, config = self.components, self.components.config
+        components.device.use_threads()
         self._under_way[attempt_id] = clock
         try:
             with scratch.folder() as folder:
                 with clock("read_manifest"):
-                    read = self.manifest.rows(shard.start, shard.stop, self.components.config.seed)
-                    rows = [checked(row, self.components.config) for row in read]
-                failed = {
-                    row.number: Sample(row, "failed", self.components.settings(row), error_message=error)
-                    for row in rows
-                    if (error := verdicts.get(row.number) or row.error)
-                }
-                rejected = {
-                    row.number: Sample(row, "rejected", self.components.settings(row), error_message=NO_REFERENCE)
-                    for row in rows
-                    if self.components.config.triplets and not row.references
-                }
-                known = ChainMap(failed, rejected, cast(dict[int, Sample], existing))
-                way = (clock, last_attempt, sampled_at_once)
-                layout = (
-                    self.components.config.image_format,
-                    self.manifest.carried_schema,
-                    self.manifest.reference_is_list,
-                )
-                with shards.ShardWriter(folder, shard, *layout) as writer:
-                    Generation(self.components, rows, known, writer.add, *way).run()
+                    read = self.manifest.rows(task.shard.start, task.shard.stop, config.seed)
+                    rows = [checked(row, config) for row in read]
+                # A sample that stays is asked for only if nothing else is known of its row.
+                known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
+                manifest = self.manifest
+                with shards.ShardWriter(
+                    folder, task.shard, config.image_format, manifest.carried_schema, manifest.reference_is_list
+                ) as writer:
+                    Generation(
+                        components,
+                        ShardRows.of(rows, known, components),
+                        writer.add,
+                        clock,
+                        last_attempt=task.last_attempt or task.is_trial,
+                        sampled_at_once=task.sampled_at_once,
+                    ).run()
                     with clock("finish_files"):
                         files = writer.finish()
                 yield files
         finally:
             del self._under_way[attempt_id]
+
+    def _decided(self, task: ShardTask, rows: Sequence[Row]) -> dict[int, Sample]:
+        """The samples, by row number, of the rows that fail or are rejected without being generated."""
+        settings, triplets = self.components.settings, self.components.config.triplets
+        verdicts, decided = task.not_generated, {}
+        for row in rows:
+            if error := verdicts.get(row.number) or row.error:
+                decided[row.number] = Sample(row, "failed", settings(row), error_message=error)
+            elif triplets and not row.references:
+                decided[row.number] = Sample(row, "rejected", settings(row), error_message=NO_REFERENCE)
+        return decided

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcf_batch.records import Reference, Row
-from vcf_batch.worker.batches import neutral
+from vcf_batch.worker.shard_rows import neutral
 
 TEXTS = st.sampled_from(["", " ", "  ", "a", "b", "c"])
 REFERENCES = [Reference("a.png"), Reference("b.png"), Reference(data=b"c")]
