@@ -64,7 +64,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
                 if (exact and there != here) or difference > TOLERANCE:
                     cause = f"{key} drawn again differs by {difference:.3g} of 255 on the mean"
                     where = "the type of device that made it" if exact else "another type of device"
-                    yield Finding(shard.name, f"{cause}, on {where}, unless a reference has changed", shard)
+                    yield Finding(shard.name, f"{cause}, on {where}; the image or a reference was changed", shard)
     told = f"{compared} drawn again, {same} with the same bytes; the largest mean difference is {largest:.3g} of 255"
     yield Finding("samples", told, is_damage=False)
 
@@ -106,8 +106,8 @@ def _pairs(
     errors = _by_key(parquet, "error_message")
     seeds_there, seeds_here = (_by_key(file, "seed") for file in (committed, parquet))
     if not exact:
-        # Rounding may move a score over a gate's limit, so that another attempt passes here.
-        other = "another of its attempts passes the gates here"
+        # Rounding may move a score over a gate's limit, so that another draw passes here.
+        other = "another of its draws passes the gates here"
         redrawn |= {key: other for key in redrawn if seeds_there[key] != seeds_here[key]}
     commits.discard(scratch, staged)
     for place, sample in enumerate(shards.read_samples(shards.file_url(output.url, shard, "tar"))):

@@ -1,4 +1,4 @@
-"""How a shard comes to exist: staged whole by a worker, committed by the driver alone, receipt last.
+"""The protocol that commits a shard: a worker stages its files, the driver alone commits them, receipt last.
 
 A worker stages its files under a name of its own attempt (:func:`stage`), so no two attempts share a name, even if a
 worker that was declared dead lives on. The driver moves the files to their final names and then publishes the receipt
@@ -88,7 +88,8 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
                 found, said = storage.size(url := storage.join(output_url, path)), receipt.files[kind].size
                 if found != said:
                     raise StagedFilesLost(
-                        f"staged file {url} has {found} bytes, its receipt says {said}; it has to be generated again"
+                        f"staged file {url} has {found} bytes, but its receipt says {said}; the shard has to be "
+                        "generated again"
                     )
         if replaces:
             storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT))
@@ -97,7 +98,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
             del staged[kind]
     except FileNotFoundError as error:
         raise StagedFilesLost(
-            f"a staged file of shard {receipt.shard.name} is gone ({error}); it has to be generated again"
+            f"a staged file of shard {receipt.shard.name} is gone ({error}); the shard has to be generated again"
         ) from error
     try:
         storage.publish_bytes(receipt_url, receipt.to_json(), create=True)

@@ -249,7 +249,7 @@ def _described(lease: bytes | None) -> str:
 
 
 def _machine() -> str | None:
-    """Where a process number is unique: name of this boot of the kernel and of this container. None if unknown."""
+    """Name of this boot of the kernel and this container, in which process numbers are unique; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,7 +1,7 @@
 """The marking of images as synthetic, for machines: XMP (ISO 16684-1) inside each image file.
 
 The mark contains neither prompt nor reference, because they may be private and an image may be shared without its data
-set. Whoever has the data set finds both by the key.
+set. The key leads to both in the data set.
 """
 
 import json

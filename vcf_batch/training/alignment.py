@@ -81,6 +81,8 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
+    """Concatenation of all workers' tensors, with its gradient."""
+
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

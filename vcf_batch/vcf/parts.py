@@ -52,7 +52,8 @@ class Parts:
             return cls(found, resolution.resolve(image_encoder, image_encoder_revision))
         if image_encoder_revision is not None:
             raise ModelError(
-                f"the image encoder's revision is {image_encoder_revision!r}, but no image encoder is named"
+                f"the image encoder's revision is {image_encoder_revision!r}, but no image encoder is named; "
+                "name it with --image-encoder"
             )
         # model_index.json gives the library and the class of each part, or two nulls.
         if not any(index.get("image_encoder") or ()):

@@ -26,7 +26,7 @@ PERMUTATION_SEED = 1 << 63
 def noise_regularizer(
     noise: Tensor, block: int = 4, permutations: int = 20, generator: torch.Generator | None = None
 ) -> Tensor:
-    """How unlikely it is that noise is standard normal, by concentration bounds (docs/method.md, section 5).
+    """Improbability of noise under a standard normal distribution, by concentration bounds (docs/method.md, section 5).
 
     The noise is cut into blocks, in its own order and in random orders. The mean and covariance of the blocks are
     compared with those of independent normal numbers. Typical noise has ``4 log 2`` or a little more; ``4 log 2`` is
