@@ -92,7 +92,7 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
     "chosen",
     multiple=True,
     type=click.Choice([*MODES]),
-    help="Only this one and the exact one.",
+    help="Modes beside the exact one; else all",
 )
 def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]) -> None:
     """Print one line for each mode."""
