@@ -1,9 +1,11 @@
-"""What the approximate modes save, and what they cost in quality: ``python benchmarks/approximate.py``.
+"""Measure what the approximate modes save and what they cost in quality: ``python benchmarks/approximate.py``.
 
-The demo's rows on the embedded model, sampled and scored by a worker in this process: with 50 steps of DDIM, guided
-throughout, and with less. Noise, prompts and references are the same, so the differences are row by row.
+A worker in this process samples and scores the demo's rows on the embedded model: first in the exact mode (50 steps of
+DDIM, all of them guided), then in each approximate mode. Noise, prompts and references are the same, so the modes are
+compared row by row.
 
-Then what a denoising step with reused deep blocks takes at the full shapes of Stable Diffusion 2.1, by operations.
+At the end, the operations of a denoising step with reused deep blocks are counted at the full shapes of Stable
+Diffusion 2.1.
 """
 
 import dataclasses
@@ -46,7 +48,10 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def share_of_a_step_that_reuses() -> float:
-    """Operations of a UNet call with reused deep blocks, relative to one that computes them, counted without values."""
+    """Operations of a UNet call that reuses deep blocks, divided by those of a call that computes them.
+
+    They are counted on the meta device, without computing values.
+    """
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel(**FULL.unet, use_linear_projection=True)
         inputs = (torch.empty(2, 4, FULL.pixels // 8, FULL.pixels // 8), torch.tensor(500), torch.empty(2, 334, 1024))
@@ -61,7 +66,7 @@ def share_of_a_step_that_reuses() -> float:
 
 
 def operations(subject: Worker) -> int:
-    """Of one image with a reference, multiplications and additions."""
+    """Number of multiplications and additions for one image."""
     config, pipeline = subject.components.config, subject.components.pipeline
     names = ("steps", "scheduler", "guidance_scale", "guidance_lo", "guidance_hi", "deep_cache", "height", "width")
     with FlopCounterMode(display=False) as counter:
@@ -70,7 +75,7 @@ def operations(subject: Worker) -> int:
 
 
 def drawn(subject: Worker) -> list[dict[str, Any]]:
-    """The rows of the whole manifest with their scores, and their pixels in ``pixels``."""
+    """Generate the whole manifest: its rows with their scores, and with their pixels in ``pixels``."""
     shard = sharding.ShardPlan(subject.manifest.num_rows, subject.manifest.num_rows)[0]
     made = subject.run(ShardTask(shard), "benchmark")
     assert made  # it is no trial
@@ -85,7 +90,13 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
 @click.option("--manifest", default="manifests/demo.parquet", show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--limit", type=int, help="Only the first rows.")
-@click.option("--mode", "chosen", multiple=True, type=click.Choice([*MODES]), help="Beside the exact one; else all.")
+@click.option(
+    "--mode",
+    "chosen",
+    multiple=True,
+    type=click.Choice([*MODES]),
+    help="Modes beside the exact one; else all",
+)
 def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]) -> None:
     """Print one line for each mode."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-approximate-") as output:
@@ -117,7 +128,7 @@ def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]
 
 
 def _change(score: str, rows: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:
-    """The mean of a score; beside it the mean change from the exact mode, with its standard error."""
+    """Mean of a score, and in brackets its mean change from the exact mode with the standard error."""
     pairs = [(row[score], base[score]) for row, base in zip(rows, exact, strict=True) if base[score] is not None]
     now, before = np.array(pairs).T
     if rows is exact:

@@ -1,12 +1,12 @@
-"""What a shard costs the driver: ``python benchmarks/dispatch.py``.
+"""Measure the driver's work per shard: ``python benchmarks/dispatch.py``.
 
-The pool's own loop on a real Ray cluster, with fake workers: two processes play thousands of them, and a shard is a
-nap, two tiny staged files and a receipt.
+The pool's own loop runs on a real Ray cluster with fake workers. Two processes play thousands of workers; for a shard
+they sleep, stage two tiny files and return a receipt.
 
-``cost``: as many shards as possible, without naps: milliseconds of each.
+``cost``: the driver's milliseconds per shard, with shards that do not sleep.
 
-``keep-busy``: as many workers as one driver is to have, with shards of ten minutes that end all over the time. After
-all have begun, the benchmark watches how many of them are at work.
+``keep-busy``: the share of workers at work, with the largest number of workers for one driver and shards of ten minutes
+that end at different times. The measurement starts after all workers have begun.
 """
 
 import asyncio
@@ -50,15 +50,15 @@ class Player:
     """A process that plays many workers.
 
     Args:
-        output: of the run.
-        seconds: that a shard takes.
-        seed: draws when the first shards end.
+        output: folder of the run's output.
+        seconds: duration of a shard.
+        seed: seed of the random durations of the first shards.
     """
 
     def __init__(self, output: str, seconds: float, seed: int) -> None:
         self._output, self._seconds, self._random = output, seconds, random.Random(seed)
         self._turns: dict[int, asyncio.Lock] = {}
-        """Of each worker that has had a shard: it works on one at a time."""
+        """A lock for each worker that has had a shard. It makes the worker take one shard at a time."""
         self._running = 0
         self._since, self._worked = time.monotonic(), 0.0
 
@@ -69,7 +69,7 @@ class Player:
         pass
 
     async def run(self, worker: int, task: ShardTask, attempt_id: str, redo: None) -> tuple[Receipt, dict[str, str]]:
-        # The first shard of each worker ends some time within the time of one, as in the middle of a run.
+        # Each worker's first shard has a random shorter duration, as if the benchmark began in the middle of a run.
         share = 1.0 if worker in self._turns else self._random.random()
         async with self._turns.setdefault(worker, asyncio.Lock()):
             self._count(+1)
@@ -83,7 +83,7 @@ class Player:
         return receipt_of(task.shard), staged
 
     async def work(self) -> tuple[int, float]:
-        """How many workers have a shard now, and the seconds of work of all of them so far."""
+        """Number of workers that have a shard now, and seconds of work of all workers so far."""
         self._count(0)
         return self._running, self._worked
 
@@ -94,7 +94,7 @@ class Player:
 
 
 class Part:
-    """Stands in for the handle of an actor: one worker that a player plays."""
+    """Replacement for the handle of an actor: one worker that a player plays."""
 
     def __init__(self, player: Any, worker: int) -> None:
         self._player, self._worker = player, worker
@@ -105,7 +105,7 @@ class Part:
 
 
 class Players:
-    """Stands in for the pool's actor class: each new worker is played by the process whose turn it is."""
+    """Replacement for the pool's actor class. The processes take turns to play the new workers."""
 
     def __init__(self, output: str, seconds: float) -> None:
         remote: Any = ray.remote  # as in pool.py
@@ -121,14 +121,14 @@ class Players:
         return Part(self.processes[worker % PROCESSES], worker)
 
     def work(self) -> tuple[int, float]:
-        """See :meth:`Player.work`, of all processes."""
+        """Sums of :meth:`Player.work` over all processes."""
         running, worked = zip(*ray.get([process.work.remote() for process in self.processes]), strict=True)
         return sum(running), sum(worked)
 
 
 @contextlib.contextmanager
 def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Dispatch, Players]]:
-    """A driver over a manifest of one row a shard, just before its loop."""
+    """A driver that is ready to start its loop, for a manifest with one row per shard."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-dispatch-") as folder:
         manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
         pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
@@ -138,12 +138,12 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Di
             claim.claim(job)
             driver, players = Dispatch(job, held, Ledger(job), progress), Players(output, seconds)
             driver.actor_class = players
-            with mock.patch.object(ray, "kill"):  # a player outlives the workers that it plays
+            with mock.patch.object(ray, "kill"):  # A player must live on when one of its workers is killed.
                 yield driver, players
 
 
 def cost_of_a_shard(num_shards: int, workers: int) -> tuple[float, float]:
-    """Seconds of processor and wall clock that the driver spends on each of many shards."""
+    """The driver's seconds of processor time and of wall clock per shard."""
     with dispatch(num_shards, workers, 0.0) as (driver, _):
         begin = time.process_time(), time.perf_counter()
         driver.run()
@@ -151,7 +151,7 @@ def cost_of_a_shard(num_shards: int, workers: int) -> tuple[float, float]:
 
 
 def share_at_work(workers: int, seconds: float) -> tuple[float, float]:
-    """Which share of the workers is at work, and of how much of a processor the driver makes use, over some seconds."""
+    """Share of the workers at work, and the driver's share of a processor, measured for ``seconds``."""
     found: list[tuple[float, float]] = []
     with dispatch(4 * workers, workers, SHARD_SECONDS) as (driver, players):
 
@@ -183,7 +183,7 @@ def main() -> None:
 @click.option("--workers", default=100, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 def cost(num_shards: int, workers: int, rounds: int) -> None:
-    """Milliseconds of a shard, the medians of the rounds, and how many workers that is enough for."""
+    """Print the median milliseconds per shard, and the number of workers that this is enough for."""
     found = [cost_of_a_shard(num_shards, workers) for _ in range(rounds)]
     processor, wall = map(statistics.median, zip(*found, strict=True))
     click.echo("| shards | workers | processor, ms a shard | wall clock, ms a shard | workers at 10-minute shards |")
@@ -197,7 +197,7 @@ def cost(num_shards: int, workers: int, rounds: int) -> None:
 @click.option("--workers", default=10_000, show_default=True)
 @click.option("--seconds", default=120.0, show_default=True)
 def keep_busy(workers: int, seconds: float) -> None:
-    """How many of the workers are at work."""
+    """Print the share of the workers that are at work."""
     share, processor = share_at_work(workers, seconds)
     click.echo("| workers | at work | driver's use of a processor | driver's peak memory, MiB |\n|---|---|---|---|")
     click.echo(f"| {workers:,} | {share:.2%} | {processor:.0%} | {peak_memory() / 2**20:,.0f} |")

@@ -1,7 +1,7 @@
-"""Stable Diffusion 2.1 with its image encoder, aligner, PNO guide and judge, as shapes with random weights in memory.
+"""Stable Diffusion 2.1 with its image encoder, aligner, PNO guide and judge, at full size with random weights.
 
-Nothing is downloaded, and no file is read but the tokenizer of the embedded family. What the operations cost does not
-depend on the weights.
+Nothing is downloaded; the only file read is the tokenizer of the embedded family. Random weights are enough, because
+the cost of the operations does not depend on the weights.
 """
 
 import os
@@ -29,12 +29,12 @@ from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
-"""Of CLIP's images."""
+"""Mean and standard deviation of CLIP's normalisation."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The configurations of the networks, and how they are sampled."""
+    """Configurations of the networks, and settings of the sampling."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -42,10 +42,10 @@ class Shapes:
     vision: dict[str, Any]
     guide: dict[str, Any]
     judge: dict[str, Any]
-    """Of both towers."""
+    """Configuration of both towers of the judge."""
     text_tokens: int
     pixels: int
-    """Edge of an image."""
+    """Edge of an image in pixels."""
     steps: int
 
 
@@ -81,7 +81,7 @@ FULL = Shapes(
     pixels=768,
     steps=50,
 )
-"""768x768, 77 + 257 tokens; ViT-H/14 reads the references, ViT-L/14 guides, ViT-B/32 judges."""
+"""Full size: 768x768, 77 + 257 tokens. ViT-H/14 reads the references, ViT-L/14 guides, ViT-B/32 judges."""
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SMALL_VISION = _SMALL | {"patch_size": 8, "image_size": 32}
@@ -108,13 +108,13 @@ SMOKE = Shapes(
 
 
 def tokenizer(shapes: Shapes) -> CLIPTokenizer:
-    """The embedded family's, whose few tokens serve larger vocabularies as well."""
+    """The embedded family's tokenizer. Its few tokens are valid in larger vocabularies too."""
     return CLIPTokenizer.from_pretrained(os.path.join(tiny_folder(), "tokenizer"), model_max_length=shapes.text_tokens)
 
 
 def pipeline(shapes: Shapes, device: str, dtype: torch.dtype) -> VCFPipeline:
-    """The pipeline on its device, not yet set up for sampling. The same weights every time, but for their rounding."""
-    logging.set_verbosity_error()  # it warns of every conversion to another precision
+    """The pipeline on its device, not yet set up for sampling. Its weights are always the same, up to rounding."""
+    logging.set_verbosity_error()  # diffusers warns of every conversion to another precision
     words = tokenizer(shapes)
     depth = len(shapes.vae["block_out_channels"])
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""All that is said about speed on a GPU, in one run of some eight minutes at most: ``python benchmarks/gpu.py``.
+"""Measure all figures of speed on a GPU in one run of at most about eight minutes: ``python benchmarks/gpu.py``.
 
-Builds the shapes of Stable Diffusion 2.1 and ViT-H with random weights on the device (``full_size.py``), compares them
-with float32 and with what is not optimised, and measures. Prints a Markdown table. Neither Ray nor torchvision is
-needed; without an installation: ``PYTHONPATH=. python benchmarks/gpu.py``.
+The benchmark builds Stable Diffusion 2.1 and ViT-H with random weights on the device (``full_size.py``). It compares
+their output with float32 and with the path that is not optimised, and then measures. It prints a Markdown table. It
+needs neither Ray nor torchvision; without an installation, run ``PYTHONPATH=. python benchmarks/gpu.py``.
 
-``--smoke`` runs the same code on the CPU at tiny shapes, whose figures mean nothing.
+``--smoke`` runs the same code on the CPU at tiny shapes. Its figures mean nothing.
 """
 
 import functools
@@ -39,14 +39,14 @@ from vcf_batch.worker.device import Device
 
 REPEATS = 3
 FEW = 10
-"""Denoising steps where only equality counts."""
+"""Number of denoising steps for comparisons of output."""
 SCALE = 9.0
 Rows = Iterator[tuple[str, str, str]]
-"""What, its goal, and what was measured. The work is done as the rows are asked for."""
+"""Rows of the table: name, goal, measured value. Taking the next row does its work."""
 
 
 class Bench:
-    """One model, and the rows that are measured with it."""
+    """One model, and the measurements of it."""
 
     def __init__(self, smoke: bool) -> None:
         self.shapes = SMOKE if smoke else FULL
@@ -70,13 +70,13 @@ class Bench:
         self.pipeline = full_size.pipeline(self.shapes, self.kind, torch.bfloat16).set_up(self.kind)
         random = np.random.default_rng(0).integers(0, 256, (max(self.batches), 64, 64, 3), dtype=np.uint8)
         self.per_image: dict[int, float] = {}
-        """Seconds by batch size, of sampling that is not compiled."""
+        """Seconds per image of sampling that is not compiled, by batch size."""
         self.stock_call = math.nan
-        """Seconds of stock diffusers for an image."""
+        """Seconds per image of stock diffusers."""
         self.pictures = [Image.fromarray(pixels).resize((self.shapes.pixels,) * 2) for pixels in random]
 
     def draw(self, pipeline: VCFPipeline, batch: int, steps: int | None = None, deep_cache: int = 1) -> torch.Tensor:
-        """Different prompts, each with a reference of its own, to images on the CPU."""
+        """Generate ``batch`` images, each with its own prompt and reference: a tensor on the CPU."""
         prompts = [f"a picture of the {number}th thing" for number in range(batch)]
         return pipeline.generate(
             prompts,
@@ -89,7 +89,7 @@ class Bench:
         )
 
     def inputs(self, batch: int, steps: int) -> tuple[Any, torch.Tensor, Any]:
-        """What :meth:`VCFPipeline.prepare` gives."""
+        """The result of :meth:`VCFPipeline.prepare` for ``batch`` samples."""
         text, negative = (self.pipeline.encode_prompts([text] * batch) for text in ("a picture", ""))
         fusions = [Fusion([tokens]) for tokens in self.pipeline.encode_references(self.pictures[:batch])]
         return self.pipeline.prepare(text, negative, fusions, seeds=range(batch), guidance_scale=SCALE, steps=steps)
@@ -97,7 +97,7 @@ class Bench:
     # Correctness
 
     def correctness(self) -> Rows:
-        """Before anything is measured: the same output as the path that is not optimised."""
+        """Check that the output equals that of the path that is not optimised, up to rounding."""
         size, width = self.shapes.unet["sample_size"], self.shapes.unet["cross_attention_dim"]
         latents, tokens = (torch.randn(2, *shape, device=self.kind) for shape in ((4, size, size), (100, width)))
 
@@ -118,6 +118,7 @@ class Bench:
         yield f"waits for the device in 2 and in {FEW} steps", "equal", _checked(str(counts), counts[0] == counts[1])
 
     def _waits(self, steps: int) -> int:
+        """Number of times that sampling in ``steps`` denoising steps waits for the device."""
         sample, noise, conditioning = self.inputs(2, steps)
         with torch.no_grad(), warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
@@ -133,7 +134,7 @@ class Bench:
     # Time and memory
 
     def sampling(self) -> Rows:
-        """Exact sampling: prompts and references encoded, denoised with guidance, decoded, on the CPU."""
+        """Measure exact sampling, from the encoding of prompts and references to images on the CPU."""
         for batch in self.batches:
             self.draw(self.pipeline, batch, 2)
             self.per_image[batch] = self._per_image(batch)
@@ -145,7 +146,7 @@ class Bench:
         return seconds(lambda: self.draw(self.pipeline, batch, deep_cache=deep_cache), REPEATS) / batch
 
     def stock(self) -> Rows:
-        """diffusers' own pipeline over the same weights, one call per prompt, laid out as it comes."""
+        """Measure diffusers' own pipeline on the same weights, with one call per prompt and its own memory layout."""
         for network in (self.pipeline.unet, self.pipeline.vae):
             network.to(memory_format=torch.contiguous_format)
         stock = stock_pipeline(self.pipeline)
@@ -158,6 +159,7 @@ class Bench:
             yield f"batches of {batch}, against stock diffusers", ">= 2.0", f"{self.stock_call / took:.2f}"
 
     def decoding(self) -> Rows:
+        """Measure the VAE decoder alone."""
         for batch in (1, 8):
             latents = torch.randn(batch, 4, *(self.shapes.unet["sample_size"],) * 2, device=self.kind)
             decode = torch.no_grad()(functools.partial(self.pipeline.decode, latents))
@@ -165,7 +167,7 @@ class Bench:
             yield f"VAE decode, batch {batch}: s/image", "", f"{seconds(decode, REPEATS) / batch:.4f}"
 
     def optimization(self) -> Rows:
-        """Prompt-noise optimisation: what a step costs beyond the last sampling, and memory against denoising steps."""
+        """Measure prompt-noise optimisation: seconds per step, and peak memory by number of denoising steps."""
         guide, batch = full_size.guide(self.shapes, self.kind), self.batches[0]
         targets = guide.targets([[picture] for picture in self.pictures[:batch]], [None] * batch)
         rates = {"lr_conditioning": 1e-2, "lr_noise": 1e-2, "gamma": 0.1}
@@ -176,13 +178,13 @@ class Bench:
             )
             begin = time.perf_counter()
             peak = peak_memory(optimize) / 1024
-            whole = time.perf_counter() - begin  # the images come from the device, so it is done
+            whole = time.perf_counter() - begin  # The images were copied from the device, so its work is done.
             yield f"PNO, batch {batch}, {steps} denoising steps: peak GiB beyond the models", "flat", f"{peak:.2f}"
         last = seconds(torch.no_grad()(functools.partial(sample, noise, conditioning)), REPEATS)
         yield f"PNO, batch {batch}: s per step and image", "<= 1.1", f"{(whole - last) / batch:.3f}"
 
     def job(self) -> Rows:
-        """Two shards that overlap in a worker: files read, sampled, scored, encoded, written; against bare sampling."""
+        """Measure a worker's whole job against bare sampling, with two shards that overlap."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -234,7 +236,7 @@ class Bench:
         yield "idle between two shards: share of a shard of ten minutes", "< 1%", f"{idle / 600:.2%} ({idle:.2f} s)"
 
     def compiled(self) -> Rows:
-        """The same with compiled networks: cold start, the start with what is on disk, and time."""
+        """Measure compiled networks: the first start, a start with the cache on disk, and sampling."""
         first = self.batches[0]
         plain = self.draw(self.pipeline, first, FEW)
         self.pipeline.set_up(self.kind, compiled=True)
@@ -260,11 +262,11 @@ SECTIONS = ("correctness", "sampling", "stock", "decoding", "optimization", "job
 
 
 @click.command()
-@click.option("--smoke", is_flag=True, help="On the CPU at tiny shapes, to see that it runs.")
+@click.option("--smoke", is_flag=True, help="Run on the CPU at tiny shapes, as a test of the code.")
 @click.option("--only", "sections", type=click.Choice(SECTIONS), multiple=True, default=SECTIONS, help="Repeatable.")
-@click.option("--minutes", default=6.5, show_default=True, help="After which nothing new is begun.")
+@click.option("--minutes", default=6.5, show_default=True, help="Begin no new measurement after this time.")
 def main(smoke: bool, sections: tuple[str, ...], minutes: float) -> None:
-    """Print the table; exit with 1 where something failed or does not hold."""
+    """Print the table. Exit with 1 if a measurement failed or a required figure is not met."""
     if not smoke and not torch.cuda.is_available():
         raise click.UsageError(f"torch {torch.__version__} sees no GPU; --smoke runs the same code on the CPU")
     deadline = time.monotonic() + 60 * minutes
@@ -283,7 +285,7 @@ def main(smoke: bool, sections: tuple[str, ...], minutes: float) -> None:
 
 
 def _measured(rows: Rows, name: str, deadline: float) -> bool:
-    """Print a section's rows as they come. False where it failed."""
+    """Print each row of a section as soon as it is measured. Return False if the section failed."""
     while True:
         if time.monotonic() > deadline:
             click.echo(f"| the rest of {name} | | not measured: out of time |")
@@ -292,7 +294,7 @@ def _measured(rows: Rows, name: str, deadline: float) -> bool:
             click.echo("| {} | {} | {} |".format(*next(rows)))
         except StopIteration:
             return True
-        except Exception as error:  # one section that fails leaves the others
+        except Exception as error:  # A failed section does not stop the others.
             message = " ".join(f"{type(error).__name__}: {error}".split())
             click.echo(f"| the rest of {name} | | failed: {message[:200]} |")
             click.echo(traceback.format_exc(), err=True)
@@ -304,7 +306,7 @@ def _goal(batch: int) -> str:
 
 
 class Wrong(Exception):
-    """A figure that must hold does not."""
+    """A required figure is not met."""
 
 
 def _held(value: torch.Tensor, limit: float) -> str:

@@ -1,7 +1,8 @@
-"""What an image format takes in time and bytes: ``python benchmarks/image_formats.py``.
+"""Measure the time and bytes of image formats: ``python benchmarks/image_formats.py``.
 
-Two kinds of pictures of 768 x 768: as rough as a photograph (noise whose amplitude falls with its frequency), and drawn
-(the tiny family's, enlarged). Everything is relative to the PNG that runs write by default.
+There are two kinds of pictures of 768 x 768 pixels. Rough pictures are noise with the spectrum of photographs (the
+amplitude falls with the frequency). Drawn pictures are the tiny family's pictures, enlarged. All figures are relative
+to the PNG that runs write by default.
 """
 
 import functools
@@ -30,11 +31,11 @@ OTHERS = {
     "WebP lossless, method 4": {"format": "WEBP", "lossless": True, "quality": 50, "method": 4},
     "JPEG, quality 90": {"format": "JPEG", "quality": 90, "subsampling": 0},
 }
-"""What is not offered, for comparison."""
+"""Formats that runs do not offer, for comparison: Pillow's options by name."""
 
 
 def rough(number: int) -> NDArray[np.uint8]:
-    """Noise with a spectrum of 1/f, as photographs have on the average: grey, a third of it colour, and a camera's."""
+    """Noise with the average spectrum of photographs (1/f): grey, a third as much colour, and a camera's noise."""
     random = np.random.default_rng(number)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE)))
     frequency[0, 0] = 1
@@ -45,14 +46,14 @@ def rough(number: int) -> NDArray[np.uint8]:
 
 
 def drawn() -> list[NDArray[np.uint8]]:
-    """Pictures of the world that the tiny family draws."""
+    """Enlarged pictures of the tiny family's world."""
     small = world.render(world.sample_scenes(PICTURES, 0)).permute(0, 2, 3, 1).numpy()
     large = [Image.fromarray(images.from_unit(one)).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for one in small]
     return [np.asarray(picture) for picture in large]
 
 
 def encoders() -> dict[str, Encoder]:
-    """The formats of runs, then the others."""
+    """Encoders of the formats that runs offer, then of the others."""
 
     def save(options: dict[str, Any], image: NDArray[np.uint8]) -> bytes:
         buffer = io.BytesIO()
@@ -67,12 +68,12 @@ def encoders() -> dict[str, Encoder]:
 
 
 def _all(one: Encoder, pictures: Sequence[NDArray[np.uint8]]) -> int:
-    """Encode the pictures: their bytes together."""
+    """Encode the pictures and return their bytes in total."""
     return sum(len(one(picture)) for picture in pictures)
 
 
 def _cpu_seconds(work: Callable[[], int]) -> float:
-    """Of one thread that waits for nothing: what else the machine does has no part in it."""
+    """Processor seconds of a call. Other work of the machine is not counted."""
     begin = time.process_time()
     work()
     return time.process_time() - begin

@@ -1,9 +1,11 @@
-"""The whole job of a worker against bare sampling, side by side: ``python benchmarks/job.py``.
+"""Measure a worker's whole job against bare sampling: ``python benchmarks/job.py``.
 
-The demo manifest on the embedded model, in this process: one shard as a worker does it (manifest and references read,
-sampled, scored, encoded, written, staged) and the same batches sampled and nothing else. The rounds alternate.
+Both use the demo manifest and the embedded model in this process. The whole job is one shard as a worker does it: read
+manifest and references, sample, score, encode, write, stage. Bare sampling only samples the same batches. The rounds
+alternate.
 
-Then two shards, one after the other and overlapping: for how much of a shard's time nothing is sampled between them.
+Then two shards run one after the other, and overlapping. The time without sampling between them is measured, as a share
+of a shard's time.
 """
 
 import statistics
@@ -28,7 +30,7 @@ from vcf_batch.worker.worker import Worker
 
 
 def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float:
-    """Seconds without sampling between two shards, as a share of the seconds in which the second one is sampled."""
+    """Time without sampling between two shards, divided by the time in which the second shard is sampled."""
     sampled: list[tuple[float, float]] = []
     generate = loaded.components.pipeline.generate_from_tokens
 
@@ -52,7 +54,7 @@ def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float
 @click.command()
 @click.option("--manifest", default="manifests/demo.parquet", show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--threads", default=1, show_default=True, help="Of the sampling; a worker's --cpus-per-worker.")
+@click.option("--threads", default=1, show_default=True, help="As a worker's --cpus-per-worker.")
 def main(manifest: str, rounds: int, threads: int) -> None:
     """Print the ratio of the two, from the medians of the rounds."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-job-") as output:

@@ -1,4 +1,4 @@
-"""How the benchmarks measure time and memory."""
+"""Measurements of time and memory for the benchmarks."""
 
 import itertools
 import statistics
@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def alternate(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each work over ``rounds`` rounds, after one that warms up.
+    """Median seconds of each work over ``rounds`` rounds, after a warm-up round.
 
-    The works take turns, so that a busy machine slows all of them.
+    The works take turns, so that a busy machine slows all of them equally.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
@@ -23,7 +23,7 @@ def alternate(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a work that is warm."""
+    """Median seconds of a work over ``repeats`` calls, without warm-up."""
     return statistics.median(_once(work) for _ in range(repeats))
 
 
@@ -41,15 +41,13 @@ def _once(work: Callable[[], Any]) -> float:
 
 
 def peak_memory(work: Callable[[], Any]) -> float:
-    """The most that torch has allocated at any moment of a call, beyond what it had before, in MiB: on the GPU if there
-    is one.
-    """
+    """Peak of torch's allocations during a call, less those before it, in MiB. Measured on the GPU if there is one."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # Allocations one by one. What the process holds is no measure: malloc keeps pieces of what was freed.
+    # Single allocations are counted. The memory of the process is no measure, because malloc keeps freed memory.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]

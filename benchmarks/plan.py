@@ -1,8 +1,8 @@
-"""What a start costs before any model loads: ``python benchmarks/plan.py``.
+"""Measure the start of a run before any model loads: ``python benchmarks/plan.py``.
 
-Writes a manifest of 100 million rows in 100 files and the receipts of 100,000 shards into a scratch folder. Then it
-measures, each in a process of its own: opening and planning the manifest, checking all its prompts and ids, and finding
-the finished shards of a resumed run.
+The benchmark writes a manifest of 100 million rows in 100 files, and the receipts of 100,000 shards, into a scratch
+folder. Then it measures three works, each in a process of its own: opening and planning the manifest, checking all its
+prompts and ids, and finding the finished shards of a resumed run.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ from vcf_batch.records import SCORE_STEP, SCORES, FileEntry, Receipt, Shard
 FILES = 100
 SHARD_SIZE = 1000
 CONTENT = b"."
-"""Of every tar and parquet: a resume looks at their sizes alone."""
+"""Content of every tar and parquet. One byte is enough, because a resume looks at their sizes only."""
 BINS = 10
-"""Of each score's histogram that have samples."""
+"""Number of bins with samples in each score's histogram."""
 
 
 def write_manifest(folder: Path, rows: int) -> None:
-    """Unique ids, and prompts and references of which each occurs many times, as they do in a cross product."""
+    """Write a manifest with unique ids. Each prompt and each reference occurs many times, as in a cross product."""
     folder.mkdir(exist_ok=True)
     prompts = pa.array([f"a photograph of the {number}th thing that came to mind, in oil" for number in range(10_000)])
     references = pa.array([f"references/{number:05d}.jpg" for number in range(1000)])
@@ -54,7 +54,7 @@ def write_manifest(folder: Path, rows: int) -> None:
 
 
 def receipt_of(shard: Shard) -> Receipt:
-    """What a run says of a finished shard, at the length that it has where all is scored."""
+    """A receipt of a finished shard, as long as the receipts of a run with all scores."""
     phases = ("read_manifest", "read_references", "wait_for_references", "sample", "score", "encode", "write", "stage")
     bins = {f"{number * SCORE_STEP:.2f}": len(shard) // BINS for number in range(BINS)}
     return Receipt(
@@ -83,7 +83,7 @@ def receipt_of(shard: Shard) -> Receipt:
 
 
 def write_receipts(folder: Path, count: int) -> None:
-    """The files of a finished run."""
+    """Write the files of a finished run of ``count`` shards."""
     folder.mkdir(exist_ok=True)
     for shard in sharding.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
         for suffix in shards.SUFFIXES.values():
@@ -99,14 +99,14 @@ def open_and_plan(folder: Path) -> str:
 
 
 def check_ids(folder: Path) -> str:
-    """Stream every prompt and every id: empty, unsafe, repeated."""
+    """Stream and check every prompt and every id, for empty, unsafe and repeated ones."""
     manifest = Manifest.open(str(folder / "manifest"))
     manifest.check()
     return f"{manifest.num_rows:,} rows"
 
 
 def find_receipts(folder: Path) -> str:
-    """List the output, read its receipts and add them up, as a driver does that goes on with a run."""
+    """List the output, read its receipts and add them up, as a driver does when it resumes a run."""
     totals = RunSums()
     for receipt in receipts.read(str(folder / "output")):
         totals.add(receipt)
@@ -121,22 +121,22 @@ MEASURES: dict[str, Callable[[Path], str]] = {
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes. (What getrusage says may be of the one that started it.)"""
+    """Peak memory of this process in bytes. (getrusage may report the peak of its parent process instead.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 def measure(name: str, folder: Path) -> tuple[str, float, float]:
-    """What was done, its seconds and its peak memory in GiB, from a fresh process."""
+    """Run one measure in a new process: its result, its seconds, and its peak memory in GiB."""
     command = [sys.executable, __file__, "--only", name, "--scratch", str(folder)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found["done"], found["seconds"], found["gib"]
 
 
 @click.command()
-@click.option("--rows", default=100_000_000, show_default=True, help="Of the manifest.")
+@click.option("--rows", default=100_000_000, show_default=True, help="Rows of the manifest.")
 @click.option("--receipts", default=100_000, show_default=True, help="Finished shards.")
-@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder to use, and to keep.")
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder to use and keep.")
 @click.option("--only", type=click.Choice([*MEASURES]), hidden=True)
 def main(rows: int, receipts: int, scratch: Path | None, only: str | None) -> None:
     """Measure the start of a run over a very large manifest."""

@@ -1,12 +1,12 @@
-"""Prompt-noise optimisation: what it takes, and what it gives.
+"""Measure the cost and the benefit of prompt-noise optimisation.
 
-``python benchmarks/pno.py cost``: operations of a step of optimisation against those of an image.
+``python benchmarks/pno.py cost``: operations of an optimisation step relative to those of an image.
 
-``python benchmarks/pno.py memory``: peak memory of a gradient through 5, 20 and 50 denoising steps, where activations
-are computed again, as the project does, and where they are kept.
+``python benchmarks/pno.py memory``: peak memory of a gradient through 5, 20 and 50 denoising steps. The project
+computes activations a second time in the backward pass; the alternative keeps them.
 
-``python benchmarks/pno.py quality``: a run over the demo manifest without and with optimisation, and what guide,
-judge and perceptual distance say about the two.
+``python benchmarks/pno.py quality``: scores of the guide, the judge and the perceptual distance for two runs over the
+demo manifest, without and with optimisation.
 """
 
 import functools
@@ -42,7 +42,7 @@ BETTER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "lpips": lambda change: change < 0,
     "clip_score": lambda change: change > 0,
 }
-"""Scores, and when a change of them is one for the better."""
+"""Scores, and for each whether a change is an improvement."""
 
 
 def load(model: str) -> tuple[VCFPipeline, Guide]:
@@ -54,7 +54,7 @@ def load(model: str) -> tuple[VCFPipeline, Guide]:
 
 
 def prepared(model: str, batch_size: int) -> Callable[[int], tuple[Callable[[], Any], Callable[..., Any]]]:
-    """For a number of denoising steps: what samples a batch, and what optimises it in so many ``steps``."""
+    """A function from number of denoising steps to two functions: one samples a batch, the other optimises it."""
     pipeline, guide = load(model)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     fusions = [Fusion([tokens]) for tokens in pipeline.encode_references([picture] * batch_size)]
@@ -73,6 +73,7 @@ def prepared(model: str, batch_size: int) -> Callable[[int], tuple[Callable[[], 
 
 
 def operations(function: Callable[[], Any]) -> int:
+    """Number of floating-point operations of a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -87,23 +88,23 @@ def main() -> None:
 @click.option("--model", default="tiny", show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 def memory(model: str, batch_size: int) -> None:
-    """Peak memory of sampling and of one step of optimisation, in MiB, against the denoising steps."""
+    """Print the peak memory of sampling and of one optimisation step in MiB, by number of denoising steps."""
     sampling_of = prepared(model, batch_size)
     click.echo("| denoising steps | sampling | activations computed again | activations kept |\n|---|---|---|---|")
     for steps in STEPS:
         sample, optimize = sampling_of(steps)
         with torch.no_grad():
             alone = peak_memory(sample)
-        again = peak_memory(functools.partial(optimize, steps=1))
+        recomputed = peak_memory(functools.partial(optimize, steps=1))
         with mock.patch.object(sampling, "checkpoint", lambda function, *inputs, **_: function(*inputs)):
             kept = peak_memory(functools.partial(optimize, steps=1))
-        click.echo(f"| {steps} | {alone:.1f} | {again:.1f} | {kept:.1f} |")
+        click.echo(f"| {steps} | {alone:.1f} | {recomputed:.1f} | {kept:.1f} |")
 
 
 @main.command()
 @click.option("--model", default="tiny", show_default=True)
 def cost(model: str) -> None:
-    """Operations of one more step of optimisation, for 5, 20 and 50 denoising steps; those of the image are 1."""
+    """Print the operations of one optimisation step in units of an image's, for 5, 20 and 50 denoising steps."""
     sampling_of = prepared(model, 1)
     for steps in STEPS:
         sample, optimize = sampling_of(steps)
@@ -120,7 +121,7 @@ def cost(model: str) -> None:
 @click.option("--set", "settings", multiple=True, metavar="NAME=NUMBER", help="Another setting of the run. Repeatable.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to keep both runs in.")
 def quality(manifest: Path, model: str, pno_steps: int, settings: tuple[str, ...], out: Path | None) -> None:
-    """What the guide, the judge and the perceptual distance say, without and with optimisation."""
+    """Print the scores of guide, judge and perceptual distance, without and with optimisation."""
     numbers: dict[str, Any] = {"address": "local"}
     numbers |= {name: float(value) for name, _, value in (each.partition("=") for each in settings)}
     with tempfile.TemporaryDirectory(prefix="vcf-batch-pno-") as temporary:
@@ -138,7 +139,7 @@ def quality(manifest: Path, model: str, pno_steps: int, settings: tuple[str, ...
 
 
 def scores(output: Path, base: Path, model: str) -> list[dict[str, Any]]:
-    """Rows of a run's parquets that have a reference, with the cosine that the guide sees."""
+    """Rows of a run's parquets that have a reference. Each gets the guide's cosine in ``guide``."""
     _, guide = load(model)
     rows = []
     for parquet in sorted(output.glob("*.parquet")):

@@ -1,8 +1,8 @@
-"""Sampling against stock diffusers, side by side: ``python benchmarks/sampling.py``.
+"""Measure sampling against stock diffusers: ``python benchmarks/sampling.py``.
 
-The same prompts, steps and guidance on the embedded model, text only: row by row through diffusers' own
-``StableDiffusionPipeline``, as a loop over prompts does it, and in batches through ``VCFPipeline``. The rounds
-alternate, so that a busy machine slows both.
+Both sample the same prompts on the embedded model, text only, with the same steps and guidance. Diffusers' own
+``StableDiffusionPipeline`` takes one prompt per call, as in a loop over prompts; ``VCFPipeline`` takes batches. The
+rounds alternate, so that a busy machine slows both equally.
 """
 
 import functools
@@ -31,7 +31,7 @@ def stock_pipeline(pipeline: VCFPipeline) -> StableDiffusionPipeline:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
-@click.option("--compile", "compiled", is_flag=True, help="With compiled networks too, which takes a minute.")
+@click.option("--compile", "compiled", is_flag=True, help="Measure compiled networks too, which takes a minute.")
 def main(rounds: int, batch_size: int, threads: int, compiled: bool) -> None:
     """Print the ratios to stock diffusers, from the medians of the rounds."""
     torch.set_num_threads(threads)

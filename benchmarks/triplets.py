@@ -1,7 +1,7 @@
-"""Triplets: whether their two scores tell what they are meant to tell, and what the text-only twin costs.
+"""Measure whether the two scores of triplets work, and the cost of the text-only twin.
 
-``python benchmarks/triplets.py scores``: pairs of pictures from the tiny model's world, of which it is known what they
-share: how often the pair that shares the content, or the style, has the higher score.
+``python benchmarks/triplets.py scores``: compare pairs of pictures from the tiny model's world that share known
+attributes. The table says how often the pair that shares the content, or the style, has the higher score.
 
 ``python benchmarks/triplets.py cost``: floating-point operations of a batch of the tiny model without and with twins.
 """
@@ -33,7 +33,7 @@ CONTENT = ("shape", "position", "size")
 
 
 class Scenes:
-    """Attributes of scenes, of which some are changed: no scene keeps its value of those."""
+    """Scenes, and variants of them in which chosen attributes have other values."""
 
     def __init__(self, count: int) -> None:
         self.generator = torch.Generator().manual_seed(HELD_OUT)
@@ -41,7 +41,7 @@ class Scenes:
         self.seed = HELD_OUT + 4
 
     def changed(self, base: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
-        """Other values of some attributes. Colours change together, to colours that were not there."""
+        """Change the named attributes of every scene. ``colors`` changes all colours, to colours not in the scene."""
         values = dict(base)
         for name in names:
             if name == "colors":
@@ -61,7 +61,8 @@ class Scenes:
         return world.render(world.Scenes(attributes, self.seed))
 
 
-def told(name: str, alike: Tensor, different: Tensor) -> None:
+def report(name: str, alike: Tensor, different: Tensor) -> None:
+    """Print the means of a score for two kinds of pairs, and how often the first is higher."""
     share = (alike > different).float().mean()
     print(
         f"{name}: mean {alike.mean():.3f} against {different.mean():.3f}; higher in {share:.1%} of {len(alike)} cases"
@@ -80,7 +81,7 @@ def main() -> None:
 @main.command()
 @click.option("--count", default=400, show_default=True)
 def scores(count: int) -> None:
-    """How often each score is higher for the pair that shares what it is about."""
+    """Print how often each score is higher for the pair that shares the content or the style."""
     folder = resolution.tiny_folder()
     judge = ClipJudge.from_pretrained(f"{folder}/judge")
     probe = Probe.from_pretrained(f"{folder}/probe", dtype=torch.float32).eval()
@@ -93,12 +94,12 @@ def scores(count: int) -> None:
 
     restyled = scenes.changed(scenes.original, "style", "pattern", "colors")
     same = aligned(restyled)
-    told(
+    report(
         "content_alignment, same content in another style, or another shape",
         same,
         aligned(scenes.changed(restyled, "shape")),
     )
-    told(
+    report(
         "content_alignment, same content in another style, or all other",
         same,
         aligned(scenes.changed(restyled, *CONTENT)),
@@ -110,28 +111,28 @@ def scores(count: int) -> None:
 
     replaced = scenes.changed(scenes.original, *CONTENT)
     same = similar(replaced)
-    told(
+    report(
         "style_similarity, other content in the same style, or another style",
         same,
         similar(scenes.changed(replaced, "style")),
     )
     whole = scenes.changed(replaced, "style", "pattern", "colors")
-    told("style_similarity, other content in the same look, or another look", same, similar(whole))
+    report("style_similarity, other content in the same look, or another look", same, similar(whole))
     alone = similar({**whole, "style": scenes.original["style"]})
-    told("style_similarity, nothing shared but the style, or nothing", alone, similar(whole))
+    report("style_similarity, nothing shared but the style, or nothing", alone, similar(whole))
 
 
 @main.command()
 @click.option("--model", default="tiny", show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
 def cost(model: str, batch_size: int) -> None:
-    """Operations of a batch, and of its text-only twins, for each fusion."""
+    """Print the operations of a batch and of its text-only twins, for each fusion."""
     pipeline = VCFPipeline.from_pretrained(fetch(resolution.resolve(model)), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     reference = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     tokens = pipeline.encode_references([reference])[0]
     text = pipeline.encode_prompts(["a red circle"]).expand(batch_size, -1, -1)
-    # The count is the same for each step.
+    # One step is enough, because all steps have the same number of operations.
     inputs: dict[str, Any] = {"text_tokens": text, "negative_tokens": text, "seeds": range(batch_size), "steps": 1}
     for fusion in ("concat", "naive"):
         counts = []

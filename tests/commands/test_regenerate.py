@@ -83,7 +83,7 @@ def test_an_image_that_the_settings_do_not_make_is_found(output: Path, tmp_path:
     *lines, summary = told(output, 99)
     assert len(lines) == 1
     assert lines[0].startswith("00000: 000000001 drawn again differs by ")
-    assert lines[0].endswith("on the type of device that made it, unless a reference has changed")
+    assert lines[0].endswith("on the type of device that made it; the image or a reference was changed")
     assert "9 drawn again, 8 with the same bytes" in summary
 
 

@@ -70,7 +70,7 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     monkeypatch.setattr(failing_shard, "PAUSES", (0.05, 0.1))
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
     prepared = Run(runs.write_output(runs.write_manifest(tmp_path / "in", 6), tmp_path / "out", 2))
     with (
         lease.hold(prepared.output) as held,

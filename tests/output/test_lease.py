@@ -21,7 +21,7 @@ from vcf_batch.output.lease import Lease
 @pytest.fixture(autouse=True)
 def times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats in a hurry. A lease never expires, unless a test says so: this machine may be slow."""
-    for name, seconds in (("BEAT", 0.05), ("EXPIRY", 1e9), ("WAIT", 60.0), ("LOOK", 0.01)):
+    for name, seconds in (("HEARTBEAT", 0.05), ("EXPIRY", 1e9), ("WAIT", 60.0), ("LOOK", 0.01)):
         monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
 
 
@@ -51,7 +51,7 @@ def test_a_lease_names_its_owner_is_renewed_and_goes_with_it(output: str) -> Non
         held.confirm()
         assert lease.is_seen(output, held.token)
         assert read(output)["pid"] == os.getpid()
-        runs.wait_for(lambda: storage.exists(storage.join(output, lease.BEAT)) and read(output, lease.BEAT) >= 3)
+        runs.wait_for(lambda: storage.exists(storage.join(output, lease.HEARTBEAT)) and read(output, lease.HEARTBEAT) >= 3)
     assert storage.list_tree(output) == {}
     assert not lease.is_seen(output, held.token)
 
@@ -204,7 +204,7 @@ def test_trouble_of_storage_does_not_end_the_heartbeat(output: str, monkeypatch:
 
     with lease.hold(output):
         monkeypatch.setattr(storage, "publish_bytes", failing)
-        runs.wait_for(lambda: not failures and storage.exists(storage.join(output, lease.BEAT)))
+        runs.wait_for(lambda: not failures and storage.exists(storage.join(output, lease.HEARTBEAT)))
 
 
 def test_anybody_can_tell_who_owns_an_output(output: str) -> None:
@@ -221,7 +221,7 @@ def test_an_owner_is_alive_whatever_its_clock_says(output: str, monkeypatch: pyt
     monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.0)
     monkeypatch.setattr(lease, "WATCH_SECONDS", 60.0)
     with lease.hold(output):
-        runs.wait_for(lambda: storage.exists(storage.join(output, lease.BEAT)))
+        runs.wait_for(lambda: storage.exists(storage.join(output, lease.HEARTBEAT)))
         found = lease.owner(output)
     assert found
     assert found.alive

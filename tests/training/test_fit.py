@@ -185,10 +185,10 @@ def test_validation_data_of_its_own(plan: Plan, data: Path) -> None:
 
 def test_too_few_pairs_are_refused(plan: Plan) -> None:
     with pytest.raises(
-        UsageError, match="has 40 pairs to train on, 8 being for validation: fewer than --batch-size 64"
+        UsageError, match="has 40 pairs to train on, besides 8 for validation: fewer than --batch-size 64"
     ):
         plan(batch_size=64)
-    with pytest.raises(UsageError, match="has 0 pairs to train on, 60 being for validation"):
+    with pytest.raises(UsageError, match="has 0 pairs to train on, besides 60 for validation"):
         plan(validation_pairs=60)
 
 

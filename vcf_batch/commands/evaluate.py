@@ -1,10 +1,10 @@
-"""The paper's Table 3 on any model: what each fusion takes from the reference, and what that costs the prompt
-(docs/method.md, section 6).
+"""Measure the paper's Table 3 on any model: how much each fusion takes from the reference, and what that costs the
+prompt (docs/method.md, section 6).
 
-An evaluation is a run like any other: :func:`prepare` writes a manifest of pairs x seeds x methods, each row with its
-method's settings as overrides; the run generates and scores it; :func:`tabulate` reads what the run left. All methods
-get the same pairs of prompt and reference and the same noise. Text only is strength 0, which is exactly the picture of
-the prompt alone, and is compared with the reference like the others.
+An evaluation is a normal run. :func:`prepare` writes a manifest of pairs x seeds x methods, where each row has its
+method's settings as overrides. The run generates and scores the rows, and :func:`tabulate` reads its output. All
+methods get the same pairs of prompt and reference and the same noise. The method "text only" has strength 0, so its
+picture shows the prompt alone; it is compared with the reference like the others.
 """
 
 import io
@@ -35,22 +35,22 @@ from vcf_batch.setup.run_models import OWN_PROBE
 from vcf_batch.vcf.fusion import default_strength
 
 TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"
-"""Methods with a part of their own: what the others are compared with; what takes so long that it gets the first
-samples only; and what ``concat`` made of just these."""
+"""Three special methods: the baseline; PNO, run on the first samples only because it is slow; and ``concat`` on those
+same samples."""
 
 Case = tuple[str, str, int]
-"""What the methods have in common: prompt, reference and seed."""
+"""Prompt, reference and seed. All methods sample the same cases."""
 
 
 def crossed(prompts: Iterable[str], references: Sequence[str]) -> list[dict[str, Any]]:
-    """Every prompt with every reference, as columns of a manifest."""
+    """Combine every prompt with every reference: rows of a manifest. Blank prompts are skipped."""
     lines = [line.strip() for line in prompts if line.strip()]
     return [{"prompt": prompt, "reference": uri} for prompt, uri in itertools.product(lines, references)]
 
 
 def drawn(count: int) -> list[dict[str, Any]]:
-    """Pairs from the tiny family's world: prompt, reference, and each attribute that a picture of both shows."""
-    from vcf_batch.tiny import pairs  # for the one model that needs it
+    """Pairs from the tiny family's world: prompt, reference, and the attributes that a picture of both should show."""
+    from vcf_batch.tiny import pairs  # Imported here because only one model needs it.
 
     rows = []
     for number, pair in enumerate(pairs.draw(count)):
@@ -72,13 +72,13 @@ def prepare(
     """Write the manifest that compares the methods.
 
     Args:
-        config: the run; the manifest goes where it says.
-        pairs: of prompts and references, as :func:`crossed` gives them; or how many to take from :func:`drawn`, for a
-            model of the tiny family.
-        seeds: samples of each pair and method.
-        sweep: strengths of ``concat`` beside the model's own.
-        pno_steps: of prompt-noise optimisation at the model's own strength.
-        pno_samples: how many samples get it.
+        config: configuration of the run. The manifest is written to its ``manifest``.
+        pairs: pairs of prompt and reference, as :func:`crossed` returns them. For a model of the tiny family: the
+            number of pairs to take from :func:`drawn`.
+        seeds: number of samples of each pair and method.
+        sweep: strengths of ``concat`` in addition to the model's own strength.
+        pno_steps: steps of prompt-noise optimisation, at the model's own strength.
+        pno_samples: number of samples, the first of all, that are optimised.
 
     Returns:
         The configuration to run.
@@ -86,12 +86,12 @@ def prepare(
     Raises:
         UsageError: a strength is out of range, there are no pairs or no perceptual distance, or matplotlib is not
             installed.
-        RefusedError: the manifest of another evaluation is there.
+        RefusedError: the manifest's place holds the manifest of another evaluation.
         StorageError: the storage failed.
     """
     comparison.require_matplotlib()
     for strength in sweep:
-        config.replace(strength=strength)  # has the limits
+        config.replace(strength=strength)  # Checks the limits of a strength.
     config = absolute(config)
     resolved = run_models.resolve(config)
     if isinstance(pairs, int):
@@ -139,18 +139,18 @@ def _publish(url: str, rows: list[dict[str, Any]]) -> None:
 
 
 def tabulate(config: RunConfig) -> str:
-    """Compare the methods of an evaluation whose run is done.
+    """Compare the methods of an evaluation after its run.
 
-    Beside the run's output it leaves ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg``.
+    Writes ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg`` beside the run's output.
 
     Args:
-        config: as :func:`prepare` returned it.
+        config: the configuration that :func:`prepare` returned.
 
     Returns:
         The Markdown of ``table.md``.
 
     Raises:
-        UsageError: there is no run, or it has no picture of text only.
+        UsageError: there is no run, or it has no text-only picture.
         StorageError: the storage failed.
     """
     record = run_file.read(config.output)
@@ -182,7 +182,7 @@ def tabulate(config: RunConfig) -> str:
 
 
 def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """The scored samples as the parquets have them; those of the tiny world with what they show, in ``shown``."""
+    """Yield the rows of the parquets that have all scores. Rows of the tiny world get a field ``shown`` in addition."""
     for receipt in receipts.read(config.output):
         with shards.open_parquet(shards.file_url(config.output, receipt.shard, "parquet")) as parquet:
             rows = parquet.read().to_pylist()
@@ -193,7 +193,8 @@ def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def _add_shown(rows: Sequence[dict[str, Any]], shard: Shard, config: RunConfig) -> None:
-    from vcf_batch.tiny.probe import Probe, agreement  # brings diffusers
+    """Add ``shown`` to each row: attribute to whether the probe sees the wanted value in the picture."""
+    from vcf_batch.tiny.probe import Probe, agreement  # Imported here because it imports diffusers.
     from vcf_batch.tiny.world import SIZE, compose
 
     tar = shards.file_url(config.output, shard, "tar")

@@ -1,4 +1,4 @@
-"""A manifest's first rows with several settings, side by side, before a run: in this process, without a cluster."""
+"""Show a manifest's first rows with several settings side by side before a run, in this process, without a cluster."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ SWEPT = {
     "pno_steps": int,
     "seed": int,
 }
-"""Settings that may differ from variant to variant: those that rows may have of their own."""
+"""Settings that a sweep may vary, with their types: the settings that a row of a manifest may override."""
 
 MAX_SAMPLES = 4096
 
@@ -40,14 +40,14 @@ TEXT_ONLY: Variant = {"strength": 0.0, "pno_steps": 0}
 
 
 def variants(sweeps: Sequence[str], config: RunConfig) -> list[Variant]:
-    """The product of sweeps.
+    """All combinations of the swept values.
 
     Args:
-        sweeps: each a name and values, such as ``strength=0,0.5,1``.
-        config: of the run, which has the limits of each setting.
+        sweeps: each a name and its values, such as ``strength=0,0.5,1``.
+        config: configuration of the run; it checks the limits of each setting.
 
     Raises:
-        UsageError: a name or a value is none.
+        UsageError: a name is unknown or repeated, or a value is invalid.
     """
     values: dict[str, list[Any]] = {}
     for sweep in sweeps:
@@ -71,13 +71,13 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
     """Generate the first rows as text only and in every variant, from the same noise, and draw them side by side.
 
     Args:
-        config: of the run; its output is not looked at.
-        rows: at most.
+        config: configuration of the run; its ``output`` is ignored.
+        rows: largest number of rows to draw.
         sweeps: see :func:`variants`.
 
     Raises:
         UsageError: a sweep, the manifest or the model cannot be used, or there would be too many samples.
-        VcfBatchError: storage or network failed.
+        VcfBatchError: the storage or the network failed.
     """
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         config = paths.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
@@ -110,12 +110,12 @@ def _changed(row: Row, variant: Variant) -> Row:
 
 
 def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
-    """A sample of each row, those that come out alike generated once."""
+    """One sample for each row. Rows that give the same image share one sample, which is generated once."""
     distinct: dict[Any, int] = {}
     numbers = []
     for row in rows:
         used = components.settings(row)
-        if not used["strength"]:  # then how and when the reference joins is nothing
+        if not used["strength"]:  # Without strength, the fusion settings do not change the image.
             used |= dict.fromkeys(("fusion", "fusion_lo", "fusion_hi"))
         numbers.append(distinct.setdefault((row.key, repr(used)), len(distinct)))
     first = dict(zip(reversed(numbers), reversed(rows), strict=True))

@@ -1,4 +1,4 @@
-"""Hand an output on: its committed shards, its card and its report, copied to another storage."""
+"""Copy an output's committed shards, its card and its report to another storage."""
 
 import contextlib
 from collections import Counter
@@ -15,17 +15,20 @@ from vcf_batch.storage import scratch
 
 
 def push(output: Output, target: str) -> tuple[int, int]:
-    """Copy what of an output is committed; how many shards were copied, and how many were there.
+    """Copy the committed shards of an output.
 
-    As in a run, a shard's receipt goes last: a shard that was copied in part does not exist, and calling this again
-    goes on. Card and report are written anew first, but for a card that somebody changed.
+    A shard's receipt is copied last, as in a run. So a shard that was copied in part does not exist, and calling this
+    again continues the copy. Report and card are written anew first, except a card that somebody has changed.
 
     Args:
-        target: a folder or URL, such as ``hf://datasets/OWNER/NAME`` of a repository that exists.
+        target: a folder or URL, such as ``hf://datasets/OWNER/NAME`` of an existing repository.
+
+    Returns:
+        Number of shards that were copied, and number that were there already.
 
     Raises:
         RefusedError: the target holds another run.
-        UsageError: the target is the output itself, no shard is finished, or the card there is somebody else's.
+        UsageError: the target is the output itself, no shard is finished, or the target has somebody else's card.
         DamageFound: a shard does not match its receipt.
         StorageError: one of the storages failed.
     """
@@ -44,7 +47,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
         return _copy_shard(output.url, target, shard, sizes)
 
     finished = (receipt.shard for receipt in receipts.read(output.url))
-    # On the Hub each file is a commit, and two commits at once get into each other's way.
+    # On the Hub each file is a commit, and two commits at the same time conflict.
     one_by_one = target.startswith("hf://")
     done = ((shard, copy(shard)) for shard in finished) if one_by_one else side_by_side(copy, finished)
     counts = Counter(is_new for _, is_new in done)
@@ -54,7 +57,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
 
 
 def _refuse_others(output: Output, target: str) -> None:
-    """Nothing that is not of this run is replaced."""
+    """Refuse a target that holds another run or somebody else's card, so that neither is replaced."""
     found = run_file.read(target)
     if found is not None and found["fingerprint"] not in output.fingerprints:
         raise RefusedError(f"{target} holds another run; push to another place")
@@ -66,7 +69,7 @@ def _refuse_others(output: Output, target: str) -> None:
 
 
 def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:
-    """Copy a shard unless it is there, as ``sizes`` and its receipt say; whether it was copied."""
+    """Copy a shard unless the target has it already, by ``sizes`` and the receipt. Return whether it was copied."""
     name = shard.name + receipts.SUFFIX
     data = storage.read_bytes(storage.join(source, name))
     files = {shards.file_name(shard, kind): entry for kind, entry in Receipt.from_json(data).files.items()}
@@ -91,7 +94,7 @@ def _copy(source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def _at_hand(url: str) -> Iterator[str]:
-    """A path of the file on this machine, for the length of the block."""
+    """A local path of the file, which is valid inside the block only."""
     if storage.is_local(url):
         yield storage.absolute(url)
         return

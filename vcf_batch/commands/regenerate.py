@@ -1,8 +1,8 @@
-"""Samples of an output drawn again from their recorded settings, on this machine, and compared with what is there.
+"""Regenerate samples of an output on this machine from their recorded settings, and compare them with its images.
 
-A sample is drawn in its own batch and place, with padding for the other rows of its shard. So on the same type of
-device and with the same versions, which is what the receipt's ``device`` says, it has the same bytes. Elsewhere sums
-are rounded differently, and :data:`TOLERANCE` bounds what becomes of the pixels.
+A sample is regenerated in its own batch and place, with padding for the other rows of its shard. If type of device and
+versions are those in the receipt's ``device``, its bytes are the same. Other devices round sums differently;
+:data:`TOLERANCE` limits the difference of the pixels that is accepted from them.
 """
 
 import dataclasses
@@ -31,56 +31,56 @@ from vcf_batch.worker import in_process
 from vcf_batch.worker.worker import Worker
 
 TOLERANCE = 5.0
-"""Mean absolute difference of an image's pixels, of 255, that another type of device may make. On the demo manifest
-another instruction set makes 0.0004 at most, 0.9 in bfloat16."""
+"""Largest accepted mean absolute difference of an image's pixels (0 to 255) on another type of device. On the demo
+manifest another instruction set makes at most 0.0004 in float32 and 0.9 in bfloat16."""
 
 
 def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
-    """Draw samples again, and tell which are not what is there; at the end, how many are.
+    """Regenerate some samples. Yield a finding for each image that differs, and at the end a summary.
 
     Args:
-        output: without damage.
-        count: samples to draw, at most.
-        seed: chooses which.
+        output: an output without damage.
+        count: largest number of samples to regenerate.
+        seed: seed of their random choice.
 
     Raises:
         UsageError: the manifest or a model cannot be used.
-        RefusedError: manifest or model are not those of the run.
+        RefusedError: manifest or model have changed since the run.
         VcfBatchError: storage, network or the machine failed.
     """
-    drawn = same = 0
+    compared = same = 0
     largest = 0.0
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-        drawing = _load(output, scratch)
+        worker = _load(output, scratch)
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
-            exact = receipt.sampled_at_once is None and receipt.device == drawing.components.device.describe()
-            for key, there, again in _pairs(output, drawing, scratch, shard, places, exact):
-                if isinstance(again, str):
-                    yield Finding(shard.name, f"{key} cannot be drawn again: {again}", is_damage=False)
+            exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.describe()
+            for key, there, here in _pairs(output, worker, scratch, shard, places, exact):
+                if isinstance(here, str):
+                    yield Finding(shard.name, f"{key} cannot be drawn again: {here}", is_damage=False)
                     continue
-                drawn += 1
-                same += there == again
-                largest = max(largest, difference := _difference(there, again))
-                if (exact and there != again) or difference > TOLERANCE:
+                compared += 1
+                same += there == here
+                largest = max(largest, difference := _difference(there, here))
+                if (exact and there != here) or difference > TOLERANCE:
                     cause = f"{key} drawn again differs by {difference:.3g} of 255 on the mean"
                     where = "the type of device that made it" if exact else "another type of device"
-                    yield Finding(shard.name, f"{cause}, on {where}, unless a reference has changed", shard)
-    told = f"{drawn} drawn again, {same} with the same bytes; the largest mean difference is {largest:.3g} of 255"
+                    yield Finding(shard.name, f"{cause}, on {where}; the image or a reference was changed", shard)
+    told = f"{compared} drawn again, {same} with the same bytes; the largest mean difference is {largest:.3g} of 255"
     yield Finding("samples", told, is_damage=False)
 
 
 def _load(output: Output, scratch: str) -> Worker:
-    """A worker of the output's own run, which writes into scratch."""
+    """A worker with the settings of the output's run. It writes into ``scratch``."""
     config = output.config
     job = defaults.settle(config, output.need_manifest(), run_models.resolve(config))
-    claim.claim(job, publish=False)  # refuses what is not this very run
+    claim.claim(job, publish=False)  # Refuses an output of another run.
     gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
     return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), scratch)
 
 
 def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, list[int]]]:
-    """Shards, and which of their successful samples are drawn, counted from 0; every sample is as likely."""
+    """Choose samples with equal probability: each receipt with places, from 0, among the shard's successful samples."""
     counts = [receipt.counts["success"] for receipt in receipts.read(output.url)]
     stops = [0, *itertools.accumulate(counts)]
     places: dict[int, list[int]] = defaultdict(list)
@@ -93,30 +93,30 @@ def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, li
 
 
 def _pairs(
-    output: Output, drawing: Worker, scratch: str, shard: Shard, places: list[int], exact: bool
+    output: Output, worker: Worker, scratch: str, shard: Shard, places: list[int], exact: bool
 ) -> Iterator[tuple[str, bytes, bytes | str]]:
-    """Key of each chosen sample of a shard, the image that is there, and the one drawn again or why there is none."""
+    """Key of each chosen sample, its committed image, and the regenerated image or the reason why there is none."""
     committed = shards.file_url(output.url, shard, "parquet")
     status = _column(committed, "status")
     rows = np.flatnonzero(pc.equal(status, "success").to_numpy())[places] + shard.start
     others = dict.fromkeys(set(range(shard.start, shard.stop)).difference(rows.tolist()), "not drawn")
-    made = drawing.run(ShardTask(shard, last_attempt=True, verdicts=others), shard.name)
+    made = worker.run(ShardTask(shard, last_attempt=True, verdicts=others), shard.name)
     assert made  # it is no trial
     _, staged = made
     tar, parquet = (storage.join(scratch, staged[kind]) for kind in ("tar", "parquet"))
     image = output.config.image_format
-    again: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
+    redrawn: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
     errors = _by_key(parquet, "error_message")
-    there, here = (_by_key(file, "seed") for file in (committed, parquet))
+    seeds_there, seeds_here = (_by_key(file, "seed") for file in (committed, parquet))
     if not exact:
-        # Rounding decides on a score beside a gate, and so on the attempt that passes.
-        other = "another of its attempts passes the gates here"
-        again |= {key: other for key in again if there[key] != here[key]}
+        # Rounding may move a score over a gate's limit, so that another draw passes here.
+        other = "another of its draws passes the gates here"
+        redrawn |= {key: other for key in redrawn if seeds_there[key] != seeds_here[key]}
     commits.discard(scratch, staged)
     for place, sample in enumerate(shards.read_samples(shards.file_url(output.url, shard, "tar"))):
         if place in places:
             key = sample["__key__"]
-            yield key, sample[image], again.get(key) or errors[key]
+            yield key, sample[image], redrawn.get(key) or errors[key]
 
 
 def _column(parquet: str, name: str) -> pa.ChunkedArray:

@@ -1,7 +1,7 @@
-"""What of an output has to be generated again: damaged and missing shards, and the rows that a condition selects.
+"""Choose what a repair redoes: damaged and missing shards, and the rows that a condition selects.
 
-The condition is SQL over the columns of the parquets. DuckDB evaluates it, and is given the rows and nothing else: no
-file, no network, no setting.
+The condition is SQL over the columns of the parquets. DuckDB evaluates it and can read the rows only: no file, no
+network, no setting.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ _CLOSED: dict[str, Any] = {
 
 
 class Repair:
-    """What of an output has to be generated again.
+    """The choice of the shards and rows that a repair redoes.
 
     Args:
         output: the output.
         where: a condition on a row of a parquet, such as ``status = 'failed' OR clip_score < 0.2``.
 
     Raises:
-        UsageError: it is no condition on the columns that there are, or the manifest cannot be read.
+        UsageError: ``where`` is not a condition on the output's columns, or the manifest cannot be read.
         RefusedError: the manifest has changed since the run.
     """
 
@@ -45,17 +45,17 @@ class Repair:
         self._selected(schema.empty_table())
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
-        """Read the output redo: which rows of which shards are generated anew?
+        """Read the output and choose the rows to redo.
 
         Args:
-            show: is given a line for each damaged or missing shard.
+            show: called with a line for each damaged or missing shard, and with a summary at the end.
 
         Returns:
             See :attr:`vcf_batch.setup.job.Job.redo`.
 
         Raises:
             UsageError: the condition does not fit a row.
-            DamageFound: something is wrong that generating does not mend.
+            DamageFound: the output has damage that generating again cannot repair.
             StorageError: the storage failed.
         """
         redo: dict[int, RowMask] = {}
@@ -74,7 +74,7 @@ class Repair:
         return redo
 
     def _selected_of(self, shard: Shard) -> RowMask:
-        """For each row of a shard, whether it is selected."""
+        """The rows of a shard that the condition selects."""
         selected = bytearray()
         with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
@@ -83,19 +83,19 @@ class Repair:
         return bytes(selected)
 
     def _selected(self, rows: pa.Table) -> set[str]:
-        """Keys of the rows that the condition is true for."""
+        """Keys of the rows for which the condition is true."""
         try:
             # Threads do not share a cursor.
             relation = self._database.cursor().from_arrow(rows.select(self._columns))
             return {key for (key,) in relation.filter(self._where).project("key").fetchall()}
         except duckdb.Error as error:
             raise UsageError(
-                f"--where {self._where!r} is no condition on the columns {', '.join(self._columns)}: "
+                f"--where {self._where!r} is not a condition on the columns {', '.join(self._columns)}: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 
     def _takes(self, field: pa.Field) -> bool:
-        """Whether DuckDB has the type: it has no half-precision floats, and no decimals of more than 38 digits."""
+        """Whether DuckDB knows the field's type. It lacks half-precision floats and decimals of more than 38 digits."""
         try:
             self._database.from_arrow(pa.schema([field]).empty_table()).fetchall()
         except duckdb.NotImplementedException:

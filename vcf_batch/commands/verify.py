@@ -1,8 +1,9 @@
-"""Is an output what a run leaves behind? Everything is read again, and what differs is named, shard by shard.
+"""Check an output: read every file again and report each difference from what a run writes, shard by shard.
 
-``run.json`` is compared with its own fingerprint; each shard of the run's plan is read again
-(:mod:`vcf_batch.commands.verify_shard`); and over all of them, no key may be there twice. Shards are read side by side
-and streamed: memory depends neither on their size nor, but for the names of files, on their number.
+``run.json`` is compared with its own fingerprint. Each shard of the run's plan is read again
+(:mod:`vcf_batch.commands.verify_shard`). A key that occurs twice in the output is reported. Several shards are read at
+the same time, and each is streamed. Memory does not depend on their size; only the names of files grow with their
+number.
 """
 
 import re
@@ -21,20 +22,20 @@ from vcf_batch.output.shards import file_name, side_by_side
 from vcf_batch.records import Shard
 
 MAX_REPEATS = 100
-"""Repeated keys that are named."""
+"""Number of repeated keys that are named."""
 
 _SHARD_FILE = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something in an output that is not as a run leaves it, or that could not be looked at."""
+    """A difference from what a run writes, or a note about something that could not be checked."""
 
     place: str
     """Name of a shard or of a file."""
     cause: str
     shard: Shard | None = None
-    """Set where generating that shard again mends it."""
+    """The shard to generate again in order to repair the damage; None if that would not help."""
     is_damage: bool = True
 
     def __str__(self) -> str:
@@ -42,7 +43,7 @@ class Finding:
 
 
 def check(output: Output) -> Iterator[Finding]:
-    """Read an output again and tell what is wrong with it: of each shard, the first thing.
+    """Read an output again and yield what is wrong with it. Of each shard, only the first fault is reported.
 
     Raises:
         StorageError: the storage failed.
@@ -76,7 +77,7 @@ def check(output: Output) -> Iterator[Finding]:
 
 
 def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
-    """What lies beside the shards of the plan."""
+    """Findings about files that do not belong to the shards of the plan."""
     names = {match[1] for match in map(_SHARD_FILE.fullmatch, sizes) if match}
     for name in sorted(names - {shard.name for shard in output.plan}):
         yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")

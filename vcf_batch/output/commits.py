@@ -1,11 +1,11 @@
-"""How a shard comes to exist: staged whole by a worker, committed by the driver alone, receipt last.
+"""The protocol that commits a shard: a worker stages its files, the driver alone commits them, receipt last.
 
-A worker stages its files under a name of its own attempt (:func:`stage`), so whatever lives on or is tried twice, no
-two attempts share a name. The driver moves them to their final names and then publishes the receipt (:func:`commit`).
-At every start it clears away what never came to that (:func:`clean`).
+A worker stages its files under a name of its own attempt (:func:`stage`), so no two attempts share a name, even if a
+worker that was declared dead lives on. The driver moves the files to their final names and then publishes the receipt
+(:func:`commit`). At every start it deletes files that were staged but never committed (:func:`clean`).
 
-Before a shard is replaced, its new receipt lies beside the staged files: from then on a driver that dies in the middle
-leaves all that it takes to finish, and the next start does so. Samples that were to be kept are never lost with it.
+Before a shard is replaced, its new receipt is written beside the staged files. If the driver dies after that, the next
+start finds everything it needs to finish the replacement, so samples that were to be kept are never lost.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from vcf_batch.output.shards import SUFFIXES, ShardFiles
 from vcf_batch.records import Receipt, Shard
 
 STAGING = "_staging"
-"""Folder of the output that holds the files of attempts that are not committed, a folder for each."""
+"""Folder of the output for files that are not committed yet. Each attempt has a folder of its own in it."""
 _NEW_RECEIPT, _OLD_RECEIPT = "replacing.json", "replaced.json"
-"""What else is in an attempt's folder while its files replace older ones."""
+"""Names of the two receipts in an attempt's folder while its files replace older ones."""
 
 
 def stage(
@@ -29,8 +29,8 @@ def stage(
     """Put a finished shard into the output's staging folder, one whole file at a time.
 
     Args:
-        attempt_id: names this attempt at this shard and no other.
-        note_progress: called for each part of a file that has gone over.
+        attempt_id: name of this attempt, unique in the output.
+        note_progress: called after each part of a file that was uploaded.
 
     Returns:
         The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
@@ -49,25 +49,27 @@ def _staged(shard: Shard, attempt_id: str) -> dict[str, str]:
 
 
 class StagedFilesLost(StorageError):
-    """A staged file is missing, or not what was staged. The shard has to be generated again."""
+    """A staged file is missing, or its size is wrong. The shard has to be generated again."""
 
 
 def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     """Make a staged shard exist: files to their final names, then the receipt.
 
-    For the driver alone, which has just confirmed its lease. Should it be suspended in here and lose the lease, nothing
-    of the next owner's is harmed: that one has emptied the staging folder, and no receipt is overwritten. An older
-    receipt of the shard goes first, so that at no moment a receipt stands beside files it does not describe. It goes
-    into the staging folder, so that the next owner's, too, stays where it is once that folder is gone.
+    Only the driver calls this, right after it has confirmed its lease. If it is suspended in here and loses the lease,
+    it cannot harm the next owner's files: the next owner has emptied the staging folder, and no receipt is overwritten.
 
-    That last step is safe on file systems alone. An object store has no folders that could be gone: a driver that is
-    suspended for longer than a lease lasts between the look at the staged files and the removal of the older receipt,
-    the next few requests, may remove the next owner's receipt of that shard. :mod:`vcf_batch.commands.verify` finds it
-    missing, and a rerun generates the shard again.
+    An older receipt of the shard is moved away first, so that a receipt never stands beside files it does not describe.
+    It is moved into the staging folder. If the next owner has deleted that folder, the move fails and the next owner's
+    receipt stays in place.
+
+    This protection of the next owner's receipt works on file systems only, because object stores have no folders. There
+    a few requests lie between the check of the staged files and the removal of the older receipt. A driver that is
+    suspended between them for longer than a lease lasts may remove the next owner's receipt of that shard.
+    :mod:`vcf_batch.commands.verify` then reports the receipt as missing, and a rerun generates the shard again.
 
     Args:
-        staged: what :func:`stage` returned. A file that has been moved is taken out of it, so that a commit which
-            failed goes on where it stopped when it is called again.
+        staged: the return value of :func:`stage`. Each file that has been moved is removed from it, so that a repeated
+            call continues a failed commit where it stopped.
 
     Raises:
         StagedFilesLost: a staged file is missing, or not of the receipt's size.
@@ -77,7 +79,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     left = dict(staged)
     try:
         with storage.refusals_as_storage_errors():
-            # Looked for first: what another driver commits from here on is not taken for an older receipt.
+            # Look for an older receipt first. A receipt that another driver commits later must not be taken for one.
             replaces = len(left) == len(receipt.files) and storage.exists(receipt_url)
             if replaces:
                 folder = storage.join(output_url, storage.parent(left["tar"]))
@@ -86,7 +88,8 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
                 found, said = storage.size(url := storage.join(output_url, path)), receipt.files[kind].size
                 if found != said:
                     raise StagedFilesLost(
-                        f"staged file {url} has {found} bytes, its receipt says {said}; it has to be generated again"
+                        f"staged file {url} has {found} bytes, but its receipt says {said}; the shard has to be "
+                        "generated again"
                     )
         if replaces:
             storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT))
@@ -95,15 +98,15 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
             del staged[kind]
     except FileNotFoundError as error:
         raise StagedFilesLost(
-            f"a staged file of shard {receipt.shard.name} is gone ({error}); it has to be generated again"
+            f"a staged file of shard {receipt.shard.name} is gone ({error}); the shard has to be generated again"
         ) from error
     try:
         storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
     except FileExistsError as error:
-        # An earlier call may have published it, and only the answer was lost.
+        # An earlier call may have published this receipt although its answer was lost.
         if storage.read_bytes(receipt_url) != receipt.to_json():
             raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
-    # The shard is whole; an empty folder that stays behind is for clean.
+    # The shard is whole now. If the empty staging folder stays behind, the next clean deletes it.
     with contextlib.suppress(StorageError):
         discard(output_url, left)
 
@@ -119,7 +122,7 @@ def discard(output_url: str, staged: Mapping[str, str]) -> None:
 
 
 def any_committed(output_url: str) -> bool:
-    """Whether the output has a receipt, of whatever run, or one is just being replaced.
+    """Whether the output has a receipt of any run, or a receipt that is just being replaced.
 
     Raises:
         StorageError: the output cannot be read.
@@ -131,9 +134,9 @@ def any_committed(output_url: str) -> bool:
 
 
 def clean(output_url: str) -> None:
-    """Finish the replacements of shards in which a driver died, and delete what else never came to an end.
+    """Finish the replacements during which a driver died, and delete all other unfinished files.
 
-    For the driver, while no worker runs.
+    The driver calls this while no worker runs.
 
     Raises:
         StorageError: the storage failed.
@@ -150,17 +153,17 @@ def clean(output_url: str) -> None:
 
 
 def _replacing(output_url: str) -> list[str]:
-    """Attempts whose files were replacing a shard."""
+    """Ids of the attempts that were replacing a shard."""
     files = storage.list_tree(storage.join(output_url, STAGING))
     return [storage.parent(file) for file in files if storage.name(file) == _NEW_RECEIPT]
 
 
 def _finish(output_url: str, attempt_id: str) -> None:
-    """Go on with a replacement, unless the shard has a receipt: still the older one, or already the new one."""
+    """Finish a replacement, unless the shard still has its older receipt or already has the new one."""
     data = storage.read_bytes(storage.join(output_url, STAGING, attempt_id, _NEW_RECEIPT))
     try:
         receipt = Receipt.from_json(data)
-    except ValueError:  # damaged: the shard has no receipt then, and is generated whole
+    except ValueError:  # The new receipt is damaged, so the shard has none and is generated as a whole.
         return
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
     if storage.exists(receipt_url):

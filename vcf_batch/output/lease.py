@@ -1,15 +1,15 @@
 """One run owns an output: a lease and a heartbeat, kept in the output itself.
 
-``_lease.json`` names the owner. Of several drivers that come at once, one can create it; it is never overwritten, and
-its owner deletes it at the end. Meanwhile the owner counts in ``_lease.beat``. Whoever finds a lease watches: while the
-beat changes, the owner lives. If it stays the same for :data:`EXPIRY_SECONDS`, the lease is taken over; at once where
-its owner was a process of this machine that is gone. Only changes that the watcher sees within its own time count;
-clocks of different machines are never compared.
+``_lease.json`` names the owner. If several drivers start at once, only one can create the file. It is never
+overwritten, and its owner deletes it at the end. Until then the owner writes a rising number, the heartbeat, into
+``_lease.beat``. A driver that finds a lease watches the heartbeat: while it changes, the owner is alive. If it stays
+the same for :data:`EXPIRY_SECONDS`, the watcher takes the lease over. It does so at once if the owner was a process of
+this machine and has ended. The watcher measures time with its own clock only; it never compares clocks of two machines.
 
-An owner may be suspended and wake up after another driver took over, so it asks before each commit
-(:meth:`Lease.confirm`). Should it be suspended between that question and the commit, then the new owner has emptied the
-staging folder and there is nothing left to move, and a receipt is created, never overwritten. Where a shard is replaced
-on an object store, a few requests remain in which that is not enough (:func:`vcf_batch.output.commits.commit`).
+An owner may be suspended and wake up after another driver took over, so it checks its lease before each commit
+(:meth:`Lease.confirm`). It may even be suspended between this check and the commit. By then the new owner has emptied
+the staging folder, so no file is left to move, and an existing receipt is never overwritten. One gap remains, when a
+shard is replaced on an object store; :func:`vcf_batch.output.commits.commit` describes it.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from vcf_batch import storage
 from vcf_batch.errors import RefusedError, StorageError, redact
 
 NAME = "_lease.json"
-BEAT = "_lease.beat"
-BEAT_SECONDS = 5.0
+HEARTBEAT = "_lease.beat"
+HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 28.0
-"""A beat that stays the same for so long is a dead owner's. A living one's may be late by a request to an object store
-that hangs until it is given up after 20 seconds, and sent once more."""
+"""Seconds without a new heartbeat after which an owner counts as dead. A living owner's heartbeat may be late because a
+request to an object store hangs for 20 seconds before it is given up and sent once more."""
 WAIT_SECONDS = 30.0
-"""How long a driver watches a living owner, which may be about to end, before it gives up."""
-WATCH_SECONDS = 2 * BEAT_SECONDS
-"""How long who does not want the output watches an owner of whom dates tell nothing."""
+"""Seconds that a driver waits for a living owner to end before it gives up."""
+WATCH_SECONDS = 2 * HEARTBEAT_SECONDS
+"""Seconds that a read-only command (plan, status) watches an owner when file dates do not show whether it is alive."""
 LOOK_SECONDS = 0.5
 MAX_BYTES = 1 << 16
 
@@ -47,13 +47,13 @@ _log = logging.getLogger(__name__)
 
 
 class Lease:
-    """The right to commit to an output, while :meth:`confirm` says so. Made by :func:`hold`."""
+    """The right to commit to an output, as long as :meth:`confirm` does not raise. :func:`hold` makes it."""
 
     def __init__(self, output: str) -> None:
         self.token = uuid.uuid4().hex
-        """Names this lease and no other."""
+        """Unique name of this lease."""
         self.lost: RefusedError | None = None
-        """What to raise, once it is known that another driver took over."""
+        """The error to raise after another driver took over; None while no takeover is known."""
         self._output = output
         self._owner = {
             "token": self.token,
@@ -69,14 +69,14 @@ class Lease:
         """Ask the storage whether this run still owns the output.
 
         Raises:
-            RefusedError: another driver took over; nothing may be committed any more.
+            RefusedError: another driver took over; this run must not commit anything more.
             StorageError: the storage failed.
         """
         found = self._read()
         if _parsed(found).get("token") != self.token:
             self.lost = RefusedError(
                 f"this run no longer owns {self._output}: after {EXPIRY_SECONDS:g} seconds without a "
-                f"sign of life, as of a suspended process, {_described(found)} took over. What was finished is kept."
+                f"heartbeat, as when a process is suspended, {_described(found)} took over. Finished shards are kept."
             )
             raise self.lost
 
@@ -84,7 +84,7 @@ class Lease:
         """Become the owner.
 
         Raises:
-            RefusedError: another run owns the output, and is alive.
+            RefusedError: another living run owns the output.
             StorageError: the storage failed.
         """
         begin = changed = time.monotonic()
@@ -96,13 +96,13 @@ class Lease:
                     storage.publish_bytes(_url(self._output), json.dumps(self._owner, indent=2).encode(), create=True)
                     return
                 continue
-            seen, now = (found, self._read(BEAT)), time.monotonic()
+            seen, now = (found, self._read(HEARTBEAT)), time.monotonic()
             if watched is None:
                 _log.warning("%s is held by %s.", redact(self._output), _described(found))
             if seen != watched:
                 watched, changed = seen, now
             if _is_gone(_parsed(found)) or now - changed >= EXPIRY_SECONDS:
-                if self._read() == found:  # else another watcher was faster, and this is its lease
+                if self._read() == found:  # Otherwise another watcher was faster, and the new lease is its own.
                     _log.warning("That run has died; taking over.")
                     storage.remove(_url(self._output), missing_ok=True)
             elif now - begin >= WAIT_SECONDS:
@@ -114,28 +114,29 @@ class Lease:
                 time.sleep(LOOK_SECONDS)
 
     def keep(self) -> None:
-        """Give signs of life until the lease is released or lost."""
-        for beat in itertools.count():
-            if self._ended.wait(BEAT_SECONDS):
+        """Write heartbeats until the lease is released or lost."""
+        for heartbeat in itertools.count():
+            if self._ended.wait(HEARTBEAT_SECONDS):
                 return
             try:
                 self.confirm()
-                storage.publish_bytes(_url(self._output, BEAT), str(beat).encode())
+                storage.publish_bytes(_url(self._output, HEARTBEAT), str(heartbeat).encode())
             except RefusedError:
                 return
             except StorageError:
-                # Commits have the same trouble, and say so; the next beat tries again.
+                # Commits fail for the same reason and report it. The next heartbeat is a new try.
                 continue
 
     def release(self, keeper: threading.Thread) -> None:
-        """Let the next driver begin at once. If the storage does not allow it, the lease expires."""
+        """Delete the lease, so that the next driver can begin at once. If the storage fails, the lease expires."""
         self._ended.set()
         with contextlib.suppress(RefusedError, StorageError):
             self.confirm()
             storage.remove(_url(self._output), missing_ok=True)
-        keeper.join(BEAT_SECONDS)
+        keeper.join(HEARTBEAT_SECONDS)
         with contextlib.suppress(StorageError):
-            storage.remove(_url(self._output, BEAT), missing_ok=True)  # the next owner's, even: it beats again
+            # This may delete the next owner's heartbeat, which does no harm: it is soon written again.
+            storage.remove(_url(self._output, HEARTBEAT), missing_ok=True)
 
     def _read(self, name: str = NAME) -> bytes | None:
         with storage.refusals_as_storage_errors():
@@ -144,10 +145,10 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(output: str) -> Iterator[Lease]:
-    """Own an output for as long as the block lasts. Waits for another owner to end or to expire.
+    """Own an output while the block runs. Waits until another owner has ended or its lease has expired.
 
     Raises:
-        RefusedError: another run owns the output, and is alive.
+        RefusedError: another living run owns the output.
         StorageError: the storage failed.
     """
     lease = Lease(output)
@@ -162,22 +163,22 @@ def hold(output: str) -> Iterator[Lease]:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds an output, as anybody can tell who sees it."""
+    """The owner of an output, as anyone who can read the output sees it."""
 
     host: str
     pid: int
     started: str
     """ISO date."""
     silent: float | None
-    """Seconds since the last sign of life, by the clocks of the storage and of this machine; None where the storage
-    keeps no dates."""
+    """Seconds since the last heartbeat, by the clocks of the storage and of this machine. None if the storage keeps no
+    dates."""
     alive: bool
 
 
 def owner(output: str) -> Owner | None:
-    """Who holds an output; None if nobody does. Writes nothing.
+    """The owner of an output; None if it has none. Writes nothing.
 
-    Where the clocks leave a doubt whether the owner lives, its beat is watched for :data:`WATCH_SECONDS`.
+    If the clocks do not show whether the owner is alive, its heartbeat is watched for :data:`WATCH_SECONDS`.
 
     Raises:
         StorageError: the storage failed.
@@ -186,19 +187,19 @@ def owner(output: str) -> Owner | None:
         found = _read(output)
         if found is None:
             return None
-        dates = [_modified(output, name) for name in (NAME, BEAT)]
+        dates = [_modified(output, name) for name in (NAME, HEARTBEAT)]
         known = _parsed(found)
         silent = min((time.time() - date for date in dates if date is not None), default=None)
         lives = silent is not None and abs(silent) < EXPIRY_SECONDS
-        alive = not _is_gone(known) and (lives or _beats(output))
+        alive = not _is_gone(known) and (lives or _heartbeat_changes(output))
     return Owner(str(known.get("host")), known.get("pid", 0), str(known.get("started")), silent, alive)
 
 
 def is_seen(output: str, token: str) -> bool:
-    """Whether this machine sees a lease: the proof that it sees the storage that the owner sees.
+    """Whether this machine can read the lease named ``token``, which proves that it uses the owner's storage.
 
     Raises:
-        PermissionError, StorageError: the storage cannot be asked.
+        PermissionError, StorageError: the storage cannot be read.
     """
     return _parsed(_read(output)).get("token") == token
 
@@ -221,18 +222,18 @@ def _modified(output: str, name: str) -> float | None:
         return None
 
 
-def _beats(output: str) -> bool:
-    """Whether the owner gives a sign of life while it is watched."""
-    first, deadline = _read(output, BEAT), time.monotonic() + WATCH_SECONDS
+def _heartbeat_changes(output: str) -> bool:
+    """Whether the heartbeat changes within :data:`WATCH_SECONDS`."""
+    first, deadline = _read(output, HEARTBEAT), time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
-        if _read(output, BEAT) != first:
+        if _read(output, HEARTBEAT) != first:
             return True
         time.sleep(LOOK_SECONDS)
     return False
 
 
 def _parsed(lease: bytes | None) -> dict[str, Any]:
-    """What a lease says; nothing where there is none, or what is there is no lease."""
+    """The content of a lease; empty if there is no lease or the file is not a lease."""
     try:
         record = json.loads(lease or b"{}")
     except ValueError:
@@ -248,7 +249,7 @@ def _described(lease: bytes | None) -> str:
 
 
 def _machine() -> str | None:
-    """What process numbers count on: this boot of the kernel, this container. None where that cannot be told."""
+    """Name of this boot of the kernel and this container, in which process numbers are unique; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -257,13 +258,13 @@ def _machine() -> str | None:
 
 
 def _birth(pid: int) -> str | None:
-    """When a living process began, in ticks of this machine; None if it is dead. Tells it from a later namesake."""
+    """Start time of a living process in clock ticks; None if it is dead. A later process of the same number differs."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None if state in "ZX" else fields[18]
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the owner provably runs no more: it was a process of this very machine."""
+    """Whether the owner has certainly ended. Only an owner on this machine can be checked."""
     machine, pid = _machine(), owner.get("pid")
     if machine is None or machine != owner.get("machine") or not isinstance(pid, int):
         return False
@@ -272,5 +273,5 @@ def _is_gone(owner: dict[str, Any]) -> bool:
         return _birth(pid) != owner.get("birth")
     except ProcessLookupError:
         return True
-    except OSError:  # alive, and another user's
+    except OSError:  # The process is alive and belongs to another user.
         return False

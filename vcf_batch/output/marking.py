@@ -1,7 +1,7 @@
 """The marking of images as synthetic, for machines: XMP (ISO 16684-1) inside each image file.
 
-Prompt and reference are not in it: a picture may travel without its data set, and what was asked for may be nobody's
-business. The key leads back to them.
+The mark contains neither prompt nor reference, because they may be private and an image may be shared without its data
+set. The key leads to both in the data set.
 """
 
 import json
@@ -10,10 +10,10 @@ from xml.sax.saxutils import quoteattr
 from vcf_batch.records import Sample
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's term for what a trained model made; search engines and the EU's AI Act ask for such a mark."""
+"""IPTC's term for an image made by a trained model. Search engines and the EU's AI Act ask for such a mark."""
 
 NAMESPACE = "urn:vcf-batch:generation#"
-"""Of the properties that tell how an image was made."""
+"""Namespace of the properties that describe how an image was made."""
 
 _PRIVATE = ("negative_prompt",)
 
@@ -27,7 +27,7 @@ xmp:CreatorTool="vcf-batch"{properties}/></rdf:RDF></x:xmpmeta>\
 
 
 def xmp(sample: Sample, model: str) -> bytes:
-    """The XMP packet of a sample's image: its key, the model's identity, and its settings but for those that are null.
+    """The XMP packet of a sample's image: its key, the model's identity, and all settings that are not null.
 
     The same arguments always give the same bytes.
     """

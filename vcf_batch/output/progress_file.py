@@ -1,7 +1,7 @@
-"""``_progress.json``: what the driver has counted, so that whoever looks at a run need not read every receipt.
+"""``_progress.json``: the driver's counts, so that commands which look at a run need not read every receipt.
 
-It is a help, never the truth: receipts are. The driver writes it before it commits anything, so that it never counts a
-shard that is being replaced, and now and then from there on; receipts that are newer are read beside it.
+The receipts are the truth; this file only saves time. The driver writes it before its first commit, so that it never
+counts a shard that is being replaced, and then from time to time. Readers add the receipts that are newer.
 """
 
 import json
@@ -19,16 +19,16 @@ MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Told:
-    """What a driver has told of a run."""
+    """A driver's counts of a run."""
 
     fingerprint: str
     totals: RunSums
     set_aside: Mapping[str, str] = field(default_factory=dict)
-    """The first shards that failed for good, by name, and why."""
+    """Names of the first shards that failed for good, each with the reason."""
 
     @property
     def counted(self) -> tuple[Any, ...]:
-        """What is told of."""
+        """The values by which two counts are compared; the sums follow from them."""
         return self.fingerprint, self.totals.done, self.set_aside
 
     def to_json(self) -> bytes:
@@ -36,7 +36,9 @@ class Told:
 
 
 def publish(output: str, told: Told) -> None:
-    """Write the file, unless it says so already: sums of the same shards differ in the order they were added in only.
+    """Write the file unless it already covers the same shards.
+
+    The sums of floats may then differ by the order in which they were added, which does not matter.
 
     Raises:
         StorageError: the storage failed.
@@ -47,7 +49,7 @@ def publish(output: str, told: Told) -> None:
 
 
 def read(output: str) -> Told | None:
-    """What the last driver has told; None if there is nothing, or nothing that can be read.
+    """The last driver's counts; None if the file is missing or cannot be read.
 
     Raises:
         StorageError: the storage failed.
@@ -62,16 +64,16 @@ def read(output: str) -> Told | None:
 
 
 def look(output: str, fingerprints: Set[str]) -> Told:
-    """What there is of a run: what its driver has told, and the receipts that are newer.
+    """Count a run: its driver's counts, and the receipts that are newer.
 
     Args:
-        output: of the run.
-        fingerprints: those that its receipts may have.
+        output: folder or URL of the run's output.
+        fingerprints: the fingerprints that its receipts may have.
 
     Raises:
         StorageError: the storage failed.
     """
-    told = read(output)  # before the listing, which then has at least the shards that it counts
+    told = read(output)  # Read before listing, so that the listing has at least the shards counted here.
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output)
     if told is None or told.fingerprint not in fingerprints or not told.totals.done <= receipts.complete(sizes):

@@ -1,7 +1,6 @@
-"""The receipts in an output, which tell what shards exist. One listing finds them all.
+"""The receipts in an output. One listing finds all of them, and they say which shards exist.
 
-A shard without a receipt does not exist, and neither does one whose receipt names files that are missing or of another
-size.
+A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size.
 """
 
 import itertools
@@ -16,7 +15,7 @@ from vcf_batch.output import shards
 from vcf_batch.records import Receipt
 
 SUFFIX = "_stats.json"
-"""What follows the shard's name in the name of its receipt."""
+"""End of a receipt's file name, after the shard's name."""
 
 _FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*shards.SUFFIXES.values(), SUFFIX]))})")
 _READERS = 32
@@ -24,7 +23,7 @@ _RECEIPTS_AT_ONCE = 4096
 
 
 def files_found(output_url: str) -> dict[str, list[str]]:
-    """Which files of which shards there are, finished or not: what follows the shard's name, by its name.
+    """The files of all shards in the output, finished or not: shard name to the suffixes of its files.
 
     Raises:
         StorageError: the output cannot be read.
@@ -38,10 +37,10 @@ def files_found(output_url: str) -> dict[str, list[str]]:
 
 
 def read(output_url: str) -> Iterator[Receipt]:
-    """The receipts of the shards that exist, by shard index, without holding them all.
+    """Yield the receipts of the shards that exist, in order of shard index, without holding all of them.
 
-    One listing finds them and tells whether their files are there in the right size; they are read side by side. What
-    is not a receipt, or does not match its own name, counts as absent.
+    One listing finds the receipts and checks the sizes of their files. Several receipts are read at the same time. A
+    file that is not a receipt, or a receipt of another shard than its name says, counts as absent.
 
     Raises:
         StorageError: the output cannot be read.
@@ -52,13 +51,13 @@ def read(output_url: str) -> Iterator[Receipt]:
 
 
 def complete(sizes: Mapping[str, int]) -> set[int]:
-    """Indices of the shards that a listing has all files of."""
+    """Indices of the shards whose files are all in a listing of name to size."""
     found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match)
     return {int(name) for name, files in found.items() if files == len(shards.SUFFIXES) + 1}
 
 
 def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt]:
-    """:func:`read` of a listing, name to size, without the shards whose index is ``known``.
+    """Yield the receipts as :func:`read` does, from a listing of name to size, except those whose index is ``known``.
 
     Raises:
         StorageError: the output cannot be read.
@@ -71,7 +70,7 @@ def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = fro
             with storage.refusals_as_storage_errors():
                 return storage.read_bytes(storage.join(output_url, stem + SUFFIX))
         except FileNotFoundError:
-            return b""  # gone since the listing, and no receipt either
+            return b""  # The file was deleted since the listing. Empty bytes are not a receipt.
 
     def receipt_in(data: bytes, stem: str) -> Receipt | None:
         try:
@@ -83,11 +82,11 @@ def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = fro
         own = receipt.shard.name == stem and receipt.shard.index == int(stem)
         return receipt if own and found == said else None
 
-    # Threads wait for the storage and do nothing else: there is one interpreter, which they would only pass around.
+    # Threads only wait for the storage. Parsing in threads would gain nothing, because only one runs Python at a time.
     with ThreadPoolExecutor(_READERS) as threads:
         for begin in range(0, len(stems), _RECEIPTS_AT_ONCE):
             batch = stems[begin : begin + _RECEIPTS_AT_ONCE]
-            # A piece for each thread: handing over one receipt would take longer than reading it from a disk.
+            # Each thread gets one piece: handing over a single receipt takes longer than reading it from a disk.
             step = math.ceil(len(batch) / _READERS)
             pieces = [batch[first : first + step] for first in range(0, len(batch), step)]
             contents = itertools.chain.from_iterable(threads.map(lambda piece: [*map(content, piece)], pieces))

@@ -1,6 +1,6 @@
 """``KEY.json``: a row of the parquet as JSON, with the same keys in the same order for every sample.
 
-A column has one JSON type, or null:
+Every value of a column is null or has the column's JSON type:
 
 =========================== =========================================================================================
 integers, booleans, strings as they are (bytes of a string that are not UTF-8 become U+FFFD)
@@ -29,13 +29,13 @@ def finite(value: float | None) -> float | None:
 
 
 def row_json(batch: pa.RecordBatch) -> bytes:
-    """The one row of ``batch`` in the encoding of the module's docstring, as compact UTF-8."""
+    """The single row of ``batch`` as compact JSON in UTF-8, encoded as the module's docstring says."""
     row = {name: json_value(column[0]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def json_value(scalar: pa.Scalar) -> Any:
-    """The value in the encoding of the module's docstring, before it is text."""
+    """The value as a Python object for ``json.dumps``, encoded as the module's docstring says."""
     kind = scalar.type
     if not scalar.is_valid:
         return None

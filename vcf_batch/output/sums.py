@@ -1,4 +1,4 @@
-"""What the receipts of a run add up to. One more receipt takes one more number, whatever it says."""
+"""Sums over a run's receipts, and over a shard's rows. Each receipt adds only its shard's number to the memory used."""
 
 import math
 from collections import Counter
@@ -10,42 +10,42 @@ from typing import Any, NamedTuple, Self
 from vcf_batch.records import SCORE_STEP, SCORES, STATUSES, Receipt, Status
 
 MAX_FAILING = 64
-"""Shards with failed or rejected rows that are named."""
+"""Number of shards with failed or rejected rows that are named."""
 MAX_WORKERS = 1024
-"""Workers that are told apart. Those that have ended make room."""
+"""Number of workers that are counted one by one. Beyond it, workers that have ended are forgotten."""
 
 NOT_PHASES = frozenset({"started", "ended", "total", "worker", "model_loads", "generated"})
-"""What the timings of a receipt have besides seconds by phase."""
+"""Names in a receipt's timings that are not seconds of a phase."""
 
 
 class Latest(NamedTuple):
     """A worker's last shard."""
 
     ended: float
-    """Seconds since 1970."""
+    """End of the shard, in seconds since 1970."""
     rows: int
-    """Those that were generated, not kept from before."""
+    """Rows that were generated, without those kept from before."""
     seconds: float
 
 
 @dataclass
 class RunSums:
-    """What some shards of a run add up to."""
+    """Sums over some shards of a run."""
 
     done: set[int] = field(default_factory=set)
     """Indices of the shards."""
     counts: Counter[Status] = field(default_factory=Counter)
     sampled: int = 0
-    """Rows that an image was sampled of."""
+    """Rows for which an image was sampled."""
     retried: int = 0
     """Shards that took more than one attempt."""
     bytes: int = 0
-    """Of all tars and parquets."""
+    """Bytes of all tars and parquets."""
     generated: int = 0
-    """Rows that :attr:`worker_seconds` were spent on: all but those that a repair kept."""
+    """Rows on which :attr:`worker_seconds` were spent: all rows except those that a repair kept."""
     worker_seconds: float = 0.0
     phases: Counter[str] = field(default_factory=Counter)
-    """Worker seconds by phase, without waiting for another shard; phases overlap."""
+    """Worker seconds by phase, without the time spent waiting for another shard. Phases overlap."""
     devices: Counter[str] = field(default_factory=Counter)
     """Rows by device type."""
     device_seconds: Counter[str] = field(default_factory=Counter)
@@ -57,7 +57,7 @@ class RunSums:
     workers: dict[str, Latest] = field(default_factory=dict)
 
     def add(self, receipt: Receipt) -> None:
-        """Take what a receipt says of how its shard came to be."""
+        """Add one receipt."""
         timings, device = receipt.timings, receipt.device.get("type", "several" if receipt.device else "unknown")
         seconds = receipt.worker_seconds
         generated = timings.get("generated", len(receipt.shard))
@@ -91,27 +91,27 @@ class RunSums:
 
     @property
     def means(self) -> dict[str, float]:
-        """Of each score. A shard counts by its samples, those too that lack the score because they lack a reference."""
+        """Mean of each score. A shard's mean counts once per sample, even for samples without a reference."""
         return {name: self.score_sums[name] / count for name, count in self.score_counts.items() if count}
 
     @property
     def latest(self) -> float | None:
-        """When the last of the shards ended, in seconds since 1970."""
+        """End of the shard that ended last, in seconds since 1970; None if unknown."""
         return max((shard.ended for shard in self.workers.values()), default=None)
 
     @property
     def at_work(self) -> dict[str, Latest]:
-        """The workers whose next shard was to be expected when the last of the shards ended."""
+        """The workers that were still expected to finish another shard when the last shard ended."""
         latest = self.latest or 0.0
         return {name: shard for name, shard in self.workers.items() if latest - shard.ended <= 2 * shard.seconds + 60}
 
     @property
     def rate(self) -> float | None:
-        """Rows a second of the workers at work, by the last shard of each; None where that is not known."""
+        """Rows per second of all workers at work, from the last shard of each worker; None if unknown."""
         return sum(shard.rows / shard.seconds for shard in self.at_work.values() if shard.seconds) or None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The sums as plain JSON types."""
         return vars(self) | {"done": _ranges(self.done)}
 
     @classmethod
@@ -119,7 +119,7 @@ class RunSums:
         """Read back :meth:`to_dict`.
 
         Raises:
-            TypeError, ValueError, AttributeError: it is something else.
+            TypeError, ValueError, AttributeError: ``record`` is something else.
         """
         found = cls(**record)
         found.done = {index for start, stop in record["done"] for index in range(start, stop)}
@@ -133,7 +133,7 @@ class RunSums:
 
 
 def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
-    """Numbers as few ranges, of which the end is excluded."""
+    """The numbers as the fewest ranges ``(start, stop)``, ``stop`` excluded."""
     ordered = sorted(numbers)
     starts = [number for number in ordered if number - 1 not in numbers]
     stops = [number + 1 for number in ordered if number + 1 not in numbers]
@@ -141,7 +141,7 @@ def _ranges(numbers: set[int]) -> list[tuple[int, int]]:
 
 
 class ShardSums:
-    """Counts of a shard's rows by status, means and histograms of its scores, as the receipt tells them."""
+    """A shard's counts by status, and means and histograms of its scores, in the form of the receipt."""
 
     def __init__(self) -> None:
         self._counts: Counter[Status] = Counter()
@@ -150,9 +150,9 @@ class ShardSums:
         """See :attr:`vcf_batch.records.Receipt.sampled`."""
 
     def add(self, status: Status, record: Mapping[str, Any]) -> None:
-        """Take one row, by its columns."""
+        """Add one row, given as column name to value."""
         self._counts[status] += 1
-        # A row that is rejected before it is sampled has had no attempt.
+        # The list of attempts is empty if a row was rejected before sampling.
         self.sampled += status == "success" or (status == "rejected" and bool(record["attempts"]))
         if status == "success":
             for name, found in self._scores.items():
@@ -165,7 +165,7 @@ class ShardSums:
 
     @property
     def means(self) -> dict[str, float | None]:
-        """Of each score over the successful samples that have it; None if none has."""
+        """Mean of each score over the successful samples that have it; None if no sample has it."""
         return {name: math.fsum(found) / len(found) if found else None for name, found in self._scores.items()}
 
     @property

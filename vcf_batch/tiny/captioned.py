@@ -1,6 +1,7 @@
 """Write captioned pictures of the tiny world as a WebDataset: ``python -m vcf_batch.tiny.captioned FOLDER``.
 
-They are what a user's own data would be, to try ``vcf-batch train-aligner`` on: img2dataset's layout, one caption each.
+The pictures take the place of a user's own data to try ``vcf-batch train-aligner``: img2dataset's layout, one caption
+each.
 """
 
 import io
@@ -22,7 +23,7 @@ PER_TAR = 500
 @click.option("--scenes", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(folder: Path, scenes: int, seed: int) -> None:
-    """Write FOLDER/00000.tar and so on: KEY.jpg and KEY.txt of every scene, all of it named in the caption."""
+    """Write FOLDER/00000.tar and so on: KEY.jpg and KEY.txt for every scene. A caption names all attributes."""
     drawn, rng = world.sample_scenes(scenes, seed), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for shard, part in enumerate(chunks(scenes, PER_TAR)):

@@ -1,7 +1,7 @@
 """Make the demo manifest and its reference images: ``python -m vcf_batch.tiny.demo manifests``.
 
-Sixteen prompts that name an object and its colour, eight references that differ in everything else. Each prompt is
-drawn four times from the same noise: once with the reference switched off, then with three references.
+There are sixteen prompts, which name an object and its colour, and eight references, which differ in everything else.
+Each prompt is generated four times from the same noise: once at strength 0, then with three references.
 """
 
 from pathlib import Path
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
 
     rows = []
     for number, prompt in enumerate(PROMPTS):
-        # Steps of 3 through 8 references: every reference meets six prompts, and two as the one that is switched off.
+        # Steps of 3 through 8 references: each reference is used with six prompts, and at strength 0 with two.
         chosen = [files[(3 * number + step) % len(files)] for step in range(3)]
         for variant, (reference, strength) in enumerate([(chosen[0], 0.0), *((file, None) for file in chosen)]):
             rows.append(

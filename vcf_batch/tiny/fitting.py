@@ -1,4 +1,4 @@
-"""One training loop for every stage of the tiny family, resumable from what it wrote."""
+"""The training loop for every stage of the tiny family. It resumes from its own checkpoint."""
 
 import math
 import os
@@ -19,7 +19,7 @@ CHECKPOINT_SECONDS = 120
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage is trained: AdamW with a linear warm-up and a cosine decay to zero, gradient norm 1."""
+    """Settings of one stage's training: AdamW with linear warm-up, cosine decay to zero, and gradient norm 1."""
 
     steps: int
     batch: int
@@ -27,7 +27,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup: int = 100
     ema: float = 0.0
-    """Decay of the weights' moving average, which is what the stage ships; 0 ships the weights themselves."""
+    """Decay of the moving average of the weights. The stage saves the average, or with 0 the weights."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of one step."""
@@ -46,14 +46,14 @@ def fit(
 ) -> bool:
     """Train ``model`` until the recipe's last step or the time limit, whichever comes first.
 
-    Resumes from ``checkpoint`` when it exists and rewrites it every two minutes and at the end, so an interrupted
-    stage loses little. Afterwards the model holds the averaged weights.
+    Resumes from ``checkpoint`` if it exists, and rewrites it every two minutes and at the end. So an interrupted stage
+    loses little. At the end the model holds the averaged weights.
 
     Args:
-        loss: step number to scalar loss. It draws its batch from the step number, so a resumed run sees what an
-            uninterrupted one would.
+        loss: step number to scalar loss. It draws its batch from the step number, so a resumed run gets the same
+            batches as an uninterrupted one.
         seconds: time limit of this call.
-        autocast: compute in bfloat16 where the device gains from it.
+        autocast: compute in bfloat16 (``torch.autocast``).
 
     Returns:
         Whether the recipe's last step was reached.
@@ -94,7 +94,7 @@ def fit(
             optimizer.step()
             step += 1
             if average is not None:
-                # A young average would remember the random start: let its memory grow with its age.
+                # Early in the training the decay is smaller, so that the average forgets the random start.
                 decay = min(recipe.ema, (1 + step) / (10 + step))
                 for name, tensor in model.state_dict().items():
                     average[name].lerp_(tensor, 1 - decay)
@@ -113,9 +113,10 @@ def fit(
 
 
 def speed_up_cpu_autocast(model: nn.Module) -> None:
-    """Step around what PyTorch computes slowly in bfloat16 on a CPU: group norms, and attention's backward pass.
+    """Avoid operations that PyTorch computes slowly in bfloat16 on a CPU: group norms, and attention's backward pass.
 
-    Measured on the UNet of this family: a step takes 0.4 of its time. Numbers change within bfloat16's rounding only.
+    Measured on the UNet of this family, a step takes 0.4 of the time it takes otherwise. Results change only within
+    bfloat16's rounding.
     """
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
@@ -127,7 +128,7 @@ def speed_up_cpu_autocast(model: nn.Module) -> None:
 
 
 def batch_indices(size: int, batch: int, seed: int) -> Callable[[int], Tensor]:
-    """Step number to the indices of that step's batch: every epoch is its own permutation of ``size`` items."""
+    """A function from step number to the indices of its batch. Every epoch permutes the ``size`` items anew."""
     order: dict[int, Tensor] = {}
 
     def indices(step: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Measure the tiny family: ``python -m vcf_batch.tiny.measure``. A table of the model card comes from here.
+"""Measure the tiny family: ``python -m vcf_batch.tiny.measure``. This makes a table of the model card.
 
-The probe reads what was drawn. A held-out scene is one that no stage was trained on. How references are taken is for
-``vcf-batch evaluate`` to measure.
+The probe recognises the attributes that a picture shows. A held-out scene is a scene that no stage was trained on. The
+influence of references is measured by ``vcf-batch evaluate`` instead.
 """
 
 import random
@@ -24,11 +24,11 @@ from vcf_batch.tiny.probe import HEADS, Probe, agreement
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 GOALS = {"style": 0.90, "pattern": 0.85, "background": 0.85, "color": 0.85, "shape": 0.75, "position": 0.85}
-"""Wanted share of text-only pictures that show what the caption says."""
+"""Goal by attribute: share of text-only pictures that show the caption's value."""
 
 
 def read(probe: Probe, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
-    """Share of pictures, by attribute, in which the probe sees the scenes' values; see :func:`probe.agreement`."""
+    """Share of pictures by attribute in which the probe sees the scenes' value; see :func:`probe.agreement`."""
     return {name: right.float().mean().item() for name, right in agreement(probe, pictures, scenes).items()}
 
 
@@ -51,7 +51,7 @@ def reconstruct(pipeline: VCFPipeline, pictures: Tensor) -> Tensor:
 
 
 def zero_shot(judge: ClipJudge, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
-    """How often the judge prefers a caption that names a picture's own value of an attribute to those of the others."""
+    """Share of pictures by attribute for which the judge prefers the caption with the right value to all others."""
     embedded = judge.embed_images(list(from_unit(pictures.permute(0, 2, 3, 1).numpy())))
     shares = {}
     for name in HEADS:
@@ -64,7 +64,7 @@ def zero_shot(judge: ClipJudge, pictures: Tensor, scenes: world.Scenes) -> dict[
 
 
 def text_only(pipeline: VCFPipeline, probe: Probe, count: int, **settings: Any) -> dict[str, float]:
-    """How often text-only pictures show what full held-out captions say."""
+    """Share of text-only pictures by attribute that show the value in their full held-out caption."""
     scenes = world.sample_scenes(count, HELD_OUT)
     prompts = world.captions(scenes, random.Random(HELD_OUT), full=1.0)
     return read(probe, generate(pipeline, prompts, **settings), scenes)

@@ -1,4 +1,4 @@
-"""The architectures of the tiny family: Stable Diffusion's classes at sizes that two CPU cores can train."""
+"""The architectures of the tiny family: Stable Diffusion's classes, small enough to be trained on two CPU cores."""
 
 import json
 import random
@@ -16,7 +16,7 @@ VISION_WIDTH = 192
 
 
 def vae() -> AutoencoderKL:
-    """0.68 M parameters; 64x64 pictures to 16x16 latents of 4 channels."""
+    """The autoencoder: 0.68 M parameters, 64x64 pictures to 16x16 latents of 4 channels."""
     return AutoencoderKL(
         sample_size=world.SIZE,
         block_out_channels=(16, 32, 64),
@@ -29,7 +29,7 @@ def vae() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """8.6 M parameters; predicts v, cross-attends at 8x8 and 4x4."""
+    """The UNet: 8.6 M parameters, predicts v, with cross-attention at 8x8 and 4x4."""
     return UNet2DConditionModel(
         sample_size=world.SIZE // 4,
         block_out_channels=(64, 128, 160),
@@ -43,7 +43,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal signal-to-noise ratio and trailing steps (arXiv 2305.08891)."""
+    """The scheduler: v-prediction, zero terminal signal-to-noise ratio, trailing steps (arXiv 2305.08891)."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -58,12 +58,12 @@ def scheduler() -> DDIMScheduler:
 
 
 def clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The towers that condition: the text tower feeds the UNet, the vision tower feeds the aligner (65 tokens)."""
+    """The conditioning CLIP: its text tower feeds the UNet, its vision tower feeds the aligner (65 tokens)."""
     return _clip(tokenizer, text=(TEXT_WIDTH, 4, 4), vision=(VISION_WIDTH, 4, 6), patch=8, projection=128)
 
 
 def judge(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The CLIP that scores. Other shape and other seed than :func:`clip`, so what guides never judges."""
+    """The CLIP that scores. Its shape and seed differ from :func:`clip`, so the guide is never the judge."""
     return _clip(tokenizer, text=(96, 3, 3), vision=(160, 4, 5), patch=8, projection=96)
 
 
@@ -100,13 +100,13 @@ def _clip(
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """CLIP's normalisation at the world's size."""
+    """An image processor with CLIP's normalisation at the world's picture size."""
     size = {"height": world.SIZE, "width": world.SIZE}
     return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=size)
 
 
 def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
-    """Learn CLIP's byte-level BPE on the world's captions. Any other text still splits into bytes."""
+    """Train CLIP's byte-level BPE on the world's captions. Any other text is split into bytes."""
     scenes = world.sample_scenes(4000, seed)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()

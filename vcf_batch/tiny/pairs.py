@@ -1,4 +1,4 @@
-"""Prompts with references of which it is known what a picture of both shows."""
+"""Pairs of prompt and reference for which the attributes of a correct picture are known."""
 
 import random
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from vcf_batch.images import from_unit
 from vcf_batch.tiny import world
 
 HELD_OUT = 990_000_000
-"""Seeds of scenes from here on are never trained on."""
+"""First of the seeds whose scenes no stage is trained on."""
 
 PROMPT = ("shape", "color")
-"""What the prompts name; everything else is the reference's to give."""
+"""Attributes that prompts name. All other attributes come from the reference."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class PromptAndReference:
     prompt: str
     reference: Image.Image
     wanted: dict[str, str]
-    """What a picture of both shows: the prompt's shape and colour, and every other attribute as in the reference."""
+    """Attributes of a correct picture: the prompt's shape and colour, and the reference's other attributes."""
 
 
 def draw(count: int) -> list[PromptAndReference]:
-    """Held-out pairs. The prompt's shape is not the reference's, and its colour is nowhere in the reference."""
+    """Draw ``count`` held-out pairs. The prompt's shape is not the reference's, and its colour does not occur in it."""
     shown = world.sample_scenes(count, HELD_OUT + 1)
     generator = torch.Generator().manual_seed(HELD_OUT + 2)
     other = torch.randint(1, len(world.SHAPES), (count,), generator=generator)

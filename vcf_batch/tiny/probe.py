@@ -1,7 +1,7 @@
 """The probe: a small convolutional classifier of the world's attributes.
 
-It measures what a model drew (benchmarks, model card), and its feature maps are the network under the perceptual
-distance ``tiny-perceptual``.
+It recognises the attributes in generated pictures (for benchmarks and the model card). Its feature maps are the network
+of the perceptual distance ``tiny-perceptual``.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from torch.nn import functional
 from vcf_batch.tiny.world import VALUES, Scenes
 
 HEADS: Mapping[str, int] = {name: len(values) for name, values in VALUES.items() if name != "background2"}
-"""Attribute to its number of values. ``background`` answers for both background colours at once."""
+"""Number of values of each attribute. ``background`` stands for both background colours together."""
 
 
 class Probe(ModelMixin, ConfigMixin):
-    """Attribute classifier of 64x64 pictures.
+    """A classifier of the attributes of 64x64 pictures.
 
     Args:
-        width: channels after the first block; doubled twice.
+        width: number of channels after the first block; the next two blocks double it.
     """
 
     @register_to_config
@@ -72,7 +72,7 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def attribute_losses(logits: Mapping[str, Tensor], attributes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a classifier of the attributes is trained with: attribute to loss ``[B]``, of the order of 1 for each."""
+    """Training losses of an attribute classifier: attribute to loss ``[B]``, each of the order of 1."""
     losses = {}
     for name, values in logits.items():
         if name == "background":
@@ -87,10 +87,10 @@ def attribute_losses(logits: Mapping[str, Tensor], attributes: Mapping[str, Tens
 
 
 def correct(logits: Mapping[str, Tensor], attributes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Which pictures show the wanted attributes: attribute to bool ``[B]``.
+    """Whether each picture shows the wanted attributes: attribute to bool ``[B]``.
 
-    ``background`` is right when the likeliest colours are exactly the scene's: one where the pattern is plain, else
-    two in either order.
+    ``background`` is right if the most likely colours are exactly the scene's: one colour if the pattern is plain, else
+    two in any order.
     """
     right = {name: values.argmax(1) == attributes[name] for name, values in logits.items() if name != "background"}
     wanted = background_target(attributes)
@@ -103,7 +103,7 @@ def correct(logits: Mapping[str, Tensor], attributes: Mapping[str, Tensor]) -> d
 
 @torch.no_grad()
 def agreement(probe: Probe, pictures: Tensor, scenes: Scenes) -> dict[str, Tensor]:
-    """In which pictures the probe sees the scenes' values: attribute to bool ``[B]``.
+    """Whether the probe sees the scenes' values in each picture: attribute to bool ``[B]``.
 
     Args:
         pictures: ``[B, 3, 64, 64]`` in [0, 1].

@@ -2,8 +2,8 @@
 
 The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition) and ``vision`` (more of its image tower);
 ``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each
-writes its model in diffusers layout into DIR and its checkpoint into DIR/checkpoints, and goes on from there when it is
-run again.
+writes its model in diffusers layout into DIR and its checkpoint into DIR/checkpoints. Running a stage a second time
+resumes it from its checkpoint.
 """
 
 import random
@@ -37,9 +37,9 @@ RECIPES = {
 
 
 def train_vae(shop: Workshop) -> None:
-    """Absolute error and the probe's feature maps, with a light pull of the latents to a normal distribution.
+    """Train the autoencoder on absolute error and the probe's feature maps, with a weak KL term on the latents.
 
-    Without the feature maps thin regular lines come back grey: a mosaic's joints, and with them its style, were lost.
+    Without the feature maps, thin regular lines are restored as grey. A mosaic then loses its joints, and so its style.
     """
     torch.manual_seed(SEED)
     probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
@@ -66,14 +66,19 @@ def train_vae(shop: Workshop) -> None:
 
 
 class AttributeHeads(nn.Module):
-    """Linear readers of the world's attributes from an embedding. They speed contrastive training up severalfold."""
+    """Linear classifiers of the world's attributes from an embedding. They make contrastive training several times
+    faster."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
 
     def forward(self, embedding: Tensor, scenes: world.Scenes, named: Tensor | None = None) -> Tensor:
-        """Mean classification loss. ``named`` (bool ``[B, 7]``, order of CAPTIONED) leaves out what was not said."""
+        """Mean classification loss over the attributes in ``named``.
+
+        Args:
+            named: bool ``[B, 7]`` in the order of CAPTIONED; None is all attributes.
+        """
         losses = []
         logits = {name: head(embedding) for name, head in self.heads.items()}
         for name, loss in attribute_losses(logits, scenes.attributes).items():
@@ -83,7 +88,7 @@ class AttributeHeads(nn.Module):
 
 
 def train_towers(shop: Workshop, stage: str) -> CLIPModel:
-    """CLIP's symmetric contrastive loss, helped by attribute readers on both towers."""
+    """Train a CLIP on its symmetric contrastive loss, with attribute classifiers on both towers."""
     seed = SEED + (0 if stage == "clip" else 77)
     torch.manual_seed(seed)
     clip = networks.clip(shop.tokenizer()) if stage == "clip" else networks.judge(shop.tokenizer())
@@ -101,7 +106,7 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
         out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
         image, text = out.image_embeds.float(), out.text_embeds.float()
         contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
-        scale = width**0.5  # unit vectors are too short for a linear reader at these learning rates
+        scale = width**0.5  # unit vectors are too short for a linear classifier at these learning rates
         readers = model["see"](image * scale, scenes) + model["read"](text * scale, scenes, said)
         return contrast + 2 * readers
 
@@ -110,7 +115,7 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
 
 
 def train_clip(shop: Workshop) -> None:
-    """The conditioning towers, saved apart as Stable Diffusion keeps them."""
+    """Train the conditioning towers, and save each in its own folder as Stable Diffusion does."""
     clip = train_towers(shop, "clip")
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if "text_model" in k})
@@ -119,7 +124,7 @@ def train_clip(shop: Workshop) -> None:
 
 
 def train_vision(shop: Workshop) -> None:
-    """The image tower alone, for longer, against the text tower as it is: what it does not see, nothing can hand on."""
+    """Train the image tower further while the text tower is frozen. The aligner can use only what this tower sees."""
     trained = torch.load(shop.out / "checkpoints" / "clip.pt", map_location=shop.device, weights_only=True)["model"]
     clip = networks.clip(shop.tokenizer())
     see = AttributeHeads(clip.config.projection_dim)
@@ -150,12 +155,12 @@ def save_image_encoder(shop: Workshop, clip: CLIPModel) -> None:
 
 
 def train_judge(shop: Workshop) -> None:
-    """The CLIP that scores."""
+    """Train the CLIP that scores."""
     train_towers(shop, "judge").save_pretrained(shop.out / "judge")
 
 
 def train_probe(shop: Workshop) -> None:
-    """The attribute classifier."""
+    """Train the attribute classifier."""
     torch.manual_seed(SEED + 5)
     model = Probe().to(shop.device, memory_format=torch.channels_last)
     indices = batch_indices(SCENES, RECIPES["probe"].batch, SEED + 5)
@@ -171,16 +176,16 @@ def train_probe(shop: Workshop) -> None:
 
 
 def frozen_text_encoder(shop: Workshop) -> CLIPTextModel:
-    """The conditioning text tower, as the UNet and the aligner see it."""
+    """The frozen text tower that conditions the UNet and the aligner."""
     return CLIPTextModel.from_pretrained(shop.out / "text_encoder").requires_grad_(False).to(shop.device)
 
 
 def train_unet(shop: Workshop) -> None:
-    """v-prediction over all timesteps, on the scenes' cached latents.
+    """Train the UNet by v-prediction over all timesteps, on the scenes' cached latents.
 
-    The conditioning is one caption or two or three of the same scene, joined along the token axis: a UNet that has
-    only seen single captions takes the longer sequences of `concat` badly. One row in ten is unconditional: the empty
-    prompt, followed by the zeros that fusion pads with.
+    The conditioning is one, two or three captions of the same scene, joined along the token axis. A UNet trained on
+    single captions only handles the longer sequences of `concat` badly. One row in ten is unconditional: the empty
+    prompt, followed by zeros as in the padding of fusion.
     """
     torch.manual_seed(SEED + 9)
     model = networks.unet().to(shop.device, memory_format=torch.channels_last)
@@ -220,12 +225,12 @@ def train_unet(shop: Workshop) -> None:
 
 
 def train_aligner(shop: Workshop) -> None:
-    """The paper's loss and a tether, on captions of a picture's looks.
+    """Train the aligner on the paper's loss and a tether, with captions of a picture's looks.
 
-    The captions name pattern, palette, style, place and size but not which object of which colour is shown: what the
-    aligner is never asked to say, its tokens do not put in the prompt's way. Their wording is always the same, since
-    no picture tells how it will be worded. The tether keeps every image token among the text tokens: without it the
-    ones that no text token needs go anywhere, some of them with logits that drown the prompt.
+    The captions name pattern, palette, style, place and size, but not the object and its colour. So the aligner's
+    tokens do not carry the object, and do not compete with the prompt about it. The wording of captions is always the
+    same, because a picture does not show how its caption is worded. The tether keeps every image token close to the
+    text tokens. Without it, image tokens that no text token needs drift away, and the logits of some hide the prompt.
     """
     torch.manual_seed(SEED + 13)
     recipe = RECIPES["aligner"]
@@ -245,7 +250,7 @@ def train_aligner(shop: Workshop) -> None:
 
 
 def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
-    """The aligner's data, float16: vision tokens ``[SCENES, 65, 192]`` and text tokens ``[SCENES, 48, 128]``."""
+    """The aligner's data in float16: vision tokens ``[SCENES, 65, 192]`` and text tokens ``[SCENES, 48, 128]``."""
     text_encoder = frozen_text_encoder(shop)
     vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").to(shop.device)
     scenes, _ = shop.scenes()
@@ -260,7 +265,7 @@ def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
 
 
 def pack(shop: Workshop) -> None:
-    """Put the stages' models together as one pipeline directory, in float16 and in files of at most 12 MB."""
+    """Combine the stages' models into one pipeline directory, in float16 and in files of at most 12 MB."""
     weights = shop.out / "weights"
     pipeline = VCFPipeline(
         vae=AutoencoderKL.from_pretrained(shop.out / "vae"),

@@ -1,4 +1,4 @@
-"""What the training stages share: the rendered world, the tokenizer, the device, the checkpoints' folder."""
+"""Things that all training stages share: the rendered world, the tokenizer, the device, the checkpoints' folder."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +18,7 @@ SCENES = 32_000
 
 
 class Workshop:
-    """What the stages share: the output folder, the device, the rendered world."""
+    """The output folder, the device and the rendered world, which all stages share."""
 
     def __init__(self, out: Path, device: torch.device, seconds: float, autocast: bool) -> None:
         self.out, self.device, self.seconds, self.autocast = out, device, seconds, autocast
@@ -36,7 +36,7 @@ class Workshop:
         return self.scenes()[1][indices].to(self.device).float() / 127.5 - 1
 
     def clip_pixels(self, indices: Tensor | slice) -> Tensor:
-        """Training pictures as the CLIP towers take them: float32 ``[B, 3, 64, 64]``, CLIP's mean and deviation."""
+        """Training pictures for the CLIP towers: float32 ``[B, 3, 64, 64]``, normalised as CLIP's input."""
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return (self.pictures(indices) / 2 + 0.5 - mean) / std
 

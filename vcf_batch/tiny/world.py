@@ -1,7 +1,7 @@
 """A procedural world of captioned pictures, drawn from signed distance functions.
 
-Every picture shows one object on a patterned background in one of five styles. All of it is a function of a seed, so
-the world needs no files and never runs out; its attributes are known exactly, so what a model drew can be measured.
+Every picture shows one object on a patterned background in one of five styles. All pictures follow from a seed, so the
+world needs no files and is unlimited. Its attributes are known exactly, so the pictures of a model can be measured.
 
 Legend of shapes: ``B`` scenes, ``H = W = 64`` pixels.
 """
@@ -67,7 +67,7 @@ class Scenes:
         return len(self.attributes["shape"])
 
     def part(self, indices: slice | Tensor, seed: int = 0) -> "Scenes":
-        """Some of the scenes. Drawn again, their small variations come from ``seed``, not from the whole's."""
+        """Some of the scenes. Their small variations come from ``seed``, not from the seed of all scenes."""
         return Scenes({name: values[indices] for name, values in self.attributes.items()}, seed)
 
     def named(self, index: int) -> dict[str, str]:
@@ -85,14 +85,14 @@ def sample_scenes(count: int, seed: int) -> Scenes:
 
 
 def compose(descriptions: Sequence[Mapping[str, str]], seed: int) -> Scenes:
-    """Scenes from words: one mapping of attribute to value each, every attribute named."""
+    """Scenes from words. Each description maps every attribute to its value."""
     return Scenes(
         {name: torch.tensor([values.index(d[name]) for d in descriptions]) for name, values in VALUES.items()}, seed
     )
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Draw the scenes: float32 ``[B, 3, 64, 64]`` in [0, 1]. Placement and tones vary a little with the seed."""
+    """Render the scenes: float32 ``[B, 3, 64, 64]`` in [0, 1]. Placement and tones vary a little with the seed."""
     generator = torch.Generator().manual_seed(scenes.seed ^ 0x5CE9E5)
     count = len(scenes)
     a = scenes.attributes
@@ -117,7 +117,7 @@ def render(scenes: Scenes) -> Tensor:
     inside = (0.5 - distance / pixel).clamp(0, 1)[:, None]
     flat = background + (color - background) * inside
 
-    # Ink is dark; around a black object it is white, or the outline would not be seen.
+    # Ink is dark. Around a black object it is white, because a dark outline would be invisible.
     ink = torch.where((a["color"] == list(COLORS).index("black")), 0.95, _INK).view(count, 1, 1, 1)
     line = (1.6 - distance.abs() / pixel).clamp(0, 1)[:, None]
     outlined = torch.lerp(flat, torch.full_like(flat, _INK), edges[:, None] * (1 - inside) * 0.85)
@@ -198,7 +198,7 @@ _SDF = {
 
 
 def _pattern(x: Tensor, y: Tensor, pattern: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """How much of the second colour each pixel has, and where hard edges run. Both ``[B, H, W]`` in [0, 1]."""
+    """Share of the second colour in each pixel, and strength of hard edges. Both ``[B, H, W]`` in [0, 1]."""
     count = len(pattern)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -214,7 +214,7 @@ def _pattern(x: Tensor, y: Tensor, pattern: Tensor, generator: torch.Generator) 
     coarse = functional.interpolate(
         torch.rand(count, 1, 9, 9, generator=generator), (SIZE, SIZE), mode="bicubic", align_corners=False
     )[:, 0]
-    level = 2 * math.pi / SIZE * 2.8  # a wave's change over a pixel, for edges about a pixel wide
+    level = 2 * math.pi / SIZE * 2.8  # change of a wave over one pixel, so that edges are about one pixel wide
     waves = {
         "plain": torch.full_like(x, -1.0),
         "striped": (along * frequency + phase).sin() / level,
@@ -238,7 +238,7 @@ def _pattern(x: Tensor, y: Tensor, pattern: Tensor, generator: torch.Generator) 
 
 
 def _soft(pictures: Tensor) -> Tensor:
-    """Out of focus and a little faded."""
+    """Blur the pictures and fade them a little."""
     offsets = torch.arange(-6, 7)
     kernel = torch.exp(-offsets.square() / (2 * 2.2**2))
     kernel = (kernel / kernel.sum()).view(1, 1, -1).expand(3, 1, -1)
@@ -249,7 +249,7 @@ def _soft(pictures: Tensor) -> Tensor:
 
 
 def _mosaic(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Tiles of one colour each, with dark joints."""
+    """Redraw the pictures as tiles of one colour each, with dark joints."""
     tiles = functional.avg_pool2d(pictures, _TILE)
     tiles = tiles * (0.92 + 0.16 * torch.rand(len(tiles), 1, *tiles.shape[2:], generator=generator))
     joint = torch.arange(SIZE) % _TILE == 0
@@ -259,7 +259,7 @@ def _mosaic(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sketchy(pictures: Tensor, line: Tensor, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """Pencil hatching on paper, with a thin pencil outline."""
+    """Redraw the pictures as pencil hatching on paper, with a thin pencil outline."""
     phase = torch.rand(len(x), 1, 1, generator=generator) * 6
     wobble = (x * 4 + phase).sin() * 0.08 + (y * 7 - phase).sin() * 0.05
     strokes = (((x + y + wobble) * 26 + phase).sin() * 0.5 + 0.5)[:, None]
@@ -299,10 +299,10 @@ _COLOR_WORDS = {"gray": ("gray", "grey")}
 
 
 def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random | None) -> str:
-    """Describe a scene in words that ``rng`` varies, saying only the attributes in ``named``.
+    """Describe a scene by the attributes in ``named``, in words that ``rng`` varies.
 
-    ``background`` speaks for both background colours. With nothing named the caption is an opening or empty. Without
-    ``rng`` the wording is always the same.
+    ``background`` stands for both background colours. If ``named`` is empty, the caption is an opening or empty.
+    Without ``rng`` the wording is always the same.
     """
     choose: Callable[[Sequence[str]], str] = rng.choice if rng else lambda options: options[0]
     chance = rng.random if rng else lambda: 1.0
@@ -338,19 +338,19 @@ def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random
 
 
 CAPTIONED = ("shape", "color", "pattern", "background", "style", "position", "size")
-"""What a caption may name."""
+"""Attributes that a caption may name."""
 
 LOOKS = ("pattern", "background", "style", "position", "size")
-"""What a reference image is for: everything but which object it shows."""
+"""Attributes that a reference is used for: all except the object and its colour."""
 
 
 def draw_named(rng: random.Random, full: float, among: Sequence[str] = CAPTIONED) -> tuple[str, ...]:
-    """Choose what a caption names: with probability ``full`` everything in ``among``, else a random subset of it."""
+    """Choose the attributes that a caption names: with probability ``full`` all of ``among``, else a random subset."""
     if rng.random() < full:
         return tuple(among)
     return tuple(name for name in among if rng.random() < 0.55)
 
 
 def captions(scenes: Scenes, rng: random.Random, full: float, among: Sequence[str] = CAPTIONED) -> list[str]:
-    """One caption a scene, each naming what :func:`draw_named` chooses."""
+    """One caption per scene, which names the attributes that :func:`draw_named` chooses."""
     return [caption(scenes.named(index), draw_named(rng, full, among), rng) for index in range(len(scenes))]

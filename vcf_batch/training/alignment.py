@@ -1,7 +1,7 @@
-"""Training an aligner: the loss over all workers' pairs, a step, the validation (docs/method.md, section 3).
+"""Training steps and validation of an aligner, with the loss over all workers' pairs (docs/method.md, section 3).
 
-Every worker has its own part of each batch. What the contrastive loss compares is the whole batch: each worker gathers
-the pooled tokens of all, with gradients, so that the loss and its gradient are those of one large batch.
+Every worker has its own part of each batch, but the contrastive loss compares the pairs of the whole batch. Therefore
+each worker gathers the pooled tokens of all workers, with gradients. Loss and gradient are those of one large batch.
 """
 
 import math
@@ -18,26 +18,26 @@ from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.vcf.aligner import ImageAligner, info_nce_loss, reconstruction_loss
 
 MIN_TEMPERATURE = 0.01
-"""Of a learned one: CLIP's limit."""
+"""Lower limit of a learned temperature, as in CLIP."""
 
 
 class Losses(NamedTuple):
-    """Scalars."""
+    """The training losses, each a scalar."""
 
     total: Tensor
     info_nce: Tensor
-    """Over the pairs of all workers."""
+    """Contrastive loss over the pairs of all workers."""
     reconstruction: Tensor
-    """Over this worker's pairs."""
+    """Reconstruction loss over this worker's pairs."""
 
 
 class Alignment(nn.Module):
-    """The aligner and the temperature: all that is trained, and what is wrapped for data-parallel training.
+    """The trained module: the aligner and the temperature. Data-parallel training wraps it.
 
     Args:
-        aligner: float32.
-        config: its ``info_nce_weight``, ``temperature`` and ``learn_temperature``.
-        dtype: the aligner computes in it where it is bfloat16, else in float32; the losses always are float32.
+        aligner: the aligner, in float32.
+        config: gives ``info_nce_weight``, ``temperature`` and ``learn_temperature``.
+        dtype: bfloat16 makes the aligner compute in bfloat16; any other type means float32. Losses are always float32.
     """
 
     def __init__(self, aligner: ImageAligner, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -53,7 +53,7 @@ class Alignment(nn.Module):
         return temperature.clamp(min=MIN_TEMPERATURE) if self.log_temperature.requires_grad else temperature
 
     def align(self, vision_tokens: Tensor) -> Tensor:
-        """``[B, N, Dv]`` to float32 ``[B, N, Dt]``."""
+        """Align vision tokens ``[B, N, Dv]``: float32 ``[B, N, Dt]``."""
         with torch.autocast(vision_tokens.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             return self.aligner(vision_tokens.float()).float()
 
@@ -61,11 +61,11 @@ class Alignment(nn.Module):
         """The training loss.
 
         Args:
-            vision_tokens: of this worker's pairs, ``[B, N, Dv]``.
-            text_tokens: ``[B, T, Dt]``.
+            vision_tokens: vision tokens of this worker's pairs, ``[B, N, Dv]``.
+            text_tokens: text tokens of the same pairs, ``[B, T, Dt]``.
 
         Returns:
-            Losses whose gradient, averaged over the workers as data-parallel training does, is that of
+            The losses. Data-parallel training averages their gradients over the workers; the average is the gradient of
             :func:`vcf_batch.vcf.aligner.alignment_loss` over all workers' pairs.
         """
         image_tokens, text_tokens = self.align(vision_tokens), text_tokens.float()
@@ -76,11 +76,13 @@ class Alignment(nn.Module):
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The tensors of all workers, concatenated in the order of their ranks; gradients flow back to each."""
+    """The tensors of all workers, concatenated in the order of ranks. Gradients flow back to every worker."""
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 
 
 class _Gather(torch.autograd.Function):
+    """Concatenation of all workers' tensors, with its gradient."""
+
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -96,7 +98,7 @@ class _Gather(torch.autograd.Function):
 
 
 def world_size() -> int:
-    """How many workers train together."""
+    """Number of workers that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -112,17 +114,17 @@ class Trainer:
     """Optimiser and schedule around an :class:`Alignment`: AdamW, cosine decay to zero, clipped gradient norm.
 
     Args:
-        alignment: on its device.
-        parallel: the same, wrapped for data-parallel training where there are several workers.
+        alignment: the module to train, on its device.
+        parallel: the same module, wrapped for data-parallel training if there are several workers.
         config: the recipe.
-        steps: of the whole training.
+        steps: number of steps of the whole training.
     """
 
     def __init__(self, alignment: Alignment, parallel: nn.Module, config: TrainingConfig, steps: int) -> None:
         self.alignment, self.parallel, self.config = alignment, parallel, config
         groups: list[dict[str, Any]] = [{"params": list(alignment.aligner.parameters())}]
         if config.learn_temperature:
-            # Decay would pull it towards 1.
+            # Weight decay would pull the temperature towards 1.
             groups.append({"params": [alignment.log_temperature], "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
@@ -132,13 +134,13 @@ class Trainer:
         return self.schedule.last_epoch
 
     def step(self, vision_tokens: Tensor, text_tokens: Tensor) -> Losses:
-        """One step on this worker's part of a batch.
+        """Train one step on this worker's part of a batch.
 
         Returns:
             The losses before the step, without gradients.
 
         Raises:
-            VcfBatchError: the loss is not finite any more.
+            VcfBatchError: the loss is no longer finite.
         """
         losses = Losses(*self.parallel(vision_tokens, text_tokens))
         if not losses.total.isfinite():
@@ -157,11 +159,11 @@ class Trainer:
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Losses and retrieval over the validation pairs of all workers.
 
-        The contrastive loss compares as many pairs at once as in training, at most. Retrieval looks for each image's
-        own caption among all of them.
+        The contrastive loss compares at most ``batch_size`` pairs at a time, as in training. Retrieval looks for each
+        image's own caption among the captions of all validation pairs.
 
         Args:
-            batches: of this worker's pairs, as :meth:`step` takes them; maybe none.
+            batches: this worker's validation pairs, in the form that :meth:`step` takes; may be empty.
 
         Returns:
             ``validation_pairs``, ``validation_loss``, ``validation_info_nce``, ``validation_reconstruction``,
@@ -194,7 +196,7 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training goes on from: tensors and plain values."""
+        """The state from which a training is resumed: tensors and plain values."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,7 +208,7 @@ class Trainer:
 
 
 def recall(image: Tensor, text: Tensor, k: int) -> float:
-    """Share of images, 0 to 1, whose own caption is among the ``k`` most alike. A tie counts for the own one.
+    """Share of images (0 to 1) whose own caption is among the ``k`` most similar. In a tie the own caption wins.
 
     Args:
         image, text: pooled tokens ``[V, Dt]``; row i of one belongs to row i of the other.

@@ -1,9 +1,10 @@
 """Captioned images for training: WebDataset tars or Parquet files at any URL, streamed, never held as a whole.
 
-A data set is the sequence of its *pairs*, an image and its captions, in the order of its files' names. In a tar, a pair
-is the consecutive members of one key: ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` or ``KEY.json`` or both (img2dataset's
-layout, and this project's own outputs). In a Parquet file it is a row with a column of images, ``struct<bytes, path>``
-or binary, and captions as a string or a list of them (the layouts of COCO and Flickr on the Hugging Face Hub).
+A data set is a sequence of *pairs* in the order of its files' names; a pair is an image and its captions. In a tar, a
+pair is a group of consecutive members with one key: ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` or ``KEY.json`` or both.
+This is the layout of img2dataset and of this project's own outputs. In a Parquet file, a pair is a row with an image
+(``struct<bytes, path>`` or binary) and captions (a string or a list of strings). COCO and Flickr have this layout on
+the Hugging Face Hub.
 """
 
 import contextlib
@@ -28,10 +29,11 @@ from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.manifest.references import MAX_REFERENCE_BYTES
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "sentence", "txt", "prompt")
-"""Names that captions go by, the first that exists counts; ``caption_0``, ``caption_1`` ... count together."""
+"""Column names of captions. The first existing one is used; without any, ``caption_0``, ``caption_1`` ... together."""
 
 _KINDS = ((".tar", ".tar.gz", ".tgz"), (".parquet",))
-"""Where a folder has both, the Parquet files are img2dataset's index of the tars."""
+"""File name endings of tars and of Parquet files. In a folder with both, only the tars are read: img2dataset writes
+Parquet files as their index."""
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 _NUMBERED = re.compile(r"caption_?\d+")
 _TEXT_FIELDS = ("raw", *CAPTION_COLUMNS)
@@ -43,10 +45,10 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """An image file's bytes and its captions; none if there are none to be found."""
+    """An image file's bytes and its captions, which may be empty."""
 
     name: str
-    """Where it is, for messages."""
+    """Place of the image, for messages."""
     image: bytes
     captions: tuple[str, ...]
 
@@ -64,7 +66,7 @@ class Piece:
 
 
 def cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
-    """Pairs ``start`` to ``stop`` (excluded) of the sequence that ``pieces`` make up."""
+    """Pairs ``start`` to ``stop`` (excluded) of the sequence that consists of ``pieces``."""
     result, first = [], 0
     for piece in pieces:
         low, high = max(start - first, 0), min(stop - first, len(piece))
@@ -76,7 +78,7 @@ def cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
 
 @dataclass(frozen=True)
 class CaptionedData:
-    """A data set, its pairs counted. Small and picklable: every worker reads its own part."""
+    """A data set with the number of its pairs. It is small and picklable, and every worker reads its own part."""
 
     url: str
     files: tuple[Piece, ...]
@@ -90,15 +92,15 @@ class CaptionedData:
 
     @classmethod
     def open(cls, url: str, image_column: str | None = None, caption_column: str | None = None) -> "CaptionedData":
-        """Find a data set's files and count their pairs: of tars the members' headers are read, nothing else.
+        """Find a data set's files and count their pairs. Only the members' headers of a tar are read.
 
         Args:
             url: a tar, a Parquet file, a folder of them at any depth, or a pattern of file names such as
                 ``s3://bucket/data/train-*.parquet``.
-            image_column, caption_column: of Parquet files, where they cannot be told by type and name.
+            image_column, caption_column: columns of Parquet files; None finds them by type and name.
 
         Raises:
-            UsageError: there are no such files, or one is damaged or has neither images nor captions.
+            UsageError: there are no such files, or a file is damaged or lacks images or captions.
             StorageError: the storage failed.
         """
         url = storage.absolute(url)
@@ -114,7 +116,7 @@ class CaptionedData:
         return cls(url, files, identity, image_column, caption_column)
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[CaptionedImage]:
-        """The pairs of some pieces, one after the other.
+        """Yield the pairs of some pieces, one after the other.
 
         Raises:
             UsageError: a file is damaged.
@@ -138,7 +140,7 @@ class CaptionedData:
 
     def _read_parquet(self, piece: Piece) -> Iterator[CaptionedImage]:
         with storage.open_read(piece.url) as source:
-            # Unbuffered, Arrow would hold whole column chunks: gigabytes of images.
+            # Without a buffer size, Arrow would hold whole column chunks: gigabytes of images.
             file = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
             image, captions = self._columns(piece.url, file.schema_arrow)
             first = 0
@@ -179,7 +181,7 @@ _LAYOUTS = (
 
 
 def _find(url: str) -> dict[str, int]:
-    """The data set's files by name, and their sizes."""
+    """The data set's files in the order of their names: URL to size in bytes."""
     with _reading(url):
         if url.endswith(sum(_KINDS, ())):
             if "*" not in storage.name(url):
@@ -197,7 +199,7 @@ def _find(url: str) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _reading(url: str) -> Iterator[None]:
-    """Tell a file that is wrong from a storage that fails."""
+    """Raise UsageError for a damaged file. A failure of the storage stays a StorageError."""
     try:
         yield
     except (UsageError, StorageError):
@@ -219,13 +221,13 @@ def _read_tar(piece: Piece) -> Iterator[CaptionedImage]:
 
 
 def _tar_pairs(url: str, wanted: Callable[[int], bool]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key, and members by kind, of every pair in a tar. Only of the pairs ``wanted`` by number is anything read."""
+    """Yield key and members by kind of every pair in a tar. Members have content only if ``wanted(number)`` is true."""
     number = 0
     with storage.open_read(url) as source, tarfile.open(fileobj=source, mode=_mode(source)) as tar:
         named = ((_MEMBER.fullmatch(member.name), member) for member in tar if member.isreg())
         keyed = ((match[1], match[2].lower(), member) for match, member in named if match)
         for key, group in groupby(keyed, key=lambda entry: entry[0]):
-            # Read at once: a stream does not go back.
+            # Each member is read immediately, because a stream cannot go back.
             members = {
                 kind: _content(tar, member) if wanted(number) else b""
                 for _, kind, member in group
@@ -260,7 +262,7 @@ def _json_captions(data: bytes) -> Any:
 
 
 def _captions(value: Any) -> tuple[str, ...]:
-    """The texts in a value: a string, a struct around one, or a list of either."""
+    """The captions in a value, which is a string, a struct with a string, or a list of these."""
     if isinstance(value, str):
         return (text,) if (text := value.strip()) else ()
     if isinstance(value, dict):

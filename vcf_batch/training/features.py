@@ -1,7 +1,7 @@
-"""What the aligner is trained on: a pair's image tokens and text tokens, from the model's frozen towers.
+"""The aligner's training data: image tokens and text tokens of each pair, from the model's frozen towers.
 
-Tokens may be cached: files named by the content that they come from, so that any run with the same towers finds them,
-whatever its data set is called, however it is split and shuffled.
+Tokens may be cached in files that are named by the hash of the image or the caption. So any run with the same towers
+finds them, however its data set is named, split and shuffled.
 """
 
 import hashlib
@@ -22,38 +22,38 @@ from vcf_batch.training.captions import CaptionedImage
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 MAX_PIXELS = 64_000_000
-"""Of a training image; a larger one counts as broken."""
+"""Largest number of pixels of a training image. A larger image counts as broken."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A pair, prepared for the towers."""
+    """A pair in the form that the towers take."""
 
     image_id: str
     """SHA-256 of the image file."""
     image: Image.Image | None
-    """Squashed; None where its tokens are known."""
+    """The squashed image; None if its tokens are known."""
     image_tokens: Tensor | None
-    """``[1 + P, Dv]``, if they were in the cache."""
+    """``[1 + P, Dv]`` from the cache; None if the cache has none."""
     caption: str
     text_tokens: Tensor | None
-    """``[T, Dt]``, if they were in the cache."""
+    """``[T, Dt]`` from the cache; None if the cache has none."""
 
 
 class Towers:
-    """The frozen half of the training.
+    """The frozen part of the training: text encoder and image encoder, with a cache of their tokens.
 
     Args:
-        pipeline: with text encoder, image encoder, feature extractor and the aligner that is to be trained.
-        cache: folder or URL that keeps tokens; None keeps none.
-        vision_id, text_id: name what computes image and text tokens, dtype included.
+        pipeline: a pipeline with text encoder, image encoder, feature extractor and the aligner to train.
+        cache: folder or URL of cached tokens; None caches nothing.
+        vision_id, text_id: names of the two towers in the cache. A name includes the dtype.
     """
 
     def __init__(self, pipeline: VCFPipeline, cache: str | None, vision_id: str, text_id: str) -> None:
         self.pipeline, self.cache, self.vision_id, self.text_id = pipeline, cache, vision_id, text_id
 
     def prepare(self, pair: CaptionedImage, rng: random.Random) -> Example:
-        """Draw one of the captions; decode and squash the image, or find its tokens. Any thread may do it.
+        """Draw one of the captions, and decode and squash the image or find its tokens in the cache. Thread-safe.
 
         Raises:
             RowError: the image is broken, or there is no caption.
@@ -67,9 +67,9 @@ class Towers:
         return Example(image_id, image, tokens, caption, self._cached(self.text_id, _text_id(caption)))
 
     def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Image tokens ``[B, N, Dv]``, those that the aligner uses, and text tokens ``[B, T, Dt]``.
+        """The image tokens ``[B, N, Dv]`` that the aligner uses, and text tokens ``[B, T, Dt]``.
 
-        Both are what the pipeline computes when it generates, on its device and in its dtype.
+        Both are computed as in generation, on the pipeline's device and in its dtype.
 
         Raises:
             StorageError: the cache's storage failed.
@@ -91,7 +91,7 @@ class Towers:
     def _tokens(
         self, ids: list[str], found: list[Tensor | None], compute: Callable[[list[int]], Tensor], tower: str
     ) -> Tensor:
-        """Tokens of a batch: those that were found in the cache, and the computed others, which are cached."""
+        """Tokens of a batch. Tokens that were not found in the cache are computed and then cached."""
         missing = [place for place, tokens in enumerate(found) if tokens is None]
         if missing:
             for place, tokens in zip(missing, compute(missing), strict=True):
@@ -106,7 +106,7 @@ class Towers:
             return None
         try:
             return load(storage.read_bytes(self._url(tower, content)))["tokens"]
-        except (FileNotFoundError, SafetensorError):  # not there, or not whole
+        except (FileNotFoundError, SafetensorError):  # The file is missing or damaged.
             return None
 
     def _url(self, tower: str, content: str) -> str:

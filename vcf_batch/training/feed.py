@@ -1,4 +1,4 @@
-"""From pairs to batches: each worker's share of an epoch, shuffled, prepared ahead, without what is broken."""
+"""Batches of training examples: each worker's share of an epoch, shuffled and prepared ahead, without broken pairs."""
 
 import random
 from collections import deque
@@ -13,24 +13,24 @@ T = TypeVar("T")
 
 PREPARED_AHEAD = 64
 MOST_IS_BROKEN_AFTER = 32
-"""Broken pairs before a worker may conclude, within a pass, that most of its data is broken."""
+"""Number of broken pairs after which a worker may stop a pass because most of its data is broken."""
 NOTED = 3
-"""Broken pairs that are named."""
+"""Number of broken pairs that are named."""
 
 
 class Feed(Generic[T]):
     """One worker's batches of training examples.
 
     Args:
-        data: where pairs are read.
-        pieces: the pairs to train on; all workers give the same.
-        prepare: makes an example of a pair in one of ``threads`` threads, with randomness of that pair's own; raises
-            RowError for one that is broken.
-        rank, world: this worker, of how many.
-        seed: of all randomness.
-        buffer: pairs that are shuffled at a time, undecoded.
-        threads: that prepare.
-        note: is told of the first broken pairs.
+        data: the data set to read.
+        pieces: the pairs to train on, the same for all workers.
+        prepare: makes an example from a pair and the pair's own random generator, in one of ``threads`` threads. It
+            raises RowError for a broken pair.
+        rank, world: number of this worker from 0, and number of workers.
+        seed: seed of all randomness.
+        buffer: number of undecoded pairs that are shuffled at a time.
+        threads: number of threads that call ``prepare``.
+        note: called with a message for each of the first broken pairs.
     """
 
     def __init__(
@@ -50,16 +50,18 @@ class Feed(Generic[T]):
         self.rank, self.world, self.seed, self.buffer, self.note = rank, world, seed, buffer, note
         self.threads = ThreadPoolExecutor(threads)
         self.broken = 0
-        """Pairs that could not be used, among those before and in the batches that were handed out."""
+        """Number of broken pairs met so far, up to the last batch that was returned."""
         self._notes = 0
 
     def batches(self, epoch: int, size: int, first: int = 0) -> Iterator[list[T]]:
-        """Batches of ``size`` examples without end: when the share is used up, it begins again.
+        """Yield batches of ``size`` examples without end. When the worker's share is used up, it begins again.
 
-        Its files come in another order in every epoch. The next batch is made while the last one is used.
+        The order of the files changes from epoch to epoch. The next batch is made while the last one is used.
 
         Args:
-            first: batches at the epoch's start to pass over.
+            epoch: number of the epoch.
+            size: number of examples in a batch.
+            first: number of batches to skip at the start of the epoch.
 
         Raises:
             UsageError: most pairs are broken, or a file is damaged.
@@ -80,10 +82,10 @@ class Feed(Generic[T]):
                 following.cancel()
 
     def all(self) -> list[T]:
-        """Every usable example of the share, once and in order.
+        """Every usable example of the worker's share, once and in order.
 
         Raises:
-            UsageError, StorageError: as :meth:`batches`.
+            UsageError, StorageError: as in :meth:`batches`.
         """
         examples = list(self._examples(self.data.read(self._share(self.pieces)), "validation"))
         self.broken += examples.count(None)
@@ -100,7 +102,7 @@ class Feed(Generic[T]):
             yield from self._examples(shuffled(self.data.read(share), self.buffer, rng), epoch)
 
     def _examples(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[T | None]:
-        """The examples of one pass; None for each broken pair."""
+        """Yield the examples of one pass, and None for each broken pair."""
         seen, broken = 0, 0
         for pair, prepared in self._ahead(pairs, epoch):
             seen += 1
@@ -119,7 +121,7 @@ class Feed(Generic[T]):
             raise _mostly_broken(broken, seen, reason)
 
     def _ahead(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[tuple[CaptionedImage, "Future[T]"]]:
-        """Pairs, and what is made of them in the background, a few ahead."""
+        """Yield each pair with the future of its example. :data:`PREPARED_AHEAD` examples are made ahead."""
         waiting: deque[tuple[CaptionedImage, Future[T]]] = deque()
         for pair in pairs:
             rng = random.Random(f"{self.seed}/{epoch}/{pair.name}")
@@ -134,7 +136,7 @@ def _mostly_broken(broken: int, seen: int, reason: str) -> UsageError:
 
 
 def shuffled(items: Iterator[T], buffer: int, rng: random.Random) -> Iterator[T]:
-    """The items in random order, as far as a buffer of so many lets them move."""
+    """Yield the items in random order, shuffled within a buffer of ``buffer`` items."""
     held: list[T] = []
     for item in items:
         held.append(item)
@@ -147,7 +149,7 @@ def shuffled(items: Iterator[T], buffer: int, rng: random.Random) -> Iterator[T]
 
 
 def _take(examples: Iterator[T | None], size: int) -> tuple[list[T], int]:
-    """The next ``size`` examples, and how many broken pairs came between."""
+    """The next ``size`` examples, and the number of broken pairs between them."""
     batch: list[T] = []
     broken = 0
     while len(batch) < size:

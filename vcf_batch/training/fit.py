@@ -1,4 +1,4 @@
-"""One worker's part in a training: from step to step, with validations between. No ray here."""
+"""One worker's part of a training: steps, validations and checkpoints. This module does not use ray."""
 
 import tempfile
 import time
@@ -22,70 +22,72 @@ from vcf_batch.vcf.assembly import load
 
 @dataclass(frozen=True)
 class Place:
-    """Where one worker stands, and whom it tells how far it is."""
+    """One worker's rank and device, and the functions that report its progress."""
 
     report: Callable[[dict[str, Any], Path | None], None]
-    """Takes the metrics of a validation, on every worker, and the folder of the checkpoint, on the first one."""
+    """Called on every worker with a validation's metrics. The first worker also passes the folder of its checkpoint."""
     progress: Callable[[int, int], None]
-    """Takes the pairs that were trained on, and those that were broken up to the last validation."""
+    """Called with the number of pairs trained on so far, and of broken pairs up to the last validation."""
     note: Callable[[str], None]
+    """Called with messages for the user."""
     parallel: Callable[[nn.Module], nn.Module]
-    """Wraps for data-parallel training."""
+    """Wraps a module for data-parallel training."""
     device: torch.device
     rank: int = 0
     world: int = 1
 
 
-def fit(task: TrainingJob, place: Place, checkpoint: Path | None) -> None:
-    """Train from a checkpoint, or from the beginning, to the end.
+def fit(job: TrainingJob, place: Place, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint or from the beginning.
 
     Args:
-        task: with ``dtype`` and ``cpus_per_worker`` settled and ``batch_size`` a multiple of ``place.world``.
-        checkpoint: what ``place.report`` took last, if there is one.
+        job: the training. Its ``dtype`` and ``cpus_per_worker`` are settled, and its ``batch_size`` is a multiple of
+            ``place.world``.
+        checkpoint: folder of the last checkpoint that ``place.report`` took; None begins anew.
 
     Raises:
         UsageError: the models or the data cannot be used.
         StorageError: the storage failed.
-        VcfBatchError: the loss is not finite any more.
+        VcfBatchError: the loss is no longer finite.
     """
-    _Fit(task, place, checkpoint).run()
+    _Fit(job, place, checkpoint).run()
 
 
 class _Fit:
     losses: list[float]
-    """Summed over the steps since the last validation."""
+    """Total, contrastive and reconstruction loss, each summed over the steps since the last validation."""
 
-    def __init__(self, task: TrainingJob, place: Place, checkpoint: Path | None) -> None:
-        self.task, self.place, config = task, place, task.config
+    def __init__(self, job: TrainingJob, place: Place, checkpoint: Path | None) -> None:
+        self.job, self.place, config = job, place, job.config
         torch.set_num_threads(config.cpus_per_worker)
         torch.manual_seed(config.seed)
-        self.towers = _towers(task, place.device)
+        self.towers = _towers(job, place.device)
         dtype = self.towers.pipeline.text_encoder.dtype
         alignment = Alignment(self.towers.pipeline.aligner, config, dtype).to(place.device)
-        self.trainer = Trainer(alignment, place.parallel(alignment), config, task.steps)
+        self.trainer = Trainer(alignment, place.parallel(alignment), config, job.steps)
         self.rows: list[dict[str, Any]] = []
         if checkpoint is not None:
             state = torch.load(checkpoint / STATE, map_location=place.device, weights_only=True)
             self.rows = state.pop("rows")
             self.trainer.load_state_dict(state)
         self.batch = config.batch_size // place.world
-        self.feed = self._feed(task.data, task.training)
-        self.validation = self._feed(task.validation_data, task.validation).all()
+        self.feed = self._feed(job.data, job.training)
+        self.validation = self._feed(job.validation_data, job.validation).all()
         self._begin_interval()
 
     def run(self) -> None:
-        task, trainer = self.task, self.trainer
-        every = task.config.validate_every or task.steps_per_epoch
+        job, trainer = self.job, self.trainer
+        every = job.config.validate_every or job.steps_per_epoch
         if not trainer.steps_done:
             self._record()
-        while trainer.steps_done < task.steps:
-            epoch, done = divmod(trainer.steps_done, task.steps_per_epoch)
+        while trainer.steps_done < job.steps:
+            epoch, done = divmod(trainer.steps_done, job.steps_per_epoch)
             batches = self.feed.batches(epoch, self.batch, first=done)
-            for batch in islice(batches, task.steps_per_epoch - done):
+            for batch in islice(batches, job.steps_per_epoch - done):
                 losses = trainer.step(*self.towers.encode(batch))
                 self.losses = [total + loss.item() for total, loss in zip(self.losses, losses, strict=True)]
-                self.place.progress(trainer.steps_done * task.config.batch_size, self._broken())
-                if trainer.steps_done % every == 0 or trainer.steps_done == task.steps:
+                self.place.progress(trainer.steps_done * job.config.batch_size, self._broken())
+                if trainer.steps_done % every == 0 or trainer.steps_done == job.steps:
                     self._record()
                     self._checkpoint()
 
@@ -93,7 +95,7 @@ class _Fit:
         return sum(row["broken_pairs"] for row in self.rows)
 
     def _record(self) -> None:
-        """Validate, and write down what came of the steps since the last time."""
+        """Validate, and log the losses of the steps since the last validation."""
         trainer, steps = self.trainer, self.trainer.steps_done - self.first_step
         *losses, broken = summed([*self.losses, float(self.feed.broken - self.first_broken)], self.place.device)
         seconds = time.monotonic() - self.begin
@@ -102,17 +104,17 @@ class _Fit:
         self.rows.append(
             {
                 "step": trainer.steps_done,
-                "epoch": trainer.steps_done / self.task.steps_per_epoch,
+                "epoch": trainer.steps_done / self.job.steps_per_epoch,
                 "learning_rate": trainer.schedule.get_last_lr()[0],
                 **dict(zip(("loss", "info_nce", "reconstruction"), mean, strict=True)),
                 **trainer.validate(map(self.towers.encode, batches)),
                 "broken_pairs": int(broken),
-                "pairs_per_second": steps * self.task.config.batch_size / seconds,
+                "pairs_per_second": steps * self.job.config.batch_size / seconds,
             }
         )
         if self.place.rank == 0:
-            write_log(self.task.config.out, self.rows)
-            self.place.note(describe(self.rows[-1], self.task.steps))
+            write_log(self.job.config.out, self.rows)
+            self.place.note(describe(self.rows[-1], self.job.steps))
         self._begin_interval()
 
     def _begin_interval(self) -> None:
@@ -130,7 +132,7 @@ class _Fit:
             self.place.report(self.rows[-1], Path(folder))
 
     def _feed(self, data: CaptionedData, pieces: Sequence[Piece]) -> Feed[Example]:
-        config = self.task.config
+        config = self.job.config
         return Feed(
             data,
             pieces,
@@ -144,9 +146,9 @@ class _Fit:
         )
 
 
-def _towers(task: TrainingJob, device: torch.device) -> Towers:
-    """The frozen towers, and a new aligner beside them."""
-    config, parts = task.config, task.parts
+def _towers(job: TrainingJob, device: torch.device) -> Towers:
+    """Load the frozen towers, and add a new aligner."""
+    config, parts = job.config, job.parts
     pipeline = load(parts, getattr(torch, config.dtype), unet=None, vae=None, aligner=None)
     widths = pipeline.image_encoder.config.hidden_size, pipeline.text_encoder.config.hidden_size
     pipeline.register_modules(aligner=ImageAligner(*widths, tokens=config.tokens))

@@ -1,7 +1,7 @@
-"""The training on a Ray cluster: Ray Train places the workers, joins them, restarts them, and keeps the checkpoints.
+"""Training on a Ray cluster: Ray Train places the workers, connects them, restarts them, and keeps the checkpoints.
 
-Rerunning resumes: Ray Train finds the last checkpoint in the output by itself. The driver alone writes the trained
-aligner, once, when the training is done.
+Rerunning the same command resumes: Ray Train finds the last checkpoint in the output by itself. Only the driver writes
+the trained aligner, once, at the end of the training.
 """
 
 import contextlib
@@ -33,29 +33,29 @@ from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.training.training_job import ALIGNER, TrainingJob, read_log
 
 CHECKPOINTS = "checkpoints"
-"""Ray Train's folder in the output."""
+"""Name of Ray Train's folder in the output."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own record of the checkpoints in its folder."""
 
 MAX_FAILURES = 3
-"""How often a training goes on from its last checkpoint after a worker has failed."""
+"""Number of times that a training continues from its last checkpoint after a worker has failed."""
 POLL_SECONDS = 1.0
 PROGRESS_SECONDS = 0.5
 WAITING_SECONDS = 30.0
-"""How long no worker may have said anything, at the start, before the user is told what the training waits for."""
+"""Seconds without any message from a worker, at the start, before the user is told what the training waits for."""
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What came of a training."""
+    """The result of a training."""
 
     out: str
     steps: int
     pairs: int
     before: dict[str, float]
-    """The validation before the first step."""
+    """Metrics of the validation before the first step."""
     best: dict[str, float]
-    """The validation of the aligner that was kept."""
+    """Metrics of the validation of the aligner that was kept."""
     seconds: float
 
     def __str__(self) -> str:
@@ -72,41 +72,41 @@ class TrainingSummary:
 
 
 def run(config: TrainingConfig) -> TrainingSummary:
-    """Train what is left of a training, and write the aligner with the lowest validation loss to ``config.out``.
+    """Train to the end, and write the aligner with the lowest validation loss to ``config.out``. Resumes if possible.
 
     Raises:
         UsageError: an option, a model or the data is wrong.
-        RefusedError: the output holds another training, or another driver is at work there.
-        StorageError: the storage failed, again and again.
-        VcfBatchError: workers failed, again and again, or the loss is not finite any more.
-        Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
+        RefusedError: the output holds another training, or another driver owns it.
+        StorageError: the storage failed repeatedly.
+        VcfBatchError: workers failed repeatedly, or the loss is no longer finite.
+        Interrupted: Ctrl-C or SIGTERM; rerunning resumes.
     """
     begin = time.monotonic()
     with Signals() as signals:
-        task = TrainingJob.plan(_absolute(config))
+        job = TrainingJob.plan(_absolute(config))
         with cluster(config.address):
-            signals.install()  # once more: ray.init takes SIGTERM for itself
-            task = _settled(task)
-            with lease.hold(task.config.out) as held:
-                _claim(task)
-                if not storage.exists(storage.join(task.config.out, "config.json")):
-                    checkpoint = _train(task, held)
+            signals.install()  # Installed a second time, because ray.init replaces the handler of SIGTERM.
+            job = _settled(job)
+            with lease.hold(job.config.out) as held:
+                _claim(job)
+                if not storage.exists(storage.join(job.config.out, "config.json")):
+                    checkpoint = _train(job, held)
                     held.confirm()
-                    _publish(checkpoint, task.config.out)
-    rows = read_log(task.config.out)
+                    _publish(checkpoint, job.config.out)
+    rows = read_log(job.config.out)
     best = min(rows[1:], key=lambda row: row["validation_loss"])
-    return TrainingSummary(task.config.out, task.steps, task.pairs, rows[0], best, time.monotonic() - begin)
+    return TrainingSummary(job.config.out, job.steps, job.pairs, rows[0], best, time.monotonic() - begin)
 
 
 def _absolute(config: TrainingConfig) -> TrainingConfig:
-    """Paths that mean the same to every process: Ray Train's have working directories of their own."""
+    """Make the paths absolute, because Ray Train's processes have other working directories."""
     cache, out = config.cache_features, absolute_output(config.out)
     return config.replace(out=out, cache_features=cache and storage.absolute(cache))
 
 
-def _settled(task: TrainingJob) -> TrainingJob:
-    """Settle what was left open by what the cluster has."""
-    config, cluster_has = task.config, ray.cluster_resources()
+def _settled(job: TrainingJob) -> TrainingJob:
+    """Settle GPUs, number of workers and dtype, where they were not given, by the cluster's resources."""
+    config, cluster_has = job.config, ray.cluster_resources()
     gpus = config.gpus_per_worker
     if gpus is None:
         gpus = 1 if cluster_has.get("GPU") else 0
@@ -121,41 +121,41 @@ def _settled(task: TrainingJob) -> TrainingJob:
         )
     dtype = ("bfloat16" if gpus else "float32") if config.dtype == "auto" else config.dtype
     config = config.replace(gpus_per_worker=gpus, num_workers=workers, dtype=dtype)
-    return dataclasses.replace(task, config=config)
+    return dataclasses.replace(job, config=config)
 
 
-def _claim(task: TrainingJob) -> None:
-    """Publish ``run.json``, or find that the output holds this very training.
+def _claim(job: TrainingJob) -> None:
+    """Publish ``run.json``, or check that the output holds this same training.
 
     Raises:
-        RefusedError: it holds another one, or something else.
+        RefusedError: the output holds another training, or something else.
     """
-    out = task.config.out
+    out = job.config.out
     run_file.claim(
         out,
         run_file.read(out),
-        task.fields(),
+        job.fields(),
         {
-            "model": redact(task.parts.base.name),
-            "image_encoder": redact((task.parts.image_encoder or task.parts.base).name),
-            "data": redact(task.data.url),
-            "pairs": task.pairs,
-            "steps": task.steps,
+            "model": redact(job.parts.base.name),
+            "image_encoder": redact((job.parts.image_encoder or job.parts.base).name),
+            "data": redact(job.data.url),
+            "pairs": job.pairs,
+            "steps": job.steps,
         },
         begun=storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT)),
     )
 
 
-def _train(task: TrainingJob, held: Lease) -> ray.train.Checkpoint:
-    """Run Ray Train, and show how far it is; the best checkpoint."""
-    config = task.config
+def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
+    """Run Ray Train, show its progress, and return the best checkpoint."""
+    config = job.config
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     filesystem, path = storage.arrow_filesystem(config.out)
     resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"task": task, "board": board},
+        train_loop_config={"job": job, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cast(int, config.num_workers),
             use_gpu=bool(config.gpus_per_worker),
@@ -174,15 +174,15 @@ def _train(task: TrainingJob, held: Lease) -> ray.train.Checkpoint:
     )
     done = max((int(row["step"]) for row in read_log(config.out)), default=0)
     log.configure("text")
-    with Progress(task.steps * config.batch_size, done * config.batch_size, sys.stderr) as progress:
-        result = _watch(trainer, board, progress, task, held)
+    with Progress(job.steps * config.batch_size, done * config.batch_size, sys.stderr) as progress:
+        result = _watch(trainer, board, progress, job, held)
     best = result.get_best_checkpoint("validation_loss", "min")
     assert best is not None, "every training ends with a checkpoint"
     return best
 
 
-def _watch(trainer: Any, board: Queue, progress: Progress, task: TrainingJob, held: Lease) -> ray.train.Result:
-    # Not in the main thread, where Ray Train takes Ctrl-C for itself and ends the process with 0.
+def _watch(trainer: Any, board: Queue, progress: Progress, job: TrainingJob, held: Lease) -> ray.train.Result:
+    # Ray Train does not run in the main thread, because there it would handle Ctrl-C and exit with 0.
     outcome: Future[ray.train.Result] = Future()
     threading.Thread(target=_run_into, args=(trainer.fit, outcome), daemon=True).start()
     silent_since: float | None = time.monotonic()
@@ -194,7 +194,7 @@ def _watch(trainer: Any, board: Queue, progress: Progress, task: TrainingJob, he
         except Empty:
             if silent_since is not None and time.monotonic() - silent_since > WAITING_SECONDS:
                 silent_since = time.monotonic()
-                progress.note(_waiting(task.config))
+                progress.note(_waiting(job.config))
             continue
         silent_since = None
         if isinstance(message, Exception):
@@ -202,7 +202,7 @@ def _watch(trainer: Any, board: Queue, progress: Progress, task: TrainingJob, he
         if isinstance(message, str):
             progress.note(message)
         else:
-            progress.update(message[0], message[1], cast(int, task.config.num_workers))
+            progress.update(message[0], message[1], cast(int, job.config.num_workers))
     try:
         return outcome.result()
     except ray.train.TrainingFailedError as error:
@@ -225,7 +225,7 @@ def _waiting(config: TrainingConfig) -> str:
 
 
 def _cause(error: ray.train.TrainingFailedError) -> VcfBatchError:
-    """What a training failed of, in one line where it is not this package's own."""
+    """The cause of a failed training: this package's own error, or the last line of another error."""
     failures = getattr(error, "worker_failures", {}).values()
     causes = [getattr(failure, "_base_exc", failure) for failure in failures]
     for cause in causes:
@@ -240,9 +240,9 @@ def _cause(error: ray.train.TrainingFailedError) -> VcfBatchError:
 
 def _work(settings: dict[str, Any]) -> None:
     """One worker's part, in a process that Ray Train has started."""
-    from vcf_batch.training.fit import Place, fit  # not at the top: the driver needs no models
+    from vcf_batch.training.fit import Place, fit  # Imported here because the driver needs no models.
 
-    task, board = settings["task"], settings["board"]
+    job, board = settings["job"], settings["board"]
     context = ray.train.get_context()
     shown = 0.0
 
@@ -268,16 +268,16 @@ def _work(settings: dict[str, Any]) -> None:
     latest = ray.train.get_checkpoint()
     try:
         with latest.as_directory() if latest else contextlib.nullcontext() as folder:
-            fit(task, place, Path(folder) if folder else None)
+            fit(job, place, Path(folder) if folder else None)
     except StorageError:
-        raise  # may pass: Ray Train tries again
+        raise  # The failure may be temporary: Ray Train restarts the workers.
     except VcfBatchError as error:
         board.put(error)
         raise
 
 
 def _publish(checkpoint: ray.train.Checkpoint, out: str) -> None:
-    """Copy the checkpoint's aligner to the output; its ``config.json``, which says that it is whole, comes last."""
+    """Copy the checkpoint's aligner to the output. ``config.json`` comes last and proves that the aligner is whole."""
     with checkpoint.as_directory() as folder:
         for file in sorted(os.listdir(os.path.join(folder, ALIGNER)), key=lambda name: (name == "config.json", name)):
             storage.upload(os.path.join(folder, ALIGNER, file), storage.join(out, file))

@@ -1,4 +1,4 @@
-"""TrainingConfig: everything that one training of an aligner was asked to do."""
+"""TrainingConfig: all settings of one training of an aligner."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One run of ``vcf-batch train-aligner``. Field names are the command's options; the defaults are the recipe of
-    docs/method.md, section 3.
+    """Settings of one run of ``vcf-batch train-aligner``. Field names are the command's options; the defaults are the
+    recipe of docs/method.md, section 3.
     """
 
     model: str
@@ -20,15 +20,15 @@ class TrainingConfig:
     image_column: str | None = None
     caption_column: str | None = None
     limit: int | None = None
-    """Only the first pairs."""
+    """Number of pairs to use, from the first on; None uses all."""
     validation_data: str | None = None
-    """None: the last pairs of ``data``, which are then not trained on."""
+    """Data for validation; None holds out the last pairs of ``data``."""
     validation_pairs: int | None = None
-    """None: 5 % of the pairs, at most 1,000."""
+    """Number of validation pairs; None is 5 % of the pairs, at most 1,000."""
     tokens: str = "all"
     epochs: int = 10
     batch_size: int = 256
-    """Pairs in a step, over all workers."""
+    """Number of pairs in a step, over all workers."""
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     gradient_norm: float = 1.0
@@ -36,11 +36,11 @@ class TrainingConfig:
     temperature: float = 0.07
     learn_temperature: bool = False
     validate_every: int | None = None
-    """Steps between validations, each with a checkpoint. None: an epoch."""
+    """Number of steps between validations, each with a checkpoint; None is one epoch."""
     shuffle_buffer: int = 1000
     seed: int = 0
     dtype: str = "auto"
-    """Of the frozen towers. ``auto``: bfloat16 where workers have GPUs, else float32."""
+    """Data type of the frozen towers; ``auto`` is bfloat16 if workers have GPUs, else float32."""
     cache_features: str | None = None
     num_workers: int | None = None
     gpus_per_worker: int | None = None
@@ -69,4 +69,4 @@ NOT_CONTENT = frozenset(
         "address",
     }
 )
-"""Settings that a training may go on with after they have changed. Models and data count by their identity."""
+"""Settings that may change when a training is resumed. Models and data are compared by their identity instead."""

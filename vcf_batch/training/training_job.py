@@ -1,4 +1,4 @@
-"""A training of an aligner: what it is, and the log that it writes. Neither torch nor ray is needed here."""
+"""A training of an aligner: its models and data, and its log. This module needs neither torch nor ray."""
 
 import csv
 import io
@@ -14,16 +14,16 @@ from vcf_batch.vcf.parts import Parts
 
 LOG = "log.csv"
 ALIGNER, STATE = "aligner", "state.pt"
-"""What a checkpoint holds: an ImageAligner directory, and what training goes on from."""
+"""Names in a checkpoint: the ImageAligner directory, and the file with the state to resume from."""
 
 VALIDATION_SHARE = 20
-"""One pair in so many is held out where nothing else is said, and at most :data:`MAX_VALIDATION` pairs."""
+"""One of :data:`VALIDATION_SHARE` pairs is held out by default, and at most :data:`MAX_VALIDATION` pairs in all."""
 MAX_VALIDATION = 1000
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that a worker needs to know of a training. Small, and picklable."""
+    """All that a worker needs to know about a training; small and picklable."""
 
     config: TrainingConfig
     parts: Parts
@@ -34,7 +34,7 @@ class TrainingJob:
 
     @classmethod
     def plan(cls, config: TrainingConfig) -> "TrainingJob":
-        """Find the models, count the pairs, and hold some out.
+        """Find the models, count the pairs, and hold out pairs for validation.
 
         Raises:
             UsageError: a model or the data cannot be used, or there are too few pairs.
@@ -55,14 +55,14 @@ class TrainingJob:
             validation = cut(data.files, total, total + held_out)
         if total < config.batch_size:
             raise UsageError(
-                f"{config.data} has {max(total, 0):,} pairs to train on, {held_out:,} being for "
+                f"{config.data} has {max(total, 0):,} pairs to train on, besides {held_out:,} for "
                 f"validation: fewer than --batch-size {config.batch_size:,}; use a smaller batch or more data"
             )
         return cls(config, parts, data, validation_data, tuple(cut(data.files, 0, total)), tuple(validation))
 
     @property
     def pairs(self) -> int:
-        """To train on."""
+        """Number of pairs to train on."""
         return sum(map(len, self.training))
 
     @property
@@ -74,7 +74,7 @@ class TrainingJob:
         return self.config.epochs * self.steps_per_epoch
 
     def fields(self) -> dict[str, Any]:
-        """What makes this training another one than a training with other values, as plain JSON types."""
+        """The settings and identities that define this training, as plain JSON types."""
         config = {name: value for name, value in vars(self.config).items() if name not in NOT_CONTENT}
         encoder = self.parts.image_encoder or self.parts.base
         return config | {
@@ -87,7 +87,7 @@ class TrainingJob:
 
 
 def read_log(out: str) -> list[dict[str, float]]:
-    """The validations of a training, the one before its first step included; none if there are none yet.
+    """The validations of a training so far, beginning with the one before its first step.
 
     Raises:
         StorageError: the storage failed.
@@ -101,7 +101,7 @@ def read_log(out: str) -> list[dict[str, float]]:
 
 
 def describe(row: dict[str, Any], steps: int) -> str:
-    """One validation in a line."""
+    """One validation in one line of text."""
     return (
         f"step {row['step']:,.0f} of {steps:,}: validation loss {row['validation_loss']:.4f} (InfoNCE "
         f"{row['validation_info_nce']:.4f}, reconstruction {row['validation_reconstruction']:.4f}), recall@1 "
@@ -110,7 +110,7 @@ def describe(row: dict[str, Any], steps: int) -> str:
 
 
 def write_log(out: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Publish the validations so far.
+    """Publish ``log.csv`` with the validations so far.
 
     Raises:
         StorageError: the storage failed.

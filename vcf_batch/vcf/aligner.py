@@ -1,4 +1,4 @@
-"""The image aligner, what it is fed, and the losses that train it (docs/method.md, sections 1 to 3)."""
+"""The image aligner, its input, and its training losses (docs/method.md, sections 1 to 3)."""
 
 import math
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ INFO_NCE_WEIGHT = 0.2
 
 
 class ImageAligner(ModelMixin, ConfigMixin):
-    """Carries vision-tower tokens into the space of the text tokens: the only trained part of VCF.
+    """A network that maps vision-tower tokens to the space of the text tokens, and the only trained part of VCF.
 
     ``LayerNorm(Dv) -> Linear(Dv, Dt) -> ReLU -> Linear(Dt, Dt)`` on each token (docs/method.md, section 2).
-    How a reference becomes its input belongs to the aligner, because it holds only for the input it was trained on.
+    The aligner also defines how a reference becomes its input, because its weights fit that input only.
 
     Args:
         vision_dim: width ``Dv`` of the vision tower's hidden states.
         text_dim: width ``Dt`` of the text tokens the UNet is conditioned on.
-        tokens: which image tokens are used, in training and in inference: ``all``, ``patches`` (no CLS) or ``cls``.
+        tokens: image tokens used in training and in inference: ``all``, ``patches`` (no CLS) or ``cls``.
         double_rescale: apply ``(x + 1) / 2`` to images that are in [0, 1] already, as the authors' inference code
-            does. True only for checkpoints that were made with it.
+            does. True only for the authors' checkpoints.
 
     Raises:
         ModelError: ``tokens`` is none of :data:`vcf_batch.config.IMAGE_TOKENS`.
@@ -64,13 +64,13 @@ class ImageAligner(ModelMixin, ConfigMixin):
         return self.proj(image_tokens)
 
     def select_tokens(self, hidden_states: Tensor, tokens: str | None = None) -> Tensor:
-        """Keep some of the image tokens: ``[B, 1 + P, Dv]``, CLS first, to ``[B, N, Dv]``.
+        """Select image tokens: ``[B, 1 + P, Dv]`` with CLS first becomes ``[B, N, Dv]``.
 
         Args:
-            tokens: ``all``, ``patches`` or ``cls``; None is what this aligner was trained on.
+            tokens: ``all``, ``patches`` or ``cls``; None is the choice of this aligner's training.
 
         Raises:
-            UsageError: no such choice.
+            UsageError: ``tokens`` is another value.
         """
         tokens = self.config.tokens if tokens is None else tokens
         if tokens not in IMAGE_TOKENS:
@@ -83,7 +83,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Turn reference images into the vision tower's input.
 
-        The whole image is squashed to a square, never cropped, so that its composition survives
+        The whole image is squashed to a square, never cropped, so that its composition is kept
         (docs/method.md, section 1).
 
         Args:
@@ -105,10 +105,10 @@ class ImageAligner(ModelMixin, ConfigMixin):
     def from_authors(cls, path: str | Path) -> "ImageAligner":
         """Load a checkpoint of the authors: a ``state_dict`` with keys ``proj.0.*``, ``proj.1.*`` and ``proj.3.*``.
 
-        It gets the preprocessing and the tokens of the authors' inference code (all of them, rescaled twice).
+        The loaded aligner preprocesses as the authors' inference code does: it uses all tokens and rescales twice.
 
         Raises:
-            ModelError: the file is not such a checkpoint, or holds anything but tensors.
+            ModelError: the file is not such a checkpoint, or it holds other things than tensors.
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -117,7 +117,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
             aligner.load_state_dict(state)
         except FileNotFoundError:
             raise
-        except Exception as error:  # torch.load has no common error type for what it cannot or will not read
+        except Exception as error:  # torch.load has no common error type for files that it cannot or will not read
             raise ModelError(
                 f"{path} is not a checkpoint of the authors' aligner, a state_dict of proj.0.*, proj.1.* and proj.3.* "
                 f"({error}); an aligner saved by this project is a folder: load it with ImageAligner.from_pretrained"
@@ -126,7 +126,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
 
 
 def squash(image: Image.Image, size: int) -> Image.Image:
-    """The whole image as an RGB square of ``size`` pixels along each edge. One of that size stays as it is."""
+    """The whole image as an RGB square of ``size`` pixels along each edge. A square of that size keeps its pixels."""
     return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -179,8 +179,8 @@ def alignment_loss(
     Args:
         image_tokens: aligned, ``[B, N, Dt]``.
         text_tokens: ``[B, T, Dt]``; row i is the caption of image i.
-        weight: lambda, of the contrastive part.
-        temperature: of the contrastive part.
+        weight: weight of the contrastive part (lambda).
+        temperature: temperature of the contrastive part.
 
     Returns:
         Scalar, 0 or more.

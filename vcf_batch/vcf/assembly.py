@@ -1,4 +1,4 @@
-"""Stable Diffusion, an image encoder and an aligner put together: in memory, and as one directory."""
+"""Combine Stable Diffusion, an image encoder and an aligner, in memory or in one directory."""
 
 import json
 import os
@@ -21,16 +21,16 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 
 
 def load(parts: Parts, dtype: torch.dtype, **components: Any) -> VCFPipeline:
-    """Load the pipeline on the CPU, its image encoder in it.
+    """Load the pipeline on the CPU, with its image encoder.
 
     Args:
-        parts: where they come from.
-        dtype: of all parts that are loaded.
-        components: parts to use in place of the base's; None leaves a part out.
+        parts: the models to load.
+        dtype: data type of all weights that are loaded.
+        components: parts that replace the base's own by name; None leaves a part out.
 
     Raises:
         ModelError: a part is missing, cannot be loaded, or does not fit the others.
-        StorageError: storage or network failed.
+        StorageError: the storage or the network failed.
     """
     folder = fetch(parts.base)
     if parts.image_encoder is not None:
@@ -43,18 +43,18 @@ def load(parts: Parts, dtype: torch.dtype, **components: Any) -> VCFPipeline:
 
 
 def _load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
-    """The vision tower of a CLIP, whether or not the checkpoint has the text tower too.
+    """Load the vision tower of a CLIP, from a checkpoint with or without the text tower.
 
     Raises:
-        ModelError: the checkpoint lacks weights of it.
+        ModelError: the checkpoint lacks weights of the vision tower.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if isinstance(config, CLIPConfig):
-        # Where both towers are in one checkpoint, the width they share stands above them.
+        # A checkpoint of both towers stores their common projection width outside the towers' own configurations.
         config, width = config.vision_config, config.projection_dim
         config.projection_dim = width
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # or every weight of the text tower is warned of
+    logging.set_verbosity_error()  # Otherwise transformers warns of every weight of the text tower.
     try:
         tower, report = CLIPVisionModelWithProjection.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -66,17 +66,17 @@ def _load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithPr
 
 
 def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
-    """Write one pipeline directory that has everything: what ``--model`` takes.
+    """Write one pipeline directory with all parts, as ``--model`` takes it.
 
     Args:
-        parts: what the aligner was trained for.
-        aligner: folder or URL that ``train-aligner`` or ``ImageAligner.save_pretrained`` wrote, or a Hub id.
-        out: folder or URL, which must not hold a model yet.
-        dtype: of the weights that are written.
+        parts: the models for which the aligner was trained.
+        aligner: folder or URL written by ``train-aligner`` or ``ImageAligner.save_pretrained``, or a Hub id.
+        out: folder or URL; it must not hold a model yet.
+        dtype: data type of the weights that are written.
 
     Raises:
-        ModelError: a part is missing, or they do not fit each other.
-        UsageError: there is a model at ``out``.
+        ModelError: a part is missing, or the parts do not fit each other.
+        UsageError: ``out`` holds a model already.
         StorageError: the storage failed.
     """
     out = storage.absolute(out)
@@ -91,17 +91,17 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
         pipeline.save_pretrained(scratch)
         forget_paths(Path(scratch))
         files = {file: os.path.join(scratch, file) for file in storage.list_tree(scratch)}
-        # What a model has beside its pipeline: the judge and the probe of the tiny family.
+        # Copy models that are not part of the pipeline: the judge and the probe of the tiny family.
         for file in model_files.chosen(list(storage.list_tree(base))):
             if "/" in file and file.split("/")[0] not in pipeline.config:
                 files[file] = os.path.join(base, file)
-        # What names the parts comes last, so that half a model is never taken for one.
+        # The index of the parts is uploaded last, so that half a model is never taken for a whole one.
         for file in sorted(files, key=lambda name: (name == MODEL_INDEX, name)):
             storage.upload(files[file], storage.join(out, file))
 
 
 def forget_paths(folder: Path) -> None:
-    """Leave out of a saved model's configurations where its parts lay on the machine that saved it."""
+    """Delete the paths of the machine that saved a model from the model's configuration files."""
     for file in (*folder.glob("*.json"), *folder.glob("*/config.json")):
         config = json.loads(file.read_text())
         if config.pop("_name_or_path", None) is not None:

@@ -1,4 +1,4 @@
-"""Cross-attention with a bias on the tokens' logits: what strength and padding need, and diffusers does not pass on."""
+"""Cross-attention with a bias on the tokens' logits, which strength and padding need and diffusers does not pass on."""
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -8,8 +8,8 @@ from torch import Tensor
 class TokenBiasAttention(AttnProcessor2_0):
     """Scaled dot-product attention whose cross-attention takes an additive bias per token.
 
-    The UNet's own ``encoder_attention_mask`` is no way in: it turns a mask ``m`` into ``(1 - m) * -10000`` in the
-    model's dtype, which neither carries a bias nor survives bfloat16.
+    The UNet's own ``encoder_attention_mask`` cannot carry the bias: it turns a mask ``m`` into ``(1 - m) * -10000`` in
+    the model's dtype, and bfloat16 rounds such values too coarsely.
     """
 
     def __call__(
@@ -21,13 +21,13 @@ class TokenBiasAttention(AttnProcessor2_0):
         temb: Tensor | None = None,
         token_bias: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute the attention.
 
         Args:
-            attn: the layer.
+            attn: the attention layer.
             hidden_states: queries, ``[B, Q, D]``.
-            encoder_hidden_states: tokens, ``[B, S, Dt]``; None in self-attention, where the bias has no meaning.
-            attention_mask: a mask of diffusers' own, used where there is no bias.
+            encoder_hidden_states: tokens, ``[B, S, Dt]``; None in self-attention, which ignores the bias.
+            attention_mask: diffusers' own mask, used if there is no bias.
             temb: time embedding.
             token_bias: ``[B, 1, S]``, added to the logits of every query and head; ``-inf`` hides a token.
 
@@ -40,6 +40,6 @@ class TokenBiasAttention(AttnProcessor2_0):
 
 
 def accept_token_bias(unet: UNet2DConditionModel) -> None:
-    """Let a UNet take ``cross_attention_kwargs={"token_bias": ...}``; other processors would drop it with a warning."""
+    """Make a UNet use ``cross_attention_kwargs={"token_bias": ...}``. Other processors drop the bias with a warning."""
     if not all(isinstance(processor, TokenBiasAttention) for processor in unet.attn_processors.values()):
         unet.set_attn_processor(TokenBiasAttention())

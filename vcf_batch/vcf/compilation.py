@@ -1,4 +1,4 @@
-"""Compiling networks with ``torch.compile``, so that every process gets the same kernels for the same shapes."""
+"""Compile networks with ``torch.compile``, so that every process gets the same kernels for the same shapes."""
 
 from typing import Any
 
@@ -6,16 +6,19 @@ import torch
 from torch import nn
 
 SHAPES = 256
-"""Kinds of input that one network is compiled for at most; beyond it the call fails, and never goes on uncompiled."""
+"""Largest number of input kinds for which one network is compiled. One kind more raises an error; the network is
+never run uncompiled instead."""
 
 
 def compile_forward(network: nn.Module) -> None:
-    """Compile a network's ``forward`` in place, anew for each kind of input: shapes and dtypes.
+    """Compile a network's ``forward`` in place, separately for each kind of input (shapes and dtypes).
 
-    Kernels are a function of these alone: nothing is timed, no shape is generalised from those before, and there is no
-    falling back. What is compiled is kept on disk for other processes (:meth:`vcf_batch.worker.device.Device.prepare`).
+    Kernels depend on the kind of input only: no kernel is chosen by timing, no shape is generalised from earlier ones,
+    and there is no fallback. Compiled code is kept on disk for other processes
+    (:meth:`vcf_batch.worker.device.Device.prepare`).
 
-    Where gradients are taken, nothing is compiled: on CPUs, torch 2.13 makes zeros of those of a VAE decoder.
+    While gradients are enabled, the plain network runs: on CPUs, torch 2.13 computes zeros for the gradients of a
+    compiled VAE decoder.
     """
     plain = network.forward
     forward = torch.compile(plain, fullgraph=True, dynamic=False, options={"deterministic": True})
@@ -23,7 +26,7 @@ def compile_forward(network: nn.Module) -> None:
     def compiled(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        # Which torch keeps for each thread on its own.
+        # torch keeps this limit separately for each thread, so it is set here and not once for the process.
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
             return forward(*args, **kwargs)
 

@@ -1,8 +1,9 @@
-"""Deep features of the UNet, used for several steps: DeepCache (Ma et al. 2023, arXiv 2312.00858).
+"""Reuse of the UNet's deep features over several steps: DeepCache (Ma et al. 2023, arXiv 2312.00858).
 
-From one denoising step to the next the deep blocks of a UNet change little of what they give. In steps that reuse,
-they give the same again; only the first block down and the last one up, with the skip connections between them, see the
-step's own latents. This works on the calls of the blocks, so that it holds for any UNet made of such blocks.
+The output of a UNet's deep blocks changes little from one denoising step to the next. A step that reuses takes this
+output from an earlier step. Only the first block down and the last block up, with the skip connections between them,
+compute from the step's own latents. The cache replaces the calls of the blocks, so it works for any UNet of such
+blocks.
 """
 
 from typing import Any, Self
@@ -13,13 +14,13 @@ from torch import nn
 
 
 class DeepCache:
-    """Stands in for the deep blocks of a UNet; use it with ``with``, which leaves the UNet as it was.
+    """Replacement for the deep blocks of a UNet inside a ``with`` block. Leaving the block restores the UNet.
 
-    Where gradients flow, every step computes all blocks: what is kept would be of another step's graph.
+    While gradients are enabled, every step computes all blocks, because kept features belong to another step's graph.
 
     Args:
-        unet: of one sampling, one step after the other.
-        interval: one step in so many computes all blocks.
+        unet: the UNet of a single sampling, which calls it one step after the other.
+        interval: every ``interval``-th step computes all blocks; the steps between reuse.
     """
 
     def __init__(self, unet: UNet2DConditionModel, interval: int) -> None:
@@ -31,18 +32,18 @@ class DeepCache:
             self._blocks = [*unet.down_blocks[1:], *middle, *unet.up_blocks[:-1]]
 
     def begin_step(self, number: int, is_new_batch: bool) -> None:
-        """Decide what the next call of the UNet computes.
+        """Decide whether the next call of the UNet computes or reuses the deep blocks.
 
         Args:
-            number: of the step, from 0.
-            is_new_batch: what is kept has another batch size than the step.
+            number: number of the step, from 0.
+            is_new_batch: whether the kept features have another batch size than this step.
         """
         self._reuses = number % self._interval > 0 and not is_new_batch
 
     def __enter__(self) -> Self:
         self._own = [vars(block).get("forward") for block in self._blocks]
         for block in self._blocks:
-            block.forward = self._standing_in_for(block)
+            block.forward = self._replacement(block)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -51,7 +52,7 @@ class DeepCache:
             if own is not None:
                 block.forward = own
 
-    def _standing_in_for(self, block: nn.Module) -> Any:
+    def _replacement(self, block: nn.Module) -> Any:
         compute, given = block.forward, None
 
         def forward(*args: Any, **settings: Any) -> Any:

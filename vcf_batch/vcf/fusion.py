@@ -34,23 +34,23 @@ def fuse(
 ) -> Tensor:
     """Fuse text tokens with the aligned image tokens of the same samples.
 
-    Computed in float32 and sample by sample: nothing is averaged or scaled over the batch.
+    The fusion is computed in float32, sample by sample: nothing is averaged or scaled over the batch.
 
     Args:
         text_tokens: ``[B, T, Dt]``.
-        image_tokens: aligned, ``[B, N, Dt]``; of several references, one after the other.
+        image_tokens: aligned, ``[B, N, Dt]``; the tokens of several references stand one after the other.
         mode: ``naive``, ``concat`` or ``cross_attention``.
-        strength: the weight ``a`` of the image part, 0 is text only; None is the mode's default. ``concat`` returns
-            the same tokens at every strength: its strength is a bias on the image tokens' attention logits, which
-            travels beside the tokens.
-        weights: of the image tokens, ``[B, N]``, above 0: one of weight 2 counts as two of weight 1. None is equal
-            weights. With ``concat`` they too are part of the bias.
+        strength: the weight ``a`` of the image part; 0 is text only, None is the mode's default. ``concat`` returns
+            the same tokens at every strength: its strength is a bias on the attention logits of the image tokens, and
+            callers pass the bias on beside the tokens.
+        weights: weights of the image tokens, ``[B, N]``, above 0. A token of weight 2 counts as two tokens of weight 1;
+            None is equal weights. With ``concat`` the weights too are part of the bias.
 
     Returns:
         ``[B, T, Dt]``, or ``[B, T + N, Dt]`` for ``concat``; in the dtype of ``text_tokens``.
 
     Raises:
-        UsageError: no such mode.
+        UsageError: ``mode`` is unknown.
     """
     default = default_strength(mode)
     strength = default if strength is None else strength
@@ -68,7 +68,11 @@ def _mean(image: Tensor, weights: Tensor) -> Tensor:
 
 
 def _attend(text: Tensor, image: Tensor, weights: Tensor) -> Tensor:
-    """For each text token, the image tokens weighted by cosine and rescaled to the text's mean norm: ``[B, T, Dt]``."""
+    """For each text token, a mean of the image tokens, weighted by cosine and rescaled to the text's mean norm.
+
+    Returns:
+        ``[B, T, Dt]``.
+    """
     text_norm = text.norm(dim=-1, keepdim=True).mean(dim=1, keepdim=True)
     direction = F.normalize(image, dim=-1)
     cosine = F.normalize(text, dim=-1) @ direction.mT
@@ -78,24 +82,25 @@ def _attend(text: Tensor, image: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fusion:
-    """How the references of one sample join its prompt.
+    """The references of one sample, and how they are fused with its prompt.
 
     Raises:
-        UsageError: a value outside its limits.
+        UsageError: a value is outside its limits.
     """
 
     image_tokens: Sequence[Tensor] = ()
-    """Aligned, ``[N, Dt]`` of each reference; none is text only."""
+    """Aligned image tokens, ``[N, Dt]`` for each reference. An empty sequence is text only."""
     mode: str = "concat"
     strength: float = 1.0
-    """0 is text only, on the unconditional side too."""
+    """Weight of the references; 0 is text only, on the unconditional side too."""
     weights: Sequence[float] | None = None
-    """One per reference, relative to each other; None is equal weights. A reference of weight 0 is left out."""
+    """Relative weights, one per reference; None is equal weights. A reference of weight 0 is left out."""
     unconditional: Tensor | None = None
-    """``[N, Dt]``: aligned image tokens that the unconditional side is fused with in the same way. None is what the
-    authors do: zeros where ``concat`` has image tokens, and nothing in the other modes."""
+    """``[N, Dt]``: aligned image tokens, fused with the unconditional side in the same way. None follows the authors:
+    ``concat`` gets zeros in place of image tokens, the other modes fuse nothing."""
     lo: float = 0.0
-    """Steps with ``lo <= t / 999 <= hi`` use the fused tokens, the others text alone. 1 is pure noise."""
+    """Start of the fusion range; 1 is pure noise. Steps with ``lo <= t / 999 <= hi`` use the fused tokens, the others
+    use text alone."""
     hi: float = 1.0
 
     def __post_init__(self) -> None:
@@ -109,11 +114,15 @@ class Fusion:
         reference_shares(self.weights, len(self.image_tokens))
 
     def positive(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Fuse the tokens ``[T, Dt]`` of the prompt: tokens ``[S, Dt]``, and on the CPU the bias ``[S]`` of each."""
+        """Fuse the tokens ``[T, Dt]`` of the prompt.
+
+        Returns:
+            The fused tokens ``[S, Dt]``, and on the CPU the bias ``[S]`` of their attention logits.
+        """
         return self._fuse(text, self.image_tokens, reference_shares(self.weights, len(self.image_tokens)))
 
     def negative(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for the unconditional side and the tokens of the negative prompt."""
+        """Fuse the tokens of the negative prompt for the unconditional side; shapes as in :meth:`positive`."""
         if self.unconditional is not None:
             return self._fuse(text, [self.unconditional], [1.0])
         zeros = [torch.zeros_like(tokens) for tokens in self.image_tokens[:1] if self.mode == "concat"]
@@ -134,7 +143,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Side:
-    """What the UNet is conditioned on, on one side of the guidance: a batch of samples with fusions of their own."""
+    """The UNet's conditioning on one side of the guidance: a batch of samples, each with its own fusion."""
 
     tokens: Tensor
     """``[B, S, Dt]``: each sample's fused tokens, padded with zeros."""
@@ -142,10 +151,10 @@ class Side:
     """float32 ``[B, S]`` on the CPU, added to the attention logits of the tokens: 0 on text, log(strength x share) on
     the image tokens of ``concat``, ``-inf`` on padding."""
     text: Tensor
-    """``[B, T, Dt]``: the tokens where a sample's fusion is out of its range."""
+    """``[B, T, Dt]``: the tokens used in steps outside a sample's fusion range."""
 
     def select(self, inside: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Tokens and bias where the samples marked with True are fused and the others are text alone."""
+        """Tokens and bias of a step in which the samples marked with True are fused and the others are text alone."""
         if all(inside):
             return self.tokens, self.bias
         if not any(inside):
@@ -157,7 +166,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Both sides of the guidance, equally long, and when each sample is fused."""
+    """Both sides of the guidance, with the same number of tokens, and the fusion range of each sample."""
 
     positive: Side
     negative: Side
@@ -165,16 +174,16 @@ class Conditioning:
     """``lo`` and ``hi`` of each sample."""
 
     def inside(self, time: float) -> tuple[bool, ...]:
-        """Which samples are fused at ``time``, t / 999."""
+        """For each sample, whether it is fused at ``time`` (t / 999)."""
         return tuple(lo <= time <= hi for lo, hi in self.ranges)
 
     def select(self, inside: Sequence[bool], guided: bool) -> tuple[Tensor, Tensor | None]:
-        """What the UNet gets where the samples marked with True are fused.
+        """The UNet's input in a step in which the samples marked with True are fused.
 
         Returns:
-            Tokens ``[B, S, Dt]``, or ``[2B, S, Dt]`` with the unconditional side first if ``guided``. And the bias on
-            their attention logits, float32 ``[B or 2B, 1, S]``; None if it is 0 throughout, so that attention takes its
-            fastest path.
+            Tokens ``[B, S, Dt]``, or ``[2B, S, Dt]`` with the unconditional side first if ``guided``; and the bias on
+            their attention logits, float32 ``[B or 2B, 1, S]``. The bias is None if all of it is 0, so that attention
+            takes its fastest path.
         """
         sides = [side.select(inside) for side in ([self.negative, self.positive] if guided else [self.positive])]
         tokens = torch.cat([tokens for tokens, _ in sides])
@@ -183,14 +192,14 @@ class Conditioning:
 
 
 def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fusion]) -> Conditioning:
-    """Fuse each sample in its own way and put them into one batch.
+    """Fuse each sample in its own way and put all samples into one batch.
 
-    A sample's tokens do not depend on its neighbours: unequal token counts are padded, and the padding is hidden by
-    the bias. A sample at strength 0 has no image tokens at all, so it is exactly text only.
+    A sample's tokens do not depend on its neighbours: shorter samples are padded, and the bias hides the padding. A
+    sample at strength 0 has no image tokens at all, so it is exactly text only.
 
     Args:
-        text_tokens: ``[B, T, Dt]``.
-        negative_tokens: ``[B, T, Dt]``, of the negative prompts.
+        text_tokens: tokens of the prompts, ``[B, T, Dt]``.
+        negative_tokens: tokens of the negative prompts, ``[B, T, Dt]``.
         fusions: one per sample.
     """
     positive = [fusion.positive(text) for fusion, text in zip(fusions, text_tokens, strict=True)]
@@ -209,6 +218,6 @@ def _side(samples: Sequence[tuple[Tensor, Tensor]], text_tokens: Tensor, length:
 
 
 def _padded(tokens: Tensor, bias: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Tokens ``[..., S, Dt]`` and their bias ``[..., S]`` with hidden ones added up to ``length``."""
+    """Tokens ``[..., S, Dt]`` and their bias ``[..., S]``, padded with hidden tokens to ``length``."""
     missing = length - tokens.shape[-2]
     return F.pad(tokens, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=-math.inf)

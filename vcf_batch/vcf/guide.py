@@ -16,10 +16,10 @@ from vcf_batch.vcf.aligner import squash
 
 
 class Guide:
-    """Embeds images so that gradients reach their pixels.
+    """A frozen CLIP that embeds images differentiably, so that gradients reach their pixels.
 
     Args:
-        clip: the CLIP, or its vision tower with projection, on its device. It is frozen.
+        clip: the CLIP, or its vision tower with projection, on its device. The guide freezes it.
         mean, std: three numbers each, for images in [0, 1].
     """
 
@@ -36,7 +36,7 @@ class Guide:
 
         Args:
             path: folder of a CLIP in transformers' layout.
-            device: where it runs.
+            device: device of the guide.
 
         Raises:
             ModelError: a part is missing or does not fit.
@@ -58,7 +58,7 @@ class Guide:
         return self.tower.config.image_size
 
     def embed(self, images: Tensor) -> Tensor:
-        """L2-normalised embeddings. Differentiable.
+        """Embed images; differentiable. The embeddings are L2-normalised.
 
         Args:
             images: ``[B, 3, H, W]`` in [0, 1], of any size; the whole image is squashed to the guide's square.
@@ -72,11 +72,12 @@ class Guide:
 
     @torch.no_grad()
     def targets(self, references: Sequence[Sequence[Image.Image]], weights: Sequence[Sequence[float] | None]) -> Tensor:
-        """What outputs are to look like: a product with it is the weighted mean of the cosines with the references.
+        """The embeddings to follow. An output's product with its target is the weighted mean of its cosines with the
+        references.
 
         Args:
-            references: of each sample, one image or more of any sizes.
-            weights: of each sample, one per reference; None is equal weights.
+            references: for each sample, one or more images of any size.
+            weights: for each sample, one weight per reference; None is equal weights.
 
         Returns:
             float32 ``[B, D]``.
@@ -92,17 +93,18 @@ class Guide:
         )
 
     def refuse_judge(self, judge: CLIPModel) -> None:
-        """Make sure that what guides does not judge (docs/method.md, section 5).
+        """Refuse a judge that has the guide's own weights (docs/method.md, section 5).
 
-        Names and files prove nothing, as the same weights lie in many places and precisions: the towers are compared.
+        The weights of the vision towers are compared. Names and files prove nothing, because the same weights are
+        published in many places and precisions.
 
         Raises:
-            ModelError: guide and judge see with the same weights.
+            ModelError: guide and judge have the same weights.
         """
         ours, theirs = (list(tower.parameters()) for tower in (self.tower, judge.vision_model))
         if len(ours) == len(theirs) and all(map(_equal, ours, theirs)):
             raise ModelError(
-                "the PNO guide and the judge are the same CLIP, so PNO would raise its own marks: name another guide "
+                "the PNO guide and the judge are the same CLIP, so PNO would raise its own scores: name another guide "
                 "with --pno-guide, or another judge with --judge"
             )
 
@@ -127,5 +129,5 @@ def bicubic(images: Tensor, size: int) -> Tensor:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights are one, but for the rounding to another precision: at worst bfloat16's 8 bits."""
+    """Whether two weights are equal up to rounding. The coarsest rounding is bfloat16's, with 8 bits."""
     return a.shape == b.shape and torch.allclose(a.float(), b.to(a.device).float(), rtol=1e-2, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Which Stable Diffusion, and which image encoder its aligner reads. Nothing is loaded here, so torch is not needed."""
+"""The choice of a Stable Diffusion and of its aligner's image encoder. Nothing is loaded, so torch is not needed."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Parts:
 
     base: ResolvedModel
     image_encoder: ResolvedModel | None
-    """None: the base's own."""
+    """The image encoder; None is the base's own."""
 
     @classmethod
     def resolve(
@@ -26,13 +26,14 @@ class Parts:
         image_encoder: str | None = None,
         image_encoder_revision: str | None = None,
     ) -> "Parts":
-        """Find the exact versions.
+        """Find the exact version of each model.
 
         Args:
-            base: a name of :data:`vcf_batch.models.resolution.PRESETS`, or whatever
+            base: a name of :data:`vcf_batch.models.resolution.PRESETS`, or any name that
                 :func:`vcf_batch.models.resolution.resolve` takes.
             revision: branch, tag or commit of a base on the Hub.
-            image_encoder: a CLIP, or its vision tower alone; None is the preset's, else the base's own.
+            image_encoder: a CLIP, or its vision tower alone. None is the image encoder of the preset, or without a
+                preset the base's own.
             image_encoder_revision: branch, tag or commit of an image encoder on the Hub.
 
         Raises:
@@ -51,7 +52,8 @@ class Parts:
             return cls(found, resolution.resolve(image_encoder, image_encoder_revision))
         if image_encoder_revision is not None:
             raise ModelError(
-                f"the image encoder's revision is {image_encoder_revision!r}, but no image encoder is named"
+                f"the image encoder's revision is {image_encoder_revision!r}, but no image encoder is named; "
+                "name it with --image-encoder"
             )
         # model_index.json gives the library and the class of each part, or two nulls.
         if not any(index.get("image_encoder") or ()):

@@ -1,4 +1,4 @@
-"""Prompt-noise optimisation (PNO): sampling that follows the reference by gradient (docs/method.md, section 5)."""
+"""Prompt-noise optimisation (PNO): follow the reference by gradients through sampling (docs/method.md, section 5)."""
 
 import dataclasses
 import math
@@ -14,28 +14,29 @@ from vcf_batch.vcf.fusion import Conditioning
 from vcf_batch.vcf.guide import Guide
 
 MAX_GRADIENT_NORM = 1.0
-"""Of a sample, over conditioning and noise together."""
+"""Largest gradient norm of a sample, over its conditioning and noise together."""
 
 EXPLODED = 1e4
-"""A gradient norm from which on the gradient says nothing: the loss itself stays within a few units."""
+"""Gradient norm from which on a gradient is useless, because the loss itself stays within a few units."""
 
 PERMUTATION_SEED = 1 << 63
-"""Added to a sample's seed for its permutations. Seeds end below it, so no noise comes from the same generator."""
+"""Offset added to a sample's seed for its permutations. It is above every seed, so no noise uses the same generator."""
 
 
 def noise_regularizer(
     noise: Tensor, block: int = 4, permutations: int = 20, generator: torch.Generator | None = None
 ) -> Tensor:
-    """How unlikely noise is to be standard normal, by concentration bounds (docs/method.md, section 5).
+    """Improbability of noise under a standard normal distribution, by concentration bounds (docs/method.md, section 5).
 
-    Mean and covariance of the noise's blocks are held against what independent normal numbers give, in the noise's own
-    order and in random ones. Typical noise has ``4 log 2``, the least with permutations, or a little more.
+    The noise is cut into blocks, in its own order and in random orders. The mean and covariance of the blocks are
+    compared with those of independent normal numbers. Typical noise has ``4 log 2`` or a little more; ``4 log 2`` is
+    the minimum with permutations.
 
     Args:
-        noise: all noise of one sample, of any shape; padded with zeros to whole blocks.
-        block: length ``k`` of the vectors that the noise is cut into.
-        permutations: random orders that are averaged over; 0 leaves their term out.
-        generator: of the permutations, on the CPU; None is torch's default.
+        noise: all noise of one sample, of any shape; it is padded with zeros to whole blocks.
+        block: length ``k`` of a block.
+        permutations: number of random orders to average over; 0 leaves their term out.
+        generator: generator of the permutations, on the CPU; None is torch's default.
 
     Returns:
         Scalar, ``2 log 2`` or more.
@@ -66,25 +67,24 @@ def optimize(
     lr_noise: float,
     gamma: float,
 ) -> tuple[Tensor, list[Objective]]:
-    """Sample again and again, each time from a conditioning and noise that bring the image closer to the reference.
+    """Optimise conditioning and noise in ``steps`` updates, so that the image comes closer to the reference.
 
     The loss of a sample is ``-cosine(output, reference) + gamma * noise_regularizer(noise)``. Samples share the
-    computation and nothing else: losses, gradient norms, AdamW's state, permutations and the best image are each
-    sample's own. A sample whose loss or gradient is not finite, or explodes, stops at its best.
+    computation only: each has its own loss, gradient norm, AdamW state, permutations and best image. A sample stops at
+    its best image once its loss or gradient is not finite, or its gradient norm reaches :data:`EXPLODED`.
 
     Args:
-        sample, noise, conditioning: of B samples, as :meth:`VCFPipeline.prepare` gives them. The noise of every
-            denoising step is optimised; of the conditioning, the fused tokens.
-        guide: what is followed; never the judge.
-        targets: ``[B, D]``, the guide's embeddings of the references; of several, their weighted mean.
+        sample, noise, conditioning: a batch of B samples, as :meth:`VCFPipeline.prepare` returns it. The noise of every
+            denoising step and the fused tokens of the conditioning are optimised.
+        guide: the CLIP to follow; never the judge.
+        targets: ``[B, D]``, the guide's embedding of each reference, or the weighted mean of several.
         seeds: one per sample, for the regulariser's permutations.
-        steps: updates of conditioning and noise, so ``steps + 1`` images are sampled.
+        steps: number of updates of conditioning and noise; ``steps + 1`` images are sampled.
         lr_conditioning, lr_noise: AdamW's learning rates.
         gamma: weight of the regulariser.
 
     Returns:
-        Of each sample's images the one with the lowest loss, float32 ``[B, 3, H, W]`` in [0, 1], and the course of the
-        loss.
+        For each sample the image with the lowest loss, float32 ``[B, 3, H, W]`` in [0, 1], and a summary of its losses.
     """
     tokens = conditioning.positive.tokens.detach().float().clone().requires_grad_()
     noise = noise.detach().clone().requires_grad_()
@@ -116,12 +116,12 @@ def optimize(
 
 
 def _clip(leaves: Sequence[Tensor], running: Tensor) -> Tensor:
-    """Bring each sample's gradient over all ``leaves`` to a norm of at most :data:`MAX_GRADIENT_NORM`.
+    """Clip each sample's gradient over all ``leaves`` to a norm of at most :data:`MAX_GRADIENT_NORM`.
 
-    Samples that are not ``running``, and those whose gradient is no use, get a gradient of 0.
+    Samples that are not ``running``, and samples with a useless gradient, get a gradient of 0.
 
     Returns:
-        Which gradients are of use, ``[B]``.
+        Whether each sample's gradient is useful, bool ``[B]``.
     """
     gradients = [cast(Tensor, leaf.grad) for leaf in leaves]
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
@@ -134,9 +134,10 @@ def _clip(leaves: Sequence[Tensor], running: Tensor) -> Tensor:
 
 
 def _penalties(noise: Tensor, generators: Sequence[torch.Generator], gamma: float) -> Tensor:
-    """The regulariser's part of each sample's loss, ``[B]``. Where gradients flow, the noise has got its own after it.
+    """The regulariser's part of each sample's loss, ``[B]``.
 
-    One sample after the other, as the permutations of one take twenty times its memory.
+    If gradients are enabled, this also adds the regulariser's gradient to ``noise.grad``. The samples are computed one
+    after the other, because the permutations of one take twenty times the memory of its noise.
     """
     penalties = []
     for own, generator in zip(noise, generators, strict=True):

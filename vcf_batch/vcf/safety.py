@@ -1,4 +1,4 @@
-"""The safety checker of Stable Diffusion: which images are not safe for work?"""
+"""The safety checker of Stable Diffusion, which flags images that are not safe for work."""
 
 import logging
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from transformers import CLIPImageProcessorPil
 
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
 
-# It tells of black images, and none is made here.
+# diffusers' checker logs that it returns black images, but its images are not used here.
 logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
 
 
 class SafetyChecker:
-    """Compares images with the embeddings of concepts that are not safe for work.
+    """A checker that compares images with embeddings of concepts that are not safe for work.
 
     Args:
-        model: the checker, on its device. Images go to it as OpenAI's CLIP takes them.
+        model: the checker's network, on its device. Images are preprocessed as for OpenAI's CLIP.
     """
 
     def __init__(self, model: StableDiffusionSafetyChecker) -> None:
@@ -34,10 +34,10 @@ class SafetyChecker:
 
         Args:
             path: folder of a ``StableDiffusionSafetyChecker``.
-            device: where it runs.
+            device: device of the checker.
 
         Raises:
-            ModelError: it is another model, or weights are missing.
+            ModelError: the folder holds another model, or weights are missing.
             StorageError: the disk failed.
         """
         with load_errors(f"the safety checker {path!r}", "; name another with --safety-checker"):
@@ -48,12 +48,12 @@ class SafetyChecker:
         return cls(model.to(device))
 
     def __call__(self, pictures: Sequence[NDArray[np.uint8]]) -> list[bool]:
-        """Which images are flagged.
+        """For each image, whether it is flagged.
 
         Args:
             pictures: uint8 ``[H, W, 3]`` each.
         """
         pixels = self.processor([*map(Image.fromarray, pictures)], return_tensors="pt")["pixel_values"]
-        # It blackens what it is given beside them.
+        # The network blackens the flagged images of its second argument, so that argument gets empty arrays.
         _, flags = self.model(pixels.to(self.model.device), [np.zeros(0) for _ in pictures])
         return list(map(bool, flags))
