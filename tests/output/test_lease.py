@@ -51,7 +51,9 @@ def test_a_lease_names_its_owner_is_renewed_and_goes_with_it(output: str) -> Non
         held.confirm()
         assert lease.is_seen(output, held.token)
         assert read(output)["pid"] == os.getpid()
-        runs.wait_for(lambda: storage.exists(storage.join(output, lease.HEARTBEAT)) and read(output, lease.HEARTBEAT) >= 3)
+        runs.wait_for(
+            lambda: storage.exists(storage.join(output, lease.HEARTBEAT)) and read(output, lease.HEARTBEAT) >= 3
+        )
     assert storage.list_tree(output) == {}
     assert not lease.is_seen(output, held.token)
 
