@@ -38,16 +38,15 @@ class Score(NamedTuple):
     """How a score is to be read."""
 
     label: str
-    meaning: str
     higher_is_better: bool
 
 
 SCORES: Mapping[str, Score] = {
-    "clip_score": Score("Prompt", "cosine of output and prompt, by the judge", True),
-    "clip_reference": Score("Reference", "cosine of output and reference, by the judge", True),
-    "lpips": Score("Distance", "perceptual distance of output and reference", False),
-    "content_alignment": Score("Content", "likeness of layout of output and text-only twin, by the judge", True),
-    "style_similarity": Score("Style", "likeness of channel statistics of output and reference", True),
+    "clip_score": Score("Prompt", True),
+    "clip_reference": Score("Reference", True),
+    "lpips": Score("Distance", False),
+    "content_alignment": Score("Content", True),
+    "style_similarity": Score("Style", True),
 }
 
 _SETTINGS = ("fusion", "strength", "pno_steps")

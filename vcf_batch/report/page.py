@@ -17,6 +17,7 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.errors import redact
 from vcf_batch.output.output import Output
+from vcf_batch.output_columns import COLUMNS
 from vcf_batch.report import figures, thumbnails
 from vcf_batch.report.figures import SCORES, Chosen, Figures, setting_of
 
@@ -77,7 +78,7 @@ def _groups(found: Figures) -> dict[str, list[Chosen]]:
 
 def _score(found: Figures, name: str) -> dict[str, Any]:
     score, histogram = SCORES[name], found.scores[name]
-    about = {"name": name, "label": score.label, "meaning": score.meaning, "higher": score.higher_is_better}
+    about = {"name": name, "label": score.label, "meaning": COLUMNS[name].meaning, "higher": score.higher_is_better}
     if not histogram.count:
         return about | {"count": 0}
     start, width, bars = histogram.bars()
