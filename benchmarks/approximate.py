@@ -68,9 +68,8 @@ def share_of_a_step_that_reuses() -> float:
 def operations(subject: Worker) -> int:
     """Number of multiplications and additions for one image."""
     config, pipeline = subject.components.config, subject.components.pipeline
-    names = ("steps", "scheduler", "guidance_scale", "guidance_lo", "guidance_hi", "deep_cache", "height", "width")
     with FlopCounterMode(display=False) as counter:
-        pipeline.generate(["a red star"], seeds=[0], **{name: getattr(config, name) for name in names})
+        pipeline.generate(["a red star"], seeds=[0], guidance_scale=config.guidance_scale, **vars(config.sampling))
     return counter.get_total_flops()
 
 

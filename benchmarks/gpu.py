@@ -31,7 +31,7 @@ from measure import peak_memory, seconds
 from PIL import Image
 from sampling import stock_pipeline
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config import RunConfig, Sampling
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -92,7 +92,10 @@ class Bench:
         """The result of :meth:`VCFPipeline.prepare` for ``batch`` samples."""
         text, negative = (self.pipeline.encode_prompts([text] * batch) for text in ("a picture", ""))
         fusions = [Fusion([tokens]) for tokens in self.pipeline.encode_references(self.pictures[:batch])]
-        return self.pipeline.prepare(text, negative, fusions, seeds=range(batch), guidance_scale=SCALE, steps=steps)
+        sampling = Sampling(steps=steps)
+        return self.pipeline.prepare(
+            text, negative, fusions, seeds=range(batch), guidance_scale=SCALE, sampling=sampling
+        )
 
     # Correctness
 

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images, pool
-from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.config import MAX_PIXELS, RunConfig, Sampling
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.output import shards
@@ -63,7 +63,7 @@ def prepared(model: str, batch_size: int) -> Callable[[int], tuple[Callable[[], 
     seeds = range(batch_size)
 
     def both(steps: int) -> tuple[Callable[[], Any], Callable[..., Any]]:
-        inputs = pipeline.prepare(text, negative, fusions, seeds=seeds, steps=steps)
+        inputs = pipeline.prepare(text, negative, fusions, seeds=seeds, sampling=Sampling(steps=steps))
         optimize = functools.partial(
             pno.optimize, *inputs, guide, targets, seeds=seeds, lr_conditioning=1e-2, lr_noise=1e-2, gamma=0.1
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images
+from vcf_batch.config import Sampling
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.models import resolution
@@ -133,7 +134,12 @@ def cost(model: str, batch_size: int) -> None:
     tokens = pipeline.encode_references([reference])[0]
     text = pipeline.encode_prompts(["a red circle"]).expand(batch_size, -1, -1)
     # One step is enough, because all steps have the same number of operations.
-    inputs: dict[str, Any] = {"text_tokens": text, "negative_tokens": text, "seeds": range(batch_size), "steps": 1}
+    inputs: dict[str, Any] = {
+        "text_tokens": text,
+        "negative_tokens": text,
+        "seeds": range(batch_size),
+        "sampling": Sampling(steps=1),
+    }
     for fusion in ("concat", "naive"):
         counts = []
         for each in (Fusion([tokens], fusion), Fusion()):

@@ -9,8 +9,8 @@ import click
 
 from vcf_batch import errors
 from vcf_batch.cli import main
-from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES
-from vcf_batch.report import card
+from vcf_batch.output_columns import COLUMNS
+from vcf_batch.records import OVERRIDES
 
 PAGE = Path(__file__).parent / "reference.md"
 
@@ -29,10 +29,12 @@ def _head() -> Iterator[str]:
 
 def _columns() -> Iterator[str]:
     yield "## Columns of an output\n"
-    yield "Of each `00000.parquet`, and the keys of each `KEY.json`. The manifest's other columns follow.\n"
-    yield "| column | |\n|---|---|"
-    for name in OUTPUT_COLUMNS:
-        yield f"| `{name}` | {_cell(card.COLUMNS[name])} |"
+    yield "Each `00000.parquet` has these columns, and each `KEY.json` has them as keys. The manifest's other columns"
+    yield "follow. `from` says what decides a value: the manifest alone, the settings of the row, or what became of it."
+    yield "`reference` is a list of strings where the manifest has lists.\n"
+    yield "| column | type | from | meaning |\n|---|---|---|---|"
+    for column in COLUMNS.values():
+        yield f"| `{column.name}` | `{_cell(str(column.type))}` | {column.origin} | {_cell(column.meaning)} |"
 
 
 def _exit_codes() -> Iterator[str]:

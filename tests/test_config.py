@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from vcf_batch.config import NOT_CONTENT, RunConfig, fingerprint, fingerprint_fields, load_yaml, reference_shares
+from vcf_batch.config import (
+    NOT_CONTENT,
+    RunConfig,
+    Sampling,
+    fingerprint,
+    fingerprint_fields,
+    load_yaml,
+    reference_shares,
+)
 from vcf_batch.errors import UsageError
 
 IDENTITIES: dict[str, Any] = {
@@ -163,6 +171,14 @@ def test_only_ddim_adds_noise() -> None:
     with pytest.raises(UsageError, match=r"eta is 0\.5; the scheduler 'euler' takes 0 only: use ddim"):
         config(eta=0.5, scheduler="euler")
     assert config(eta=0, scheduler="euler").eta == 0
+
+
+def test_the_sampling_of_a_run_is_its_fields_of_the_same_names() -> None:
+    """Defaults and limits exist once, in Sampling."""
+    assert config().sampling == Sampling()
+    assert config(eta=0.5, width=72, deep_cache=2).sampling == Sampling(eta=0.5, width=72, deep_cache=2)
+    with pytest.raises(UsageError, match=r"guidance_hi is 0\.1; it must be between 0\.2 and 1"):
+        Sampling(guidance_lo=0.2, guidance_hi=0.1)
 
 
 def test_a_deep_cache_is_not_compiled() -> None:

@@ -55,6 +55,42 @@ MIN_EDGE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The way from noise to an image, as all samples of a batch take it.
+
+    Raises:
+        UsageError: a value is outside its limits.
+    """
+
+    guidance_lo: float = 0.0
+    """Steps are guided from here to ``guidance_hi``, both included, in fractions of the schedule (t / 999); 1 is pure
+    noise. In the other steps the unconditional side is not computed, which halves their operations."""
+    guidance_hi: float = 1.0
+    deep_cache: int = 1
+    """The UNet's deep blocks are computed only in every Nth step, and their output is reused in between. 1 computes
+    them in every step."""
+    steps: int | None = None
+    """Denoising steps. None is the model's recommendation."""
+    scheduler: str = "ddim"
+    """One of :data:`SCHEDULERS`."""
+    eta: float = 0.0
+    """The share of new noise in each step, 0 to 1. Only ``ddim`` takes another value than 0."""
+    height: int | None = None
+    """Pixels. None is the model's native size."""
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        _between("guidance_lo", self.guidance_lo, 0, 1)
+        _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
+        _between("deep_cache", self.deep_cache, 1, MAX_DEEP_CACHE)
+        _between("steps", self.steps, 1, 1000)
+        _choice("scheduler", self.scheduler, SCHEDULERS)
+        _between("eta", self.eta, 0, 1)
+        if self.eta and self.scheduler != "ddim":
+            raise UsageError(f"eta is {self.eta:g}; the scheduler {self.scheduler!r} takes 0 only: use ddim")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run of ``vcf-batch generate``. Field names are the command's options.
 
@@ -78,20 +114,16 @@ class RunConfig:
     negative references."""
     image_tokens: str | None = None
     """``all``, ``patches`` or ``cls``. None is the aligner's own choice."""
-    steps: int | None = None
-    """Denoising steps. None is the model's recommendation."""
+    steps: int | None = Sampling.steps
+    """See :class:`Sampling`, as for each setting whose default is there."""
     guidance_scale: float | None = None
     """Classifier-free guidance. None is the model's recommendation."""
-    guidance_lo: float = 0.0
-    """Steps are guided from here to ``guidance_hi``, in fractions of the schedule; 1 is pure noise. The others take
-    half the operations."""
-    guidance_hi: float = 1.0
-    deep_cache: int = 1
-    """The UNet's deep blocks are computed in one step in so many, and reused in the others; 1 is in every one. Without
-    effect in rows with prompt-noise optimisation."""
-    scheduler: str = "ddim"
-    eta: float = 0.0
-    """Of ``ddim``, 0 to 1: how much of each step is new noise."""
+    guidance_lo: float = Sampling.guidance_lo
+    guidance_hi: float = Sampling.guidance_hi
+    deep_cache: int = Sampling.deep_cache
+    """Rows with prompt-noise optimisation have 1 instead."""
+    scheduler: str = Sampling.scheduler
+    eta: float = Sampling.eta
     pno_steps: int = 0
     """Updates of conditioning and noise that bring each image closer to its reference. 0: none."""
     pno_guide: str | None = None
@@ -100,9 +132,9 @@ class RunConfig:
     pno_lr_noise: float = 1e-2
     pno_gamma: float = 0.1
     """Weight of what keeps the noise normal."""
-    height: int | None = None
-    """Pixels, a multiple of 8. None is the model's native size."""
-    width: int | None = None
+    height: int | None = Sampling.height
+    """A multiple of 8."""
+    width: int | None = Sampling.width
     dtype: str = "auto"
     """``auto``: bfloat16 where workers have GPUs (one without it refuses the run), else float32."""
     compile: bool = False
@@ -177,7 +209,6 @@ class RunConfig:
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
             _choice("image_tokens", self.image_tokens, IMAGE_TOKENS)
-        _choice("scheduler", self.scheduler, SCHEDULERS)
         _choice("image_format", self.image_format, IMAGE_FORMATS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("log_format", self.log_format, LOG_FORMATS)
@@ -186,17 +217,11 @@ class RunConfig:
         _between("fusion_lo", self.fusion_lo, 0, 1)
         _between("fusion_hi", self.fusion_hi, self.fusion_lo, 1)
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
-        _between("guidance_lo", self.guidance_lo, 0, 1)
-        _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
-        _between("deep_cache", self.deep_cache, 1, MAX_DEEP_CACHE)
-        if self.deep_cache > 1 and self.compile:
+        # Making it checks the limits of its settings.
+        if self.sampling.deep_cache > 1 and self.compile:
             raise UsageError(
                 f"deep_cache is {self.deep_cache}, which cannot be compiled: leave out --compile or --deep-cache"
             )
-        _between("steps", self.steps, 1, 1000)
-        _between("eta", self.eta, 0, 1)
-        if self.eta and self.scheduler != "ddim":
-            raise UsageError(f"eta is {self.eta:g}; the scheduler {self.scheduler!r} takes 0 only: use ddim")
         _between("pno_steps", self.pno_steps, 0, MAX_PNO_STEPS)
         for name in ("pno_lr_conditioning", "pno_lr_noise", "pno_gamma"):
             _between(name, getattr(self, name), 0, 1)
@@ -238,6 +263,11 @@ class RunConfig:
                 f"lpips is {self.lpips!r}, which needs the published weights: name their folder with --lpips-weights, "
                 "or turn the score off with --lpips none"
             )
+
+    @property
+    def sampling(self) -> Sampling:
+        """The fields that :class:`Sampling` has, too."""
+        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
     @property
     def gates(self) -> dict[str, float]:

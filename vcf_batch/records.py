@@ -32,45 +32,6 @@ TRIPLET = ("content", "style")
 """What lies beside an image in a run with triplets, as ``KEY.content.png`` and ``KEY.style.png``: the text-only twin
 from the same noise, and the reference."""
 
-OUTPUT_COLUMNS: tuple[str, ...] = (
-    "key",
-    "status",
-    "error_message",
-    "prompt",
-    "reference",
-    "reference_weights",
-    "negative_reference",
-    "seed",
-    "negative_prompt",
-    "fusion",
-    "strength",
-    "fusion_lo",
-    "fusion_hi",
-    "unconditional",
-    "image_tokens",
-    "guidance_scale",
-    "guidance_lo",
-    "guidance_hi",
-    "deep_cache",
-    "steps",
-    "scheduler",
-    "eta",
-    "pno_steps",
-    "pno_objective",
-    "width",
-    "height",
-    "sha256",
-    "phash",
-    "clip_score",
-    "clip_reference",
-    "lpips",
-    "content_alignment",
-    "style_similarity",
-    "nsfw",
-    "attempts",
-)
-"""Columns of every shard's parquet, in order; the manifest's carried columns follow and may not reuse these names."""
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:

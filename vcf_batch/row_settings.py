@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vcf_batch.config import RunConfig, reference_shares
+from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Row
 
 
@@ -19,6 +20,7 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
     own = {} if row.error else row.overrides
     shares = reference_shares(own.get("reference_weights"), len(row.references))
     pno_steps = int(own.get("pno_steps", config.pno_steps)) if row.references else 0
+    sampling = dataclasses.replace(config.sampling, deep_cache=1) if pno_steps else config.sampling
     return {
         "seed": row.seed,
         "reference_weights": list(shares) if len(shares) > 1 else None,
@@ -30,12 +32,7 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         "unconditional": _unconditional(row, config),
         "image_tokens": config.image_tokens,
         "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
-        "guidance_lo": config.guidance_lo,
-        "guidance_hi": config.guidance_hi,
-        "deep_cache": 1 if pno_steps else config.deep_cache,
-        "steps": config.steps,
-        "scheduler": config.scheduler,
-        "eta": config.eta,
+        **{name: value for name, value in vars(sampling).items() if name in SETTINGS},
         "pno_steps": pno_steps,
     }
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from vcf_batch.errors import ManifestError, RowError
 from vcf_batch.manifest import contract
-from vcf_batch.records import OUTPUT_COLUMNS, Reference, Row
+from vcf_batch.output_columns import COLUMNS
+from vcf_batch.records import Reference, Row
 from vcf_batch.sharding import derive_seed
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -104,7 +105,7 @@ def test_a_column_twice_is_refused() -> None:
         contract.check_schema("m.parquet", schema, "m.parquet", schema)
 
 
-@pytest.mark.parametrize("name", sorted(set(OUTPUT_COLUMNS) - set(contract.MANIFEST_COLUMNS)))
+@pytest.mark.parametrize("name", sorted(set(COLUMNS) - set(contract.MANIFEST_COLUMNS)))
 def test_carried_column_that_collides_with_an_output_is_refused(name: str) -> None:
     with pytest.raises(ManifestError, match=f"'{name}' would collide"):
         check(**{name: pa.string()})

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact
 from vcf_batch.output import columns, shards
-from vcf_batch.records import OUTPUT_COLUMNS, Draw, Reference, Row, Sample, Scores, Shard, Status
+from vcf_batch.output_columns import COLUMNS
+from vcf_batch.records import Draw, Reference, Row, Sample, Scores, Shard, Status
 
 NO_COLUMNS = pa.schema([])
 SHARD = Shard(0, 0, 2, "00000")
@@ -202,7 +203,7 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
             for one in in_tar
         ]
 
-    assert table.schema.names == [*OUTPUT_COLUMNS, *carried.names]
+    assert table.schema.names == [*COLUMNS, *carried.names]
     for name in carried.names:
         kind = carried.field(name).type
         assert table.schema.field(name).type == kind
@@ -226,7 +227,7 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
     records = [json.loads(one["json"]) for one in in_tar]
     for record in records:
         assert list(record) == table.schema.names
-        assert {name: record[name] for name in OUTPUT_COLUMNS} == rows[record["key"]]
+        assert {name: record[name] for name in COLUMNS} == rows[record["key"]]
     assert all(_fits(_json_types(one), _json_types(two)) for one in records for two in records)
     assert files.counts == {status: sum(s.status == status for s in samples) for status in files.counts}
 
@@ -315,7 +316,7 @@ def test_a_carried_column_may_not_take_an_output_columns_name() -> None:
 
 def test_columns_and_types() -> None:
     found = columns.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
-    assert tuple(found.names) == (*OUTPUT_COLUMNS, "extra")
+    assert tuple(found.names) == (*COLUMNS, "extra")
     assert found.field("reference").type == pa.list_(pa.string())
     assert columns.schema(NO_COLUMNS, False).field("reference").type == pa.string()
     assert {found.field(name).type for name in ("strength", "guidance_scale", "clip_score", "lpips")} == {pa.float64()}

@@ -29,7 +29,7 @@ def rows(count: int, start: int = 0, **columns: list[Any]) -> tuple[Shard, pa.Ta
         "fusion": ["concat"] * count,
         "strength": [0.5] * count,
         "pno_steps": [0] * count,
-        **dict.fromkeys(figures.SCORE_MEANINGS, numbers),
+        **dict.fromkeys(figures.SCORE_LABELS, numbers),
     }
     return Shard(0, start, start + count, "00000"), pa.table(values | columns)
 

@@ -96,7 +96,7 @@ def test_the_page_stays_small() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     assert len(thumbnails.thumbnail(noise)) <= thumbnails.MAX_THUMBNAIL_BYTES
     assert len(thumbnails.thumbnail(noise.resize((thumbnails.EDGE, thumbnails.EDGE)))) <= thumbnails.MAX_THUMBNAIL_BYTES
-    samples = page.figures.RANDOM + 2 * page.figures.EXTREMES * len(page.SCORE_MEANINGS)
+    samples = page.figures.RANDOM + 2 * page.figures.EXTREMES * len(page.SCORE_LABELS)
     assert samples * 2 * thumbnails.MAX_THUMBNAIL_BYTES * 4 / 3 < 2.2e6
 
 

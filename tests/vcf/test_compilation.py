@@ -9,7 +9,7 @@ import torch
 from support import runs
 from support.tiny_models import build_pipeline
 from vcf_batch import images
-from vcf_batch.config import MAX_PIXELS
+from vcf_batch.config import MAX_PIXELS, Sampling
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_networks_that_are_not_compiled() -> None:
     def gradients(pipeline: VCFPipeline) -> list[torch.Tensor]:
         text = pipeline.encode_prompts(["a red cat"])
         tokens = torch.ones(3, text.shape[-1], requires_grad=True)
-        sample, noise, _ = pipeline.prepare(text, text, [Fusion()], seeds=[3], steps=2)
+        sample, noise, _ = pipeline.prepare(text, text, [Fusion()], seeds=[3], sampling=Sampling(steps=2))
         noise.requires_grad_()
         sample(noise, condition(text, text, [Fusion([tokens], strength=0.5)])).square().sum().backward()
         return [leaf.grad for leaf in (tokens, noise) if leaf.grad is not None]

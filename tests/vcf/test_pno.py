@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from support.tiny_models import build_pipeline
-from vcf_batch.config import SCHEDULERS
+from vcf_batch.config import SCHEDULERS, Sampling
 from vcf_batch.records import Objective
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Conditioning, Fusion
@@ -97,7 +97,7 @@ class Batch:
             fusions,
             seeds=self.seeds,
             guidance_scale=[(3.0, 5.0, 2.0)[n] for n in numbers],
-            **({"steps": 2} | sampling),
+            sampling=Sampling(**{"steps": 2} | sampling),
         )
 
     def optimize(self, **changes: Any) -> tuple[Tensor, list[Objective]]:

@@ -35,7 +35,7 @@ def test_a_worker_is_timed_on_rows_of_the_manifest(loaded: Worker, monkeypatch: 
     generate = loaded.components.pipeline.generate_from_tokens
 
     def seen(*args: Any, **settings: Any) -> torch.Tensor:
-        sampled.append((len(settings["seeds"]), settings["steps"]))
+        sampled.append((len(settings["seeds"]), settings["sampling"].steps))
         return generate(*args, **settings)
 
     monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", seen)

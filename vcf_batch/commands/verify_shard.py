@@ -19,7 +19,8 @@ from vcf_batch.output import columns, receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import json_value, row_json
 from vcf_batch.output.sums import ShardSums
-from vcf_batch.records import OUTPUT_COLUMNS, STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
+from vcf_batch.output_columns import COLUMNS
+from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
 from vcf_batch.row_settings import checked, settings_of
 
 
@@ -131,7 +132,7 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
 
 
 def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
-    carried = pa.schema([field for field in found if field.name not in OUTPUT_COLUMNS])
+    carried = pa.schema([field for field in found if field.name not in COLUMNS])
     is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
     if output.manifest:
         carried, is_list = output.manifest.carried_schema, output.manifest.reference_is_list

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from vcf_batch import sharding
+from vcf_batch import output_columns, sharding
 from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEED, MAX_STRENGTH, reference_shares
 from vcf_batch.errors import ManifestError, RowError, UsageError, redact
-from vcf_batch.records import OUTPUT_COLUMNS, OVERRIDES, Reference, Row
+from vcf_batch.records import OVERRIDES, Reference, Row
 
 MANIFEST_COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
 """Columns with a meaning for the run; every other column is carried through to the outputs."""
@@ -55,7 +55,7 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
         name, is_ours = shown(field.name), field.name in MANIFEST_COLUMNS
         if expected := _expected_type(field.name, field.type):
             problems.append(f"column {name} is {_cut(str(field.type))}; it must be {expected}")
-        elif not is_ours and field.name in OUTPUT_COLUMNS:
+        elif not is_ours and field.name in output_columns.COLUMNS:
             problems.append(f"column {name} would collide with the output's own; rename it")
         elif not is_ours and (obstacle := _not_carried(_plain(field.type))):
             problems.append(

@@ -1,4 +1,4 @@
-"""The columns of a shard's parquet, and the way of a sample into a row and back."""
+"""The schema of a shard's parquet; a sample as a row of it, and back."""
 
 import dataclasses
 import hashlib
@@ -10,53 +10,12 @@ import pyarrow as pa
 
 from vcf_batch.errors import printable, redact
 from vcf_batch.output.row_json import finite
-from vcf_batch.records import OUTPUT_COLUMNS, SCORES, Draw, Objective, Row, Sample, Scores
-
-_SETTINGS = (
-    "seed",
-    "reference_weights",
-    "negative_prompt",
-    "fusion",
-    "strength",
-    "fusion_lo",
-    "fusion_hi",
-    "unconditional",
-    "image_tokens",
-    "guidance_scale",
-    "guidance_lo",
-    "guidance_hi",
-    "deep_cache",
-    "steps",
-    "scheduler",
-    "eta",
-    "pno_steps",
-)
-_NOT_STRINGS = {
-    "reference_weights": pa.list_(pa.float64()),
-    "seed": pa.int64(),
-    "strength": pa.float64(),
-    "fusion_lo": pa.float64(),
-    "fusion_hi": pa.float64(),
-    "guidance_scale": pa.float64(),
-    "guidance_lo": pa.float64(),
-    "guidance_hi": pa.float64(),
-    "deep_cache": pa.int32(),
-    "steps": pa.int32(),
-    "eta": pa.float64(),
-    "pno_steps": pa.int32(),
-    "pno_objective": pa.struct(
-        {"first": pa.float64(), "best": pa.float64(), "steps": pa.int32(), "stopped": pa.bool_()}
-    ),
-    "width": pa.int32(),
-    "height": pa.int32(),
-    **dict.fromkeys(SCORES, pa.float64()),
-    "nsfw": pa.bool_(),
-    "attempts": pa.list_(pa.struct({"seed": pa.int64(), **dict.fromkeys(SCORES, pa.float64()), "nsfw": pa.bool_()})),
-}
+from vcf_batch.output_columns import COLUMNS, SETTINGS
+from vcf_batch.records import SCORES, Draw, Objective, Row, Sample, Scores
 
 
 def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
-    """The columns of a shard's parquet: :data:`OUTPUT_COLUMNS`, then the carried ones with their types.
+    """The schema of a shard's parquet: :data:`~vcf_batch.output_columns.COLUMNS`, then the carried columns.
 
     Args:
         carried_schema: columns that the manifest hands through. Its metadata is left out.
@@ -65,11 +24,15 @@ def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
     Raises:
         ValueError: a carried column has the name of an output column.
     """
-    if taken := [name for name in carried_schema.names if name in OUTPUT_COLUMNS]:
+    if taken := [name for name in carried_schema.names if name in COLUMNS]:
         raise ValueError(f"carried columns {taken} have names of output columns; rename them in the manifest")
-    types = {**_NOT_STRINGS, "reference": pa.list_(pa.string()) if reference_is_list else pa.string()}
-    own = [pa.field(name, types.get(name, pa.string())) for name in OUTPUT_COLUMNS]
-    return pa.schema(own + [field.with_nullable(True).remove_metadata() for field in carried_schema])
+    types = {name: column.type for name, column in COLUMNS.items()}
+    if reference_is_list:
+        types["reference"] = pa.list_(types["reference"])
+    return pa.schema(
+        [pa.field(*each) for each in types.items()]
+        + [field.with_nullable(True).remove_metadata() for field in carried_schema]
+    )
 
 
 def record_of(sample: Sample, carried: Iterable[str], reference_is_list: bool) -> dict[str, Any]:
@@ -84,7 +47,7 @@ def record_of(sample: Sample, carried: Iterable[str], reference_is_list: bool) -
         **of_manifest(sample.row, carried, reference_is_list),
         "status": sample.status,
         "error_message": sample.error_message and printable(sample.error_message),
-        **{name: sample.settings.get(name) for name in _SETTINGS},
+        **{name: sample.settings.get(name) for name in SETTINGS},
         "pno_objective": sample.pno_objective and dataclasses.asdict(sample.pno_objective),
         "width": sample.width,
         "height": sample.height,
@@ -122,7 +85,7 @@ def sample_of(
 
     Args:
         row: of the manifest.
-        record: the row of the parquet, at least :data:`OUTPUT_COLUMNS`.
+        record: the row of the parquet, with every one of :data:`~vcf_batch.output_columns.COLUMNS` at least.
         image: the member of the tar, if there is one.
         triplet: the images beside it, by :data:`vcf_batch.records.TRIPLET`.
     """
@@ -130,7 +93,7 @@ def sample_of(
     return Sample(
         row=row,
         status=record["status"],
-        settings={name: record[name] for name in _SETTINGS},
+        settings={name: record[name] for name in SETTINGS},
         image=image,
         triplet=triplet,
         width=record["width"],

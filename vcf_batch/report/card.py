@@ -4,7 +4,6 @@ import hashlib
 import importlib.resources
 import re
 import string
-from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -15,49 +14,12 @@ from vcf_batch.config import GATES, RunConfig
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output_columns import COLUMNS, SETTINGS
 from vcf_batch.report import figures
-from vcf_batch.report.figures import SCORE_MEANINGS, Figures
+from vcf_batch.report.figures import SCORE_LABELS, Figures
 
 NAME = "README.md"
 MAX_BYTES = 1 << 20
-
-COLUMNS: Mapping[str, str] = {
-    "key": "names the sample everywhere",
-    "status": "`success`, `rejected` or `failed`; only the first have an image",
-    "error_message": "why there is no image",
-    "prompt": "what the image was asked to show",
-    "reference": "the image, or images, that it was to resemble; null is text only",
-    "reference_weights": "what each reference counted; null is equally",
-    "negative_reference": "an image that it was not to resemble",
-    "seed": "of the noise",
-    "negative_prompt": "what it was not to show",
-    "fusion": "how the reference joined the prompt",
-    "strength": "weight of the reference; 0 is text only",
-    "fusion_lo": "the reference was used in the part of the schedule from here",
-    "fusion_hi": "to here; 1 is pure noise",
-    "unconditional": "what guidance led away from",
-    "image_tokens": "which tokens of the reference were used",
-    "guidance_scale": "classifier-free guidance",
-    "guidance_lo": "steps were guided in the part of the schedule from here",
-    "guidance_hi": "to here; 1 is pure noise",
-    "deep_cache": "the deep blocks of the UNet were computed in one step in so many",
-    "steps": "denoising steps",
-    "scheduler": "sampler",
-    "eta": "share of new noise in each step",
-    "pno_steps": "steps of prompt-noise optimisation",
-    "pno_objective": "its loss, before and after",
-    "width": "pixels",
-    "height": "pixels",
-    "sha256": "of the image file",
-    "phash": "perceptual hash, 64 bits in hex: similar images differ in few bits",
-    **{
-        name: f"{score.meaning}; {'higher' if score.higher_is_better else 'lower'} is better"
-        for name, score in SCORE_MEANINGS.items()
-    },
-    "nsfw": "whether the safety checker flagged it; null where none looked",
-    "attempts": "seed and scores of each image that the row got; null where any is good enough",
-}
-"""What the output's own columns mean."""
 
 TRIPLET_FILES = (
     "\n  `KEY.content.{0}` is what the prompt alone makes of the same noise, `KEY.style.{0}` the reference that\n"
@@ -66,19 +28,6 @@ TRIPLET_FILES = (
 """What the card says of further members of a tar."""
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
-_SETTINGS = (
-    "fusion",
-    "strength",
-    "guidance_scale",
-    "guidance_lo",
-    "guidance_hi",
-    "deep_cache",
-    "steps",
-    "scheduler",
-    "pno_steps",
-    "dtype",
-    "seed",
-)
 _SIGNATURE = re.compile(r"\n<!-- written by vcf-batch, unchanged: ([0-9a-f]{64}) -->\n")
 
 
@@ -118,7 +67,7 @@ def render(output: Output, licence: str | None = None) -> str:
     """The card of an output: YAML for Hugging Face, then Markdown. For arguments and errors see :func:`write`."""
     found = figures.read(output)
     config = output.config
-    settings = {name: value for name in _SETTINGS if (value := getattr(config, name)) is not None}
+    settings = {name: getattr(config, name, None) for name in (*SETTINGS, "dtype")}
     template = string.Template((importlib.resources.files("vcf_batch.report") / "card.md").read_text("utf-8"))
     return template.substitute(
         header=_header(output, found, licence),
@@ -132,13 +81,15 @@ def render(output: Output, licence: str | None = None) -> str:
         extension=config.image_format,
         triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
         columns="\n".join(_column(field) for field in _schema(output)),
-        scores="\n".join(_score(found, name) for name in SCORE_MEANINGS),
+        scores="\n".join(_score(found, name) for name in SCORE_LABELS),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
             for name, model in output.record["models"].items()
             if model
         ),
-        settings=", ".join(f"{name} {_code(str(value))}" for name, value in settings.items()),
+        settings=", ".join(
+            f"{name} {_code(str(value))}" for name, value in settings.items() if value not in (None, "")
+        ),
         fingerprint=output.record["fingerprint"],
         devices=", ".join(_code(device) for device in sorted(found.devices)),
         licence=_code(licence) if licence else "Not stated. Who hands this on decides: `license` above.",
@@ -192,7 +143,8 @@ def _selected(config: RunConfig) -> str:
 
 
 def _column(field: pa.Field) -> str:
-    return f"| {_code(field.name)} | {_code(str(field.type))} | {COLUMNS.get(field.name, 'from the manifest')} |"
+    meaning = COLUMNS[field.name].meaning if field.name in COLUMNS else "from the manifest"
+    return f"| {_code(field.name)} | {_code(str(field.type))} | {meaning} |"
 
 
 def _score(found: Figures, name: str) -> str:

@@ -35,24 +35,23 @@ MAX_INTERVALS = 240
 
 
 class Score(NamedTuple):
-    """Name and meaning of a score."""
+    """How people read a score."""
 
     label: str
-    meaning: str
     higher_is_better: bool
 
 
-SCORE_MEANINGS: Mapping[str, Score] = {
-    "clip_score": Score("Prompt", "cosine of output and prompt, by the judge", True),
-    "clip_reference": Score("Reference", "cosine of output and reference, by the judge", True),
-    "lpips": Score("Distance", "perceptual distance of output and reference", False),
-    "content_alignment": Score("Content", "likeness of layout of output and text-only twin, by the judge", True),
-    "style_similarity": Score("Style", "likeness of channel statistics of output and reference", True),
+SCORE_LABELS: Mapping[str, Score] = {
+    "clip_score": Score("Prompt", True),
+    "clip_reference": Score("Reference", True),
+    "lpips": Score("Distance", False),
+    "content_alignment": Score("Content", True),
+    "style_similarity": Score("Style", True),
 }
 """Scores of a report, by their column."""
 
 _SETTINGS = ("fusion", "strength", "pno_steps")
-_COLUMNS = ("key", "status", "error_message", "prompt", "reference", "seed", *_SETTINGS, *SCORE_MEANINGS)
+_COLUMNS = ("key", "status", "error_message", "prompt", "reference", "seed", *_SETTINGS, *SCORE_LABELS)
 _VARYING = re.compile(
     r"""(?P<text>'[^']*'|"[^"]*"|\S*[/\\]\S*|\b[\w-]+\.[A-Za-z]\w{2,4}\b)|(?P<number>\b[0-9a-f]{16,}\b|\d[\d,.]*\d|\d)"""
 )
@@ -183,9 +182,9 @@ class Cause:
 class Figures(RunSums):
     """Sums over the finished shards of an output, and rows worth looking at."""
 
-    scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORE_MEANINGS})
-    best: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_MEANINGS})
-    worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_MEANINGS})
+    scores: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in SCORE_LABELS})
+    best: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_LABELS})
+    worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_LABELS})
     random: Lowest = field(default_factory=lambda: Lowest(RANDOM))
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
@@ -207,7 +206,7 @@ class Figures(RunSums):
         lots = np.where(succeeded, _lots(np.arange(shard.start, shard.stop)), np.nan)
         self.random.add(lots, shard.start, table)
         self.points.add(lots, shard.start, table)
-        for name, score in SCORE_MEANINGS.items():
+        for name, score in SCORE_LABELS.items():
             values = np.where(succeeded, table[name].to_numpy(), np.nan)
             self.scores[name].add(values[np.isfinite(values)])
             worse = -values if score.higher_is_better else values

@@ -156,7 +156,7 @@ function histogram(score) {
   };
   const box = make("div", {},
     make("h3", {}, score.name),
-    make("p", { class: "quiet" }, `${score.meaning}; ${score.higher ? "higher" : "lower"} is better`),
+    make("p", { class: "quiet" }, score.meaning),
     host,
     make("p", { class: "quiet" }, `mean ${score3(score.mean)} · median ${score3(median)} · 5 % below ${score3(low)}, above ${score3(high)} · ${score3(score.low)} to ${score3(score.high)} · ${plural(score.count, "sample")}`));
   return [box, () => chart(host, draw)];

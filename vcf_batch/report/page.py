@@ -17,8 +17,9 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.errors import redact
 from vcf_batch.output.output import Output
+from vcf_batch.output_columns import COLUMNS
 from vcf_batch.report import figures, thumbnails
-from vcf_batch.report.figures import SCORE_MEANINGS, Chosen, Figures, setting_of
+from vcf_batch.report.figures import SCORE_LABELS, Chosen, Figures, setting_of
 
 PAGE_NAME = "index.html"
 
@@ -49,7 +50,7 @@ def render(output: Output) -> str:
         "rows": output.plan.num_rows,
         "done": found.rows,
         "counts": found.counts,
-        "scores": [_score(found, name) for name in SCORE_MEANINGS],
+        "scores": [_score(found, name) for name in SCORE_LABELS],
         "points": [_point(row) for row in found.points.rows],
         "samples": [
             {
@@ -71,14 +72,14 @@ def render(output: Output) -> str:
 def _groups(found: Figures) -> dict[str, list[Chosen]]:
     """The rows of the gallery, by the reason for showing them."""
     groups = {"random": found.random.rows}
-    for name in SCORE_MEANINGS:
+    for name in SCORE_LABELS:
         groups |= {f"best {name}": found.best[name].rows, f"worst {name}": found.worst[name].rows}
     return groups
 
 
 def _score(found: Figures, name: str) -> dict[str, Any]:
-    score, histogram = SCORE_MEANINGS[name], found.scores[name]
-    about = {"name": name, "label": score.label, "meaning": score.meaning, "higher": score.higher_is_better}
+    score, histogram = SCORE_LABELS[name], found.scores[name]
+    about = {"name": name, "label": score.label, "meaning": COLUMNS[name].meaning, "higher": score.higher_is_better}
     if not histogram.count:
         return about | {"count": 0}
     start, width, bars = histogram.bars()
@@ -99,7 +100,7 @@ def _point(row: Chosen) -> list[Any]:
         row.number,
         row.record["key"],
         setting_of(row.record),
-        *(_rounded(row.record[name]) for name in SCORE_MEANINGS),
+        *(_rounded(row.record[name]) for name in SCORE_LABELS),
     ]
 
 
@@ -113,7 +114,7 @@ def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str,
         "seed": str(record["seed"]),  # as text, because JavaScript's numbers cannot hold it
         "setting": setting_of(record),
         "references": len(references) if record["reference"] else 0,
-        "scores": {name: _rounded(record[name]) for name in SCORE_MEANINGS},
+        "scores": {name: _rounded(record[name]) for name in SCORE_LABELS},
     }
 
 

@@ -1,5 +1,6 @@
 """VCFPipeline: a batch of different prompts, each with references, fusion, strength, guidance and seed of its own."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,13 +14,20 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, MAX_STRENGTH, REFERENCE_PARTS, UNCONDITIONALS
+from vcf_batch.config import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    MAX_STRENGTH,
+    REFERENCE_PARTS,
+    UNCONDITIONALS,
+    Sampling,
+)
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
 from vcf_batch.vcf.attention import accept_token_bias
 from vcf_batch.vcf.compilation import compile_forward
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition, default_strength
-from vcf_batch.vcf.sampling import denoise, make_scheduler, recomputed
+from vcf_batch.vcf.sampling import denoise, recomputed
 
 References = Image.Image | Sequence[Image.Image] | None
 """The references of one prompt: one image, several, or None for text only."""
@@ -276,14 +284,7 @@ class VCFPipeline(StableDiffusionPipeline):
         *,
         seeds: Sequence[int],
         guidance_scale: float | Sequence[float | None] | None = None,
-        steps: int | None = None,
-        scheduler: str = "ddim",
-        eta: float = 0.0,
-        guidance_lo: float = 0.0,
-        guidance_hi: float = 1.0,
-        deep_cache: int = 1,
-        height: int | None = None,
-        width: int | None = None,
+        sampling: Sampling,
     ) -> tuple[Sampler, Tensor, Conditioning]:
         """Get everything ready from what :meth:`encode_prompts` and :meth:`encode_references` gave, kept from wherever.
 
@@ -293,13 +294,7 @@ class VCFPipeline(StableDiffusionPipeline):
             fusions: of each sample, its references' tokens and how they join the prompt.
             seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
             guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
-            steps: None is the model's default.
-            scheduler: ``ddim``, ``dpm++`` or ``euler``.
-            eta: of ``ddim``, 0 to 1: how much of each step is new noise.
-            guidance_lo, guidance_hi: the part of the schedule that is guided, in fractions of t / 999 (1 is pure
-                noise), both ends included. Outside it the unconditional side is not computed.
-            deep_cache: the UNet's deep blocks are computed in one step in so many.
-            height, width: pixels; None is the model's native size.
+            sampling: the way from noise to an image, for all samples.
 
         Returns:
             What makes images of noise and conditioning, float32 ``[B, 3, H, W]`` in [0, 1], differentiable; the noise;
@@ -310,21 +305,17 @@ class VCFPipeline(StableDiffusionPipeline):
         """
         count = len(text_tokens)
         scales = _per_sample("guidance_scale", guidance_scale, count)
-        steps = self.config.default_steps if steps is None else steps
-        settings: dict[str, Any] = {
-            "guidance_scale": [self.config.default_guidance_scale if scale is None else scale for scale in scales],
-            "steps": steps,
-            "eta": eta,
-            "guidance_lo": guidance_lo,
-            "guidance_hi": guidance_hi,
-            "deep_cache": deep_cache,
-        }
+        scales = [self.config.default_guidance_scale if scale is None else scale for scale in scales]
+        steps = self.config.default_steps if sampling.steps is None else sampling.steps
+        used = dataclasses.replace(sampling, steps=steps)
 
         def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
-            solver = make_scheduler(scheduler, self.scheduler.config)
-            return self.decode(denoise(self.unet, solver, noise, conditioning, **settings))
+            schedule = self.scheduler.config
+            latents = denoise(self.unet, schedule, noise, conditioning, guidance_scale=scales, sampling=used)
+            return self.decode(latents)
 
-        noise = self.draw_noise(_per_sample("seeds", seeds, count), height, width, added=steps if eta else 0)
+        added = steps if used.eta else 0
+        noise = self.draw_noise(_per_sample("seeds", seeds, count), used.height, used.width, added)
         return sample, noise, condition(text_tokens, negative_tokens, fusions)
 
     @torch.no_grad()
@@ -356,7 +347,8 @@ class VCFPipeline(StableDiffusionPipeline):
         negative_references: Image.Image | Sequence[Image.Image | None] | None = None,
         unconditional: str = "zeros",
         image_tokens: str | None = None,
-        **settings: Any,
+        guidance_scale: float | Sequence[float | None] | None = None,
+        **sampling: Any,
     ) -> Tensor:
         """Generate one image per prompt. Each distinct prompt and each distinct image object is encoded once.
 
@@ -375,10 +367,10 @@ class VCFPipeline(StableDiffusionPipeline):
                 authors do, or the image tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on
                 negative references.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
-            settings: ``guidance_scale``, ``guidance_lo``, ``guidance_hi``, ``deep_cache``, ``steps``, ``scheduler``,
-                ``eta``, ``height`` and ``width`` as in :meth:`prepare`.
+            guidance_scale: 1 is no guidance; None is the model's default.
+            sampling: fields of :class:`vcf_batch.config.Sampling`, each for all prompts.
 
-        What is one per prompt may also be a single value for all, ``prompts`` and ``seeds`` apart.
+        What is one per prompt may also be a single value for all, except ``prompts`` and ``seeds``.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
@@ -431,7 +423,8 @@ class VCFPipeline(StableDiffusionPipeline):
             text_tokens[[texts.index(prompt) for prompt in negatives]],
             fusions,
             seeds=seeds,
-            **settings,
+            guidance_scale=guidance_scale,
+            sampling=Sampling(**sampling),
         )
 
     def __call__(

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vcf_batch.config import SCHEDULERS
+from vcf_batch.config import Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.attention import accept_token_bias
 from vcf_batch.vcf.deep_cache import DeepCache
@@ -29,14 +29,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """A new scheduler with a checkpoint's noise schedule, prediction type and spacing.
 
     Args:
-        name: ``ddim``, ``dpm++`` or ``euler``.
-        config: of the checkpoint's own scheduler.
-
-    Raises:
-        UsageError: no such scheduler.
+        name: one of :data:`vcf_batch.config.SCHEDULERS`.
+        config: the configuration of the checkpoint's own scheduler.
     """
-    if name not in _SCHEDULERS:
-        raise UsageError(f"scheduler is {name!r}; it must be one of {', '.join(SCHEDULERS)}")
     # DDIM clips by default, which is meant for pixels and ruins latents; a checkpoint whose own scheduler cannot clip
     # has no say in its configuration.
     fixed = {"clip_sample": False} if name == "ddim" else {}
@@ -45,16 +40,12 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 def denoise(
     unet: UNet2DConditionModel,
-    scheduler: Any,
+    schedule: Mapping[str, Any],
     noise: Tensor,
     conditioning: Conditioning,
     *,
     guidance_scale: Sequence[float],
-    steps: int,
-    eta: float = 0.0,
-    guidance_lo: float = 0.0,
-    guidance_hi: float = 1.0,
-    deep_cache: int = 1,
+    sampling: Sampling,
 ) -> Tensor:
     """Denoise with classifier-free guidance, both sides in one UNet call.
 
@@ -63,30 +54,27 @@ def denoise(
     coefficients are numbers on the CPU, and nothing is read back.
 
     Args:
-        unet: predicts what the scheduler expects.
-        scheduler: of :func:`make_scheduler`, used for nothing else.
+        unet: predicts what the schedule says.
+        schedule: the configuration of the checkpoint's own scheduler.
         noise: ``[B, 1, C, h, w]``, standard normal; ``[B, 1 + steps, C, h, w]`` where ``eta`` is above 0.
         conditioning: of the same B samples.
         guidance_scale: one per sample; 1 throughout leaves the unconditional side out.
-        steps: denoising steps.
-        eta: of DDIM, 0 to 1: how much of each step is new noise. The other schedulers know 0 only.
-        guidance_lo, guidance_hi: steps with ``lo <= t / 999 <= hi`` are guided; in the others the unconditional side is
-            not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-        deep_cache: the UNet's deep blocks are computed in every so many steps only, and where guidance begins or ends
-            (:mod:`vcf_batch.vcf.deep_cache`). Without effect where gradients flow.
+        sampling: with its steps. Guidance in a part of the schedule is that of Kynkäänniemi et al. 2024 (arXiv
+            2404.07724). Deep blocks are also computed where guidance begins or ends, and always where gradients flow
+            (:mod:`vcf_batch.vcf.deep_cache`). Height and width are those of the noise.
 
     Returns:
         float32 latents ``[B, C, h, w]``.
 
     Raises:
-        UsageError: the scheduler cannot take so many steps, or no ``eta``.
+        UsageError: the schedule has fewer steps.
     """
-    if eta and not isinstance(scheduler, DDIMScheduler):
-        raise UsageError(f"eta is {eta}; only the scheduler ddim takes one above 0")
+    scheduler = make_scheduler(sampling.scheduler, schedule)
     limit = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= limit:
-        raise UsageError(f"steps is {steps}; it must be between 1 and {limit}")
-    scheduler.set_timesteps(steps, device="cpu")
+    assert sampling.steps is not None
+    if sampling.steps > limit:
+        raise UsageError(f"steps is {sampling.steps}; it must be between 1 and {limit}")
+    scheduler.set_timesteps(sampling.steps, device="cpu")
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=noise.device).reshape(-1, 1, 1, 1)
     any_guided = any(value != 1 for value in guidance_scale)
     initial, *added = noise.float().unbind(1)
@@ -95,10 +83,10 @@ def denoise(
     was_inside: bool | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
     timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True)
-    with DeepCache(unet, deep_cache) as cache:
+    with DeepCache(unet, sampling.deep_cache) as cache:
         for number, (cpu_timestep, timestep) in enumerate(timesteps):
             time = cpu_timestep.item() / (limit - 1)
-            inside = guidance_lo <= time <= guidance_hi
+            inside = sampling.guidance_lo <= time <= sampling.guidance_hi
             guided = any_guided and inside
             # Not where the batch is in fact another one: no sample depends on what its neighbours ask for.
             cache.begin_step(number, is_new_batch=inside != was_inside)
@@ -117,7 +105,9 @@ def denoise(
             if guided:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + scale * (positive - negative)
-            variance = {"eta": min(eta, MAX_ETA), "variance_noise": added[number]} if eta else {}
+            variance = {}
+            if sampling.eta:
+                variance = {"eta": min(sampling.eta, MAX_ETA), "variance_noise": added[number]}
             latents = scheduler.step(prediction, cpu_timestep, latents, return_dict=False, **variance)[0]
     return latents
 

@@ -6,6 +6,7 @@ other's first references are read, or its last samples are scored and written.
 """
 
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -203,14 +204,8 @@ class Generation:
             "fusions": [self._fusion(position, batch.image_tokens) for position in positions],
             "seeds": [sharding.draw_seed(used["seed"], batch.draw) for used in settings],
             "guidance_scale": [used["guidance_scale"] for used in settings],
-            "steps": self.config.steps,
-            "scheduler": self.config.scheduler,
-            "eta": self.config.eta,
-            "guidance_lo": self.config.guidance_lo,
-            "guidance_hi": self.config.guidance_hi,
-            "deep_cache": settings[0]["deep_cache"],  # the same for the whole batch
-            "height": self.config.height,
-            "width": self.config.width,
+            # The rows of a batch have one deep_cache, as they have as many updates of prompt-noise optimisation.
+            "sampling": dataclasses.replace(self.config.sampling, deep_cache=settings[0]["deep_cache"]),
         }
 
     def _optimize(
