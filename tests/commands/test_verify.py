@@ -226,8 +226,11 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "a shard too many": (copy_shard, "00003: the run has 3 shards, and this is none of them; delete its files"),
     "no run.json": (lambda output: (output / "run.json").unlink(), "Error: run.json: it is missing"),
     "another fingerprint": (edit_run(fingerprint="f" * 64), "Error: run.json: "),
-    "another number of rows": (edit_run(manifest={"rows": 9}), "Error: run.json: it says 9 rows; the manifest has 10"),
-    "a run.json without its parts": (edit_run(config=None), "Error: run.json: it is damaged"),
+    "another number of rows": (
+        edit_run(manifest={"url": "m", "identity": "i", "rows": 9}),
+        "Error: run.json: it says 9 rows; the manifest has 10",
+    ),
+    "a run.json without its parts": (edit_run(config=None), "Error: run.json: "),
 }
 
 

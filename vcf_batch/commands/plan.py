@@ -77,7 +77,7 @@ class Forecast:
         config, shards, rows = self.job.config, len(self.job.shards), self.job.manifest.num_rows
         rows_left, shards_left = rows - self.rows_done, shards - self.shards_done
         workers = config.num_workers or 1
-        found = {
+        figures = {
             "rows": rows,
             "rows_done": self.rows_done,
             "shards": shards,
@@ -93,13 +93,13 @@ class Forecast:
             # A shard is done by one worker; the last ones to finish decide.
             in_a_row = math.ceil(shards_left / workers) * min(self.job.shards.shard_size, rows_left)
             hours = (rows_left * speed + busy * load) / 3600 * (config.gpus_per_worker or 1)
-            found |= {
+            figures |= {
                 "bytes": round(rows * self.measurement.bytes_per_row),
                 "seconds": in_a_row * speed + load if rows_left else 0.0,
                 "device_hours": hours,
                 "cost": None if price is None else hours * price,
             }
-        return found
+        return figures
 
     def to_dict(self, price: float | None) -> dict[str, Any]:
         """Plain JSON types."""
@@ -161,35 +161,35 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     """
     forecast = Forecast(config.output)
 
-    def attempt(step: Callable[[], Any]) -> Any:
+    def collect(step: Callable[[], Any]) -> Any:
         try:
             return step()
         except VcfBatchError as error:
             forecast.problems.append(error)
 
-    absolute = attempt(lambda: paths.absolute(config))
+    absolute = collect(lambda: paths.absolute(config))
     if absolute is None:
         return forecast
     config = absolute
     forecast.output = config.output
-    found = attempt(lambda: run_file.read(config.output))
-    config = claim.resume(config, found)
+    record = collect(lambda: run_file.read(config.output))
+    config = claim.resume(config, record)
     forecast.guessed_shard_size = config.shard_size is None
     forecast.open_batch_size = config.batch_size is None
     config = in_process.settled(config)
-    attempt(lambda: _refuse_owner(config.output))
-    manifest = attempt(lambda: Manifest.open(config.manifest, config.limit))
+    collect(lambda: _refuse_owner(config.output))
+    manifest = collect(lambda: Manifest.open(config.manifest, config.limit))
     if manifest is not None:
-        for check in manifest_check.checks(manifest, config, found):
-            attempt(check)
-    models = attempt(lambda: run_models.resolve(config))
+        for check in manifest_check.checks(manifest, config, record):
+            collect(check)
+    models = collect(lambda: run_models.resolve(config))
     if manifest is None or models is None:
         return forecast
-    job = forecast.job = attempt(lambda: defaults.settle(config, manifest, models))
+    job = forecast.job = collect(lambda: defaults.settle(config, manifest, models))
     if job is None:
         return forecast
     forecast.doomed = [f"{row.key}: {reason}" for row, reason in _first_rows(job) if reason]
-    extends = attempt(lambda: claim.claim(job, publish=False))
+    extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()
     if extends is not None:
         totals = progress_file.look(config.output, {job.fingerprint, *extends}).totals

@@ -157,8 +157,6 @@ def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.S
     ]:
         raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")
     said["seed"] = record["seed"] if record["seed"] in [each["seed"] for each in attempts] else row.seed
-    if said["strength"] is None:
-        del said["strength"]  # the model's default, which only the model tells
     for column, value in said.items():
         if record[column] != (value := json_value(pa.scalar(value, schema.field(column).type))):
             raise DamageFound(f"row {row.number}: {column} is {record[column]!r}, the run has {value!r} there")

@@ -39,7 +39,7 @@ that hangs until it is given up after 20 seconds, and sent once more."""
 WAIT_SECONDS = 30.0
 """How long a driver watches a living owner, which may be about to end, before it gives up."""
 WATCH_SECONDS = 2 * BEAT_SECONDS
-"""How long who does not want the output watches an owner of whom dates tell nothing."""
+"""How long a read-only command (plan, status) watches an owner when timestamps do not show whether it is alive."""
 LOOK_SECONDS = 0.5
 MAX_BYTES = 1 << 16
 

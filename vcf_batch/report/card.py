@@ -135,11 +135,11 @@ def render(output: Output, licence: str | None = None) -> str:
         scores="\n".join(_score(found, name) for name in SCORES),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
-            for name, model in output.record["models"].items()
+            for name, model in output.record.models.items()
             if model
         ),
         settings=", ".join(f"{name} {_code(str(value))}" for name, value in settings.items()),
-        fingerprint=output.record["fingerprint"],
+        fingerprint=output.record.fingerprint,
         devices=", ".join(_code(device) for device in sorted(found.devices)),
         licence=_code(licence) if licence else "Not stated. Who hands this on decides: `license` above.",
     )

@@ -4,10 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcf_batch.config import (
-    RunConfig,
-    fingerprint,
-)
+from vcf_batch.config import RunConfig, fingerprint
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.setup.run_models import Models
 from vcf_batch.sharding import ShardPlan

@@ -130,20 +130,19 @@ def _claim(task: TrainingJob) -> None:
     Raises:
         RefusedError: it holds another one, or something else.
     """
-    out = task.config.out
-    run_file.claim(
-        out,
-        run_file.read(out),
-        task.fields(),
-        {
-            "model": redact(task.parts.base.name),
-            "image_encoder": redact((task.parts.image_encoder or task.parts.base).name),
-            "data": redact(task.data.url),
-            "pairs": task.pairs,
-            "steps": task.steps,
-        },
-        begun=storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT)),
-    )
+    out, fields = task.config.out, task.fields()
+    there = run_file.read_document(out)
+    begun = storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT))
+    if run_file.holds(out, there and there["fields"], fields, begun=begun):
+        return
+    described = {
+        "model": redact(task.parts.base.name),
+        "image_encoder": redact((task.parts.image_encoder or task.parts.base).name),
+        "data": redact(task.data.url),
+        "pairs": task.pairs,
+        "steps": task.steps,
+    }
+    run_file.write(out, run_file.document(fields, described))
 
 
 def _train(task: TrainingJob, held: Lease) -> ray.train.Checkpoint:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Row
-from vcf_batch.row_settings import checked
+from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.worker import batches
 from vcf_batch.worker.batches import batch_key
 from vcf_batch.worker.clock import Clock
@@ -91,6 +91,6 @@ def _most_demanding(components: Components, manifest: Manifest) -> Row:
     """Of the first rows one that needs the most memory, with one update if there are any: they are all alike."""
     rows = manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), components.config.seed)
     sound = [row for row in rows if not checked(row, components.config).error]
-    row = max(sound, key=lambda row: batch_key(row, components.settings(row)), default=Row(0, "text", ""))
-    updates = min(components.settings(row)["pno_steps"], 1)
+    row = max(sound, key=lambda row: batch_key(row, settings_of(row, components.config)), default=Row(0, "text", ""))
+    updates = min(settings_of(row, components.config)["pno_steps"], 1)
     return dataclasses.replace(row, overrides={**row.overrides, "pno_steps": updates})

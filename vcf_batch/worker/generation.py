@@ -18,6 +18,7 @@ from torch import Tensor
 from vcf_batch import sharding
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.records import Objective, Reference, Row, Sample
+from vcf_batch.row_settings import settings_of
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.guide import Guide
@@ -76,7 +77,7 @@ class Generation:
         self.sampled_at_once = min(sampled_at_once or batch_size, batch_size)
         self.padding = {position for position, row in enumerate(rows) if row.number in known}
         self.rows = rows = batches.neutral(rows, self.padding, self.config.negative_prompt)
-        self.settings = [components.settings(row) for row in rows]
+        self.settings = [settings_of(row, self.config) for row in rows]
         self.batches = batches.cut(rows, self.settings, batch_size)
         self.references = ShardReferences(components, self.batches, rows, last_attempt, clock)
         self.finisher = Finisher(components, rows, self.settings, self.padding, known, write, clock)

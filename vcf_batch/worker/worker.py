@@ -23,7 +23,7 @@ from vcf_batch.models.loading import load_errors
 from vcf_batch.output import commits, shards
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Receipt, Sample, Shard
-from vcf_batch.row_settings import checked
+from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup.job import TRACE, is_guided
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.storage import scratch
@@ -247,12 +247,14 @@ class Worker:
                     read = self.manifest.rows(shard.start, shard.stop, self.components.config.seed)
                     rows = [checked(row, self.components.config) for row in read]
                 failed = {
-                    row.number: Sample(row, "failed", self.components.settings(row), error_message=error)
+                    row.number: Sample(row, "failed", settings_of(row, self.components.config), error_message=error)
                     for row in rows
                     if (error := verdicts.get(row.number) or row.error)
                 }
                 rejected = {
-                    row.number: Sample(row, "rejected", self.components.settings(row), error_message=NO_REFERENCE)
+                    row.number: Sample(
+                        row, "rejected", settings_of(row, self.components.config), error_message=NO_REFERENCE
+                    )
                     for row in rows
                     if self.components.config.triplets and not row.references
                 }
