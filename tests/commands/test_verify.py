@@ -186,6 +186,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "a prompt in the parquet": (edited(lambda files: files.edit(0, prompt="a cat")), "00001: row 4: prompt is 'a cat'"),
     "a carried column": (edited(lambda files: files.edit_everywhere(0, weight=9.0)), "00001: row 4: weight is 9.0"),
     "a setting": (edited(lambda files: files.edit_everywhere(0, steps=5)), "00001: row 4: steps is 5, the run has 4"),
+    "a strength": (
+        edited(lambda files: files.edit_everywhere(0, strength=0.7)),
+        "00001: row 4: strength is 0.7, the run has 1.0",
+    ),
     "a score in the parquet": (edited(lambda files: files.edit(0, clip_score=0.9)), "00001: s4.json in 00001.tar"),
     "a score in both": (edited(lambda files: files.edit_everywhere(0, clip_score=0.9)), "00001: its rows have means"),
     "a failure without a reason": (edited(lambda files: files.edit(1, error_message=None)), "00001: row 5: status"),

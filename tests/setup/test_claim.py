@@ -193,6 +193,13 @@ def test_a_record_without_its_parts_is_refused_with_the_reason(
         Output.open(job.config.output)
 
 
+def test_the_folder_of_a_training_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """Files of somebody else are neither deleted nor overwritten: a training has a run.json too."""
+    run_file.write(str(tmp_path / "out"), run_file.document({"epochs": 1}, {"pairs": 3}))
+    with pytest.raises(RefusedError, match=r"not the record of a run: 'manifest' is missing; use another output"):
+        settle()
+
+
 def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job], tmp_path: Path) -> None:
     """Extending a run by appending manifest rows is possible where shards stay the same, else refused."""
     folder = tmp_path / "many"

@@ -18,7 +18,7 @@ class Job:
     """All that a worker needs to know of a run. Small, and picklable."""
 
     config: RunConfig
-    """With every default resolved and every path absolute."""
+    """The configuration, settled, with absolute paths."""
     manifest: Manifest
     models: Models
     fields: dict[str, Any]
@@ -26,7 +26,7 @@ class Job:
     roots: tuple[str, ...] = ()
     """Places of references, besides the manifest's own folder, that the driver sees."""
     token: str = ""
-    """Of the driver's lease, which every node has to see."""
+    """Token of the driver's lease, which every node has to see."""
     extends: tuple[str, ...] = ()
     """Fingerprints of the run before rows were appended to its manifest. Receipts that have them are its own."""
     again: Mapping[int, bytes] = field(default_factory=dict)
