@@ -32,18 +32,14 @@ class RecordedManifest:
     """The manifest of a run, as its record names it."""
 
     url: str
-    """Without credentials."""
+    """The manifest's place, without credentials."""
     identity: str
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as its ``run.json`` describes it. Keys that a later version added are not kept.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: by :meth:`from_document`, where a part is missing or wrong.
-    """
+    """A run as its ``run.json`` describes it. Keys that a later version added are not kept."""
 
     fields: Mapping[str, Any]
     """What the fingerprint covers."""
@@ -56,7 +52,7 @@ class RunRecord:
     shard_digits: int
     """Digits of a shard's number in the names of files."""
     versions: Mapping[str, str]
-    """Of vcf-batch and the libraries that decide on the output, by package."""
+    """Versions of vcf-batch and of the libraries that decide on the output, by package."""
     extends: tuple[str, ...] = ()
     """Fingerprints of the run before rows were appended to its manifest, the first one first."""
 
@@ -66,12 +62,16 @@ class RunRecord:
 
     @property
     def fingerprints(self) -> frozenset[str]:
-        """Those that the receipts of the output may have."""
+        """Fingerprints that the receipts of the output may have."""
         return frozenset((self.fingerprint, *self.extends))
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "RunRecord":
-        """Check the JSON object of a ``run.json``, as :func:`read_document` gives it."""
+        """Check the JSON object of a ``run.json``, as :func:`read_document` gives it.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: a part is missing or wrong.
+        """
         manifest = document["manifest"]
         record = cls(
             fields=document["fields"],
@@ -95,8 +95,7 @@ class RunRecord:
         return document(described.pop("fields"), extends=described.pop("extends"), description=described)
 
     def run_config(self, output: str, changes: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
-        """The settled configuration of the run. What the fingerprint covers is taken from there: credentials are
-        missing in the published configuration.
+        """The settled configuration of the run. Settings that the fingerprint covers are taken from its fields.
 
         Args:
             output: where the output is now.
@@ -116,7 +115,7 @@ class RunRecord:
         # A setting of a later version that is not in the fields has the value that means the behaviour of this one.
         recorded = {name: value for name, value in self.config.items() if name in _SETTINGS}
         content = {name: self.fields[name] for name in recorded.keys() & self.fields.keys() - {"lpips"}}
-        return RunConfig.from_mapping({**ADDED_SETTINGS, **recorded, **content, **changes, "output": output})
+        return RunConfig.from_mapping({**recorded, **ADDED_SETTINGS, **content, **changes, "output": output})
 
 
 def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends: Sequence[str] = ()) -> dict[str, Any]:
