@@ -1,7 +1,7 @@
 # vcf-batch with the versions that its tests run with.
 #
-#   docker build -t vcf-batch:0.1 .
-#   docker run --gpus all -v "$PWD:/data" vcf-batch:0.1 generate /data/manifest.parquet /data/out --model /data/model
+#   docker build -t vcf-batch:0.2 .
+#   docker run --gpus all -v "$PWD:/data" vcf-batch:0.2 generate /data/manifest.parquet /data/out --model /data/model
 #
 # torch comes from the index that pip uses, whose Linux build has CUDA. For another build, such as one without CUDA, name
 # the index that has it: --build-arg TORCH_INDEX_URL=...

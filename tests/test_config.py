@@ -40,7 +40,7 @@ OTHER: dict[str, Any] = {
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
     "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True,
-    "deep_cache": 2,
+    "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2},
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -65,6 +65,7 @@ def test_fingerprint_covers_what_changes_content_or_layout(setting: str) -> None
         "attempts": {"min_clip_score": 0.1},
         "best_by": {"min_clip_score": 0.1},
         "min_content_alignment": {"triplets": True},
+        "default_strengths": {"strength": 0.4},
     }
     plain = config(**needed.get(setting, {}))
     changed = plain.replace(**{setting: OTHER[setting]})

@@ -6,7 +6,7 @@ The public names load their modules when they are first used: importing the pack
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "ImageAligner": "vcf_batch.vcf.aligner",

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from vcf_batch.errors import UsageError, redact
+from vcf_batch.errors import ModelError, UsageError, redact
 
 FUSIONS = ("naive", "concat", "cross_attention")
 UNCONDITIONALS = ("zeros", "blank", "negative")
@@ -34,7 +34,8 @@ GATES: Mapping[str, str] = {
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 9.0
-"""Where a model recommends nothing else (``default_...`` in its model_index.json)."""
+DEFAULT_STRENGTHS: Mapping[str, float] = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3}
+"""Where a model recommends nothing else (``default_...`` in its model_index.json). Strengths are those of the paper."""
 
 REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """What a model needs beside Stable Diffusion's own parts, once there are references."""
@@ -104,7 +105,8 @@ class RunConfig:
     revision: str | None = None
     fusion: str = "concat"
     strength: float | None = None
-    """None is the fusion's default: 1 for ``concat``, 0.3 for the others."""
+    """Weight of the references in rows without a strength of their own; 0 is text only. A given one counts for every
+    fusion. None is the default of model and fusion: :func:`default_strengths`."""
     fusion_lo: float = 0.0
     """References are used from here to ``fusion_hi``, in fractions of the schedule; 1 is pure noise."""
     fusion_hi: float = 1.0
@@ -193,6 +195,9 @@ class RunConfig:
     log_format: str = "text"
     address: str | None = None
     """Address of the Ray cluster; None: the one this runs in or that runs on this machine, else a new local one."""
+    default_strengths: dict[str, float] | None = None
+    """Not an option: :func:`vcf_batch.setup.defaults.settle` fills it in where ``strength`` was left open. The strength
+    of rows without one of their own, by their fusion; ``strength`` is then that of ``fusion``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference_root", tuple(self.reference_root))
@@ -214,6 +219,18 @@ class RunConfig:
         _choice("log_format", self.log_format, LOG_FORMATS)
         _choice("lpips", self.lpips, LPIPS_NETWORKS)
         _between("strength", self.strength, 0, MAX_STRENGTH)
+        if self.default_strengths is not None:
+            if sorted(self.default_strengths) != sorted(FUSIONS):
+                raise UsageError(
+                    f"default_strengths has {', '.join(self.default_strengths)}; it must have {', '.join(FUSIONS)}"
+                )
+            for fusion, strength in self.default_strengths.items():
+                _between(f"the default strength of {fusion}", strength, 0, MAX_STRENGTH)
+            if self.strength != self.default_strengths[self.fusion]:
+                raise UsageError(
+                    f"strength is {self.strength}, and default_strengths has {self.default_strengths[self.fusion]} for "
+                    f"{self.fusion}; give strength alone, or neither"
+                )
         _between("fusion_lo", self.fusion_lo, 0, 1)
         _between("fusion_hi", self.fusion_hi, self.fusion_lo, 1)
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
@@ -279,6 +296,12 @@ class RunConfig:
         """Whether samples may be rejected for what they are."""
         return bool(self.gates) or self.safety_checker is not None
 
+    def strength_of(self, fusion: str) -> float:
+        """The strength of rows with this fusion and no strength of their own. Known once defaults are settled."""
+        strength = self.strength if self.default_strengths is None else self.default_strengths[fusion]
+        assert strength is not None
+        return strength
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
         """Build from option names and values, as a YAML file or the command line gives them.
@@ -335,6 +358,13 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their identity,
 not by the name they go by."""
 
+ADDED_SETTINGS: dict[str, Any] = {}
+"""Settings added after 0.2.0, each with the value that means the behaviour before it.
+
+A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.
+Fields without the setting are read as if they had that value: :func:`field_of`. A setting is never taken off this
+table."""
+
 
 def fingerprint_fields(
     config: RunConfig,
@@ -358,12 +388,35 @@ def fingerprint_fields(
     fields["reference_root"] = sorted(map(redact, config.reference_root))
     ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
     ids["safety_checker"] = safety_checker
-    return fields | {f"{name}_id": identity for name, identity in ids.items()}
+    fields |= {f"{name}_id": identity for name, identity in ids.items()}
+    as_before = {name for name, value in ADDED_SETTINGS.items() if fields[name] == value}
+    return {name: value for name, value in fields.items() if name not in as_before}
+
+
+def field_of(fields: Mapping[str, Any], name: str) -> Any:
+    """One of :func:`fingerprint_fields`; None if it is neither there nor in :data:`ADDED_SETTINGS`."""
+    return fields.get(name, ADDED_SETTINGS.get(name))
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
     """Hex SHA-256 of :func:`fingerprint_fields`: the name of a run's content."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def default_strengths(recommended: float | None) -> dict[str, float]:
+    """The strength of each fusion where none is given.
+
+    Args:
+        recommended: the model's own for ``concat``, ``default_strength`` in its model_index.json; None if it has none.
+
+    Raises:
+        ModelError: the recommendation is no number, or out of its limits.
+    """
+    if recommended is None:
+        return dict(DEFAULT_STRENGTHS)
+    if not _is_a(recommended, float) or not 0 <= recommended <= MAX_STRENGTH:
+        raise ModelError(f"default_strength is {recommended!r}; it must be between 0 and {MAX_STRENGTH:g}")
+    return {**DEFAULT_STRENGTHS, "concat": float(recommended)}
 
 
 def reference_shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -423,6 +476,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
     """Whether ``value`` fits an annotation of :class:`RunConfig`, such as ``int | None``."""
     if isinstance(annotation, UnionType):
         return any(_is_a(value, kind) for kind in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return isinstance(value, dict) and all(_is_a(name, str) and _is_a(item, float) for name, item in value.items())
     if get_origin(annotation) is tuple:
         return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):
@@ -433,6 +488,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
 def _in_words(annotation: Any) -> str:
     if isinstance(annotation, UnionType):
         return " or ".join(_in_words(kind) for kind in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "a mapping of texts to numbers"
     if get_origin(annotation) is tuple:
         return "a list of texts"
     return {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}[

@@ -11,8 +11,6 @@ from vcf_batch.records import Row
 def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
     """The settings of one row, by the names of their output columns, and its seed.
 
-    ``strength`` is None where the model's default is used.
-
     Args:
         row: of the manifest; if it has an error, its own settings do not count.
         config: with every default resolved.
@@ -20,13 +18,14 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
     own = {} if row.error else row.overrides
     shares = reference_shares(own.get("reference_weights"), len(row.references))
     pno_steps = int(own.get("pno_steps", config.pno_steps)) if row.references else 0
+    fusion = own.get("fusion", config.fusion)
     sampling = dataclasses.replace(config.sampling, deep_cache=1) if pno_steps else config.sampling
     return {
         "seed": row.seed,
         "reference_weights": list(shares) if len(shares) > 1 else None,
         "negative_prompt": own.get("negative_prompt", config.negative_prompt),
-        "fusion": own.get("fusion", config.fusion),
-        "strength": own.get("strength", config.strength),
+        "fusion": fusion,
+        "strength": float(own.get("strength", config.strength_of(fusion))),
         "fusion_lo": float(own.get("fusion_lo", config.fusion_lo)),
         "fusion_hi": float(own.get("fusion_hi", config.fusion_hi)),
         "unconditional": _unconditional(row, config),

@@ -114,7 +114,9 @@ def test_other_questions_do_not_mix_with_an_evaluation(model: Path, out: Path) -
 
 def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:
     config = RunConfig(manifest=str(tmp_path / "manifest.parquet"), output=str(tmp_path / "samples"), model=str(model))
-    evaluate.prepare(config, evaluate.crossed(["a cat ", "", "a dog"], ["a.png", "b.png"]), seeds=2, sweep=[0.0, 1.0])
+    evaluate.write_manifest(
+        config, evaluate.crossed(["a cat ", "", "a dog"], ["a.png", "b.png"]), seeds=2, sweep=[0.0, 1.0]
+    )
     rows = pq.read_table(config.manifest).to_pylist()
     assert len(rows) == 2 * 2 * 2 * 4
     assert {(row["prompt"], row["reference"]) for row in rows} == {
@@ -122,7 +124,7 @@ def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:
     }
     assert len({row["seed"] for row in rows}) == 8
     with pytest.raises(RefusedError):
-        evaluate.prepare(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=2, sweep=[])
+        evaluate.write_manifest(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=2, sweep=[])
 
 
 def test_the_models_own_strength_is_among_those_of_concat(model: Path, tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_the_models_own_strength_is_among_those_of_concat(model: Path, tmp_path:
     index = json.loads((folder / "model_index.json").read_text()) | {"default_strength": 0.15}
     (folder / "model_index.json").write_text(json.dumps(index))
     config = RunConfig(manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "samples"), model=str(folder))
-    evaluate.prepare(config, 1, seeds=1, sweep=[1.0])
+    evaluate.write_manifest(config, 1, seeds=1, sweep=[1.0])
     rows = pq.read_table(config.manifest).to_pylist()
     assert [row["strength"] for row in rows if row["method"] == "concat"] == [0.15, 1.0]
 
@@ -139,11 +141,11 @@ def test_a_model_without_a_world_needs_prompts_and_a_distance(model: Path, tmp_p
     bare = runs.save_model(tmp_path / "bare")
     config = RunConfig(manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "samples"), model=str(bare))
     with pytest.raises(UsageError, match="needs --prompts and --references"):
-        evaluate.prepare(config, 1, seeds=1, sweep=[])
+        evaluate.write_manifest(config, 1, seeds=1, sweep=[])
     with pytest.raises(UsageError, match="--lpips alex"):
-        evaluate.prepare(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=1, sweep=[])
+        evaluate.write_manifest(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=1, sweep=[])
     with pytest.raises(UsageError, match="no prompts"):
-        evaluate.prepare(config, [], seeds=1, sweep=[])
+        evaluate.write_manifest(config, [], seeds=1, sweep=[])
     result = call("--model", bare, "--out", tmp_path, "--prompts", "p.txt")
     assert (result.exit_code, "--prompts and --references together" in result.output) == (2, True)
 

@@ -186,6 +186,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "a prompt in the parquet": (edited(lambda files: files.edit(0, prompt="a cat")), "00001: row 4: prompt is 'a cat'"),
     "a carried column": (edited(lambda files: files.edit_everywhere(0, weight=9.0)), "00001: row 4: weight is 9.0"),
     "a setting": (edited(lambda files: files.edit_everywhere(0, steps=5)), "00001: row 4: steps is 5, the run has 4"),
+    "a strength": (
+        edited(lambda files: files.edit_everywhere(0, strength=0.7)),
+        "00001: row 4: strength is 0.7, the run has 1.0",
+    ),
     "a score in the parquet": (edited(lambda files: files.edit(0, clip_score=0.9)), "00001: s4.json in 00001.tar"),
     "a score in both": (edited(lambda files: files.edit_everywhere(0, clip_score=0.9)), "00001: its rows have means"),
     "a failure without a reason": (edited(lambda files: files.edit(1, error_message=None)), "00001: row 5: status"),
@@ -226,8 +230,11 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "a shard too many": (copy_shard, "00003: the run has 3 shards, and this is none of them; delete its files"),
     "no run.json": (lambda output: (output / "run.json").unlink(), "Error: run.json: it is missing"),
     "another fingerprint": (edit_run(fingerprint="f" * 64), "Error: run.json: "),
-    "another number of rows": (edit_run(manifest={"rows": 9}), "Error: run.json: it says 9 rows; the manifest has 10"),
-    "a run.json without its parts": (edit_run(config=None), "Error: run.json: it is damaged"),
+    "another number of rows": (
+        edit_run(manifest={"url": "m", "identity": "i", "rows": 9}),
+        "Error: run.json: it says 9 rows; the manifest has 10",
+    ),
+    "a run.json without its parts": (edit_run(config=None), "Error: run.json: "),
 }
 
 

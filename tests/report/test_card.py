@@ -53,6 +53,12 @@ def test_counts_and_scores_are_those_of_the_run(text: str) -> None:
     assert "| `lpips` | 0 | - | - | - | - |" in text
 
 
+def test_the_settings_are_those_that_were_used(text: str) -> None:
+    """Strength included, which most runs leave to the model."""
+    assert "fusion `concat`, strength `1.0`, " in text
+    assert "guidance_scale `5.0`, " in text
+
+
 def test_a_selection_is_called_one(text: str, output: Path) -> None:
     """Scores of samples that passed gates are not those of the model."""
     assert "Selected" not in text

@@ -18,6 +18,8 @@ from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 
+SETTINGS = {"fusion": "concat", "strength": 0.1, "pno_steps": 0}
+
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
@@ -26,7 +28,8 @@ def output(tmp_path: Path) -> Path:
     manifest = Manifest.open(str(path))
     config = RunConfig(manifest=str(path), output=str(tmp_path / "out"), shard_size=6)
     model = ResolvedModel("m", "hub", "m", "0" * 40)
-    job = Job(config, manifest, Models(model, None, "none", "none"), {})
+    fields = {"manifest_id": manifest.identity, "limit": None, "shard_size": 6}
+    job = Job(config, manifest, Models(model, None, "none", "none"), fields)
     claim.claim(job)
     shard = job.shards[0]
     with shards.ShardWriter(str(tmp_path / "scratch"), shard, "png", manifest.carried_schema, False) as writer:
@@ -34,7 +37,7 @@ def output(tmp_path: Path) -> Path:
             if row.number in (1, 5):
                 writer.add(Sample(row, "failed", {}, error_message="no"))
             else:
-                writer.add(Sample(row, "success", {"strength": 1.0}, image=runs.png(row.number), width=24, height=24))
+                writer.add(Sample(row, "success", SETTINGS, image=runs.png(row.number), width=24, height=24))
         files = writer.finish()
     receipt = Receipt(shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means)
     commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
@@ -46,6 +49,7 @@ def test_every_row_has_a_card_and_failed_ones_are_told(output: Path) -> None:
     cards = list(contact_sheet._cards(str(output), record, [runs.read_receipts(str(output))[0].shard]))
     assert [card.output is None for card in cards] == [False, True, False, False, False, True]
     assert [card.reference is None for card in cards] == [False, False, False, False, True, False]
+    assert [card.notes[0] for card in cards if card.output] == ["concat 0.1", "concat 0.1", "concat 0.1", "text only"]
     assert contact_sheet.contact_sheet(str(output)).width > 2 * contact_sheet.TILE
 
 

@@ -74,6 +74,12 @@ def test_the_page_adds_up(data: dict[str, Any]) -> None:
     assert next(sample for sample in data["samples"] if "best clip_score" in sample["groups"])["number"] == 16
 
 
+def test_the_page_names_the_strength_that_was_used(data: dict[str, Any]) -> None:
+    """No setting is left at 'the default'."""
+    assert data["configuration"]["Settings"]["strength"] == "1.0"
+    assert {sample["setting"] for sample in data["samples"]} == {"concat 1", "text only"}
+
+
 def test_prompts_are_never_markup(written: Path, data: dict[str, Any]) -> None:
     """The data stays inside its element, and no script but the page's own may run."""
     text = written.read_text()

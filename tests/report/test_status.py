@@ -80,8 +80,10 @@ def test_the_command_tells_people_and_programs(job: Job) -> None:
     assert told.exit_code == 0
     assert "stopped, 6 of 10 rows" in told.output
     assert "2 x no" in told.output
+    assert "  fusion    concat, strength 1\n" in told.output
     record = json.loads(CliRunner().invoke(main, ["status", job.config.output, "--json"]).output)
     assert record["state"] == "stopped"
+    assert (record["fusion"], record["strength"]) == ("concat", 1.0)
     assert record["rows"] == {"total": 10, "success": 4, "rejected": 0, "failed": 2}
     assert record["shards"] == {"total": 5, "done": 3, "retried": 0}
     assert record["devices"] == {"gpu": {"rows": 6, "rows_per_worker_second": 0.5}}

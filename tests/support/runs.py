@@ -84,7 +84,7 @@ def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | N
 def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = ()) -> Job:
     """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows."""
     opened = Manifest.open(str(manifest))
-    chosen = {"steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
+    chosen = {"strength": 1.0, "steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
     settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
     config = RunConfig(manifest=opened.url, output=str(output), **settings)
     fields = fingerprint_fields(
@@ -104,7 +104,7 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
             shards.ShardWriter(scratch, shard, "png", opened.carried_schema, opened.reference_is_list) as writer,
         ):
             for row in opened.rows(shard.start, shard.stop, config.seed):
-                used = settings_of(row, config) | {"strength": 1.0}
+                used = settings_of(row, config)
                 if row.number in failed:
                     writer.add(Sample(row, "failed", used, error_message="no"))
                     continue

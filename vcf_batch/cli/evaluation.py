@@ -89,6 +89,6 @@ def evaluate(
     if prompts is not None and references is not None:
         chosen = evaluation.crossed(prompts_in(prompts), images_in(references, config.manifest))
         config = config.replace(reference_root=(*config.reference_root, references))
-    config = evaluation.prepare(config, chosen, seeds, sweep, pno_steps, pno_samples)
+    config = evaluation.write_manifest(config, chosen, seeds, sweep, pno_steps, pno_samples)
     run(config)
     click.echo("\n" + evaluation.tabulate(config))

@@ -50,7 +50,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "strength",
     float,
-    "Weight of the reference; 0 ignores it.  [default: 1 for concat, 0.3 for the others]",
+    "Weight of the reference; 0 ignores it. A given weight counts for every fusion.  [default: the model's "
+    "recommendation for concat, else 1; 0.3 for the other fusions]",
 )
 @_option(
     "fusion-lo",

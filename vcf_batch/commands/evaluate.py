@@ -1,8 +1,8 @@
 """Measure the paper's Table 3 on any model: how much each fusion takes from the reference, and what that costs the
 prompt (docs/method.md, section 6).
 
-An evaluation is a normal run. :func:`prepare` writes a manifest of pairs x seeds x methods, where each row has its
-method's settings as overrides. The run generates and scores the rows, and :func:`tabulate` reads its output. All
+An evaluation is a normal run. :func:`write_manifest` writes a manifest of pairs x seeds x methods, where each row has
+its method's settings as overrides. The run generates and scores the rows, and :func:`tabulate` reads its output. All
 methods get the same pairs of prompt and reference and the same noise. The method "text only" has strength 0, so its
 picture shows the prompt alone; it is compared with the reference like the others.
 """
@@ -20,19 +20,19 @@ import pyarrow.parquet as pq
 import torch
 
 from vcf_batch import images, storage
-from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.config import MAX_PIXELS, RunConfig, default_strengths
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.output import receipts, run_file, shards
+from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import Shard
 from vcf_batch.report import comparison
 from vcf_batch.report.comparison import RELATIVE, TABLE_SCORES, Line
 from vcf_batch.setup import run_models
 from vcf_batch.setup.paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
-from vcf_batch.vcf.fusion import default_strength
 
 TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"
 """Three special methods: the baseline; PNO, run on the first samples only because it is slow; and ``concat`` on those
@@ -61,7 +61,7 @@ def drawn(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def prepare(
+def write_manifest(
     config: RunConfig,
     pairs: Sequence[Mapping[str, Any]] | int,
     seeds: int,
@@ -106,13 +106,13 @@ def prepare(
             "one with --lpips alex --lpips-weights URL"
         )
     index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
-    own = index.get("default_strength") or default_strength("concat")
+    own = default_strengths(index.get("default_strength"))
     methods = [
         (TEXT_ONLY, "concat", 0.0, None),
-        ("naive", "naive", default_strength("naive"), None),
-        ("cross-attention", "cross_attention", default_strength("cross_attention"), None),
-        *(("concat", "concat", strength, None) for strength in sorted({*sweep, own} - {0.0})),
-        (PNO, "concat", own, pno_steps),
+        ("naive", "naive", own["naive"], None),
+        ("cross-attention", "cross_attention", own["cross_attention"], None),
+        *(("concat", "concat", strength, None) for strength in sorted({*sweep, own["concat"]} - {0.0})),
+        (PNO, "concat", own["concat"], pno_steps),
     ]
     cases = [(number * seeds + seed, pair) for number, pair in enumerate(pairs) for seed in range(seeds)]
     rows = [
@@ -144,7 +144,7 @@ def tabulate(config: RunConfig) -> str:
     Writes ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg`` beside the run's output.
 
     Args:
-        config: the configuration that :func:`prepare` returned.
+        config: the configuration that :func:`write_manifest` returned.
 
     Returns:
         The Markdown of ``table.md``.
@@ -169,7 +169,9 @@ def tabulate(config: RunConfig) -> str:
     comparable = {key: [sample for sample in group if _case(sample) in base] for key, group in groups.items()}
     lines = [_line(method, group, base) for (method, _), group in comparable.items() if group]
     results = {
-        **{name: record[name] for name in ("models", "config", "versions")},
+        "models": record.models,
+        "config": record.config,
+        "versions": record.versions,
         "interval": {"level": LEVEL, "draws": DRAWS},
         "methods": [asdict(line) for line in lines],
     }
@@ -229,9 +231,9 @@ def _line(method: str, samples: Sequence[Mapping[str, Any]], base: Mapping[Case,
     )
 
 
-def _caption(record: Mapping[str, Any], cases: Iterable[Case]) -> str:
+def _caption(record: RunRecord, cases: Iterable[Case]) -> str:
     prompts, references, seeds = zip(*cases, strict=True)
-    used, fields = record["models"], record["fields"]
+    used, fields = record.models, record.fields
     return (
         f"Model `{used['model']['name']}`, {fields['width']}x{fields['height']} pixels, {fields['steps']} steps of "
         f"{fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; {len(set(prompts))} prompts, "

@@ -1,4 +1,4 @@
-"""What a run will take, and what is in its way, before it starts. Nothing is written."""
+"""The forecast of a run: what it will take, and what would refuse it. Nothing is written."""
 
 import math
 import os
@@ -26,59 +26,59 @@ from vcf_batch.sharding import ShardPlan
 from vcf_batch.worker import in_process
 
 ROWS_LOOKED_AT = 1000
-"""Rows at the manifest's start of which it is told whether they would fail."""
+"""Rows at the manifest's start that are checked for whether they would fail."""
 SHOWN_ROWS = 8
 CALIBRATION_BATCHES = 2
-"""The second batch is sampled beside the scoring of the first."""
+"""Batches that a calibration generates: the second one is sampled beside the scoring of the first."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How fast a worker is, and what it writes; measured, never guessed."""
+    """The speed of a worker and the size of what it writes; measured, never guessed."""
 
     source: str
-    """In words."""
+    """What was measured, in words."""
     device: str
     seconds_per_row: float
-    """Of one worker."""
+    """Seconds that one worker takes for a row."""
     bytes_per_row: float
-    """Of tar and parquet."""
+    """Bytes of tar and parquet together."""
     load_seconds: float = 0.0
-    """Until a worker is ready; 0 where that is not known."""
+    """Seconds until a worker is ready; 0 where that is not known."""
 
 
 @dataclass
 class Forecast:
-    """What a run will take."""
+    """The forecast of a run."""
 
     output: str
     problems: list[VcfBatchError] = field(default_factory=list)
-    """Each of them alone keeps the run from starting."""
+    """Reasons to refuse the run, each of them enough."""
     doomed: list[str] = field(default_factory=list)
-    """Of the first :data:`ROWS_LOOKED_AT` rows those that would fail, and why; the others do not mind."""
+    """Rows that would fail, with the reason, among the first :data:`ROWS_LOOKED_AT`. The run starts all the same."""
     job: Job | None = None
-    """None where a problem leaves it open."""
+    """The settled run; None where a problem leaves it open."""
     guessed_shard_size: bool = False
-    """The shard size comes from a guess of the device's speed, which nothing else here does."""
+    """Whether the shard size comes from a guess of the device's speed. Nothing else here is guessed."""
     open_batch_size: bool = False
-    """The batch size, which the run would measure, is :data:`vcf_batch.worker.in_process.BATCH_SIZE` here."""
+    """Whether the run would measure the batch size; here it is :data:`vcf_batch.worker.in_process.BATCH_SIZE`."""
     rows_done: int = 0
     shards_done: int = 0
     measurement: Measurement | None = None
-    """From the receipts that are there, else from a calibration; None where there is neither."""
+    """The speed by the receipts that are there, else by a calibration; None where there is neither."""
 
     def figures(self, price: float | None) -> dict[str, Any]:
         """Rows, shards, and what the rest of them takes, as plain JSON types; None where only a measurement could tell.
 
         Args:
-            price: of an hour of a GPU; of a worker where workers have none.
+            price: of an hour of a GPU, or of a worker where workers have none.
         """
         if self.job is None:
             return {}
         config, shards, rows = self.job.config, len(self.job.shards), self.job.manifest.num_rows
         rows_left, shards_left = rows - self.rows_done, shards - self.shards_done
         workers = config.num_workers or 1
-        found = {
+        figures = {
             "rows": rows,
             "rows_done": self.rows_done,
             "shards": shards,
@@ -94,13 +94,13 @@ class Forecast:
             # A shard is done by one worker; the last ones to finish decide.
             in_a_row = math.ceil(shards_left / workers) * min(self.job.shards.shard_size, rows_left)
             hours = (rows_left * speed + busy * load) / 3600 * (config.gpus_per_worker or 1)
-            found |= {
+            figures |= {
                 "bytes": round(rows * self.measurement.bytes_per_row),
                 "seconds": in_a_row * speed + load if rows_left else 0.0,
                 "device_hours": hours,
                 "cost": None if price is None else hours * price,
             }
-        return found
+        return figures
 
     def to_dict(self, price: float | None) -> dict[str, Any]:
         """Plain JSON types."""
@@ -113,7 +113,7 @@ class Forecast:
         }
 
     def told(self, price: float | None) -> str:
-        """The same for people."""
+        """The forecast in lines for people. For ``price`` see :meth:`figures`."""
         lines = [f"{redact(self.output)}: nothing is written yet, this is a plan"]
         if figures := self.figures(price):
             lines += [f"  {name:<10}{text}" for name, text in self._lines(figures)]
@@ -151,7 +151,7 @@ class Forecast:
 
 
 def look(config: RunConfig, calibrate: bool) -> Forecast:
-    """Look at what a run is asked to do, and collect whatever would refuse it.
+    """Look at what a run is asked to do, and collect all that would refuse it.
 
     Args:
         config: as for :func:`vcf_batch.pool.run`.
@@ -162,35 +162,35 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     """
     forecast = Forecast(config.output)
 
-    def attempt(step: Callable[[], Any]) -> Any:
+    def collect(step: Callable[[], Any]) -> Any:
         try:
             return step()
         except VcfBatchError as error:
             forecast.problems.append(error)
 
-    absolute = attempt(lambda: paths.absolute(config))
+    absolute = collect(lambda: paths.absolute(config))
     if absolute is None:
         return forecast
     config = absolute
     forecast.output = config.output
-    found = attempt(lambda: run_file.read(config.output))
-    config = claim.resume(config, found)
+    record = collect(lambda: run_file.read(config.output))
+    config = claim.resume(config, record)
     forecast.guessed_shard_size = config.shard_size is None
     forecast.open_batch_size = config.batch_size is None
     config = in_process.settled(config)
-    attempt(lambda: _refuse_owner(config.output))
-    manifest = attempt(lambda: Manifest.open(config.manifest, config.limit))
+    collect(lambda: _refuse_owner(config.output))
+    manifest = collect(lambda: Manifest.open(config.manifest, config.limit))
     if manifest is not None:
-        for check in manifest_check.checks(manifest, config, found):
-            attempt(check)
-    models = attempt(lambda: run_models.resolve(config))
+        for check in manifest_check.checks(manifest, config, record):
+            collect(check)
+    models = collect(lambda: run_models.resolve(config))
     if manifest is None or models is None:
         return forecast
-    job = forecast.job = attempt(lambda: defaults.settle(config, manifest, models))
+    job = forecast.job = collect(lambda: defaults.settle(config, manifest, models))
     if job is None:
         return forecast
     forecast.doomed = [f"{row.key}: {reason}" for row, reason in _first_rows(job) if reason]
-    extends = attempt(lambda: claim.claim(job, publish=False))
+    extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()
     if extends is not None:
         totals = progress_file.look(config.output, {job.fingerprint, *extends}).totals
@@ -211,7 +211,7 @@ def _refuse_owner(output: str) -> None:
 
 
 def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
-    """The manifest's first rows, and why each would fail as far as the manifest tells."""
+    """Yield the manifest's first rows, each with the reason why it would fail; None if the manifest tells of none."""
     config, manifest = job.config, job.manifest
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for row in manifest.iter_rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), config.seed):
@@ -229,7 +229,7 @@ def _recorded(totals: RunSums) -> Measurement:
 
 
 def _calibrated(job: Job) -> Measurement:
-    """Load a worker in this process, let it write a small shard into scratch, and time those rows that do not fail."""
+    """Load a worker in this process, let it write a small shard into scratch, and time the rows that do not fail."""
     count = min(CALIBRATION_BATCHES * cast(int, job.config.batch_size), job.manifest.num_rows)
     shard = ShardPlan(job.manifest.num_rows, count)[0]
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:

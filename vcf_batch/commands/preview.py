@@ -13,7 +13,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
-from vcf_batch.row_settings import checked
+from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup import defaults, manifest_check, paths, run_models
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
@@ -114,20 +114,20 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
     distinct: dict[Any, int] = {}
     numbers = []
     for row in rows:
-        used = components.settings(row)
+        used = settings_of(row, components.config)
         if not used["strength"]:  # Without strength, the fusion settings do not change the image.
             used |= dict.fromkeys(("fusion", "fusion_lo", "fusion_hi"))
         numbers.append(distinct.setdefault((row.key, repr(used)), len(distinct)))
     first = dict(zip(reversed(numbers), reversed(rows), strict=True))
     chosen = [dataclasses.replace(first[number], number=number) for number in range(len(distinct))]
     failed = {
-        row.number: Sample(row, "failed", components.settings(row), error_message=row.error)
+        row.number: Sample(row, "failed", settings_of(row, components.config), error_message=row.error)
         for row in chosen
         if row.error
     }
     made: list[Sample] = []
     components.device.use_threads()
-    whole = ShardRows.of(chosen, failed, components)
+    whole = ShardRows.of(chosen, failed, components.config)
     Generation(components, whole, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
     return [made[number] for number in numbers]
 

@@ -58,10 +58,10 @@ def push(output: Output, target: str) -> tuple[int, int]:
 
 def _refuse_others(output: Output, target: str) -> None:
     """Refuse a target that holds another run or somebody else's card, so that neither is replaced."""
-    found = run_file.read(target)
-    if found is not None and found["fingerprint"] not in output.fingerprints:
+    record = run_file.read(target)
+    if record is not None and record.fingerprint not in output.fingerprints:
         raise RefusedError(f"{target} holds another run; push to another place")
-    if found is None and receipts.files_found(target):
+    if record is None and receipts.files_found(target):
         raise RefusedError(f"{target} holds shards but no {run_file.NAME}; push to another place")
     there = card.read(storage.join(target, card.NAME))
     if there is not None and not card.is_ours(there) and there != card.read(storage.join(output.url, card.NAME)):

@@ -1,6 +1,6 @@
-"""One shard of an output, read again: its receipt, its parquet and its tar against each other and the manifest.
+"""The check of one shard: its receipt, parquet and tar against each other, the manifest and the run's settings.
 
-The first thing that is wrong is told: mending it takes generating the shard again, whatever else there is.
+Only the first fault is told: mending it takes generating the shard again, whatever else is wrong.
 """
 
 import hashlib
@@ -25,16 +25,18 @@ from vcf_batch.row_settings import checked, settings_of
 
 
 def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Array:
-    """Read one shard again.
+    """Read one shard again and compare its files.
 
     Args:
-        sizes: of the output's files.
+        output: the output that the shard belongs to.
+        shard: one of its plan.
+        sizes: bytes of the output's files, by name.
 
     Returns:
-        The keys of its rows, binary, in order.
+        The keys of the shard's rows, binary, in order.
 
     Raises:
-        DamageFound: the first thing that is wrong.
+        DamageFound: something is wrong; the first fault is named.
         StorageError: the storage failed.
     """
     receipt = _receipt(output, shard, sizes)
@@ -78,7 +80,7 @@ def _check_hash(name: str, found: str, entry: FileEntry) -> None:
 
 
 def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
-    """The shard's receipt, which is its own and describes files of the size that they have."""
+    """Read the shard's receipt, and check that it is of this shard and run, and that its files have its sizes."""
     name = shard.name + receipts.SUFFIX
     if name not in sizes:
         raise DamageFound("it has no receipt: it was never finished, or its receipt is gone")
@@ -107,7 +109,7 @@ def _rows(shard: Shard) -> str:
 
 
 def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The rows of a shard's parquet as their JSON says them, compared with the manifest; parsed, and as text."""
+    """Yield the rows of a shard's parquet, compared with the manifest, each as its JSON object and as its JSON text."""
     name = storage.name(url)
     given: Iterator[Row] | None = None
     if output.manifest:
@@ -156,8 +158,6 @@ def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.S
     if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:
         raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")
     said["seed"] = record["seed"] if record["seed"] in [each["seed"] for each in attempts] else row.seed
-    if said["strength"] is None:
-        del said["strength"]  # the model's default, which only the model tells
     for column, value in said.items():
         if record[column] != (value := json_value(pa.scalar(value, schema.field(column).type))):
             raise DamageFound(f"row {row.number}: {column} is {record[column]!r}, the run has {value!r} there")
@@ -216,7 +216,7 @@ class _Hashing(io.RawIOBase):
         return data
 
     def finish(self) -> str:
-        """Read what is left; the hex SHA-256 of the whole file."""
+        """Read what is left, and return the hex SHA-256 of the whole file."""
         while self.read(1 << 20):
             pass
         return self._hash.hexdigest()

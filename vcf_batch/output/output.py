@@ -1,4 +1,4 @@
-"""An output as its ``run.json`` describes it: what its run was asked to do, and what has to be there."""
+"""An output, opened: the record of its run, the settings to read it with, and its manifest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,30 +10,34 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import run_file
+from vcf_batch.output.run_file import AnotherVersion, RunRecord
 from vcf_batch.sharding import ShardPlan
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output, what its run was asked to do, and the manifest if it is still there."""
+    """An output that a run has written, finished or not."""
 
     url: str
-    record: Mapping[str, Any]
-    """``run.json``."""
-    fingerprints: frozenset[str]
-    """Those that receipts may have: the run's, and of what it was before rows were appended to its manifest."""
+    record: RunRecord
     config: RunConfig
+    """Of the record, with the changes that were asked for."""
     plan: ShardPlan
     manifest: Manifest | None
     """None if it cannot be read any more, or has changed."""
     manifest_error: VcfBatchError | None = None
-    """Why there is none."""
+    """Why there is no manifest."""
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """See :attr:`vcf_batch.output.run_file.RunRecord.fingerprints`."""
+        return self.record.fingerprints
 
     def need_manifest(self) -> Manifest:
         """The manifest.
 
         Raises:
-            VcfBatchError: there is none.
+            VcfBatchError: it cannot be read any more, or has changed.
         """
         if self.manifest is None:
             assert self.manifest_error
@@ -51,14 +55,14 @@ class Output:
 
         Raises:
             UsageError: there is nothing at all.
-            RefusedError: another version of vcf-batch wrote it.
+            AnotherVersion: another version of vcf-batch wrote it.
             DamageFound: ``run.json`` is missing or damaged, so that nothing tells what the shards belong to.
             StorageError: the storage failed.
         """
         url = storage.absolute(url)
         try:
             record = run_file.read(url)
-        except run_file.AnotherLayout:
+        except AnotherVersion:
             raise
         except RefusedError as error:
             raise DamageFound(f"{run_file.NAME}: {error}") from error
@@ -68,22 +72,18 @@ class Output:
                     raise UsageError(f"{url} holds no run; check the path")
             raise DamageFound(f"{run_file.NAME}: it is missing, so nothing tells what {url} holds")
         try:
-            recorded, fields = record["config"], record["fields"]
-            # What the fingerprint covers is taken from there: the configuration was published without credentials.
-            content = {name: fields[name] for name in recorded.keys() & fields.keys() - {"lpips"}}
-            config = RunConfig.from_mapping({**recorded, **content, **changes, "output": url})
-            plan = ShardPlan(record["manifest"]["rows"], cast(int, config.shard_size))
-            fingerprints = frozenset([record["fingerprint"], *record.get("extends", ())])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            config = record.run_config(url, changes)
+            plan = ShardPlan(record.manifest.rows, cast(int, config.shard_size))
+        except (TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error
-        opened, trouble = _open_manifest(config, fields["manifest_id"]) if with_manifest else (None, None)
+        opened, trouble = _open_manifest(config, record.fields["manifest_id"]) if with_manifest else (None, None)
         if opened and opened.num_rows != plan.num_rows:
             raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}")
-        return cls(url, record, fingerprints, config, plan, opened, trouble)
+        return cls(url, record, config, plan, opened, trouble)
 
 
 def _open_manifest(config: RunConfig, identity: str) -> tuple[Manifest | None, VcfBatchError | None]:
-    """The manifest of a run, or why it is not there."""
+    """Open the manifest of a run; None and the reason if it cannot be read, or is not the one of that identity."""
     try:
         manifest = Manifest.open(config.manifest, config.limit)
     except VcfBatchError as error:

@@ -1,46 +1,159 @@
-"""``run.json``: what an output holds, and the refusal to generate anything else into it."""
+"""``run.json``: the record of what an output holds, and the refusal to generate anything else into it."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from vcf_batch import storage
-from vcf_batch.config import fingerprint
+from vcf_batch import __version__, storage
+from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of, fingerprint
 from vcf_batch.errors import RefusedError
 
 NAME = "run.json"
 MAX_BYTES = 1 << 20
 
-LAYOUT = 2
-"""Of an output: it goes up with what an output of before cannot be read, verified or resumed by."""
+LAYOUT = 3
+"""Version of an output's layout. Raise it whenever this code can no longer read, verify or resume older outputs."""
+
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 Obstacle = Callable[[Mapping[str, Any]], str | None]
 """Given the fields of a run that differs in its manifest alone: why it cannot be extended to this one, if so."""
 
 
-class AnotherLayout(RefusedError):
-    """The output was written by a version of vcf-batch with other columns or settings."""
+class AnotherVersion(RefusedError):
+    """The output was written by a version of vcf-batch with another layout, or with settings that are unknown here."""
 
 
-def read(output: str) -> dict[str, Any] | None:
-    """The output's ``run.json``; None if there is none.
+@dataclass(frozen=True)
+class RecordedManifest:
+    """The manifest of a run, as its record names it."""
+
+    url: str
+    """The manifest's place, without credentials."""
+    identity: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run as its ``run.json`` describes it. Keys that a later version added are not kept."""
+
+    fields: Mapping[str, Any]
+    """What the fingerprint covers."""
+    config: Mapping[str, Any]
+    """Every setting, settled, as plain JSON types and without credentials."""
+    manifest: RecordedManifest
+    models: Mapping[str, Any]
+    """Name and version of the model, of the PNO guide and of what each score comes from; None where there is none."""
+    shards: int
+    shard_digits: int
+    """Digits of a shard's number in the names of files."""
+    versions: Mapping[str, str]
+    """Versions of vcf-batch and of the libraries that decide on the output, by package."""
+    extends: tuple[str, ...] = ()
+    """Fingerprints of the run before rows were appended to its manifest, the first one first."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.fields)
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """Fingerprints that the receipts of the output may have."""
+        return frozenset((self.fingerprint, *self.extends))
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> "RunRecord":
+        """Check the JSON object of a ``run.json``, as :func:`read_document` gives it.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: a part is missing or wrong.
+        """
+        manifest = document["manifest"]
+        record = cls(
+            fields=document["fields"],
+            config=_mapping(document, "config"),
+            manifest=RecordedManifest(str(manifest["url"]), str(manifest["identity"]), _count(manifest, "rows")),
+            models=_mapping(document, "models"),
+            shards=_count(document, "shards"),
+            shard_digits=_count(document, "shard_digits"),
+            versions={str(name): str(version) for name, version in document["versions"].items()},
+            extends=tuple(map(str, document["extends"])),
+        )
+        for name in ("model", "clip_score", "clip_reference"):
+            _mapping(record.models, name)
+        for name in ("manifest_id", "limit", "shard_size"):
+            record.fields[name]
+        return record
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON object of ``run.json``."""
+        described = dataclasses.asdict(self)
+        return document(described.pop("fields"), extends=described.pop("extends"), description=described)
+
+    def run_config(self, output: str, changes: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
+        """The settled configuration of the run. Settings that the fingerprint covers are taken from its fields.
+
+        Args:
+            output: where the output is now.
+            changes: settings that are not what they were, such as the place of a manifest that has moved.
+
+        Raises:
+            AnotherVersion: it has a setting that this version does not know.
+            UsageError: a setting has no value that it can have.
+        """
+        unknown = sorted((self.config.keys() & self.fields.keys()) - _SETTINGS)
+        if unknown:
+            version = self.versions.get("vcf_batch")
+            raise AnotherVersion(
+                f"{output} was begun by vcf-batch {version}, with a setting that {__version__} does not "
+                f"know: {unknown[0]} is {json.dumps(self.fields[unknown[0]])}. Use the version that began it"
+            )
+        # A setting of a later version that is not in the fields has the value that means the behaviour of this one.
+        recorded = {name: value for name, value in self.config.items() if name in _SETTINGS}
+        content = {name: self.fields[name] for name in recorded.keys() & self.fields.keys() - {"lpips"}}
+        return RunConfig.from_mapping({**recorded, **ADDED_SETTINGS, **content, **changes, "output": output})
+
+
+def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON object of a ``run.json``.
+
+    Args:
+        fields: what the fingerprint covers.
+        description: what else is recorded.
+        extends: see :attr:`RunRecord.extends`.
+    """
+    return {
+        "layout": LAYOUT,
+        "fields": dict(fields),
+        "fingerprint": fingerprint(fields),
+        "extends": list(extends),
+        **description,
+    }
+
+
+def read_document(output: str) -> dict[str, Any] | None:
+    """The JSON object of the output's ``run.json``, of a run or a training, with the fingerprint that its fields have.
 
     Raises:
-        RefusedError: it is there, but is not what a run writes.
-        AnotherLayout: it is what a run of another version writes.
+        RefusedError: it is there, but is not what vcf-batch writes.
+        AnotherVersion: it is what another version writes.
         StorageError: the storage failed.
     """
     url = storage.join(output, NAME)
     try:
         with storage.refusals_as_storage_errors():
-            record = json.loads(storage.read_bytes(url, limit=MAX_BYTES))
-        if isinstance(record["fields"], dict) and record["fingerprint"] == fingerprint(record["fields"]):
-            if (layout := record.get("layout")) != LAYOUT:
-                raise AnotherLayout(
+            there = json.loads(storage.read_bytes(url, limit=MAX_BYTES))
+        if isinstance(there["fields"], dict) and there["fingerprint"] == fingerprint(there["fields"]):
+            if (layout := there.get("layout")) != LAYOUT:
+                raise AnotherVersion(
                     f"{output} has layout {layout}, and this version of vcf-batch reads layout {LAYOUT}: use the "
                     f"version that wrote it, which {url} names, or another output"
                 )
-            return record
+            return there
     except FileNotFoundError:
         return None
     except (storage.NotAFileError, ValueError, KeyError, TypeError):
@@ -48,27 +161,50 @@ def read(output: str) -> dict[str, Any] | None:
     raise RefusedError(f"{url} is damaged or was not written by vcf-batch; use another output")
 
 
+def read(output: str) -> RunRecord | None:
+    """The record of the output's run; None if there is no ``run.json``.
+
+    Raises:
+        RefusedError: it is there, but is not what a run writes.
+        AnotherVersion: it is what a run of another version writes.
+        StorageError: the storage failed.
+    """
+    there = read_document(output)
+    try:
+        return None if there is None else RunRecord.from_document(there)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        url, reason = storage.join(output, NAME), f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise RefusedError(f"{url} is damaged, or not the record of a run: {reason}; use another output") from error
+
+
+def write(output: str, document: Mapping[str, Any]) -> None:
+    """Write the output's ``run.json``.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    storage.publish_bytes(storage.join(output, NAME), json.dumps(document, indent=2).encode())
+
+
 def claim(
     output: str,
-    found: Mapping[str, Any] | None,
-    fields: Mapping[str, Any],
-    description: Mapping[str, Any],
+    there: RunRecord | None,
+    record: RunRecord,
     *,
     begun: bool,
-    obstacle: Obstacle | None = None,
+    obstacle: Obstacle,
     publish: bool = True,
 ) -> tuple[str, ...]:
-    """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
+    """Publish the record of a run, or find that the output holds this very run. For the driver that owns the output.
 
     What another run left there is replaced as long as it has not begun. A run with fewer rows may be extended.
 
     Args:
         output: the run's output.
-        found: its ``run.json``, read since the driver owns it.
-        fields: what the fingerprint covers.
-        description: what else is recorded of the run.
+        there: the record that is there, read since the driver owns the output.
+        record: of the run.
         begun: whether the output holds something that a run has finished.
-        obstacle: without it, no run is extended.
+        obstacle: tells why a run with fewer rows cannot be extended.
         publish: False only looks.
 
     Returns:
@@ -78,45 +214,94 @@ def claim(
         RefusedError: the output holds another run. Every difference is listed.
         StorageError: the storage failed.
     """
-    if found is None and begun:
-        raise RefusedError(f"{output} holds results but no {NAME}; use another output")
-    extends: tuple[str, ...] = tuple(found.get("extends", ())) if found else ()
-    if found and found["fields"] == fields:
-        return extends
-    if found and begun:
-        _refuse_another(output, found["fields"], fields, obstacle)
-        extends = (*extends, found["fingerprint"])
-    else:
-        extends = ()
+    fields = None if there is None else there.fields
+    version = None if there is None else there.versions.get("vcf_batch")
+    if holds(output, fields, record.fields, begun=begun, obstacle=obstacle, version=version):
+        assert there is not None
+        return there.extends
+    extends = (*there.extends, there.fingerprint) if there is not None and begun else ()
     if publish:
-        record = {
-            "layout": LAYOUT,
-            "fields": fields,
-            "fingerprint": fingerprint(fields),
-            "extends": extends,
-            **description,
-        }
-        storage.publish_bytes(storage.join(output, NAME), json.dumps(record, indent=2).encode())
+        write(output, dataclasses.replace(record, extends=extends).to_document())
     return extends
 
 
+def holds(
+    output: str,
+    there: Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    *,
+    begun: bool,
+    obstacle: Obstacle | None = None,
+    version: str | None = None,
+) -> bool:
+    """Whether an output holds the very run, or training, that has these fields. If not, it may be begun there.
+
+    Args:
+        output: its URL.
+        there: the fields that its ``run.json`` has; None if there is none.
+        fields: what the fingerprint covers.
+        begun: whether the output holds something that was finished.
+        obstacle: without it, no run is extended.
+        version: of vcf-batch, that began what is there; None if that is not known.
+
+    Raises:
+        RefusedError: it holds another one that has begun and is not extended, or results that nothing describes.
+    """
+    if there is None and begun:
+        raise RefusedError(f"{output} holds results but no {NAME}; use another output")
+    if there == fields:
+        return True
+    if there is not None and begun:
+        _refuse_another(output, there, fields, obstacle, version)
+    return False
+
+
 def _refuse_another(
-    output: str, there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle | None
+    output: str,
+    there: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    obstacle: Obstacle | None,
+    version: str | None,
 ) -> None:
     """Refuse whatever is not a longer run than the one that is there."""
-    differing = [name for name in sorted(there.keys() | fields.keys()) if there.get(name) != fields.get(name)]
+    names = sorted(there.keys() | fields.keys())
+    differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
     reason = ""
     if obstacle and differing == ["manifest_id"]:
-        if (found := obstacle(there)) is None:
+        if (why := obstacle(there)) is None:
             return
-        reason = found + " "
+        reason = why + " "
     lines = "".join(f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n" for name in differing)
+    if version not in (None, __version__) and all(_is_of_one_version(name, there) for name in differing):
+        raise RefusedError(
+            f"{output} was begun by another version, vcf-batch {version}, and this is {__version__}; they differ in:\n"
+            f"{lines}Finish it with that version, rerun with the values that are there, or use another output."
+        )
     raise RefusedError(
         f"{output} holds another run; they differ in:\n{lines}{reason}"
         "Use another output, or rerun with the settings of the run that is there."
     )
 
 
+def _is_of_one_version(name: str, there: Mapping[str, Any]) -> bool:
+    """Whether a setting is unknown to the version that wrote the fields ``there``, or to this one."""
+    if name in ADDED_SETTINGS:
+        return name not in there
+    return not name.endswith("_id") and name not in _SETTINGS
+
+
 def _shown(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name)
+    value = field_of(fields, name)
     return "nothing" if value is None else value[:12] if name.endswith("_id") else json.dumps(value)
+
+
+def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(values[name], dict):
+        raise ValueError(f"{name} is {values[name]!r}; it must be an object")
+    return values[name]
+
+
+def _count(values: Mapping[str, Any], name: str) -> int:
+    if type(values[name]) is not int or values[name] < 1:
+        raise ValueError(f"{name} is {values[name]!r}; it must be a number of 1 or more")
+    return values[name]

@@ -50,9 +50,9 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
     log.configure(config.log_format)
     with Signals() as signals:
         config = paths.absolute(config)
-        found = run_file.read(config.output)
-        config = claim.resume(config, found)
-        manifest = manifest_check.open_checked(config, found)
+        record = run_file.read(config.output)
+        config = claim.resume(config, record)
+        manifest = manifest_check.open_checked(config, record)
         models = run_models.resolve(config)
         with cluster(config.address):
             signals.install()  # once more: ray.init takes SIGTERM for itself

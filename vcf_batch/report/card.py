@@ -68,6 +68,7 @@ def render(output: Output, licence: str | None = None) -> str:
     found = figures.read(output)
     config = output.config
     settings = {name: getattr(config, name, None) for name in (*SETTINGS, "dtype")}
+    told = {name: value for name, value in settings.items() if value not in (None, "")}
     template = string.Template((importlib.resources.files("vcf_batch.report") / "card.md").read_text("utf-8"))
     return template.substitute(
         header=_header(output, found, licence),
@@ -84,13 +85,11 @@ def render(output: Output, licence: str | None = None) -> str:
         scores="\n".join(_score(found, name) for name in SCORE_LABELS),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
-            for name, model in output.record["models"].items()
+            for name, model in output.record.models.items()
             if model
         ),
-        settings=", ".join(
-            f"{name} {_code(str(value))}" for name, value in settings.items() if value not in (None, "")
-        ),
-        fingerprint=output.record["fingerprint"],
+        settings=", ".join(f"{name} {_code(str(value))}" for name, value in told.items()),
+        fingerprint=output.record.fingerprint,
         devices=", ".join(_code(device) for device in sorted(found.devices)),
         licence=_code(licence) if licence else "Not stated. Who hands this on decides: `license` above.",
     )

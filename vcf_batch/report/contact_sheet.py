@@ -15,6 +15,7 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.records import Row, Shard
+from vcf_batch.report.figures import setting_of
 
 TILE = 128
 """Edge of a picture on the sheet, in pixels."""
@@ -24,7 +25,7 @@ CARDS_PER_ROW = 4
 
 _GAP = 8
 _LINE = 16
-_CARD = (2 * TILE + _GAP, TILE + _LINE)
+_CARD = (2 * TILE + _GAP, TILE + 2 * _LINE)
 _SHORT = {"clip_score": "prompt", "clip_reference": "reference", "lpips": "lpips"}
 _INK, _PALE, _PAPER = (30, 30, 30), (225, 225, 225), (255, 255, 255)
 
@@ -34,11 +35,12 @@ class _Card:
     prompt: str
     reference: Image.Image | None
     output: Image.Image | None
-    note: str
+    notes: Sequence[str]
+    """Two lines at most."""
 
 
 def contact_sheet(output: str, limit: int = 64) -> Image.Image:
-    """Draw the first samples of a run: reference beside output, one heading per prompt, scores below.
+    """Draw the first samples of a run: reference beside output, one heading a prompt, method and scores below.
 
     Args:
         output: folder or URL of a run's output, finished or not.
@@ -53,7 +55,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     first = next(done, None)
     if record is None or first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
-    config = RunConfig.from_mapping(record["config"])
+    config = record.run_config(output)
     cards = itertools.islice(_cards(output, config, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
 
@@ -71,7 +73,8 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
             y = top + _LINE + _GAP // 2 + row * (_CARD[1] + _GAP)
             _paste(sheet, card.reference, (x, y), "text only")
             _paste(sheet, card.output, (x + TILE + _GAP, y), "failed")
-            draw.text((x, y + TILE + 1), _fit(card.note, font, _CARD[0]), _INK, font)
+            for number, note in enumerate(card.notes):
+                draw.text((x, y + TILE + number * _LINE + 1), _fit(note, font, _CARD[0]), _INK, font)
         top += height
     return sheet
 
@@ -131,12 +134,12 @@ def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_C
         sample = next(samples, None)
         for row in manifest.rows(shard.start, shard.stop, config.seed):
             if sample is None or sample["__key__"] != row.key:
-                yield _Card(row.prompt, _reference(row, reader), None, "see error_message in the parquet")
+                yield _Card(row.prompt, _reference(row, reader), None, ["see error_message in the parquet"])
                 continue
             record = sample["json"]
             picture = Image.open(io.BytesIO(sample[config.image_format])).convert("RGB")
             reference = _reference(row, reader) if record["strength"] else None
-            yield _Card(row.prompt, reference, picture, "  ".join(scores_of(record)))
+            yield _Card(row.prompt, reference, picture, [setting_of(record), "  ".join(scores_of(record))])
             sample = next(samples, None)
 
 

@@ -64,7 +64,7 @@ def render(output: Output) -> str:
         "pictures": ["data:image/webp;base64," + base64.b64encode(picture).decode() for picture in pictures],
         "causes": _causes(found),
         "time": _time(found),
-        "configuration": _configuration(found, output.record),
+        "configuration": _configuration(found, output),
     }
     return _fill(storage.name(output.url), data)
 
@@ -148,20 +148,21 @@ def _time(found: Figures) -> dict[str, Any] | None:
     }
 
 
-def _configuration(found: Figures, record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Headings, and the names and values below each."""
+def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
+    """The names and values that stand below each heading."""
+    record = output.record
     run: dict[str, Any] = {
-        "fingerprint": record["fingerprint"][:16],
-        "manifest": record["manifest"]["url"],
-        "shards": f"{len(found.done):,} of {record['shards']:,} finished, {found.retried:,} of them after a retry",
+        "fingerprint": record.fingerprint[:16],
+        "manifest": record.manifest.url,
+        "shards": f"{len(found.done):,} of {record.shards:,} finished, {found.retried:,} of them after a retry",
         "size": f"{found.bytes / 1e6:,.1f} MB",
         "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
     }
     if found.intervals.end > 0:
         run["last shard"] = datetime.fromtimestamp(found.intervals.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record["models"].items() if model}
-    settings = {name: value for name, value in record["config"].items() if value not in (None, "", [])}
-    parts = {"Run": run, "Models": models, "Settings": settings, "Versions": record["versions"]}
+    models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record.models.items() if model}
+    settings = {name: value for name, value in record.config.items() if value not in (None, "", [])}
+    parts = {"Run": run, "Models": models, "Settings": settings, "Versions": record.versions}
     return {heading: {name: _text(value) for name, value in part.items()} for heading, part in parts.items()}
 
 

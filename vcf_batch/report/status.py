@@ -1,4 +1,4 @@
-"""How a run stands, from its output alone: while it runs, after it ended, and after it died."""
+"""The status of a run, from its output alone: while it runs, after it ended, and after it died."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -23,11 +23,11 @@ SHOWN_CAUSES = 8
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands."""
+    """The status of a run."""
 
     output: str
     state: State
-    """``running`` if a driver is at work, ``stopped`` if none is though shards are left."""
+    """``running`` if a driver is at work, ``stopped`` if shards are left and no driver is at work."""
     rows: int
     """Of the manifest."""
     shards: int
@@ -38,11 +38,15 @@ class Status:
     """Shards that failed for good in the last attempt at the run, by name, and why."""
     causes: list[Cause]
     """Why rows of :attr:`RunSums.failing` have no sample, most frequent first."""
+    fusion: str
+    """Of rows without a fusion of their own."""
+    strength: float
+    """Of rows without a fusion and a strength of their own."""
     owner: Owner | None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the last rate; None where that is not known, or nothing is left."""
+        """Seconds until the last row at the last rate; None where that is not known, or nothing is left."""
         left = self.rows - self.totals.counts.total()
         return left / self.totals.rate if left and self.totals.rate else None
 
@@ -53,6 +57,8 @@ class Status:
         return {
             "output": redact(self.output),
             "state": self.state,
+            "fusion": self.fusion,
+            "strength": self.strength,
             "rows": {"total": self.rows, **{status: totals.counts[status] for status in STATUSES}},
             "shards": {"total": self.shards, "done": len(totals.done), "retried": totals.retried},
             "bytes": totals.bytes,
@@ -83,7 +89,10 @@ class Status:
 
     def _lines(self) -> list[tuple[str, str]]:
         totals = self.totals
-        lines = [("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES))]
+        lines = [
+            ("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES)),
+            ("fusion", f"{self.fusion}, strength {self.strength:g}"),
+        ]
         if totals.rate:
             left = f"; {duration(self.seconds_left)} left at this rate" if self.seconds_left else ""
             lines.append(
@@ -132,6 +141,8 @@ def read(url: str) -> Status:
         totals=totals,
         set_aside=dict(told.set_aside) if left else {},
         causes=_causes(output, [output.plan[index] for index in totals.failing]),
+        fusion=output.config.fusion,
+        strength=output.config.strength_of(output.config.fusion),
         owner=owner,
     )
 

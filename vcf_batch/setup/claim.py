@@ -1,33 +1,35 @@
-"""An output for this run alone: ``run.json`` published, or found to be of this very run."""
+"""An output for this run alone: ``run.json`` published, or found to be the record of this very run."""
 
 import importlib.metadata
-from collections.abc import Mapping
 from typing import Any
 
-import vcf_batch
-from vcf_batch import sharding
-from vcf_batch.config import (
-    RunConfig,
-)
+from vcf_batch import __version__, sharding
+from vcf_batch.config import RunConfig
 from vcf_batch.errors import redact
 from vcf_batch.manifest import appended
 from vcf_batch.output import commits, receipts, run_file
+from vcf_batch.output.run_file import RecordedManifest, RunRecord
 from vcf_batch.setup.job import Job
 
+PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow")
+"""Libraries whose versions are recorded beside that of vcf-batch."""
 
-def resume(config: RunConfig, found: Mapping[str, Any] | None) -> RunConfig:
-    """Take what is left open, and what a later start could settle otherwise, from the run that has begun the output.
+
+def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
+    """Copy settings that were not given from the run already started in this output, so that a restart cannot choose
+    them differently: the sizes of shard and batch, and the GPUs of a worker.
 
     Args:
-        found: the output's ``run.json``.
+        config: the run, with an absolute output.
+        record: of the output's run; None if it has none.
 
     Raises:
         StorageError: the storage failed.
     """
     names = [name for name in ("shard_size", "batch_size", "gpus_per_worker") if getattr(config, name) is None]
-    if found is None or not names or not commits.any_committed(config.output):
+    if record is None or not names or not commits.any_committed(config.output):
         return config
-    return config.replace(**{name: found.get("config", {}).get(name) for name in names})
+    return config.replace(**{name: record.config.get(name) for name in names})
 
 
 def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
@@ -44,31 +46,29 @@ def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
         RefusedError: the output holds another run.
         StorageError: the storage failed.
     """
-    manifest = {
-        "url": redact(job.manifest.url),
-        "identity": job.manifest.identity,
-        "rows": job.manifest.num_rows,
-    }
-    packages = ("torch", "diffusers", "transformers", "ray", "pyarrow")
     output = job.config.output
-    found = run_file.read(output)  # once more: an earlier owner may have written it meanwhile
+    there = run_file.read(output)  # once more: an earlier owner may have written it meanwhile
     return run_file.claim(
         output,
-        found,
-        job.fields,
-        {
-            "config": {name: _redacted(value) for name, value in job.config.to_dict().items()},
-            "manifest": manifest,
-            "models": job.models.describe(job.guided),
-            "shards": len(job.shards),
-            "shard_digits": len(sharding.shard_name(0, len(job.shards))),
-            "versions": {"vcf_batch": vcf_batch.__version__}
-            | {name: importlib.metadata.version(name) for name in packages},
-        },
+        there,
+        record_of(job),
         # Without run.json even half a shard is somebody else's.
-        begun=commits.any_committed(output) if found else bool(receipts.files_found(output)),
-        obstacle=lambda there: appended.obstacle(there, job.manifest),
+        begun=commits.any_committed(output) if there else bool(receipts.files_found(output)),
+        obstacle=lambda fields: appended.obstacle(fields, job.manifest),
         publish=publish,
+    )
+
+
+def record_of(job: Job) -> RunRecord:
+    """The record of a run that extends no other."""
+    return RunRecord(
+        fields=job.fields,
+        config={name: _redacted(value) for name, value in job.config.to_dict().items()},
+        manifest=RecordedManifest(redact(job.manifest.url), job.manifest.identity, job.manifest.num_rows),
+        models=job.models.describe(job.guided),
+        shards=len(job.shards),
+        shard_digits=len(sharding.shard_name(0, len(job.shards))),
+        versions={"vcf_batch": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
     )
 
 

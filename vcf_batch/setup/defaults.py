@@ -1,7 +1,4 @@
-"""What the driver settles before a worker starts: a value for every default, an output of its own.
-
-Neither torch nor Ray is needed for that.
-"""
+"""Defaults, settled once: a value for every setting that was left open, from the model's JSON files. No torch here."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -12,6 +9,7 @@ from vcf_batch.config import (
     DEFAULT_STEPS,
     REFERENCE_PARTS,
     RunConfig,
+    default_strengths,
     fingerprint_fields,
 )
 from vcf_batch.errors import ModelError, UsageError
@@ -23,30 +21,34 @@ from vcf_batch.setup.run_models import OWN_GUIDE, Models
 from vcf_batch.setup.storage_check import is_seen
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
-"""A worker hangs that gives no sign of life for so long, and not in the time of so many denoising steps of a batch
-either. No reference takes longer to read than the first."""
+"""A worker counts as hung after SILENT_SECONDS, or after the estimated time of SILENT_STEPS denoising steps of a batch
+if that is longer, without a heartbeat. Reading one reference always takes less than SILENT_SECONDS."""
 
 COMPILING_SECONDS = 3600.0
-"""The same with compiled networks: a new shape is compiled in the middle of a shard, without a sign of life."""
+"""Takes the place of SILENT_SECONDS with compiled networks: a new shape is compiled in the middle of a shard, without a
+heartbeat."""
 
 OPERATIONS = 700.0
-"""Of a UNet forward, for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at 768 px."""
+"""Operations of a UNet forward for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at
+768 px."""
 PNO_STEP = 3.3
-"""What a step of prompt-noise optimisation costs, in images: forward, forward again for the gradient, and backward."""
+"""Cost of a step of prompt-noise optimisation, in images: forward, forward again for the gradient, and backward."""
 GPU_SPEED = 4e13
 CPU_SPEED = 2e10
-"""Operations a second, of a modest data-center GPU in 16 bits and of one CPU thread."""
+"""Operations a second of a modest data-center GPU in 16 bits, and of one CPU thread."""
 
 
 def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
-    """Give every setting that was left open its value.
+    """Give every setting that was left open its value. Settling a settled configuration changes nothing.
 
     Args:
-        config: with ``gpus_per_worker`` and ``batch_size`` resolved.
+        config: the run, with ``gpus_per_worker`` and ``batch_size`` chosen and paths absolute.
+        manifest: of the run.
+        resolved: the models of the run.
 
     Raises:
         ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has,
-            or cannot guide.
+            or cannot guide, or recommends what is no number or out of limits.
         UsageError: references are asked for, and the manifest has none; or the judge is to guide.
     """
     if config.batch_size is None:
@@ -83,6 +85,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         _check_guide(resolved, index)
     _check_quality(config, resolved, manifest)
     with load_errors(f"the configuration of {config.model}"):
+        if config.strength is None:
+            strengths = default_strengths(index.get("default_strength"))
+            config = config.replace(strength=strengths[config.fusion], default_strengths=strengths)
         native = unet["sample_size"]
         native_height, native_width = (native, native) if isinstance(native, int) else native
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -124,7 +129,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
-    """What can be told before the weights are loaded; workers compare those of guide and judge."""
+    """Check what can be told before the weights are loaded; workers compare the weights of guide and judge."""
     if resolved.pno_guide is None and "Projection" not in index[OWN_GUIDE][1]:
         raise ModelError(
             f"the image encoder of {resolved.pipeline.name} is a {index[OWN_GUIDE][1]}, whose images "
@@ -139,7 +144,7 @@ def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
 
 
 def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> None:
-    """A gate that nothing can miss is a mistake, and so are triplets without a reference."""
+    """Refuse gates that no sample can miss, and triplets without a reference: both are mistakes."""
     for name in sorted(config.gates.keys() & {"max_lpips", "min_style_similarity"}):
         if resolved.lpips == "none":
             raise UsageError(
@@ -166,7 +171,7 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
 
 
 def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int) -> float:
-    """A cautious guess from the UNet's shape: its operations grow with the area and the square of the channels."""
+    """Guess, on the slow side, from the UNet's shape: operations grow with the area and the square of the channels."""
     area = cast(int, config.height) * cast(int, config.width) / factor**2
     operations = OPERATIONS * area * sum(width**2 / 4**level for level, width in enumerate(channels))
     speed = GPU_SPEED if config.gpus_per_worker else CPU_SPEED * config.cpus_per_worker

@@ -19,7 +19,7 @@ class Job:
     """All that a worker needs to know of a run. Small, and picklable."""
 
     config: RunConfig
-    """With every default resolved and every path absolute."""
+    """The configuration, settled, with absolute paths."""
     manifest: Manifest
     models: Models
     fields: dict[str, Any]

@@ -1,42 +1,43 @@
-"""The manifest of a run: sound, apart from the output, and with references that may be read."""
+"""The checks of a run's manifest: it keeps its contract, lies apart from the output, and its references may be read."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.output.run_file import RunRecord
 
 POLICY_ROWS = 1000
 """Rows at the manifest's start whose references are compared with the allowed places before a model is loaded."""
 
 POLICY_ROWS_EMBEDDED = 64
-"""The same where the manifest carries its images, which are always allowed and may be large."""
+"""Takes the place of POLICY_ROWS where the manifest carries its images, which are always allowed and may be large."""
 
 
-def open_checked(config: RunConfig, found: Mapping[str, Any] | None) -> Manifest:
-    """Open and check the manifest. A run that is resumed has had its ids checked.
+def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
+    """Open the manifest of a run and check it. The ids are not checked once more when the run is resumed.
 
     Args:
-        found: the output's ``run.json``.
+        config: the run, with absolute paths.
+        record: of the output's run; None if it has none.
 
     Raises:
-        ManifestError: it breaks its contract.
+        ManifestError: the manifest breaks its contract.
         UsageError: most of its first rows have references that may not be read, or the output is where its files would
             become a part of the manifest or the model.
     """
     manifest = Manifest.open(config.manifest, config.limit)
-    for check in checks(manifest, config, found):
+    for check in checks(manifest, config, record):
         check()
     return manifest
 
 
-def checks(manifest: Manifest, config: RunConfig, found: Mapping[str, Any] | None) -> list[Callable[[], object]]:
-    """What :func:`open_checked` has to find in order, one by one; each raises what that raises."""
-    fields = found["fields"] if found else {}
+def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], object]]:
+    """The checks that :func:`open_checked` runs, in order. Each raises on failure."""
+    fields = record.fields if record else {}
     known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, config.limit)
     return [
         lambda: _check_output(manifest, config),

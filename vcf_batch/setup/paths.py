@@ -1,19 +1,17 @@
-"""Paths of a run, made absolute, so that they mean the same to every process."""
+"""Absolute paths: those of a run mean the same to each of its processes."""
 
 from pathlib import Path
 
 from vcf_batch import storage
-from vcf_batch.config import (
-    RunConfig,
-)
+from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Make paths absolute, so that they mean the same to every process.
+    """Make the paths of a run absolute, so that they mean the same to every process.
 
     Raises:
-        UsageError: an output in the temporary working directory of a Ray job, which is where a relative one would go.
+        UsageError: see :func:`absolute_output`.
     """
     return config.replace(
         manifest=storage.absolute(config.manifest),
@@ -23,10 +21,10 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def absolute_output(url: str) -> str:
-    """The output's absolute path or URL.
+    """The absolute path, or the URL, of an output.
 
     Raises:
-        UsageError: it lies in the temporary working directory of a Ray job, which is where a relative one would go.
+        UsageError: the output lies in the temporary working directory of a Ray job, where a relative one would go.
     """
     output = storage.absolute(url)
     if storage.is_local(output) and any(map(_is_job_copy, Path(output).parts)):

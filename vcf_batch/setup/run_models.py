@@ -1,4 +1,4 @@
-"""Which models a run needs, each in exactly one version."""
+"""The models that a run needs, each in exactly one version."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Whether a node sees the storage of a run."""
+"""The check that a node sees the storage of a run."""
 
 import socket
 
@@ -9,7 +9,7 @@ from vcf_batch.setup.job import Job
 
 
 def is_seen(root: str) -> bool:
-    """Whether the driver sees a place of references. Web addresses have no folders, and what fails proves nothing."""
+    """Whether the driver sees a place of references. False also where that is not known: web address, or an error."""
     if root.startswith(("http://", "https://")):
         return False
     try:
@@ -21,8 +21,11 @@ def is_seen(root: str) -> bool:
 def check_storage(job: Job) -> None:
     """Prove that this node sees the run's storage: the driver's lease in the output, the manifest, the reference roots.
 
+    Args:
+        job: the run, with the token of the driver's lease.
+
     Raises:
-        UsageError: it does not.
+        UsageError: this node does not see one of them.
         StorageError: the storage failed, or refuses this node.
     """
     node, output = socket.gethostname(), job.config.output

@@ -130,20 +130,19 @@ def _claim(job: TrainingJob) -> None:
     Raises:
         RefusedError: the output holds another training, or something else.
     """
-    out = job.config.out
-    run_file.claim(
-        out,
-        run_file.read(out),
-        job.fields(),
-        {
-            "model": redact(job.parts.base.name),
-            "image_encoder": redact((job.parts.image_encoder or job.parts.base).name),
-            "data": redact(job.data.url),
-            "pairs": job.pairs,
-            "steps": job.steps,
-        },
-        begun=storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT)),
-    )
+    out, fields = job.config.out, job.fields()
+    there = run_file.read_document(out)
+    begun = storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT))
+    if run_file.holds(out, there and there["fields"], fields, begun=begun):
+        return
+    described = {
+        "model": redact(job.parts.base.name),
+        "image_encoder": redact((job.parts.image_encoder or job.parts.base).name),
+        "data": redact(job.data.url),
+        "pairs": job.pairs,
+        "steps": job.steps,
+    }
+    run_file.write(out, run_file.document(fields, described))
 
 
 def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:

@@ -11,25 +11,12 @@ from torch import Tensor
 from vcf_batch.config import FUSIONS, reference_shares
 from vcf_batch.errors import UsageError
 
-DEFAULT_STRENGTHS = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3}
-
-
-def default_strength(mode: str) -> float:
-    """The strength that the paper uses with a fusion mode.
-
-    Raises:
-        UsageError: no such mode.
-    """
-    if mode not in DEFAULT_STRENGTHS:
-        raise UsageError(f"fusion is {mode!r}; it must be one of {', '.join(FUSIONS)}")
-    return DEFAULT_STRENGTHS[mode]
-
 
 def fuse(
     text_tokens: Tensor,
     image_tokens: Tensor,
     mode: str,
-    strength: float | None = None,
+    strength: float,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Fuse text tokens with the aligned image tokens of the same samples.
@@ -40,9 +27,9 @@ def fuse(
         text_tokens: ``[B, T, Dt]``.
         image_tokens: aligned, ``[B, N, Dt]``; the tokens of several references stand one after the other.
         mode: ``naive``, ``concat`` or ``cross_attention``.
-        strength: the weight ``a`` of the image part; 0 is text only, None is the mode's default. ``concat`` returns
-            the same tokens at every strength: its strength is a bias on the attention logits of the image tokens, and
-            callers pass the bias on beside the tokens.
+        strength: the weight ``a`` of the image part; 0 is text only. ``concat`` returns the same tokens at every
+            strength: its strength is a bias on the attention logits of the image tokens, and callers pass the bias on
+            beside the tokens.
         weights: weights of the image tokens, ``[B, N]``, above 0. A token of weight 2 counts as two tokens of weight 1;
             None is equal weights. With ``concat`` the weights too are part of the bias.
 
@@ -52,14 +39,18 @@ def fuse(
     Raises:
         UsageError: ``mode`` is unknown.
     """
-    default = default_strength(mode)
-    strength = default if strength is None else strength
+    _check_mode(mode)
     if mode == "concat":
         return torch.cat([text_tokens, image_tokens.to(text_tokens.dtype)], dim=1)
     text, image = text_tokens.float(), image_tokens.float()
     weights = torch.ones_like(image[..., 0]) if weights is None else weights
     mixed = _mean(image, weights) if mode == "naive" else _attend(text, image, weights)
     return torch.lerp(text, mixed.expand_as(text), strength).to(text_tokens.dtype)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in FUSIONS:
+        raise UsageError(f"fusion is {mode!r}; it must be one of {', '.join(FUSIONS)}")
 
 
 def _mean(image: Tensor, weights: Tensor) -> Tensor:
@@ -104,7 +95,7 @@ class Fusion:
     hi: float = 1.0
 
     def __post_init__(self) -> None:
-        default_strength(self.mode)
+        _check_mode(self.mode)
         if not 0 <= self.strength < math.inf:
             raise UsageError(f"strength is {self.strength}; it must be a number of 0 or more")
         if not 0 <= self.lo <= self.hi <= 1:

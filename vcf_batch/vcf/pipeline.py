@@ -17,16 +17,17 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
-    MAX_STRENGTH,
+    FUSIONS,
     REFERENCE_PARTS,
     UNCONDITIONALS,
     Sampling,
+    default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
 from vcf_batch.vcf.attention import accept_token_bias
 from vcf_batch.vcf.compilation import compile_forward
-from vcf_batch.vcf.fusion import Conditioning, Fusion, condition, default_strength
+from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.sampling import denoise, recomputed
 
 References = Image.Image | Sequence[Image.Image] | None
@@ -92,8 +93,7 @@ class VCFPipeline(StableDiffusionPipeline):
             raise ModelError(
                 "VCFPipeline runs no safety checker; pass safety_checker=None and check its output instead"
             )
-        if default_strength is not None and not 0 <= default_strength <= MAX_STRENGTH:
-            raise ModelError(f"default_strength is {default_strength}; it must be between 0 and {MAX_STRENGTH:g}")
+        default_strengths(default_strength)  # has the limits
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -222,15 +222,14 @@ class VCFPipeline(StableDiffusionPipeline):
                 )
 
     def resolve_strength(self, fusion: str, strength: float | None) -> float:
-        """The strength that is used: the given one, else the model's for ``concat``, else the paper's.
+        """The given strength, else the default of model and fusion: :func:`vcf_batch.config.default_strengths`.
 
         Raises:
             UsageError: no such fusion.
         """
-        if strength is not None:
-            return strength
-        recommended = self.config.default_strength if fusion == "concat" else None
-        return default_strength(fusion) if recommended is None else recommended
+        if fusion not in FUSIONS:
+            raise UsageError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}")
+        return default_strengths(self.config.default_strength)[fusion] if strength is None else strength
 
     def draw_noise(
         self, seeds: Sequence[int], height: int | None = None, width: int | None = None, added: int = 0

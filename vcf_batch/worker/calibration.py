@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Row
-from vcf_batch.row_settings import checked
+from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.worker.batches import batch_key
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
@@ -86,7 +86,7 @@ def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -
 
 def _generate(components: Components, rows: Sequence[Row]) -> None:
     components.device.use_threads()
-    whole = ShardRows.of(rows, {}, components)
+    whole = ShardRows.of(rows, {}, components.config)
     Generation(components, whole, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
 
 
@@ -94,6 +94,6 @@ def _most_demanding(components: Components, manifest: Manifest) -> Row:
     """The most memory-hungry of the first rows, reduced to one PNO update if it has any, as all cost the same."""
     rows = manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), components.config.seed)
     sound = [row for row in rows if not checked(row, components.config).error]
-    row = max(sound, key=lambda row: batch_key(row, components.settings(row)), default=Row(0, "text", ""))
-    updates = min(components.settings(row)["pno_steps"], 1)
+    row = max(sound, key=lambda row: batch_key(row, settings_of(row, components.config)), default=Row(0, "text", ""))
+    updates = min(settings_of(row, components.config)["pno_steps"], 1)
     return dataclasses.replace(row, overrides={**row.overrides, "pno_steps": updates})

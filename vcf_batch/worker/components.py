@@ -2,13 +2,10 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
 from vcf_batch.config import RunConfig
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.records import Row
-from vcf_batch.row_settings import settings_of
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
@@ -34,8 +31,3 @@ class Components:
     """The checker that flags images; None in a run without one."""
     sampling: threading.Lock = field(default_factory=threading.Lock)
     """The lock that a shard holds while it is sampled."""
-
-    def settings(self, row: Row) -> dict[str, Any]:
-        """What a row is generated with: the run's settings, with the row's own in their place."""
-        used = settings_of(row, self.config)
-        return used | {"strength": float(self.pipeline.resolve_strength(used["fusion"], used["strength"]))}

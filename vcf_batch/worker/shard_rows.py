@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from vcf_batch import images
+from vcf_batch.config import RunConfig
 from vcf_batch.records import Reference, Row, Sample
-from vcf_batch.worker.components import Components
+from vcf_batch.row_settings import settings_of
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,17 @@ class ShardRows:
     """Positions of the rows with a known sample: they are not generated, and keep their slot in their batch."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], known: Mapping[int, Sample], components: Components) -> "ShardRows":
+    def of(cls, rows: Sequence[Row], known: Mapping[int, Sample], config: RunConfig) -> "ShardRows":
         """Make padding of the rows that have a sample, and look up the settings of all.
 
         Args:
             rows: the rows of the shard, in the order of the manifest.
             known: samples by the number of their row, in any order; see :attr:`known`.
-            components: what the rows are generated with.
+            config: the run, with every default settled.
         """
         padding = frozenset(position for position, row in enumerate(rows) if row.number in known)
-        kept = neutral(rows, padding, components.config.negative_prompt)
-        return cls(kept, [components.settings(row) for row in kept], known, padding)
+        kept = neutral(rows, padding, config.negative_prompt)
+        return cls(kept, [settings_of(row, config) for row in kept], known, padding)
 
     def texts(self, position: int) -> tuple[str, str]:
         """The prompt and the negative prompt of a row."""

@@ -22,7 +22,7 @@ from vcf_batch.models.loading import load_errors
 from vcf_batch.output import commits, shards
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Receipt, Row, Sample
-from vcf_batch.row_settings import checked
+from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup.job import TRACE, Job
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask
@@ -220,7 +220,7 @@ class Worker:
                 ) as writer:
                     Generation(
                         components,
-                        ShardRows.of(rows, known, components),
+                        ShardRows.of(rows, known, config),
                         writer.add,
                         clock,
                         last_attempt=task.last_attempt or task.is_trial,
@@ -234,11 +234,10 @@ class Worker:
 
     def _decided(self, task: ShardTask, rows: Sequence[Row]) -> dict[int, Sample]:
         """The samples, by row number, of the rows that fail or are rejected without being generated."""
-        settings, triplets = self.components.settings, self.components.config.triplets
-        verdicts, decided = task.not_generated, {}
+        config, verdicts, decided = self.components.config, task.not_generated, {}
         for row in rows:
             if error := verdicts.get(row.number) or row.error:
-                decided[row.number] = Sample(row, "failed", settings(row), error_message=error)
-            elif triplets and not row.references:
-                decided[row.number] = Sample(row, "rejected", settings(row), error_message=NO_REFERENCE)
+                decided[row.number] = Sample(row, "failed", settings_of(row, config), error_message=error)
+            elif config.triplets and not row.references:
+                decided[row.number] = Sample(row, "rejected", settings_of(row, config), error_message=NO_REFERENCE)
         return decided

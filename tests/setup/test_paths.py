@@ -1,0 +1,22 @@
+"""Paths mean the same to every process of a run."""
+
+from pathlib import Path
+
+import pytest
+
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.setup import paths
+
+
+@pytest.mark.parametrize("folder", ["working_dir_files/_ray_pkg_0123456789abcdef", "working_dir_files/unpacked"])
+def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """Inside a submitted job, where the working directory is a temporary copy, a relative output is refused."""
+    copy = tmp_path / folder
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UsageError, match="temporary copy"):
+        paths.absolute(RunConfig(manifest="in.parquet", output="out"))
+    config = paths.absolute(RunConfig(manifest="in.parquet", output=str(tmp_path)))
+    assert config.manifest == str(copy / "in.parquet")
+    assert paths.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
