@@ -87,8 +87,8 @@ class RunConfig:
     half the operations."""
     guidance_hi: float = 1.0
     deep_cache: int = 1
-    """The UNet's deep blocks are computed in one step in so many, and reused in the others; 1 is in every one. Without
-    effect in rows with prompt-noise optimisation."""
+    """Compute the UNet's deep blocks only in every Nth step and reuse their output in between. 1 computes them in every
+    step. Rows with prompt-noise optimisation ignore it."""
     scheduler: str = "ddim"
     eta: float = 0.0
     """Of ``ddim``, 0 to 1: how much of each step is new noise."""

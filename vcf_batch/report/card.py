@@ -40,7 +40,7 @@ COLUMNS: Mapping[str, str] = {
     "guidance_scale": "classifier-free guidance",
     "guidance_lo": "steps were guided in the part of the schedule from here",
     "guidance_hi": "to here; 1 is pure noise",
-    "deep_cache": "the deep blocks of the UNet were computed in one step in so many",
+    "deep_cache": "the UNet's deep blocks were computed only in every Nth step; 1 is in every step",
     "steps": "denoising steps",
     "scheduler": "sampler",
     "eta": "share of new noise in each step",

@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -37,12 +38,13 @@ class _Card:
     note: str
 
 
-def contact_sheet(output: str, limit: int = 64) -> Image.Image:
+def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = MappingProxyType({})) -> Image.Image:
     """Draw the first samples of a run: reference beside output, one heading a prompt, scores below.
 
     Args:
         output: folder or URL that a run has written, finished or not.
         limit: samples at most.
+        changes: settings that are not what they were, such as the place of a manifest that has moved.
 
     Raises:
         UsageError: the output has no finished shard, or its manifest is gone.
@@ -53,7 +55,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     first = next(done, None)
     if record is None or first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
-    config = RunConfig.from_mapping(record["config"])
+    config = RunConfig.from_mapping({**record["config"], **changes})
     cards = itertools.islice(_cards(output, config, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
 

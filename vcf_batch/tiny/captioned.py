@@ -1,6 +1,6 @@
 """Write captioned pictures of the tiny world as a WebDataset: ``python -m vcf_batch.tiny.captioned FOLDER``.
 
-They are what a user's own data would be, to try ``vcf-batch train-aligner`` on: img2dataset's layout, one caption each.
+They are what a user's own data would be, to try ``vcf-batch model train`` on: img2dataset's layout, one caption each.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Measure the tiny family: ``python -m vcf_batch.tiny.measure``. A table of the model card comes from here.
 
 The probe reads what was drawn. A held-out scene is one that no stage was trained on. How references are taken is for
-``vcf-batch evaluate`` to measure.
+``vcf-batch model evaluate`` to measure.
 """
 
 import random

@@ -75,7 +75,7 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
 
     Args:
         parts: what the aligner was trained for.
-        aligner: folder or URL that ``train-aligner`` or ``ImageAligner.save_pretrained`` wrote, or a Hub id.
+        aligner: folder or URL that ``model train`` or ``ImageAligner.save_pretrained`` wrote, or a Hub id.
         out: folder or URL, which must not hold a model yet.
         dtype: of the weights that are written.
 
