@@ -14,7 +14,7 @@ from vcf_batch.errors import redact
 def push(output: str, target: str, as_json: bool) -> None:
     """Copy OUTPUT to TARGET, another storage.
 
-    Copied are its finished shards, its card and its report. TARGET is a folder or any URL that fsspec opens, such as
+    The finished shards, the card and the report are copied. TARGET is a folder or any URL that fsspec opens, such as
     s3://bucket/dataset, or hf://datasets/OWNER/NAME for a repository that exists. Shards that are there already are not
     copied again, so a copy that was interrupted goes on. A README.md that somebody else wrote is never replaced.
 
@@ -39,7 +39,7 @@ def push(output: str, target: str, as_json: bool) -> None:
 def card(output: str, licence: str | None, force: bool, as_json: bool) -> None:
     """Write the dataset card of OUTPUT, README.md.
 
-    The dataset is handed on with it. The card has the header that Hugging Face reads, columns, scores, models and
+    Hand it on with the dataset. The card has the header that Hugging Face reads, columns, scores, models and
     settings, how to load the dataset, its bias and limits. Read and complete it: only you know what the prompts and
     references are.
 

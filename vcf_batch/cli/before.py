@@ -77,10 +77,10 @@ def manifest(
 def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool, **_: Any) -> None:
     """Tell what a run would take, and every reason to refuse it.
 
-    The run is what 'generate' would start with the same options. Told are its rows and shards, what is done already,
-    bytes, GPU-hours, cost, and the time that --num-workers workers take (here the default is one). Time and bytes come
-    from finished shards of this run, else from --calibrate; they are never guessed. Nothing is written, and no cluster
-    is needed: without --gpus-per-worker, the GPUs of this machine decide.
+    The run is the one that 'generate' would start with the same options. The plan has its rows and shards, what is done
+    already, bytes, GPU-hours, cost, and the time that --num-workers workers take (one, unless another number is given).
+    Time and bytes come from finished shards of this run, else from --calibrate; they are never guessed. Nothing is
+    written, and no cluster is needed: without --gpus-per-worker, the GPUs of this machine decide.
 
     \b
     Exit codes: 0 nothing is in the way; 1 unexpected; 2 or 4 as 'generate' would end, all reasons are listed.

@@ -14,7 +14,6 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable, redact
-from vcf_batch.setup.job import TRACE
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -71,7 +70,7 @@ def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
 
 def moved_option(name: str) -> Callable[..., Any]:
     """An option for something that a run has used and that is elsewhere now."""
-    text = f"Where the run's {name} is now, if it has moved since the run."
+    text = f"New place of the run's {name.replace('-', ' ')}, if moved since the run."
     return click.option(f"--{name}", metavar="URL", help=text)
 
 
@@ -115,6 +114,7 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
 def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
     """Generate what is left, and what ``again`` says, and tell what became of it."""
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
+    from vcf_batch.setup.job import TRACE  # nor pyarrow
 
     summary = pool.run(config, again)
     click.echo(str(summary))

@@ -22,8 +22,8 @@ SHEET_ROWS = 64
 def status(output: str, as_json: bool) -> None:
     """Tell how the run in OUTPUT stands.
 
-    It can be told while the run goes on, after it ended, and after it died. OUTPUT alone is read, so any machine that
-    sees it can tell. Shards count once they are finished. Nothing is written.
+    This works while the run goes on, after it ended, and after it died. OUTPUT alone is read, so any machine that sees
+    it can tell. Shards count once they are finished. Nothing is written.
 
     \b
     Exit codes: 0 told, however the run stands ("state": finished, running or stopped); 1 unexpected; 2 no run there;

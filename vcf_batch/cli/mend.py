@@ -99,9 +99,9 @@ _OWN = {"address": None, "log_format": "text", "num_workers": None, "max_failed"
 def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
     """Generate again what is damaged, missing or failed in OUTPUT.
 
-    OUTPUT is read first, as by 'verify'. Damaged and missing shards are generated whole. Of the other shards, only the
-    rows that --where selects are generated: their other samples stay, byte for byte. Keys, shards and settings stay as
-    they are.
+    OUTPUT is read first, as 'verify' reads it. Damaged and missing shards are generated whole. Of the other shards,
+    only the rows that --where selects are generated: their other samples stay, byte for byte. Keys, shards and settings
+    stay as they are.
 
     \b
     Exit codes: those of 'generate'; 5 if OUTPUT is damaged in a way that generating does not mend.
