@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -198,3 +200,13 @@ def test_manifest_says_what_is_wrong(tmp_path: Path) -> None:
     prompts.write_text("a cat\n")
     result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts, "--references", tmp_path)
     assert (result.exit_code, "holds no image" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("job", ["generate", "train_aligner"])
+def test_a_job_is_its_command(job: str, tmp_path: Path) -> None:
+    """A file of jobs/ is the entry point of the command that its docstring names, from any folder."""
+    path = Path(__file__).parents[2] / "jobs" / f"{job}.py"
+    [name] = re.findall(r"the command ``vcf-batch (.*?)``", path.read_text())
+    told = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout.startswith(f"Usage: jobs/{job}.py")
+    assert cast(str, COMMANDS[name].help).splitlines()[0] in told.stdout

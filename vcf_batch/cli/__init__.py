@@ -6,6 +6,7 @@ Commands stand by stage in the life of a run, and each stage is a module: :mod:`
 :mod:`~vcf_batch.cli.aliases`.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import click
@@ -44,8 +45,5 @@ def main() -> None:
     """Generate images that follow prompts and reference images, in bulk, on a Ray cluster."""
 
 
-for stage in STAGES.values():
-    for command in stage:
-        main.add_command(command)
-for command in ALIASES:
-    main.add_command(command)
+for each in (*itertools.chain.from_iterable(STAGES.values()), *ALIASES):
+    main.add_command(each)
