@@ -20,8 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --address local
-	$(BIN)/vcf-batch contact-sheet out/demo
-	$(BIN)/vcf-batch report out/demo
+	$(BIN)/vcf-batch report out/demo --out out/demo/index.html --png out/demo/contact_sheet.png
 
 test: install
 	$(BIN)/pytest -m "not slow" --hypothesis-profile same

@@ -2,13 +2,13 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 
 from vcf_batch import errors
-from vcf_batch.cli import main
+from vcf_batch.cli import STAGES
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import OVERRIDES
 
@@ -46,7 +46,11 @@ def _exit_codes() -> Iterator[str]:
 
 def _commands() -> Iterator[str]:
     yield "\n## Commands"
-    for name, command in main.commands.items():
+    yield "\n| | |\n|---|---|"
+    for stage, commands in STAGES.items():
+        links = (f"[{name}](#{name.replace(' ', '-')})" for name, _ in _leaves(commands))
+        yield f"| {stage.lower()} | {', '.join(links)} |"
+    for name, command in (leaf for commands in STAGES.values() for leaf in _leaves(commands)):
         context = click.Context(command, info_name=f"vcf-batch {name}")
         yield f"\n### {name}\n"
         yield "```text\n" + " ".join(command.get_usage(context).split()).removeprefix("Usage: ") + "\n```\n"
@@ -55,6 +59,15 @@ def _commands() -> Iterator[str]:
         for parameter in command.params:
             if record := parameter.get_help_record(context):
                 yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
+
+
+def _leaves(commands: Iterable[click.Command]) -> Iterator[tuple[str, click.Command]]:
+    """Each command with its name, such as ``plan``; those of a group instead of the group, such as ``model train``."""
+    for command in commands:
+        if isinstance(command, click.Group):
+            yield from ((f"{command.name} {name}", each) for name, each in command.commands.items())
+        else:
+            yield str(command.name), command
 
 
 def _cell(text: str) -> str:

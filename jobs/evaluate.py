@@ -1,4 +1,4 @@
-"""Evaluate a model on a Ray cluster: the command ``vcf-batch evaluate`` as a job's entry point.
+"""Evaluate a model on a Ray cluster: the command ``vcf-batch model evaluate`` as a job's entry point.
 
 ::
 
@@ -14,7 +14,7 @@ from pathlib import Path
 # Python puts this file's folder on the path, not the folder that holds the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vcf_batch.cli import evaluate
+from vcf_batch.cli.model import evaluate
 
 if __name__ == "__main__":
     evaluate(prog_name="jobs/evaluate.py")

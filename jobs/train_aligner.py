@@ -1,4 +1,4 @@
-"""Train an aligner on a Ray cluster: the command ``vcf-batch train-aligner`` as a job's entry point.
+"""Train an aligner on a Ray cluster: the command ``vcf-batch model train`` as a job's entry point.
 
 ::
 
@@ -15,7 +15,7 @@ from pathlib import Path
 # Python puts this file's folder on the path, not the folder that holds the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vcf_batch.cli import train_aligner
+from vcf_batch.cli.model import train
 
 if __name__ == "__main__":
-    train_aligner(prog_name="jobs/train_aligner.py")
+    train(prog_name="jobs/train_aligner.py")

@@ -119,6 +119,7 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
         ("vcf_batch.training.fit", {"ray"}),
         ("vcf_batch.training.train", {"diffusers", "transformers"}),
         ("vcf_batch.pool", {"torch"}),
+        ("vcf_batch.cli", {"pyarrow", "duckdb", "PIL"}),
         ("vcf_batch.metrics.scorer", {"ray", "diffusers"}),
         ("vcf_batch.metrics.lpips", {"ray", "diffusers"}),
         ("vcf_batch.commands.evaluate", {"ray", "diffusers"}),
@@ -126,7 +127,7 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
 )
 def test_what_a_process_does_not_need_is_not_imported(module: str, left_out: set[str]) -> None:
     """A worker and a training in one process need no ray, the driver no torch and no models' library, scores no
-    diffusers."""
+    diffusers, a help text none of what reads tables and pictures."""
     assert not loaded(module) & left_out
 
 

@@ -1,6 +1,10 @@
 """The command line: options, files of options, exit codes."""
 
 import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +16,15 @@ from click.testing import CliRunner, Result
 import vcf_batch
 from support import runs
 from vcf_batch import pool
-from vcf_batch.cli import generate, main, train_aligner
+from vcf_batch.cli import STAGES, main
+from vcf_batch.cli.generate import generate
+from vcf_batch.cli.model import train
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
 from vcf_batch.training.training_config import NOT_CONTENT, TrainingConfig
 
-NOT_SETTINGS = {"config", "push", "debug"}
+NOT_SETTINGS = {"config", "push", "debug", "as_json"}
 
 
 def call(*arguments: object) -> Result:
@@ -54,19 +60,49 @@ def test_options_are_the_settings() -> None:
 
 def test_options_of_a_training_are_its_settings() -> None:
     fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
-    parameters = {parameter.name: parameter for parameter in train_aligner.params}
+    parameters = {parameter.name: parameter for parameter in train.params}
     assert parameters.keys() - NOT_SETTINGS == fields.keys()
     assert fields.keys() > NOT_CONTENT
     for name in fields.keys() - {"model", "data", "out"}:
         assert parameters[name].default == fields[name].default
 
 
-@pytest.mark.parametrize("command", [generate, train_aligner])
-def test_every_option_is_explained(command: click.Command) -> None:
-    text = call(cast(str, command.name), "--help").output
+def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All commands with their names, such as ``model train``; old names are left out."""
+    if isinstance(command, click.Group):
+        for part, each in command.commands.items():
+            yield from leaves(each, f"{name} {part}".strip())
+    elif not command.hidden:
+        yield name, command
+
+
+COMMANDS = dict(leaves(main))
+
+
+def test_every_command_has_a_stage() -> None:
+    """The help text lists all commands, by stage, each with a whole sentence."""
+    listed = [command.name for commands in STAGES.values() for command in commands]
+    assert sorted(cast(list[str], listed)) == sorted({name.split()[0] for name in COMMANDS})
+    text = call("--help").output
+    for name in listed:
+        assert re.search(rf"^  {name} +[A-Z].*[^.]\.$", text, re.MULTILINE), f"{name} in {text}"
+    assert text.index("manifest") < text.index("generate") < text.index("status") < text.index("verify")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    """In whole sentences, in which a number is called by its name."""
+    command = COMMANDS[name]
+    text = call(*name.split(), "--help").output
+    assert " so many " not in " ".join(text.split())
     for parameter in command.params:
-        assert parameter.human_readable_name.replace("_", "-").upper() in text.upper()
-        assert isinstance(parameter, click.Argument) or cast(click.Option, parameter).help
+        if getattr(parameter, "hidden", False):
+            continue
+        if isinstance(parameter, click.Option):
+            assert parameter.help
+            assert all(flag in text for flag in parameter.opts)
+        else:
+            assert parameter.human_readable_name in text
 
 
 def test_version() -> None:
@@ -144,9 +180,7 @@ def test_manifest_builds_the_cross_product(tmp_path: Path) -> None:
         (images / name).write_bytes(runs.png(0))
     (images / "notes.txt").write_text("not an image")
     out = tmp_path / "data" / "manifest.parquet"
-    result = call(
-        *("manifest", "--prompts", tmp_path / "prompts.txt", "--references", images, "--seeds", 2, "--out", out)
-    )
+    result = call("manifest", out, "--prompts", tmp_path / "prompts.txt", "--references", images, "--seeds", 2)
     assert result.output == f"{out}: 8 rows\n"
     rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
     assert {row["prompt"] for row in rows} == {"a cat", "a dog"}
@@ -156,14 +190,24 @@ def test_manifest_builds_the_cross_product(tmp_path: Path) -> None:
 
 def test_manifest_without_references_is_text_only(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    assert call("manifest", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "m.parquet").exit_code == 0
+    assert call("manifest", tmp_path / "m.parquet", "--prompts", tmp_path / "prompts.txt").exit_code == 0
     assert pq.read_table(tmp_path / "m.parquet").to_pylist() == [{"prompt": "a cat", "reference": None, "seed": 0}]
 
 
 def test_manifest_says_what_is_wrong(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    result = call("manifest", "--prompts", prompts, "--out", tmp_path / "m.parquet")
+    result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts)
     assert (result.exit_code, f"cannot read prompts from {prompts}" in result.output) == (2, True)
     prompts.write_text("a cat\n")
-    result = call("manifest", "--prompts", prompts, "--references", tmp_path, "--out", tmp_path / "m.parquet")
+    result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts, "--references", tmp_path)
     assert (result.exit_code, "holds no image" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("job", ["generate", "train_aligner"])
+def test_a_job_is_its_command(job: str, tmp_path: Path) -> None:
+    """A file of jobs/ is the entry point of the command that its docstring names, from any folder."""
+    path = Path(__file__).parents[2] / "jobs" / f"{job}.py"
+    [name] = re.findall(r"the command ``vcf-batch (.*?)``", path.read_text())
+    told = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout.startswith(f"Usage: jobs/{job}.py")
+    assert cast(str, COMMANDS[name].help).splitlines()[0] in told.stdout

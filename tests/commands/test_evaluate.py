@@ -25,7 +25,7 @@ PNO_SIZE = ("--pno-steps", 1, "--pno-samples", 2)
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+    return CliRunner().invoke(main, ["model", "evaluate", *map(str, arguments)])
 
 
 def run(model: Path, out: Path, *more: object) -> Result:

@@ -39,10 +39,13 @@ SMALLER = {
     "plan": "--limit 4 --steps 2",
     "preview": "--rows 2 --steps 2",
     "generate": '--limit 4 --steps 2 --address "$RAY_ADDRESS"',
-    "evaluate": "--pairs 2 --steps 2 --pno-samples 0",
-    "train-aligner": "--limit 300 --epochs 1",
+    "model evaluate": "--pairs 2 --steps 2 --pno-samples 0",
+    "model train": "--limit 300 --epochs 1",
 }
 """What commands get in addition, so that a page takes seconds. Of an option that is given twice the last counts."""
+
+JOBS = {"generate": ["generate"], "train_aligner": ["model", "train"], "evaluate": ["model", "evaluate"]}
+"""The command that each file of jobs/ is the entry point of."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +118,26 @@ def check(words: list[str]) -> None:
     """Parse what a command is given, without calling it."""
     for place, word in enumerate(words):
         if word == "vcf-batch":
-            name, *arguments = words[place + 1 :]
+            arguments = words[place + 1 :]
         elif match := re.fullmatch(r"(?:.*/)?jobs/(\w+)\.py", word):
             assert (ROOT / "jobs" / f"{match[1]}.py").is_file(), word
-            name, arguments = match[1].replace("_", "-"), words[place + 1 :]
+            arguments = JOBS[match[1]] + words[place + 1 :]
         else:
             continue
+        command: click.Command = main
         context = click.Context(main)
-        command = main.get_command(context, name)
-        assert command, f"no command {name!r}"
+        while isinstance(command, click.Group):
+            name, *arguments = arguments
+            found = command.get_command(context, name)
+            assert found, f"no command {name!r}"
+            assert not found.hidden, f"{name!r} is an old name"
+            command = found
         try:
             command.make_context(name, arguments, parent=context)
         except click.ClickException as error:
             pytest.fail(f"{' '.join(words)}: {error.format_message()}")
+        hidden = {flag for each in command.params if getattr(each, "hidden", False) for flag in each.opts}
+        assert not hidden & {*arguments}, f"{' '.join(words)}: an old option"
     if words[:1] == ["make"]:
         targets = re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
@@ -160,9 +170,9 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
     programs = tmp_path / ".venv/bin"
     programs.mkdir(parents=True)
-    cases = "".join(f'{command}) set -- "$@" {options};;\n' for command, options in SMALLER.items())
+    cases = "".join(f'"{command} "*) set -- "$@" {options};;\n' for command, options in SMALLER.items())
     called = f'{sys.executable} -m vcf_batch "$@"'
-    (programs / "vcf-batch").write_text(f"#!/bin/sh\ncase $1 in\n{cases}esac\nexec {called}\n")
+    (programs / "vcf-batch").write_text(f'#!/bin/sh\ncase "$* " in\n{cases}esac\nexec {called}\n')
     (programs / "vcf-batch").chmod(0o755)
     (tmp_path / ".venv/.installed").touch()
     return tmp_path

@@ -32,7 +32,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
     for arguments in (
         ["generate", str(DEMO), str(folder), "--limit", str(ROWS), "--shard-size", "4", "--num-workers", "1"],
-        ["contact-sheet", str(folder)],
+        ["report", str(folder), "--png", str(folder / "contact_sheet.png")],
     ):
         subprocess.run([sys.executable, "-m", "vcf_batch", *arguments], check=True)
     return folder

@@ -94,7 +94,7 @@ def test_a_preset_is_no_model_before_it_is_assembled(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """generate says how a model is made of a preset, unless there is a folder of that name."""
-    with pytest.raises(ModelError, match=f"train-aligner --model {name}.*assemble --base {name} --aligner DIR"):
+    with pytest.raises(ModelError, match=f"model train --model {name}.*model assemble --base {name} --aligner DIR"):
         resolve(name)
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name, FILES)

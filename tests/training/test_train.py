@@ -58,14 +58,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(name: str, **options: object) -> list[str]:
     return [
-        name,
+        *name.split(),
         *(part for option, value in options.items() for part in (f"--{option.replace('_', '-')}", str(value))),
     ]
 
 
 def training(model: object, data: object, out: object, **options: object) -> list[str]:
     settings = {"model": model, "data": data, "out": out, "batch_size": 16, "epochs": 3, "learning_rate": 0.01}
-    return command("train-aligner", **{**settings, "validation_pairs": 8, "num_workers": 2, **options})
+    return command("model train", **{**settings, "validation_pairs": 8, "num_workers": 2, **options})
 
 
 def call(arguments: list[str]) -> Result:
@@ -73,7 +73,7 @@ def call(arguments: list[str]) -> Result:
 
 
 def test_a_user_trains_assembles_and_generates(cluster: None, model: Path, data: Path, tmp_path: Path) -> None:
-    """train-aligner on two workers, then assemble, then generate with the result; rerunning trains nothing again."""
+    """Train on two workers, then assemble, then generate with the result; rerunning trains nothing again."""
     out = tmp_path / "aligner"
     arguments = training(model, data, out)
     result = call(arguments)
@@ -95,7 +95,7 @@ def test_a_user_trains_assembles_and_generates(cluster: None, model: Path, data:
     assert other.exit_code == 4
     assert "epochs: 3 there, 4 now" in other.output
 
-    assembled = call(command("assemble", base=model, aligner=out, out=tmp_path / "assembled"))
+    assembled = call(command("model assemble", base=model, aligner=out, out=tmp_path / "assembled"))
     assert assembled.exit_code == 0, assembled.output
     manifest = runs.write_manifest(tmp_path / "in", 3)
     size = {"height": 32, "width": 32, "steps": 2, "num_workers": 1}
@@ -211,6 +211,6 @@ def test_everything_in_object_storage(s3: str, model: Path, data: Path) -> None:
     assert resumed.returncode == 0, output
     assert [row["step"] for row in read_log(out)] == list(range(0, 241, 4))
 
-    assembled = call(command("assemble", base=f"{s3}/model", aligner=out, out=f"{s3}/assembled"))
+    assembled = call(command("model assemble", base=f"{s3}/model", aligner=out, out=f"{s3}/assembled"))
     assert assembled.exit_code == 0, assembled.output
     assert resolution.resolve(f"{s3}/assembled").kind == "url"

@@ -1,42 +1,49 @@
 """The command line: options become a RunConfig, errors become exit codes. Nothing else happens here.
 
-A family of commands is a module; what their commands share is in :mod:`vcf_batch.cli.command`.
+Commands stand by stage in the life of a run, and each stage is a module: :mod:`~vcf_batch.cli.before`,
+:mod:`~vcf_batch.cli.generate`, :mod:`~vcf_batch.cli.look`, :mod:`~vcf_batch.cli.mend`, :mod:`~vcf_batch.cli.after` and
+:mod:`~vcf_batch.cli.model`. What their commands share is in :mod:`~vcf_batch.cli.command`; old names are in
+:mod:`~vcf_batch.cli.aliases`.
 """
+
+import itertools
+from collections.abc import Mapping, Sequence
 
 import click
 
 import vcf_batch
-from vcf_batch.cli.checking import repair, verify
-from vcf_batch.cli.evaluation import evaluate
-from vcf_batch.cli.generation import generate
-from vcf_batch.cli.looking import card, contact_sheet, push, report, status
-from vcf_batch.cli.manifests import manifest
-from vcf_batch.cli.planning import plan, preview
-from vcf_batch.cli.training import assemble, train_aligner
+from vcf_batch.cli import after, before, generate, look, mend, model
+from vcf_batch.cli.aliases import ALIASES
 
-__all__ = ["evaluate", "generate", "main", "train_aligner"]
+__all__ = ["STAGES", "main"]
+
+STAGES: Mapping[str, Sequence[click.Command]] = {
+    "Before a run": (before.manifest, before.plan, before.preview),
+    "Run": (generate.generate,),
+    "Look": (look.status, look.report),
+    "Mend": (mend.verify, mend.repair),
+    "After a run": (after.push, after.card),
+    "Models": (model.model,),
+}
+"""Commands in the order of a run's life, under the headings of the help text."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _ByStage(click.Group):
+    """The group of all commands, whose help text lists them by stage."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(len(command.name or "") for commands in STAGES.values() for command in commands)
+        for stage, commands in STAGES.items():
+            with formatter.section(stage):
+                limit = formatter.width - 6 - width
+                formatter.write_dl([(f"{each.name:<{width}}", each.get_short_help_str(limit)) for each in commands])
+
+
+@click.group(cls=_ByStage, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(vcf_batch.__version__, prog_name="vcf-batch")
 def main() -> None:
     """Generate images that follow prompts and reference images, in bulk, on a Ray cluster."""
 
 
-for command in (
-    manifest,
-    plan,
-    preview,
-    generate,
-    status,
-    contact_sheet,
-    evaluate,
-    report,
-    card,
-    push,
-    verify,
-    repair,
-    train_aligner,
-    assemble,
-):
-    main.add_command(command)
+for each in (*itertools.chain.from_iterable(STAGES.values()), *ALIASES):
+    main.add_command(each)

@@ -1,12 +1,23 @@
-"""What commands share: how they end, and where a run's parts are that have moved."""
+"""What commands share: options, the configuration of a run, how a run is started, and how a command ends."""
 
+import dataclasses
+import json
+import shlex
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from vcf_batch.errors import Interrupted, VcfBatchError, printable
+from vcf_batch import config as settings
+from vcf_batch import storage
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable, redact
+
+MAX_CONFIG_BYTES = 1 << 20
+
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
 class Command(click.Command):
@@ -47,10 +58,20 @@ debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show the traceback of an error."
 )
 
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON document instead of lines."
+)
+
+
+def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
+    """Print a command's result on standard output: ``words`` for people, or ``document`` for a program."""
+    click.echo(json.dumps(document, indent=2) if as_json else printable(words))
+
 
 def moved_option(name: str) -> Callable[..., Any]:
     """An option for something that a run has used and that is elsewhere now."""
-    return click.option(f"--{name}", metavar="URL", help=f"Where the run's {name} is now, if that has moved.")
+    text = f"New place of the run's {name.replace('-', ' ')}, if moved since the run."
+    return click.option(f"--{name}", metavar="URL", help=text)
 
 
 def moved(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,3 +79,68 @@ def moved(command: Callable[..., Any]) -> Callable[..., Any]:
     for name in ("lpips-weights", "safety-checker", "pno-guide", "judge", "model", "manifest"):
         command = moved_option(name)(command)
     return command
+
+
+def given(ctx: click.Context) -> dict[str, Any]:
+    """The settings of a run that the command line names, rather than leaves to their defaults."""
+    return {
+        name: value
+        for name, value in ctx.params.items()
+        if name in _SETTINGS and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
+    """The configuration of a run: defaults, overridden by the file of --config, the command line, and ``fixed``.
+
+    Raises:
+        UsageError: the file cannot be read, or a setting is wrong.
+    """
+    values: dict[str, Any] = {}
+    source = ctx.params.get("config")
+    if source is not None:
+        try:
+            text = storage.read_bytes(source, limit=MAX_CONFIG_BYTES).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the configuration file {source}: {error}") from error
+        values = settings.load_yaml(text, redact(source))
+    values |= given(ctx) | fixed
+    for name in ("num_workers", "batch_size"):
+        if values.get(name) == "auto":
+            values[name] = None
+    return RunConfig.from_mapping(values)
+
+
+def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
+    """Generate what is left, and what ``again`` says, and tell what became of it."""
+    from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
+    from vcf_batch.setup.job import TRACE  # nor pyarrow
+
+    summary = pool.run(config, again)
+    click.echo(str(summary))
+    click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
+    if config.profile and summary.resumed_rows < summary.rows:
+        trace = storage.join(summary.output, TRACE)
+        click.echo(f"To see where the time of a shard goes, open in https://ui.perfetto.dev: {redact(trace)}")
+    if summary.counts["failed"]:
+        click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")
+    if summary.failed_fraction > config.max_failed:
+        raise TooManyFailedRows(
+            f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
+            f"{config.max_failed:g} allows. Their reasons are in the column error_message of {config.output}/*.parquet."
+        )
+
+
+def repair_command(output: str) -> str:
+    """The command that mends an output."""
+    return f"vcf-batch repair {shlex.quote(redact(output))}"
+
+
+def hand_on(output: str, target: str, as_json: bool = False) -> None:
+    """Copy an output to another storage, and tell what was copied."""
+    from vcf_batch.commands.push import push
+    from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
+
+    copied, there = push(Output.open(output), target)
+    words = f"{redact(target)}: {copied:,} shards copied, {there:,} were there"
+    tell(words, {"target": redact(target), "copied": copied, "there": there}, as_json)

@@ -73,8 +73,8 @@ def resolve(name: str, revision: str | None = None) -> ResolvedModel:
     if name in PRESETS:
         raise ModelError(
             f"{name!r} is a preset to train an aligner for, and no model to generate with yet: train the aligner with "
-            f"'vcf-batch train-aligner --model {name}', put the model together with 'vcf-batch assemble --base {name} "
-            "--aligner DIR --out MODEL', and give MODEL"
+            f"'vcf-batch model train --model {name}', put the model together with 'vcf-batch model assemble --base "
+            f"{name} --aligner DIR --out MODEL', and give MODEL"
         )
     raise ModelError(
         f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a Hub id "

@@ -5,6 +5,7 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -39,12 +40,13 @@ class _Card:
     """Two lines at most."""
 
 
-def contact_sheet(output: str, limit: int = 64) -> Image.Image:
+def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = MappingProxyType({})) -> Image.Image:
     """Draw the first samples of a run: reference beside output, one heading a prompt, method and scores below.
 
     Args:
         output: folder or URL of a run's output, finished or not.
         limit: most samples to draw.
+        changes: settings that are not what they were, such as the place of a manifest that has moved.
 
     Raises:
         UsageError: the output has no finished shard, or its manifest is gone.
@@ -55,7 +57,7 @@ def contact_sheet(output: str, limit: int = 64) -> Image.Image:
     first = next(done, None)
     if record is None or first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
-    config = record.run_config(output)
+    config = record.run_config(output, changes)
     cards = itertools.islice(_cards(output, config, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
 

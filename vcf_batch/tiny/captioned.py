@@ -1,6 +1,6 @@
 """Write captioned pictures of the tiny world as a WebDataset: ``python -m vcf_batch.tiny.captioned FOLDER``.
 
-The pictures take the place of a user's own data to try ``vcf-batch train-aligner``: img2dataset's layout, one caption
+The pictures take the place of a user's own data to try ``vcf-batch model train``: img2dataset's layout, one caption
 each.
 """
 

@@ -1,7 +1,7 @@
 """Measure the tiny family: ``python -m vcf_batch.tiny.measure``. This makes a table of the model card.
 
 The probe recognises the attributes that a picture shows. A held-out scene is a scene that no stage was trained on. The
-influence of references is measured by ``vcf-batch evaluate`` instead.
+influence of references is measured by ``vcf-batch model evaluate`` instead.
 """
 
 import random

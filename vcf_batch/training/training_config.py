@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of one run of ``vcf-batch train-aligner``. Field names are the command's options; the defaults are the
+    """Settings of one run of ``vcf-batch model train``. Field names are the command's options; the defaults are the
     recipe of docs/method.md, section 3.
     """
 

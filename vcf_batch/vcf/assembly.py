@@ -70,7 +70,7 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
 
     Args:
         parts: the models for which the aligner was trained.
-        aligner: folder or URL written by ``train-aligner`` or ``ImageAligner.save_pretrained``, or a Hub id.
+        aligner: folder or URL written by ``model train`` or ``ImageAligner.save_pretrained``, or a Hub id.
         out: folder or URL; it must not hold a model yet.
         dtype: data type of the weights that are written.
 

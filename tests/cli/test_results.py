@@ -1,0 +1,115 @@
+"""What commands print when they end well: words, or one JSON document; and the files that a report writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from support import runs
+from vcf_batch.cli import main
+from vcf_batch.models.resolution import PRESETS, TINY
+from vcf_batch.training import train
+from vcf_batch.training.train import TrainingSummary
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def document(*arguments: object, code: int = 0) -> dict[str, Any]:
+    """What a command prints with --json: one document, and nothing else on standard output."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Ten rows in three shards."""
+    runs.write_output(runs.write_manifest(tmp_path / "in", 10), tmp_path / "out", 4)
+    return tmp_path / "out"
+
+
+def test_a_report_writes_the_files_that_are_named(output: Path, tmp_path: Path) -> None:
+    """Without a name the page in OUTPUT; with --png the picture instead; with --out and --png both."""
+    page, picture = tmp_path / "page.html", tmp_path / "sheet.png"
+    assert call("report", output, "--png", picture).stdout == f"{picture}\n"
+    assert Image.open(picture).format == "PNG"
+    assert not (output / "index.html").exists()
+    assert call("report", output, "--png", picture, "--out", page).stdout == f"{page}\n{picture}\n"
+    assert page.read_text().startswith("<!doctype html>")
+    assert not (output / "index.html").exists()
+    assert document("report", output) == {"page": str(output / "index.html")}
+    assert document("report", output, "--png", picture) == {"picture": str(picture)}
+
+
+def test_the_picture_of_a_report_takes_a_manifest_that_has_moved(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").rename(tmp_path / "moved")
+    picture = tmp_path / "sheet.png"
+    assert call("report", output, "--png", picture).exit_code == 2
+    assert call("report", output, "--png", picture, "--manifest", tmp_path / "moved/manifest.parquet").exit_code == 0
+    assert picture.exists()
+
+
+def test_rows_of_a_report_are_those_of_the_picture(output: Path) -> None:
+    result = call("report", output, "--rows", 2)
+    assert (result.exit_code, "--rows 2 is the number of samples in the picture" in result.stderr) == (2, True)
+
+
+def test_models_are_listed_with_what_they_need() -> None:
+    """Every name of the one table, and how a preset becomes a model."""
+    words = call("model", "list").stdout
+    models = {model["name"]: model for model in document("model", "list")["models"]}
+    assert models.keys() == {TINY, *PRESETS}
+    assert models[TINY]["needs"] is None
+    for name, (base, encoder) in PRESETS.items():
+        assert (models[name]["base"], models[name]["image_encoder"]) == (base, encoder)
+        assert f"model train --model {name}" in models[name]["needs"]
+        assert f"model assemble --base {name}" in models[name]["needs"]
+    for model in models.values():
+        assert f"{model['name']}: {model['what']}\n" in words
+
+
+def test_a_manifest_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    target = tmp_path / "m.parquet"
+    assert document("manifest", target, "--prompts", tmp_path / "prompts.txt") == {"manifest": str(target), "rows": 2}
+
+
+def test_what_verify_finds_is_a_document(output: Path) -> None:
+    """With the exit code and the message of the same command without --json."""
+    whole = document("verify", output)
+    assert whole == {"output": str(output), "rows": 10, "shards": 3, "damaged": False, "findings": []}
+    (output / "00001.tar").unlink()
+    damaged = document("verify", output, code=5)
+    [finding] = damaged["findings"]
+    assert damaged["damaged"] and finding["is_damage"] and finding["place"] == "00001"
+    words, result = call("verify", output), call("verify", output, "--json")
+    assert words.stdout == f"00001: {finding['cause']}\n"
+    assert words.stderr == result.stderr and "is damaged. To mend it" in words.stderr
+
+
+def test_what_is_handed_on_is_a_document(output: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    assert document("push", output, there) == {"target": str(there), "copied": 3, "there": 0}
+    assert document("push", output, there) == {"target": str(there), "copied": 0, "there": 3}
+    assert document("card", output) == {"card": str(output / "README.md")}
+
+
+def test_a_training_is_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"step": 2, "validation_loss": 1.0, "recall_at_1": 0.5, "recall_at_5": 1.0, "validation_pairs": 4}
+    monkeypatch.setattr(train, "run", lambda config: TrainingSummary(config.out, 2, 8, best, best, 1.0))
+    found = document(
+        "model", "train", "--model", "tiny", "--data", "captions", "--out", "s3://me:secret@bucket/aligner"
+    )
+    assert found == {
+        "out": "s3://bucket/aligner",
+        "steps": 2,
+        "pairs": 8,
+        "before": best,
+        "best": best,
+        "seconds": 1.0,
+    }

@@ -1,0 +1,316 @@
+"""``generate``: the options of a run, which the commands that plan or generate besides take over."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from vcf_batch import config as settings
+from vcf_batch.cli.command import Command, debug_option, hand_on, run, run_config
+
+
+class _CountOrAuto(click.ParamType):
+    name = "auto|N"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value == "auto" else int(click.INT.convert(value, parameter, ctx))
+
+
+def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], Any]:
+    """An option of ``generate``. Its default stays with RunConfig, so that a configuration file can come in between."""
+    return click.option(f"--{name}", type=kind, help=text, default=None, **extra)
+
+
+@click.command(cls=Command)
+@click.argument("manifest", required=False)
+@click.argument("output", required=False)
+@_option(
+    "config",
+    str,
+    "YAML file or URL with settings, named like the options. Options on the command line win over it.",
+    metavar="URL",
+)
+@_option(
+    "model",
+    str,
+    "The model that generates: 'tiny' (embedded, 64 px), a pipeline directory, a Hugging Face Hub id, or a URL such as "
+    "s3://bucket/model.  [default: tiny]",
+    metavar="MODEL",
+)
+@_option("revision", str, "Branch, tag or commit of a Hub model. The run records the commit that it stands for.")
+@_option(
+    "fusion",
+    click.Choice(settings.FUSIONS),
+    "How the reference joins the prompt: beside it as extra tokens (concat), averaged into it (naive), or attended to "
+    "(cross_attention).  [default: concat]",
+)
+@_option(
+    "strength",
+    float,
+    "Weight of the reference; 0 ignores it. A given weight applies to every fusion.  [default: the model's "
+    "recommendation for concat, else 1; 0.3 for the other fusions]",
+)
+@_option(
+    "fusion-lo",
+    float,
+    "Lower end of the part of the schedule that uses references; the rest follows the prompt alone. The schedule runs "
+    "from 1 (pure noise) to 0. A reference used from 1 to 0.5 decides on the composition, from 0.5 to 0 on the "
+    "details.  [default: 0]",
+)
+@_option("fusion-hi", float, "Upper end of the part of the schedule that uses references.  [default: 1]")
+@_option(
+    "unconditional",
+    click.Choice(settings.UNCONDITIONALS),
+    "What guidance leads away from besides the negative prompt, in rows without a negative reference: zeros, as in the "
+    "paper, or the tokens of a blank image. 'negative' is zeros and requires a column 'negative_reference'.  "
+    "[default: zeros]",
+)
+@_option(
+    "image-tokens",
+    click.Choice(settings.IMAGE_TOKENS),
+    "Which tokens of a reference to use: its patches, the one that sums it up (cls), or all.  [default: those that the "
+    "aligner was trained on]",
+)
+@_option("steps", int, "Denoising steps.  [default: the model's recommendation]")
+@_option("guidance-scale", float, "Scale of classifier-free guidance.  [default: the model's recommendation]")
+@_option(
+    "guidance-lo",
+    float,
+    "Lower end of the part of the schedule that is guided. The schedule runs from 1 (pure noise) to 0. Steps without "
+    "guidance take half the time and follow the prompt less.  [default: 0]",
+)
+@_option("guidance-hi", float, "Upper end of the part of the schedule that is guided.  [default: 1]")
+@_option(
+    "deep-cache",
+    int,
+    "Compute the UNet's deep blocks only in every Nth step and reuse their output in between. 1 computes them in every "
+    "step. A larger N takes less time and changes the images. Rows with prompt-noise optimisation ignore it.  "
+    "[default: 1]",
+    metavar="N",
+)
+@_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
+@_option("eta", float, "Share of new noise in each step of the scheduler ddim, 0 to 1.  [default: 0]")
+@_option(
+    "pno-steps",
+    int,
+    "Bring each image closer to its reference in N steps of prompt-noise optimisation. Each step takes as many "
+    "operations as three images.  [default: 0]",
+    metavar="N",
+)
+@_option(
+    "pno-guide",
+    str,
+    "The CLIP that prompt-noise optimisation follows: a directory, a Hub id or a URL. It must not be the judge.  "
+    "[default: the model's own image encoder]",
+    metavar="MODEL",
+)
+@_option(
+    "pno-lr-conditioning", float, "Learning rate of prompt-noise optimisation for the fused tokens.  [default: 0.01]"
+)
+@_option("pno-lr-noise", float, "Learning rate of prompt-noise optimisation for the noise.  [default: 0.01]")
+@_option(
+    "pno-gamma",
+    float,
+    "Weight of the term of prompt-noise optimisation that keeps the noise normally distributed.  [default: 0.1]",
+)
+@_option("height", int, "Height in pixels, a multiple of 8.  [default: the model's size]")
+@_option("width", int, "Width in pixels, a multiple of 8.  [default: the model's size]")
+@_option(
+    "dtype",
+    click.Choice(settings.DTYPES),
+    "Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs.  [default: auto]",
+)
+@_option(
+    "compile",
+    bool,
+    "Compile the UNet and the VAE, which makes them faster. Each new shape takes minutes to compile, once on each "
+    "node. Compiled models round differently, so the option is part of the run's identity.",
+    is_flag=True,
+)
+@_option("negative-prompt", str, "What the images should not show.  [default: nothing]")
+@_option(
+    "batch-size",
+    _CountOrAuto(),
+    "Number of images sampled at once. 'auto' is the fastest number that the memory holds: the first worker measures "
+    "it, and it is kept whenever the run resumes. Part of the run's identity, as it can change pixels.  [default: 8]",
+)
+@_option(
+    "shard-size",
+    int,
+    "Number of rows in a shard, the unit of retry and resume.  [default: at most ten minutes of one worker and 1,000 "
+    "rows]",
+)
+@_option(
+    "reference-root",
+    str,
+    "Folder, bucket or web address in which references may lie, besides the manifest's own folder. Repeatable.",
+    multiple=True,
+    metavar="URL",
+)
+@_option(
+    "max-pixels",
+    int,
+    "Largest number of pixels of a reference. The row of a larger one fails before it is decoded.  [default: 64000000]",
+)
+@_option(
+    "max-failed",
+    float,
+    "Largest fraction of failed rows, 0 to 1, with which the command still exits with 0. With more it exits with 3.  "
+    "[default: 0]",
+)
+@_option(
+    "judge",
+    str,
+    "The CLIP that scores: a directory, a Hub id or a URL.  [default: the model's own, else CLIP ViT-B/32]",
+    metavar="MODEL",
+)
+@_option(
+    "lpips",
+    click.Choice(settings.LPIPS_NETWORKS),
+    "Network of the perceptual distance to the reference. 'auto' is the model's own, if it has one.  [default: auto]",
+)
+@_option(
+    "lpips-weights", str, "Folder or URL with the published weight files of the networks alex and vgg.", metavar="URL"
+)
+@_option(
+    "min-clip-score",
+    float,
+    "Reject samples with a lower clip_score, their likeness to the prompt: -1 to 1.  [default: no gate]",
+)
+@_option(
+    "min-clip-reference",
+    float,
+    "Reject samples with a lower clip_reference, their likeness to the reference: -1 to 1.  [default: no gate]",
+)
+@_option(
+    "max-lpips",
+    float,
+    "Reject samples with a higher lpips, their distance from the reference: 0 or more.  [default: no gate]",
+)
+@_option(
+    "min-content-alignment",
+    float,
+    "Reject samples with a lower content_alignment, the likeness of their layout to that of their text-only twin: "
+    "-1 to 1. Needs --triplets.  [default: no gate]",
+)
+@_option(
+    "min-style-similarity",
+    float,
+    "Reject samples with a lower style_similarity, the likeness of their style to the reference's: 0 to 1.  "
+    "[default: no gate]",
+)
+@_option(
+    "triplets",
+    bool,
+    "Write two more images beside each image: KEY.content, drawn from the same noise by the prompt alone, and "
+    "KEY.style, the reference. A sample takes about twice as long. Rows without a reference are rejected.",
+    is_flag=True,
+)
+@_option(
+    "safety-checker",
+    str,
+    "Reject images that this checker flags as not safe for work: 'own' is the model's; else a directory, a Hub id or a "
+    "URL.  [default: none]",
+    metavar="MODEL",
+)
+@_option(
+    "attempts",
+    int,
+    "Draw up to N images for a row, each from another seed, until one passes all gates.  [default: 1]",
+    metavar="N",
+)
+@_option(
+    "best-by",
+    click.Choice(tuple(settings.GATES.values())),
+    "The score that chooses which attempt at a row is recorded if none passes.  [default: clip_score]",
+)
+@_option(
+    "image-format",
+    click.Choice(settings.IMAGE_FORMATS),
+    "File format of the images. webp is lossless, and the fastest.  [default: png]",
+)
+@_option(
+    "mark/--no-mark",
+    bool,
+    "Write into each image, as XMP, that it is synthetic, with its key, model, seed and settings. The mark holds "
+    "neither prompt nor reference.  [default: mark]",
+)
+@_option(
+    "seed", int, "Seed of the run. A row without a seed of its own derives one from it and its sample_id.  [default: 0]"
+)
+@_option("limit", int, "Use only the first ROWS rows of the manifest.", metavar="ROWS")
+@_option(
+    "num-workers",
+    _CountOrAuto(),
+    "Largest number of workers. 'auto' is one for each GPU that the cluster has, or without GPUs, one for each "
+    "--cpus-per-worker CPUs. On a cluster that adds GPU nodes by itself, give a number.  [default: auto]",
+)
+@_option(
+    "gpus-per-worker",
+    float,
+    "GPUs reserved for each worker; 0 computes on CPUs. It also decides what --dtype auto is. Give 1 where an "
+    "autoscaler has not added the first GPU node yet.  [default: as the run began, else 1 if the cluster has a GPU "
+    "now, else 0]",
+)
+@_option(
+    "cpus-per-worker", int, "CPUs reserved for each worker, and the number of threads it computes with.  [default: 1]"
+)
+@_option(
+    "allow-smaller-batches",
+    bool,
+    "If a batch does not fit the GPU's memory even in a fresh process, sample fewer rows at once. The images of such a "
+    "shard may differ in their last bits; its receipt says so.",
+    is_flag=True,
+)
+@_option(
+    "profile",
+    bool,
+    "Record where the time goes in the first batches of one shard, as OUTPUT/profile/trace.json for ui.perfetto.dev.",
+    is_flag=True,
+)
+@_option(
+    "stall-timeout",
+    float,
+    "Kill a worker that gives no heartbeat for SECONDS, and try its shard again. A worker gives one after each "
+    "denoising step, each reference it reads, each sample it writes and each part of a file it stages, so the whole "
+    "shard has no time limit. Loading the models gives none and may take an hour, or SECONDS if that is more.  "
+    "[default: 600, or 3600 with --compile; more where twenty denoising steps of a batch are estimated to take longer]",
+    metavar="SECONDS",
+)
+@_option(
+    "log-format",
+    click.Choice(settings.LOG_FORMATS),
+    "Format of the log on standard error: lines for people (text), or one JSON object a line (json). Only json has a "
+    "line for each finished shard.  [default: text]",
+)
+@_option(
+    "address",
+    str,
+    "Ray cluster to run on; 'local' starts a new one on this machine.  [default: RAY_ADDRESS; else the cluster that "
+    "this command runs in, or one that runs on this machine already; else a new local one]",
+    metavar="ADDRESS",
+)
+@click.option(
+    "--push",
+    metavar="URL",
+    help="Copy OUTPUT to this storage after a run that succeeds, as 'vcf-batch push' does.",
+)
+@debug_option
+@click.pass_context
+def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
+    """Generate an image for every row of MANIFEST into OUTPUT.
+
+    MANIFEST is a Parquet file, or a folder of them. It has a column 'prompt', and optionally 'reference', 'sample_id',
+    'seed' and settings of single rows. OUTPUT is a folder or URL; it becomes a WebDataset of images, prompts and
+    scores.
+
+    Rerunning the same command resumes: finished shards are kept, the rest is generated.
+
+    \b
+    Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
+    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted.
+    """
+    config = run_config(ctx)
+    run(config)
+    if push is not None:
+        hand_on(config.output, push)

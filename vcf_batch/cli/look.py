@@ -1,0 +1,97 @@
+"""``status`` and ``report``: an output to look at."""
+
+import io
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import click
+
+from vcf_batch import storage
+from vcf_batch.cli.command import Command, debug_option, given, json_option, moved_option, tell
+from vcf_batch.errors import UsageError, redact
+
+SHEET_ROWS = 64
+"""Samples in the picture of a report, unless another number is asked for."""
+
+
+@click.command(cls=Command)
+@click.argument("output")
+@json_option
+@debug_option
+def status(output: str, as_json: bool) -> None:
+    """Tell how the run in OUTPUT stands.
+
+    This works while the run goes on, after it ended, and after it died. OUTPUT alone is read, so any machine that sees
+    it can tell. Shards count once they are finished. Nothing is written.
+
+    \b
+    Exit codes: 0 told, however the run stands ("state": finished, running or stopped); 1 unexpected; 2 no run there;
+    5 damage.
+    """
+    from vcf_batch.report import status as statuses  # pyarrow is not needed to print a help text
+
+    found = statuses.read(output)
+    tell(str(found), found.to_dict(), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("output")
+@click.option(
+    "--out", metavar="FILE", help="The page to write, as HTML.  [default: index.html in OUTPUT, if --png is not given]"
+)
+@click.option(
+    "--png", metavar="FILE", help="Write a contact sheet: the first samples beside their references, as one picture."
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help=f"Number of samples in the picture of --png.  [default: {SHEET_ROWS}]",
+)
+@moved_option("manifest")
+@json_option
+@debug_option
+@click.pass_context
+def report(
+    ctx: click.Context, output: str, out: str | None, png: str | None, rows: int | None, as_json: bool, **_: Any
+) -> None:
+    """Write a page, or a picture, to look at OUTPUT with.
+
+    The page has scores, samples, failures, throughput and configuration. It is one HTML file that needs nothing else,
+    and shows the best, the worst and random samples beside their references. With --png, a picture of the first samples
+    is written instead of the page; with --out as well, both. OUTPUT may be unfinished.
+
+    \b
+    Exit codes: 0 written; 1 unexpected; 2 no finished shard there; 5 damage.
+    """
+    if rows is not None and png is None:
+        raise UsageError(f"--rows {rows} is the number of samples in the picture: give --png FILE too")
+    written: dict[str, str] = {}
+    if out is not None or png is None:
+        from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text
+        from vcf_batch.report import page
+
+        opened = Output.open(output, given(ctx))
+        target = storage.absolute(out) if out is not None else storage.join(opened.url, page.PAGE_NAME)
+        storage.publish_bytes(target, page.render(opened).encode())
+        written["page"] = redact(target)
+    if png is not None:
+        written["picture"] = draw_sheet(output, png, rows or SHEET_ROWS, given(ctx))
+    tell("\n".join(written.values()), written, as_json)
+
+
+def draw_sheet(output: str, target: str, rows: int, changes: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Write the contact sheet of an output as a PNG; where it is, without secrets.
+
+    Args:
+        output: folder or URL that a run has written.
+        target: the file to write.
+        rows: samples at most.
+        changes: settings that are not what they were in the run, such as the place of a manifest that has moved.
+    """
+    from vcf_batch.report import contact_sheet  # Pillow and pyarrow are not needed to print a help text
+
+    picture = io.BytesIO()
+    contact_sheet.contact_sheet(storage.absolute(output), rows, changes).save(picture, "png")
+    storage.publish_bytes(target := storage.absolute(target), picture.getvalue())
+    return redact(target)

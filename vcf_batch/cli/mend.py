@@ -1,0 +1,114 @@
+"""``verify`` and ``repair``: an output against what it should be."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
+from vcf_batch.cli.generate import generate
+from vcf_batch.errors import DamageFound, redact
+
+if TYPE_CHECKING:
+    from vcf_batch.commands.verify import Finding
+
+
+@click.command(cls=Command)
+@click.argument("output")
+@click.option(
+    "--regenerate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also draw N samples again, on this machine, and compare them with those in OUTPUT: byte for byte on the same "
+    "type of device with the same versions, else within a mean difference of 5 of 255.",
+)
+@click.option("--regenerate-seed", type=int, default=0, show_default=True, help="Chooses the samples of --regenerate.")
+@moved
+@json_option
+@debug_option
+@click.pass_context
+def verify(
+    ctx: click.Context, output: str, regenerate: int | None, regenerate_seed: int, as_json: bool, **_: Any
+) -> None:
+    """Read all of OUTPUT again, and tell what is damaged, and why.
+
+    Each damaged or missing shard is named. Receipts are compared with the files, tars with parquets, parquets with the
+    manifest; every image is decoded.
+
+    \b
+    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not the run's; 5 damage.
+    """
+    from vcf_batch.commands import verify
+    from vcf_batch.output.output import Output
+
+    opened = Output.open(output, given(ctx))
+    findings = _found(verify.check(opened), as_json)
+    if regenerate is not None and not _damaged(findings):
+        from vcf_batch.vcf.quiet import quiet  # nor torch to read files
+
+        quiet()
+        from vcf_batch.commands import regenerate as regeneration  # brings what would warn
+
+        findings += _found(regeneration.regenerate(opened, regenerate, regenerate_seed), as_json)
+    if as_json or not _damaged(findings):
+        document = {
+            "output": redact(output),
+            "rows": opened.plan.num_rows,
+            "shards": len(opened.plan),
+            "damaged": _damaged(findings),
+            "findings": [
+                {"place": one.place, "cause": redact(one.cause), "is_damage": one.is_damage} for one in findings
+            ],
+        }
+        words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage"
+        tell(words, document, as_json)
+    if _damaged(findings):
+        raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
+
+
+def _found(findings: Iterable["Finding"], as_json: bool) -> list["Finding"]:
+    """All findings; for people, each is printed as soon as it is found."""
+    found = []
+    for finding in findings:
+        found.append(finding)
+        if not as_json:
+            click.echo(str(finding))
+    return found
+
+
+def _damaged(findings: Iterable["Finding"]) -> bool:
+    return any(finding.is_damage for finding in findings)
+
+
+_OWN = {"address": None, "log_format": "text", "num_workers": None, "max_failed": 0.0}
+"""What a repair does not take from the run that it repairs."""
+
+
+@click.command(cls=Command, params=[option for option in generate.params if option.name in _OWN])
+@click.argument("output")
+@click.option(
+    "--where",
+    metavar="SQL",
+    default="status = 'failed'",
+    show_default=True,
+    help="Which rows to generate again: a condition on the columns of the parquets.",
+)
+@moved
+@debug_option
+@click.pass_context
+def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
+    """Generate again what is damaged, missing or failed in OUTPUT.
+
+    OUTPUT is read first, as 'verify' reads it. Damaged and missing shards are generated whole. Of the other shards,
+    only the rows that --where selects are generated: their other samples stay, byte for byte. Keys, shards and settings
+    stay as they are.
+
+    \b
+    Exit codes: those of 'generate'; 5 if OUTPUT is damaged in a way that generating does not mend.
+    """
+    from vcf_batch.commands.repair import Repair
+    from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
+
+    opened = Output.open(output, _OWN | given(ctx))
+    needed = Repair(opened, where)
+    run(opened.config, lambda: needed.rows(click.echo))

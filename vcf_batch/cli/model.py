@@ -1,0 +1,286 @@
+"""``model``: the models known by name, and a model of one's own: trained, put together, measured."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from vcf_batch import config as settings
+from vcf_batch import storage
+from vcf_batch.cli.before import images_in, prompts_in
+from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
+from vcf_batch.cli.generate import generate
+from vcf_batch.errors import UsageError, redact
+from vcf_batch.models.resolution import PRESETS, TINY
+from vcf_batch.training.training_config import TrainingConfig
+
+SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Strengths of ``concat`` that are evaluated; 1 is the paper's."""
+
+_DECIDED = (
+    "manifest",
+    "output",
+    "push",
+    "fusion",
+    "strength",
+    "pno_steps",
+    "seed",
+    "limit",
+    "triplets",
+    "safety_checker",
+    "attempts",
+    "best_by",
+    *settings.GATES,
+)
+"""Settings of a run that an evaluation decides: what is compared is not selected."""
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_COUNT = click.IntRange(min=1)
+
+
+def _recipe(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], Any]:
+    """An option of ``model train`` with the default of TrainingConfig."""
+    return click.option(f"--{name}", type=kind, help=text, default=getattr(TrainingConfig, name.replace("-", "_")),
+                        show_default=True, **extra)  # fmt: skip
+
+
+@click.group()
+def model() -> None:
+    """List, train, assemble and evaluate models."""
+
+
+@model.command("list", cls=Command)
+@json_option
+@debug_option
+def list_models(as_json: bool) -> None:
+    """List the models that are known by name.
+
+    Each is listed with what it needs before it can generate. Besides these names, --model takes a pipeline directory, a
+    Hugging Face Hub id, or a URL.
+    """
+    tiny: dict[str, str | None] = {
+        "name": TINY,
+        "base": None,
+        "image_encoder": None,
+        "what": "embedded, 64 x 64 pixels; draws a small world of its own",
+        "needs": None,
+    }
+    presets: list[dict[str, str | None]] = [
+        {
+            "name": name,
+            "base": base,
+            "image_encoder": encoder,
+            "what": f"{base}, with an aligner that reads {encoder}",
+            "needs": f"an aligner: 'vcf-batch model train --model {name} --data URL --out ALIGNER' trains it, "
+            f"'vcf-batch model assemble --base {name} --aligner ALIGNER --out MODEL' puts the model together",
+        }
+        for name, (base, encoder) in PRESETS.items()
+    ]
+    models = [tiny, *presets]
+    words = (f"{each['name']}: {each['what']}\n  needs {each['needs'] or 'nothing else'}" for each in models)
+    tell("\n".join(words), {"models": models}, as_json)
+
+
+@model.command(cls=Command)
+@click.option(
+    "--model",
+    required=True,
+    help="The model to train an aligner for: sd21 or sd15 (presets of base and image encoder), tiny, a pipeline "
+    "directory, a Hugging Face Hub id, or a URL.",
+)
+@click.option(
+    "--data",
+    required=True,
+    metavar="URL",
+    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, or a pattern of "
+    "file names in quotes, such as 's3://bucket/train-*.tar'.",
+)
+@click.option("--out", required=True, metavar="DIR", help="Folder or URL for the aligner, its checkpoints and its log.")
+@_recipe("revision", str, "Branch, tag or commit of a Hub model.")
+@_recipe("image-encoder", str, "The CLIP that the aligner reads.  [default: the preset's, else the model's own]")
+@_recipe("image-encoder-revision", str, "Branch, tag or commit of an image encoder on the Hub.")
+@_recipe("image-column", str, "Parquet column of images.  [default: the first struct<bytes, path> or binary one]")
+@_recipe("caption-column", str, "Parquet column of captions.  [default: caption, captions, text, sentences, ...]")
+@_recipe("limit", _COUNT, "Use only the first PAIRS pairs.", metavar="PAIRS")
+@_recipe("validation-data", str, "Captioned images to validate on.  [default: the last pairs of --data]", metavar="URL")
+@_recipe("validation-pairs", _COUNT, "Number of pairs to validate on.  [default: 5 % of the pairs, at most 1,000]")
+@_recipe("tokens", click.Choice(("all", "patches", "cls")), "Image tokens that the aligner uses.")
+@_recipe("epochs", _COUNT, "Number of passes over the data.")
+@_recipe("batch-size", _COUNT, "Pairs in a step, of all workers together. Each pair is compared with all others.")
+@_recipe("learning-rate", _POSITIVE, "Learning rate of AdamW at the start. It falls to zero along a cosine.")
+@_recipe("weight-decay", click.FloatRange(min=0), "Weight decay of AdamW.")
+@_recipe("gradient-norm", _POSITIVE, "Largest norm of the gradient. A longer one is shortened to it.")
+@_recipe("info-nce-weight", click.FloatRange(min=0), "Weight of the contrastive loss, lambda.")
+@_recipe("temperature", _POSITIVE, "Temperature of the contrastive loss; with --learn-temperature, at the start.")
+@_recipe("learn-temperature", None, "Train the temperature too.", is_flag=True)
+@_recipe(
+    "validate-every",
+    _COUNT,
+    "Steps between validations, each of which writes a checkpoint.  [default: those of an epoch]",
+)
+@_recipe("shuffle-buffer", _COUNT, "Number of pairs that each worker shuffles at a time.")
+@_recipe("seed", click.IntRange(min=0), "Seed of the first weights, of the order, and of the captions that are drawn.")
+@_recipe(
+    "dtype",
+    click.Choice(settings.DTYPES),
+    "Precision of the frozen towers. 'auto' is bfloat16 on GPUs and float32 on CPUs. With bfloat16 the aligner "
+    "computes in mixed precision.",
+)
+@_recipe(
+    "cache-features",
+    str,
+    "Folder or URL in which to keep the towers' outputs, for later epochs and runs.",
+    metavar="URL",
+)
+@_recipe("num-workers", _COUNT, "Number of workers.  [default: one per GPU, else one per --cpus-per-worker CPUs]")
+@_recipe(
+    "gpus-per-worker",
+    click.IntRange(0, 1),
+    "GPUs reserved for each worker; 0 computes on CPUs.  [default: 1 if there is a GPU, else 0]",
+)
+@_recipe(
+    "cpus-per-worker", _COUNT, "CPUs reserved for each worker. They decode images, and compute where there is no GPU."
+)
+@_recipe("address", str, "Ray cluster; 'local' starts a new one on this machine.  [default: as for generate]")
+@json_option
+@debug_option
+def train(as_json: bool, **options: Any) -> None:
+    """Train an aligner on captioned images, with Ray Train.
+
+    The default recipe is the paper's. The folder of --out becomes an ImageAligner directory, with log.csv, run.json and
+    checkpoints/ in it; 'vcf-batch model assemble' makes a model of it. Rerunning the same command resumes.
+    """
+    from vcf_batch.training import train  # torch and ray are not needed to print a help text
+
+    summary = train.run(TrainingConfig(**options))
+    tell(str(summary), dataclasses.asdict(summary) | {"out": redact(summary.out)}, as_json)
+
+
+@model.command(cls=Command)
+@click.option(
+    "--base",
+    required=True,
+    metavar="ID",
+    help="The Stable Diffusion model: sd21, sd15, tiny, a directory, a Hub id or a URL.",
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
+@click.option(
+    "--image-encoder",
+    metavar="ID",
+    help="The CLIP that the aligner reads.  [default: the preset's, else the base's own]",
+)
+@click.option("--image-encoder-revision", metavar="REV", help="Branch, tag or commit of an image encoder on the Hub.")
+@click.option("--aligner", required=True, metavar="DIR", help="Directory or URL that 'model train' wrote.")
+@click.option("--out", required=True, metavar="DIR", help="Folder or URL for the model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(settings.DTYPES[1:]),
+    default="float32",
+    show_default=True,
+    help="Precision of the weights that are written.",
+)
+@json_option
+@debug_option
+def assemble(
+    base: str,
+    revision: str | None,
+    image_encoder: str | None,
+    image_encoder_revision: str | None,
+    aligner: str,
+    out: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Put the parts of a model together as one directory.
+
+    The parts are Stable Diffusion, image encoder and aligner. 'generate' takes the directory as --model.
+    """
+    import torch  # not needed to print a help text
+
+    from vcf_batch.vcf.quiet import quiet
+
+    quiet()
+    from vcf_batch.vcf import assembly, parts  # bring what would warn
+
+    found = parts.Parts.resolve(base, revision, image_encoder, image_encoder_revision)
+    assembly.assemble(found, aligner, out, getattr(torch, dtype))
+    written = redact(storage.absolute(out))
+    tell(written, {"model": written}, as_json)
+
+
+@model.command(cls=Command, params=[option for option in generate.params if option.name not in _DECIDED])
+@click.option("--out", required=True, metavar="DIR", help="Folder or URL for manifest, samples, table and plot.")
+@click.option("--prompts", metavar="FILE", help="Text file, one prompt a line. Each is paired with every reference.")
+@click.option("--references", metavar="DIR", help="Folder of reference images.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Take N pairs of prompt and reference from the tiny model's world, without --prompts and --references.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Images of each pair by each method.",
+)
+@click.option(
+    "--strength",
+    "sweep",
+    type=float,
+    multiple=True,
+    default=SWEEP,
+    show_default=True,
+    help="Evaluate concat at this strength too, besides the model's own strength. Repeatable.",
+)
+@click.option(
+    "--pno-steps",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Steps of prompt-noise optimisation, in the method concat + PNO.",
+)
+@click.option(
+    "--pno-samples",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Number of samples of the method concat + PNO. Each of its steps takes as many operations as three images. "
+    "0 leaves the method out.",
+)
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    out: str,
+    prompts: str | None,
+    references: str | None,
+    pairs: int,
+    seeds: int,
+    sweep: tuple[float, ...],
+    pno_steps: int,
+    pno_samples: int,
+    **_: Any,
+) -> None:
+    """Compare text only with each fusion of a model.
+
+    All of them get the same prompts, references and noise. The samples are generated by an ordinary run, in the folder
+    samples/ of --out: rerunning the same command resumes. Beside it, table.md has the scores with bootstrap intervals,
+    results.json all figures, and tradeoff.png and tradeoff.svg the plot.
+    """
+    if (prompts is None) != (references is None):
+        raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
+    files = {"manifest": storage.join(out, "manifest.parquet"), "output": storage.join(out, "samples")}
+    config = run_config(ctx, **files, limit=None, pno_steps=0)
+    from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
+
+    chosen: Any = pairs
+    if prompts is not None and references is not None:
+        chosen = evaluation.crossed(prompts_in(prompts), images_in(references, config.manifest))
+        config = config.replace(reference_root=(*config.reference_root, references))
+    config = evaluation.write_manifest(config, chosen, seeds, sweep, pno_steps, pno_samples)
+    run(config)
+    click.echo("\n" + evaluation.tabulate(config))
