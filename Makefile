@@ -22,9 +22,11 @@ demo: install
 	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --address local
 	$(BIN)/vcf-batch report out/demo --out out/demo/index.html --png out/demo/contact_sheet.png
 
+# Two processes, each with whole files in their order, and one thread: OpenMP's spin where they wait for a core.
 test: install
-	$(BIN)/pytest -m "not slow" --hypothesis-profile same
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --hypothesis-profile same -n 2 --dist loadfile --no-loadscope-reorder
 
+# In one process: some of the long tests are about workers that are silent for too long.
 test-all: install
 	$(BIN)/pytest
 

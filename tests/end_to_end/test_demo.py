@@ -23,6 +23,7 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "manifests" / "demo.parquet"
 ROWS = 8
+SIZE = ("--limit", str(ROWS), "--shard-size", "4", "--steps", "8", "--num-workers", "1")
 MEBIBYTE = 1 << 20
 
 
@@ -31,7 +32,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight demo rows in two shards, and the contact sheet."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     for arguments in (
-        ["generate", str(DEMO), str(folder), "--limit", str(ROWS), "--shard-size", "4", "--num-workers", "1"],
+        ["generate", str(DEMO), str(folder), *SIZE],
         ["report", str(folder), "--png", str(folder / "contact_sheet.png")],
     ):
         subprocess.run([sys.executable, "-m", "vcf_batch", *arguments], check=True)
@@ -102,7 +103,7 @@ def test_the_embedded_models_draw_what_captions_say() -> None:
     assert min(seen.values()) > 0.9
 
     pipeline = VCFPipeline.from_pretrained(folder, dtype=torch.float32)
-    drawn = measure.text_only(pipeline, probe, count=32)
+    drawn = measure.text_only(pipeline, probe, count=32, steps=10)
     chance = {name: 1 / len(values) for name, values in world.VALUES.items()}
     assert all(drawn[name] > 2 * chance[name] for name in ("style", "pattern", "color", "shape", "position"))
 

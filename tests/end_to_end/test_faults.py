@@ -35,6 +35,8 @@ from vcf_batch.records import Receipt
 ray.cloudpickle.register_pickle_by_value(faults)
 """Workers cannot import what lies beside the tests."""
 
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
 ROWS, SHARD_SIZE, BATCH_SIZE = 16, 4, 2
 
 Configure = Callable[..., RunConfig]
@@ -90,19 +92,11 @@ def configure(cluster: Cluster, model: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = RunConfig(
-        **runs.SIZE,
-        model=str(model),
-        manifest=str(runs.write_manifest(folder / "in", ROWS)),
-        output=str(folder / "out"),
-        shard_size=SHARD_SIZE,
-        batch_size=BATCH_SIZE,
-    )
-    pool.run(config)
-    return folder / "out"
+    manifest = runs.write_manifest(folder / "in", ROWS)
+    return runs.generate(manifest, folder / "out", model, shard_size=SHARD_SIZE, batch_size=BATCH_SIZE)
 
 
 def order(config: RunConfig, *names: str) -> Path:
@@ -115,15 +109,26 @@ def orders_left(config: RunConfig) -> list[str]:
     return sorted(path.name for path in faults.orders(config.manifest).iterdir())
 
 
+# With nothing on disk, nothing but a loaded model, half a file in scratch, staged files. The phases between them leave
+# no more than those do; `make test-all` has them all, and the short chaos (test_chaos.py) draws from all of them.
+@pytest.mark.parametrize(
+    "phases",
+    [("load", "sample", "tar", "staged"), pytest.param(faults.WORKER_PHASES, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
 def test_workers_killed_in_every_phase_cost_no_byte(
-    undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
+    phases: tuple[str, ...],
+    undisturbed: Path,
+    configure: Configure,
+    notes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A worker may be killed at any moment: loading, sampling, scoring, writing the tar or the parquet, before the
     files are staged, after it, and when its shard is committed. The output is that of an undisturbed run."""
     # All of it may happen to one shard, which shall not be looked into for that.
     monkeypatch.setattr(failing_shard, "PAUSES", (0.1,) * len(faults.WORKER_PHASES))
     config = configure()
-    folder = order(config, *(f"{phase}.kill" for phase in faults.WORKER_PHASES))
+    folder = order(config, *(f"{phase}.kill" for phase in phases))
     (folder / "pids").mkdir()
     commit, receipts = commits.commit, list[Receipt]()
 
@@ -196,13 +201,13 @@ def test_a_row_that_kills_its_worker_fails_alone(
     undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kills its worker again and again is recorded as failed with the reason, and the rest completes, at the same
-    bytes. (Fewer repetitions than in earnest: test_attempts.py has those.)"""
+    bytes. (Fewer repetitions than in earnest: driver/test_failing_shard.py has those.)"""
     monkeypatch.setattr(failing_shard, "PAUSES", (0.0,))
     monkeypatch.setattr(bisection, "REPEATS", 1)
-    config = configure(columns=prompts(row6="kill"), max_failed=1.0)
+    config = configure(columns=prompts(row7="kill"), max_failed=1.0)
     assert pool.run(config).counts == {"success": ROWS - 1, "rejected": 0, "failed": 1}
-    check_that_only_these_fail(config, undisturbed, {6: "the process of the worker that generates this row dies"})
-    assert any(note.startswith("row 6 is recorded as failed") for note in notes)
+    check_that_only_these_fail(config, undisturbed, {7: "the process of the worker that generates this row dies"})
+    assert any(note.startswith("row 7 is recorded as failed") for note in notes)
 
 
 @pytest.mark.slow

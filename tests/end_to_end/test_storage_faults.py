@@ -30,7 +30,9 @@ from vcf_batch.errors import Interrupted, StorageError
 from vcf_batch.output import progress_file, receipts, run_file, shards
 from vcf_batch.storage import retries
 
-ROWS, SHARD_SIZE = 24, 4
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
+ROWS, SHARD_SIZE, BATCH_SIZE = 24, 4, 2
 FAULTY = Path(__file__).parents[1] / "support" / "faulty"
 
 
@@ -62,18 +64,27 @@ def cluster(faults: dict[str, Any], s3_endpoint: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def generate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Summary]:
-    model = runs.save_model(tmp_path_factory.mktemp("model"))
-    manifest = runs.write_manifest(tmp_path_factory.mktemp("manifest"), ROWS)
-    settings: dict[str, Any] = {"model": str(model), "manifest": str(manifest), "shard_size": SHARD_SIZE, **runs.SIZE}
-    return lambda output: pool.run(RunConfig(output=output, num_workers=1, batch_size=2, **settings))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(generate: Callable[[str], Summary], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_manifest(tmp_path_factory.mktemp("manifest"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def generate(model: Path, manifest: Path) -> Callable[[str], Summary]:
+    settings: dict[str, Any] = {"model": str(model), "manifest": str(manifest), "shard_size": SHARD_SIZE, **runs.SIZE}
+    return lambda output: pool.run(RunConfig(output=output, num_workers=1, batch_size=BATCH_SIZE, **settings))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Name to bytes of the tars and parquets of a run on a healthy local disk."""
     output = tmp_path_factory.mktemp("undisturbed")
-    assert generate(str(output)).counts["success"] == ROWS
+    runs.generate(manifest, output, model, shard_size=SHARD_SIZE, batch_size=BATCH_SIZE)
+    assert {row["status"] for row in runs.rows_of(output)} == {"success"}
     return runs.data_files(output)
 
 

@@ -235,8 +235,9 @@ def test_a_shard_whose_files_are_gone_is_generated_again(
     assert runs.data_files(undisturbed) == expected
 
 
+@pytest.mark.usefixtures("restored_torch")
 def test_a_repaired_output_is_what_an_undisturbed_run_writes(
-    configure: Callable[..., RunConfig], tmp_path: Path
+    configure: Callable[..., RunConfig], model: Path, tmp_path: Path
 ) -> None:
     """Failed rows, whose cause is gone, and damaged shards are generated again; the rest is not touched."""
     source = tmp_path / "in"
@@ -257,8 +258,9 @@ def test_a_repaired_output_is_what_an_undisturbed_run_writes(
     assert (summary.counts["failed"], summary.resumed_rows) == (0, 4 + 3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("00000*")} == before
     assert list(verify.check(opened)) == []
-    pool.run(configure(tmp_path / "undisturbed", manifest=manifest, num_workers=1))
-    assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "undisturbed")
+    settings = {"shard_size": SHARD_SIZE, "batch_size": BATCH_SIZE}
+    undisturbed = runs.generate(Path(manifest), tmp_path / "undisturbed", model, **settings)
+    assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
 
 
 def test_another_run_in_the_output_is_refused(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
@@ -279,11 +281,11 @@ def test_a_shard_that_fails_again_and_again_does_not_stop_the_others(
         r"2 of 10 shards failed again and again: 0000[17] \(rows .*\), 0000[17] \(rows .*\)\. The last reason: .*0000"
     )
     with pytest.raises(StorageError, match=rf"{named}(.|\n)*rerun the same command"):
-        pool.run(configure(tmp_path / "out", num_workers=2))
+        pool.run(configure(tmp_path / "out", num_workers=1))
     assert [receipt.shard.index for receipt in receipts(tmp_path / "out")] == [0, 2, 3, 4, 5, 6, 8, 9]
     for name in ("00001.tar", "00007.parquet"):
         shutil.rmtree(tmp_path / "out" / name)
-    assert pool.run(configure(tmp_path / "out", num_workers=2)).resumed_rows == ROWS - 2 * SHARD_SIZE
+    assert pool.run(configure(tmp_path / "out", num_workers=1)).resumed_rows == ROWS - 2 * SHARD_SIZE
     assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
 
 

@@ -17,7 +17,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, str]]:
     """Start a head of two CPUs with its own folder and ports; yields the environment that reaches it."""
-    port, dashboard, agent = runs.free_ports(3)
+    port, dashboard, agent, client = runs.free_ports(4)
     with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -31,7 +31,9 @@ def running() -> Iterator[dict[str, str]]:
             [
                 *(RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--temp-dir={folder}"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-                f"--dashboard-agent-listen-port={agent}",
+                *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+                # Any that is free: the default is a range, the same one for all heads of a machine.
+                *("--min-worker-port=0", "--max-worker-port=0"),
             ],
             env=environment,
             stdout=subprocess.DEVNULL,

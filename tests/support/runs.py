@@ -164,6 +164,16 @@ def commit(
     return receipt
 
 
+def generate(manifest: Path, output: Path, model: Path, **options: Any) -> Path:
+    """A whole run in this process, shard by shard and without Ray: what no fault can happen to. Returns ``output``."""
+    job = settled(manifest, output, model, **options)
+    claim.claim(job)
+    loaded = worker.load(job)
+    for shard in job.shards:
+        commits.commit(job.config.output, *stage(loaded, ShardTask(shard), shard.name))
+    return output
+
+
 def data_files(output: Path) -> dict[str, bytes]:
     """Name to bytes of a run's tars and parquets."""
     return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.suffix in (".tar", ".parquet")}
