@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
-from vcf_batch.driver import failing_shard
+from vcf_batch.driver import failing_shard, loop
 from vcf_batch.errors import StorageError
-from vcf_batch.pool import actor, dispatch
+from vcf_batch.pool import actor, ray_cluster
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -155,14 +155,14 @@ class FaultyActor(actor.Actor):
         around(commits, "stage", staging, phase("staged"))
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: ShardTask, attempt_id: str, again: bytes | None) -> Any:
+    def run(self, task: ShardTask, attempt_id: str, redo: bytes | None) -> Any:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / f"no-run-on-{node}").exists():
             act("fail")
         while (folder / "hold").exists():
             time.sleep(0.05)
         obey(folder, "run")
-        return super().run(task, attempt_id, again)  # type: ignore[operator]
+        return super().run(task, attempt_id, redo)  # type: ignore[operator]
 
 
 def drive() -> None:
@@ -181,10 +181,10 @@ def drive() -> None:
 
     around(commits, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
     around(storage, "move", after=moved)
-    around(dispatch.Dispatch, "run", begin)
+    around(loop.Loop, "run", begin)
     # As many attempts as it takes: where all workers are struck all the time, no row is to blame.
     failing_shard.PAUSES = failing_shard.LOSS_PAUSES = (0.2,) * 1000
-    dispatch.Actor = FaultyActor  # type: ignore[misc]
+    ray_cluster.Actor = FaultyActor  # type: ignore[misc]
     main()
 
 

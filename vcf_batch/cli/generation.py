@@ -270,11 +270,11 @@ def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
         hand_on(config.output, push)
 
 
-def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
-    """Generate what is left, and what ``again`` says, and tell what became of it."""
+def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict) -> None:
+    """Generate what is left and what ``choose_redo`` names, and tell what became of it."""
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
 
-    summary = pool.run(config, again)
+    summary = pool.run(config, choose_redo)
     click.echo(str(summary))
     click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
     if config.profile and summary.resumed_rows < summary.rows:

@@ -1,43 +1,34 @@
-"""A worker in a process of its own, and what the driver knows of it."""
+"""A worker in a process of its own, on some node of a Ray cluster."""
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
+from vcf_batch.driver.cluster import Heartbeat
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.records import Receipt
 from vcf_batch.setup import storage_check
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
-SHARDS_AT_ONCE = 2
-"""Of a worker: while one is sampled, the next one's first references are read, or the last one's files staged."""
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """A sign of life: where an actor is, and by attempt how far it has come."""
-
-    node: str
-    ticks: dict[str, int]
-    """Change whenever something is done."""
-    samples_done: dict[str, int]
-
 
 class Actor:
-    """What runs beside other actors on some node: a :class:`vcf_batch.worker.worker.Worker`, once it is loaded."""
+    """A process that holds a :class:`vcf_batch.worker.worker.Worker`, once that is loaded.
+
+    Args:
+        job: what it works on.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._worker: Any = None
 
-    @ray.method(concurrency_group="signs")
-    def sign(self) -> Heartbeat:
+    @ray.method(concurrency_group="heartbeats")
+    def heartbeat(self) -> Heartbeat:
         """Say where and how far it is, whatever else it is doing."""
-        ticks, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else ({}, {})
-        return Heartbeat(ray.get_runtime_context().get_node_id(), ticks, samples)
+        progress, samples = (self._worker.ticks, self._worker.samples_done) if self._worker else ({}, {})
+        return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
     def load(self) -> None:
         """Make the worker ready."""
@@ -51,13 +42,13 @@ class Actor:
         )
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: ShardTask, attempt_id: str, again: bytes | None) -> tuple[Receipt, dict[str, str]] | None:
-        """Do a task; the receipt and the staged files, unless it is a trial.
+    def run(self, task: ShardTask, attempt_id: str, redo: bytes | None) -> tuple[Receipt, dict[str, str]] | None:
+        """Do a task, and return the receipt and the staged files, or None after a trial.
 
         Args:
             task: of which shard.
             attempt_id: names the staged files.
-            again: see :class:`vcf_batch.output.kept_samples.KeptSamples`.
+            redo: which rows are generated, see :class:`vcf_batch.output.kept_samples.KeptSamples`; None for all.
         """
         if task.selected is not None:
             self._worker.trial(task.shard, attempt_id, task.selected, task.sampled_at_once)
@@ -72,63 +63,9 @@ class Actor:
                 self._job.config,
                 self._job.manifest,
                 task.shard,
-                again,
+                redo,
                 functools.partial(self._worker.tick, attempt_id),
             ),
             sampled_at_once=task.sampled_at_once,
             profiled=task.shard.index == self._job.profiled,
         )
-
-
-@dataclass(eq=False)
-class WorkerHandle:
-    """An actor, and what it is asked: where it is, then to load the model, then one task after the other."""
-
-    actor: Any
-    started: float
-    sign: Heartbeat | None = None
-    """Its last one; None while it waits for a machine."""
-    asked: float = 0.0
-    """When it was last asked for a sign, on the monotonic clock."""
-    flights: list["Request"] = field(default_factory=list)
-    """What it has not answered yet."""
-
-    @property
-    def node(self) -> str:
-        """Where it is; empty while it waits for a machine."""
-        return self.sign.node if self.sign else ""
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether it has a task."""
-        return any(flight.task for flight in self.flights)
-
-    @property
-    def samples_done(self) -> int:
-        """Samples of unfinished shards."""
-        return sum(self.sign.samples_done.get(flight.attempt_id, 0) for flight in self.flights) if self.sign else 0
-
-    def signed(self, sign: Heartbeat) -> None:
-        """Take a sign of life."""
-        self.sign = sign
-        for flight in self.flights:
-            ticks = sign.ticks.get(flight.attempt_id, 0)
-            if ticks != flight.ticks:
-                flight.ticks, flight.silent = ticks, 0.0
-
-
-@dataclass(eq=False)
-class Request:
-    """What a worker has been asked."""
-
-    worker: WorkerHandle
-    ref: ray.ObjectRef
-    """What will answer it."""
-    task: ShardTask | None = None
-    """None until it has loaded."""
-    attempt_id: str = ""
-    """Of the task."""
-    ticks: int = 0
-    """As of the last sign of life."""
-    silent: float = 0.0
-    """Seconds since anything moved."""
