@@ -11,9 +11,11 @@ from vcf_batch.driver.bisection import REPEATS
 from vcf_batch.driver.cluster import Request
 from vcf_batch.driver.failing_shard import PAUSES
 from vcf_batch.driver.fault import Failure, Fault
+from vcf_batch.driver.loop import ANSWER_SECONDS
 from vcf_batch.driver.quarantine import FAILURES
 from vcf_batch.driver.workers import MAX_BACKOFF_SECONDS, START_ATTEMPTS
-from vcf_batch.errors import RefusedError, UsageError, VcfBatchError
+from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
+from vcf_batch.output import commits
 
 A, B, C = "node-a", "node-b", "node-c"
 ROWS, SHARD_SIZE = 32, 4
@@ -98,6 +100,15 @@ def test_a_worker_that_dies_is_replaced_and_its_shard_done_again(simulate: Simul
     assert all("is repeated alone" in note for note in simulation.told("attempt_failed"))
 
 
+def test_attempts_have_names_of_their_own(simulate: Simulate) -> None:
+    """Staged files of two attempts never meet, even where one of them was declared dead."""
+    simulation = simulate(once(lambda request: request.task is not None, lambda node: (3.0, death(node))))
+    simulation.run()
+    attempts = [name for process in simulation.cluster.processes for name in process.running if name]
+    assert len({*attempts}) == len(attempts) == ROWS // SHARD_SIZE + 2
+    assert {name.rpartition("-")[0] for name in attempts} >= {"00000-1", "00000-2"}
+
+
 def test_a_worker_without_a_heartbeat_is_killed(simulate: Simulate) -> None:
     """A shard is not limited as a whole: one that goes on is waited for, one that stands still is not."""
     shards = iter([2 * 60.0, HANGS])
@@ -160,6 +171,26 @@ def test_trouble_of_storage_costs_a_pause_and_no_worker(simulate: Simulate) -> N
     assert len(simulation.cluster.processes) == 1
     assert simulation.committed[0].attempt == 2
     assert simulation.times("attempt_failed")[0] + PAUSES[0] < simulation.clock.now()
+
+
+def test_a_commit_that_fails_is_repeated_after_a_pause(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits are timed by the same clock, and workers do not wait for them."""
+    commit, errors = commits.commit, iter([StorageError("no storage")])
+
+    def failing_once(*arguments: Any) -> None:
+        for error in errors:
+            raise error
+        commit(*arguments)
+
+    monkeypatch.setattr(commits, "commit", failing_once)
+    simulation = simulate(num_workers=1)
+    simulation.run()
+    check_whole(simulation)
+    (failed,) = simulation.times("commit_failed")
+    assert failed == LOAD_SECONDS + SHARD_SECONDS
+    finished = dict(zip(simulation.told("shard_finished"), simulation.times("shard_finished"), strict=True))
+    assert [int(name[6:11]) for name in finished] == [1, 0, *range(2, ROWS // SHARD_SIZE)]
+    assert 0 <= finished["shard 00000 (rows 0 to 3) is finished"] - failed - PAUSES[0] <= ANSWER_SECONDS
 
 
 def test_a_lost_node_costs_no_attempt_of_its_shards(simulate: Simulate) -> None:

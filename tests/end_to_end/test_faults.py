@@ -196,7 +196,7 @@ def test_a_row_that_kills_its_worker_fails_alone(
     undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kills its worker again and again is recorded as failed with the reason, and the rest completes, at the same
-    bytes. (Fewer repetitions than in earnest: test_attempts.py has those.)"""
+    bytes. (Fewer repetitions than in earnest: driver/test_failing_shard.py has those.)"""
     monkeypatch.setattr(failing_shard, "PAUSES", (0.0,))
     monkeypatch.setattr(bisection, "REPEATS", 1)
     config = configure(columns=prompts(row6="kill"), max_failed=1.0)

@@ -84,8 +84,8 @@ class Loop:
         self._commits.raise_if_lost()
         workers = self._workers
         workers.start(self._ungenerated)
-        for worker in [*workers.idle]:
-            workers.idle.remove(worker)
+        idle, workers.idle = workers.idle, []
+        for worker in idle:
             self._give_tasks(worker)
         if workers.requests:
             for request, answer in self._cluster.wait(workers.requests, ANSWER_SECONDS):
