@@ -125,6 +125,19 @@ def test_a_worker_without_a_heartbeat_is_killed(simulate: Simulate) -> None:
     assert 60 <= simulation.times("attempt_failed")[0] - LOAD_SECONDS - 2 * 60 <= 70
 
 
+def test_a_driver_that_was_stopped_takes_no_worker_to_hang(simulate: Simulate) -> None:
+    """While the driver itself stood still, nobody could be heard."""
+    simulation = simulate(lambda node, request: (150.0, None), shard_size=ROWS // 2, stall_timeout=60.0)
+
+    def stop() -> None:
+        simulation.clock.seconds += 90.0
+
+    simulation.cluster.at(200.0, stop)
+    simulation.run()
+    assert len(simulation.committed) == 2
+    assert not simulation.told("attempt_failed")
+
+
 def test_a_bad_node_is_left_out(simulate: Simulate) -> None:
     """It fails while others succeed: it gets no more work, and its failures count against no shard."""
 

@@ -205,7 +205,7 @@ class SimulatedCluster:
             while self._events and self._events[0][0] <= self.now():
                 heapq.heappop(self._events)[2]()
         if not is_enough():
-            self._clock.seconds = until
+            self._clock.seconds = max(self.now(), until)
 
     def _place(self) -> None:
         """Give processes that wait a node with room."""
