@@ -1,6 +1,6 @@
 """Measure the driver's work per shard: ``python benchmarks/dispatch.py``.
 
-The pool's own loop runs on a real Ray cluster with fake workers. Two processes play thousands of workers; for a shard
+The driver's own loop runs on a real Ray cluster with fake workers. Two processes play thousands of workers; for a shard
 they sleep, stage two tiny files and return a receipt.
 
 ``cost``: the driver's milliseconds per shard, with shards that do not sleep.
@@ -32,12 +32,14 @@ from plan import CONTENT, peak_memory, receipt_of
 
 from vcf_batch import pool, storage
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.cluster import Heartbeat
 from vcf_batch.driver.ledger import Ledger
+from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import RefusedError
 from vcf_batch.output import commits, lease, shards
-from vcf_batch.pool.actor import Heartbeat
-from vcf_batch.pool.dispatch import Dispatch
+from vcf_batch.pool import launch
+from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.records import Receipt
 from vcf_batch.setup import claim, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask
@@ -62,7 +64,7 @@ class Player:
         self._running = 0
         self._since, self._worked = time.monotonic(), 0.0
 
-    async def sign(self, worker: int) -> Heartbeat:
+    async def heartbeat(self, worker: int) -> Heartbeat:
         return Heartbeat(ray.get_runtime_context().get_node_id(), {}, {})
 
     async def load(self, worker: int) -> None:
@@ -108,7 +110,7 @@ class Players:
     """Replacement for the pool's actor class. The processes take turns to play the new workers."""
 
     def __init__(self, output: str, seconds: float) -> None:
-        remote: Any = ray.remote  # as in pool.py
+        remote: Any = ray.remote  # as in pool/ray_cluster.py
         actor = remote(num_cpus=0, max_concurrency=1_000_000)(Player)
         self.processes = [actor.remote(output, seconds, seed) for seed in range(PROCESSES)]
         self._workers = itertools.count()
@@ -127,8 +129,8 @@ class Players:
 
 
 @contextlib.contextmanager
-def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Dispatch, Players]]:
-    """A driver that is ready to start its loop, for a manifest with one row per shard."""
+def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Loop, Players, lease.Lease]]:
+    """A loop over a manifest with one row per shard, its players, and the lease of its output."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-dispatch-") as folder:
         manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
         pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
@@ -136,24 +138,25 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Di
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
             claim.claim(job)
-            driver, players = Dispatch(job, held, Ledger(job), progress), Players(output, seconds)
-            driver.actor_class = players
+            cluster, players = RayCluster(job), Players(output, seconds)
+            cluster.actor_class = players
+            loop = launch.loop_on(cluster, job, held, Ledger(job), progress)
             with mock.patch.object(ray, "kill"):  # A player must live on when one of its workers is killed.
-                yield driver, players
+                yield loop, players, held
 
 
 def cost_of_a_shard(num_shards: int, workers: int) -> tuple[float, float]:
     """The driver's seconds of processor time and of wall clock per shard."""
-    with dispatch(num_shards, workers, 0.0) as (driver, _):
+    with dispatch(num_shards, workers, 0.0) as (loop, _, _):
         begin = time.process_time(), time.perf_counter()
-        driver.run()
+        loop.run()
         return (time.process_time() - begin[0]) / num_shards, (time.perf_counter() - begin[1]) / num_shards
 
 
 def share_at_work(workers: int, seconds: float) -> tuple[float, float]:
     """Share of the workers at work, and the driver's share of a processor, measured for ``seconds``."""
     found: list[tuple[float, float]] = []
-    with dispatch(4 * workers, workers, SHARD_SECONDS) as (driver, players):
+    with dispatch(4 * workers, workers, SHARD_SECONDS) as (loop, players, held):
 
         def watch() -> None:
             while players.work()[0] < workers:
@@ -163,12 +166,12 @@ def share_at_work(workers: int, seconds: float) -> tuple[float, float]:
             time.sleep(seconds)
             used, passed = time.process_time() - begin[0], time.perf_counter() - begin[1]
             found.append(((players.work()[1] - worked) / (workers * passed), used / passed))
-            driver.lease.lost = RefusedError("enough was seen")
+            held.lost = RefusedError("enough was seen")
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         with contextlib.suppress(RefusedError):
-            driver.run()
+            loop.run()
         watcher.join()
     return found[0]
 

@@ -36,7 +36,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The configurations that runs were started with; no run takes place."""
     found: list[RunConfig] = []
 
-    def record(config: RunConfig, again: object) -> Summary:
+    def record(config: RunConfig, choose_redo: object) -> Summary:
         found.append(config)
         return Summary(config.output, 10, {"success": 9, "rejected": 0, "failed": 1}, 0, 1.0)
 
@@ -45,7 +45,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
 
 def ends_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
-    def fail(config: RunConfig, again: object) -> Summary:
+    def fail(config: RunConfig, choose_redo: object) -> Summary:
         raise error
 
     monkeypatch.setattr(pool, "run", fail)

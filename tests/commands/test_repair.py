@@ -135,9 +135,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Result, l
     """The command's result, and what a run was started with; no run takes place."""
     configs, asked = [], []
 
-    def record(config: RunConfig, again: pool.Again) -> Summary:
+    def record(config: RunConfig, choose_redo: pool.ChooseRedo) -> Summary:
         configs.append(config)
-        asked.append(dict(again()))
+        asked.append(dict(choose_redo()))
         return Summary(config.output, ROWS, {"success": 10, "rejected": 0, "failed": 0}, 8, 1.0)
 
     monkeypatch.setattr(pool, "run", record)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,13 @@ class Run:
         self.notes: list[str] = []
         self.queue: CommitQueue
 
-    def settle(self, *finished: Finished) -> list[Outcome]:
+    def commit(self, *finished: Finished) -> list[Outcome]:
         """Hand in shards and wait for what becomes of all that are pending."""
         for each in finished:
             self.queue.add(each)
         outcomes: list[Outcome] = []
         while len(self.queue):
-            for each, error in self.queue.settled():
+            for each, error in self.queue.outcomes():
                 outcomes.append((each.task.shard.name, error))
                 if error is None:
                     self.ledger.committed(each.task, each.receipt)
@@ -72,10 +73,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     monkeypatch.setattr(failing_shard, "PAUSES", (0.05, 0.1))
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
     prepared = Run(runs.write_output(runs.write_manifest(tmp_path / "in", 6), tmp_path / "out", 2))
+
+    def note(message: str, *_: object, **__: object) -> None:
+        prepared.notes.append(message)
+
     with (
         lease.hold(prepared.output) as held,
         CommitQueue(
-            prepared.output, held, prepared.ledger, lambda message, *_, **__: prepared.notes.append(message)
+            prepared.output, held, prepared.ledger, note, time.monotonic, ThreadPoolExecutor(1)
         ) as prepared.queue,
     ):
         yield prepared
@@ -83,7 +88,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 def test_shards_are_committed_in_the_order_in_which_they_come(run: Run) -> None:
     first, second, third = run.finished
-    assert run.settle(third, first, second) == [("00002", None), ("00000", None), ("00001", None)]
+    assert run.commit(third, first, second) == [("00002", None), ("00000", None), ("00001", None)]
     assert runs.data_files(Path(run.output)) == run.expected
     assert runs.read_receipts(run.output) == {each.receipt.shard.index: each.receipt for each in run.finished}
     assert not list(Path(run.output, commits.STAGING).iterdir())
@@ -96,10 +101,10 @@ def test_a_commit_that_fails_is_repeated_with_the_files_that_are_staged(run: Run
     (obstacle / "in the way").mkdir(parents=True)
     for finished in run.finished:
         run.queue.add(finished)
-    runs.wait_for(lambda: bool([*run.queue.settled()]) and bool(run.notes))
+    runs.wait_for(lambda: bool([*run.queue.outcomes()]) and bool(run.notes))
     (obstacle / "in the way").rmdir()
     obstacle.rmdir()
-    assert ("00000", None) in run.settle()
+    assert ("00000", None) in run.commit()
     assert "its commit failed and is repeated: cannot" in run.notes[0]
     assert runs.data_files(Path(run.output)) == run.expected
     assert len(runs.read_receipts(run.output)) == 3
@@ -107,14 +112,14 @@ def test_a_commit_that_fails_is_repeated_with_the_files_that_are_staged(run: Run
 
 def test_a_commit_that_always_fails_is_given_up(run: Run) -> None:
     Path(run.output, "00000.tar", "in the way").mkdir(parents=True)
-    (outcome,) = run.settle(run.finished[0])
+    (outcome,) = run.commit(run.finished[0])
     assert isinstance(outcome[1], StorageError)
     assert len(run.notes) == len(failing_shard.PAUSES)
 
 
 def test_a_shard_whose_staged_files_are_gone_is_generated_again(run: Run) -> None:
     commits.discard(run.output, run.finished[0].staged)
-    (outcome,) = run.settle(run.finished[0])
+    (outcome,) = run.commit(run.finished[0])
     assert isinstance(outcome[1], commits.StagedFilesLost)
     assert not run.notes
 
@@ -122,7 +127,7 @@ def test_a_shard_whose_staged_files_are_gone_is_generated_again(run: Run) -> Non
 def test_nothing_is_committed_once_the_lease_is_lost(run: Run) -> None:
     """The driver alone commits, and asks before each commit whether it still owns the output."""
     Path(run.output, lease.NAME).write_text('{"pid": 4711, "host": "far"}')
-    (outcome,) = run.settle(run.finished[0])
+    (outcome,) = run.commit(run.finished[0])
     assert isinstance(outcome[1], RefusedError)
     assert not runs.read_receipts(run.output)
 
@@ -131,12 +136,12 @@ def test_nothing_is_committed_once_the_lease_is_lost(run: Run) -> None:
 def test_a_shard_of_blamed_rows_alone_has_the_same_fate_in_any_order(run: Run, order: tuple[int, ...]) -> None:
     """Where every row of a shard is blamed, a sample of any other shard shows that workers are healthy."""
     handed_in = [run.blamed(0), *run.finished[1:]]
-    assert dict(run.settle(*(handed_in[number] for number in order))) == dict.fromkeys(("00000", "00001", "00002"))
+    assert dict(run.commit(*(handed_in[number] for number in order))) == dict.fromkeys(("00000", "00001", "00002"))
 
 
 def test_where_every_row_of_a_run_is_blamed_no_verdict_is_recorded(run: Run) -> None:
     """Only what repeats on a healthy worker marks a row."""
-    outcomes = run.settle(*map(run.blamed, range(3)))
+    outcomes = run.commit(*map(run.blamed, range(3)))
     assert [name for name, _ in outcomes] == ["00000", "00001", "00002"]
     assert all(isinstance(error, VcfBatchError) and "2 rows seem to kill" in str(error) for _, error in outcomes)
     assert not runs.read_receipts(run.output)
@@ -147,7 +152,7 @@ def test_samples_that_miss_their_gates_show_that_workers_are_healthy(run: Run) -
     blamed = run.blamed(0)
     counts: dict[Status, int] = {"success": 0, "rejected": 1, "failed": 1}
     receipt = dataclasses.replace(blamed.receipt, counts=counts, sampled=1)
-    assert run.settle(dataclasses.replace(blamed, receipt=receipt)) == [("00000", None)]
+    assert run.commit(dataclasses.replace(blamed, receipt=receipt)) == [("00000", None)]
 
 
 def test_rows_that_are_rejected_before_they_are_sampled_show_nothing_of_their_worker(run: Run) -> None:
@@ -155,7 +160,7 @@ def test_rows_that_are_rejected_before_they_are_sampled_show_nothing_of_their_wo
     blamed = run.blamed(0)
     counts: dict[Status, int] = {"success": 0, "rejected": 1, "failed": 1}
     unsampled = dataclasses.replace(blamed, receipt=dataclasses.replace(blamed.receipt, counts=counts))
-    outcomes = run.settle(unsampled, run.blamed(1), run.blamed(2))
+    outcomes = run.commit(unsampled, run.blamed(1), run.blamed(2))
     assert all(isinstance(error, VcfBatchError) for _, error in outcomes)
     assert not runs.read_receipts(run.output)
 

@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch.driver import failing_shard
+from support import simulated
+from support.simulated import Clock, fault
 from vcf_batch.driver.bisection import REPEATS
-from vcf_batch.driver.failing_shard import LOSS_PAUSES, MAX_CULPRITS, PAUSES, FailingShard, Failure
+from vcf_batch.driver.failing_shard import LOSS_PAUSES, MAX_CULPRITS, PAUSES, FailingShard
+from vcf_batch.driver.fault import Failure
 from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 
 A, B = "node a", "node b"
-SYMPTOM = "it dies"
 
 World = Callable[[set[int], ShardTask], Failure | None]
 """What happens to a worker that generates these rows; None if all goes well."""
@@ -22,7 +23,7 @@ World = Callable[[set[int], ShardTask], Failure | None]
 
 def live(world: World, rows: int = 16, batch_size: int | None = None) -> tuple[ShardTask | None, list[ShardTask]]:
     """A case in a world until it is committed or set aside: the task that went well, and all tasks."""
-    case = FailingShard(Shard(3, 100, 100 + rows, "00003"), range(100, 100 + rows), batch_size)
+    case = FailingShard(Shard(3, 100, 100 + rows, "00003"), range(100, 100 + rows), batch_size, Clock().now)
     done: list[ShardTask] = []
     # A case is opened by the first failure of a whole attempt.
     task, first = ShardTask(case.shard), True
@@ -34,7 +35,7 @@ def live(world: World, rows: int = 16, batch_size: int | None = None) -> tuple[S
         assert not (first and failure is None), "the world is fine"
         first = False
         if failure is not None:
-            if not case.failed(task, A, failure, SYMPTOM):
+            if not case.failed(task, fault(failure, A)):
                 return None, done
         elif task.selected is None:
             return task, done
@@ -55,7 +56,7 @@ def test_rows_that_kill_their_worker_are_blamed_and_the_rest_completes(culprits:
     """A row that kills its worker every time is recorded as failed, after its retries; several are, too."""
     task, done = live(killers(*culprits))
     assert task is not None and task.verdicts.keys() == culprits
-    assert all(message.startswith(SYMPTOM) for message in task.verdicts.values())
+    assert all(message.startswith(simulated.SYMPTOM) for message in task.verdicts.values())
     trials = [task for task in done if task.selected is not None]
     assert len(trials) <= len(culprits) * (math.ceil(math.log2(16)) + REPEATS)
     for culprit in culprits:
@@ -132,10 +133,10 @@ def test_a_lost_node_is_nobodys_fault_unless_it_is_always_the_same_rows() -> Non
 
 def test_a_verdict_tells_the_first_symptom_of_the_row_alone() -> None:
     """Where a row suffers from several things, its error message does not depend on which came last."""
-    case = FailingShard(Shard(0, 0, 2, "00000"), range(2), None)
+    case = FailingShard(Shard(0, 0, 2, "00000"), range(2), None, Clock().now)
     symptoms = iter(["of the shard"] * (len(PAUSES) + 1) + ["first alone", *(f"later {n}" for n in range(REPEATS))])
     while not (task := case.task()).verdicts:
-        assert case.failed(task, A, Failure.CRASH, next(symptoms))
+        assert case.failed(task, fault(Failure.CRASH, A, next(symptoms)))
     assert task.verdicts[0].startswith("first alone; ")
 
 
@@ -169,28 +170,28 @@ def test_a_row_that_does_not_fit_alone_is_found() -> None:
 
 def test_what_failed_on_a_bad_node_does_not_count() -> None:
     """No row is blamed for a node, and no attempt is lost."""
-    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None, Clock().now)
     for failure in (Failure.TROUBLE, Failure.CRASH, Failure.TROUBLE, Failure.CRASH, Failure.CRASH):
-        assert case.failed(case.task(), A, failure, SYMPTOM)
+        assert case.failed(case.task(), fault(failure, A))
     trial = case.task()
     assert trial.selected is not None
-    assert case.failed(trial, A, Failure.CRASH, SYMPTOM)
+    assert case.failed(trial, fault(Failure.CRASH, A))
     late = case.task()
     case.forgive(A)
     assert not case.failed_on
     assert case.task().selected is None and not case.task().last_attempt
-    assert case.failed(late, B, Failure.CRASH, SYMPTOM)
+    assert case.failed(late, fault(Failure.CRASH, B))
     assert case.task().selected is None
     for _ in PAUSES:
-        assert case.failed(case.task(), B, Failure.TROUBLE, SYMPTOM)
-    assert not case.failed(case.task(), B, Failure.TROUBLE, SYMPTOM)
+        assert case.failed(case.task(), fault(Failure.TROUBLE, B))
+    assert not case.failed(case.task(), fault(Failure.TROUBLE, B))
 
 
 def blamed_on(node: str) -> tuple[FailingShard, ShardTask]:
     """A case whose first row died on a node, again and again; what is tried next is the rest of the shard."""
-    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None, Clock().now)
     while not (task := case.task()).verdicts:
-        assert case.failed(task, node, Failure.CRASH, SYMPTOM)
+        assert case.failed(task, fault(Failure.CRASH, node))
     return case, task
 
 
@@ -210,7 +211,7 @@ def test_a_row_that_died_on_one_node_alone_is_tried_where_the_rest_went_well() -
     case, rest = blamed_on(A)
     assert not case.is_proven(rest, B)
     for _ in range(REPEATS):
-        assert case.failed(case.task(), B, Failure.CRASH, SYMPTOM)
+        assert case.failed(case.task(), fault(Failure.CRASH, B))
     assert case.is_proven(case.task(), "node c")
 
 
@@ -223,25 +224,25 @@ def test_a_verdict_of_a_node_that_is_left_out_does_not_count() -> None:
 
 
 def test_a_search_in_vain_on_a_bad_node_does_not_count() -> None:
-    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None, Clock().now)
     while (task := case.task()).selected is None:
-        assert case.failed(task, A, Failure.CRASH, SYMPTOM)
+        assert case.failed(task, fault(Failure.CRASH, A))
     while (task := case.task()).selected is not None:
         case.survived(task)
     case.forgive(A)
-    assert case.failed(case.task(), B, Failure.CRASH, SYMPTOM)
+    assert case.failed(case.task(), fault(Failure.CRASH, B))
 
 
 def test_batches_that_a_bad_node_made_smaller_are_whole_again() -> None:
     """No sample leaves the promise of identical bytes for a node."""
-    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), 8)
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), 8, Clock().now)
     for node in (B, A, A):
-        assert case.failed(case.task(), node, Failure.MEMORY, SYMPTOM)
+        assert case.failed(case.task(), fault(Failure.MEMORY, node))
     assert case.task().sampled_at_once == 2
     case.forgive(A)
     assert case.task().sampled_at_once is None
     assert case.failed_on == {B}
-    assert case.failed(case.task(), B, Failure.MEMORY, SYMPTOM)
+    assert case.failed(case.task(), fault(Failure.MEMORY, B))
     assert case.task().sampled_at_once == 4
     case.forgive("another node")
     assert case.task().sampled_at_once == 4
@@ -249,19 +250,20 @@ def test_batches_that_a_bad_node_made_smaller_are_whole_again() -> None:
 
 def test_only_rows_that_are_generated_are_suspected() -> None:
     """A shard of which most samples are kept is bisected among the others."""
-    case = FailingShard(Shard(0, 0, 8, "00000"), [2, 5], None)
+    case = FailingShard(Shard(0, 0, 8, "00000"), [2, 5], None, Clock().now)
     for _ in [*PAUSES, "last"]:
-        assert case.failed(case.task(), A, Failure.CRASH, SYMPTOM)
+        assert case.failed(case.task(), fault(Failure.CRASH, A))
     assert case.task().selected == {2}
 
 
-def test_pauses_hold_back_whole_attempts_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failing_shard.time, "monotonic", lambda: 1000.0)
-    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None)
+def test_pauses_hold_back_whole_attempts_only() -> None:
+    clock = Clock()
+    clock.seconds = 1000.0
+    case = FailingShard(Shard(0, 0, 8, "00000"), range(8), None, clock.now)
     for pause in PAUSES:
-        case.failed(case.task(), A, Failure.CRASH, SYMPTOM)
+        case.failed(case.task(), fault(Failure.CRASH, A))
         assert case.not_before == 1000.0 + pause
-    case.failed(case.task(), A, Failure.CRASH, SYMPTOM)
+    case.failed(case.task(), fault(Failure.CRASH, A))
     assert case.task().selected == {0, 1, 2, 3}
     assert case.not_before == 0.0
 

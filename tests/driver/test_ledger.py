@@ -56,4 +56,4 @@ def test_each_shard_keeps_its_own_marks(tmp_path: Path) -> None:
     ledger = Ledger(dataclasses.replace(job, redo=dict.fromkeys(range(4), bytes([0, 1]))))
     committed = runs.read_receipts(job.config.output)
     assert [ledger.whole(receipt) for receipt in committed.values()] == [*committed.values()]
-    assert len({*map(id, ledger._kept.values())}) == 2
+    assert len({*map(id, ledger._older.values())}) == 2

@@ -25,11 +25,11 @@ from ray.cluster_utils import Cluster
 from support import faults
 from vcf_batch import pool
 from vcf_batch.config import RunConfig
-from vcf_batch.driver import bisection, failing_shard, quarantine
+from vcf_batch.driver import bisection, failing_shard, heartbeats, quarantine, workers
 from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import commits
-from vcf_batch.pool import dispatch, watch
+from vcf_batch.pool import ray_cluster
 from vcf_batch.records import Receipt
 
 ray.cloudpickle.register_pickle_by_value(faults)
@@ -75,7 +75,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def configure(cluster: Cluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     """Runs over a manifest of this test's own, whose workers obey orders beside it."""
-    monkeypatch.setattr(dispatch, "Actor", faults.FaultyActor)
+    monkeypatch.setattr(ray_cluster, "Actor", faults.FaultyActor)
     monkeypatch.setattr(failing_shard, "PAUSES", (0.1, 0.2))
 
     def build(output: str = "out", columns: dict[str, list[Any]] | None = None, **options: Any) -> RunConfig:
@@ -248,7 +248,7 @@ def test_a_worker_that_hangs_before_it_says_where_it_is_is_replaced(
 ) -> None:
     """Nobody can tell it from one that waits for a machine, so a worker that has not come up for long is asked for
     again. It counts as no failure."""
-    monkeypatch.setattr(watch, "LOAD_SECONDS", 0.0)
+    monkeypatch.setattr(heartbeats, "LOAD_SECONDS", 0.0)
     config = configure(num_workers=1, stall_timeout=30.0)
     order(config, "init.hang")
     pool.run(config)
@@ -266,7 +266,7 @@ def test_a_bad_node_is_left_out_and_nobody_is_blamed(
 ) -> None:
     """A node on which three attempts in a row fail while others succeed gets no more work; its failures count against
     no shard and no row."""
-    monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "CAPACITY_SECONDS", 0.5)
     config = configure(num_workers=None, shard_size=1, batch_size=1)
     bad = workers_nodes()[0]
     hold = order(config, f"no-{what}-on-{bad}", "hold") / "hold"
@@ -377,7 +377,7 @@ def test_nodes_may_come_and_go(
     cluster: Cluster, configure: Configure, notes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node that is lost costs its shards an attempt that does not count; a node that joins gets work."""
-    monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "CAPACITY_SECONDS", 0.5)
     config = configure(num_workers=None, shard_size=1, batch_size=1)
     pool.run(configure(output="alone", shard_size=1, batch_size=1))
     failure: list[BaseException] = []

@@ -8,6 +8,7 @@ import pytest
 
 from support import runs
 from vcf_batch import storage
+from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import progress_file, receipts
@@ -100,7 +101,7 @@ def test_the_driver_tells_what_it_commits_and_sets_aside(job: Job) -> None:
     for index in (2, 3):
         (Path(job.config.output) / f"{receipts[index].shard.name}_stats.json").unlink()
     ledger = Ledger(job)
-    ledger.set_aside(ShardTask(job.shards[3]), VcfBatchError("no disk"), "no disk")
+    ledger.set_aside(ShardTask(job.shards[3]), Fault.of(VcfBatchError("no disk"), ""))
     ledger.committed(ShardTask(job.shards[2]), receipts[2])
     told = progress_file.read(job.config.output)
     assert told

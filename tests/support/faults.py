@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
-from vcf_batch.driver import failing_shard
+from vcf_batch.driver import failing_shard, loop
 from vcf_batch.errors import StorageError
-from vcf_batch.pool import actor, dispatch
+from vcf_batch.pool import actor, ray_cluster
 from vcf_batch.records import RowMask
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -182,10 +182,10 @@ def drive() -> None:
 
     around(commits, "commit", lambda *_: obey(folder, "commit"), lambda *_: obey(folder, "receipt"))
     around(storage, "move", after=moved)
-    around(dispatch.Dispatch, "run", begin)
+    around(loop.Loop, "run", begin)
     # As many attempts as it takes: where all workers are struck all the time, no row is to blame.
     failing_shard.PAUSES = failing_shard.LOSS_PAUSES = (0.2,) * 1000
-    dispatch.Actor = FaultyActor  # type: ignore[misc]
+    ray_cluster.Actor = FaultyActor  # type: ignore[misc]
     main()
 
 

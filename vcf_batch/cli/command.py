@@ -111,12 +111,12 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     return RunConfig.from_mapping(values)
 
 
-def run(config: RunConfig, again: Callable[[], Mapping[int, bytes]] = dict) -> None:
-    """Generate what is left, and what ``again`` says, and tell what became of it."""
+def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict) -> None:
+    """Generate what is left, and what ``choose_redo`` names, and tell what became of it."""
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
     from vcf_batch.setup.job import TRACE  # nor pyarrow
 
-    summary = pool.run(config, again)
+    summary = pool.run(config, choose_redo)
     click.echo(str(summary))
     click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
     if config.profile and summary.resumed_rows < summary.rows:

@@ -1,4 +1,4 @@
-"""Which row kills the workers that generate it? Found by bisecting a shard on trial. No Ray here.
+"""Which row kills the workers that generate it? Found by bisecting a shard on trial.
 
 A trial generates some rows of a shard, each in its own batch and place, and throws them away
 (:meth:`vcf_batch.worker.worker.Worker.trial`). Halving the suspects leaves one row; what kills three more workers that

@@ -1,9 +1,8 @@
-"""Finished shards on their way into the output: committed one by one, beside the loop. No Ray here."""
+"""Finished shards on their way into the output: committed one by one, beside the loop."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Self
 
@@ -33,21 +32,21 @@ class Finished:
 
 @dataclass
 class _Commit:
-    """One of them, until it is committed or given up."""
+    """A finished shard until it is committed or given up."""
 
     finished: Finished
     under_way: Future[None] | None = None
     """None while it waits for its next try."""
     failures: int = 0
     not_before: float = 0.0
-    """On the monotonic clock."""
+    """When it may be tried next, on the clock."""
 
 
 class CommitQueue:
     """Commits shards in the order in which they come; use it with ``with``, which ends with the commit under way.
 
-    What fails is tried again, later, as often as a shard is tried against trouble; the staged files are all that it
-    takes.
+    A commit that fails is tried again, later, as often as a shard is tried against trouble; the staged files are all
+    that it takes.
 
     Where every row of a shard is blamed for the death of its workers, it takes a sample of another shard to show that
     workers are healthy. Such a shard waits until there is one, or nothing else is left: what becomes of it does not
@@ -58,11 +57,21 @@ class CommitQueue:
         held: asked before each commit.
         ledger: of the run.
         note: told of commits that fail and are tried again: see :meth:`vcf_batch.driver.progress.Progress.note`.
+        now: the clock.
+        executor: commits one shard at a time, and is shut down at the end.
     """
 
-    def __init__(self, output: str, held: Lease, ledger: Ledger, note: Callable[..., None]) -> None:
-        self._output, self._lease, self._ledger, self._note = output, held, ledger, note
-        self._thread = ThreadPoolExecutor(1, "commits")
+    def __init__(
+        self,
+        output: str,
+        held: Lease,
+        ledger: Ledger,
+        note: Callable[..., None],
+        now: Callable[[], float],
+        executor: Executor,
+    ) -> None:
+        self._output, self._lease, self._ledger = output, held, ledger
+        self._note, self._now, self._executor = note, now, executor
         self._pending: list[_Commit] = []
         self._doubtful: list[Finished] = []
 
@@ -70,15 +79,24 @@ class CommitQueue:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
     def __len__(self) -> int:
         return len(self._pending) + len(self._doubtful)
 
     @property
     def is_full(self) -> bool:
-        """Whether so many are pending that no further shard should be begun."""
+        """Whether :data:`MAX_PENDING` shards are pending, so that no further one should be begun."""
         return len(self) >= MAX_PENDING
+
+    def raise_if_lost(self) -> None:
+        """Refuse to go on once it is known that another driver owns the output.
+
+        Raises:
+            RefusedError: it does.
+        """
+        if self._lease.lost:
+            raise self._lease.lost
 
     def add(self, finished: Finished) -> None:
         """Commit a shard when its turn comes."""
@@ -88,26 +106,25 @@ class CommitQueue:
             self._pending.append(commit := _Commit(finished))
             self._begin(commit)
 
-    def settled(self) -> Iterator[tuple[Finished, BaseException | None]]:
-        """What has been committed since it was last asked, and what has failed for good, with the reason.
+    def outcomes(self) -> Iterator[tuple[Finished, BaseException | None]]:
+        """Yield the shards that were committed since the last call, and those that failed for good, with the reason.
 
-        A reason that is :class:`vcf_batch.output.commits.StagedFilesLost` means that the shard has to be generated
-        again.
+        Where the reason is :class:`vcf_batch.output.commits.StagedFilesLost`, the shard has to be generated again.
         """
         yield from self._judged()
         for commit in [*self._pending]:
             if commit.under_way is None:
-                if time.monotonic() >= commit.not_before:
+                if self._now() >= commit.not_before:
                     self._begin(commit)
             elif commit.under_way.done():
                 error = commit.under_way.exception()
-                if isinstance(error, StorageError) and self._again(commit, error):
+                if isinstance(error, StorageError) and self._wait(commit, error):
                     continue
                 self._pending.remove(commit)
                 yield commit.finished, error
 
     def _judged(self) -> Iterator[tuple[Finished, VcfBatchError]]:
-        """Let doubtful shards go where it is known which way; those that are not to be committed are yielded."""
+        """Decide on the doubtful shards as soon as that can be done; yield those that are not to be committed."""
         left = self._doubtful
         if self._ledger.totals.sampled:
             self._pending += map(_Commit, left)
@@ -118,11 +135,11 @@ class CommitQueue:
             return
         self._doubtful = []
 
-    def _again(self, commit: _Commit, error: StorageError) -> bool:
+    def _wait(self, commit: _Commit, error: StorageError) -> bool:
         """Let a commit wait for another try, if there is one."""
         if isinstance(error, StagedFilesLost) or commit.failures >= len(failing_shard.PAUSES):
             return False
-        commit.not_before = time.monotonic() + failing_shard.PAUSES[commit.failures]
+        commit.not_before = self._now() + failing_shard.PAUSES[commit.failures]
         commit.failures += 1
         commit.under_way = None
         self._note(
@@ -134,7 +151,7 @@ class CommitQueue:
         return True
 
     def _begin(self, commit: _Commit) -> None:
-        commit.under_way = self._thread.submit(self._commit, commit.finished)
+        commit.under_way = self._executor.submit(self._commit, commit.finished)
 
     def _commit(self, finished: Finished) -> None:
         self._lease.confirm()

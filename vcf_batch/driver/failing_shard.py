@@ -1,11 +1,10 @@
-"""A shard whose attempts fail: what is tried next, and when it is given up. No Ray here."""
+"""A shard whose attempts fail: what is tried next, and when it is given up."""
 
-import enum
 import itertools
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vcf_batch.driver.bisection import REPEATS, Bisection
+from vcf_batch.driver.fault import Failure, Fault
 from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -21,19 +20,6 @@ MAX_CULPRITS = 16
 """Rows of one shard that may be blamed. Where more seem to kill their workers, something else does."""
 
 
-class Failure(enum.Enum):
-    """Why an attempt failed."""
-
-    TROUBLE = enum.auto()
-    """Storage, network or a machine failed. No row is to blame."""
-    MEMORY = enum.auto()
-    """The GPU's memory did not hold a batch."""
-    CRASH = enum.auto()
-    """The worker died, stalled or raised what nobody expected. A row may be to blame."""
-    LOSS = enum.auto()
-    """The node went away."""
-
-
 class FailingShard:
     """One shard, from its first failure until it is committed or set aside.
 
@@ -46,13 +32,14 @@ class FailingShard:
         shard: the shard.
         rows: those of the shard that are generated.
         batch_size: the run's, if smaller batches are allowed where memory is too small.
+        now: the clock.
     """
 
-    def __init__(self, shard: Shard, rows: Sequence[int], batch_size: int | None) -> None:
+    def __init__(self, shard: Shard, rows: Sequence[int], batch_size: int | None, now: Callable[[], float]) -> None:
         self.shard = shard
-        self._rows = rows
+        self._rows, self._now = rows, now
         self.not_before = 0.0
-        """On the monotonic clock."""
+        """When it may be tried next, on the clock."""
         self._batch_size = self._sampled_at_once = batch_size
         self._attempt = 1
         self._failures: dict[Failure, list[str]] = {failure: [] for failure in Failure}
@@ -62,16 +49,17 @@ class FailingShard:
         self._searched_on: list[str] = []
         """Nodes of the trials that died."""
         self._symptom = ""
-        """Of the first death of the row that is searched for, alone."""
+        """Seen the first time that the last suspect died alone."""
         self._alone_on: set[str] = set()
-        """Nodes where that row died alone."""
+        """Nodes where the last suspect died alone."""
         self._seen_on: dict[int, set[str]] = {}
-        """Of each row that is blamed, likewise."""
+        """Nodes where each blamed row died alone."""
         self._any_survived = self._in_vain = False
 
     @property
     def failed_on(self) -> set[str]:
-        """Nodes where it failed; of a row alone, those where it died alone: it shall show elsewhere, too."""
+        """Nodes that get it last: where the last suspect died alone, if it did, else where anything failed. A suspect
+        shall show elsewhere, too."""
         return self._alone_on or {*itertools.chain(*self._failures.values()), *self._searched_on}
 
     def task(self) -> ShardTask:
@@ -86,23 +74,17 @@ class FailingShard:
         )
 
     def repeat(self) -> None:
-        """The attempt was ended by no failure of its own."""
+        """Try the same again at once: the attempt was ended by no failure of its own."""
         self._attempt += self._search is None
         self.not_before = 0.0
 
-    def failed(self, task: ShardTask, node: str, failure: Failure, symptom: str) -> bool:
-        """An attempt or a trial failed.
-
-        Args:
-            task: what was tried.
-            node: where.
-            failure: why.
-            symptom: why, for people. It may end in a row's error message, which is the same in every run: nothing of
-                time or place is in it.
+    def failed(self, task: ShardTask, fault: Fault) -> bool:
+        """Take the failure of an attempt or a trial.
 
         Returns:
             Whether there is a next one; if not, the shard is set aside.
         """
+        failure, node = fault.failure, fault.node
         if failure is Failure.MEMORY and self._sampled_at_once is not None and self._failures[failure]:
             # Once more in a fresh process, without what was left in the other's memory, was not enough.
             if self._sampled_at_once > 1:
@@ -114,7 +96,7 @@ class FailingShard:
         if failure is Failure.LOSS and len(self._failures[failure]) == len(LOSS_PAUSES):
             failure = Failure.CRASH
         if failure is Failure.CRASH and task.selected is not None:
-            self._died(task, node, symptom)
+            self._died(task, fault)
             return True
         self.repeat()
         if failure is Failure.CRASH:
@@ -122,7 +104,7 @@ class FailingShard:
         return self._wait(failure, node)
 
     def survived(self, task: ShardTask) -> None:
-        """A trial went well."""
+        """Take the success of a trial."""
         self._any_survived = True
         if self._search is not None and task.selected == self._search.trial:
             self._search.survived()
@@ -130,7 +112,7 @@ class FailingShard:
                 self._search, self._alone_on, self._in_vain = None, set(), True
 
     def forgive(self, node: str) -> None:
-        """What failed on a node does not count."""
+        """Count what failed on a node no more."""
         if node in self._failures[Failure.MEMORY]:
             self._sampled_at_once = self._batch_size
         crashed = node in self._failures[Failure.CRASH]
@@ -162,11 +144,11 @@ class FailingShard:
         self._failures[failure].append(node)
         if len(self._failures[failure]) > len(pauses):
             return False
-        self.not_before = time.monotonic() + pauses[len(self._failures[failure]) - 1]
+        self.not_before = self._now() + pauses[len(self._failures[failure]) - 1]
         return True
 
     def _crashed(self, node: str) -> bool:
-        """A whole attempt crashed."""
+        """Take the crash of a whole attempt."""
         # Two searches from both ends and no trial that went well: then it is hardly the rows.
         doubtful = len(self._verdicts) >= 2 and not self._any_survived
         if self._in_vain or doubtful or len(self._verdicts) == MAX_CULPRITS:
@@ -180,15 +162,15 @@ class FailingShard:
     def _look_among(self, suspects: Sequence[int]) -> None:
         self._search, self._symptom, self._alone_on = Bisection(suspects), "", set()
 
-    def _died(self, task: ShardTask, node: str, symptom: str) -> None:
-        """A trial crashed."""
-        self._searched_on.append(node)
+    def _died(self, task: ShardTask, fault: Fault) -> None:
+        """Take the crash of a trial."""
+        self._searched_on.append(fault.node)
         search = self._search
         # Not so if a node was forgiven meanwhile.
         if search is not None and task.selected == search.trial:
             if len(search.trial) == 1:
-                self._symptom = self._symptom or symptom
-                self._alone_on.add(node)
+                self._symptom = self._symptom or fault.symptom
+                self._alone_on.add(fault.node)
             search.died()
             if search.culprit is not None:
                 self._verdicts[search.culprit] = (

@@ -1,11 +1,12 @@
-"""What of a run is committed, and what is set aside. No Ray here."""
+"""What of a run is committed, and what is set aside."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vcf_batch import sharding
+from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.progress import duration
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.output import progress_file, receipts
@@ -22,12 +23,12 @@ MAX_NAMED = 64
 """How many of the shards that were set aside are named: a bound on memory, and on the length of a message."""
 
 TELL_SECONDS = 10.0
-"""Between two looks that others get at what is counted."""
+"""Between two versions of the progress file."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a run's rows, those of earlier attempts at the run included."""
+    """What became of a run's rows, those that were finished before included."""
 
     output: str
     rows: int
@@ -54,17 +55,19 @@ class Ledger:
 
     Args:
         job: the run.
+        now: the clock.
 
     Raises:
         StorageError: the output cannot be read or written.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, now: Callable[[], float] = time.monotonic) -> None:
         self._output, self._shards, self._redo = job.config.output, job.shards, job.redo
+        self._now = now
         self._fingerprint = job.fingerprint
         self.totals = RunSums()
-        self._kept: dict[int, Receipt] = {}
-        """For each partly regenerated shard, by index, an old receipt with the same device and batch marks."""
+        self._older: dict[int, Receipt] = {}
+        """For each partly regenerated shard, by index: an old receipt with the same device and batch marks."""
         self._rows = job.manifest.num_rows
         fingerprints = {job.fingerprint, *job.extends}
         alike: dict[str, Receipt] = {}
@@ -75,7 +78,7 @@ class Ledger:
                     self.totals.add(receipt)
                 elif not all(job.redo[index]):
                     # Shards are many, but few are marked differently.
-                    self._kept[index] = alike.setdefault(f"{receipt.device} {receipt.sampled_at_once}", receipt)
+                    self._older[index] = alike.setdefault(f"{receipt.device} {receipt.sampled_at_once}", receipt)
         self.finished_rows = self.totals.counts.total()
         self.resumed_rows = self.finished_rows + sum(mask.count(False) for mask in job.redo.values())
         self.left = len(job.shards) - len(self.totals.done)
@@ -83,8 +86,8 @@ class Ledger:
         self._set_aside: list[tuple[ShardTask, str]] = []
         """The first shards that were, and why."""
         self._set_aside_count = self._set_aside_in_a_row = 0
-        self._last: tuple[Exception, str] | None = None
-        """Why the last one was."""
+        self._last: Fault | None = None
+        """Why the last one was set aside."""
         self._tell()
 
     @property
@@ -102,32 +105,32 @@ class Ledger:
         return [row for row, chosen in enumerate(mask, start=shard.start) if chosen]
 
     def whole(self, receipt: Receipt) -> Receipt:
-        """A worker's receipt of a shard, with what there is to say of the samples that it kept."""
-        older = self._kept.get(receipt.shard.index)
+        """Complete a worker's receipt of a shard with what an older receipt says of the samples that it kept."""
+        older = self._older.get(receipt.shard.index)
         return receipt.keeping(older) if older else receipt
 
     def committed(self, task: ShardTask, receipt: Receipt) -> None:
-        """A shard exists."""
+        """Count a shard that exists from now on."""
         self.left -= 1
         self._set_aside_in_a_row = 0
         self.finished_rows += len(task.shard)
         self.totals.add(receipt)
-        if not self.left or time.monotonic() - self._told >= TELL_SECONDS:
-            self._tell_again()
+        if not self.left or self._now() - self._told >= TELL_SECONDS:
+            self._try_to_tell()
 
-    def set_aside(self, task: ShardTask, error: Exception, why: str) -> None:
-        """A shard has failed for good, because of ``error``; ``why`` says it in a line.
+    def set_aside(self, task: ShardTask, fault: Fault) -> None:
+        """Count a shard that has failed for good.
 
         Raises:
-            StorageError, VcfBatchError: so have many in a row; there is no use in going on.
+            StorageError, VcfBatchError: :data:`MAX_SET_ASIDE` in a row have; there is no use in going on.
         """
         self.left -= 1
         if len(self._set_aside) < MAX_NAMED:
-            self._set_aside.append((task, why))
+            self._set_aside.append((task, fault.reason))
         self._set_aside_count += 1
         self._set_aside_in_a_row += 1
-        self._last = error, why
-        self._tell_again()
+        self._last = fault
+        self._try_to_tell()
         if self._set_aside_in_a_row == MAX_SET_ASIDE:
             self.raise_if_incomplete()
 
@@ -139,15 +142,15 @@ class Ledger:
         """
         if self._last is None:
             return
-        error, why = self._last
+        fault = self._last
         more = self._set_aside_count - len(self._set_aside)
-        kind = StorageError if isinstance(error, StorageError) else VcfBatchError
+        kind = StorageError if isinstance(fault.error, StorageError) else VcfBatchError
         raise kind(
             f"{self._set_aside_count} of {len(self._shards)} shards failed again and again: "
             f"{', '.join(task.title for task, _ in self._set_aside)}{f' and {more:,} more' if more else ''}. "
-            f"The last reason: {why}\n"
+            f"The last reason: {fault.reason}\n"
             "What is finished is kept: once the cause is gone, rerun the same command to go on."
-        ) from error
+        ) from fault.error
 
     def summary(self, seconds: float) -> Summary:
         """The counts of the whole run."""
@@ -162,9 +165,9 @@ class Ledger:
     def _tell(self) -> None:
         set_aside = {task.shard.name: why for task, why in self._set_aside}
         progress_file.publish(self._output, Told(self._fingerprint, self.totals, set_aside))
-        self._told = time.monotonic()
+        self._told = self._now()
 
-    def _tell_again(self) -> None:
+    def _try_to_tell(self) -> None:
         # Nothing depends on it; where the storage fails, commits say so.
         with contextlib.suppress(StorageError):
             self._tell()

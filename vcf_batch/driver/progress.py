@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TextIO
 
@@ -19,13 +19,16 @@ class Progress:
 
     Args:
         total: rows of the run.
-        done: rows that an earlier attempt at the run finished.
+        done: rows that were finished before.
         bar: where to show a live bar, if that is a terminal; None for lines in the log alone.
+        now: the clock.
     """
 
-    def __init__(self, total: int, done: int, bar: TextIO | None = None) -> None:
-        self._total, self._initial = total, done
-        self._begin = self._shown = time.monotonic()
+    def __init__(
+        self, total: int, done: int, bar: TextIO | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._initial, self._now = total, done, now
+        self._begin = self._shown = now()
         self._bar: tqdm | None = None
         if bar is not None and bar.isatty():
             self._bar = tqdm(total=total, initial=done, unit=" samples", file=bar, dynamic_ncols=True)
@@ -41,7 +44,7 @@ class Progress:
         """Show the state, if it is time to.
 
         Args:
-            done: rows finished, those of earlier attempts included; it may go back when a shard is tried again.
+            done: rows finished, those that were finished before included; it may go back when a shard is tried again.
             failed: how many of the finished rows failed.
             workers: workers that are ready.
             means: of each score so far.
@@ -50,8 +53,8 @@ class Progress:
             self._bar.set_postfix_str(_outcome(failed, workers, means), refresh=False)
             self._bar.n = done
             self._bar.refresh()
-        elif time.monotonic() - self._shown >= LINE_SECONDS:
-            self._shown = time.monotonic()
+        elif self._now() - self._shown >= LINE_SECONDS:
+            self._shown = self._now()
             self.note(self._line(done, _outcome(failed, workers, means)), "progress", rows=done)
 
     def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""Nodes that fail where others succeed. No Ray here."""
+"""Nodes that fail where others succeed."""
 
 from collections import defaultdict
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 from vcf_batch.records import Shard
 
 Work = Literal["load", "shard"]
+"""What a node is given to do."""
 
 FAILURES = 3
 """Different pieces of work in a row that a node fails, while another one succeeds, before it is left out."""
@@ -23,7 +24,7 @@ class Quarantine:
         """What nodes have failed since they last succeeded, while another one succeeded."""
 
     def succeeded(self, node: str, work: Work) -> set[str]:
-        """A node has loaded a model, which says nothing of shards; or it has generated, for which it had to load one.
+        """Record a success. Loading a model proves loading only; finishing a shard proves both.
 
         Returns:
             Nodes that are left out from now on.
@@ -41,7 +42,8 @@ class Quarantine:
         return {node for node, _ in self._failed}
 
     def failed(self, node: str, shard: Shard | None, reason: str) -> set[str]:
-        """A node has failed a shard, which counts once, as it may be to blame itself; or, if None, to load a model.
+        """Record a failure: of a shard, or of loading if ``shard`` is None. Each shard counts once, as it may be to
+        blame itself.
 
         Returns:
             Nodes that are left out from now on.

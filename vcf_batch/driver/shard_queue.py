@@ -1,9 +1,9 @@
-"""Which shard a worker gets next: fresh ones in order, failed ones again, later and elsewhere. No Ray here."""
+"""Which shard a worker gets next: fresh ones in order, failed ones again, later and elsewhere."""
 
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from vcf_batch.driver.failing_shard import FailingShard, Failure
+from vcf_batch.driver.failing_shard import FailingShard
+from vcf_batch.driver.fault import Fault
 from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -17,14 +17,19 @@ class ShardQueue:
     Args:
         shards: what is to be done; taken one by one.
         rows_of: the rows of a shard that are generated.
+        now: the clock.
         batch_size: the run's, if smaller batches are allowed where memory is too small.
     """
 
     def __init__(
-        self, shards: Iterable[Shard], rows_of: Callable[[Shard], Sequence[int]], batch_size: int | None = None
+        self,
+        shards: Iterable[Shard],
+        rows_of: Callable[[Shard], Sequence[int]],
+        now: Callable[[], float],
+        batch_size: int | None = None,
     ) -> None:
         self._fresh = iter(shards)
-        self._rows_of = rows_of
+        self._rows_of, self._now = rows_of, now
         self._batch_size = batch_size
         self._waiting: list[FailingShard] = []
         self._at_work: dict[Shard, FailingShard] = {}
@@ -36,10 +41,10 @@ class ShardQueue:
         return len(self._waiting)
 
     def take(self, node: str, nodes: Collection[str]) -> ShardTask | None:
-        """The next task for a worker that has none; None if there is none now.
+        """Take the next task for a worker that has none; None if there is none now.
 
-        A failed shard goes before fresh ones once its pause is over, and to a node where it has not failed as long as
-        one has workers: one node's trouble shall not use up its attempts.
+        Once its pause is over, a failed shard goes before fresh ones. As long as a node where it has not failed has
+        workers, it goes there: one node's trouble shall not use up its attempts.
 
         Args:
             node: where the worker is.
@@ -52,7 +57,7 @@ class ShardQueue:
         return case.task()
 
     def take_beside(self, node: str, nodes: Collection[str]) -> ShardTask | None:
-        """A fresh shard for a worker that has another one; None if it shall soon be free for a failed one.
+        """Take a fresh shard for a worker that has another one; None if a failed shard is due, which goes alone.
 
         Args:
             node: where the worker is.
@@ -61,7 +66,7 @@ class ShardQueue:
         return self._take_fresh() if self._due(node, nodes) is None else None
 
     def _due(self, node: str, nodes: Collection[str]) -> FailingShard | None:
-        now = time.monotonic()
+        now = self._now()
         for case in self._waiting:
             if case.not_before <= now and (node not in case.failed_on or case.failed_on.issuperset(nodes)):
                 return case
@@ -74,14 +79,14 @@ class ShardQueue:
         return None if shard is None else ShardTask(shard)
 
     def done(self, task: ShardTask) -> None:
-        """The shard is committed; or the trial survived, and the shard goes on."""
+        """Forget a shard that is committed or set aside; go on with one whose trial has survived."""
         case = self._at_work.pop(task.shard, None)
         if case is not None and task.selected is not None:
             case.survived(task)
             self._waiting.append(case)
 
     def generated(self, task: ShardTask, node: str) -> bool:
-        """A node has generated a shard: whether it may be committed; else it is tried again.
+        """Whether a shard that a node has generated may be committed; if not, it is tried again.
 
         See :meth:`vcf_batch.driver.failing_shard.FailingShard.is_proven`.
         """
@@ -92,34 +97,28 @@ class ShardQueue:
         return False
 
     def repeat(self, task: ShardTask) -> None:
-        """Try again at once: the worker was let go."""
+        """Try again at once: the attempt was ended by no failure of its own."""
         case = self._case(task)
         case.repeat()
         self._waiting.append(case)
 
-    def failed(self, task: ShardTask, node: str, failure: Failure, symptom: str) -> bool:
+    def failed(self, task: ShardTask, fault: Fault) -> bool:
         """Try again, later where that may help, unless that was the last attempt.
-
-        Args:
-            task: what failed.
-            node: where.
-            failure: why.
-            symptom: why, for people: see :meth:`vcf_batch.driver.failing_shard.FailingShard.failed`.
 
         Returns:
             Whether there is another attempt.
         """
         case = self._case(task)
-        if again := case.failed(task, node, failure, symptom):
+        if more := case.failed(task, fault):
             self._waiting.append(case)
-        return again
+        return more
 
     def forgive(self, node: str) -> None:
-        """What failed on a node, which gets no more work, does not count."""
+        """Count what failed on a node no more: it gets no more work."""
         for case in [*self._waiting, *self._at_work.values()]:
             case.forgive(node)
 
     def _case(self, task: ShardTask) -> FailingShard:
         return self._at_work.pop(task.shard, None) or FailingShard(
-            task.shard, self._rows_of(task.shard), self._batch_size
+            task.shard, self._rows_of(task.shard), self._batch_size, self._now
         )

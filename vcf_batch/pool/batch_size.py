@@ -6,10 +6,10 @@ import ray
 from ray.exceptions import RayError
 
 from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
+from vcf_batch.driver.loop import WAITING_SECONDS
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.pool import errors, nodes
-from vcf_batch.pool.dispatch import WAITING_SECONDS
 from vcf_batch.setup import defaults
 from vcf_batch.setup.job import Job, environment
 from vcf_batch.setup.run_models import Models
@@ -43,9 +43,8 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
         why = errors.cause(error)
         if isinstance(why, VcfBatchError):
             raise why from error
-        raise VcfBatchError(
-            f"no batch size could be found ({errors.reason(why)}); name one with --batch-size"
-        ) from error
+        reason = errors.fault_of(error, node="").reason
+        raise VcfBatchError(f"no batch size could be found ({reason}); name one with --batch-size") from error
     _log.warning("The batch size is %d from here on.", size)
     return config.replace(batch_size=size)
 

@@ -1,18 +1,32 @@
-"""What Ray's errors mean, in this package's words: who may be to blame, and what people are told."""
+"""What Ray's errors mean, in the driver's words: a :class:`vcf_batch.driver.fault.Fault`, made once for each."""
 
 import re
 
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from vcf_batch.driver.failing_shard import Failure
-from vcf_batch.errors import OutOfDeviceMemory, VcfBatchError, printable
-
-REASON_LENGTH = 300
-"""Characters of an error that is not this package's own."""
+from vcf_batch.driver.fault import Failure, Fault, lines_of, named
 
 
-class Stalled(Exception):
-    """A worker gives no sign of life, which Ray does not notice."""
+def fault_of(error: RayError, node: str) -> Fault:
+    """Understand what Ray raises instead of an answer.
+
+    Args:
+        error: if a task raised an exception, that one counts.
+        node: where it happened; empty if nobody knows.
+    """
+    raised = cause(error)
+    if not isinstance(raised, RayError):
+        return Fault.of(raised, node)
+    node_died = _node_died(raised)
+    return Fault(
+        _failure(raised, node_died),
+        _symptom(raised, node_died),
+        named(raised, _message(raised)),
+        node,
+        raised,
+        node_died,
+        one_task=isinstance(raised, RayTaskError),
+    )
 
 
 def cause(error: RayError) -> Exception:
@@ -21,64 +35,41 @@ def cause(error: RayError) -> Exception:
     return raised if isinstance(raised, Exception) else error
 
 
-def failure(error: Exception) -> Failure:
-    """Whether a row may be to blame for the error of a worker."""
-    if isinstance(error, OutOfDeviceMemory):
-        return Failure.MEMORY
-    if node_died(error):
-        return Failure.LOSS
-    # Of what Ray itself reports, only the death of a process may come from what it did.
-    trouble = isinstance(error, (VcfBatchError, OSError)) or (
-        isinstance(error, RayError) and not isinstance(error, (RayTaskError, RayActorError, OutOfMemoryError))
-    )
-    return Failure.TROUBLE if trouble else Failure.CRASH
-
-
-def node_died(error: Exception) -> bool:
-    """Whether a machine went away."""
-    if isinstance(error, ActorUnavailableError) or (isinstance(error, RayActorError) and error.preempted):
-        return True
-    return isinstance(error, RayError) and "node has died" in str(error).lower()
-
-
-def address(error: Exception) -> str:
-    """Of the machine where an actor died, which Ray tells in the error's text alone; empty where it does not."""
+def address(error: RayError) -> str:
+    """Where an actor died, which Ray tells in the error's text alone; empty where it does not."""
     told = re.search(r"\bip(?:=|: )([0-9A-Fa-f.:]+)", str(error)) if isinstance(error, RayActorError) else None
     return told[1] if told else ""
 
 
-def says_which(error: Exception) -> bool:
-    """Whether the error is of one task, and not of the process, which may have had several."""
-    return not isinstance(error, Stalled) and (not isinstance(error, RayError) or isinstance(error, RayTaskError))
+def _node_died(error: RayError) -> bool:
+    if isinstance(error, ActorUnavailableError) or (isinstance(error, RayActorError) and error.preempted):
+        return True
+    return "node has died" in str(error).lower()
 
 
-def symptom(error: Exception) -> str:
-    """What a worker suffers from. It may become a row's error message, so it is the same whenever that happens: no
-    message of the error's own, which has addresses, process numbers and times in it."""
-    if isinstance(error, Stalled):
-        return "the worker that generates this row gives no sign of life (--stall-timeout)"
-    if isinstance(error, OutOfDeviceMemory):
-        return "the GPU's memory does not hold this row, even alone"
+def _failure(error: RayError, node_died: bool) -> Failure:
+    if node_died:
+        return Failure.LOSS
+    # Of what Ray itself reports, only the death of a process may come from what it did.
+    return Failure.CRASH if isinstance(error, (RayTaskError, RayActorError, OutOfMemoryError)) else Failure.TROUBLE
+
+
+def _symptom(error: RayError, node_died: bool) -> str:
     if isinstance(error, OutOfMemoryError):
         return "the worker that generates this row needs more memory than its node has"
-    if node_died(error):
+    if node_died:
         return "the node of the worker that generates this row dies"
     if isinstance(error, RayActorError):
         return "the process of the worker that generates this row dies"
     return f"the worker that generates this row fails with {type(error).__name__}"
 
 
-def reason(error: Exception) -> str:
-    """The error in one line, for the log."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    if isinstance(error, (VcfBatchError, Stalled)):
-        return lines[0]
+def _message(error: RayError) -> str:
+    """What the error says, in one line."""
+    lines = lines_of(error)
     if isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed):
-        text = lines[-1]  # of a traceback, which ends with the exception
-    elif isinstance(error, RayActorError):  # a headline, names of Ray's own, then where it ran and what happened
+        return lines[-1]  # of a traceback, which ends with the exception
+    if isinstance(error, RayActorError):  # a headline, names of Ray's own, then where it ran and what happened
         told = [line for line in lines[1:] if not line.startswith(("class_name:", "actor_id:", "name:", "namespace:"))]
-        text = ", ".join(told or lines)
-    else:
-        text = lines[0]
-    text = printable(f"{type(error).__name__}: {text}")
-    return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + "..."
+        return ", ".join(told or lines)
+    return lines[0]

@@ -1,40 +1,37 @@
-"""The run on a Ray cluster: the only package of the job that knows Ray.
-
-One short loop over ``ray.wait`` (:mod:`vcf_batch.pool.dispatch`) hands shards to actors (:mod:`vcf_batch.pool.actor`)
-and commits what comes back. Ray does placement, processes, transfer, failure detection and autoscaling; the loop does
-what Ray's own restarts get wrong for shards: an actor is never restarted, its task is never retried by Ray, its
-constructor is light and the model is loaded by a task, and it gets shards once it is loaded: one to sample, and beside
-it the next one to read ahead, as long as there are fresh ones for all. So an actor that waits for a machine holds no
-shard, and joins when the cluster has grown; and a device does not wait between two shards.
-"""
+"""A run from its command to its summary: settled, claimed, driven on a Ray cluster, counted."""
 
 import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.ledger import Ledger, Summary
+from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.progress import Progress
 from vcf_batch.output import commits, lease, run_file
 from vcf_batch.pool import log, nodes
 from vcf_batch.pool.batch_size import with_batch_size
 from vcf_batch.pool.connection import cluster
-from vcf_batch.pool.dispatch import Dispatch
+from vcf_batch.pool.prometheus import PrometheusExporter
+from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import RowMask
 from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup.job import Job
 
-Again = Callable[[], Mapping[int, RowMask]]
-"""Tells what of an output is generated again: see :attr:`vcf_batch.setup.job.Job.redo`."""
+ChooseRedo = Callable[[], Mapping[int, RowMask]]
+"""Tells which rows of an output are generated again: see :attr:`vcf_batch.setup.job.Job.redo`."""
 
 
-def run(config: RunConfig, again: Again = dict) -> Summary:
+def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
     """Generate what is left of a run.
 
     Args:
         config: what to generate, and where.
-        again: asked once this run owns the output.
+        choose_redo: asked once this run owns the output.
 
     Returns:
         The counts of the whole run.
@@ -63,7 +60,7 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
                 held.confirm()
                 # Before anything is read: from here on, no earlier owner can change what there is.
                 commits.clean(job.config.output)
-                job = dataclasses.replace(job, redo=again())
+                job = dataclasses.replace(job, redo=choose_redo())
                 ledger = Ledger(job)
                 if ledger.left:
                     if config.profile:
@@ -71,7 +68,15 @@ def run(config: RunConfig, again: Again = dict) -> Summary:
                     bar = None if config.log_format == "json" else sys.stderr
                     with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
                         nodes.check(job)
-                        Dispatch(job, held, ledger, progress).run()
+                        loop_on(RayCluster(job), job, held, ledger, progress).run()
                     held.confirm()
                     commits.clean(job.config.output)
     return ledger.summary(time.monotonic() - begin)
+
+
+def loop_on(on_ray: RayCluster, job: Job, held: lease.Lease, ledger: Ledger, progress: Progress) -> Loop:
+    """The driver's loop over the workers of a Ray cluster, with a thread for its commits."""
+    thread = ThreadPoolExecutor(1, "commits")
+    queue = CommitQueue(job.config.output, held, ledger, progress.note, on_ray.now, thread)
+    exporter = PrometheusExporter(job.config.output, job.manifest.num_rows)
+    return Loop(job, on_ray, ledger, queue, progress, exporter)

@@ -1,6 +1,5 @@
 """What a worker is given to do: what the driver, the pool and a worker share."""
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,7 +47,3 @@ class ShardTask:
         """The shard and its rows, for people."""
         what = f"{self.shard.name} (rows {self.shard.start} to {self.shard.stop - 1})"
         return what if self.selected is None else f"{what}, trial of {len(self.selected)} of its rows"
-
-    def new_id(self) -> str:
-        """A name for this attempt that no other one has, even of another driver."""
-        return f"{self.shard.name}-{self.attempt}-{uuid.uuid4().hex[:8]}"

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 DRIVER = """
     import re, sys, time, urllib.request
-    import ray, ray.util.metrics
-    from vcf_batch.driver.prometheus import Exporter
+    import ray
+    from vcf_batch.pool.prometheus import PrometheusExporter
     from vcf_batch.records import Receipt, Shard
 
     port = int(sys.argv[1])
@@ -25,7 +25,7 @@ DRIVER = """
         Shard(0, 0, 4, "00000"), "f", 1, {"success": 3, "rejected": 0, "failed": 1}, {}, {"type": "gpu"}, timings,
         histograms={"clip_score": {"0.30": 2, "0.35": 1}},
     )
-    exporter = Exporter(ray.util.metrics, "s3://user:secret@bucket/out", 20)
+    exporter = PrometheusExporter("s3://user:secret@bucket/out", 20)
     exporter.committed(receipt)
     exporter.now(6, 2)
     for _ in range(120):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ray.util import metrics
+
 from vcf_batch.errors import redact
 from vcf_batch.output.sums import NOT_PHASES
 from vcf_batch.records import SCORE_STEP, Receipt
@@ -10,16 +12,15 @@ WAITS = ("wait_for_references", "wait_for_scores", "wait_for_turn")
 """Phases in which the sampling of a shard waits for what comes before or after it, or for another shard."""
 
 
-class Exporter:
+class PrometheusExporter:
     """Exports what the driver learns of a run.
 
     Args:
-        metrics: the module :mod:`ray.util.metrics`, which only the pool imports.
         output: of the run; its metrics carry it.
         rows: of the run.
     """
 
-    def __init__(self, metrics: Any, output: str, rows: int) -> None:
+    def __init__(self, output: str, rows: int) -> None:
         def made(kind: Any, name: str, text: str, *tags: str, **how: Any) -> Any:
             metric = kind(f"vcf_batch_{name}", description=text, tag_keys=("output", *tags), **how)
             metric.set_default_tags({"output": redact(output)})
@@ -58,6 +59,6 @@ class Exporter:
                     self._scores.observe(float(bound) - SCORE_STEP / 2, {"score": name})
 
     def now(self, rows_done: int, workers: int) -> None:
-        """Take how far the run is."""
+        """Take the rows that are generated so far, and the workers that are ready."""
         self._done.set(rows_done)
         self._workers.set(workers)

@@ -1,0 +1,274 @@
+"""The loop that hands shards to workers, has what comes back committed, and decides what becomes of what fails."""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from vcf_batch.driver.cluster import Answer, Cluster, Heartbeat, Request, WorkerHandle
+from vcf_batch.driver.commit_queue import CommitQueue, Finished
+from vcf_batch.driver.fault import Fault
+from vcf_batch.driver.heartbeats import Watch
+from vcf_batch.driver.ledger import Ledger
+from vcf_batch.driver.progress import Progress
+from vcf_batch.driver.shard_queue import ShardQueue
+from vcf_batch.driver.workers import Workers
+from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
+from vcf_batch.output.commits import StagedFilesLost
+from vcf_batch.records import Receipt
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.shard_task import ShardTask
+
+SHARDS_AT_ONCE = 2
+"""Shards of one worker: while one is sampled, the next one's first references are read, or the last one's files are
+staged."""
+
+ANSWER_SECONDS = 1.0
+"""How long to wait for an answer before the run is looked at from other sides."""
+
+WAITING_SECONDS = 30.0
+"""How long no worker may be ready before the user is told what the run waits for."""
+
+
+class Exporter(Protocol):
+    """Gets the figures of a run: :class:`vcf_batch.pool.prometheus.PrometheusExporter`."""
+
+    def committed(self, receipt: Receipt) -> None:
+        """Take the receipt of a shard that has just come to exist."""
+
+    def now(self, rows_done: int, workers: int) -> None:
+        """Take the rows that are generated so far, and the workers that are ready."""
+
+
+class Loop:
+    """A run from its first worker to its last commit.
+
+    Args:
+        job: the run.
+        cluster: where workers run, and whose clock counts.
+        ledger: what is committed, and what is left.
+        commits: takes finished shards into the output.
+        progress: what the user sees.
+        exporter: what monitoring sees.
+    """
+
+    def __init__(
+        self, job: Job, cluster: Cluster, ledger: Ledger, commits: CommitQueue, progress: Progress, exporter: Exporter
+    ) -> None:
+        config = job.config
+        assert config.stall_timeout is not None
+        self._cluster, self._ledger, self._commits = cluster, ledger, commits
+        self._progress, self._exporter = progress, exporter
+        self._profiled = job.profiled
+        smaller = config.batch_size if config.allow_smaller_batches else None
+        self._queue = ShardQueue(ledger.remaining(), ledger.rows_of, cluster.now, smaller)
+        self._workers = Workers(cluster, config.num_workers, self._queue, progress.note)
+        self._watch = Watch(cluster, config.stall_timeout)
+        self._ready_at, self._shown_at = cluster.now(), float("-inf")
+
+    def run(self) -> None:
+        """Work until every shard is committed or set aside.
+
+        Raises:
+            UsageError, RefusedError, StorageError, VcfBatchError: see :func:`vcf_batch.pool.run`.
+        """
+        with self._commits:
+            try:
+                while self._ledger.left:
+                    self._turn()
+            finally:
+                self._workers.end()
+        self._ledger.raise_if_incomplete()
+
+    def _turn(self) -> None:
+        """Hand out what there is to do, and take what has come back."""
+        self._commits.raise_if_lost()
+        workers = self._workers
+        workers.start(self._ungenerated)
+        idle, workers.idle = workers.idle, []
+        for worker in idle:
+            self._give_tasks(worker)
+        if workers.requests:
+            for request, answer in self._cluster.wait(workers.requests, ANSWER_SECONDS):
+                if request.key in workers.requests:  # what an earlier answer led to may have ended its worker
+                    self._take(request, answer)
+        else:
+            self._cluster.sleep(ANSWER_SECONDS / 10)
+        self._take_commits()
+        for request, fault in self._watch.timed_out(workers.requests):
+            self._failed(request, fault)
+        self._show_progress()
+
+    @property
+    def _ungenerated(self) -> int:
+        """Shards that it takes a worker for."""
+        return self._ledger.left - len(self._commits)
+
+    # What workers get
+
+    def _give_tasks(self, worker: WorkerHandle) -> None:
+        """Give the worker what it can do; let it wait while failed shards or commits do; else let it go."""
+        while len(worker.requests) < SHARDS_AT_ONCE and (task := self._next(worker)):
+            self._workers.ask(worker, "run", task)
+        if worker.requests:
+            return
+        if self._queue.waiting or self._commits.is_full:
+            self._workers.idle.append(worker)
+        else:
+            self._workers.let_go(worker)
+
+    def _next(self, worker: WorkerHandle) -> ShardTask | None:
+        """The worker's next task: a shard, or beside one another, as long as enough are left for all workers."""
+        if self._commits.is_full:
+            return None
+        nodes = self._workers.nodes if self._queue.waiting else set()
+        if not (tasks := worker.tasks):
+            return self._queue.take(worker.node, nodes)
+        # The trace shall show the one shard from its first batch on.
+        if any(task.is_alone or task.shard.index == self._profiled for task in tasks):
+            return None
+        claimed = sum(request.task is not None for request in self._workers.requests.values())
+        if self._ungenerated - claimed - self._queue.waiting < self._workers.wanted():
+            return None
+        return self._queue.take_beside(worker.node, nodes)
+
+    # What workers answer
+
+    def _take(self, request: Request, answer: Answer) -> None:
+        """Take an answer of a worker, or the news that there will be none."""
+        if isinstance(answer, Fault):
+            self._failed(request, answer)
+            return
+        worker = request.worker
+        self._workers.answered(request)
+        if isinstance(answer, Heartbeat):
+            self._workers.came_up(worker, answer)
+        elif request.task is None:
+            self._workers.loaded()
+            self._give_tasks(worker)
+            self._workers.succeeded(worker, "load")
+        else:
+            # First of all: what a bad node failed counts no more, and may be what the task rests on.
+            self._workers.succeeded(worker, "shard")
+            self._did(worker, request.task, answer)
+            self._give_tasks(worker)
+
+    def _did(self, worker: WorkerHandle, task: ShardTask, answer: tuple[Receipt, dict[str, str]] | None) -> None:
+        """Have a shard committed that a worker has generated, or go on after a trial that it has survived."""
+        if task.selected is not None:
+            self._queue.done(task)
+        elif self._queue.generated(task, worker.node):
+            assert answer is not None
+            receipt, staged = answer
+            self._commits.add(Finished(task, worker.node, self._ledger.whole(receipt), staged))
+
+    def _failed(self, request: Request, fault: Fault) -> None:
+        """Find out whom a fault concerns: the worker, its node, the shard, or the run."""
+        worker, task = request.worker, request.task
+        self._workers.answered(request)
+        # Where a worker has loaded, the run's settings are sound: what another one misses is its node's.
+        if isinstance(fault.error, UsageError) and not (task is None and self._workers.any_loaded):
+            raise fault.error
+        beside = worker.tasks
+        # After anything but trouble of the storage (an error of the GPU, say) the process is not to be trusted.
+        stays = task is not None and isinstance(fault.error, StorageError)
+        if not stays:
+            self._workers.let_go(worker)
+        if task is None:
+            self._workers.start_failed(worker, fault)
+        elif beside and not fault.one_task:
+            self._undecided([task, *beside], fault)
+        else:
+            self._attempt_failed(task, fault)
+            if stays:
+                self._give_tasks(worker)
+        # On trial a worker may fail: that is what the trial is for.
+        if fault.node and not fault.node_died and (task is None or task.selected is None):
+            self._workers.failed(fault, task.shard if task else None)
+
+    # What becomes of shards
+
+    def _undecided(self, tasks: Sequence[ShardTask], fault: Fault) -> None:
+        """Repeat the shards of a worker that had several: which of them is to blame shows when each is tried alone."""
+        self._queue.repeat(tasks[0])  # the others were when the worker was let go
+        for task in tasks:
+            self._progress.note(
+                f"shard {task.title}: attempt {task.attempt} ended with its worker, which had another shard too, and "
+                f"is repeated alone: {fault.reason}",
+                "attempt_failed",
+                logging.WARNING,
+                shard=task.shard.name,
+                node=fault.node,
+            )
+
+    def _attempt_failed(self, task: ShardTask, fault: Fault) -> None:
+        """Queue the shard again, or set it aside."""
+        if self._queue.failed(task, fault):
+            self._progress.note(
+                f"shard {task.title}: attempt {task.attempt} failed and is repeated: {fault.reason}",
+                "attempt_failed",
+                logging.WARNING,
+                shard=task.shard.name,
+                node=fault.node,
+            )
+        else:
+            self._set_aside(task, fault)
+
+    def _set_aside(self, task: ShardTask, fault: Fault) -> None:
+        """Go on without the shard."""
+        self._progress.note(
+            f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {fault.reason}",
+            "shard_set_aside",
+            logging.ERROR,
+            shard=task.shard.name,
+        )
+        self._queue.done(task)
+        self._ledger.set_aside(task, fault)
+
+    def _take_commits(self) -> None:
+        """Take note of what has been committed, and of what never will be."""
+        for finished, error in self._commits.outcomes():
+            task = finished.task
+            if error is None:
+                self._queue.done(task)
+                self._committed(finished)
+            elif isinstance(error, StagedFilesLost):
+                self._attempt_failed(task, Fault.of(error, finished.node))
+            elif isinstance(error, VcfBatchError) and not isinstance(error, RefusedError):
+                self._set_aside(task, Fault.of(error, finished.node))
+            else:
+                raise error
+
+    def _committed(self, finished: Finished) -> None:
+        task, receipt = finished.task, finished.receipt
+        self._ledger.committed(task, receipt)
+        self._exporter.committed(receipt)
+        self._progress.note(
+            f"shard {task.title} is finished",
+            "shard_finished",
+            logging.DEBUG,
+            shard=task.shard.name,
+            worker=receipt.timings["worker"],
+            node=finished.node,
+            rows=len(task.shard),
+            seconds=round(receipt.worker_seconds, 3),
+        )
+        for row, message in task.verdicts.items():
+            self._progress.note(
+                f"row {row} is recorded as failed: {message}", "row_failed", logging.WARNING, shard=task.shard.name
+            )
+
+    def _show_progress(self) -> None:
+        now = self._cluster.now()
+        if self._ledger.left and now - self._shown_at < ANSWER_SECONDS:
+            return
+        self._shown_at = now
+        done, ready = self._ledger.finished_rows + self._workers.samples_done, self._workers.ready
+        self._progress.update(done, self._ledger.counts["failed"], ready, self._ledger.totals.means)
+        self._exporter.now(done, ready)
+        if ready or not self._ungenerated:
+            self._ready_at = now
+        elif now - self._ready_at >= WAITING_SECONDS:
+            self._ready_at = now
+            self._progress.note(
+                f"no worker is ready yet; {self._cluster.describe()}", "no_worker_ready", logging.WARNING
+            )

@@ -1,0 +1,81 @@
+"""A cluster as the driver sees it (:class:`vcf_batch.driver.cluster.Cluster`), on Ray."""
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from vcf_batch.driver.cluster import Answer, Request, WorkerHandle
+from vcf_batch.driver.loop import SHARDS_AT_ONCE
+from vcf_batch.pool import nodes
+from vcf_batch.pool.actor import Actor
+from vcf_batch.pool.errors import address, fault_of
+from vcf_batch.setup.job import Job, environment
+
+
+class RayCluster:
+    """The Ray cluster that this process is connected to, and its actors.
+
+    Args:
+        job: what actors work on.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._config, self._redo = job.config, job.redo
+        # Without what grows with the manifest: a worker needs one shard's share of that at a time.
+        self._job_ref = ray.put(dataclasses.replace(job, redo={}))
+        remote: Any = ray.remote  # whose type hints leave out concurrency groups
+        self.actor_class = remote(
+            max_restarts=0,
+            max_task_retries=0,
+            num_cpus=self._config.cpus_per_worker,
+            num_gpus=self._config.gpus_per_worker,
+            runtime_env={"env_vars": environment(self._config)},
+            concurrency_groups={"heartbeats": 1, "shards": SHARDS_AT_ONCE},
+        )(Actor)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def new_id(self) -> str:
+        return uuid.uuid4().hex[:8]
+
+    def start(self, left_out: Sequence[str]) -> Any:
+        options = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}} if left_out else {}
+        return self.actor_class.options(**options).remote(self._job_ref)
+
+    def send(self, request: Request) -> Hashable:
+        method = getattr(request.worker.process, request.method)
+        if request.task is None:
+            return method.remote()
+        return method.remote(request.task, request.attempt_id, self._redo.get(request.task.shard.index))
+
+    def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:
+        refs: list[Any] = [*requests]
+        # All that are there at once: Ray looks at every worker for each question.
+        if seconds and not ray.wait(refs, num_returns=1, timeout=seconds)[0]:
+            return []
+        there = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+        return [(requests[ref], self._answer(ref, requests[ref])) for ref in there]
+
+    def _answer(self, ref: Any, request: Request) -> Answer:
+        try:
+            return ray.get(ref)
+        except RayError as error:
+            return fault_of(error, request.worker.node or nodes.at(address(error)))
+
+    def kill(self, worker: WorkerHandle) -> None:
+        ray.kill(worker.process)
+
+    def room(self) -> dict[str, int]:
+        return nodes.room(self._config)
+
+    def describe(self) -> str:
+        return nodes.describe(self._config)
