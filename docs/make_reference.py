@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vcf_batch import errors
-from vcf_batch.cli import STAGES
+from vcf_batch.cli import COMMANDS_BY_STAGE
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import OVERRIDES
 
@@ -47,10 +47,10 @@ def _exit_codes() -> Iterator[str]:
 def _commands() -> Iterator[str]:
     yield "\n## Commands"
     yield "\n| | |\n|---|---|"
-    for stage, commands in STAGES.items():
+    for stage, commands in COMMANDS_BY_STAGE.items():
         links = (f"[{name}](#{name.replace(' ', '-')})" for name, _ in _leaves(commands))
         yield f"| {stage.lower()} | {', '.join(links)} |"
-    for name, command in (leaf for commands in STAGES.values() for leaf in _leaves(commands)):
+    for name, command in (leaf for commands in COMMANDS_BY_STAGE.values() for leaf in _leaves(commands)):
         context = click.Context(command, info_name=f"vcf-batch {name}")
         yield f"\n### {name}\n"
         yield "```text\n" + " ".join(command.get_usage(context).split()).removeprefix("Usage: ") + "\n```\n"

@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 import vcf_batch
 from support import runs
 from vcf_batch import pool
-from vcf_batch.cli import STAGES, main
+from vcf_batch.cli import COMMANDS_BY_STAGE, main
 from vcf_batch.cli.generate import generate
 from vcf_batch.cli.model import train
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
-from vcf_batch.training.training_config import NOT_CONTENT, TrainingConfig
+from vcf_batch.training.training_config import NOT_TRAINED, TrainingConfig
 
 NOT_SETTINGS = {"config", "push", "debug", "as_json"}
 
@@ -62,7 +62,7 @@ def test_options_of_a_training_are_its_settings() -> None:
     fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
     parameters = {parameter.name: parameter for parameter in train.params}
     assert parameters.keys() - NOT_SETTINGS == fields.keys()
-    assert fields.keys() > NOT_CONTENT
+    assert fields.keys() > NOT_TRAINED
     for name in fields.keys() - {"model", "data", "out"}:
         assert parameters[name].default == fields[name].default
 
@@ -81,7 +81,7 @@ COMMANDS = dict(leaves(main))
 
 def test_every_command_has_a_stage() -> None:
     """The help text lists all commands, by stage, each with a whole sentence."""
-    listed = [command.name for commands in STAGES.values() for command in commands]
+    listed = [command.name for commands in COMMANDS_BY_STAGE.values() for command in commands]
     assert sorted(cast(list[str], listed)) == sorted({name.split()[0] for name in COMMANDS})
     text = call("--help").output
     for name in listed:

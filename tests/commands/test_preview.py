@@ -83,7 +83,7 @@ def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, mon
         return generate(components, rows, *others, **how)
 
     monkeypatch.setattr(preview, "Generation", count)
-    columns = [preview.TEXT_ONLY, *variants(["strength=0,1", "fusion=naive,concat"], CONFIG)]
+    columns = [preview.TEXT_ONLY_COLUMN, *variants(["strength=0,1", "fusion=naive,concat"], CONFIG)]
     samples = preview._generated(loaded.components, [preview._changed(row, column) for column in columns])
     assert drawn == [3]
     images = [sample.image for sample in samples]

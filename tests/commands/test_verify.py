@@ -318,7 +318,7 @@ def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyP
 def test_shards_are_read_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with the number of shards."""
     begun: list[str] = []
-    monkeypatch.setattr(shards, "READERS", 1)
+    monkeypatch.setattr(shards, "SHARD_READERS", 1)
     results = side_by_side(lambda shard: begun.append(shard.name), ShardPlan(100, 1))
     next(results)
     assert len(begun) <= 2

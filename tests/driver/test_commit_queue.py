@@ -126,7 +126,7 @@ def test_a_shard_whose_staged_files_are_gone_is_generated_again(run: Run) -> Non
 
 def test_nothing_is_committed_once_the_lease_is_lost(run: Run) -> None:
     """The driver alone commits, and asks before each commit whether it still owns the output."""
-    Path(run.output, lease.NAME).write_text('{"pid": 4711, "host": "far"}')
+    Path(run.output, lease.LEASE_NAME).write_text('{"pid": 4711, "host": "far"}')
     (outcome,) = run.commit(run.finished[0])
     assert isinstance(outcome[1], RefusedError)
     assert not runs.read_receipts(run.output)

@@ -97,7 +97,7 @@ def assert_nothing_is_left(output: str) -> None:
     """What a finished run leaves, and nothing else."""
     ends = (*shards.SUFFIXES.values(), receipts.SUFFIX)
     names = {f"{shard:05d}{end}" for shard in range(ROWS // SHARD_SIZE) for end in ends}
-    assert set(storage.list_tree(output)) == {*names, run_file.NAME, progress_file.NAME}
+    assert set(storage.list_tree(output)) == {*names, run_file.RUN_FILE_NAME, progress_file.PROGRESS_NAME}
 
 
 def test_a_run_on_s3_that_is_stopped_and_resumed_gives_the_bytes_of_a_local_one(

@@ -35,14 +35,14 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
 
 
-def read(output: str, name: str = lease.NAME) -> Any:
+def read(output: str, name: str = lease.LEASE_NAME) -> Any:
     return json.loads(storage.read_bytes(storage.join(output, name)))
 
 
 def leave(output: str, **changes: Any) -> None:
     """A lease that nobody renews, of a machine far away whose clock is wrong."""
     owner = {"token": "t", "host": "far", "pid": 1, "started": "2100-01-01", "machine": "far", "birth": "1"}
-    storage.publish_bytes(storage.join(output, lease.NAME), json.dumps(owner | changes).encode())
+    storage.publish_bytes(storage.join(output, lease.LEASE_NAME), json.dumps(owner | changes).encode())
 
 
 def test_a_lease_names_its_owner_is_renewed_and_goes_with_it(output: str) -> None:
@@ -128,7 +128,7 @@ def test_of_two_watchers_the_slower_one_leaves_the_faster_ones_lease_alone(
 @pytest.mark.usefixtures("expiring")
 @pytest.mark.parametrize("data", [b"", b"[1]", b"\xff{", b'{"pid": "x"}'])
 def test_a_damaged_lease_expires_like_any_other(output: str, data: bytes) -> None:
-    storage.publish_bytes(storage.join(output, lease.NAME), data)
+    storage.publish_bytes(storage.join(output, lease.LEASE_NAME), data)
     with lease.hold(output) as held:
         held.confirm()
 

@@ -12,7 +12,7 @@ from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import progress_file, receipts
-from vcf_batch.output.progress_file import NAME, look
+from vcf_batch.output.progress_file import PROGRESS_NAME, look
 from vcf_batch.output.sums import RunSums
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -51,7 +51,7 @@ def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, monkey
 
     monkeypatch.setattr(storage, "read_bytes", record)
     found = seen(job)
-    assert read == [NAME, "00004_stats.json"]
+    assert read == [PROGRESS_NAME, "00004_stats.json"]
     monkeypatch.undo()
     assert found == counted(job)
 
@@ -59,7 +59,7 @@ def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, monkey
 @pytest.mark.parametrize("damage", ["", "{}", "[]", "[" * 10**6, '{"fingerprint": "f", "totals": {"done": 3}}', None])
 def test_what_cannot_be_read_is_done_without(job: Job, damage: str | None) -> None:
     Ledger(job)
-    file = Path(job.config.output) / NAME
+    file = Path(job.config.output) / PROGRESS_NAME
     if damage is None:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"fingerprint": "of another run"}))
     else:
@@ -70,7 +70,7 @@ def test_what_cannot_be_read_is_done_without(job: Job, damage: str | None) -> No
 @pytest.mark.parametrize("failing", [[99999], ["x"]])
 def test_failed_rows_of_shards_that_are_not_there_are_not_believed(job: Job, failing: list[object]) -> None:
     Ledger(job)
-    file = Path(job.config.output) / NAME
+    file = Path(job.config.output) / PROGRESS_NAME
     record = json.loads(file.read_text())
     record["totals"]["failing"] = failing
     file.write_text(json.dumps(record))
@@ -111,7 +111,7 @@ def test_the_driver_tells_what_it_commits_and_sets_aside(job: Job) -> None:
 
 def test_nothing_is_written_where_nothing_is_new(job: Job) -> None:
     Ledger(job)
-    file = Path(job.config.output) / NAME
+    file = Path(job.config.output) / PROGRESS_NAME
     before = file.stat().st_mtime_ns
     Ledger(job)
     assert file.stat().st_mtime_ns == before

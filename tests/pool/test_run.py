@@ -201,7 +201,7 @@ def test_a_driver_that_lost_the_output_stops_and_commits_nothing_more(
 
     def take_over() -> None:
         runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
-        (output / lease.NAME).write_text('{"pid": 4711, "host": "far"}')
+        (output / lease.LEASE_NAME).write_text('{"pid": 4711, "host": "far"}')
         committed.append(len(receipts(output)))
 
     taker = threading.Thread(target=take_over)
@@ -213,7 +213,7 @@ def test_a_driver_that_lost_the_output_stops_and_commits_nothing_more(
         taker.join()
     # One commit may have been under way.
     assert committed[0] <= len(receipts(output)) <= committed[0] + 1
-    assert json.loads((output / lease.NAME).read_text())["pid"] == 4711
+    assert json.loads((output / lease.LEASE_NAME).read_text())["pid"] == 4711
 
 
 def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:

@@ -17,7 +17,7 @@ from vcf_batch.cli.aliases import ALIASES
 
 __all__ = ["STAGES", "main"]
 
-STAGES: Mapping[str, Sequence[click.Command]] = {
+COMMANDS_BY_STAGE: Mapping[str, Sequence[click.Command]] = {
     "Before a run": (before.manifest, before.plan, before.preview),
     "Run": (generate.generate,),
     "Look": (look.status, look.report),
@@ -32,8 +32,8 @@ class _ByStage(click.Group):
     """The group of all commands, whose help text lists them by stage."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        width = max(len(command.name or "") for commands in STAGES.values() for command in commands)
-        for stage, commands in STAGES.items():
+        width = max(len(command.name or "") for commands in COMMANDS_BY_STAGE.values() for command in commands)
+        for stage, commands in COMMANDS_BY_STAGE.items():
             with formatter.section(stage):
                 limit = formatter.width - 6 - width
                 formatter.write_dl([(f"{each.name:<{width}}", each.get_short_help_str(limit)) for each in commands])
@@ -45,5 +45,5 @@ def main() -> None:
     """Generate images that follow prompts and reference images, in bulk, on a Ray cluster."""
 
 
-for each in (*itertools.chain.from_iterable(STAGES.values()), *ALIASES):
+for each in (*itertools.chain.from_iterable(COMMANDS_BY_STAGE.values()), *ALIASES):
     main.add_command(each)

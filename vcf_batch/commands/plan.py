@@ -25,7 +25,7 @@ from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
 from vcf_batch.worker import in_process
 
-ROWS_LOOKED_AT = 1000
+PLANNED_ROWS = 1000
 """Rows at the manifest's start that are checked for whether they would fail."""
 SHOWN_ROWS = 8
 CALIBRATION_BATCHES = 2
@@ -55,7 +55,7 @@ class Forecast:
     problems: list[VcfBatchError] = field(default_factory=list)
     """Reasons to refuse the run, each of them enough."""
     doomed: list[str] = field(default_factory=list)
-    """Rows that would fail, with the reason, among the first :data:`ROWS_LOOKED_AT`. The run starts all the same."""
+    """Rows that would fail, with the reason, among the first :data:`PLANNED_ROWS`. The run starts all the same."""
     job: Job | None = None
     """The settled run; None where a problem leaves it open."""
     guessed_shard_size: bool = False
@@ -119,7 +119,7 @@ class Forecast:
             lines += [f"  {name:<10}{text}" for name, text in self._lines(figures)]
         lines += [f"  would fail: {row}" for row in self.doomed[:SHOWN_ROWS]]
         if len(self.doomed) > SHOWN_ROWS:
-            lines.append(f"  ({len(self.doomed):,} of the first {ROWS_LOOKED_AT:,} rows would fail)")
+            lines.append(f"  ({len(self.doomed):,} of the first {PLANNED_ROWS:,} rows would fail)")
         lines += [f"  refused: {problem}" for problem in self.problems]
         return "\n".join(lines)
 
@@ -214,7 +214,7 @@ def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
     """Yield the manifest's first rows, each with the reason why it would fail; None if the manifest tells of none."""
     config, manifest = job.config, job.manifest
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
-    for row in manifest.iter_rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), config.seed):
+    for row in manifest.iter_rows(0, min(PLANNED_ROWS, manifest.num_rows), config.seed):
         refused = next(filter(None, map(reader.policy_error, row.images)), None)
         yield row, checked(row, config).error or refused
 

@@ -36,7 +36,7 @@ MAX_SAMPLES = 4096
 
 Variant = Mapping[str, Any]
 """Settings by name."""
-TEXT_ONLY: Variant = {"strength": 0.0, "pno_steps": 0}
+TEXT_ONLY_COLUMN: Variant = {"strength": 0.0, "pno_steps": 0}
 
 
 def variants(sweeps: Sequence[str], config: RunConfig) -> list[Variant]:
@@ -82,7 +82,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         config = paths.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
         config = in_process.settled(config)
-        columns = [TEXT_ONLY, *variants(sweeps, config)]
+        columns = [TEXT_ONLY_COLUMN, *variants(sweeps, config)]
         manifest = manifest_check.open_checked(config, None)
         if manifest.num_rows * len(columns) > MAX_SAMPLES:
             raise UsageError(

@@ -39,7 +39,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
         card.write(output)
     _refuse_others(output, target)
     storage.publish_bytes(storage.join(output.url, page.PAGE_NAME), page.render(output).encode())
-    _copy(storage.join(output.url, run_file.NAME), storage.join(target, run_file.NAME))
+    _copy(storage.join(output.url, run_file.RUN_FILE_NAME), storage.join(target, run_file.RUN_FILE_NAME))
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(target)
 
@@ -51,7 +51,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
     one_by_one = target.startswith("hf://")
     done = ((shard, copy(shard)) for shard in finished) if one_by_one else side_by_side(copy, finished)
     counts = Counter(is_new for _, is_new in done)
-    for name in (card.NAME, page.PAGE_NAME):
+    for name in (card.CARD_NAME, page.PAGE_NAME):
         _copy(storage.join(output.url, name), storage.join(target, name))
     return counts[True], counts[False]
 
@@ -62,10 +62,10 @@ def _refuse_others(output: Output, target: str) -> None:
     if record is not None and record.fingerprint not in output.fingerprints:
         raise RefusedError(f"{target} holds another run; push to another place")
     if record is None and receipts.files_found(target):
-        raise RefusedError(f"{target} holds shards but no {run_file.NAME}; push to another place")
-    there = card.read(storage.join(target, card.NAME))
-    if there is not None and not card.is_ours(there) and there != card.read(storage.join(output.url, card.NAME)):
-        raise UsageError(f"{target} has a {card.NAME} of somebody else's; copy it into {output.url}, or delete it")
+        raise RefusedError(f"{target} holds shards but no {run_file.RUN_FILE_NAME}; push to another place")
+    there = card.read(storage.join(target, card.CARD_NAME))
+    if there is not None and not card.is_ours(there) and there != card.read(storage.join(output.url, card.CARD_NAME)):
+        raise UsageError(f"{target} has a {card.CARD_NAME} of somebody else's; copy it into {output.url}, or delete it")
 
 
 def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:

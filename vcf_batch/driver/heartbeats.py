@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from vcf_batch.driver.cluster import Cluster, Heartbeat, Request
 from vcf_batch.driver.fault import Fault, Stalled
 
-LOOK_SECONDS = 1.0
+ROUND_SECONDS = 1.0
 """Between two looks."""
 
 HEARTBEATS_AT_ONCE = 200
@@ -41,12 +41,12 @@ class Watch:
         """
         self._collect()
         now = self._cluster.now()
-        if now - self._looked_at < LOOK_SECONDS:
+        if now - self._looked_at < ROUND_SECONDS:
             return
         # Were this process itself stopped for an hour, no worker would have been silent for that.
-        elapsed, self._looked_at = min(now - self._looked_at, 5 * LOOK_SECONDS), now
+        elapsed, self._looked_at = min(now - self._looked_at, 5 * ROUND_SECONDS), now
         up = {request.worker: None for request in requests.values() if request.worker.heartbeat}
-        all_asked = len(up) // HEARTBEATS_AT_ONCE * LOOK_SECONDS
+        all_asked = len(up) // HEARTBEATS_AT_ONCE * ROUND_SECONDS
         for request in self._asked.values():
             up.pop(request.worker, None)
         for worker in heapq.nsmallest(HEARTBEATS_AT_ONCE, up, key=lambda worker: worker.asked):

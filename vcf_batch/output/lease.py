@@ -30,7 +30,7 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.errors import RefusedError, StorageError, redact
 
-NAME = "_lease.json"
+LEASE_NAME = "_lease.json"
 HEARTBEAT = "_lease.beat"
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 28.0
@@ -41,7 +41,7 @@ WAIT_SECONDS = 30.0
 WATCH_SECONDS = 2 * HEARTBEAT_SECONDS
 """Seconds that a read-only command (plan, status) watches an owner when file dates do not show whether it is alive."""
 LOOK_SECONDS = 0.5
-MAX_BYTES = 1 << 16
+MAX_LEASE_BYTES = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Lease:
             # This may delete the next owner's heartbeat, which does no harm: it is soon written again.
             storage.remove(_url(self._output, HEARTBEAT), missing_ok=True)
 
-    def _read(self, name: str = NAME) -> bytes | None:
+    def _read(self, name: str = LEASE_NAME) -> bytes | None:
         with storage.refusals_as_storage_errors():
             return _read(self._output, name)
 
@@ -187,7 +187,7 @@ def owner(output: str) -> Owner | None:
         found = _read(output)
         if found is None:
             return None
-        dates = [_modified(output, name) for name in (NAME, HEARTBEAT)]
+        dates = [_modified(output, name) for name in (LEASE_NAME, HEARTBEAT)]
         known = _parsed(found)
         silent = min((time.time() - date for date in dates if date is not None), default=None)
         lives = silent is not None and abs(silent) < EXPIRY_SECONDS
@@ -204,13 +204,13 @@ def is_seen(output: str, token: str) -> bool:
     return _parsed(_read(output)).get("token") == token
 
 
-def _url(output: str, name: str = NAME) -> str:
+def _url(output: str, name: str = LEASE_NAME) -> str:
     return storage.join(output, name)
 
 
-def _read(output: str, name: str = NAME) -> bytes | None:
+def _read(output: str, name: str = LEASE_NAME) -> bytes | None:
     try:
-        return storage.read_bytes(_url(output, name), limit=MAX_BYTES)
+        return storage.read_bytes(_url(output, name), limit=MAX_LEASE_BYTES)
     except FileNotFoundError:
         return None
 

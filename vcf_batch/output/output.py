@@ -65,20 +65,22 @@ class Output:
         except AnotherVersion:
             raise
         except RefusedError as error:
-            raise DamageFound(f"{run_file.NAME}: {error}") from error
+            raise DamageFound(f"{run_file.RUN_FILE_NAME}: {error}") from error
         if record is None:
             with storage.refusals_as_storage_errors():
                 if not storage.list_files(url):
                     raise UsageError(f"{url} holds no run; check the path")
-            raise DamageFound(f"{run_file.NAME}: it is missing, so nothing tells what {url} holds")
+            raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is missing, so nothing tells what {url} holds")
         try:
             config = record.run_config(url, changes)
             plan = ShardPlan(record.manifest.rows, cast(int, config.shard_size))
         except (TypeError, ValueError) as error:
-            raise DamageFound(f"{run_file.NAME}: it is damaged: {error}") from error
+            raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is damaged: {error}") from error
         opened, trouble = _open_manifest(config, record.fields["manifest_id"]) if with_manifest else (None, None)
         if opened and opened.num_rows != plan.num_rows:
-            raise DamageFound(f"{run_file.NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}")
+            raise DamageFound(
+                f"{run_file.RUN_FILE_NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}"
+            )
         return cls(url, record, config, plan, opened, trouble)
 
 

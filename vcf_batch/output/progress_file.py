@@ -13,8 +13,8 @@ from vcf_batch import storage
 from vcf_batch.output import receipts
 from vcf_batch.output.sums import RunSums
 
-NAME = "_progress.json"
-MAX_BYTES = 64 << 20
+PROGRESS_NAME = "_progress.json"
+MAX_PROGRESS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def publish(output: str, told: Told) -> None:
     """
     there = read(output)
     if there is None or there.counted != told.counted:
-        storage.publish_bytes(storage.join(output, NAME), told.to_json())
+        storage.publish_bytes(storage.join(output, PROGRESS_NAME), told.to_json())
 
 
 def read(output: str) -> Told | None:
@@ -56,7 +56,7 @@ def read(output: str) -> Told | None:
     """
     try:
         with storage.refusals_as_storage_errors():
-            record = json.loads(storage.read_bytes(storage.join(output, NAME), limit=MAX_BYTES))
+            record = json.loads(storage.read_bytes(storage.join(output, PROGRESS_NAME), limit=MAX_PROGRESS_BYTES))
         set_aside = {str(name): str(reason) for name, reason in record["set_aside"].items()}
         return Told(record["fingerprint"], RunSums.from_dict(record["totals"]), set_aside)
     except (FileNotFoundError, storage.NotAFileError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

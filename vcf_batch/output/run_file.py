@@ -11,8 +11,8 @@ from vcf_batch import __version__, storage
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of, fingerprint
 from vcf_batch.errors import RefusedError
 
-NAME = "run.json"
-MAX_BYTES = 1 << 20
+RUN_FILE_NAME = "run.json"
+MAX_RUN_FILE_BYTES = 1 << 20
 
 LAYOUT = 3
 """Version of an output's layout. Raise it whenever this code can no longer read, verify or resume older outputs."""
@@ -143,10 +143,10 @@ def read_document(output: str) -> dict[str, Any] | None:
         AnotherVersion: it is what another version writes.
         StorageError: the storage failed.
     """
-    url = storage.join(output, NAME)
+    url = storage.join(output, RUN_FILE_NAME)
     try:
         with storage.refusals_as_storage_errors():
-            there = json.loads(storage.read_bytes(url, limit=MAX_BYTES))
+            there = json.loads(storage.read_bytes(url, limit=MAX_RUN_FILE_BYTES))
         if isinstance(there["fields"], dict) and there["fingerprint"] == fingerprint(there["fields"]):
             if (layout := there.get("layout")) != LAYOUT:
                 raise AnotherVersion(
@@ -173,7 +173,8 @@ def read(output: str) -> RunRecord | None:
     try:
         return None if there is None else RunRecord.from_document(there)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        url, reason = storage.join(output, NAME), f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        url = storage.join(output, RUN_FILE_NAME)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RefusedError(f"{url} is damaged, or not the record of a run: {reason}; use another output") from error
 
 
@@ -183,7 +184,7 @@ def write(output: str, document: Mapping[str, Any]) -> None:
     Raises:
         StorageError: the storage failed.
     """
-    storage.publish_bytes(storage.join(output, NAME), json.dumps(document, indent=2).encode())
+    storage.publish_bytes(storage.join(output, RUN_FILE_NAME), json.dumps(document, indent=2).encode())
 
 
 def claim(
@@ -248,7 +249,7 @@ def holds(
         RefusedError: it holds another one that has begun and is not extended, or results that nothing describes.
     """
     if there is None and begun:
-        raise RefusedError(f"{output} holds results but no {NAME}; use another output")
+        raise RefusedError(f"{output} holds results but no {RUN_FILE_NAME}; use another output")
     if there == fields:
         return True
     if there is not None and begun:

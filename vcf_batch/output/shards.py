@@ -257,18 +257,18 @@ def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             tar.members = []  # type: ignore[attr-defined]
 
 
-READERS = 8
+SHARD_READERS = 8
 """Threads that read shards side by side."""
 
-T = TypeVar("T")
+ReadResult = TypeVar("ReadResult")
 
 
-def side_by_side(read: Callable[[Shard], T], some: Iterable[Shard]) -> Iterator[tuple[Shard, T]]:
+def side_by_side(read: Callable[[Shard], ReadResult], some: Iterable[Shard]) -> Iterator[tuple[Shard, ReadResult]]:
     """Each shard, in order, with the result of ``read``, which runs in threads a few shards ahead."""
-    threads = ThreadPoolExecutor(READERS, "shards")
+    threads = ThreadPoolExecutor(SHARD_READERS, "shards")
     try:
         begun = ((shard, threads.submit(read, shard)) for shard in some)
-        window = deque(itertools.islice(begun, 2 * READERS))
+        window = deque(itertools.islice(begun, 2 * SHARD_READERS))
         while window:
             shard, result = window.popleft()
             yield shard, result.result()

@@ -18,8 +18,8 @@ from vcf_batch.output_columns import COLUMNS, SETTINGS
 from vcf_batch.report import figures
 from vcf_batch.report.figures import SCORE_LABELS, Figures
 
-NAME = "README.md"
-MAX_BYTES = 1 << 20
+CARD_NAME = "README.md"
+MAX_CARD_BYTES = 1 << 20
 
 TRIPLET_FILES = (
     "\n  `KEY.content.{0}` is what the prompt alone makes of the same noise, `KEY.style.{0}` the reference that\n"
@@ -49,7 +49,7 @@ def write(output: Output, licence: str | None = None, force: bool = False) -> st
         DamageFound: a parquet is not what a run writes.
         StorageError: the storage failed.
     """
-    url = storage.join(output.url, NAME)
+    url = storage.join(output.url, CARD_NAME)
     there = read(url)
     if there is not None and not is_ours(there):
         if not force:
@@ -165,7 +165,7 @@ def read(url: str) -> str | None:
     """
     try:
         with storage.refusals_as_storage_errors():
-            return storage.read_bytes(url, limit=MAX_BYTES).decode("utf-8", "replace")
+            return storage.read_bytes(url, limit=MAX_CARD_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return None
 

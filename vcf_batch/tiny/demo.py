@@ -14,7 +14,7 @@ from PIL import Image
 from vcf_batch.images import from_unit
 from vcf_batch.tiny import world
 
-SEED = 7
+DEMO_SEED = 7
 
 REFERENCES = {
     "mosaic-dots": "ring white dotted blue yellow mosaic center large",
@@ -53,7 +53,7 @@ PROMPTS = (
 def main(folder: Path) -> None:
     """Write FOLDER/demo.parquet and FOLDER/references/."""
     order = ("shape", "color", "pattern", "background", "background2", "style", "position", "size")
-    scenes = world.compose([dict(zip(order, text.split(), strict=True)) for text in REFERENCES.values()], SEED)
+    scenes = world.compose([dict(zip(order, text.split(), strict=True)) for text in REFERENCES.values()], DEMO_SEED)
     (folder / "references").mkdir(parents=True, exist_ok=True)
     files = [f"references/{name}.png" for name in REFERENCES]
     for file, pixels in zip(files, from_unit(world.render(scenes).permute(0, 2, 3, 1).numpy()), strict=True):

@@ -21,7 +21,7 @@ from vcf_batch.errors import RowError
 from vcf_batch.training.captions import CaptionedImage
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-MAX_PIXELS = 64_000_000
+MAX_TRAINING_PIXELS = 64_000_000
 """Largest number of pixels of a training image. A larger image counts as broken."""
 
 
@@ -63,7 +63,7 @@ class Towers:
             raise RowError("there is no caption")
         caption, image_id = rng.choice(pair.captions), hashlib.sha256(pair.image).hexdigest()
         tokens = self._cached(self.vision_id, image_id)
-        image = self.pipeline.squash(images.decode(pair.image, MAX_PIXELS)) if tokens is None else None
+        image = self.pipeline.squash(images.decode(pair.image, MAX_TRAINING_PIXELS)) if tokens is None else None
         return Example(image_id, image, tokens, caption, self._cached(self.text_id, _text_id(caption)))
 
     def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

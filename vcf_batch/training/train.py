@@ -41,7 +41,7 @@ MAX_FAILURES = 3
 """Number of times that a training continues from its last checkpoint after a worker has failed."""
 POLL_SECONDS = 1.0
 PROGRESS_SECONDS = 0.5
-WAITING_SECONDS = 30.0
+SILENT_START_SECONDS = 30.0
 """Seconds without any message from a worker, at the start, before the user is told what the training waits for."""
 
 
@@ -191,7 +191,7 @@ def _watch(trainer: Any, board: Queue, progress: Progress, job: TrainingJob, hel
         try:
             message = board.get(timeout=POLL_SECONDS)
         except Empty:
-            if silent_since is not None and time.monotonic() - silent_since > WAITING_SECONDS:
+            if silent_since is not None and time.monotonic() - silent_since > SILENT_START_SECONDS:
                 silent_since = time.monotonic()
                 progress.note(_waiting(job.config))
             continue

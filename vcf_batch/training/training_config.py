@@ -52,7 +52,7 @@ class TrainingConfig:
         return dataclasses.replace(self, **changes)
 
 
-NOT_CONTENT = frozenset(
+NOT_TRAINED = frozenset(
     {
         "model",
         "data",

@@ -9,7 +9,7 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
 from vcf_batch.training.captions import CaptionedData, Piece, cut
-from vcf_batch.training.training_config import NOT_CONTENT, TrainingConfig
+from vcf_batch.training.training_config import NOT_TRAINED, TrainingConfig
 from vcf_batch.vcf.parts import Parts
 
 LOG = "log.csv"
@@ -75,7 +75,7 @@ class TrainingJob:
 
     def fields(self) -> dict[str, Any]:
         """The settings and identities that define this training, as plain JSON types."""
-        config = {name: value for name, value in vars(self.config).items() if name not in NOT_CONTENT}
+        config = {name: value for name, value in vars(self.config).items() if name not in NOT_TRAINED}
         encoder = self.parts.image_encoder or self.parts.base
         return config | {
             "validation_pairs": sum(map(len, self.validation)),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-SHAPES = 256
+MAX_SHAPES = 256
 """Largest number of input kinds for which one network is compiled. One kind more raises an error; the network is
 never run uncompiled instead."""
 
@@ -27,7 +27,7 @@ def compile_forward(network: nn.Module) -> None:
         if torch.is_grad_enabled():
             return plain(*args, **kwargs)
         # torch keeps this limit separately for each thread, so it is set here and not once for the process.
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
             return forward(*args, **kwargs)
 
     network.forward = compiled  # type: ignore[method-assign]

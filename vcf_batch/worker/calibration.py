@@ -25,7 +25,7 @@ BATCHES, STEPS = 2, 10
 """Batches and denoising steps of a measurement that compares batch sizes. While the first batch is scored, the second
 one is sampled."""
 
-ROWS_LOOKED_AT = 64
+CALIBRATION_ROWS = 64
 """The first rows of the manifest, of which the most demanding one is measured."""
 
 
@@ -92,7 +92,7 @@ def _generate(components: Components, rows: Sequence[Row]) -> None:
 
 def _most_demanding(components: Components, manifest: Manifest) -> Row:
     """The most memory-hungry of the first rows, reduced to one PNO update if it has any, as all cost the same."""
-    rows = manifest.rows(0, min(ROWS_LOOKED_AT, manifest.num_rows), components.config.seed)
+    rows = manifest.rows(0, min(CALIBRATION_ROWS, manifest.num_rows), components.config.seed)
     sound = [row for row in rows if not checked(row, components.config).error]
     row = max(sound, key=lambda row: batch_key(row, settings_of(row, components.config)), default=Row(0, "text", ""))
     updates = min(settings_of(row, components.config)["pno_steps"], 1)

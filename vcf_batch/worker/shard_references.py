@@ -17,7 +17,7 @@ from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.shard_rows import ShardRows
 
-READERS = 8
+REFERENCE_READERS = 8
 """Threads that read references. They wait for storage most of the time."""
 
 PICTURE_BYTES = 1 << 30
@@ -89,7 +89,7 @@ class ShardReferences:
                 entry.batches_left += 1
 
     def __enter__(self) -> Self:
-        self._readers = ThreadPoolExecutor(READERS, "references")
+        self._readers = ThreadPoolExecutor(REFERENCE_READERS, "references")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
