@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.output import commits, shards
-from vcf_batch.setup import defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.worker import worker
@@ -99,7 +99,7 @@ def drawn(subject: Worker) -> list[dict[str, Any]]:
 def main(manifest: str, threads: int, limit: int | None, chosen: tuple[str, ...]) -> None:
     """Print one line for each mode."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-approximate-") as output:
-        config = paths.absolute(
+        config = absolute_paths.absolute(
             RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads, limit=limit)
         )
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))

@@ -23,7 +23,7 @@ from PIL import Image
 from vcf_batch import sharding
 from vcf_batch.config import RunConfig
 from vcf_batch.records import Shard
-from vcf_batch.setup import defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
 from vcf_batch.worker.worker import Worker
@@ -58,7 +58,9 @@ def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float
 def main(manifest: str, rounds: int, threads: int) -> None:
     """Print the ratio of the two, from the medians of the rounds."""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-job-") as output:
-        config = paths.absolute(RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads))
+        config = absolute_paths.absolute(
+            RunConfig(manifest=manifest, output=output, gpus_per_worker=0, cpus_per_worker=threads)
+        )
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         loaded = worker.load(job)
         components, size = loaded.components, cast(int, job.config.batch_size)

@@ -117,7 +117,7 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
     ("modules", "left_out"),
     [
         (("worker.worker", "training.fit"), {"ray"}),
-        (("training.train",), {"diffusers", "transformers"}),
+        (("training.ray_training",), {"diffusers", "transformers"}),
         (("pool",), {"torch"}),
         (("cli",), {"pyarrow", "duckdb", "PIL"}),
         (("metrics.scorer", "metrics.lpips", "commands.evaluate"), {"ray", "diffusers"}),

@@ -11,8 +11,8 @@ from PIL import Image
 from support import runs
 from vcf_batch.cli import main, model
 from vcf_batch.cli.aliases import ALIASES
-from vcf_batch.training import train
-from vcf_batch.training.train import TrainingSummary
+from vcf_batch.training import ray_training
+from vcf_batch.training.ray_training import TrainingSummary
 from vcf_batch.training.training_config import TrainingConfig
 
 RENAMED = [
@@ -60,7 +60,7 @@ def test_train_aligner_trains(monkeypatch: pytest.MonkeyPatch) -> None:
         begun.append(config)
         return TrainingSummary(config.out, 2, 8, validation, validation, 1.0)
 
-    monkeypatch.setattr(train, "run", record)
+    monkeypatch.setattr(ray_training, "run", record)
     arguments = ("--model", "tiny", "--data", "captions", "--out", "aligner", "--epochs", 3)
     before, after = call("train-aligner", *arguments), call("model", "train", *arguments)
     assert begun == [TrainingConfig(model="tiny", data="captions", out="aligner", epochs=3)] * 2

@@ -11,8 +11,8 @@ from PIL import Image
 from support import runs
 from vcf_batch.cli import main
 from vcf_batch.models.resolution import PRESETS, TINY
-from vcf_batch.training import train
-from vcf_batch.training.train import TrainingSummary
+from vcf_batch.training import ray_training
+from vcf_batch.training.ray_training import TrainingSummary
 
 
 def call(*arguments: object) -> Result:
@@ -101,7 +101,7 @@ def test_what_is_handed_on_is_a_document(output: Path, tmp_path: Path) -> None:
 
 def test_a_training_is_a_document(monkeypatch: pytest.MonkeyPatch) -> None:
     best = {"step": 2, "validation_loss": 1.0, "recall_at_1": 0.5, "recall_at_5": 1.0, "validation_pairs": 4}
-    monkeypatch.setattr(train, "run", lambda config: TrainingSummary(config.out, 2, 8, best, best, 1.0))
+    monkeypatch.setattr(ray_training, "run", lambda config: TrainingSummary(config.out, 2, 8, best, best, 1.0))
     found = document(
         "model", "train", "--model", "tiny", "--data", "captions", "--out", "s3://me:secret@bucket/aligner"
     )

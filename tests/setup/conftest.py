@@ -9,7 +9,7 @@ import pytest
 from support import runs
 from vcf_batch.config import RunConfig
 from vcf_batch.output import run_file
-from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
 from vcf_batch.setup.job import Job
 
 
@@ -29,7 +29,7 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
             "model": str(model),
             "gpus_per_worker": 0,
         }
-        config = paths.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
+        config = absolute_paths.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
         record = run_file.read(config.output)
         config = claim.resume(config, record)
         return defaults.settle(config, manifest_check.open_checked(config, record), run_models.resolve(config))

@@ -30,7 +30,7 @@ from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.row_json import row_json
 from vcf_batch.records import Objective, Receipt, Sample, Scores
 from vcf_batch.row_settings import settings_of
-from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 from vcf_batch.setup.shard_task import ShardTask
@@ -127,7 +127,7 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
     config = RunConfig(
         manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
     )
-    config = paths.absolute(config)
+    config = absolute_paths.absolute(config)
     return defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
 
 

@@ -151,9 +151,9 @@ def train(as_json: bool, **options: Any) -> None:
     The default recipe is the paper's. The folder of --out becomes an ImageAligner directory, with log.csv, run.json and
     checkpoints/ in it; 'vcf-batch model assemble' makes a model of it. Rerunning the same command resumes.
     """
-    from vcf_batch.training import train  # torch and ray are not needed to print a help text
+    from vcf_batch.training import ray_training  # torch and ray are not needed to print a help text
 
-    summary = train.run(TrainingConfig(**options))
+    summary = ray_training.run(TrainingConfig(**options))
     tell(str(summary), dataclasses.asdict(summary) | {"out": redact(summary.out)}, as_json)
 
 

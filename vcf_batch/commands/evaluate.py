@@ -31,7 +31,7 @@ from vcf_batch.records import Shard
 from vcf_batch.report import comparison
 from vcf_batch.report.comparison import RELATIVE, TABLE_SCORES, Line
 from vcf_batch.setup import run_models
-from vcf_batch.setup.paths import absolute
+from vcf_batch.setup.absolute_paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
 
 TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"

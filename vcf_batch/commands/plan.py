@@ -19,7 +19,7 @@ from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
-from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
@@ -168,7 +168,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         except VcfBatchError as error:
             forecast.problems.append(error)
 
-    absolute = collect(lambda: paths.absolute(config))
+    absolute = collect(lambda: absolute_paths.absolute(config))
     if absolute is None:
         return forecast
     config = absolute

@@ -14,7 +14,7 @@ from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked, settings_of
-from vcf_batch.setup import defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
@@ -80,7 +80,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
         VcfBatchError: the storage or the network failed.
     """
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-        config = paths.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
+        config = absolute_paths.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
         config = in_process.settled(config)
         columns = [TEXT_ONLY_COLUMN, *variants(sweeps, config)]
         manifest = manifest_check.open_checked(config, None)

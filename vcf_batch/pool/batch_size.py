@@ -9,7 +9,7 @@ from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
 from vcf_batch.driver.loop import WAITING_SECONDS
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.pool import errors, nodes
+from vcf_batch.pool import nodes, ray_errors
 from vcf_batch.setup import defaults
 from vcf_batch.setup.job import Job, environment
 from vcf_batch.setup.run_models import Models
@@ -40,10 +40,10 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
     try:
         size = ray.get(answer)
     except RayError as error:
-        why = errors.cause(error)
+        why = ray_errors.cause(error)
         if isinstance(why, VcfBatchError):
             raise why from error
-        reason = errors.fault_of(error, node="").reason
+        reason = ray_errors.fault_of(error, node="").reason
         raise VcfBatchError(f"no batch size could be found ({reason}); name one with --batch-size") from error
     _log.warning("The batch size is %d from here on.", size)
     return config.replace(batch_size=size)

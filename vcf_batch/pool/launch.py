@@ -19,7 +19,7 @@ from vcf_batch.pool.prometheus import PrometheusExporter
 from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import RowMask
-from vcf_batch.setup import claim, defaults, manifest_check, paths, run_models
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
 from vcf_batch.setup.job import Job
 
 ChooseRedo = Callable[[], Mapping[int, RowMask]]
@@ -46,7 +46,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
     begin = time.monotonic()
     log.configure(config.log_format)
     with Signals() as signals:
-        config = paths.absolute(config)
+        config = absolute_paths.absolute(config)
         record = run_file.read(config.output)
         config = claim.resume(config, record)
         manifest = manifest_check.open_checked(config, record)

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.models.resolution import TINY
-from vcf_batch.pool import errors
+from vcf_batch.pool import ray_errors
 from vcf_batch.setup import storage_check
 from vcf_batch.setup.job import Job
 
@@ -71,7 +71,7 @@ def check(job: Job) -> None:
             ray.get(answer)
         except RayError as error:
             # Anything else (the node is leaving) may pass: a worker that starts there looks again.
-            if isinstance(cause := errors.cause(error), UsageError):
+            if isinstance(cause := ray_errors.cause(error), UsageError):
                 raise cause from error
 
 

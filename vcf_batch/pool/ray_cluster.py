@@ -13,7 +13,7 @@ from vcf_batch.driver.cluster import Answer, Request, WorkerHandle
 from vcf_batch.driver.loop import SHARDS_AT_ONCE
 from vcf_batch.pool import nodes
 from vcf_batch.pool.actor import Actor
-from vcf_batch.pool.errors import address, fault_of
+from vcf_batch.pool.ray_errors import address, fault_of
 from vcf_batch.setup.job import Job, environment
 
 

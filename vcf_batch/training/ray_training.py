@@ -28,7 +28,7 @@ from vcf_batch.output import lease, run_file
 from vcf_batch.output.lease import Lease
 from vcf_batch.pool import cluster, log
 from vcf_batch.pool.signals import Signals
-from vcf_batch.setup.paths import absolute_output
+from vcf_batch.setup.absolute_paths import absolute_output
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.training.training_job import ALIGNER, TrainingJob, read_log
 

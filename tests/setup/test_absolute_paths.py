@@ -6,7 +6,7 @@ import pytest
 
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
-from vcf_batch.setup import paths
+from vcf_batch.setup import absolute_paths
 
 
 @pytest.mark.parametrize("folder", ["working_dir_files/_ray_pkg_0123456789abcdef", "working_dir_files/unpacked"])
@@ -16,7 +16,9 @@ def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     with pytest.raises(UsageError, match="temporary copy"):
-        paths.absolute(RunConfig(manifest="in.parquet", output="out"))
-    config = paths.absolute(RunConfig(manifest="in.parquet", output=str(tmp_path)))
+        absolute_paths.absolute(RunConfig(manifest="in.parquet", output="out"))
+    config = absolute_paths.absolute(RunConfig(manifest="in.parquet", output=str(tmp_path)))
     assert config.manifest == str(copy / "in.parquet")
-    assert paths.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
+    assert (
+        absolute_paths.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
+    )

@@ -7,7 +7,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 
 from vcf_batch.driver.fault import REASON_LENGTH, Failure, Fault, Stalled
 from vcf_batch.errors import OutOfDeviceMemory, StorageError
-from vcf_batch.pool import errors
+from vcf_batch.pool import ray_errors
 
 
 def died(message: str, preempted: bool = False) -> ActorDiedError:
@@ -22,7 +22,9 @@ def died(message: str, preempted: bool = False) -> ActorDiedError:
 
 def fault(error: Exception) -> Fault:
     """As it arrives where a task raised the error, or the cluster did."""
-    return errors.fault_of(error if isinstance(error, RayError) else RayTaskError("run", "a traceback", error), "node")
+    return ray_errors.fault_of(
+        error if isinstance(error, RayError) else RayTaskError("run", "a traceback", error), "node"
+    )
 
 
 def is_loss(error: Exception) -> bool:
@@ -49,8 +51,8 @@ def test_where_an_actor_died_is_told_by_an_address_alone() -> None:
     traceback = "ray::Actor.__init__() (pid=4711, ip=10.0.0.7)\nImportError: no such module"
     unmade = ActorDiedError(RayTaskError("__init__", traceback, None))
     assert fault(unmade).reason == "ActorDiedError: ImportError: no such module"
-    assert errors.address(unmade) == errors.address(died("Worker exit type: SYSTEM_ERROR")) == "10.0.0.7"
-    assert errors.address(RayTaskError("run", "ip=10.0.0.7", None)) == ""
+    assert ray_errors.address(unmade) == ray_errors.address(died("Worker exit type: SYSTEM_ERROR")) == "10.0.0.7"
+    assert ray_errors.address(RayTaskError("run", "ip=10.0.0.7", None)) == ""
 
 
 def test_a_lost_node_is_nobodys_fault() -> None:
