@@ -42,7 +42,7 @@ from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 
 BATCH_SIZE = 4
-HANG_SECONDS = 8.0
+HANG_SECONDS = 15.0
 """Without progress, until a worker is taken to hang."""
 PATIENCE_SECONDS = 600.0
 """For anything that has to happen."""
