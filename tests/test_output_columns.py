@@ -1,7 +1,7 @@
 """The table of columns: what is made from it has every column, and nothing else."""
 
 from vcf_batch.config import RunConfig, Sampling
-from vcf_batch.output import columns
+from vcf_batch.output import sample_records
 from vcf_batch.output_columns import COLUMNS, SETTINGS
 from vcf_batch.records import SCORES, Row, Sample
 from vcf_batch.row_settings import settings_of
@@ -9,11 +9,11 @@ from vcf_batch.row_settings import settings_of
 
 def test_a_sample_has_a_value_for_every_column() -> None:
     row = Row(0, "a", "a red disc")
-    settings = settings_of(row, RunConfig(manifest="in", output="out", guidance_scale=2))
-    record = columns.record_of(Sample(row, "failed", settings, error_message="broken"), [], False)
+    settings = settings_of(row, RunConfig(manifest="in", output="out", guidance_scale=2, strength=1))
+    record = sample_records.record_of(Sample(row, "failed", settings, error_message="broken"), [], False)
     assert record.keys() == COLUMNS.keys()
     assert settings.keys() == {*SETTINGS}
-    assert {name for name, column in COLUMNS.items() if column.origin == "manifest"} == columns.of_manifest(
+    assert {name for name, column in COLUMNS.items() if column.origin == "manifest"} == sample_records.of_manifest(
         row, [], False
     ).keys()
 

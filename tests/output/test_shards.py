@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact
-from vcf_batch.output import columns, shards
+from vcf_batch.output import sample_records, shards
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import Draw, Reference, Row, Sample, Scores, Shard, Status
 
@@ -311,14 +311,14 @@ def test_carried_metadata_and_missing_values(tmp_path: Path) -> None:
 
 def test_a_carried_column_may_not_take_an_output_columns_name() -> None:
     with pytest.raises(ValueError, match="lpips"):
-        columns.schema(pa.schema([("lpips", pa.float64())]), False)
+        sample_records.schema(pa.schema([("lpips", pa.float64())]), False)
 
 
 def test_columns_and_types() -> None:
-    found = columns.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
+    found = sample_records.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
     assert tuple(found.names) == (*COLUMNS, "extra")
     assert found.field("reference").type == pa.list_(pa.string())
-    assert columns.schema(NO_COLUMNS, False).field("reference").type == pa.string()
+    assert sample_records.schema(NO_COLUMNS, False).field("reference").type == pa.string()
     assert {found.field(name).type for name in ("strength", "guidance_scale", "clip_score", "lpips")} == {pa.float64()}
 
 

@@ -21,7 +21,7 @@ from vcf_batch import images, sharding
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.output import columns, commits, shards
+from vcf_batch.output import commits, sample_records, shards
 from vcf_batch.records import Reference, Shard
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -295,7 +295,7 @@ def test_existing_samples_are_written_as_they_are(loaded: Worker, tmp_path: Path
     existing = {}
     for row, found in zip(subject.manifest.rows(0, 24, 0), runs.rows_of(tmp_path / "whole"), strict=True):
         if row.number not in (3, 11):
-            existing[row.number] = columns.sample_of(row, found, images[row.key])
+            existing[row.number] = sample_records.sample_of(row, found, images[row.key])
     commit(subject, existing=existing)
     assert runs.data_files(tmp_path / "out") == runs.data_files(tmp_path / "whole")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from vcf_batch.commands.verify import check
 from vcf_batch.errors import DamageFound, UsageError
-from vcf_batch.output import columns, shards
+from vcf_batch.output import sample_records, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
@@ -40,7 +40,7 @@ class Repair:
         manifest = output.need_manifest()
         self._output, self._where = output, where
         self._database = duckdb.connect(":memory:", config=_CLOSED)
-        schema = columns.schema(manifest.carried_schema, manifest.reference_is_list)
+        schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list)
         self._columns = [field.name for field in schema if self._takes(field)]
         self._selected(schema.empty_table())
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
-from vcf_batch.output import columns, receipts, shards
+from vcf_batch.output import receipts, sample_records, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import json_value, row_json
 from vcf_batch.output.sums import ShardSums
@@ -138,7 +138,7 @@ def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
     is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
     if output.manifest:
         carried, is_list = output.manifest.carried_schema, output.manifest.reference_is_list
-    if not found.equals(expected := columns.schema(carried, is_list)):
+    if not found.equals(expected := sample_records.schema(carried, is_list)):
         # Not compared as text: what a list calls its items is another name once it has been in a file.
         different = [
             str(field)
@@ -152,7 +152,7 @@ def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
 def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
     """Compare a row of the parquet with what the manifest and the run's settings say."""
     assert output.manifest
-    said = columns.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
+    said = sample_records.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
     said |= settings_of(checked(row, output.config), output.config)
     attempts = record["attempts"] or [{"seed": row.seed}]
     if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:

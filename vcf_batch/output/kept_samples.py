@@ -10,7 +10,7 @@ import pyarrow as pa
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.output import columns, shards
+from vcf_batch.output import sample_records, shards
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import TRIPLET, RowMask, Sample, Shard
 
@@ -102,4 +102,4 @@ def _read(config: RunConfig, manifest: Manifest, shard: Shard) -> Iterator[Sampl
                         triplet = {name: sample[f"{name}.{config.image_format}"] for name in TRIPLET}
                     if hashlib.sha256(image).hexdigest() != record["sha256"]:
                         raise _damaged(shard, f"row {row.number} has another sha256")
-                yield columns.sample_of(row, record, image, triplet)
+                yield sample_records.sample_of(row, record, image, triplet)

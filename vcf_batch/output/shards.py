@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
-from vcf_batch.output import columns
+from vcf_batch.output import sample_records
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import FileEntry, Sample, Shard, Status
@@ -68,8 +68,8 @@ class ShardWriter:
         scratch_dir: a local folder that no other attempt uses; made if there is none.
         shard: the rows to be written.
         image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
-        carried_schema: see :func:`vcf_batch.output.columns.schema`.
-        reference_is_list: see :func:`vcf_batch.output.columns.schema`.
+        carried_schema: see :func:`vcf_batch.output.sample_records.schema`.
+        reference_is_list: see :func:`vcf_batch.output.sample_records.schema`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ShardWriter:
         self._shard = shard
         self._image_format = image_format
         self._reference_is_list = reference_is_list
-        self._schema = columns.schema(carried_schema, reference_is_list)
+        self._schema = sample_records.schema(carried_schema, reference_is_list)
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0
@@ -132,7 +132,7 @@ class ShardWriter:
             raise ValueError(f"sample {sample.row.key}: status {sample.status} with image {sample.image is not None}")
         if sample.status != "success" and not sample.error_message:
             raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
-        record = columns.record_of(sample, self._carried, self._reference_is_list)
+        record = sample_records.record_of(sample, self._carried, self._reference_is_list)
         self._sums.add(sample.status, record)
         self._added += 1
         self._pending.append(record)

@@ -69,7 +69,7 @@ def render(output: Output, licence: str | None = None) -> str:
     config = output.config
     settings = {name: getattr(config, name, None) for name in (*SETTINGS, "dtype")}
     told = {name: value for name, value in settings.items() if value not in (None, "")}
-    template = string.Template((importlib.resources.files("vcf_batch.report") / "card.md").read_text("utf-8"))
+    template = string.Template((importlib.resources.files("vcf_batch.report") / "card_template.md").read_text("utf-8"))
     return template.substitute(
         header=_header(output, found, licence),
         name=_code(storage.name(output.url)),
