@@ -60,6 +60,7 @@ class Bench:
             dtype="bfloat16",
             steps=self.shapes.steps,
             guidance_scale=SCALE,
+            strength=1.0,
             height=self.shapes.pixels,
             width=self.shapes.pixels,
             image_tokens="all",
