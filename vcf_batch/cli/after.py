@@ -44,7 +44,7 @@ def card(output: str, licence: str | None, force: bool, as_json: bool) -> None:
     references are.
 
     \b
-    Exit codes: 0 written; 1 unexpected; 2 no finished shard there, or a README.md that is not ours; 5 damage.
+    Exit codes: 0 written; 1 unexpected; 2 no finished shard there, or somebody else's README.md; 5 damage.
     """
     from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
     from vcf_batch.report import card as cards

@@ -75,15 +75,15 @@ def manifest(
 @json_option
 @click.pass_context
 def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool, **_: Any) -> None:
-    """Tell what a run would take, and every reason to refuse it.
+    """Show what a run would take, and every reason to refuse it.
 
     The run is the one that 'generate' would start with the same options. The plan has its rows and shards, what is done
-    already, bytes, GPU-hours, cost, and the time that --num-workers workers take (one, unless another number is given).
+    already, bytes, GPU-hours, cost, and the time that --num-workers workers take (by default one).
     Time and bytes come from finished shards of this run, else from --calibrate; they are never guessed. Nothing is
     written, and no cluster is needed: without --gpus-per-worker, the GPUs of this machine decide.
 
     \b
-    Exit codes: 0 nothing is in the way; 1 unexpected; 2 or 4 as 'generate' would end, all reasons are listed.
+    Exit codes: 0 nothing is in the way; 1 unexpected; 2 or 4 if 'generate' would end with it. All reasons are listed.
     """
     from vcf_batch.commands import plan  # pyarrow is not needed to print a help text
 

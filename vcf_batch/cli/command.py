@@ -70,7 +70,7 @@ def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
 
 def moved_option(name: str) -> Callable[..., Any]:
     """An option for something that a run has used and that is elsewhere now."""
-    text = f"New place of the run's {name.replace('-', ' ')}, if moved since the run."
+    text = f"New place of the run's {name.replace('-', ' ')}, if it has moved since the run."
     return click.option(f"--{name}", metavar="URL", help=text)
 
 

@@ -222,7 +222,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "best-by",
     click.Choice(tuple(settings.GATES.values())),
-    "The score that chooses which attempt at a row is recorded if none passes.  [default: clip_score]",
+    "The score that chooses which of a row's images is recorded if none passes.  [default: clip_score]",
 )
 @_option(
     "image-format",

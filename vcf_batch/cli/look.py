@@ -20,13 +20,13 @@ SHEET_ROWS = 64
 @json_option
 @debug_option
 def status(output: str, as_json: bool) -> None:
-    """Tell how the run in OUTPUT stands.
+    """Show the state of the run in OUTPUT.
 
-    This works while the run goes on, after it ended, and after it died. OUTPUT alone is read, so any machine that sees
-    it can tell. Shards count once they are finished. Nothing is written.
+    This works while the run goes on, after it ended, and after it died. Only OUTPUT is read, so any machine that
+    sees it can do this. Shards count once they are finished. Nothing is written.
 
     \b
-    Exit codes: 0 told, however the run stands ("state": finished, running or stopped); 1 unexpected; 2 no run there;
+    Exit codes: 0 in every state of a run ("state": finished, running or stopped); 1 unexpected; 2 no run there;
     5 damage.
     """
     from vcf_batch.report import status as statuses  # pyarrow is not needed to print a help text
@@ -55,7 +55,7 @@ def status(output: str, as_json: bool) -> None:
 def report(
     ctx: click.Context, output: str, out: str | None, png: str | None, rows: int | None, as_json: bool, **_: Any
 ) -> None:
-    """Write a page, or a picture, to look at OUTPUT with.
+    """Write a page, or a picture, that shows OUTPUT.
 
     The page has scores, samples, failures, throughput and configuration. It is one HTML file that needs nothing else,
     and shows the best, the worst and random samples beside their references. With --png, a picture of the first samples

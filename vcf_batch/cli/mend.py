@@ -36,7 +36,7 @@ def verify(
     manifest; every image is decoded.
 
     \b
-    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not the run's; 5 damage.
+    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not that of the run; 5 damage.
     """
     from vcf_batch.commands import verify
     from vcf_batch.output.output import Output

@@ -117,7 +117,7 @@ def list_models(as_json: bool) -> None:
 @_recipe(
     "validate-every",
     _COUNT,
-    "Steps between validations, each of which writes a checkpoint.  [default: those of an epoch]",
+    "Steps between validations, each of which writes a checkpoint.  [default: the steps of an epoch]",
 )
 @_recipe("shuffle-buffer", _COUNT, "Number of pairs that each worker shuffles at a time.")
 @_recipe("seed", click.IntRange(min=0), "Seed of the first weights, of the order, and of the captions that are drawn.")
