@@ -1,1 +1,1 @@
-"""What the commands do, one module a command, thin where another package does the work."""
+"""The work of plan, preview, verify, repair, push and model evaluate. Other commands call their package directly."""

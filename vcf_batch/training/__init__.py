@@ -1,1 +1,1 @@
-"""Training of an aligner on captioned images, on Ray Train or in one process."""
+"""Training of an aligner on captioned images, on Ray Train."""
