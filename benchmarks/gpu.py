@@ -67,7 +67,7 @@ class Bench:
             compile=True,
             batch_size=self.batches[0],
         )
-        self.device = Device.prepare(self.config)
+        self.device = Device.set_up(self.config)
         self.pipeline = full_size.pipeline(self.shapes, self.kind, torch.bfloat16).set_up(self.kind)
         random = np.random.default_rng(0).integers(0, 256, (max(self.batches), 64, 64, 3), dtype=np.uint8)
         self.per_image: dict[int, float] = {}

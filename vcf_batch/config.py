@@ -1,4 +1,4 @@
-"""RunConfig: everything one run was asked to do, validated once, and the fingerprint that names its content."""
+"""RunConfig: the settings of one run, validated once, and the fingerprint that names its content."""
 
 import dataclasses
 import hashlib
@@ -30,15 +30,15 @@ GATES: Mapping[str, str] = {
     "min_content_alignment": "content_alignment",
     "min_style_similarity": "style_similarity",
 }
-"""Settings that samples have to meet, and the score that each looks at."""
+"""Settings that limit the scores of samples, each with its score."""
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 9.0
 DEFAULT_STRENGTHS: Mapping[str, float] = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3}
-"""Where a model recommends nothing else (``default_...`` in its model_index.json). Strengths are those of the paper."""
+"""Defaults for a model that recommends nothing (``default_...`` in its model_index.json). Strengths are the paper's."""
 
 REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
-"""What a model needs beside Stable Diffusion's own parts, once there are references."""
+"""Parts that a model needs for references, besides Stable Diffusion's own parts."""
 
 MAX_BATCH_SIZE = 4096
 MAX_PNO_STEPS = 1000
@@ -48,11 +48,11 @@ MAX_DEEP_CACHE = 1000
 MAX_GUIDANCE_SCALE = 1000.0
 MAX_STRENGTH = 1000.0
 MAX_WEIGHT = 1000.0
-"""Of a reference among several."""
+"""Largest weight of a reference."""
 MAX_PIXELS = 178_000_000
-"""Of a reference. Pillow itself opens nothing larger."""
+"""Largest number of pixels of a reference. Pillow itself opens nothing larger."""
 MIN_EDGE = 32
-"""Of an output, in pixels. The perceptual networks cannot take less."""
+"""Shortest edge of an output image, in pixels. The perceptual networks cannot take less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +64,21 @@ class Sampling:
     """
 
     guidance_lo: float = 0.0
-    """Steps are guided from here to ``guidance_hi``, both included, in fractions of the schedule (t / 999); 1 is pure
-    noise. In the other steps the unconditional side is not computed, which halves their operations."""
+    """Start of the guided part of the schedule, as a fraction t / 999; 1 is pure noise. The part ends at
+    ``guidance_hi``, both included. In other steps the unconditional side is not computed, which halves their
+    operations."""
     guidance_hi: float = 1.0
     deep_cache: int = 1
-    """The UNet's deep blocks are computed only in every Nth step, and their output is reused in between. 1 computes
-    them in every step."""
+    """Number N of steps that share one output of the UNet's deep blocks: they are computed only in every Nth step. 1
+    computes them in every step."""
     steps: int | None = None
-    """Denoising steps. None is the model's recommendation."""
+    """Number of denoising steps. None is the model's recommendation."""
     scheduler: str = "ddim"
     """One of :data:`SCHEDULERS`."""
     eta: float = 0.0
-    """The share of new noise in each step, 0 to 1. Only ``ddim`` takes another value than 0."""
+    """Share of new noise in each step, 0 to 1. Only ``ddim`` takes another value than 0."""
     height: int | None = None
-    """Pixels. None is the model's native size."""
+    """Height of an image in pixels. None is the model's native size."""
     width: int | None = None
 
     def __post_init__(self) -> None:
@@ -105,61 +106,64 @@ class RunConfig:
     revision: str | None = None
     fusion: str = "concat"
     strength: float | None = None
-    """Weight of the references in rows without a strength of their own; 0 is text only. A given one counts for every
-    fusion. None is the default of model and fusion: :func:`default_strengths`."""
+    """Weight of the references in rows without a strength of their own; 0 is text only. A given value counts for
+    every fusion. None is the default of model and fusion: :func:`default_strengths`."""
     fusion_lo: float = 0.0
-    """References are used from here to ``fusion_hi``, in fractions of the schedule; 1 is pure noise."""
+    """Start of the part of the schedule that uses references, as a fraction; 1 is pure noise. It ends at
+    ``fusion_hi``."""
     fusion_hi: float = 1.0
     unconditional: str = "zeros"
-    """What the unconditional side of the guidance has where the other has image tokens, in rows without a negative
-    reference: ``zeros``, or the tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on a manifest with
-    negative references."""
+    """Image tokens of the unconditional side of the guidance, in rows without a negative reference: ``zeros``, or the
+    tokens of a ``blank`` image. ``negative`` is ``zeros``, and requires a manifest with negative references."""
     image_tokens: str | None = None
-    """``all``, ``patches`` or ``cls``. None is the aligner's own choice."""
+    """Image tokens that are used: ``all``, ``patches`` or ``cls``. None is the aligner's own choice."""
     steps: int | None = Sampling.steps
-    """See :class:`Sampling`, as for each setting whose default is there."""
+    """Number of denoising steps: see :class:`Sampling`, which describes each setting that takes its default from
+    there."""
     guidance_scale: float | None = None
-    """Classifier-free guidance. None is the model's recommendation."""
+    """Scale of the classifier-free guidance. None is the model's recommendation."""
     guidance_lo: float = Sampling.guidance_lo
     guidance_hi: float = Sampling.guidance_hi
     deep_cache: int = Sampling.deep_cache
-    """Rows with prompt-noise optimisation have 1 instead."""
+    """Number of steps that share deep blocks: see :class:`Sampling`. Rows with prompt-noise optimisation have 1."""
     scheduler: str = Sampling.scheduler
     eta: float = Sampling.eta
     pno_steps: int = 0
-    """Updates of conditioning and noise that bring each image closer to its reference. 0: none."""
+    """Number of updates of conditioning and noise that bring each image closer to its reference. 0 is none."""
     pno_guide: str | None = None
-    """The CLIP that they follow, never the judge. None is the model's own image encoder."""
+    """The CLIP that prompt-noise optimisation follows, never the judge. None is the model's own image encoder."""
     pno_lr_conditioning: float = 1e-2
     pno_lr_noise: float = 1e-2
     pno_gamma: float = 0.1
-    """Weight of what keeps the noise normal."""
+    """Weight of the term that keeps the noise normal."""
     height: int | None = Sampling.height
-    """A multiple of 8."""
+    """Height of an image in pixels, a multiple of 8."""
     width: int | None = Sampling.width
     dtype: str = "auto"
-    """``auto``: bfloat16 where workers have GPUs (one without it refuses the run), else float32."""
+    """Number type of the networks. ``auto`` is bfloat16 where workers have GPUs, else float32. A GPU without bfloat16
+    refuses the run."""
     compile: bool = False
-    """Compile UNet and VAE decoder for each shape that comes up: another rounding, and minutes where none is cached."""
+    """Compile UNet and VAE decoder for each shape. The rounding changes, and a shape that is not cached takes
+    minutes."""
     negative_prompt: str = ""
     batch_size: int | None = 8
-    """Images sampled at once. None: what the run in the output began with, else the fastest size that memory holds,
-    found on the first worker."""
+    """Number of images sampled at once. None is the size that the run in the output began with, else the fastest size
+    that memory holds, measured on the first worker."""
     shard_size: int | None = None
-    """Rows in a shard. None: about ten minutes of one worker, at most."""
+    """Number of rows in a shard. None is about ten minutes of one worker, at most."""
     reference_root: tuple[str, ...] = ()
     """Folders, buckets or web addresses that references may live under, besides the manifest's own folder."""
     max_pixels: int = 64_000_000
-    """A larger reference image fails its row before it is decoded."""
+    """Largest number of pixels of a reference. A larger one fails its row before it is decoded."""
     max_failed: float = 0.0
-    """The largest fraction of failed rows that still exits with 0."""
+    """Largest fraction of failed rows that still exits with 0."""
     judge: str | None = None
     """The CLIP that scores. None is the model's own: the embedded judge for ``tiny``, else CLIP ViT-B/32."""
     lpips: str = "auto"
     lpips_weights: str | None = None
     """Folder or URL with the official backbone and linear-head files, for ``alex`` and ``vgg``."""
     min_clip_score: float | None = None
-    """Samples below it are rejected, as are those that miss another of :data:`GATES`. None: no gate."""
+    """Smallest CLIP score of a sample that is not rejected; None is no limit. :data:`GATES` lists every limit."""
     min_clip_reference: float | None = None
     max_lpips: float | None = None
     min_content_alignment: float | None = None
@@ -167,37 +171,40 @@ class RunConfig:
     triplets: bool = False
     """Write each sample's text-only twin from the same noise, and its reference, beside it."""
     safety_checker: str | None = None
-    """What flags images that are not safe for work, which are rejected: ``own``, the model's, or another."""
+    """Model that flags images that are not safe for work, to reject them. ``own`` is the one that comes with the
+    model."""
     attempts: int = 1
-    """Images at most that a row gets, each from another seed, until one passes the gates."""
+    """Largest number of images that a row gets, each from another seed, until one passes the gates."""
     best_by: str = "clip_score"
-    """The score that decides which attempt at a rejected row is recorded."""
+    """Score that decides which attempt at a rejected row is recorded."""
     image_format: str = "png"
     mark: bool = True
-    """Every image says that it is synthetic, and how it was made: :mod:`vcf_batch.output.marking`."""
+    """Mark every image as synthetic, with its settings: :mod:`vcf_batch.output.marking`."""
     seed: int = 0
     limit: int | None = None
     num_workers: int | None = None
-    """None: as many as the cluster has GPUs, or one per ``cpus_per_worker`` CPUs where it has none."""
+    """Number of workers. None is one for each GPU of the cluster, or one for ``cpus_per_worker`` CPUs where it has
+    none."""
     gpus_per_worker: float | None = None
-    """None: what the run in the output began with, else 1 where the cluster has a GPU now, else 0."""
+    """Number of GPUs of a worker. None is the number that the run in the output began with, else 1 where the cluster
+    has a GPU now, else 0."""
     cpus_per_worker: int = 1
-    """CPUs reserved for a worker, and the threads that it computes with on a machine without GPUs."""
+    """Number of CPUs reserved for a worker, and of its threads on a machine without GPUs."""
     allow_smaller_batches: bool = False
-    """Where the GPU's memory does not hold a batch, sample fewer rows at once. The receipt says so; such shards are
+    """Sample fewer rows at once where the GPU's memory does not hold a batch. The receipt says so, and such shards are
     outside of the promise of identical bytes."""
     stall_timeout: float | None = None
-    """Seconds without a sign of life (a denoising step, a reference, a sample, a part of a file) after which a worker
-    is taken to hang, and killed; while it loads, an hour at least. None: ten minutes, or what twenty denoising steps of
-    a batch are guessed to take."""
+    """Seconds without a heartbeat (a denoising step, a reference, a sample, a part of a file) after which a worker
+    counts as hung and is killed; an hour at least while it loads. None is ten minutes, or the estimated time of twenty
+    denoising steps of a batch if that is longer."""
     profile: bool = False
     """Record a trace of one shard's first batches."""
     log_format: str = "text"
     address: str | None = None
-    """Address of the Ray cluster; None: the one this runs in or that runs on this machine, else a new local one."""
+    """Address of the Ray cluster. None is the one of this process or of this machine, else a new local one."""
     default_strengths: dict[str, float] | None = None
-    """Not an option: :func:`vcf_batch.setup.defaults.settle` fills it in where ``strength`` was left open. The strength
-    of rows without one of their own, by their fusion; ``strength`` is then that of ``fusion``."""
+    """Strength of rows without one of their own, by their fusion; ``strength`` is then that of ``fusion``. It is no
+    option: :func:`vcf_batch.setup.defaults.settle` fills it in where ``strength`` was left open."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference_root", tuple(self.reference_root))
@@ -207,7 +214,7 @@ class RunConfig:
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
         for name, value in vars(self).items():
             for text in value if isinstance(value, tuple) else (value,):
-                # An empty place would be the working directory: what a variable of a shell is when it is not set.
+                # A shell variable that is not set gives an empty text, which as a place would be the working directory.
                 if isinstance(text, str) and ("\0" in text or (not text and name != "negative_prompt")):
                     raise UsageError(f"{name} is {text!r}; give a value without NUL characters, or leave it out")
         _choice("fusion", self.fusion, FUSIONS)
@@ -234,7 +241,7 @@ class RunConfig:
         _between("fusion_lo", self.fusion_lo, 0, 1)
         _between("fusion_hi", self.fusion_hi, self.fusion_lo, 1)
         _between("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
-        # Making it checks the limits of its settings.
+        # Making a Sampling checks the limits of its settings.
         if self.sampling.deep_cache > 1 and self.compile:
             raise UsageError(
                 f"deep_cache is {self.deep_cache}, which cannot be compiled: leave out --compile or --deep-cache"
@@ -283,7 +290,7 @@ class RunConfig:
 
     @property
     def sampling(self) -> Sampling:
-        """The fields that :class:`Sampling` has, too."""
+        """The settings of :class:`Sampling`."""
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
     @property
@@ -293,7 +300,7 @@ class RunConfig:
 
     @property
     def is_gated(self) -> bool:
-        """Whether samples may be rejected for what they are."""
+        """Whether samples may be rejected, by a gate or the safety checker."""
         return bool(self.gates) or self.safety_checker is not None
 
     def strength_of(self, fusion: str) -> float:
@@ -332,7 +339,7 @@ class RunConfig:
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel = 2  # aliases make a few lines of YAML as deep and as wide as one likes
+_SHORT.maxlevel = 2  # aliases can make a few lines of YAML very deep and wide
 _SHORT.maxstring = 1000
 
 NOT_CONTENT = frozenset(
@@ -355,15 +362,15 @@ NOT_CONTENT = frozenset(
         "log_format",
     }
 )
-"""Settings that change neither the content of an output nor its layout. Manifest and models count by their identity,
-not by the name they go by."""
+"""Settings that change neither the content of an output nor its layout. Manifest and models count by their
+identity, not by their name."""
 
 ADDED_SETTINGS: dict[str, Any] = {}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.
-Fields without the setting are read as if they had that value: :func:`field_of`. A setting is never taken off this
-table."""
+Fields without the setting are read as if they had that value: :func:`field_of`. A setting is never removed from
+this table."""
 
 
 def fingerprint_fields(
@@ -376,15 +383,15 @@ def fingerprint_fields(
     pno_guide: str | None,
     safety_checker: str | None,
 ) -> dict[str, Any]:
-    """Everything that changes a run's content or layout, as plain JSON types.
+    """The settings and identities that change a run's content or layout, as plain JSON types.
 
     Args:
         config: the run, with every default resolved (no ``auto``, no None where the model decides).
-        manifest, model, judge, lpips, pno_guide, safety_checker: exact identities: hashes or revisions, not names. No
-            guide where nothing is guided.
+        manifest, model, judge, lpips, pno_guide, safety_checker: exact identities: hashes or revisions, not names.
+            The guide is None where nothing is guided.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
-    # They decide which rows fail, in any order; the fields are published, so without credentials.
+    # The roots decide which rows fail, in any order. The fields are published, so credentials are left out.
     fields["reference_root"] = sorted(map(redact, config.reference_root))
     ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
     ids["safety_checker"] = safety_checker
@@ -394,7 +401,7 @@ def fingerprint_fields(
 
 
 def field_of(fields: Mapping[str, Any], name: str) -> Any:
-    """One of :func:`fingerprint_fields`; None if it is neither there nor in :data:`ADDED_SETTINGS`."""
+    """Value of one of :func:`fingerprint_fields`; None if neither they nor :data:`ADDED_SETTINGS` have it."""
     return fields.get(name, ADDED_SETTINGS.get(name))
 
 
@@ -420,11 +427,11 @@ def default_strengths(recommended: float | None) -> dict[str, float]:
 
 
 def reference_shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """What each of a sample's references counts, summing to 1.
+    """Shares of a sample's references, summing to 1.
 
     Args:
         weights: one per reference, 0 to :data:`MAX_WEIGHT`, not all 0; only their ratios matter. None is equal ones.
-        count: of the references.
+        count: number of references.
 
     Raises:
         UsageError: the weights break these rules.

@@ -14,7 +14,7 @@ SCORE_STEP = 0.05
 STATUSES: tuple[Status, ...] = ("success", "rejected", "failed")
 
 RowMask = bytes
-"""One byte for each row of a shard, in order. 1: the row is generated anew. 0: its committed sample stays."""
+"""One byte for each row of a shard, in order: 1 for a redo row, 0 for a row whose committed sample is kept."""
 
 OVERRIDES = (
     "negative_prompt",
@@ -29,7 +29,7 @@ OVERRIDES = (
 """Manifest columns that replace the run's setting for one row."""
 
 TRIPLET = ("content", "style")
-"""What lies beside an image in a run with triplets, as ``KEY.content.png`` and ``KEY.style.png``: the text-only twin
+"""The other images of a sample in a run with triplets, as ``KEY.content.png`` and ``KEY.style.png``: the text-only twin
 from the same noise, and the reference."""
 
 
@@ -51,19 +51,19 @@ class Row:
     number: int
     """Position in the manifest, from 0."""
     key: str
-    """``sample_id``, or the row number zero-padded to 9 digits. Names the sample everywhere."""
+    """Name of the sample everywhere: ``sample_id``, or the row number zero-padded to 9 digits."""
     prompt: str
     references: tuple[Reference, ...] = ()
-    """Empty means text only."""
+    """References of the row; empty means text only."""
     seed: int = 0
     negative_reference: Reference | None = None
-    """What the image should not look like."""
+    """Reference that the image should not look like."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The row's own values for names in :data:`OVERRIDES`; nulls are left out."""
     carried: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the manifest that the outputs repeat."""
     error: str | None = None
-    """Why the row cannot be generated, when the manifest alone already tells."""
+    """Reason why the row cannot be generated, if the manifest alone tells; else None."""
 
     @property
     def images(self) -> tuple[Reference, ...]:
@@ -96,9 +96,9 @@ class Scores:
     lpips: float | None = None
     """Perceptual distance of output and reference, 0 or more; lower is closer."""
     content_alignment: float | None = None
-    """How alike output and text-only twin are laid out, -1 to 1 (docs/quality.md). None without triplets."""
+    """Similarity of the layouts of output and text-only twin, -1 to 1 (docs/quality.md). None without triplets."""
     style_similarity: float | None = None
-    """How alike the channel statistics of output and reference are, 0 to 1 (docs/quality.md)."""
+    """Similarity of the channel statistics of output and reference, 0 to 1 (docs/quality.md)."""
 
 
 SCORES = tuple(field.name for field in dataclasses.fields(Scores))
@@ -107,13 +107,13 @@ SCORES = tuple(field.name for field in dataclasses.fields(Scores))
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One image that was drawn of a row in a run with gates, whatever became of it."""
+    """One image that was drawn for a row in a run with gates, kept or not."""
 
     seed: int
-    """The seed of its noise: the row's own for the first draw, see :func:`vcf_batch.sharding.draw_seed`."""
+    """Seed of the noise: the row's own for the first draw, see :func:`vcf_batch.sharding.draw_seed`."""
     scores: Scores
     nsfw: bool | None = None
-    """See :attr:`Sample.nsfw`."""
+    """Whether the safety checker flagged the image; None without a checker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +121,23 @@ class Objective:
     """The course of prompt-noise optimisation for one sample. Lower is better."""
 
     first: float
-    """Loss of the image that the sample has without it."""
+    """Loss of the image without the optimisation."""
     best: float
     """Loss of the image that was kept."""
     steps: int
-    """Updates it took."""
+    """Number of updates that were made."""
     stopped: bool = False
-    """Whether it took no more because its numbers went bad: a loss that is not finite, a gradient that exploded."""
+    """Whether the updates ended early, because a loss was not finite or a gradient exploded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What became of one row: the encoded image and its scores, or the reason there is none."""
+    """Outcome of one row: the encoded image and its scores, or the reason why there is none."""
 
     row: Row
     status: Status
     settings: Mapping[str, Any]
-    """The settings that were used: the run's, with the row's overrides applied, and the seed of the noise."""
+    """Settings that were used: the run's, with the row's overrides applied, and the seed of the noise."""
     image: bytes | None = None
     """The encoded image file; None unless ``status`` is ``success``."""
     width: int | None = None
@@ -145,15 +145,15 @@ class Sample:
     scores: Scores = Scores()
     error_message: str | None = None
     pno_objective: Objective | None = None
-    """None without prompt-noise optimisation."""
+    """Course of the prompt-noise optimisation; None without it."""
     nsfw: bool | None = None
-    """Whether the safety checker flagged it; None without one."""
+    """Whether the safety checker flagged the image; None without a checker."""
     attempts: tuple[Draw, ...] = ()
-    """The draws of the row, in order, where the run has gates: the column ``attempts``."""
+    """Draws of the row, in order, in a run with gates: the column ``attempts``."""
     phash: str | None = None
-    """See :func:`vcf_batch.images.perceptual_hash`."""
+    """Perceptual hash of the image: see :func:`vcf_batch.images.perceptual_hash`."""
     triplet: Mapping[str, bytes] = field(default_factory=dict)
-    """The other images of the sample, encoded alike, by :data:`TRIPLET`, where the run writes them."""
+    """The other images of the sample in the same format, by :data:`TRIPLET`, in a run with triplets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,29 +176,31 @@ class Receipt:
     attempt: int
     counts: Mapping[Status, int]
     files: Mapping[str, FileEntry]
-    """``tar`` and ``parquet``."""
+    """Size and hash of the files ``tar`` and ``parquet``."""
     device: Mapping[str, Any]
-    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on. Where a
-    repair kept samples of another one: ``several``, a list of them all."""
+    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on. If a
+    repair kept samples of another device, ``several`` lists all of them."""
     timings: Mapping[str, Any]
     """Seconds per phase, start and end date, host name."""
     means: Mapping[str, float | None] = field(default_factory=dict)
     """Mean of each score over the successful samples."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of each score over the successful samples: samples by the upper end of their bin of :data:`SCORE_STEP`."""
+    """Histogram of each score over the successful samples: their number by the upper end of their bin of
+    :data:`SCORE_STEP`."""
     sampled: int = 0
-    """Rows that an image was sampled of, whether it passed the gates or not."""
+    """Number of rows that an image was sampled for, whether it passed the gates or not."""
     sampled_at_once: int | None = None
-    """Where memory was too small for the run's batches: how many rows were sampled at once. Such a shard is outside of
-    the promise of identical bytes."""
+    """Number of rows sampled at once, if memory was too small for the run's batches; else None. Such a shard is outside
+    of the promise of identical bytes."""
 
     @property
     def worker_seconds(self) -> float:
-        """What the shard took of its worker: while it waited for its turn, another shard was sampled."""
+        """Seconds that the shard took of its worker, without the wait for its turn, in which another shard was
+        sampled."""
         return self.timings.get("total", 0.0) - self.timings.get("wait_for_turn", 0.0)
 
     def keeping(self, older: "Receipt") -> "Receipt":
-        """The receipt of a shard that keeps samples of an older one: what marks those marks the shard."""
+        """Copy of the receipt for a shard that keeps samples of an older one. It has the marks of both."""
         devices = list(older.device.get("several", [older.device]))
         if self.device not in devices:
             devices.append(self.device)

@@ -1,4 +1,4 @@
-"""What a row is generated with: the run's settings, with the row's own in their place."""
+"""The settings of a row: the run's settings, with the row's own in their place."""
 
 import dataclasses
 from typing import Any
@@ -12,8 +12,8 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
     """The settings of one row, by the names of their output columns, and its seed.
 
     Args:
-        row: of the manifest; if it has an error, its own settings do not count.
-        config: with every default resolved.
+        row: a row of the manifest; if it has an error, its own settings do not count.
+        config: the run, with every default resolved.
     """
     own = {} if row.error else row.overrides
     shares = reference_shares(own.get("reference_weights"), len(row.references))
@@ -43,7 +43,7 @@ def _unconditional(row: Row, config: RunConfig) -> str:
 
 
 def checked(row: Row, config: RunConfig) -> Row:
-    """The row, with an error if what it sets contradicts what it leaves to the run."""
+    """The row, with an error if its own settings contradict the run's."""
     used = settings_of(row, config)
     if used["fusion_lo"] <= used["fusion_hi"]:
         return row

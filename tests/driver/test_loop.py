@@ -121,7 +121,7 @@ def test_a_worker_without_a_heartbeat_is_killed(simulate: Simulate) -> None:
     check_whole(simulation)
     assert len(simulation.cluster.processes) == 2
     (first, *_) = simulation.told("attempt_failed")
-    assert "no sign of life for 60 s (--stall-timeout)" in first
+    assert "no heartbeat for 60 s (--stall-timeout)" in first
     assert 60 <= simulation.times("attempt_failed")[0] - LOAD_SECONDS - 2 * 60 <= 70
 
 

@@ -228,14 +228,14 @@ def test_rows_that_kill_hang_and_raise_fail_alone(undisturbed: Path, configure: 
 def test_a_worker_that_hangs_is_replaced(
     undisturbed: Path, configure: Configure, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray never notices a hang, nor a frozen process: a worker that gives no sign of life is killed and its shard done
+    """Ray never notices a hang, nor a frozen process: a worker that gives no heartbeat is killed and its shard done
     again."""
     monkeypatch.setattr(failing_shard, "PAUSES", (0.1,) * 9)  # a busy machine may seem to hang
     config = configure(stall_timeout=8.0)
     pids = order(config, "sample.hang", "score.stop") / "pids"
     pids.mkdir()
     pool.run(config)
-    stalls = sum("no sign of life for 8 s" in note for note in notes)
+    stalls = sum("no heartbeat for 8 s" in note for note in notes)
     assert stalls >= 2
     # While one hangs, no others are started for the shard that waits behind it.
     assert len([*pids.iterdir()]) <= 2 + stalls

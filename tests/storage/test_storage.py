@@ -254,7 +254,7 @@ def test_upload_and_download(root: str, tmp_path: Path) -> None:
     parts: list[int] = []
     storage.upload(str(source), url, lambda: parts.append(1))
     assert storage.size(url) == 3_000_000
-    assert len(parts) >= (3 if storage.is_local(url) else url.startswith("s3:"))  # signs of life for those who wait
+    assert len(parts) >= (3 if storage.is_local(url) else url.startswith("s3:"))  # heartbeats while a caller waits
     storage.download(url, str(back))
     assert back.read_bytes() == source.read_bytes()
     assert os.listdir(back.parent) == ["file"]

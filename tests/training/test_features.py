@@ -32,7 +32,7 @@ def towers(pipeline: VCFPipeline, cache: Path | None = None) -> Towers:
 
 def test_tokens_are_those_of_the_pipeline(pipeline: VCFPipeline) -> None:
     """Training sees what generating does: the same preprocessing, the same tower, the same text conditioning."""
-    examples = [towers(pipeline).prepare(pair, RNG) for pair in PAIRS]
+    examples = [towers(pipeline).draw_example(pair, RNG) for pair in PAIRS]
     vision, text = towers(pipeline).encode(examples)
     assert vision.shape == (3, IMAGE_TOKENS, VISION_WIDTH) and text.shape == (3, TEXT_TOKENS, TEXT_WIDTH)
     assert not vision.requires_grad and not text.requires_grad
@@ -47,12 +47,12 @@ def test_the_aligner_s_tokens_are_chosen_after_the_cache(tokens: str, count: int
     pipeline.register_modules(aligner=ImageAligner(VISION_WIDTH, TEXT_WIDTH, tokens=tokens))
     for _ in range(2):
         part = towers(pipeline, tmp_path)
-        assert part.encode([part.prepare(PAIRS[0], RNG)])[0].shape[1] == count
+        assert part.encode([part.draw_example(PAIRS[0], RNG)])[0].shape[1] == count
     assert len(list(tmp_path.glob("image-tower/*/*"))) == 1
 
 
 def test_one_caption_is_drawn(pipeline: VCFPipeline) -> None:
-    drawn = {towers(pipeline).prepare(PAIRS[0], random.Random(seed)).caption for seed in range(20)}
+    drawn = {towers(pipeline).draw_example(PAIRS[0], random.Random(seed)).caption for seed in range(20)}
     assert drawn == {"caption 0", "another"}
 
 
@@ -61,7 +61,7 @@ def test_the_cache_gives_back_what_was_computed(
 ) -> None:
     """A second run with the same towers computes nothing, whatever the pairs are called; a damaged file is absent."""
     part = towers(pipeline, tmp_path)
-    first = part.encode([part.prepare(pair, random.Random(0)) for pair in PAIRS])
+    first = part.encode([part.draw_example(pair, random.Random(0)) for pair in PAIRS])
 
     def fail(images: list[Image.Image]) -> torch.Tensor:
         raise AssertionError("the tower was asked")
@@ -69,22 +69,22 @@ def test_the_cache_gives_back_what_was_computed(
     monkeypatch.setattr(pipeline, "vision_tokens", fail)
     monkeypatch.setattr(pipeline, "encode_prompts", fail)
     renamed = [CaptionedImage("other", pair.image, pair.captions) for pair in PAIRS]
-    again = part.encode([part.prepare(pair, random.Random(0)) for pair in renamed])
+    again = part.encode([part.draw_example(pair, random.Random(0)) for pair in renamed])
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
     monkeypatch.undo()
     name = hashlib.sha256(PAIRS[1].image).hexdigest()
     path = tmp_path / "image-tower" / name[:2] / f"{name}.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    mended = part.encode([part.prepare(pair, random.Random(0)) for pair in PAIRS])
+    mended = part.encode([part.draw_example(pair, random.Random(0)) for pair in PAIRS])
     torch.testing.assert_close(mended[0], first[0])
 
 
 def test_other_towers_have_another_cache(pipeline: VCFPipeline, tmp_path: Path) -> None:
     part = towers(pipeline, tmp_path)
-    part.encode([part.prepare(PAIRS[0], RNG)])
+    part.encode([part.draw_example(PAIRS[0], RNG)])
     other = Towers(pipeline, str(tmp_path), "other-image-tower", "other-text-tower")
-    example = other.prepare(PAIRS[0], RNG)
+    example = other.draw_example(PAIRS[0], RNG)
     assert example.image_tokens is None and example.text_tokens is None
 
 
@@ -99,4 +99,4 @@ def test_other_towers_have_another_cache(pipeline: VCFPipeline, tmp_path: Path) 
 )
 def test_a_broken_pair_says_why(pair: CaptionedImage, reason: str, pipeline: VCFPipeline) -> None:
     with pytest.raises(RowError, match=reason):
-        towers(pipeline).prepare(pair, RNG)
+        towers(pipeline).draw_example(pair, RNG)

@@ -18,9 +18,9 @@ def caption(pair: CaptionedImage, rng: random.Random) -> str:
     return pair.captions[0]
 
 
-def feed(data: CaptionedData, prepare: Any = caption, **settings: Any) -> Feed[str]:
+def feed(data: CaptionedData, draw_example: Any = caption, **settings: Any) -> Feed[str]:
     defaults: dict[str, Any] = {"rank": 0, "world": 1, "seed": 0, "buffer": 4, "threads": 2, "note": lambda text: None}
-    return Feed(data, data.files, prepare, **{**defaults, **settings})
+    return Feed(data, data.files, draw_example, **{**defaults, **settings})
 
 
 @pytest.fixture
@@ -65,13 +65,13 @@ def test_the_buffer_shuffles_without_loss() -> None:
 
 
 def test_broken_pairs_are_left_out_counted_and_named(data: CaptionedData) -> None:
-    def prepare(pair: CaptionedImage, rng: random.Random) -> str:
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
         if pair.captions[0].endswith((".0", ".1")):
             raise RowError("it is broken")
         return pair.captions[0]
 
     notes: list[str] = []
-    worker = feed(data, prepare, note=notes.append)
+    worker = feed(data, draw_example, note=notes.append)
     assert worker.all() == [text for text in texts(data.read(data.files)) if not text.endswith((".0", ".1"))]
     assert worker.broken == 8
     assert len(notes) == 3 and notes[0].endswith("00000.tar 00: it is broken")
@@ -81,14 +81,14 @@ def test_broken_pairs_are_left_out_counted_and_named(data: CaptionedData) -> Non
 def test_data_that_is_mostly_broken_ends_the_training(tmp_path: Path, data: CaptionedData) -> None:
     """The error tells how many, and why: at the end of a pass, and within a long one."""
 
-    def prepare(pair: CaptionedImage, rng: random.Random) -> str:
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
         raise RowError("the image file is empty")
 
     with pytest.raises(UsageError, match=r"24 of the first 24 pairs cannot be used, .*: the image file is empty"):
-        next(feed(data, prepare).batches(0, 2))
+        next(feed(data, draw_example).batches(0, 2))
     large = CaptionedData.open(str(write_captioned(tmp_path / "large", files=1, pairs=300)))
     with pytest.raises(UsageError, match="33 of the first 33 pairs cannot be used"):
-        feed(large, prepare).all()
+        feed(large, draw_example).all()
 
 
 def test_each_pair_has_randomness_of_its_own(data: CaptionedData) -> None:

@@ -487,7 +487,7 @@ def test_a_run_that_asks_for_a_gpu_says_so_where_there_is_none(loaded: Worker) -
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match="--gpus-per-worker 0"):
-        Device.prepare(loaded.components.config.replace(gpus_per_worker=1.0))
+        Device.set_up(loaded.components.config.replace(gpus_per_worker=1.0))
 
 
 @pytest.mark.parametrize(

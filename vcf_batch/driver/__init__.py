@@ -1,4 +1,4 @@
-"""Which shard goes to which worker, what is done and what failed, and the loop that decides it.
+"""The driver of a run: the loop that hands shards to workers, and the record of what is finished and what failed.
 
 No Ray and no torch: the loop sees a cluster as :class:`vcf_batch.driver.cluster.Cluster`, so that it can be simulated.
 """

@@ -1,21 +1,22 @@
-"""Which row kills the workers that generate it? Found by bisecting a shard on trial.
+"""The search for a row that kills its workers, by bisecting a shard.
 
-A trial generates some rows of a shard, each in its own batch and place, and throws them away
-(:meth:`vcf_batch.worker.worker.Worker.trial`). Halving the suspects leaves one row; what kills three more workers that
-generate nothing else is not bad luck. The verdict counts only once the rest of the shard has been generated without it.
+A trial generates some rows of a shard, each in its own batch and place, and discards them
+(:meth:`vcf_batch.worker.worker.Worker.run`). Halving the suspects leaves one row. It is blamed if it kills
+:data:`REPEATS` more workers that generate nothing else. The verdict counts only once the rest of the shard has been
+generated without it.
 """
 
 from collections.abc import Sequence
 
 REPEATS = 3
-"""How often the last suspect has to kill its worker alone. A single survival clears it."""
+"""Number of times that the last suspect has to kill its worker alone. A single survival clears it."""
 
 
 class Bisection:
-    """Looks for one row that kills its workers: at most ``log2(len(suspects)) + 1 + REPEATS`` trials.
+    """Search for one row that kills its workers, in at most ``log2(len(suspects)) + 1 + REPEATS`` trials.
 
     Args:
-        suspects: rows of which a shard was generated that killed its worker.
+        suspects: rows that were generated when the shard killed its worker.
     """
 
     def __init__(self, suspects: Sequence[int]) -> None:
@@ -29,23 +30,22 @@ class Bisection:
 
     @property
     def culprit(self) -> int | None:
-        """The row that has killed its worker often enough."""
+        """Row that has killed its worker alone :data:`REPEATS` times; None as long as there is none."""
         return self._suspects[0] if self._deaths == REPEATS else None
 
     @property
     def in_vain(self) -> bool:
-        """Whether nobody is left to suspect: what happened to the shard came from elsewhere, or from several rows
-        together."""
+        """Whether no suspect is left: the cause lies elsewhere, or in several rows together."""
         return not self._suspects
 
     def died(self) -> None:
-        """The trial killed its worker."""
+        """Take the death of the trial's worker."""
         if len(self._suspects) == 1:
             self._deaths += 1
         self._suspects = self._half
 
     def survived(self) -> None:
-        """The trial did not."""
+        """Take the survival of the trial's worker."""
         self._suspects = self._suspects[len(self._half) :]
 
     @property

@@ -1,6 +1,6 @@
-"""All that the driver sees of a cluster, and what it notes of the workers there.
+"""The cluster as the driver sees it, and the driver's notes on its workers.
 
-:class:`vcf_batch.pool.ray_cluster.RayCluster` is one on Ray; tests have one that is simulated, in virtual time.
+:class:`vcf_batch.pool.ray_cluster.RayCluster` is a cluster on Ray; tests simulate one in virtual time.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,58 +14,59 @@ from vcf_batch.setup.shard_task import ShardTask
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a worker is, and by attempt how far it has come."""
+    """Sign that a worker is alive: its node, and the progress of each of its attempts."""
 
     node: str
     progress: dict[str, int]
-    """A number for each attempt under way; it changes whenever something is done."""
+    """A number for each attempt under way, by attempt id; it changes whenever something is done."""
     samples_done: dict[str, int]
+    """Number of samples that each attempt under way has written, by attempt id."""
 
 
 Answer = Heartbeat | tuple[Receipt, dict[str, str]] | Fault | None
-"""What comes back for a request: a heartbeat; None once the worker has loaded or has survived a trial; a shard's
-receipt and its staged files by kind; or a fault, whatever was asked."""
+"""Answer to a request: a heartbeat; None once the worker has loaded or has survived a trial; a shard's receipt and its
+staged files by kind. A fault may be the answer to any request."""
 
 
 @dataclass(eq=False)
 class WorkerHandle:
-    """A worker as the driver knows it: asked where it is, then to load the model, then to do one task after another."""
+    """A worker as the driver knows it. It is asked for its node, then to load the model, then to do its tasks."""
 
     process: Any
-    """What the cluster knows it by."""
+    """Handle by which the cluster knows the worker."""
     started: float
-    """When it was asked for, on the cluster's clock."""
+    """Time at which the worker was asked for, on the cluster's clock."""
     heartbeat: Heartbeat | None = None
-    """Its last one; None while it waits for a machine."""
+    """The last heartbeat; None while the worker waits for a machine."""
     asked: float = 0.0
-    """When it was last asked for a heartbeat, on the cluster's clock."""
+    """Time at which the worker was last asked for a heartbeat, on the cluster's clock."""
     requests: list["Request"] = field(default_factory=list)
-    """What it has not answered yet, but for later heartbeats."""
+    """Requests that the worker has not answered yet, without those for later heartbeats."""
 
     @property
     def node(self) -> str:
-        """Where it is; empty while it waits for a machine."""
+        """Node of the worker; empty while it waits for a machine."""
         return self.heartbeat.node if self.heartbeat else ""
 
     @property
     def tasks(self) -> list[ShardTask]:
-        """What it has to do."""
+        """Tasks that the worker has."""
         return [request.task for request in self.requests if request.task]
 
     @property
     def is_busy(self) -> bool:
-        """Whether it has a task."""
+        """Whether the worker has a task."""
         return any(request.task for request in self.requests)
 
     @property
     def samples_done(self) -> int:
-        """Samples of unfinished shards."""
+        """Number of samples that the worker has written for unfinished shards."""
         if self.heartbeat is None:
             return 0
         return sum(self.heartbeat.samples_done.get(request.attempt_id, 0) for request in self.requests)
 
     def note_heartbeat(self, heartbeat: Heartbeat) -> None:
-        """Take a heartbeat; requests that have moved since the last one are no longer silent."""
+        """Take a heartbeat, and end the silence of each request that has progressed since the last one."""
         self.heartbeat = heartbeat
         for request in self.requests:
             progress = heartbeat.progress.get(request.attempt_id, 0)
@@ -75,59 +76,59 @@ class WorkerHandle:
 
 @dataclass(eq=False)
 class Request:
-    """What a worker has been asked."""
+    """A request to a worker."""
 
     worker: WorkerHandle
     method: Literal["heartbeat", "load", "run"]
     task: ShardTask | None = None
-    """For ``run``; None otherwise."""
+    """The task of a ``run``; None for the other methods."""
     attempt_id: str = ""
-    """Names the task's staged files."""
+    """Name of the task's attempt, which its staged files bear; empty without a task."""
     key: Hashable = None
-    """What the cluster knows the answer by."""
+    """Key by which the cluster knows the answer."""
     progress: int = 0
-    """As of the last heartbeat."""
+    """Progress of the attempt in the last heartbeat."""
     silent: float = 0.0
-    """Seconds since anything moved."""
+    """Seconds since the last progress."""
 
 
 class Cluster(Protocol):
-    """Machines that run workers. Nothing here raises because a worker or a node has failed: that is an answer."""
+    """Machines that run workers. The failure of a worker or a node raises nothing here: it is an answer."""
 
     def now(self) -> float:
-        """Seconds, 0 or more, on a clock that never goes back. All times of the driver are read from it."""
+        """Seconds, 0 or more, on a clock that never goes back. The driver reads every time from it."""
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
 
     def new_id(self) -> str:
-        """A word that nobody else gets, not even another driver."""
+        """A new word, unique among all drivers."""
 
     def start(self, left_out: Sequence[str]) -> Any:
-        """Ask for a worker on any node but some; it comes up whenever there is room. Its heartbeat tells where it is.
+        """Ask for a worker on any node that is not left out. It starts when there is room.
 
         Returns:
-            What the cluster knows it by: see :attr:`WorkerHandle.process`.
+            The handle of the worker: see :attr:`WorkerHandle.process`.
         """
 
     def send(self, request: Request) -> Hashable:
-        """Ask a worker something. It does one shard after another, and gives heartbeats meanwhile.
+        """Send a request to its worker, which gives heartbeats also while it works on a shard.
 
         Returns:
-            What the cluster knows the answer by: see :attr:`Request.key`.
+            The key of the answer: see :attr:`Request.key`.
         """
 
     def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:
-        """Wait until a request is answered, ``seconds`` at most, and take all answers that are there.
+        """Wait until a request is answered, ``seconds`` at most, and return all answers that have arrived.
 
-        The answer of a request that is waited for again is there again.
+        A request that is waited for again gives the same answer again.
         """
 
     def kill(self, worker: WorkerHandle) -> None:
-        """End a worker at once, wherever it is. What it has not answered is answered by faults."""
+        """End a worker at once, wherever it is. Its open requests are answered by faults."""
 
     def room(self) -> dict[str, int]:
-        """How many workers fit on each node, whatever runs there now."""
+        """Number of workers that fit on each node, whatever runs there now."""
 
     def describe(self) -> str:
-        """What a worker needs and what there is, for people."""
+        """Resources that a worker needs and that the cluster has, in words."""

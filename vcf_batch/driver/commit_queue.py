@@ -1,4 +1,4 @@
-"""Finished shards on their way into the output: committed one by one, beside the loop."""
+"""The queue of finished shards, which are committed to the output one by one, beside the loop."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,7 +16,8 @@ from vcf_batch.records import Receipt
 from vcf_batch.setup.shard_task import ShardTask
 
 MAX_PENDING = 32
-"""Finished shards that wait for their commit before no further one is begun: a bound on what is staged."""
+"""Largest number of finished shards that wait for their commit. At this number no further shard is begun, which bounds
+the staged files."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Finished:
     node: str
     receipt: Receipt
     staged: dict[str, str]
-    """See :func:`vcf_batch.output.commits.commit`, which takes out of it what it has moved."""
+    """The staged files by kind. :func:`vcf_batch.output.commits.commit` removes each entry once its file is moved."""
 
 
 @dataclass
@@ -36,28 +37,30 @@ class _Commit:
 
     finished: Finished
     under_way: Future[None] | None = None
-    """None while it waits for its next try."""
+    """The commit under way; None while the shard waits for its next try."""
     failures: int = 0
     not_before: float = 0.0
-    """When it may be tried next, on the clock."""
+    """Earliest time of the next try, on the clock."""
 
 
 class CommitQueue:
-    """Commits shards in the order in which they come; use it with ``with``, which ends with the commit under way.
+    """Queue that commits shards in the order in which they are added.
 
-    A commit that fails is tried again, later, as often as a shard is tried against trouble; the staged files are all
-    that it takes.
+    Use it with ``with``: leaving the block waits for the commit under way.
 
-    Where every row of a shard is blamed for the death of its workers, it takes a sample of another shard to show that
-    workers are healthy. Such a shard waits until there is one, or nothing else is left: what becomes of it does not
-    depend on which shard was first.
+    A commit that fails is tried again after each of :data:`vcf_batch.driver.failing_shard.PAUSES`, from the same staged
+    files.
+
+    A shard is doubtful if every row is blamed for the death of its workers: only a sample of another shard can show
+    that workers are healthy. It waits until there is such a sample, or until nothing else is left. So its outcome does
+    not depend on the order of the shards.
 
     Args:
         output: URL of the run's output.
-        held: asked before each commit.
-        ledger: of the run.
-        note: told of commits that fail and are tried again: see :meth:`vcf_batch.driver.progress.Progress.note`.
-        now: the clock.
+        held: the lease on the output, confirmed before each commit.
+        ledger: the ledger of the run.
+        note: logs each commit that fails and is tried again: see :meth:`vcf_batch.driver.progress.Progress.note`.
+        now: reads the clock.
         executor: commits one shard at a time, and is shut down at the end.
     """
 
@@ -90,16 +93,16 @@ class CommitQueue:
         return len(self) >= MAX_PENDING
 
     def raise_if_lost(self) -> None:
-        """Refuse to go on once it is known that another driver owns the output.
+        """Raise if another driver is known to own the output.
 
         Raises:
-            RefusedError: it does.
+            RefusedError: another driver owns it.
         """
         if self._lease.lost:
             raise self._lease.lost
 
     def add(self, finished: Finished) -> None:
-        """Commit a shard when its turn comes."""
+        """Queue a shard for its commit."""
         if finished.task.verdicts and not finished.receipt.sampled:
             self._doubtful.append(finished)
         else:
@@ -124,7 +127,7 @@ class CommitQueue:
                 yield commit.finished, error
 
     def _judged(self) -> Iterator[tuple[Finished, VcfBatchError]]:
-        """Decide on the doubtful shards as soon as that can be done; yield those that are not to be committed."""
+        """Decide on the doubtful shards as soon as that is possible, and yield those that are refused."""
         left = self._doubtful
         if self._ledger.totals.sampled:
             self._pending += map(_Commit, left)
@@ -136,7 +139,7 @@ class CommitQueue:
         self._doubtful = []
 
     def _wait(self, commit: _Commit, error: StorageError) -> bool:
-        """Let a commit wait for another try, if there is one."""
+        """Let a commit wait for another try; return False if there is none."""
         if isinstance(error, StagedFilesLost) or commit.failures >= len(failing_shard.PAUSES):
             return False
         commit.not_before = self._now() + failing_shard.PAUSES[commit.failures]

@@ -1,4 +1,4 @@
-"""A shard whose attempts fail: what is tried next, and when it is given up."""
+"""A shard whose attempts fail: its next attempt or trial, and the decision to set it aside."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,47 +9,48 @@ from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 
 PAUSES: tuple[float, ...] = (10.0, 60.0)
-"""Seconds that a shard waits after its first failure, its second, and so on. The failure after the last pause is final
-for trouble: the shard is set aside. Crashes are then looked into."""
+"""Seconds that a shard waits after its first failure, after its second, and so on. After a failure beyond the last
+pause, a shard with trouble is set aside, and a shard with crashes is bisected."""
 
 LOSS_PAUSES: tuple[float, ...] = (0.0, 5.0, 15.0, 45.0, 135.0)
-"""Seconds that a shard waits after it lost its node for the first time, the second, and so on. That is nobody's fault;
-but where it goes on after the last pause, it counts as a crash."""
+"""Seconds that a shard waits after the first loss of its node, after the second, and so on. A loss is nobody's fault,
+but a loss beyond the last pause counts as a crash."""
 
 MAX_CULPRITS = 16
-"""Rows of one shard that may be blamed. Where more seem to kill their workers, something else does."""
+"""Largest number of rows of one shard that are blamed. If more rows seem to kill their workers, the cause lies
+elsewhere."""
 
 
 class FailingShard:
     """One shard, from its first failure until it is committed or set aside.
 
-    Trouble and crashes have a budget each, so that neither uses up the other's: a shard is tried ``len(PAUSES) + 1``
-    times in all against trouble, and as often against crashes. Then a row that kills its workers is looked for
-    (:class:`vcf_batch.driver.bisection.Bisection`), blamed, and the rest generated; and again, if that kills a worker
-    too. A verdict counts where the row died alone on several nodes, or on that which generated the rest.
+    Trouble and crashes have a budget each, of ``len(PAUSES) + 1`` attempts. When crashes have used up theirs, a row
+    that kills its workers is searched for (:class:`vcf_batch.driver.bisection.Bisection`) and blamed, and the rest of
+    the shard is generated. The search is repeated if the rest kills a worker too. A verdict counts if the row died
+    alone on several nodes, or on the node that generated the rest.
 
     Args:
         shard: the shard.
-        rows: those of the shard that are generated.
-        batch_size: the run's, if smaller batches are allowed where memory is too small.
-        now: the clock.
+        rows: rows of the shard that are generated.
+        batch_size: the batch size of the run, if smaller batches are allowed where memory is too small; else None.
+        now: reads the clock.
     """
 
     def __init__(self, shard: Shard, rows: Sequence[int], batch_size: int | None, now: Callable[[], float]) -> None:
         self.shard = shard
         self._rows, self._now = rows, now
         self.not_before = 0.0
-        """When it may be tried next, on the clock."""
+        """Earliest time of the next attempt, on the clock."""
         self._batch_size = self._sampled_at_once = batch_size
         self._attempt = 1
         self._failures: dict[Failure, list[str]] = {failure: [] for failure in Failure}
-        """Nodes of the attempts that failed."""
+        """Nodes of the attempts that failed, by kind of failure."""
         self._verdicts: dict[int, str] = {}
         self._search: Bisection | None = None
         self._searched_on: list[str] = []
-        """Nodes of the trials that died."""
+        """Nodes of the trials that killed their worker."""
         self._symptom = ""
-        """Seen the first time that the last suspect died alone."""
+        """Symptom of the last suspect when it first died alone."""
         self._alone_on: set[str] = set()
         """Nodes where the last suspect died alone."""
         self._seen_on: dict[int, set[str]] = {}
@@ -58,12 +59,14 @@ class FailingShard:
 
     @property
     def failed_on(self) -> set[str]:
-        """Nodes that get it last: where the last suspect died alone, if it did, else where anything failed. A suspect
-        shall show elsewhere, too."""
+        """Nodes that get the shard last: those where the last suspect died alone, else all where anything failed.
+
+        A suspect is tried on other nodes too, because its node may be to blame.
+        """
         return self._alone_on or {*itertools.chain(*self._failures.values()), *self._searched_on}
 
     def task(self) -> ShardTask:
-        """What is tried next."""
+        """The next attempt or trial."""
         return ShardTask(
             self.shard,
             self._attempt,
@@ -74,7 +77,7 @@ class FailingShard:
         )
 
     def repeat(self) -> None:
-        """Try the same again at once: the attempt was ended by no failure of its own."""
+        """Let the next attempt, or the same trial, begin at once. No failure is counted."""
         self._attempt += self._search is None
         self.not_before = 0.0
 
@@ -82,11 +85,11 @@ class FailingShard:
         """Take the failure of an attempt or a trial.
 
         Returns:
-            Whether there is a next one; if not, the shard is set aside.
+            Whether there is another attempt or trial; if not, the shard is set aside.
         """
         failure, node = fault.failure, fault.node
         if failure is Failure.MEMORY and self._sampled_at_once is not None and self._failures[failure]:
-            # Once more in a fresh process, without what was left in the other's memory, was not enough.
+            # The first failure is tried again with the same batches, in a fresh process. Later ones halve them.
             if self._sampled_at_once > 1:
                 self._failures[failure].append(node)
                 self._sampled_at_once //= 2
@@ -112,7 +115,7 @@ class FailingShard:
                 self._search, self._alone_on, self._in_vain = None, set(), True
 
     def forgive(self, node: str) -> None:
-        """Count what failed on a node no more."""
+        """Discard the failures on a node."""
         if node in self._failures[Failure.MEMORY]:
             self._sampled_at_once = self._batch_size
         crashed = node in self._failures[Failure.CRASH]
@@ -126,8 +129,8 @@ class FailingShard:
     def is_proven(self, task: ShardTask, node: str) -> bool:
         """Whether the rest of the shard, which a node has generated, may be committed beside the task's verdicts.
 
-        If not, the rows are tried again. Where one died on a single node, and the rest went well on another one, that
-        may be the difference between the nodes.
+        If not, the rows are tried again. The nodes may be to blame if a row died on one of them only, and another one
+        generated the rest.
         """
         if task.verdicts != self._verdicts:  # a node was forgiven meanwhile
             return False
@@ -149,7 +152,7 @@ class FailingShard:
 
     def _crashed(self, node: str) -> bool:
         """Take the crash of a whole attempt."""
-        # Two searches from both ends and no trial that went well: then it is hardly the rows.
+        # Two searches from both ends, and no trial survived: the rows are hardly the cause.
         doubtful = len(self._verdicts) >= 2 and not self._any_survived
         if self._in_vain or doubtful or len(self._verdicts) == MAX_CULPRITS:
             return False
@@ -166,7 +169,7 @@ class FailingShard:
         """Take the crash of a trial."""
         self._searched_on.append(fault.node)
         search = self._search
-        # Not so if a node was forgiven meanwhile.
+        # The search is another one if a node was forgiven meanwhile.
         if search is not None and task.selected == search.trial:
             if len(search.trial) == 1:
                 self._symptom = self._symptom or fault.symptom

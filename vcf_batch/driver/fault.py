@@ -1,4 +1,4 @@
-"""What went wrong, understood once: where the answer of a worker, or of a commit, arrives."""
+"""Failures in the driver's words. A fault is made once, where the answer of a worker or of a commit arrives."""
 
 import enum
 from dataclasses import dataclass
@@ -7,47 +7,48 @@ from typing import Self
 from vcf_batch.errors import OutOfDeviceMemory, VcfBatchError, printable
 
 REASON_LENGTH = 300
-"""Characters of the reason where the error is not this package's own."""
+"""Largest number of characters of a reason, for errors that are not this package's own."""
 
 
 class Failure(enum.Enum):
-    """Why an attempt failed."""
+    """Kind of failure of an attempt."""
 
     TROUBLE = enum.auto()
     """Storage, network or a machine failed. No row is to blame."""
     MEMORY = enum.auto()
     """The GPU's memory did not hold a batch."""
     CRASH = enum.auto()
-    """The worker died, stalled or raised what nobody expected. A row may be to blame."""
+    """The worker died, stalled or raised an unexpected error. A row may be to blame."""
     LOSS = enum.auto()
     """The node went away."""
 
 
 class Stalled(Exception):
-    """A worker gives no heartbeat, which the cluster does not notice."""
+    """A worker has given no heartbeat for too long. The cluster does not notice that."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A request or a commit has failed: all that the driver needs to know of it."""
+    """Failure of a request or a commit, with all that the driver needs to know of it."""
 
     failure: Failure
     symptom: str
-    """What a worker suffers from, for people. It may become a row's error message, so it is the same whenever that
-    happens: no message of the error's own, which has addresses, process numbers and times in it."""
+    """Symptom of the worker, in words. It may become a row's error message, so it is the same at every repetition: it
+    leaves out the error's own message, which has addresses, process numbers and times in it."""
     reason: str
     """The error in one line, for the log."""
     node: str
-    """Where it happened; empty if nobody knows."""
+    """Node of the failure; empty if it is unknown."""
     error: Exception
-    """What to raise if the run ends with it."""
+    """Exception to raise if the run ends with this fault."""
     node_died: bool = False
+    """Whether the node went away."""
     one_task: bool = True
     """Whether the error belongs to one task. If not, it belongs to the process, which may have had several tasks."""
 
     @classmethod
     def of(cls, error: Exception, node: str) -> Self:
-        """Understand an exception that this package, or a task, has raised. The pool knows those of the cluster."""
+        """Make a fault of an exception that this package or a task has raised. The pool does so for Ray's errors."""
         failure = Failure.TROUBLE if isinstance(error, (VcfBatchError, OSError)) else Failure.CRASH
         symptom = f"the worker that generates this row fails with {type(error).__name__}"
         if isinstance(error, OutOfDeviceMemory):

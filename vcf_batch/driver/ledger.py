@@ -1,4 +1,4 @@
-"""What of a run is committed, and what is set aside."""
+"""The record of a run's shards that are committed, and of those that are set aside."""
 
 import contextlib
 import time
@@ -17,24 +17,24 @@ from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
 MAX_SET_ASIDE = 16
-"""How many shards in a row may fail for good, while none is committed, before the run gives up on the others."""
+"""Number of shards that fail for good in a row, while none is committed, at which the run gives up on the others."""
 
 MAX_NAMED = 64
-"""How many of the shards that were set aside are named: a bound on memory, and on the length of a message."""
+"""Largest number of set-aside shards that are named: a bound on memory, and on the length of a message."""
 
 TELL_SECONDS = 10.0
-"""Between two versions of the progress file."""
+"""Seconds between two versions of the progress file."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a run's rows, those that were finished before included."""
+    """Outcome of a run's rows, those that were finished before included."""
 
     output: str
     rows: int
     counts: dict[Status, int]
     resumed_rows: int
-    """Rows that were finished before."""
+    """Number of rows that were finished before."""
     seconds: float
 
     @property
@@ -51,11 +51,11 @@ class Summary:
 
 
 class Ledger:
-    """Counts a run's shards, and tells so in :mod:`vcf_batch.output.progress_file`; what the output holds is read once.
+    """Count of a run's shards, published with :mod:`vcf_batch.output.progress_file`. The output is read once.
 
     Args:
         job: the run.
-        now: the clock.
+        now: reads the clock.
 
     Raises:
         StorageError: the output cannot be read or written.
@@ -67,7 +67,7 @@ class Ledger:
         self._fingerprint = job.fingerprint
         self.totals = RunSums()
         self._older: dict[int, Receipt] = {}
-        """For each partly regenerated shard, by index: an old receipt with the same device and batch marks."""
+        """An old receipt for each shard with kept samples, by index. Its device and batch marks are the shard's."""
         self._rows = job.manifest.num_rows
         fingerprints = {job.fingerprint, *job.extends}
         alike: dict[str, Receipt] = {}
@@ -77,17 +77,17 @@ class Ledger:
                 if index not in job.redo:
                     self.totals.add(receipt)
                 elif not all(job.redo[index]):
-                    # Shards are many, but few are marked differently.
+                    # One receipt stands for all with the same marks, which bounds memory.
                     self._older[index] = alike.setdefault(f"{receipt.device} {receipt.sampled_at_once}", receipt)
         self.finished_rows = self.totals.counts.total()
         self.resumed_rows = self.finished_rows + sum(mask.count(False) for mask in job.redo.values())
         self.left = len(job.shards) - len(self.totals.done)
-        """Shards that are neither committed nor set aside."""
+        """Number of shards that are neither committed nor set aside."""
         self._set_aside: list[tuple[ShardTask, str]] = []
-        """The first shards that were, and why."""
+        """The first shards that were set aside, each with the reason."""
         self._set_aside_count = self._set_aside_in_a_row = 0
         self._last: Fault | None = None
-        """Why the last one was set aside."""
+        """Fault for which the last shard was set aside."""
         self._tell()
 
     @property
@@ -96,7 +96,7 @@ class Ledger:
         return self.totals.counts
 
     def remaining(self) -> Iterator[Shard]:
-        """The shards that were not there at the beginning, in order."""
+        """Shards that were not committed when the run began, in order."""
         return sharding.remaining(self._shards, self.totals.done)
 
     def rows_of(self, shard: Shard) -> list[int]:
@@ -105,12 +105,12 @@ class Ledger:
         return [row for row, chosen in enumerate(mask, start=shard.start) if chosen]
 
     def whole(self, receipt: Receipt) -> Receipt:
-        """Complete a worker's receipt of a shard with what an older receipt says of the samples that it kept."""
+        """Complete a worker's receipt of a shard with the marks of the samples that it kept."""
         older = self._older.get(receipt.shard.index)
         return receipt.keeping(older) if older else receipt
 
     def committed(self, task: ShardTask, receipt: Receipt) -> None:
-        """Count a shard that exists from now on."""
+        """Count a shard that has just been committed."""
         self.left -= 1
         self._set_aside_in_a_row = 0
         self.finished_rows += len(task.shard)
@@ -122,7 +122,7 @@ class Ledger:
         """Count a shard that has failed for good.
 
         Raises:
-            StorageError, VcfBatchError: :data:`MAX_SET_ASIDE` in a row have; there is no use in going on.
+            StorageError, VcfBatchError: :data:`MAX_SET_ASIDE` shards in a row have failed for good.
         """
         self.left -= 1
         if len(self._set_aside) < MAX_NAMED:
@@ -135,10 +135,10 @@ class Ledger:
             self.raise_if_incomplete()
 
     def raise_if_incomplete(self) -> None:
-        """Refuse to call a run done that lacks shards.
+        """Raise if shards were set aside.
 
         Raises:
-            StorageError, VcfBatchError: shards were set aside; with their names and the last one's reason.
+            StorageError, VcfBatchError: shards were set aside. The message has their names and the last reason.
         """
         if self._last is None:
             return
@@ -168,6 +168,6 @@ class Ledger:
         self._told = self._now()
 
     def _try_to_tell(self) -> None:
-        # Nothing depends on it; where the storage fails, commits say so.
+        # Nothing depends on the progress file, and commits report a storage that fails.
         with contextlib.suppress(StorageError):
             self._tell()

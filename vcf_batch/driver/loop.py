@@ -1,4 +1,4 @@
-"""The loop that hands shards to workers, has what comes back committed, and decides what becomes of what fails."""
+"""The loop that hands shards to workers, has the results committed, and decides what follows a failure."""
 
 import logging
 from collections.abc import Sequence
@@ -19,24 +19,24 @@ from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
 SHARDS_AT_ONCE = 2
-"""Shards of one worker: while one is sampled, the next one's first references are read, or the last one's files are
-staged."""
+"""Number of shards that one worker has. While one is sampled, the next one's first references are read, or the last
+one's files are staged."""
 
 ANSWER_SECONDS = 1.0
-"""How long to wait for an answer before the run is looked at from other sides."""
+"""Longest wait for an answer, in seconds, before the loop turns to commits, silent workers and the display."""
 
 WAITING_SECONDS = 30.0
-"""How long no worker may be ready before the user is told what the run waits for."""
+"""Seconds without a ready worker after which the user is told what the run waits for."""
 
 
 class Exporter(Protocol):
-    """Gets the figures of a run: :class:`vcf_batch.pool.prometheus.PrometheusExporter`."""
+    """Receiver of a run's figures, such as :class:`vcf_batch.pool.prometheus.PrometheusExporter`."""
 
     def committed(self, receipt: Receipt) -> None:
-        """Take the receipt of a shard that has just come to exist."""
+        """Take the receipt of a shard that has just been committed."""
 
     def now(self, rows_done: int, workers: int) -> None:
-        """Take the rows that are generated so far, and the workers that are ready."""
+        """Take the number of rows generated so far, and the number of ready workers."""
 
 
 class Loop:
@@ -44,11 +44,11 @@ class Loop:
 
     Args:
         job: the run.
-        cluster: where workers run, and whose clock counts.
-        ledger: what is committed, and what is left.
-        commits: takes finished shards into the output.
-        progress: what the user sees.
-        exporter: what monitoring sees.
+        cluster: the cluster that runs the workers; every time is read from its clock.
+        ledger: the record of shards that are committed, and of those that are left.
+        commits: the queue that commits finished shards.
+        progress: the display for the user.
+        exporter: the receiver of figures for monitoring.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Loop:
         self._ledger.raise_if_incomplete()
 
     def _turn(self) -> None:
-        """Hand out what there is to do, and take what has come back."""
+        """Hand out tasks, and take the answers that have arrived."""
         self._commits.raise_if_lost()
         workers = self._workers
         workers.start(self._ungenerated)
@@ -89,7 +89,7 @@ class Loop:
             self._give_tasks(worker)
         if workers.requests:
             for request, answer in self._cluster.wait(workers.requests, ANSWER_SECONDS):
-                if request.key in workers.requests:  # what an earlier answer led to may have ended its worker
+                if request.key in workers.requests:  # an earlier answer may have ended its worker
                     self._take(request, answer)
         else:
             self._cluster.sleep(ANSWER_SECONDS / 10)
@@ -100,13 +100,13 @@ class Loop:
 
     @property
     def _ungenerated(self) -> int:
-        """Shards that it takes a worker for."""
+        """Number of shards that still need a worker."""
         return self._ledger.left - len(self._commits)
 
-    # What workers get
+    # Tasks
 
     def _give_tasks(self, worker: WorkerHandle) -> None:
-        """Give the worker what it can do; let it wait while failed shards or commits do; else let it go."""
+        """Give the worker its tasks. If there are none, keep it while failed shards or commits wait; else let it go."""
         while len(worker.requests) < SHARDS_AT_ONCE and (task := self._next(worker)):
             self._workers.ask(worker, "run", task)
         if worker.requests:
@@ -117,13 +117,13 @@ class Loop:
             self._workers.let_go(worker)
 
     def _next(self, worker: WorkerHandle) -> ShardTask | None:
-        """The worker's next task: a shard, or beside one another, as long as enough are left for all workers."""
+        """The worker's next task. It gets a second shard only if enough are left for all workers."""
         if self._commits.is_full:
             return None
         nodes = self._workers.nodes if self._queue.waiting else set()
         if not (tasks := worker.tasks):
             return self._queue.take(worker.node, nodes)
-        # The trace shall show the one shard from its first batch on.
+        # A trace must show its shard alone, from the first batch on.
         if any(task.is_alone or task.shard.index == self._profiled for task in tasks):
             return None
         claimed = sum(request.task is not None for request in self._workers.requests.values())
@@ -131,10 +131,10 @@ class Loop:
             return None
         return self._queue.take_beside(worker.node, nodes)
 
-    # What workers answer
+    # Answers
 
     def _take(self, request: Request, answer: Answer) -> None:
-        """Take an answer of a worker, or the news that there will be none."""
+        """Take an answer of a worker, or the fault in its place."""
         if isinstance(answer, Fault):
             self._failed(request, answer)
             return
@@ -147,13 +147,13 @@ class Loop:
             self._give_tasks(worker)
             self._workers.succeeded(worker, "load")
         else:
-            # First of all: what a bad node failed counts no more, and may be what the task rests on.
+            # This comes first: it may discard failures on a bad node, which the task may rest on.
             self._workers.succeeded(worker, "shard")
             self._did(worker, request.task, answer)
             self._give_tasks(worker)
 
     def _did(self, worker: WorkerHandle, task: ShardTask, answer: tuple[Receipt, dict[str, str]] | None) -> None:
-        """Have a shard committed that a worker has generated, or go on after a trial that it has survived."""
+        """Queue the commit of a shard that a worker has generated, or go on after a trial that it has survived."""
         if task.selected is not None:
             self._queue.done(task)
         elif self._queue.generated(task, worker.node):
@@ -165,11 +165,11 @@ class Loop:
         """Find out whom a fault concerns: the worker, its node, the shard, or the run."""
         worker, task = request.worker, request.task
         self._workers.answered(request)
-        # Where a worker has loaded, the run's settings are sound: what another one misses is its node's.
+        # Once a worker has loaded, the run's settings are sound, and another worker's node is to blame.
         if isinstance(fault.error, UsageError) and not (task is None and self._workers.any_loaded):
             raise fault.error
         beside = worker.tasks
-        # After anything but trouble of the storage (an error of the GPU, say) the process is not to be trusted.
+        # Only after trouble of the storage can the process be used again: an error of the GPU may have damaged it.
         stays = task is not None and isinstance(fault.error, StorageError)
         if not stays:
             self._workers.let_go(worker)
@@ -181,15 +181,15 @@ class Loop:
             self._attempt_failed(task, fault)
             if stays:
                 self._give_tasks(worker)
-        # On trial a worker may fail: that is what the trial is for.
+        # A failed trial counts against its rows, not against the node.
         if fault.node and not fault.node_died and (task is None or task.selected is None):
             self._workers.failed(fault, task.shard if task else None)
 
-    # What becomes of shards
+    # Outcomes of shards
 
     def _undecided(self, tasks: Sequence[ShardTask], fault: Fault) -> None:
-        """Repeat the shards of a worker that had several: which of them is to blame shows when each is tried alone."""
-        self._queue.repeat(tasks[0])  # the others were when the worker was let go
+        """Repeat the shards of a worker that had several. Each is tried alone, to find the one to blame."""
+        self._queue.repeat(tasks[0])  # the others were repeated when the worker was let go
         for task in tasks:
             self._progress.note(
                 f"shard {task.title}: attempt {task.attempt} ended with its worker, which had another shard too, and "
@@ -214,7 +214,7 @@ class Loop:
             self._set_aside(task, fault)
 
     def _set_aside(self, task: ShardTask, fault: Fault) -> None:
-        """Go on without the shard."""
+        """Set the shard aside, and go on without it."""
         self._progress.note(
             f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {fault.reason}",
             "shard_set_aside",
@@ -225,7 +225,7 @@ class Loop:
         self._ledger.set_aside(task, fault)
 
     def _take_commits(self) -> None:
-        """Take note of what has been committed, and of what never will be."""
+        """Take the shards that were committed, and those that never will be."""
         for finished, error in self._commits.outcomes():
             task = finished.task
             if error is None:

@@ -1,4 +1,4 @@
-"""How far a run is: one live bar on a terminal, a plain line now and then in a log."""
+"""The progress of a run: a live bar on a terminal, or a plain line now and then in a log."""
 
 import logging
 import time
@@ -11,17 +11,17 @@ from tqdm import tqdm
 _log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
-"""Between two lines where the output is not a terminal."""
+"""Seconds between two lines, where there is no live bar."""
 
 
 class Progress:
-    """Counts a run's samples; use it with ``with``.
+    """Display of a run's progress; use it with ``with``.
 
     Args:
-        total: rows of the run.
-        done: rows that were finished before.
-        bar: where to show a live bar, if that is a terminal; None for lines in the log alone.
-        now: the clock.
+        total: number of rows of the run.
+        done: number of rows that were finished before.
+        bar: stream that shows a live bar if it is a terminal; None for lines in the log alone.
+        now: reads the clock.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Progress:
             self._bar.close()
 
     def update(self, done: int, failed: int, workers: int, means: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Show the state, if it is time to.
+        """Show the state. A line in the log comes at most every :data:`LINE_SECONDS`.
 
         Args:
-            done: rows finished, those that were finished before included; it may go back when a shard is tried again.
-            failed: how many of the finished rows failed.
-            workers: workers that are ready.
-            means: of each score so far.
+            done: number of finished rows, those finished before included. It may fall when a shard is tried again.
+            failed: number of finished rows that failed.
+            workers: number of workers that are ready.
+            means: mean of each score so far.
         """
         if self._bar is not None:
             self._bar.set_postfix_str(_outcome(failed, workers, means), refresh=False)
@@ -58,11 +58,11 @@ class Progress:
             self.note(self._line(done, _outcome(failed, workers, means)), "progress", rows=done)
 
     def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
-        """Log something without disturbing the bar.
+        """Log a message without disturbing the bar.
 
         Args:
-            event: what it is about, for programs.
-            fields: those of :data:`vcf_batch.pool.log.FIELDS` that are known.
+            event: kind of the event, for programs.
+            fields: known fields of :data:`vcf_batch.pool.log.FIELDS`.
         """
         if self._bar is not None and _log.isEnabledFor(level):
             self._bar.clear()
@@ -75,7 +75,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them, such as ``1h 02m``, ``3m 05s`` or ``4.2s``."""
+    """Seconds in words, such as ``1h 02m``, ``3m 05s`` or ``4.2s``."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
@@ -89,5 +89,5 @@ def _outcome(failed: int, workers: int, means: Mapping[str, float]) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A count and what is counted."""
+    """A count and its noun, in the singular or the plural."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

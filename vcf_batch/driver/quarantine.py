@@ -6,22 +6,23 @@ from typing import Literal
 from vcf_batch.records import Shard
 
 Work = Literal["load", "shard"]
-"""What a node is given to do."""
+"""Kind of work that a node does."""
 
 FAILURES = 3
-"""Different pieces of work in a row that a node fails, while another one succeeds, before it is left out."""
+"""Number of different pieces of work that a node fails in a row, while another one succeeds, before it is left out."""
 
 
 class Quarantine:
-    """Keeps count of what each node fails, and names those that get no more work."""
+    """Count of each node's failures, and the nodes that get no more work."""
 
     def __init__(self) -> None:
         self.nodes: set[str] = set()
+        """Nodes that get no more work."""
         self.reasons: dict[str, str] = {}
-        """Why each node failed the last time."""
+        """Reason of each node's last failure."""
         self._failed: dict[tuple[str, Work], set[object]] = defaultdict(set)
         self._outdone: set[tuple[str, Work]] = set()
-        """What nodes have failed since they last succeeded, while another one succeeded."""
+        """Nodes that failed a kind of work while another node succeeded at it, each with that work."""
 
     def succeeded(self, node: str, work: Work) -> set[str]:
         """Record a success. Loading a model proves loading only; finishing a shard proves both.
@@ -42,8 +43,9 @@ class Quarantine:
         return {node for node, _ in self._failed}
 
     def failed(self, node: str, shard: Shard | None, reason: str) -> set[str]:
-        """Record a failure: of a shard, or of loading if ``shard`` is None. Each shard counts once, as it may be to
-        blame itself.
+        """Record a failure of a shard, or of loading if ``shard`` is None.
+
+        A shard counts once, because it may itself be to blame.
 
         Returns:
             Nodes that are left out from now on.
@@ -53,7 +55,7 @@ class Quarantine:
         return self._judge()
 
     def lift(self) -> None:
-        """Give every node another chance."""
+        """Discard all failures, so that every node gets work again."""
         self.nodes.clear()
         self._failed.clear()
         self._outdone.clear()

@@ -1,4 +1,4 @@
-"""The workers of a run: how many there are and where, what each has been asked, and which nodes get no more."""
+"""The workers of a run: their starts, their requests and their ends."""
 
 import contextlib
 import logging
@@ -14,25 +14,25 @@ from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 
 CAPACITY_SECONDS = 10.0
-"""Between two looks at how many workers the cluster has room for."""
+"""Seconds between two looks at the cluster's room for workers."""
 
 START_ATTEMPTS = 5
-"""How many workers in a row may fail to start, while none works, before the run gives up."""
+"""Number of starts that fail in a row, while no worker works, at which the run gives up."""
 
 MAX_BACKOFF_SECONDS = 30.0
-"""The longest pause after a failed start."""
+"""Longest pause after a failed start, in seconds."""
 
 
 class StartBackoff:
-    """Counts failed starts, and waits longer and longer after each.
+    """Count of failed starts, with a longer pause after each.
 
     Args:
-        now: the clock.
+        now: reads the clock.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.failures = 0
-        """In a row."""
+        """Number of failed starts in a row."""
         self._now = now
         self._failed_at = self._not_before = float("-inf")
 
@@ -43,22 +43,22 @@ class StartBackoff:
 
     @property
     def used_up(self) -> bool:
-        """Whether :data:`START_ATTEMPTS` have failed, so that the next one will not do better."""
+        """Whether :data:`START_ATTEMPTS` starts in a row have failed."""
         return self.failures >= START_ATTEMPTS
 
     def reset(self) -> None:
-        """Begin anew: a worker has started, or the reason for the failures is gone."""
+        """Discard the failures: a worker has started, or their reason is gone."""
         self.failures, self._not_before = 0, float("-inf")
 
     def failed(self, began: float) -> float | None:
         """Count a worker that has not started.
 
         Args:
-            began: when it was asked for, on the clock.
+            began: time at which the worker was asked for, on the clock.
 
         Returns:
-            Seconds until the next start. None if it began before the last failure: of workers that were started
-            together, only the first failure counts.
+            Seconds until the next start. None if the worker was asked for before the last failure: of workers that
+            start together, only the first failure counts.
         """
         if began <= self._failed_at:
             return None
@@ -70,46 +70,46 @@ class StartBackoff:
 
 
 class Workers:
-    """Starts workers, asks them things, and lets them go.
+    """The workers of a run.
 
     Args:
-        cluster: where they run.
-        wanted: how many there shall be; None for as many as the cluster has room for.
-        queue: gets back what a worker leaves undone.
-        note: tells the user: see :meth:`vcf_batch.driver.progress.Progress.note`.
+        cluster: the cluster that runs the workers.
+        wanted: number of workers; None for as many as the cluster has room for.
+        queue: gets back the unfinished tasks of a worker that ends.
+        note: logs a message: see :meth:`vcf_batch.driver.progress.Progress.note`.
     """
 
     def __init__(self, cluster: Cluster, wanted: int | None, queue: ShardQueue, note: Callable[..., None]) -> None:
         self.requests: dict[Hashable, Request] = {}
-        """What workers have not answered yet, by key, but for later heartbeats."""
+        """Requests that are not answered yet, by key, without those for later heartbeats."""
         self.idle: list[WorkerHandle] = []
         """Workers that are loaded and wait for a task."""
         self.any_loaded = False
-        """Whether some worker has ever loaded, so that the run's settings are sound."""
+        """Whether a worker has ever loaded, which proves that the run's settings are sound."""
         self._cluster, self._num, self._queue, self._note = cluster, wanted, queue, note
         self._all: dict[WorkerHandle, None] = {}
-        """In the order of their starts."""
+        """All workers in the order of their starts."""
         self._backoff = StartBackoff(cluster.now)
         self._quarantine = Quarantine()
         self._capacity, self._capacity_until = 1, float("-inf")
 
     @property
     def ready(self) -> int:
-        """Workers that have a task or wait for one."""
+        """Number of workers that have a task or wait for one."""
         return sum(worker.is_busy for worker in self._all) + len(self.idle)
 
     @property
     def samples_done(self) -> int:
-        """Samples of unfinished shards."""
+        """Number of samples that are written for unfinished shards."""
         return sum(worker.samples_done for worker in self._all)
 
     @property
     def nodes(self) -> set[str]:
-        """Where any worker is."""
+        """Nodes of the workers."""
         return {worker.node for worker in self._all if worker.node}
 
     def wanted(self) -> int:
-        """How many there shall be: as asked, else what the cluster has room for now."""
+        """Number of workers to have: the configured one, else what the cluster has room for now."""
         if self._cluster.now() >= self._capacity_until:
             room = self._cluster.room()
             if self._quarantine.nodes and any(room.values()) and not self._room_left(room):
@@ -122,25 +122,25 @@ class Workers:
     def _room_left(self, room: dict[str, int]) -> int:
         return sum(workers for node, workers in room.items() if node not in self._quarantine.nodes)
 
-    # They come
+    # Starts
 
     def start(self, shards: int) -> None:
-        """Start as many as are wanted and have a shard.
+        """Start workers, as many as are wanted and have a shard.
 
         Args:
-            shards: how many are neither generated nor set aside.
+            shards: number of shards that are neither generated nor set aside.
         """
-        # No further worker gets the shards that wait at workers which have another one.
+        # Shards that workers have as their second one need no further worker.
         read_ahead = len(self.requests) - (len(self._all) - len(self.idle))
         while len(self._all) < min(self.wanted(), shards - read_ahead) and self._backoff.may_begin:
             process = self._cluster.start(sorted(self._quarantine.nodes))
             worker = WorkerHandle(process, self._cluster.now())
             self._all[worker] = None
-            # First of all, where it is: a load may fail before it could be asked.
+            # The first request asks for its node, which a load that fails could not tell.
             self.ask(worker, "heartbeat")
 
     def came_up(self, worker: WorkerHandle, heartbeat: Heartbeat) -> None:
-        """Take the first heartbeat of a worker, which has found a machine, and let it load."""
+        """Take the first heartbeat of a worker, and let the worker load."""
         worker.heartbeat = heartbeat
         if worker.node in self._quarantine.nodes:
             self.let_go(worker)
@@ -153,17 +153,18 @@ class Workers:
         self._backoff.reset()
 
     def start_failed(self, worker: WorkerHandle, fault: Fault) -> None:
-        """Wait before the next start, or give up when nothing ever starts.
+        """Wait before the next start, or give up if nothing ever starts.
 
         Args:
-            worker: has been let go.
-            fault: why it has not come up, or not loaded.
+            worker: the worker, already ended.
+            fault: reason why it has not started or not loaded.
 
         Raises:
-            StorageError, VcfBatchError: :data:`START_ATTEMPTS` in a row have failed, and no worker gives hope.
+            StorageError, VcfBatchError: :data:`START_ATTEMPTS` starts in a row have failed, and no other worker is
+                likely to succeed.
         """
-        # One that has never answered waits for a machine, most likely, which may take any time. In case its process
-        # hangs, another one is asked for.
+        # A worker that has never answered most likely waits for a machine, without a time limit. Another worker is
+        # asked for, in case the process of the first one hangs.
         waited = isinstance(fault.error, Stalled) and not worker.heartbeat
         if waited or fault.node_died or (pause := self._backoff.failed(worker.started)) is None:
             return
@@ -181,12 +182,12 @@ class Workers:
             node=fault.node,
         )
 
-    # They are asked
+    # Requests
 
     def ask(
         self, worker: WorkerHandle, method: Literal["heartbeat", "load", "run"], task: ShardTask | None = None
     ) -> None:
-        """Ask a worker something; the answer is awaited."""
+        """Send a request to a worker, and await the answer."""
         attempt_id = f"{task.shard.name}-{task.attempt}-{self._cluster.new_id()}" if task else ""
         request = Request(worker, method, task, attempt_id)
         request.key = self._cluster.send(request)
@@ -194,14 +195,14 @@ class Workers:
         worker.requests.append(request)
 
     def answered(self, request: Request) -> None:
-        """Await a request no longer: it is answered, or never will be."""
+        """Remove a request that is answered, or never will be."""
         del self.requests[request.key]
         request.worker.requests.remove(request)
 
-    # They go
+    # Ends
 
     def let_go(self, worker: WorkerHandle) -> None:
-        """End a worker. What it has not finished is nobody's fault, and is done again."""
+        """End a worker. Its unfinished tasks are queued again, and no failure is counted."""
         self._cluster.kill(worker)
         del self._all[worker]
         for request in [*worker.requests]:
@@ -210,22 +211,22 @@ class Workers:
                 self._queue.repeat(request.task)
 
     def end(self) -> None:
-        """End all of them, whatever they do."""
+        """End all workers, whatever they do."""
         for worker in self._all:
-            # Where the cluster is gone, that is not what is to be told.
+            # An error here would hide the one that ends the run.
             with contextlib.suppress(Exception):
                 self._cluster.kill(worker)
 
     def succeeded(self, worker: WorkerHandle, work: Work) -> None:
-        """Count a success for the worker's node; nodes that failed the same may be left out for it."""
+        """Count a success for the worker's node. Nodes that failed the same work may be left out."""
         self._leave_out(self._quarantine.succeeded(worker.node, work))
 
     def failed(self, fault: Fault, shard: Shard | None) -> None:
-        """Count a failure against the fault's node, of a shard or, if None, of a start; it may be left out for it."""
+        """Count a failure of a shard, or of a start if it is None, against its node. The node may be left out."""
         self._leave_out(self._quarantine.failed(fault.node, shard, fault.reason))
 
     def _leave_out(self, bad: Set[str]) -> None:
-        """Use some nodes no more. What failed there is nobody's fault."""
+        """Leave out some nodes from now on, and discard the failures there."""
         if not bad:
             return
         for node in sorted(bad):

@@ -21,23 +21,23 @@ class Output:
     url: str
     record: RunRecord
     config: RunConfig
-    """Of the record, with the changes that were asked for."""
+    """Configuration of the record, with the changes that were asked for."""
     plan: ShardPlan
     manifest: Manifest | None
-    """None if it cannot be read any more, or has changed."""
+    """The manifest of the run; None if it was not asked for, cannot be read any more, or has changed."""
     manifest_error: VcfBatchError | None = None
-    """Why there is no manifest."""
+    """Reason why the manifest cannot be used; else None."""
 
     @property
     def fingerprints(self) -> frozenset[str]:
-        """See :attr:`vcf_batch.output.run_file.RunRecord.fingerprints`."""
+        """Fingerprints that the receipts of the output may have."""
         return self.record.fingerprints
 
     def need_manifest(self) -> Manifest:
-        """The manifest.
+        """The manifest of the run.
 
         Raises:
-            VcfBatchError: it cannot be read any more, or has changed.
+            VcfBatchError: the manifest cannot be read any more, or has changed.
         """
         if self.manifest is None:
             assert self.manifest_error
@@ -50,13 +50,13 @@ class Output:
 
         Args:
             url: folder or URL that a run has written.
-            changes: settings that are not what they were, such as the place of a manifest that has moved.
-            with_manifest: False leaves the manifest alone.
+            changes: settings that have changed, such as the place of a manifest that has moved.
+            with_manifest: whether the manifest is opened.
 
         Raises:
-            UsageError: there is nothing at all.
+            UsageError: there is no output.
             AnotherVersion: another version of vcf-batch wrote it.
-            DamageFound: ``run.json`` is missing or damaged, so that nothing tells what the shards belong to.
+            DamageFound: ``run.json`` is missing or damaged, so that the run of the shards is unknown.
             StorageError: the storage failed.
         """
         url = storage.absolute(url)

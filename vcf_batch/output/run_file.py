@@ -20,7 +20,8 @@ LAYOUT = 3
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 Obstacle = Callable[[Mapping[str, Any]], str | None]
-"""Given the fields of a run that differs in its manifest alone: why it cannot be extended to this one, if so."""
+"""Function that takes the fields of a run that differs in its manifest alone. It gives the reason why that run cannot
+be extended to this one; None if it can."""
 
 
 class AnotherVersion(RefusedError):
@@ -42,15 +43,15 @@ class RunRecord:
     """A run as its ``run.json`` describes it. Keys that a later version added are not kept."""
 
     fields: Mapping[str, Any]
-    """What the fingerprint covers."""
+    """The settings and identities that the fingerprint covers."""
     config: Mapping[str, Any]
     """Every setting, settled, as plain JSON types and without credentials."""
     manifest: RecordedManifest
     models: Mapping[str, Any]
-    """Name and version of the model, of the PNO guide and of what each score comes from; None where there is none."""
+    """Name and version of the model, of the PNO guide and of the source of each score; None where there is none."""
     shards: int
     shard_digits: int
-    """Digits of a shard's number in the names of files."""
+    """Number of digits of a shard's number in the names of files."""
     versions: Mapping[str, str]
     """Versions of vcf-batch and of the libraries that decide on the output, by package."""
     extends: tuple[str, ...] = ()
@@ -98,11 +99,11 @@ class RunRecord:
         """The settled configuration of the run. Settings that the fingerprint covers are taken from its fields.
 
         Args:
-            output: where the output is now.
-            changes: settings that are not what they were, such as the place of a manifest that has moved.
+            output: URL of the output now.
+            changes: settings that have changed, such as the place of a manifest that has moved.
 
         Raises:
-            AnotherVersion: it has a setting that this version does not know.
+            AnotherVersion: the run has a setting that this version does not know.
             UsageError: a setting has no value that it can have.
         """
         unknown = sorted((self.config.keys() & self.fields.keys()) - _SETTINGS)
@@ -122,8 +123,8 @@ def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends:
     """The JSON object of a ``run.json``.
 
     Args:
-        fields: what the fingerprint covers.
-        description: what else is recorded.
+        fields: the settings and identities that the fingerprint covers.
+        description: the other entries of the record.
         extends: see :attr:`RunRecord.extends`.
     """
     return {
@@ -198,15 +199,15 @@ def claim(
 ) -> tuple[str, ...]:
     """Publish the record of a run, or find that the output holds this very run. For the driver that owns the output.
 
-    What another run left there is replaced as long as it has not begun. A run with fewer rows may be extended.
+    The record of another run is replaced as long as that run has not begun. A run with fewer rows may be extended.
 
     Args:
         output: the run's output.
         there: the record that is there, read since the driver owns the output.
-        record: of the run.
+        record: the record of the run to claim for.
         begun: whether the output holds something that a run has finished.
         obstacle: tells why a run with fewer rows cannot be extended.
-        publish: False only looks.
+        publish: whether the record is written.
 
     Returns:
         Fingerprints of the runs that this one extends.
@@ -238,15 +239,15 @@ def holds(
     """Whether an output holds the very run, or training, that has these fields. If not, it may be begun there.
 
     Args:
-        output: its URL.
+        output: URL of the output.
         there: the fields that its ``run.json`` has; None if there is none.
-        fields: what the fingerprint covers.
+        fields: the settings and identities that the fingerprint covers.
         begun: whether the output holds something that was finished.
-        obstacle: without it, no run is extended.
-        version: of vcf-batch, that began what is there; None if that is not known.
+        obstacle: tells why a run with fewer rows cannot be extended; None extends no run.
+        version: version of vcf-batch that began the run that is there; None if it is not known.
 
     Raises:
-        RefusedError: it holds another one that has begun and is not extended, or results that nothing describes.
+        RefusedError: the output holds another run that has begun and is not extended, or results without a record.
     """
     if there is None and begun:
         raise RefusedError(f"{output} holds results but no {RUN_FILE_NAME}; use another output")
@@ -264,7 +265,7 @@ def _refuse_another(
     obstacle: Obstacle | None,
     version: str | None,
 ) -> None:
-    """Refuse whatever is not a longer run than the one that is there."""
+    """Refuse any run but a longer version of the one that is there."""
     names = sorted(there.keys() | fields.keys())
     differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
     reason = ""

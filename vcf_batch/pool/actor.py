@@ -14,10 +14,10 @@ from vcf_batch.setup.shard_task import ShardTask
 
 
 class Actor:
-    """A process that holds a :class:`vcf_batch.worker.worker.Worker`, once that is loaded.
+    """Process that holds a :class:`vcf_batch.worker.worker.Worker` once it is loaded.
 
     Args:
-        job: what it works on.
+        job: the run.
     """
 
     def __init__(self, job: Job) -> None:
@@ -26,14 +26,14 @@ class Actor:
 
     @ray.method(concurrency_group="heartbeats")
     def heartbeat(self) -> Heartbeat:
-        """Say where and how far it is, whatever else it is doing."""
+        """Return the node and the progress of this worker, also while it works on shards."""
         progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
         return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
     def load(self) -> None:
-        """Make the worker ready."""
+        """Check that this node sees the storage, and load the worker."""
         storage_check.check_storage(self._job)
-        # Here and not at the top: the driver needs no torch.
+        # Imported here, because the driver needs no torch.
         from vcf_batch.worker import worker
 
         self._worker = worker.load(self._job)
@@ -43,9 +43,10 @@ class Actor:
         """Do a task, and return the receipt and the staged files, or None after a trial.
 
         Args:
-            task: what to do.
-            attempt_id: names the staged files.
-            redo: which rows are generated, see :class:`vcf_batch.output.kept_samples.KeptSamples`; None for all.
+            task: the task.
+            attempt_id: name of the attempt, which its staged files bear.
+            redo: mask of the rows that are generated, see
+                :class:`vcf_batch.output.kept_samples.KeptSamples`; None for all.
         """
         note_progress = functools.partial(self._worker.note_progress, attempt_id)
         kept = KeptSamples(self._job.config, self._job.manifest, task.shard, redo, note_progress)

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> RunConfig:
-    """Settle how many images are sampled at once, by measuring it on a worker.
+    """Choose the batch size of a run that is given none, by measuring it on a worker.
 
     Raises:
         VcfBatchError: no worker could measure it.
@@ -31,7 +31,7 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
     measure = ray.remote(
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker or 0,
-        max_retries=2,  # of a machine that goes away
+        max_retries=2,  # when a machine goes away
         runtime_env={"env_vars": environment(config)},
     )(_fastest)
     answer = measure.remote(job, limit)
@@ -50,7 +50,7 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
 
 
 def _fastest(job: Job, limit: int) -> int:
-    """See :func:`vcf_batch.worker.calibration.fastest_batch_size`; runs where a worker does."""
+    """Measure :func:`vcf_batch.worker.calibration.fastest_batch_size` on a node of the cluster."""
     from vcf_batch.worker import calibration, worker
 
     loaded = worker.load(job)

@@ -23,15 +23,15 @@ from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run
 from vcf_batch.setup.job import Job
 
 ChooseRedo = Callable[[], Mapping[int, RowMask]]
-"""Tells which rows of an output are generated again: see :attr:`vcf_batch.setup.job.Job.redo`."""
+"""Function that gives the redo rows of an output: see :attr:`vcf_batch.setup.job.Job.redo`."""
 
 
 def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
     """Generate what is left of a run.
 
     Args:
-        config: what to generate, and where.
-        choose_redo: asked once this run owns the output.
+        config: the configuration of the run.
+        choose_redo: called once this run owns the output.
 
     Returns:
         The counts of the whole run.
@@ -52,13 +52,13 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
         manifest = manifest_check.open_checked(config, record)
         models = run_models.resolve(config)
         with cluster(config.address):
-            signals.install()  # once more: ray.init takes SIGTERM for itself
+            signals.install()  # again, because ray.init takes SIGTERM for itself
             config = with_batch_size(nodes.with_gpus(config), manifest, models)
             job = defaults.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
                 job = dataclasses.replace(job, token=held.token, extends=claim.claim(job))
                 held.confirm()
-                # Before anything is read: from here on, no earlier owner can change what there is.
+                # This comes before all reading: from here on, no earlier owner can change the output.
                 commits.clean(job.config.output)
                 job = dataclasses.replace(job, redo=choose_redo())
                 ledger = Ledger(job)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: lines for people, or one JSON object a line for programs."""
+"""The log of a run: lines for people, or one JSON object a line for programs."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 FIELDS = ("shard", "worker", "node", "rows", "seconds")
-"""What events may say besides; in their record's ``extra``."""
+"""Further fields that an event may have, in its record's ``extra``."""
 
 _package = logging.getLogger("vcf_batch")
 
@@ -25,11 +25,11 @@ class _JsonLines(logging.Formatter):
 
 
 def configure(log_format: str, stream: TextIO | None = None) -> None:
-    """Say how this process tells what happens.
+    """Set the format of this process's log.
 
     Args:
-        log_format: ``text``, or ``json``, which has a line for each finished shard besides.
-        stream: None is standard error.
+        log_format: ``text``, or ``json``, which also has a line for each finished shard.
+        stream: stream of the log; None is standard error.
     """
     as_json = log_format == "json"
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)

@@ -17,11 +17,11 @@ from vcf_batch.setup.job import Job
 _log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 60.0
-"""How long nodes may take to look at the storage."""
+"""Seconds that nodes have to look at the storage."""
 
 
 def with_gpus(config: RunConfig) -> RunConfig:
-    """Settle what a worker computes on, by what the cluster has."""
+    """Choose whether workers compute on GPUs, by what the cluster has, if the run leaves it open."""
     if config.gpus_per_worker is not None:
         return config
     if ray.cluster_resources().get("GPU"):
@@ -35,7 +35,7 @@ def with_gpus(config: RunConfig) -> RunConfig:
 
 
 def room(config: RunConfig) -> dict[str, int]:
-    """How many workers fit on each node, whatever runs there now."""
+    """Number of workers that fit on each node, whatever runs there now."""
     return {node["NodeID"]: _room_on(node, config) for node in ray.nodes()}
 
 
@@ -46,7 +46,7 @@ def at(address: str) -> str:
 
 
 def describe(config: RunConfig) -> str:
-    """What a worker needs, and what there is."""
+    """Resources that a worker needs and that the cluster has, in words."""
     there = ray.cluster_resources()
     return (
         f"each needs {config.cpus_per_worker} CPUs and {config.gpus_per_worker:g} GPUs, "
@@ -70,7 +70,7 @@ def check(job: Job) -> None:
         try:
             ray.get(answer)
         except RayError as error:
-            # Anything else (the node is leaving) may pass: a worker that starts there looks again.
+            # Other errors may pass, such as a node that leaves: a worker that starts there checks again.
             if isinstance(cause := ray_errors.cause(error), UsageError):
                 raise cause from error
 

@@ -13,11 +13,11 @@ WAITS = ("wait_for_references", "wait_for_scores", "wait_for_turn")
 
 
 class PrometheusExporter:
-    """Exports what the driver learns of a run.
+    """Exporter of a run's figures as metrics of Ray.
 
     Args:
-        output: of the run; its metrics carry it.
-        rows: of the run.
+        output: URL of the run's output, a tag of every metric.
+        rows: number of rows of the run.
     """
 
     def __init__(self, output: str, rows: int) -> None:
@@ -38,7 +38,7 @@ class PrometheusExporter:
         made(metrics.Gauge, "rows", "Rows of the run.").set(rows)
 
     def committed(self, receipt: Receipt) -> None:
-        """Take the receipt of a shard that has just come to exist."""
+        """Take the receipt of a shard that has just been committed."""
         timings, device = receipt.timings, receipt.device.get("type", "unknown")
         for status, count in receipt.counts.items():
             if count:
@@ -59,6 +59,6 @@ class PrometheusExporter:
                     self._scores.observe(float(bound) - SCORE_STEP / 2, {"score": name})
 
     def now(self, rows_done: int, workers: int) -> None:
-        """Take the rows that are generated so far, and the workers that are ready."""
+        """Take the number of rows generated so far, and the number of ready workers."""
         self._done.set(rows_done)
         self._workers.set(workers)

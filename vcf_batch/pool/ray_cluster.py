@@ -21,14 +21,14 @@ class RayCluster:
     """The Ray cluster that this process is connected to, and its actors.
 
     Args:
-        job: what actors work on.
+        job: the run that actors work on.
     """
 
     def __init__(self, job: Job) -> None:
         self._config, self._redo = job.config, job.redo
-        # Without what grows with the manifest: a worker needs one shard's share of that at a time.
+        # The redo masks grow with the manifest, so each task carries its own.
         self._job_ref = ray.put(dataclasses.replace(job, redo={}))
-        remote: Any = ray.remote  # whose type hints leave out concurrency groups
+        remote: Any = ray.remote  # the type hints of Ray leave out concurrency groups
         self.actor_class = remote(
             max_restarts=0,
             max_task_retries=0,
@@ -59,7 +59,7 @@ class RayCluster:
 
     def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:
         refs: list[Any] = [*requests]
-        # All that are there at once: Ray looks at every worker for each question.
+        # All answers are taken at once: Ray looks at every worker for each question.
         if seconds and not ray.wait(refs, num_returns=1, timeout=seconds)[0]:
             return []
         there = ray.wait(refs, num_returns=len(refs), timeout=0)[0]

@@ -1,4 +1,4 @@
-"""What Ray's errors mean, in the driver's words: a :class:`vcf_batch.driver.fault.Fault`, made once for each."""
+"""The meaning of Ray's errors in the driver's words: a :class:`vcf_batch.driver.fault.Fault` for each error."""
 
 import re
 
@@ -8,11 +8,11 @@ from vcf_batch.driver.fault import Failure, Fault, lines_of, named
 
 
 def fault_of(error: RayError, node: str) -> Fault:
-    """Understand what Ray raises instead of an answer.
+    """Make a fault of an error that Ray raises instead of an answer.
 
     Args:
-        error: if a task raised an exception, that one counts.
-        node: where it happened; empty if nobody knows.
+        error: the error; if a task raised an exception, that one counts.
+        node: node of the failure; empty if it is unknown.
     """
     raised = cause(error)
     if not isinstance(raised, RayError):
@@ -36,7 +36,7 @@ def cause(error: RayError) -> Exception:
 
 
 def address(error: RayError) -> str:
-    """Where an actor died, which Ray tells in the error's text alone; empty where it does not."""
+    """Address of the node where an actor died, from the error's text; empty if it is not there."""
     told = re.search(r"\bip(?:=|: )([0-9A-Fa-f.:]+)", str(error)) if isinstance(error, RayActorError) else None
     return told[1] if told else ""
 
@@ -50,7 +50,7 @@ def _node_died(error: RayError) -> bool:
 def _failure(error: RayError, node_died: bool) -> Failure:
     if node_died:
         return Failure.LOSS
-    # Of what Ray itself reports, only the death of a process may come from what it did.
+    # Of Ray's own errors, only the death of a process may be caused by its task.
     return Failure.CRASH if isinstance(error, (RayTaskError, RayActorError, OutOfMemoryError)) else Failure.TROUBLE
 
 
@@ -65,11 +65,11 @@ def _symptom(error: RayError, node_died: bool) -> str:
 
 
 def _message(error: RayError) -> str:
-    """What the error says, in one line."""
+    """The error's message in one line."""
     lines = lines_of(error)
     if isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed):
-        return lines[-1]  # of a traceback, which ends with the exception
-    if isinstance(error, RayActorError):  # a headline, names of Ray's own, then where it ran and what happened
+        return lines[-1]  # the exception, at the end of a traceback
+    if isinstance(error, RayActorError):  # a headline, names of Ray's own, then place and cause
         told = [line for line in lines[1:] if not line.startswith(("class_name:", "actor_id:", "name:", "namespace:"))]
         return ", ".join(told or lines)
     return lines[0]

@@ -11,11 +11,11 @@ from vcf_batch.errors import Interrupted
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into :class:`vcf_batch.errors.Interrupted`, raised when the block is left.
+    """Handler that turns SIGINT and SIGTERM into :class:`vcf_batch.errors.Interrupted`, raised when the block is left.
 
-    Inside the block the first one arrives as KeyboardInterrupt, the only exception that Ray's blocking calls let
-    through, and workers and storage are let go. A second one does not wait for that: the process ends with the signal's
-    exit code, as it would under SIGKILL, which costs no finished shard either.
+    The first signal arrives in the block as KeyboardInterrupt, the only exception that Ray's blocking calls let
+    through. Leaving the block then ends the workers and frees the output. A second signal ends the process at once,
+    with the signal's exit code. No finished shard is lost.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Signals:
         return self
 
     def install(self) -> None:
-        """Take the signals; again, if something else took them since."""
+        """Install the handler. Another call takes back signals that something else has taken."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, self._receive)
@@ -44,6 +44,6 @@ class Signals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        # Whatever ends the block after a signal, it is its consequence.
+        # Any exception after a signal is a consequence of the signal.
         if kind is not None and (self._received or issubclass(kind, KeyboardInterrupt)):
             raise Interrupted(self._received or signal.SIGINT) from None

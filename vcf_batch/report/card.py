@@ -25,7 +25,7 @@ TRIPLET_FILES = (
     "\n  `KEY.content.{0}` is what the prompt alone makes of the same noise, `KEY.style.{0}` the reference that\n"
     "  counts most, squashed to the size of the image."
 )
-"""What the card says of further members of a tar."""
+"""Text of the card on further members of a tar."""
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _SIGNATURE = re.compile(r"\n<!-- written by vcf-batch, unchanged: ([0-9a-f]{64}) -->\n")
@@ -36,11 +36,11 @@ class OthersCard(UsageError):
 
 
 def write(output: Output, licence: str | None = None, force: bool = False) -> str:
-    """Write the card into the output; its URL.
+    """Write the card into the output, and return its URL.
 
     Args:
-        licence: identifier as Hugging Face knows it, such as ``cc-by-4.0``. Without one the field stays as it is in a
-            card that is replaced, else open.
+        licence: identifier as Hugging Face knows it, such as ``cc-by-4.0``. None keeps the licence of a card
+            that is replaced, else leaves the field open.
         force: replace a card that somebody else wrote or changed.
 
     Raises:
@@ -104,7 +104,7 @@ def _header(output: Output, found: Figures, licence: str | None) -> str:
         "task_categories": ["text-to-image", "image-to-image"],
         "tags": ["synthetic", "webdataset", "visual-concept-fusion"],
         "size_categories": [next((name for below, name in _SIZES.items() if samples < below), "n>10M")],
-        # Without it the parquets would be taken for more of the same data.
+        # Without this field, the parquets would be taken for more of the same data.
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
     }
     text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
@@ -129,7 +129,7 @@ def _missing(found: Figures, rows: int) -> str:
 
 
 def _selected(config: RunConfig) -> str:
-    """What gates left over is not what the model makes of the prompts."""
+    """Text on the selection by gates, without which the scores would mislead; empty for a run without gates."""
     gates = [
         f"{score} {'<=' if name.startswith('max_') else '>='} {getattr(config, name):g}"
         for name, score in GATES.items()
@@ -158,7 +158,7 @@ def _code(text: str) -> str:
 
 
 def read(url: str) -> str | None:
-    """The card that is at ``url``; None if there is none.
+    """The card at ``url``; None if there is none.
 
     Raises:
         StorageError: the storage failed.
@@ -171,7 +171,7 @@ def read(url: str) -> str | None:
 
 
 def is_ours(text: str) -> bool:
-    """Whether :func:`write` wrote this card, and nobody has touched it."""
+    """Whether :func:`write` wrote this card, and nobody has changed it."""
     body, mark, end = text.rpartition("\n<!-- ")
     signed = _SIGNATURE.fullmatch(mark + end)
     return signed is not None and signed[1] == hashlib.sha256(body.encode()).hexdigest()

@@ -29,29 +29,29 @@ class Status:
     state: State
     """``running`` if a driver is at work, ``stopped`` if shards are left and no driver is at work."""
     rows: int
-    """Of the manifest."""
+    """Number of rows of the manifest."""
     shards: int
-    """Of the run."""
+    """Number of shards of the run."""
     totals: RunSums
-    """Of its finished shards."""
+    """Sums over the finished shards."""
     set_aside: dict[str, str]
-    """Shards that failed for good in the last attempt at the run, by name, and why."""
+    """Reasons of the shards that failed for good when the run was last driven, by name of the shard."""
     causes: list[Cause]
-    """Why rows of :attr:`RunSums.failing` have no sample, most frequent first."""
+    """Causes for which rows of :attr:`RunSums.failing` have no sample, most frequent first."""
     fusion: str
-    """Of rows without a fusion of their own."""
+    """Fusion of rows without one of their own."""
     strength: float
-    """Of rows without a fusion and a strength of their own."""
+    """Strength of rows without a fusion and a strength of their own."""
     owner: Owner | None
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the last row at the last rate; None where that is not known, or nothing is left."""
+        """Seconds until the last row at the last rate; None if the rate is not known or nothing is left."""
         left = self.rows - self.totals.counts.total()
         return left / self.totals.rate if left and self.totals.rate else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The status as plain JSON types."""
         totals = self.totals
         ended = totals.latest and datetime.fromtimestamp(totals.latest, UTC).isoformat(timespec="seconds")
         return {
@@ -121,10 +121,10 @@ class Status:
 
 
 def read(url: str) -> Status:
-    """Look at an output. Nothing is written, and what is read does not grow with the rows.
+    """Read the status of a run from its output. Nothing is written, and the reads do not grow with the rows.
 
     Raises:
-        UsageError: there is nothing at all.
+        UsageError: there is no output.
         DamageFound: ``run.json`` or a parquet is damaged.
         StorageError: the storage failed.
     """
@@ -157,7 +157,7 @@ def _causes(output: Output, failing: list[Shard]) -> list[Cause]:
 def _described(owner: Owner | None) -> str:
     if owner is None:
         return "nobody is at work"
-    silent = "" if owner.silent is None else f", last sign of life {duration(max(owner.silent, 0))} ago"
+    silent = "" if owner.silent is None else f", last heartbeat {duration(max(owner.silent, 0))} ago"
     dead = "" if owner.alive else "; it has died: rerun its command to resume"
     return f"process {owner.pid} on {owner.host}, since {owner.started}{silent}{dead}"
 

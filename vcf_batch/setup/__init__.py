@@ -1,1 +1,1 @@
-"""What the driver settles before a worker starts: defaults, models, the manifest, the claim on the output."""
+"""The preparation of a run before a worker starts: defaults, models, the manifest, the claim on the output."""

@@ -1,4 +1,4 @@
-"""Absolute paths: those of a run mean the same to each of its processes."""
+"""Absolute paths, which mean the same to every process of a run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An output for this run alone: ``run.json`` published, or found to be the record of this very run."""
+"""The claim of a run on its output: ``run.json`` is published, or found to be the record of this very run."""
 
 import importlib.metadata
 from typing import Any
@@ -16,12 +16,13 @@ PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow")
 
 
 def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
-    """Copy settings that were not given from the run already started in this output, so that a restart cannot choose
-    them differently: the sizes of shard and batch, and the GPUs of a worker.
+    """Take the shard size, batch size and GPUs of a worker from the run in the output, if they are not given.
+
+    So a restart cannot choose them differently.
 
     Args:
         config: the run, with an absolute output.
-        record: of the output's run; None if it has none.
+        record: the record of the output's run; None if it has none.
 
     Raises:
         StorageError: the storage failed.
@@ -37,22 +38,22 @@ def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
 
     Args:
         job: the run.
-        publish: False only looks, which anybody may.
+        publish: whether ``run.json`` is written. Without it any process may call this.
 
     Returns:
-        See :attr:`Job.extends`.
+        The fingerprints of :attr:`Job.extends`.
 
     Raises:
         RefusedError: the output holds another run.
         StorageError: the storage failed.
     """
     output = job.config.output
-    there = run_file.read(output)  # once more: an earlier owner may have written it meanwhile
+    there = run_file.read(output)  # again, because an earlier owner may have written it meanwhile
     return run_file.claim(
         output,
         there,
         record_of(job),
-        # Without run.json even half a shard is somebody else's.
+        # Without run.json, any file of a shard belongs to an unknown run.
         begun=commits.any_committed(output) if there else bool(receipts.files_found(output)),
         obstacle=lambda fields: appended.obstacle(fields, job.manifest),
         publish=publish,

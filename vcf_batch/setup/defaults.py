@@ -21,11 +21,11 @@ from vcf_batch.setup.run_models import OWN_GUIDE, Models
 from vcf_batch.setup.storage_check import is_seen
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20.0
-"""A worker counts as hung after SILENT_SECONDS, or after the estimated time of SILENT_STEPS denoising steps of a batch
-if that is longer, without a heartbeat. Reading one reference always takes less than SILENT_SECONDS."""
+"""Time without a heartbeat after which a worker counts as hung: SILENT_SECONDS, or the estimated time of SILENT_STEPS
+denoising steps of a batch if that is longer. Reading one reference always takes less than SILENT_SECONDS."""
 
 COMPILING_SECONDS = 3600.0
-"""Takes the place of SILENT_SECONDS with compiled networks: a new shape is compiled in the middle of a shard, without a
+"""Replacement for SILENT_SECONDS with compiled networks: a new shape is compiled in the middle of a shard, without a
 heartbeat."""
 
 OPERATIONS = 700.0
@@ -43,13 +43,13 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
 
     Args:
         config: the run, with ``gpus_per_worker`` and ``batch_size`` chosen and paths absolute.
-        manifest: of the run.
+        manifest: the manifest of the run.
         resolved: the models of the run.
 
     Raises:
         ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has,
-            or cannot guide, or recommends what is no number or out of limits.
-        UsageError: references are asked for, and the manifest has none; or the judge is to guide.
+            or cannot guide, or recommends a value that is no number or out of limits.
+        UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge.
     """
     if config.batch_size is None:
         raise UsageError("the batch size is auto, which only a run on a cluster finds out: name a number")
@@ -123,13 +123,13 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     )
     fields["lpips"] = resolved.lpips
     if on_gpu:
-        # Its CPUs prepare and encode; no sum that is in the output depends on how many there are.
+        # CPUs beside a GPU only prepare and encode, and no sum in the output depends on their number.
         del fields["cpus_per_worker"]
     return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if is_seen(root)))
 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
-    """Check what can be told before the weights are loaded; workers compare the weights of guide and judge."""
+    """Check the guide before its weights are loaded; workers compare the weights of guide and judge."""
     if resolved.pno_guide is None and "Projection" not in index[OWN_GUIDE][1]:
         raise ModelError(
             f"the image encoder of {resolved.pipeline.name} is a {index[OWN_GUIDE][1]}, whose images "
@@ -171,7 +171,8 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
 
 
 def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int) -> float:
-    """Guess, on the slow side, from the UNet's shape: operations grow with the area and the square of the channels."""
+    """Estimate on the slow side, from the UNet's shape: operations grow with the area and the square of the
+    channels."""
     area = cast(int, config.height) * cast(int, config.width) / factor**2
     operations = OPERATIONS * area * sum(width**2 / 4**level for level, width in enumerate(channels))
     speed = GPU_SPEED if config.gpus_per_worker else CPU_SPEED * config.cpus_per_worker

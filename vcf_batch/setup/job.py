@@ -11,27 +11,27 @@ from vcf_batch.setup.run_models import Models
 from vcf_batch.sharding import ShardPlan
 
 TRACE = "profile/trace.json"
-"""Where ``--profile`` leaves its trace in an output."""
+"""Place in an output of the trace that ``--profile`` writes."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to know of a run. Small, and picklable."""
+    """A run, with all that a worker needs to know of it. Small, and picklable."""
 
     config: RunConfig
-    """The configuration, settled, with absolute paths."""
+    """The settled configuration, with absolute paths."""
     manifest: Manifest
     models: Models
     fields: dict[str, Any]
-    """What the fingerprint covers."""
+    """The settings and identities that the fingerprint covers."""
     roots: tuple[str, ...] = ()
     """Places of references that the driver sees, besides the manifest's own folder."""
     token: str = ""
     """The token of the driver's lease, which every node has to see."""
     extends: tuple[str, ...] = ()
-    """Fingerprints of the run before rows were appended to its manifest. Receipts that have them are its own."""
+    """Fingerprints of the run before rows were appended to its manifest. Receipts with them are the run's own."""
     redo: Mapping[int, RowMask] = field(default_factory=dict)
-    """Shards that are generated anew, in whole or in part, though they may exist; by index."""
+    """Redo rows of each shard that is generated again though it may exist, by the index of the shard."""
     profiled: int | None = None
     """Index of the shard whose first batches are recorded for ``--profile``."""
 
@@ -42,7 +42,7 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """See :func:`is_guided`."""
+        """Whether a row may have prompt-noise optimisation: see :func:`is_guided`."""
         return is_guided(self.config, self.manifest)
 
     @property

@@ -11,18 +11,18 @@ from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output.run_file import RunRecord
 
 POLICY_ROWS = 1000
-"""Rows at the manifest's start whose references are compared with the allowed places before a model is loaded."""
+"""Number of rows at the manifest's start whose references are checked against the allowed places before models load."""
 
 POLICY_ROWS_EMBEDDED = 64
-"""Takes the place of POLICY_ROWS where the manifest carries its images, which are always allowed and may be large."""
+"""Replacement for POLICY_ROWS in a manifest that carries its images, which are always allowed and may be large."""
 
 
 def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
-    """Open the manifest of a run and check it. The ids are not checked once more when the run is resumed.
+    """Open the manifest of a run and check it. When the run is resumed, the ids are not checked again.
 
     Args:
         config: the run, with absolute paths.
-        record: of the output's run; None if it has none.
+        record: the record of the output's run; None if it has none.
 
     Raises:
         ManifestError: the manifest breaks its contract.

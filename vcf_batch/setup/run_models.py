@@ -14,7 +14,7 @@ DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
 """Folders of a model that brings its own judge, network for the perceptual distance, PNO guide, safety checker."""
 OWN = "own"
-"""The safety checker that is asked for where it is the model's."""
+"""Name of the safety checker that comes with the model."""
 TINY_PERCEPTUAL = "tiny-perceptual"
 
 
@@ -24,16 +24,16 @@ class Models:
 
     pipeline: ResolvedModel
     judge: ResolvedModel | None
-    """None: the pipeline's own."""
+    """The CLIP that scores; None is the pipeline's own."""
     lpips: str
-    """``tiny-perceptual``, ``alex``, ``vgg`` or ``none``."""
+    """Network of the perceptual distance: ``tiny-perceptual``, ``alex``, ``vgg`` or ``none``."""
     lpips_identity: str
     lpips_source: str | None = None
     """Folder or URL of the published weights of ``alex`` and ``vgg``."""
     pno_guide: ResolvedModel | None = None
-    """None: the pipeline's own image encoder."""
+    """The CLIP that prompt-noise optimisation follows; None is the pipeline's own image encoder."""
     safety_checker: ResolvedModel | None = None
-    """None: no checker. The pipeline itself: its own."""
+    """The safety checker; None is no checker, and the pipeline itself stands for its own."""
 
     @property
     def judge_identity(self) -> str:
@@ -50,7 +50,7 @@ class Models:
         return self.safety_checker.identity if self.safety_checker else None
 
     def describe(self, guided: bool) -> dict[str, Any]:
-        """Name and version of the model, of the PNO guide if there is one, and of what each score comes from."""
+        """Name and version of the model, of the PNO guide if there is one, and of the source of each score."""
         own = redact(self.pipeline.name)
         judge = {"name": redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
         judge["identity"] = self.judge_identity
@@ -111,7 +111,7 @@ def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel
 
 def _lpips_identity(network: str, source: str) -> str:
     """Hex SHA-256 of the two weight files' contents."""
-    # Brings torch, which is needed in this rare case alone.
+    # Imported here, because it brings torch, which only these networks need.
     from vcf_batch.metrics.lpips import weight_files
 
     try:

@@ -1,4 +1,4 @@
-"""What a worker is given to do: what the driver, the pool and a worker share."""
+"""The task of a worker, which the driver, the pool and the worker share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,30 +8,30 @@ from vcf_batch.records import Shard
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What a worker is given to do: an attempt at a shard, or a trial of some of its rows. Small, and picklable."""
+    """Task of a worker: an attempt at a shard, or a trial of some of its rows. Small, and picklable."""
 
     shard: Shard
-    """The rows of the manifest that are generated."""
+    """The shard whose rows are generated."""
     attempt: int = 1
     """Number of the attempt at the shard, from 1."""
     selected: frozenset[int] | None = None
-    """Numbers of the rows that a trial generates, and throws away; None for an attempt."""
+    """Numbers of the rows that a trial generates and discards; None for an attempt."""
     verdicts: Mapping[int, str] = field(default_factory=dict)
-    """Why rows fail without being generated, by row number. A trial leaves it aside."""
+    """Reasons of the rows that fail without being generated, by row number. A trial ignores them."""
     last_attempt: bool = False
-    """Whether trouble with one reference fails its rows, not the attempt. On trial it always does."""
+    """Whether trouble with one reference fails its rows, not the attempt. In a trial it always does."""
     sampled_at_once: int | None = None
-    """Rows at most, where memory is too small for the run's batches. The receipt says so, because samples may then
-    differ in their last bits."""
+    """Largest number of rows sampled at once, if memory is too small for the run's batches; else None. The receipt has
+    it, because samples may then differ in their last bits."""
 
     @property
     def is_trial(self) -> bool:
-        """Whether it leaves no files."""
+        """Whether the task is a trial, which leaves no files."""
         return self.selected is not None
 
     @property
     def not_generated(self) -> Mapping[int, str]:
-        """Why rows are not generated, by row number: their verdicts, or on trial that they are not selected."""
+        """Reasons of the rows that are not generated, by row number. In a trial, these are the rows left out."""
         if self.selected is None:
             return self.verdicts
         numbers = range(self.shard.start, self.shard.stop)
@@ -39,11 +39,11 @@ class ShardTask:
 
     @property
     def is_alone(self) -> bool:
-        """Whether its worker gets no other shard beside it, so that only this one is to blame if it dies."""
+        """Whether the worker gets no other shard beside it, so that only this shard is to blame if the worker dies."""
         return self.attempt > 1
 
     @property
     def title(self) -> str:
-        """The shard and its rows, for people."""
+        """Name and rows of the shard, for people."""
         what = f"{self.shard.name} (rows {self.shard.start} to {self.shard.stop - 1})"
         return what if self.selected is None else f"{what}, trial of {len(self.selected)} of its rows"

@@ -9,7 +9,7 @@ from vcf_batch.setup.job import Job
 
 
 def is_seen(root: str) -> bool:
-    """Whether the driver sees a place of references. False also where that is not known: web address, or an error."""
+    """Whether the driver sees a place of references. False also for a web address, or after an error."""
     if root.startswith(("http://", "https://")):
         return False
     try:

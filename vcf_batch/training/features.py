@@ -52,7 +52,7 @@ class Towers:
     def __init__(self, pipeline: VCFPipeline, cache: str | None, vision_id: str, text_id: str) -> None:
         self.pipeline, self.cache, self.vision_id, self.text_id = pipeline, cache, vision_id, text_id
 
-    def prepare(self, pair: CaptionedImage, rng: random.Random) -> Example:
+    def draw_example(self, pair: CaptionedImage, rng: random.Random) -> Example:
         """Draw one of the captions, and decode and squash the image or find its tokens in the cache. Thread-safe.
 
         Raises:

@@ -24,12 +24,12 @@ class Feed(Generic[T]):
     Args:
         data: the data set to read.
         pieces: the pairs to train on, the same for all workers.
-        prepare: makes an example from a pair and the pair's own random generator, in one of ``threads`` threads. It
-            raises RowError for a broken pair.
+        draw_example: makes an example from a pair and the pair's own random generator, in one of ``threads`` threads.
+            It raises RowError for a broken pair.
         rank, world: number of this worker from 0, and number of workers.
         seed: seed of all randomness.
         buffer: number of undecoded pairs that are shuffled at a time.
-        threads: number of threads that call ``prepare``.
+        threads: number of threads that call ``draw_example``.
         note: called with a message for each of the first broken pairs.
     """
 
@@ -37,7 +37,7 @@ class Feed(Generic[T]):
         self,
         data: CaptionedData,
         pieces: Sequence[Piece],
-        prepare: Callable[[CaptionedImage, random.Random], T],
+        draw_example: Callable[[CaptionedImage, random.Random], T],
         *,
         rank: int,
         world: int,
@@ -46,7 +46,7 @@ class Feed(Generic[T]):
         threads: int,
         note: Callable[[str], None],
     ) -> None:
-        self.data, self.pieces, self.prepare = data, pieces, prepare
+        self.data, self.pieces, self.draw_example = data, pieces, draw_example
         self.rank, self.world, self.seed, self.buffer, self.note = rank, world, seed, buffer, note
         self.threads = ThreadPoolExecutor(threads)
         self.broken = 0
@@ -125,7 +125,7 @@ class Feed(Generic[T]):
         waiting: deque[tuple[CaptionedImage, Future[T]]] = deque()
         for pair in pairs:
             rng = random.Random(f"{self.seed}/{epoch}/{pair.name}")
-            waiting.append((pair, self.threads.submit(self.prepare, pair, rng)))
+            waiting.append((pair, self.threads.submit(self.draw_example, pair, rng)))
             if len(waiting) > PREPARED_AHEAD:
                 yield waiting.popleft()
         yield from waiting

@@ -136,7 +136,7 @@ class _Fit:
         return Feed(
             data,
             pieces,
-            self.towers.prepare,
+            self.towers.draw_example,
             rank=self.place.rank,
             world=self.place.world,
             seed=config.seed,

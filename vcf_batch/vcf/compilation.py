@@ -15,7 +15,7 @@ def compile_forward(network: nn.Module) -> None:
 
     Kernels depend on the kind of input only: no kernel is chosen by timing, no shape is generalised from earlier ones,
     and there is no fallback. Compiled code is kept on disk for other processes
-    (:meth:`vcf_batch.worker.device.Device.prepare`).
+    (:meth:`vcf_batch.worker.device.Device.set_up`).
 
     While gradients are enabled, the plain network runs: on CPUs, torch 2.13 computes zeros for the gradients of a
     compiled VAE decoder.

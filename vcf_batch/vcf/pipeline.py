@@ -34,10 +34,10 @@ References = Image.Image | Sequence[Image.Image] | None
 """The references of one prompt: one image, several, or None for text only."""
 
 BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
-"""The image that shows nothing: what the unconditional side is fused with for ``unconditional="blank"``."""
+"""The plain image that the unconditional side is fused with for ``unconditional="blank"``."""
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
-"""Noise and conditioning to images."""
+"""Function that makes images of noise and conditioning."""
 
 ENCODE_BATCH = 32
 DECODE_BATCH = 8
@@ -93,7 +93,7 @@ class VCFPipeline(StableDiffusionPipeline):
             raise ModelError(
                 "VCFPipeline runs no safety checker; pass safety_checker=None and check its output instead"
             )
-        default_strengths(default_strength)  # has the limits
+        default_strengths(default_strength)  # checks the limits
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -188,7 +188,7 @@ class VCFPipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def vision_tokens(self, images: Sequence[Image.Image]) -> Tensor:
-        """What the aligner reads of images: the vision tower's penultimate hidden state (docs/method.md, section 1).
+        """Image tokens that the aligner reads: the vision tower's penultimate hidden state (docs/method.md, section 1).
 
         Returns:
             ``[B, 1 + P, Dv]``, CLS first, before :meth:`ImageAligner.select_tokens`.
@@ -203,7 +203,7 @@ class VCFPipeline(StableDiffusionPipeline):
         return torch.cat(hidden_states)
 
     def squash(self, image: Image.Image) -> Image.Image:
-        """The first step of :meth:`encode_references`, which is the costly one where an image is large.
+        """The first step of :meth:`encode_references`, which is costly for a large image.
 
         Doing it twice changes nothing, and any thread may do it.
 
@@ -238,8 +238,8 @@ class VCFPipeline(StableDiffusionPipeline):
 
         Args:
             seeds: one per sample.
-            height, width: of the image in pixels; None is the model's native size.
-            added: how many noises follow the initial one, for the steps of a sampler that adds some.
+            height, width: size of the image in pixels; None is the model's native size.
+            added: number of noises that follow the initial one, for the steps of a sampler that adds noise.
 
         Returns:
             float32 ``[B, 1 + added, C, H / f, W / f]`` on the pipeline's device, with the VAE's factor ``f``.
@@ -285,19 +285,19 @@ class VCFPipeline(StableDiffusionPipeline):
         guidance_scale: float | Sequence[float | None] | None = None,
         sampling: Sampling,
     ) -> tuple[Sampler, Tensor, Conditioning]:
-        """Get everything ready from what :meth:`encode_prompts` and :meth:`encode_references` gave, kept from wherever.
+        """Prepare the sampling, from the tokens of :meth:`encode_prompts` and :meth:`encode_references`.
 
         Args:
             text_tokens: ``[B, T, Dt]``, of the prompts.
             negative_tokens: ``[B, T, Dt]``, of the negative prompts.
-            fusions: of each sample, its references' tokens and how they join the prompt.
+            fusions: one per sample, with its references' tokens and the way they join the prompt.
             seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
             guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
             sampling: the way from noise to an image, for all samples.
 
         Returns:
-            What makes images of noise and conditioning, float32 ``[B, 3, H, W]`` in [0, 1], differentiable; the noise;
-            and the conditioning.
+            A differentiable function that makes images of noise and conditioning, float32 ``[B, 3, H, W]`` in [0, 1];
+            the noise; and the conditioning.
 
         Raises:
             UsageError: a value outside its limits, or a sequence of the wrong length.
@@ -319,7 +319,7 @@ class VCFPipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def generate_from_tokens(self, *args: Any, **settings: Any) -> Tensor:
-        """Generate from what :meth:`prepare` takes.
+        """Generate images from the arguments of :meth:`prepare`.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
@@ -353,23 +353,22 @@ class VCFPipeline(StableDiffusionPipeline):
 
         Args:
             prompts: B prompts.
-            references: of each prompt one image, several, or None for text only; None is text only throughout.
+            references: for each prompt one image, several, or None for text only. None is text only throughout.
             seeds: one per prompt.
-            negative_prompts: what the images should not show.
+            negative_prompts: texts that the images should not show.
             fusion: ``concat``, ``naive`` or ``cross_attention``.
             strength: 0 is text only; None is the default of model and fusion.
             fusion_lo, fusion_hi: the part of the schedule in which references are used, as fractions of t / 999
                 (1 is pure noise), both ends included.
             reference_weights: for each prompt one weight per reference; None is equal weights.
-            negative_references: what the images should not look like: the unconditional side is fused with it.
-            unconditional: what that side gets for a prompt with references and no negative one: ``zeros`` as the
-                authors do, or the image tokens of a ``blank`` image. ``negative`` is ``zeros``, and insists on
-                negative references.
+            negative_references: images that the results should not look like; the unconditional side has them.
+            unconditional: image tokens of that side for a prompt with references and no negative one: ``zeros`` as the
+                authors do, or those of a ``blank`` image. ``negative`` is ``zeros``, and requires negative references.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
             guidance_scale: 1 is no guidance; None is the model's default.
             sampling: fields of :class:`vcf_batch.config.Sampling`, each for all prompts.
 
-        What is one per prompt may also be a single value for all, except ``prompts`` and ``seeds``.
+        An argument with one value per prompt may also be a single value for all, except ``prompts`` and ``seeds``.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.

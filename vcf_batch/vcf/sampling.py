@@ -22,7 +22,7 @@ _SCHEDULERS: dict[str, Any] = {
 }
 
 MAX_ETA = 1 - 1e-6
-"""At 1, DDIM takes the root of a difference that is 0 at zero terminal SNR, and below it after rounding."""
+"""Largest ``eta`` that DDIM is given. At 1 it takes the root of a difference that rounding may bring below 0."""
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
@@ -32,8 +32,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         name: one of :data:`vcf_batch.config.SCHEDULERS`.
         config: the configuration of the checkpoint's own scheduler.
     """
-    # DDIM clips by default, which is meant for pixels and ruins latents; a checkpoint whose own scheduler cannot clip
-    # has no say in its configuration.
+    # DDIM clips by default, which is meant for pixels and ruins latents. The configuration of a scheduler that cannot
+    # clip does not turn that off.
     fixed = {"clip_sample": False} if name == "ddim" else {}
     return _SCHEDULERS[name].from_config(config, **fixed)
 
@@ -57,11 +57,11 @@ def denoise(
         unet: predicts what the schedule says.
         schedule: the configuration of the checkpoint's own scheduler.
         noise: ``[B, 1, C, h, w]``, standard normal; ``[B, 1 + steps, C, h, w]`` where ``eta`` is above 0.
-        conditioning: of the same B samples.
+        conditioning: the conditioning of the same B samples.
         guidance_scale: one per sample; 1 throughout leaves the unconditional side out.
-        sampling: with its steps. Guidance in a part of the schedule is that of Kynkäänniemi et al. 2024 (arXiv
-            2404.07724). Deep blocks are also computed where guidance begins or ends, and always where gradients flow
-            (:mod:`vcf_batch.vcf.deep_cache`). Height and width are those of the noise.
+        sampling: the way from noise to an image, its steps given. Guidance in a part of the schedule is that of
+            Kynkäänniemi et al. 2024 (arXiv 2404.07724). Deep blocks are also computed where guidance begins or ends,
+            and always where gradients flow (:mod:`vcf_batch.vcf.deep_cache`). Height and width are those of the noise.
 
     Returns:
         float32 latents ``[B, C, h, w]``.
@@ -88,7 +88,7 @@ def denoise(
             time = cpu_timestep.item() / (limit - 1)
             inside = sampling.guidance_lo <= time <= sampling.guidance_hi
             guided = any_guided and inside
-            # Not where the batch is in fact another one: no sample depends on what its neighbours ask for.
+            # The limits of guidance count in a batch without guidance too: no sample depends on its neighbours' scales.
             cache.begin_step(number, is_new_batch=inside != was_inside)
             was_inside = inside
             if selected != (selected := (conditioning.inside(time), guided)):
@@ -113,7 +113,7 @@ def denoise(
 
 
 def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """What a function gives. Where gradients flow, its activations are not kept for them but computed again."""
+    """Result of a function. Where gradients flow, its activations are not kept but computed again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

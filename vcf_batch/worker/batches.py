@@ -1,4 +1,4 @@
-"""The batches of a shard: which rows are sampled together, and all that is known of them on their way."""
+"""The batches of a shard: the rows that are sampled together, and their intermediate results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +25,13 @@ def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
-    """The batches, in the order of their first rows, so that few finished samples wait for earlier ones to be written.
+    """Batches of a shard, in the order of their first rows.
+
+    The order keeps few finished samples waiting for earlier ones to be written.
 
     Args:
         rows: the rows of the shard, padding included.
-        batch_size: rows at most.
+        batch_size: largest number of rows of a batch.
     """
     keys = [batch_key(row, used) for row, used in zip(rows.rows, rows.settings, strict=True)]
     return [
@@ -43,7 +45,7 @@ class Batch:
     """Rows of a shard that are sampled together. A *place* is a row's place in the batch, from 0."""
 
     number: int
-    """Its place among the batches of the shard, from 0."""
+    """Place among the batches of the shard, from 0."""
     positions: list[int]
     """Places of the rows in the shard, from 0."""
     references: list[tuple[Reference, ...]]
@@ -51,21 +53,21 @@ class Batch:
     pictures: list[list[Image.Image]] = field(default_factory=list)
     """The decoded references of each row, without the negative one."""
     errors: dict[int, str] = field(default_factory=dict)
-    """Why rows fail, by position."""
+    """Reasons of the rows that fail, by position."""
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
     """Tokens ``[T, Dt]`` of each prompt and negative prompt."""
     image_tokens: dict[Reference, Tensor] = field(default_factory=dict)
     """Aligned tokens ``[N, Dt]`` of each reference."""
     targets: Targets | None = None
-    """What the images are scored against; None before the first draw is scored."""
+    """Targets that the images are scored against; None before the first draw is scored."""
     draw: int = 0
     """Number of the draw that ``images`` has or gets, from 0."""
     draws: dict[int, list[Sample]] = field(default_factory=dict)
-    """What the draws so far gave, by position, for each row that may get another one."""
+    """Samples of the draws so far, by position, for each row that may get another draw."""
     images: Tensor | None = None
     """The images of the draw, float32 ``[B, 3, H, W]`` in [0, 1]; None before sampling, or if every row failed."""
     twins: Tensor | None = None
-    """What the prompts alone make of the same noise, shaped like ``images``, in a run with triplets."""
+    """Images of the prompts alone from the same noise, shaped like ``images``; only in a run with triplets."""
     objectives: Sequence[Objective | None] = ()
     """The course of prompt-noise optimisation of each row, once sampled; None for a row without it."""
 

@@ -1,4 +1,4 @@
-"""How fast a loaded worker generates, and with which batch size it is fastest. No Ray here."""
+"""The speed of a loaded worker, and the batch size with which it is fastest. No Ray here."""
 
 import dataclasses
 import itertools
@@ -19,24 +19,24 @@ SECONDS = 1.0
 """Seconds after which a measurement is not repeated any more."""
 
 GAIN = 1.05
-"""Factor by which a doubled batch size has to raise the throughput to be worth its memory."""
+"""Least factor by which a doubled batch size has to raise the throughput."""
 
 BATCHES, STEPS = 2, 10
-"""Batches and denoising steps of a measurement that compares batch sizes. While the first batch is scored, the second
-one is sampled."""
+"""Numbers of batches and denoising steps of a measurement that compares batch sizes. While the first batch is scored,
+the second one is sampled."""
 
 CALIBRATION_ROWS = 64
-"""The first rows of the manifest, of which the most demanding one is measured."""
+"""Number of the manifest's first rows, of which the most demanding one is measured."""
 
 
 def seconds_per_image(components: Components, rows: Sequence[Row]) -> float:
-    """Seconds that one sample takes, from reading its references to its encoded image, which is thrown away.
+    """Seconds that one sample takes, from reading its references to encoding its image. The image is discarded.
 
     A first pass with one denoising step is not timed: it loads kernels and fills caches.
 
     Args:
-        components: those of a loaded worker; their ``config`` has the batch size.
-        rows: the rows of a shard, such as the manifest's first ones, none with an error. Whole batches tell most.
+        components: the components of a loaded worker; their ``config`` has the batch size.
+        rows: the rows of a shard without errors, such as the manifest's first rows. Best are whole batches.
 
     Raises:
         OutOfDeviceMemory: a batch does not fit.
@@ -53,15 +53,15 @@ def seconds_per_image(components: Components, rows: Sequence[Row]) -> float:
 
 
 def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -> int:
-    """The batch size that gives the most samples a second, a power of two.
+    """Batch size that gives the most samples a second, a power of two.
 
-    The batch size is doubled as long as that pays and memory holds it. Each is measured on copies of the most demanding
-    of the manifest's first rows, with plain pictures for its references, and few steps.
+    It is doubled as long as memory holds it and the throughput rises by :data:`GAIN`. Each size is measured with few
+    steps, on copies of the most demanding of the manifest's first rows. Plain pictures replace its references.
 
     Args:
-        components: those of a loaded worker.
+        components: the components of a loaded worker.
         manifest: the manifest of the run.
-        limit: the largest batch size that makes sense.
+        limit: largest batch size to try.
 
     Raises:
         OutOfDeviceMemory: not even one sample fits.
@@ -91,7 +91,7 @@ def _generate(components: Components, rows: Sequence[Row]) -> None:
 
 
 def _most_demanding(components: Components, manifest: Manifest) -> Row:
-    """The most memory-hungry of the first rows, reduced to one PNO update if it has any, as all cost the same."""
+    """Row that needs the most memory among the first rows. If it has PNO updates, they are reduced to one."""
     rows = manifest.rows(0, min(CALIBRATION_ROWS, manifest.num_rows), components.config.seed)
     sound = [row for row in rows if not checked(row, components.config).error]
     row = max(sound, key=lambda row: batch_key(row, settings_of(row, components.config)), default=Row(0, "text", ""))

@@ -1,4 +1,4 @@
-"""Where the time of a shard goes, and how far it is."""
+"""The clock of a shard: the time of its phases, and its progress."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from vcf_batch import storage
 
 
 class Clock:
-    """Where the time of one shard goes, and how far it is. Any thread may use it.
+    """Clock of one shard: the time of its phases, and its progress. Any thread may use it.
 
     Call it with the name of a phase for a context manager that times the phase.
     """
@@ -24,9 +24,9 @@ class Clock:
         self.seconds: dict[str, float] = {}
         """Seconds spent in each phase, summed over threads."""
         self.samples_done = 0
-        """Number of samples that are written."""
+        """Number of samples written."""
         self.progress = 0
-        """A count that grows whenever anything moves: what a heartbeat shows of the shard."""
+        """Count that grows with everything that is done for the shard. A heartbeat shows it."""
         self._begin = time.monotonic()
         self._lock = threading.Lock()
 
@@ -42,7 +42,7 @@ class Clock:
             self.note_progress()
 
     def note_progress(self) -> None:
-        """Note that something moved: a phase ended, a denoising step, a part of a file."""
+        """Note progress, such as the end of a phase, a denoising step or a part of a file."""
         self.progress += 1
 
     def note_sample(self) -> None:
@@ -56,16 +56,16 @@ class Clock:
 
 
 PROFILED_BATCHES = 4
-"""Batches that are sampled before the recording ends. Each kernel is an event: a whole shard would make millions."""
+"""Number of batches after which the recording ends. Each kernel is an event, and a whole shard would give millions."""
 
 
 class Profile(Clock):
-    """A shard's clock that also records what every thread and the GPU do; use it with ``with``.
+    """Clock of a shard that also records every thread and the GPU; use it with ``with``.
 
     The ranges in the trace have the names of the phases in the receipt's timings.
 
     Args:
-        url: where the trace goes, JSON as Chrome reads it. It is written when the ``with`` block is left.
+        url: URL of the trace, JSON as Chrome reads it. It is written when the ``with`` block is left.
     """
 
     def __init__(self, url: str) -> None:

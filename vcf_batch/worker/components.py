@@ -1,4 +1,4 @@
-"""The components of a worker: its models, and what reads its references."""
+"""The components of a worker: its models, and the reader of its references."""
 
 import threading
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ from vcf_batch.worker.device import Device
 
 @dataclass(frozen=True)
 class Components:
-    """What a worker generates every shard with."""
+    """Models, settings and tools that a worker generates every shard with."""
 
     config: RunConfig
-    """With every default resolved."""
+    """Configuration of the run, with every default resolved."""
     pipeline: VCFPipeline
     scorer: Scorer
     references: ReferenceReader
     model: str
-    """The identity of the model, which images name if they are marked."""
+    """Identity of the model, which marked images name."""
     device: Device
-    """Where pipeline and scorer compute, and how."""
+    """Device that pipeline and scorer compute on."""
     guide: Guide | None = None
     """The CLIP that prompt-noise optimisation follows; None where no row asks for it."""
     safety: SafetyChecker | None = None

@@ -1,4 +1,4 @@
-"""Where and how a worker computes: the device type that a run's bytes depend on besides its fingerprint."""
+"""The device of a worker, on whose type a run's bytes depend besides its fingerprint."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ from vcf_batch.models.cache import cache_folder
 
 @dataclass(frozen=True)
 class Device:
-    """Where and how a worker computes."""
+    """Kind, number type and threads of a worker's computations."""
 
     kind: str
     """``cuda`` or ``cpu``."""
@@ -26,8 +26,8 @@ class Device:
     """Number of CPU threads of one computation. Sums depend on it."""
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> "Device":
-        """Make this process compute the same bytes every time.
+    def set_up(cls, config: RunConfig) -> "Device":
+        """Set this process up to compute the same bytes every time.
 
         Kernels are chosen by rule, never by timing, and only deterministic ones are allowed. Compiled kernels are kept
         for other workers and later runs: in ``TORCHINDUCTOR_CACHE_DIR`` if it is set, else in ``compiled`` beside the
@@ -54,7 +54,7 @@ class Device:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache_folder(), "compiled"))
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
-        # Filling fresh memory costs a pass over it, and nothing here reads what it has not written.
+        # Filling fresh memory costs time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         device = cls(kind, dtype, config.cpus_per_worker)
         device.use_threads()

@@ -24,13 +24,13 @@ NOT_FINITE = "the model produced values that are not finite for this row; try an
 
 
 class Finisher:
-    """Finishes the batches of one shard, one after the other. It runs beside the sampling, and touches no state of it.
+    """Finisher of the batches of one shard. It runs beside the sampling, and touches no state of it.
 
     Args:
-        components: what to score with.
+        components: the components to score with.
         rows: the rows of the shard, padding included.
         write: takes a sample of each row, in the order of the rows.
-        clock: takes the time, and is told of each sample that is written.
+        clock: the clock of the shard.
     """
 
     def __init__(self, components: Components, rows: ShardRows, write: Callable[[Sample], None], clock: Clock) -> None:
@@ -45,7 +45,7 @@ class Finisher:
         """Score a batch whose images are there; encode and write the rows that get no other draw.
 
         Returns:
-            Whether that is each row of the batch.
+            Whether every row of the batch is finished.
 
         Raises:
             StorageError: the scratch cannot be written, or a sample that stays cannot be read.
@@ -99,7 +99,7 @@ class Finisher:
             self._clock.note_sample()
 
     def _pixels(self, batch: Batch, sampled: Tensor | None) -> tuple[list[bool], list[NDArray[np.uint8]]]:
-        """Which images of a batch are finite, and all of them as uint8 ``[H, W, 3]``.
+        """Flags of the finite images of a batch, and all of its images as uint8 ``[H, W, 3]``.
 
         Args:
             batch: the batch.
@@ -112,14 +112,14 @@ class Finisher:
         return finite, [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
 
     def _flags(self, pixels: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]]) -> Sequence[bool | None]:
-        """Whether the safety checker flags each row's image or its twin; None for each row without a checker."""
+        """Flags of the safety checker for each row's image or twin; None for each row without a checker."""
         if self._components.safety is None:
             return [None] * len(pixels)
         flags = self._components.safety(pixels)
         return [*map(operator.or_, flags, self._components.safety(twins))] if twins else flags
 
     def _outcome(self, batch: Batch, place: int, scores: Scores, nsfw: bool | None, is_finite: bool) -> Sample | None:
-        """What became of a row, but for its image; None if it gets another draw."""
+        """Outcome of a row, without its image; None if the row gets another draw."""
         position = batch.positions[place]
         row, used = self._rows.rows[position], self._rows.settings[position]
         if position in batch.errors:
@@ -139,7 +139,7 @@ class Finisher:
     def _triplet(self, batch: Batch, place: int, sample: Sample, twin: NDArray[np.uint8]) -> dict[str, bytes]:
         """The other images of a row's triplet, encoded, by :data:`vcf_batch.records.TRIPLET`.
 
-        They are the text-only twin, and the reference that counts most, in the size that the perceptual distance sees.
+        They are the text-only twin, and the reference with the largest weight, resized to the twin.
         """
         text_only = dataclasses.replace(sample, settings={**sample.settings, "strength": 0.0, "pno_steps": 0})
         shares = cast(Targets, batch.targets).shares[place]

@@ -1,4 +1,4 @@
-"""Quality gates: what a sample's scores have to be, and what becomes of a row after its draws."""
+"""Quality gates: the limits on a sample's scores, and the outcome of a row after its draws."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from vcf_batch.records import Draw, Sample, Scores
 
 
 def outcome(draws: Sequence[Sample], config: RunConfig) -> Sample | None:
-    """What becomes of a row: the sample that passes; else, after the last draw, the best one, rejected.
+    """Outcome of a row: the sample that passes; else, after the last draw, the best one, rejected.
 
     Args:
-        draws: what the draws of the row gave so far, one or more in order: as without gates, and without images.
+        draws: samples of the row's draws so far, one or more in order, not judged yet and without images.
         config: the run, with its gates.
 
     Returns:
@@ -48,7 +48,7 @@ def misses(sample: Sample, config: RunConfig) -> list[str]:
 
 
 def _quality(scores: Scores, best_by: str) -> float:
-    """How good a sample is, higher is better. Rows without the score ``best_by`` go by their prompt."""
+    """Quality of a sample, higher is better. Without the score ``best_by`` it is the CLIP score."""
     value = getattr(scores, best_by)
     if value is None:
         return cast(float, scores.clip_score)

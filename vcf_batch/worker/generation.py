@@ -1,8 +1,8 @@
 """One shard on its way through a worker: its rows cut into batches, sampled, scored, encoded and written.
 
-Sampling never waits for what can be done beside it: a pool of threads reads and decodes references ahead of it, and one
-thread scores, encodes and writes behind it. Two shards may be on their way at once. While one of them is sampled, the
-other's first references are read, or its last samples are scored and written.
+Other work is done beside the sampling: a pool of threads reads and decodes references ahead of it, and one thread
+scores, encodes and writes behind it. Two shards may be on their way at once. While one of them is sampled, the other's
+first references are read, or its last samples are scored and written.
 """
 
 import contextlib
@@ -31,29 +31,29 @@ from vcf_batch.worker.shard_references import ShardReferences
 from vcf_batch.worker.shard_rows import ShardRows
 
 BATCHES_AHEAD = 2
-"""Batches whose references are read before sampling gets to them."""
+"""Number of batches whose references are read ahead of the sampling."""
 
 BATCHES_BEHIND = 2
-"""Sampled batches that may wait for scoring and writing before sampling pauses: a bound on memory."""
+"""Number of sampled batches that wait for scoring and writing at which sampling pauses: a bound on memory."""
 
 TURN_SECONDS = 1.0
 """Seconds after which a shard that waits for its turn notes progress."""
 
 
 class Generation:
-    """Generates the rows of one shard, once.
+    """Generation of the rows of one shard, once.
 
-    What is computed together depends on the manifest alone, never on which rows fail or are padding. A batch of padding
-    alone is not sampled.
+    The batches depend on the manifest alone, never on failed rows or padding. A batch of padding alone is not sampled.
 
     Args:
-        components: what to generate with.
-        rows: the rows of the shard. Samples that are known are handed on as they are.
+        components: the components to generate with.
+        rows: the rows of the shard. Known samples are handed on as they are.
         write: takes a sample of each row, in the order of the rows.
-        clock: takes the time, and is told of each sample that is written.
-        last_attempt: trouble of storage or network with one reference fails its rows. Before the last attempt it
-            raises: a row is blamed only for what repeats, on another node if there is one.
-        sampled_at_once: rows at most, if fewer than a batch has. The samples may then differ in their last bits.
+        clock: the clock of the shard.
+        last_attempt: whether trouble of storage or network with one reference fails its rows. Before the last attempt
+            it raises, since a row is blamed only for a failure that repeats.
+        sampled_at_once: largest number of rows sampled at once, if that is less than a batch; else None. The samples
+            may then differ in their last bits.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Generation:
         }
         self.ahead = iter(self.batches)
         self.reading: deque[Batch] = deque()
-        """Batches that are not sampled yet, and whose references are read."""
+        """Batches that are not sampled yet and whose references are being read."""
         self.behind: deque[tuple[Batch, Future[bool]]] = deque()
         """Batches that are sampled and being finished, with what :meth:`Finisher.finish` will return."""
 
@@ -130,7 +130,7 @@ class Generation:
         self.behind.append((batch, thread.submit(self.finisher.finish, batch)))
 
     def _take_first(self, thread: ThreadPoolExecutor) -> None:
-        """Wait until the first batch behind is scored; then let go of it, or sample its next draw."""
+        """Wait until the first sampled batch is scored; then release it, or sample its next draw."""
         batch, finishing = self.behind.popleft()
         with self.clock("wait_for_scores"):
             is_done = finishing.result()
@@ -147,7 +147,7 @@ class Generation:
         """Wait until no other shard is sampled; within the block, note progress for every denoising step."""
         with self.clock("wait_for_turn"):
             while not self.components.sampling.acquire(timeout=TURN_SECONDS):
-                self.clock.note_progress()  # nothing hangs here: the other shard would
+                self.clock.note_progress()  # if anything hangs, it is the other shard
         hook = self.pipeline.unet.register_forward_hook(lambda *_: self.clock.note_progress())
         try:
             yield
@@ -163,8 +163,7 @@ class Generation:
     def _sample(self, batch: Batch) -> None:
         """Sample one draw of a batch, unless every row of it failed or is padding.
 
-        Failed rows and rows that get no other draw are sampled beside the others: what their neighbours get does not
-        depend on them.
+        Failed rows and rows that get no other draw are sampled too, so that their neighbours do not depend on them.
         """
         if self.shard_rows.padding.union(batch.errors).issuperset(batch.positions):
             return
@@ -174,7 +173,7 @@ class Generation:
         batch.images = torch.cat([pictures for pictures, _ in sampled])
         batch.objectives = [objective for _, objectives in sampled for objective in objectives]
         if self.config.triplets:
-            # Apart from the others, so that these have the bytes and take the memory that they have without twins.
+            # Twins are sampled apart, so that the images have the bytes and take the memory of a run without twins.
             batch.twins = torch.cat([self._generate_twins(batch, part) for part in parts])
 
     def _generate(self, batch: Batch, part: slice) -> tuple[Tensor, list[Objective | None]]:
@@ -190,7 +189,7 @@ class Generation:
         return self.pipeline.generate_from_tokens(**inputs), [None] * len(settings)
 
     def _generate_twins(self, batch: Batch, part: slice) -> Tensor:
-        """Images ``[B, 3, H, W]`` that the prompts of some rows of a batch make alone, from the same noise."""
+        """Images ``[B, 3, H, W]`` of the prompts alone for some rows of a batch, from the same noise."""
         inputs = self._inputs(batch, part)
         return self.pipeline.generate_from_tokens(**inputs | {"fusions": [Fusion()] * len(inputs["fusions"])})
 
@@ -204,14 +203,14 @@ class Generation:
             "fusions": [self._fusion(position, batch.image_tokens) for position in positions],
             "seeds": [sharding.draw_seed(used["seed"], batch.draw) for used in settings],
             "guidance_scale": [used["guidance_scale"] for used in settings],
-            # The rows of a batch have one deep_cache, as they have as many updates of prompt-noise optimisation.
+            # The rows of a batch have the same deep_cache, because they have the same pno_steps.
             "sampling": dataclasses.replace(self.config.sampling, deep_cache=settings[0]["deep_cache"]),
         }
 
     def _optimize(
         self, settings: Sequence[Mapping[str, Any]], pictures: Sequence[list[Image.Image]], inputs: Mapping[str, Any]
     ) -> tuple[Tensor, list[Objective | None]]:
-        """Sample rows with prompt-noise optimisation; returns what :meth:`_generate` does."""
+        """Sample rows with prompt-noise optimisation, and return the same as :meth:`_generate`."""
         guide = cast(Guide, self.components.guide)
         sample, noise, conditioning = self.pipeline.prepare(**inputs)
         found, course = pno.optimize(
@@ -229,7 +228,7 @@ class Generation:
         return found.cpu(), [*course]
 
     def _fusion(self, position: int, image_tokens: Mapping[Reference, Tensor]) -> Fusion:
-        """The fusion that a row asks for, with its references' tokens ``[N, Dt]``."""
+        """Fusion of a row, with its references' tokens ``[N, Dt]``."""
         row, used = self.rows[position], self.settings[position]
         unconditional = None
         if row.negative_reference is not None:
@@ -259,7 +258,7 @@ class Generation:
         return tokens
 
     def _release(self, batch: Batch) -> None:
-        """Let go of what the batch holds, and of the references that no later batch needs."""
+        """Release the contents of the batch, and the references that no later batch needs."""
         batch.pictures, batch.images, batch.twins, batch.targets = [], None, None, None
         batch.text_tokens, batch.image_tokens = {}, {}
         self.references.release(batch)

@@ -1,4 +1,4 @@
-"""A worker in this process, for what needs no cluster: a calibration, a preview. No Ray here."""
+"""A worker in this process, for a calibration or a preview, which need no cluster. No Ray here."""
 
 import dataclasses
 import os
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from vcf_batch.worker.worker import Worker
 
 BATCH_SIZE = 8
-"""The batch size in place of a measured one."""
+"""Batch size that is used instead of a measured one."""
 
 
 def _gpus() -> float:
     """GPUs of a worker on this machine: 1 where there is one, else 0."""
-    import torch  # planning needs it for nothing else
+    import torch  # imported here, because planning needs it for nothing else
 
     return 1.0 if torch.cuda.is_available() else 0.0
 
@@ -33,7 +33,7 @@ def load(job: Job, scratch: str) -> "Worker":
 
     Args:
         job: the run.
-        scratch: a local folder, which takes what the worker writes.
+        scratch: a local folder for the files that the worker writes.
 
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.worker.load`.

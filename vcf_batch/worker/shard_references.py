@@ -1,4 +1,4 @@
-"""The references of a shard: read ahead of the sampling, encoded once each, let go when no later batch needs them."""
+"""The references of a shard: read ahead of the sampling, encoded once each, released after their last batch."""
 
 import functools
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from vcf_batch.worker.components import Components
 from vcf_batch.worker.shard_rows import ShardRows
 
 REFERENCE_READERS = 8
-"""Threads that read references. They wait for storage most of the time."""
+"""Number of threads that read references. They wait for storage most of the time."""
 
 PICTURE_BYTES = 1 << 30
-"""Bytes of decoded references that a shard keeps for later batches. Images beyond it are read again."""
+"""Bytes of decoded references that a shard keeps for later batches. Images beyond this limit are read again."""
 
 
 @dataclass
@@ -29,19 +29,19 @@ class _Entry:
     """One distinct reference of a shard."""
 
     number: int
-    """Its place among the distinct references of the shard, from 0."""
+    """Place among the distinct references of the shard, from 0."""
     batches_left: int = 0
-    """Number of batches that need it and are not finished."""
+    """Number of batches that need the reference and are not finished."""
     holders: int = 0
-    """Number of batches that need its image now: they are read ahead, sampled or being finished."""
+    """Number of batches that need the image now: they are read ahead, sampled or being finished."""
     reading: "Future[tuple[Image.Image, Image.Image]] | None" = None
     """The read under way, which gives ``image`` and ``squashed``."""
     image: Image.Image | None = None
     """The decoded image; None before it is read, and after it is dropped."""
     squashed: Image.Image | None = None
-    """The image as the model takes it; dropped once there are tokens."""
+    """The image as the model takes it; dropped once its tokens exist."""
     error: str | None = None
-    """Why the rows of the reference fail."""
+    """Reason why the rows of the reference fail."""
     tokens: Tensor | None = None
     """Aligned tokens, ``[N, Dt]``."""
 
@@ -49,32 +49,32 @@ class _Entry:
         """Wait for the read under way, if there is one.
 
         Args:
-            blamed: errors that fail the rows of the reference. Any other is raised.
+            blamed: errors that fail the rows of the reference. Any other error is raised.
 
         Raises:
-            StorageError: storage or network failed, and that is not in ``blamed``.
+            StorageError: storage or network failed, and ``blamed`` does not have it.
         """
         if self.image is None and self.reading is not None:
             try:
                 self.image, self.squashed = self.reading.result()
             except blamed as error:
                 self.error = str(error)
-                # A plain image stands in, so that the batch keeps its shape. No two are alike, so that none are merged.
+                # A plain image stands in, so that the batch keeps its shape. No two are equal, so that none are merged.
                 self.image = Image.new("RGB", (64, 64), (self.number % 256, self.number // 256 % 256, 128))
                 self.squashed = self.image
             self.reading = None
 
 
 class ShardReferences:
-    """Reads and encodes the references of one shard; use it with ``with``.
+    """Reader and encoder of the references of one shard; use it with ``with``.
 
     Args:
-        components: what to read and encode with.
+        components: the components to read and encode with.
         batches: the batches of the shard, in order.
         rows: the rows of the shard.
-        last_attempt: trouble of storage or network with one reference fails its rows. Before the last attempt it
-            raises.
-        clock: takes the time.
+        last_attempt: whether trouble of storage or network with one reference fails its rows. Before the last attempt
+            it raises.
+        clock: the clock of the shard.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ShardReferences:
                 entry.reading = self._readers.submit(self._read_one, reference)
 
     def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
-        """The image, and its squashed form, which the model takes. Runs in a thread beside the sampling."""
+        """Image of a reference, and its squashed form for the model. Runs in a thread beside the sampling."""
         with self._clock("read_references"):
             image = self._components.references.read(reference)
             return image, self._components.pipeline.squash(image)
@@ -145,7 +145,7 @@ class ShardReferences:
         return self._components.pipeline.encode_references(pictures, self._components.config.image_tokens)
 
     def release(self, batch: Batch) -> None:
-        """Let go of the references that no later batch needs, and of images beyond :data:`PICTURE_BYTES`."""
+        """Release the references that no later batch needs, and images beyond :data:`PICTURE_BYTES`."""
         for reference in batch.distinct_references():
             entry = self._entries[reference]
             entry.holders -= 1

@@ -1,4 +1,4 @@
-"""The rows of a shard on their way through a worker, with padding in the place of those that are not generated."""
+"""The rows of a shard in a worker, with padding in the place of rows that are not generated."""
 
 import dataclasses
 import itertools
@@ -17,20 +17,20 @@ from vcf_batch.row_settings import settings_of
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The rows of a shard, in order, with what they are generated with. A *position* is a row's place here, from 0."""
+    """The rows of a shard, in order, with settings and known samples. A *position* is a row's place here, from 0."""
 
     rows: Sequence[Row]
-    """Padding is without its content, see :func:`neutral`."""
+    """Rows in order. Padding is without its content, see :func:`neutral`."""
     settings: Sequence[Mapping[str, Any]]
-    """The settings of each row, see :meth:`vcf_batch.worker.components.Components.settings`."""
+    """The settings of each row, see :func:`vcf_batch.row_settings.settings_of`."""
     known: Mapping[int, Sample]
-    """The samples that are there already, by the number of their row."""
+    """Samples that exist already, by the number of their row."""
     padding: frozenset[int]
     """Positions of the rows with a known sample: they are not generated, and keep their slot in their batch."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], known: Mapping[int, Sample], config: RunConfig) -> "ShardRows":
-        """Make padding of the rows that have a sample, and look up the settings of all.
+        """Make padding of the rows that have a sample, and look up the settings of all rows.
 
         Args:
             rows: the rows of the shard, in the order of the manifest.
@@ -46,10 +46,10 @@ class ShardRows:
         return self.rows[position].prompt, self.settings[position]["negative_prompt"]
 
     def known_sample(self, position: int) -> Sample:
-        """The sample of a row that is padding. Ask for each once, in order: some are read when they are asked for.
+        """The sample of a row that is padding. Ask for each once, in order: some are read only then.
 
         Raises:
-            StorageError: a sample that stays cannot be read.
+            StorageError: a kept sample cannot be read.
         """
         return self.known[self.rows[position].number]
 

@@ -39,7 +39,7 @@ from vcf_batch.worker.shard_rows import ShardRows
 NO_REFERENCE = "the row has no reference, which each triplet shows; give it one, or leave --triplets out"
 
 _model_loads = 0
-"""Number of times this process has loaded models. Receipts show it: 1 is right."""
+"""Number of times that this process has loaded models. Receipts show it: 1 is right."""
 
 
 def load(job: Job) -> "Worker":
@@ -55,7 +55,7 @@ def load(job: Job) -> "Worker":
     global _model_loads
     scratch.clean()
     config, manifest, models = job.config, job.manifest, job.models
-    device = Device.prepare(config)
+    device = Device.set_up(config)
     folder = fetch(models.pipeline)
     judge_folder = os.path.join(folder, OWN_JUDGE) if models.judge is None else fetch(models.judge)
     pipeline = _load_pipeline(folder, device, config.compile)
@@ -108,15 +108,15 @@ def _load_perceptual(models: Models, folder: str, device: Device) -> PerceptualD
 
 
 class Worker:
-    """Generates shards from components that are given to it.
+    """Generator of shards, from given components.
 
-    Two shards may be under way at once, each in a thread of its own: while one is sampled, the next one's first
+    Two shards may be under way at once, each in a thread of its own. While one is sampled, the next one's first
     references are read, or the last one's files are finished and staged.
 
     Args:
-        components: what samples, scores and reads references, with the run's configuration.
-        manifest: where rows are read from.
-        fingerprint: the name of the run, for the receipts.
+        components: models, settings and tools, with the run's configuration.
+        manifest: the manifest that rows are read from.
+        fingerprint: name of the run, for the receipts.
         profiled: index of the shard whose first batches are recorded, see :attr:`vcf_batch.setup.job.Job.profiled`.
     """
 
@@ -132,16 +132,16 @@ class Worker:
 
     @property
     def progress(self) -> dict[str, int]:
-        """By attempt id, a count that grows whenever anything moves. Any thread may read it."""
+        """Count of the progress of each attempt under way, by attempt id. Any thread may read it."""
         return {attempt_id: clock.progress for attempt_id, clock in [*self._under_way.items()]}
 
     @property
     def samples_done(self) -> dict[str, int]:
-        """By attempt id, the number of samples that are written. Any thread may read it."""
+        """Number of samples that each attempt under way has written, by attempt id. Any thread may read it."""
         return {attempt_id: clock.samples_done for attempt_id, clock in [*self._under_way.items()]}
 
     def note_progress(self, attempt_id: str) -> None:
-        """Note that something moved elsewhere for a task that is under way."""
+        """Note progress that was made elsewhere for a task that is under way."""
         self._under_way[attempt_id].note_progress()
 
     def run(
@@ -149,18 +149,17 @@ class Worker:
     ) -> tuple[Receipt, dict[str, str]] | None:
         """Generate one shard and stage its files under the output.
 
-        Rows with a verdict or an existing sample are not touched; the other rows' bytes do not depend on which these
-        are. A trial generates its selected rows in the same way and throws them away: it shows what happens to this
-        process.
+        Rows with a verdict or an existing sample are not generated, and the other rows' bytes do not depend on them. A
+        trial generates its selected rows in the same way and discards them. It shows whether this process survives.
 
         Args:
-            task: what to do.
+            task: the task.
             attempt_id: a name that no other task under way has; it names the staged files.
             existing: samples that stay, by row number. They are asked for one by one, in order.
 
         Returns:
-            The receipt, not published, and what :func:`vcf_batch.output.commits.commit` needs to publish it. None for a
-            trial.
+            The receipt, not published, and the staged files as :func:`vcf_batch.output.commits.commit` takes them. None
+            for a trial.
 
         Raises:
             UsageError: the manifest or the model cannot be used; trying again does not help.
@@ -203,7 +202,10 @@ class Worker:
     def _generated(
         self, task: ShardTask, attempt_id: str, existing: Mapping[int, Sample], clock: Clock
     ) -> Iterator[ShardFiles]:
-        """The shard's files, in scratch that goes when the block is left. The task is under way until then."""
+        """Generate the shard's files in a scratch folder, which is deleted when the block is left.
+
+        The task is under way until then.
+        """
         components, config = self.components, self.components.config
         components.device.use_threads()
         self._under_way[attempt_id] = clock
@@ -212,7 +214,7 @@ class Worker:
                 with clock("read_manifest"):
                     read = self.manifest.rows(task.shard.start, task.shard.stop, config.seed)
                     rows = [checked(row, config) for row in read]
-                # A sample that stays is asked for only if nothing else is known of its row.
+                # A kept sample is asked for only if its row is not decided otherwise.
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
                 manifest = self.manifest
                 with shards.ShardWriter(
@@ -233,7 +235,7 @@ class Worker:
             del self._under_way[attempt_id]
 
     def _decided(self, task: ShardTask, rows: Sequence[Row]) -> dict[int, Sample]:
-        """The samples, by row number, of the rows that fail or are rejected without being generated."""
+        """Samples of the rows that fail or are rejected without being generated, by row number."""
         config, verdicts, decided = self.components.config, task.not_generated, {}
         for row in rows:
             if error := verdicts.get(row.number) or row.error:
