@@ -37,10 +37,10 @@ from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import RefusedError
-from vcf_batch.output import commits, lease, shards
+from vcf_batch.output import commits, lease, receipts
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.pool import launch
 from vcf_batch.pool.ray_cluster import RayCluster
-from vcf_batch.records import Receipt
 from vcf_batch.setup import claim, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -78,7 +78,8 @@ class Player:
             await asyncio.sleep(self._seconds * share)
             self._count(-1)
         staged = {
-            kind: f"{commits.STAGING}/{attempt_id}/{task.shard.name}{end}" for kind, end in shards.SUFFIXES.items()
+            kind: f"{commits.STAGING}/{attempt_id}/{task.shard.name}{end}"
+            for kind, end in receipts.FILE_SUFFIXES.items()
         }
         for path in staged.values():
             storage.publish_bytes(storage.join(self._output, path), CONTENT)

@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 
 from vcf_batch import sharding
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.output import receipts, shards
+from vcf_batch.output import receipts
+from vcf_batch.output.receipts import SCORE_STEP, Receipt
 from vcf_batch.output.sums import RunSums
-from vcf_batch.records import SCORE_STEP, SCORES, FileEntry, Receipt, Shard
+from vcf_batch.records import SCORES, FileEntry, Shard
 
 FILES = 100
 SHARD_SIZE = 1000
@@ -62,7 +63,7 @@ def receipt_of(shard: Shard) -> Receipt:
         fingerprint="0" * 64,
         attempt=1,
         counts={"success": len(shard), "rejected": 0, "failed": 0},
-        files=dict.fromkeys(shards.SUFFIXES, FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())),
+        files=dict.fromkeys(receipts.FILE_SUFFIXES, FileEntry(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())),
         device={
             "type": "NVIDIA H100 80GB HBM3",
             "dtype": "bfloat16",
@@ -86,9 +87,9 @@ def write_receipts(folder: Path, count: int) -> None:
     """Write the files of a finished run of ``count`` shards."""
     folder.mkdir(exist_ok=True)
     for shard in sharding.ShardPlan(count * SHARD_SIZE, SHARD_SIZE):
-        for suffix in shards.SUFFIXES.values():
+        for suffix in receipts.FILE_SUFFIXES.values():
             (folder / f"{shard.name}{suffix}").write_bytes(CONTENT)
-        (folder / f"{shard.name}{receipts.SUFFIX}").write_bytes(receipt_of(shard).to_json())
+        (folder / f"{shard.name}{receipts.RECEIPT_SUFFIX}").write_bytes(receipt_of(shard).to_json())
 
 
 def open_and_plan(folder: Path) -> str:

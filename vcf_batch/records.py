@@ -1,15 +1,11 @@
-"""The vocabulary every signature uses: Row, Shard, Scores, Sample, Receipt."""
+"""The vocabulary every signature uses: Row, Shard, Scores, Sample."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Status = Literal["success", "rejected", "failed"]
-
-SCORE_STEP = 0.05
-"""Width of the bins of a receipt's histograms."""
 
 STATUSES: tuple[Status, ...] = ("success", "rejected", "failed")
 
@@ -162,77 +158,3 @@ class FileEntry:
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """``00000_stats.json``: written last, so its existence means that the shard's files are whole.
-
-    Timings, host names and dates live only here, never in the tar or the parquet.
-    """
-
-    shard: Shard
-    fingerprint: str
-    attempt: int
-    counts: Mapping[Status, int]
-    files: Mapping[str, FileEntry]
-    """Size and hash of the files ``tar`` and ``parquet``."""
-    device: Mapping[str, Any]
-    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on. If a
-    repair kept samples of another device, ``several`` lists all of them."""
-    timings: Mapping[str, Any]
-    """Seconds per phase, start and end date, host name."""
-    means: Mapping[str, float | None] = field(default_factory=dict)
-    """Mean of each score over the successful samples."""
-    histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Histogram of each score over the successful samples: their number by the upper end of their bin of
-    :data:`SCORE_STEP`."""
-    sampled: int = 0
-    """Number of rows that an image was sampled for, whether it passed the gates or not."""
-    sampled_at_once: int | None = None
-    """Number of rows sampled at once, if memory was too small for the run's batches; else None. Such a shard is outside
-    of the promise of identical bytes."""
-
-    @property
-    def worker_seconds(self) -> float:
-        """Seconds that the shard took of its worker, without the wait for its turn, in which another shard was
-        sampled."""
-        return self.timings.get("total", 0.0) - self.timings.get("wait_for_turn", 0.0)
-
-    def keeping(self, older: "Receipt") -> "Receipt":
-        """Copy of the receipt for a shard that keeps samples of an older one. It has the marks of both."""
-        devices = list(older.device.get("several", [older.device]))
-        if self.device not in devices:
-            devices.append(self.device)
-        return dataclasses.replace(
-            self,
-            device=devices[0] if len(devices) == 1 else {"several": devices},
-            sampled_at_once=min(filter(None, (self.sampled_at_once, older.sampled_at_once)), default=None),
-        )
-
-    def to_json(self) -> bytes:
-        """The receipt as indented UTF-8 JSON with sorted keys."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> "Receipt":
-        """Read back :meth:`to_json`.
-
-        Raises:
-            ValueError: the bytes are not a receipt.
-        """
-        try:
-            record = json.loads(data)
-            record["shard"] = Shard(**record["shard"])
-            record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
-            receipt = cls(**record)
-            counts, timings = {status: receipt.counts[status] for status in STATUSES}, receipt.timings
-            if min(counts.values()) < 0 or sum(counts.values()) != len(receipt.shard):
-                raise ValueError(f"not a receipt: {counts} of {len(receipt.shard)} rows")
-            if not 0 <= receipt.sampled <= len(receipt.shard):
-                raise ValueError(f"not a receipt: {receipt.sampled} sampled of {len(receipt.shard)} rows")
-            if timings and not timings.keys() >= {"total", "worker", "ended"}:
-                raise ValueError(f"not a receipt: timings of {sorted(timings)}")
-            return receipt
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a receipt: {error}") from error

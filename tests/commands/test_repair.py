@@ -103,7 +103,7 @@ def test_a_repair_that_was_killed_keeps_the_samples_that_stay(output: Path, tmp_
     manifest = Path(json.loads((output / "run.json").read_text())["config"]["manifest"])
     repaired = runs.write_output(manifest, tmp_path / "repaired", SHARD_SIZE, failed={9})
     (receipt,) = (found for found in receipts.read(repaired.config.output) if found.shard.index == 1)
-    paths = {kind: str(tmp_path / "repaired" / f"00001{suffix}") for kind, suffix in shards.SUFFIXES.items()}
+    paths = {kind: str(tmp_path / "repaired" / f"00001{suffix}") for kind, suffix in receipts.FILE_SUFFIXES.items()}
     files = shards.ShardFiles(
         paths["tar"], paths["parquet"], counts=receipt.counts, entries=receipt.files, means=receipt.means
     )

@@ -14,7 +14,7 @@ from vcf_batch.driver import failing_shard
 from vcf_batch.driver.commit_queue import MAX_PENDING, CommitQueue, Finished
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, StorageError, VcfBatchError
-from vcf_batch.output import commits, lease, receipts, shards
+from vcf_batch.output import commits, lease, receipts
 from vcf_batch.records import Status
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -31,11 +31,15 @@ class Run:
         self.finished = []
         for receipt in runs.read_receipts(self.output).values():
             name = receipt.shard.name
-            staged = {kind: f"{commits.STAGING}/{name}/{name}{suffix}" for kind, suffix in shards.SUFFIXES.items()}
+            staged = {
+                kind: f"{commits.STAGING}/{name}/{name}{suffix}" for kind, suffix in receipts.FILE_SUFFIXES.items()
+            }
             Path(self.output, commits.STAGING, name).mkdir(parents=True)
             for kind, path in staged.items():
-                storage.move(storage.join(self.output, name + shards.SUFFIXES[kind]), storage.join(self.output, path))
-            storage.remove(storage.join(self.output, name + receipts.SUFFIX))
+                storage.move(
+                    storage.join(self.output, name + receipts.FILE_SUFFIXES[kind]), storage.join(self.output, path)
+                )
+            storage.remove(storage.join(self.output, name + receipts.RECEIPT_SUFFIX))
             self.finished.append(Finished(ShardTask(receipt.shard), "node", receipt, staged))
         self.ledger = Ledger(job)
         self.notes: list[str] = []
@@ -97,7 +101,7 @@ def test_shards_are_committed_in_the_order_in_which_they_come(run: Run) -> None:
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_commit_that_fails_is_repeated_with_the_files_that_are_staged(run: Run, kind: str) -> None:
     """Trouble of the storage costs no second computation, wherever it comes; the other shards do not wait for it."""
-    obstacle = Path(run.output, f"00000{shards.SUFFIXES[kind]}")
+    obstacle = Path(run.output, f"00000{receipts.FILE_SUFFIXES[kind]}")
     (obstacle / "in the way").mkdir(parents=True)
     for finished in run.finished:
         run.queue.add(finished)

@@ -9,7 +9,7 @@ import pytest
 from support import runs
 from vcf_batch import storage
 from vcf_batch.driver.ledger import Ledger
-from vcf_batch.records import Receipt
+from vcf_batch.output.receipts import Receipt
 
 OLD, NEW = {"type": "old GPU", "dtype": "float32"}, {"type": "new GPU", "dtype": "float32"}
 BOTH = {"several": [OLD, NEW]}

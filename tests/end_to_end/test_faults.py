@@ -29,8 +29,8 @@ from vcf_batch.driver import bisection, failing_shard, heartbeats, quarantine, w
 from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import commits
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.pool import ray_cluster
-from vcf_batch.records import Receipt
 
 ray.cloudpickle.register_pickle_by_value(faults)
 """Workers cannot import what lies beside the tests."""

@@ -27,7 +27,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, StorageError
-from vcf_batch.output import progress_file, receipts, run_file, shards
+from vcf_batch.output import progress_file, receipts, run_file
 from vcf_batch.storage import retries
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
@@ -95,7 +95,7 @@ def data_files(output: str) -> dict[str, bytes]:
 
 def assert_nothing_is_left(output: str) -> None:
     """What a finished run leaves, and nothing else."""
-    ends = (*shards.SUFFIXES.values(), receipts.SUFFIX)
+    ends = (*receipts.FILE_SUFFIXES.values(), receipts.RECEIPT_SUFFIX)
     names = {f"{shard:05d}{end}" for shard in range(ROWS // SHARD_SIZE) for end in ends}
     assert set(storage.list_tree(output)) == {*names, run_file.RUN_FILE_NAME, progress_file.PROGRESS_NAME}
 
@@ -148,7 +148,7 @@ def test_storage_that_fails_one_call_in_five_and_then_fills_up_changes_no_byte(
     finished = runs.read_receipts(str(output))
     assert 0 < len(finished) < ROWS // SHARD_SIZE
     for receipt in finished.values():
-        for kind, suffix in shards.SUFFIXES.items():
+        for kind, suffix in receipts.FILE_SUFFIXES.items():
             assert storage.digest(f"{output}/{receipt.shard.name}{suffix}") == receipt.files[kind]
     assert generate(f"faulty://{output}").resumed_rows == len(finished) * SHARD_SIZE
     assert runs.data_files(output) == undisturbed

@@ -9,8 +9,9 @@ import pytest
 from support.runs import kill_after, read_receipts
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
-from vcf_batch.output import commits, shards
-from vcf_batch.records import Receipt, Shard
+from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import Shard
 
 SHARD = Shard(0, 0, 2, "00000")
 
@@ -36,7 +37,7 @@ def check(output: str, found: Mapping[int, Receipt]) -> None:
     """Each receipt describes the files beside it."""
     for receipt in found.values():
         for kind, entry in receipt.files.items():
-            assert storage.digest(storage.join(output, receipt.shard.name + shards.SUFFIXES[kind])) == entry
+            assert storage.digest(storage.join(output, receipt.shard.name + receipts.FILE_SUFFIXES[kind])) == entry
 
 
 def test_a_staged_shard_does_not_exist_and_a_committed_one_does(output: str, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from support.runs import read_receipts
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
 from vcf_batch.output import receipts
-from vcf_batch.records import FileEntry, Receipt, Shard
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import FileEntry, Shard
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from vcf_batch.output import sums
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.sums import RunSums
-from vcf_batch.records import FileEntry, Receipt, Shard
+from vcf_batch.records import FileEntry, Shard
 
 
 def receipt(index: int, worker: str, ended: int, seconds: float, failed: int = 0, **timings: Any) -> Receipt:

@@ -16,7 +16,8 @@ DRIVER = """
     import re, sys, time, urllib.request
     import ray
     from vcf_batch.pool.prometheus import PrometheusExporter
-    from vcf_batch.records import Receipt, Shard
+    from vcf_batch.output.receipts import Receipt
+    from vcf_batch.records import Shard
 
     port = int(sys.argv[1])
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)

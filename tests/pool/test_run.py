@@ -32,7 +32,7 @@ from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.output import lease
 from vcf_batch.output.output import Output
-from vcf_batch.records import Receipt
+from vcf_batch.output.receipts import Receipt
 
 ROOT = Path(__file__).parents[2]
 ROWS, SHARD_SIZE, BATCH_SIZE = 40, 4, 2

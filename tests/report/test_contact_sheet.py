@@ -12,7 +12,8 @@ from vcf_batch.errors import UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, shards
-from vcf_batch.records import Receipt, Sample
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import Sample
 from vcf_batch.report import contact_sheet
 from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job

@@ -11,7 +11,8 @@ import pytest
 from support import runs
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output.output import Output
-from vcf_batch.records import Receipt, Shard
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import Shard
 from vcf_batch.report import figures
 from vcf_batch.report.figures import Figures, Histogram, Intervals, cause_of
 

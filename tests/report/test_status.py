@@ -98,7 +98,7 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_finished_shard_is_told_too(job: Job) -> None:
-    for name in [name for name in files(job.config.output) if name.endswith(receipts.SUFFIX)]:
+    for name in [name for name in files(job.config.output) if name.endswith(receipts.RECEIPT_SUFFIX)]:
         (Path(job.config.output) / name).unlink()
     found = status.read(job.config.output)
     assert "stopped, 0 of 10 rows (0%), 0 of 5 shards" in str(found)

@@ -121,7 +121,7 @@ class Chaos:
         runs.wait_for(look, PATIENCE_SECONDS)
 
     def committed(self) -> int:
-        return sum(name.endswith(receipts.SUFFIX) for name in storage.list_files(self.output))
+        return sum(name.endswith(receipts.RECEIPT_SUFFIX) for name in storage.list_files(self.output))
 
     def hand_in(self) -> None:
         """Let a worker hand in a shard."""
@@ -248,7 +248,7 @@ class Chaos:
     def audit(self, undisturbed: str) -> None:
         """Compare the outputs, and look for what should not be there."""
         assert digests(self.output) == digests(undisturbed)
-        names = {*digests(undisturbed), *(f"{shard:05d}{receipts.SUFFIX}" for shard in range(self.num_shards))}
+        names = {*digests(undisturbed), *(f"{shard:05d}{receipts.RECEIPT_SUFFIX}" for shard in range(self.num_shards))}
         for output in (self.output, undisturbed):
             assert set(storage.list_tree(output)) == names | {"run.json", "_progress.json"}
             if storage.is_local(output):

@@ -27,8 +27,9 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
-from vcf_batch.records import Objective, Receipt, Sample, Scores
+from vcf_batch.records import Objective, Sample, Scores
 from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
 from vcf_batch.setup.job import Job

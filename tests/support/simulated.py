@@ -28,8 +28,9 @@ from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import RefusedError, StorageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import commits, receipts, shards
-from vcf_batch.records import FileEntry, Receipt
+from vcf_batch.output import commits, receipts
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import FileEntry
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 from vcf_batch.setup.shard_task import ShardTask
@@ -247,7 +248,7 @@ class SimulatedCluster:
     def _stage(self, process: Process, task: ShardTask, attempt_id: str) -> tuple[Receipt, dict[str, str]]:
         staged = {
             kind: f"{commits.STAGING}/{attempt_id}/{task.shard.name}{suffix}"
-            for kind, suffix in shards.SUFFIXES.items()
+            for kind, suffix in receipts.FILE_SUFFIXES.items()
         }
         for path in staged.values():
             storage.publish_bytes(storage.join(self._job.config.output, path), CONTENT)
@@ -257,7 +258,7 @@ class SimulatedCluster:
             fingerprint=self._job.fingerprint,
             attempt=task.attempt,
             counts={"success": sampled, "rejected": 0, "failed": len(task.verdicts)},
-            files=dict.fromkeys(shards.SUFFIXES, FileEntry(len(CONTENT), "")),
+            files=dict.fromkeys(receipts.FILE_SUFFIXES, FileEntry(len(CONTENT), "")),
             device={"type": "simulated"},
             timings={"worker": f"{process.node}:{self.processes.index(process)}", "total": 1.0, "ended": ENDED},
             sampled=sampled,

@@ -8,8 +8,9 @@ from vcf_batch import storage
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import side_by_side
-from vcf_batch.records import Receipt, Shard
+from vcf_batch.records import Shard
 from vcf_batch.report import card, page
 from vcf_batch.storage import scratch
 
@@ -70,7 +71,7 @@ def _refuse_others(output: Output, target: str) -> None:
 
 def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:
     """Copy a shard unless the target has it already, by ``sizes`` and the receipt. Return whether it was copied."""
-    name = shard.name + receipts.SUFFIX
+    name = shard.name + receipts.RECEIPT_SUFFIX
     data = storage.read_bytes(storage.join(source, name))
     files = {shards.file_name(shard, kind): entry for kind, entry in Receipt.from_json(data).files.items()}
     if name in sizes:

@@ -24,7 +24,8 @@ from vcf_batch.commands.verify import Finding
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
-from vcf_batch.records import Receipt, Shard
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import Shard
 from vcf_batch.setup import claim, defaults, run_models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import in_process

@@ -17,10 +17,11 @@ from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError
 from vcf_batch.output import receipts, sample_records, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import json_value, row_json
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Receipt, Row, Shard
+from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Row, Shard
 from vcf_batch.row_settings import checked, settings_of
 
 
@@ -48,7 +49,7 @@ def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Ar
 
 
 def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
-    names = {kind: shards.file_name(shard, kind) for kind in shards.SUFFIXES}
+    names = {kind: shards.file_name(shard, kind) for kind in receipts.FILE_SUFFIXES}
     urls = {kind: storage.join(output.url, name) for kind, name in names.items()}
     keys: list[str] = []
     tally = ShardSums()
@@ -81,7 +82,7 @@ def _check_hash(name: str, found: str, entry: FileEntry) -> None:
 
 def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
     """Read the shard's receipt, and check that it is of this shard and run, and that its files have its sizes."""
-    name = shard.name + receipts.SUFFIX
+    name = shard.name + receipts.RECEIPT_SUFFIX
     if name not in sizes:
         raise DamageFound("it has no receipt: it was never finished, or its receipt is gone")
     try:
@@ -93,8 +94,8 @@ def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
         raise DamageFound(f"{name} is that of {_rows(receipt.shard)}; here belong {_rows(shard)}")
     if receipt.fingerprint not in output.fingerprints:
         raise DamageFound(f"{name} has the fingerprint {receipt.fingerprint} of another run")
-    if receipt.files.keys() != shards.SUFFIXES.keys():
-        raise DamageFound(f"{name} describes {sorted(receipt.files)}; a shard has {sorted(shards.SUFFIXES)}")
+    if receipt.files.keys() != receipts.FILE_SUFFIXES.keys():
+        raise DamageFound(f"{name} describes {sorted(receipt.files)}; a shard has {sorted(receipts.FILE_SUFFIXES)}")
     for kind, entry in receipt.files.items():
         file = shards.file_name(shard, kind)
         if file not in sizes:

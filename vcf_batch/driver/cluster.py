@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from vcf_batch.driver.fault import Fault
-from vcf_batch.records import Receipt
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.shard_task import ShardTask
 
 

@@ -12,7 +12,7 @@ from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.output import commits
 from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.lease import Lease
-from vcf_batch.records import Receipt
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.shard_task import ShardTask
 
 MAX_PENDING = 32

@@ -11,8 +11,9 @@ from vcf_batch.driver.progress import duration
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.output import progress_file, receipts
 from vcf_batch.output.progress_file import Told
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.sums import RunSums
-from vcf_batch.records import STATUSES, Receipt, Shard, Status
+from vcf_batch.records import STATUSES, Shard, Status
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 

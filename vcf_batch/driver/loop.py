@@ -14,7 +14,7 @@ from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.driver.workers import Workers
 from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
 from vcf_batch.output.commits import StagedFilesLost
-from vcf_batch.records import Receipt
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
 from vcf_batch.output import receipts
-from vcf_batch.output.shards import SUFFIXES, ShardFiles
-from vcf_batch.records import Receipt, Shard
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.output.shards import ShardFiles
+from vcf_batch.records import Shard
 
 STAGING = "_staging"
 """Folder of the output for files that are not committed yet. Each attempt has a folder of its own in it."""
@@ -45,7 +46,7 @@ def stage(
 
 
 def _staged(shard: Shard, attempt_id: str) -> dict[str, str]:
-    return {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in SUFFIXES.items()}
+    return {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in receipts.FILE_SUFFIXES.items()}
 
 
 class StagedFilesLost(StorageError):
@@ -75,7 +76,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
         StagedFilesLost: a staged file is missing, or not of the receipt's size.
         StorageError: the storage failed, or another driver committed the shard meanwhile.
     """
-    receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
+    receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
     left = dict(staged)
     try:
         with storage.refusals_as_storage_errors():
@@ -127,7 +128,7 @@ def any_committed(output_url: str) -> bool:
     Raises:
         StorageError: the output cannot be read.
     """
-    if any(receipts.SUFFIX in suffixes for suffixes in receipts.files_found(output_url).values()):
+    if any(receipts.RECEIPT_SUFFIX in suffixes for suffixes in receipts.files_found(output_url).values()):
         return True
     with storage.refusals_as_storage_errors():
         return bool(_replacing(output_url))
@@ -147,7 +148,7 @@ def clean(output_url: str) -> None:
     storage.remove_tree(storage.join(output_url, STAGING))
     storage.remove_unfinished(output_url)
     for name, suffixes in receipts.files_found(output_url).items():
-        if receipts.SUFFIX not in suffixes:
+        if receipts.RECEIPT_SUFFIX not in suffixes:
             for suffix in suffixes:
                 storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
 
@@ -165,7 +166,7 @@ def _finish(output_url: str, attempt_id: str) -> None:
         receipt = Receipt.from_json(data)
     except ValueError:  # The new receipt is damaged, so the shard has none and is generated as a whole.
         return
-    receipt_url = storage.join(output_url, receipt.shard.name + receipts.SUFFIX)
+    receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
     if storage.exists(receipt_url):
         return
 

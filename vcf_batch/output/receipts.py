@@ -1,25 +1,107 @@
-"""The receipts in an output. One listing finds all of them, and they say which shards exist.
+"""The receipts of an output. Each describes one shard; one listing finds them all, and they say which shards exist.
 
 A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size.
 """
 
+import dataclasses
 import itertools
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.output import shards
-from vcf_batch.records import Receipt
+from vcf_batch.records import STATUSES, FileEntry, Shard, Status
 
-SUFFIX = "_stats.json"
+FILE_SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
+"""Endings of the file names of a shard, by the kind of file as in :attr:`Receipt.files`."""
+RECEIPT_SUFFIX = "_stats.json"
 """End of a receipt's file name, after the shard's name."""
 
-_FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*shards.SUFFIXES.values(), SUFFIX]))})")
+SCORE_STEP = 0.05
+"""Width of the bins of a receipt's histograms."""
+
+_FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*FILE_SUFFIXES.values(), RECEIPT_SUFFIX]))})")
 _READERS = 32
 _RECEIPTS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """``00000_stats.json``: written last, so its existence means that the shard's files are whole.
+
+    Timings, host names and dates live only here, never in the tar or the parquet.
+    """
+
+    shard: Shard
+    fingerprint: str
+    attempt: int
+    counts: Mapping[Status, int]
+    files: Mapping[str, FileEntry]
+    """Size and hash of the files ``tar`` and ``parquet``."""
+    device: Mapping[str, Any]
+    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on. If a
+    repair kept samples of another device, ``several`` lists all of them."""
+    timings: Mapping[str, Any]
+    """Seconds per phase, start and end date, host name."""
+    means: Mapping[str, float | None] = field(default_factory=dict)
+    """Mean of each score over the successful samples."""
+    histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Histogram of each score over the successful samples: their number by the upper end of their bin of
+    :data:`SCORE_STEP`."""
+    sampled: int = 0
+    """Number of rows that an image was sampled for, whether it passed the gates or not."""
+    sampled_at_once: int | None = None
+    """Number of rows sampled at once, if memory was too small for the run's batches; else None. Such a shard is outside
+    of the promise of identical bytes."""
+
+    @property
+    def worker_seconds(self) -> float:
+        """Seconds that the shard took of its worker, without the wait for its turn, in which another shard was
+        sampled."""
+        return self.timings.get("total", 0.0) - self.timings.get("wait_for_turn", 0.0)
+
+    def keeping(self, older: "Receipt") -> "Receipt":
+        """Copy of the receipt for a shard that keeps samples of an older one. It has the marks of both."""
+        devices = list(older.device.get("several", [older.device]))
+        if self.device not in devices:
+            devices.append(self.device)
+        return dataclasses.replace(
+            self,
+            device=devices[0] if len(devices) == 1 else {"several": devices},
+            sampled_at_once=min(filter(None, (self.sampled_at_once, older.sampled_at_once)), default=None),
+        )
+
+    def to_json(self) -> bytes:
+        """The receipt as indented UTF-8 JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Receipt":
+        """Read back :meth:`to_json`.
+
+        Raises:
+            ValueError: the bytes are not a receipt.
+        """
+        try:
+            record = json.loads(data)
+            record["shard"] = Shard(**record["shard"])
+            record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
+            receipt = cls(**record)
+            counts, timings = {status: receipt.counts[status] for status in STATUSES}, receipt.timings
+            if min(counts.values()) < 0 or sum(counts.values()) != len(receipt.shard):
+                raise ValueError(f"not a receipt: {counts} of {len(receipt.shard)} rows")
+            if not 0 <= receipt.sampled <= len(receipt.shard):
+                raise ValueError(f"not a receipt: {receipt.sampled} sampled of {len(receipt.shard)} rows")
+            if timings and not timings.keys() >= {"total", "worker", "ended"}:
+                raise ValueError(f"not a receipt: timings of {sorted(timings)}")
+            return receipt
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a receipt: {error}") from error
 
 
 def files_found(output_url: str) -> dict[str, list[str]]:
@@ -53,7 +135,7 @@ def read(output_url: str) -> Iterator[Receipt]:
 def complete(sizes: Mapping[str, int]) -> set[int]:
     """Indices of the shards whose files are all in a listing of name to size."""
     found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match)
-    return {int(name) for name, files in found.items() if files == len(shards.SUFFIXES) + 1}
+    return {int(name) for name, files in found.items() if files == len(FILE_SUFFIXES) + 1}
 
 
 def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt]:
@@ -63,12 +145,12 @@ def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = fro
         StorageError: the output cannot be read.
     """
     found = filter(None, map(_FILE_NAME.fullmatch, sizes))
-    stems = sorted((match[1] for match in found if match[2] == SUFFIX and int(match[1]) not in known), key=int)
+    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
 
     def content(stem: str) -> bytes:
         try:
             with storage.refusals_as_storage_errors():
-                return storage.read_bytes(storage.join(output_url, stem + SUFFIX))
+                return storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX))
         except FileNotFoundError:
             return b""  # The file was deleted since the listing. Empty bytes are not a receipt.
 
@@ -77,7 +159,7 @@ def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = fro
             receipt = Receipt.from_json(data)
         except ValueError:
             return None
-        found = {kind: sizes.get(stem + suffix) for kind, suffix in shards.SUFFIXES.items()}
+        found = {kind: sizes.get(stem + suffix) for kind, suffix in FILE_SUFFIXES.items()}
         said = {kind: entry.size for kind, entry in receipt.files.items()}
         own = receipt.shard.name == stem and receipt.shard.index == int(stem)
         return receipt if own and found == said else None

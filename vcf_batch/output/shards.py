@@ -26,12 +26,11 @@ import pyarrow.parquet as pq
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
 from vcf_batch.output import sample_records
+from vcf_batch.output.receipts import FILE_SUFFIXES
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import FileEntry, Sample, Shard, Status
 
-SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
-"""Endings of the file names of a shard, by the kind of file as in :attr:`vcf_batch.records.Receipt.files`."""
 ROWS_PER_GROUP = 1024
 """Rows of a row group of the parquet."""
 ROWS_AT_ONCE = 256
@@ -53,9 +52,9 @@ class ShardFiles:
     means: Mapping[str, float | None]
     """The mean of each score over the successful samples that have it; None if no sample has it."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """See :attr:`vcf_batch.records.Receipt.histograms`."""
+    """See :attr:`vcf_batch.output.receipts.Receipt.histograms`."""
     sampled: int = 0
-    """See :attr:`vcf_batch.records.Receipt.sampled`."""
+    """See :attr:`vcf_batch.output.receipts.Receipt.sampled`."""
 
 
 class ShardWriter:
@@ -85,7 +84,7 @@ class ShardWriter:
         self._sums = ShardSums()
         self._finished = False
         os.makedirs(scratch_dir, exist_ok=True)
-        self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in SUFFIXES.items()}
+        self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in FILE_SUFFIXES.items()}
         # PAX equals USTAR but for names over 100 characters, which keys may have.
         self._tar = tarfile.open(self._paths["tar"], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._parquet = pq.ParquetWriter(
@@ -205,12 +204,12 @@ class ShardWriter:
 
 
 def file_name(shard: Shard, kind: str) -> str:
-    """Name of one file of a shard; ``kind`` is a key of :data:`SUFFIXES`."""
-    return shard.name + SUFFIXES[kind]
+    """Name of one file of a shard; ``kind`` is a key of :data:`FILE_SUFFIXES`."""
+    return shard.name + FILE_SUFFIXES[kind]
 
 
 def file_url(output: str, shard: Shard, kind: str) -> str:
-    """URL of one file of a shard in an output; ``kind`` is a key of :data:`SUFFIXES`."""
+    """URL of one file of a shard in an output; ``kind`` is a key of :data:`FILE_SUFFIXES`."""
     return storage.join(output, file_name(shard, kind))
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
-from vcf_batch.records import SCORE_STEP, SCORES, STATUSES, Receipt, Status
+from vcf_batch.output.receipts import SCORE_STEP, Receipt
+from vcf_batch.records import SCORES, STATUSES, Status
 
 MAX_FAILING = 64
 """Number of shards with failed or rejected rows that are named."""
@@ -147,7 +148,7 @@ class ShardSums:
         self._counts: Counter[Status] = Counter()
         self._scores: dict[str, list[float]] = {name: [] for name in SCORES}
         self.sampled = 0
-        """See :attr:`vcf_batch.records.Receipt.sampled`."""
+        """See :attr:`vcf_batch.output.receipts.Receipt.sampled`."""
 
     def add(self, status: Status, record: Mapping[str, Any]) -> None:
         """Add one row, given as column name to value."""
@@ -170,7 +171,7 @@ class ShardSums:
 
     @property
     def histograms(self) -> dict[str, dict[str, int]]:
-        """See :attr:`vcf_batch.records.Receipt.histograms`."""
+        """See :attr:`vcf_batch.output.receipts.Receipt.histograms`."""
         return {
             name: dict(Counter(f"{math.ceil(score / SCORE_STEP) * SCORE_STEP:.2f}" for score in sorted(found)))
             for name, found in self._scores.items()

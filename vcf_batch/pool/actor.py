@@ -7,7 +7,8 @@ import ray
 
 from vcf_batch.driver.cluster import Heartbeat
 from vcf_batch.output.kept_samples import KeptSamples
-from vcf_batch.records import Receipt, RowMask
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.records import RowMask
 from vcf_batch.setup import storage_check
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask

@@ -5,8 +5,8 @@ from typing import Any
 from ray.util import metrics
 
 from vcf_batch.errors import redact
+from vcf_batch.output.receipts import SCORE_STEP, Receipt
 from vcf_batch.output.sums import NOT_PHASES
-from vcf_batch.records import SCORE_STEP, Receipt
 
 WAITS = ("wait_for_references", "wait_for_scores", "wait_for_turn")
 """Phases in which the sampling of a shard waits for what comes before or after it, or for another shard."""

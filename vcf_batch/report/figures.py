@@ -18,9 +18,10 @@ from vcf_batch import storage
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
-from vcf_batch.records import Receipt, Shard, Status
+from vcf_batch.records import Shard, Status
 
 EXTREMES = 8
 """Number of best rows, and of worst rows, kept for each score."""

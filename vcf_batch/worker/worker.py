@@ -20,8 +20,9 @@ from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors
 from vcf_batch.output import commits, shards
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
-from vcf_batch.records import Receipt, Row, Sample
+from vcf_batch.records import Row, Sample
 from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup.job import TRACE, Job
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
