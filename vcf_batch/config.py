@@ -319,7 +319,8 @@ class RunConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; known are: {', '.join(fields)}")
+            known = ", ".join(name for name in fields if name not in SETTLED)
+            raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; known are: {known}")
         missing = [name for name in ("manifest", "output") if not values.get(name)]
         if missing:
             raise UsageError(f"{missing[0]} is missing: give it on the command line or in the configuration file")
@@ -341,6 +342,9 @@ class RunConfig:
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2  # aliases can make a few lines of YAML very deep and wide
 _SHORT.maxstring = 1000
+
+SETTLED = frozenset({"default_strengths"})
+"""Fields of :class:`RunConfig` that are no options: only the settling of defaults fills them in."""
 
 NOT_CONTENT = frozenset(
     {

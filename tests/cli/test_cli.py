@@ -17,8 +17,8 @@ import vcf_batch
 from support import runs
 from vcf_batch import pool
 from vcf_batch.cli import COMMANDS_BY_STAGE, main
-from vcf_batch.cli.generate import generate
 from vcf_batch.cli.model import train
+from vcf_batch.cli.run import generate
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
@@ -123,6 +123,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(
     assert configured == [
         RunConfig(manifest="in.parquet", output="out", steps=30, guidance_scale=3, seed=1, reference_root=("/a",))
     ]
+
+
+def test_what_is_settled_is_no_option(configured: list[RunConfig], tmp_path: Path) -> None:
+    """Strengths have one option: what run.json says of them beside it is refused in a configuration file."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "manifest: in.parquet\noutput: out\ndefault_strengths: {naive: 0.3, concat: 1, cross_attention: 0.3}\n"
+    )
+    result = call("generate", "--config", file)
+    assert result.exit_code == 2 and "default_strengths in" in result.output and "is no option" in result.output
+    file.write_text("steeps: 3\n")
+    assert "default_strengths" not in call("generate", "--config", file).output
+    assert not configured
 
 
 @pytest.mark.parametrize(

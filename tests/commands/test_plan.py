@@ -128,6 +128,16 @@ def test_another_run_in_the_output_is_told_with_its_differences(tmp_path: Path, 
     assert "steps: 4 there, 3 now" in told.output
 
 
+def test_a_refusal_is_told_once(tmp_path: Path, model: Path) -> None:
+    """A run.json that this version does not read is looked at twice and told once."""
+    manifest = runs.write_manifest(tmp_path, 10)
+    runs.write_output(manifest, tmp_path / "out", 4)
+    record = tmp_path / "out" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"layout": 2}))
+    told = call(tmp_path, model, "--shard-size", "4", "--steps", "4")
+    assert told.exit_code == 4 and told.output.count("has layout 2") == 1
+
+
 def test_rows_that_would_fail_are_named_and_refuse_nothing(tmp_path: Path, model: Path) -> None:
     references = ["reference0.png", "../elsewhere.png", *["reference1.png"] * 8]
     runs.write_manifest(tmp_path, 10, {"reference": references, "strength": [1.0, 1.0, -1.0, *[1.0] * 7]})

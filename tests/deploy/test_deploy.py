@@ -11,7 +11,7 @@ import ray
 import yaml
 
 from vcf_batch import __version__
-from vcf_batch.cli.generate import generate
+from vcf_batch.cli.run import generate
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -87,6 +87,15 @@ def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> 
         claim.claim(settle(negative_prompt="rain", seed=3))
 
 
+def test_a_strength_that_is_given_is_another_run_than_one_that_was_left_open(settle: Callable[..., Job]) -> None:
+    """They differ in rows with a fusion of their own, and the message names the option, not what is derived from it."""
+    job = settle()
+    claim.claim(job)
+    commit_a_shard(job)
+    with pytest.raises(RefusedError, match=r"they differ in:\n  strength: left open there, given now .*\n"):
+        claim.claim(settle(strength=job.config.strength))
+
+
 def rewrite(job: Job, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the output's run.json as another version would have written it."""
     file = Path(job.config.output) / "run.json"

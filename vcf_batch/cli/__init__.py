@@ -1,7 +1,7 @@
 """The command line: options become a RunConfig, errors become exit codes. Nothing else happens here.
 
 Commands stand by stage in the life of a run, and each stage is a module: :mod:`~vcf_batch.cli.before`,
-:mod:`~vcf_batch.cli.generate`, :mod:`~vcf_batch.cli.look`, :mod:`~vcf_batch.cli.mend`, :mod:`~vcf_batch.cli.after` and
+:mod:`~vcf_batch.cli.run`, :mod:`~vcf_batch.cli.look`, :mod:`~vcf_batch.cli.mend`, :mod:`~vcf_batch.cli.after` and
 :mod:`~vcf_batch.cli.model`. What their commands share is in :mod:`~vcf_batch.cli.command`; old names are in
 :mod:`~vcf_batch.cli.aliases`.
 """
@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 import click
 
 import vcf_batch
-from vcf_batch.cli import after, before, generate, look, mend, model
-from vcf_batch.cli.aliases import ALIASES
+from vcf_batch.cli import after, before, look, mend, model
+from vcf_batch.cli.aliases import ALIASES, evaluate, train_aligner
+from vcf_batch.cli.run import generate
 
-__all__ = ["STAGES", "main"]
+# The job scripts of version 0.1 import their commands from here, which a user may have copied.
+__all__ = ["COMMANDS_BY_STAGE", "evaluate", "generate", "main", "train_aligner"]
 
 COMMANDS_BY_STAGE: Mapping[str, Sequence[click.Command]] = {
     "Before a run": (before.manifest, before.plan, before.preview),
-    "Run": (generate.generate,),
+    "Run": (generate,),
     "Look": (look.status, look.report),
     "Mend": (mend.verify, mend.repair),
     "After a run": (after.push, after.card),

@@ -44,9 +44,7 @@ def contact_sheet(output: str, rows: int, out: str | None) -> None:
     click.echo(draw_sheet(output, target, rows))
 
 
-ALIASES = (
-    contact_sheet,
-    _renamed(model.train, "train-aligner", "model train"),
-    _renamed(model.assemble, "assemble", "model assemble"),
-    _renamed(model.evaluate, "evaluate", "model evaluate"),
-)
+train_aligner = _renamed(model.train, "train-aligner", "model train")
+evaluate = _renamed(model.evaluate, "evaluate", "model evaluate")
+
+ALIASES = (contact_sheet, train_aligner, _renamed(model.assemble, "assemble", "model assemble"), evaluate)

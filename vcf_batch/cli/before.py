@@ -7,7 +7,7 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, json_option, run_config, tell
-from vcf_batch.cli.generate import generate
+from vcf_batch.cli.run import generate
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.manifest.pairing import PAIRINGS
 

@@ -104,6 +104,8 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the configuration file {source}: {error}") from error
         values = settings.load_yaml(text, redact(source))
+        if settled := sorted(settings.SETTLED & values.keys()):
+            raise UsageError(f"{settled[0]} in {redact(source)} is no option: leave it out, or give strength instead")
     values |= given(ctx) | fixed
     for name in ("num_workers", "batch_size"):
         if values.get(name) == "auto":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
-from vcf_batch.cli.generate import generate
+from vcf_batch.cli.run import generate
 from vcf_batch.errors import DamageFound, redact
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.before import images_in, prompts_in
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
-from vcf_batch.cli.generate import generate
+from vcf_batch.cli.run import generate
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.models.resolution import PRESETS, TINY
 from vcf_batch.training.training_config import TrainingConfig

@@ -166,7 +166,8 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         try:
             return step()
         except VcfBatchError as error:
-            forecast.problems.append(error)
+            if str(error) not in map(str, forecast.problems):  # run.json is read twice
+                forecast.problems.append(error)
 
     absolute = collect(lambda: absolute_paths.absolute(config))
     if absolute is None:

@@ -273,7 +273,7 @@ def _refuse_another(
         if (why := obstacle(there)) is None:
             return
         reason = why + " "
-    lines = "".join(f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n" for name in differing)
+    lines = "".join(_difference(name, there, fields) for name in differing)
     if version not in (None, __version__) and all(_is_of_one_version(name, there) for name in differing):
         raise RefusedError(
             f"{output} was begun by another version, vcf-batch {version}, and this is {__version__}; they differ in:\n"
@@ -290,6 +290,14 @@ def _is_of_one_version(name: str, there: Mapping[str, Any]) -> bool:
     if name in ADDED_SETTINGS:
         return name not in there
     return not name.endswith("_id") and name not in _SETTINGS
+
+
+def _difference(name: str, there: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """The line of a refusal that shows both values of a field."""
+    if name == "default_strengths" and None in (field_of(there, name), field_of(fields, name)):
+        left_open = "left open there, given now" if field_of(fields, name) is None else "given there, left open now"
+        return f"  strength: {left_open} (rows with a fusion of their own differ)\n"
+    return f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n"
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:

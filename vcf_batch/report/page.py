@@ -167,6 +167,8 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
