@@ -12,9 +12,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_a_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set anew by the benchmark")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # restored afterwards
 
 
 def measured(*sections: str) -> list[str]:
