@@ -7,22 +7,48 @@ from collections.abc import Iterator
 
 import ray
 
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import UsageError, VcfBatchError
+
+_log = logging.getLogger(__name__)
+
+STARTS = 2
+"""Most starts of a local cluster, if Ray's own processes are not up within the 30 seconds that it gives them."""
+
+_TIMED_OUT = "timed out during startup"
+"""Ray's words for that, in an exception without a class of its own."""
 
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one."""
+    """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one.
+
+    Raises:
+        UsageError: there is no cluster at the address, or Ray refuses to start.
+        VcfBatchError: Ray did not come up on this machine, :data:`STARTS` times.
+    """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}: {error}"
-        ) from error
+    for number in range(1, STARTS + 1):
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            break
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}: {error}"
+            ) from error
+        except Exception as error:
+            if _TIMED_OUT not in str(error):
+                raise
+            ray.shutdown()
+            if number == STARTS:
+                raise VcfBatchError(
+                    f"Ray did not start on this machine, {STARTS} times, within the 30 seconds that it allows. The "
+                    "machine is busy or short of memory: try again when it is idle, or name a running cluster with "
+                    "--address"
+                ) from error
+            _log.warning("Ray did not start within 30 seconds, as happens on a busy machine. It is started once more.")
     try:
         yield
     finally:

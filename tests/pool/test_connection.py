@@ -1,0 +1,47 @@
+"""Connecting to Ray, and what is told where Ray does not start."""
+
+import pytest
+import ray
+
+from vcf_batch.errors import VcfBatchError
+from vcf_batch.pool import connection
+
+TIMED_OUT = Exception("The current node timed out during startup. This could happen because ...")
+
+
+def starting(monkeypatch: pytest.MonkeyPatch, *outcomes: Exception | None) -> list[Exception | None]:
+    """Let Ray's starts end as told, in order; what is left of them."""
+    left = [*outcomes]
+
+    def start(**_: object) -> None:
+        if (outcome := left.pop(0)) is not None:
+            raise outcome
+
+    monkeypatch.setattr(ray, "init", start)
+    return left
+
+
+def test_a_start_that_timed_out_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a busy machine Ray's own processes may need more than the 30 seconds that Ray gives them."""
+    left = starting(monkeypatch, TIMED_OUT, None)
+    with connection.cluster("local"):
+        assert not left
+    assert "started once more" in caplog.text
+
+
+def test_ray_that_never_starts_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = starting(monkeypatch, TIMED_OUT, TIMED_OUT)
+    with (
+        pytest.raises(VcfBatchError, match=r"did not start on this machine, 2 times.* --address"),
+        connection.cluster(None),
+    ):
+        pass
+    assert not left
+
+
+def test_any_other_error_of_a_start_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting(monkeypatch, KeyError("something else"))
+    with pytest.raises(KeyError), connection.cluster(None):
+        pass
