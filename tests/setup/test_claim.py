@@ -10,10 +10,11 @@ import pytest
 
 from support import runs
 from vcf_batch import __version__, storage
+from vcf_batch.commands import verify
 from vcf_batch.config import ADDED_SETTINGS, fingerprint
 from vcf_batch.errors import DamageFound, RefusedError, StorageError
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import run_file
+from vcf_batch.output import commits, lease, run_file
 from vcf_batch.output.output import Output
 from vcf_batch.output.run_file import AnotherVersion
 from vcf_batch.setup import claim
@@ -76,6 +77,53 @@ def test_an_output_without_a_shard_takes_other_settings(settle: Callable[..., Jo
     job = settle()
     claim.claim(job)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["fingerprint"] == job.fingerprint
+
+
+@pytest.mark.parametrize(("step", "there"), [("publish_bytes", False), ("publish_bytes", True), ("move", True)])
+def test_a_driver_suspended_within_its_claim_harms_nothing_of_the_next_owners(
+    settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, there: bool
+) -> None:
+    """A driver that lost its lease before it published run.json replaces nothing of the run that took over and
+    finished, whether there was an earlier run.json or none."""
+    output = str(tmp_path / "out")
+    if there:
+        claim.claim(settle(seed=9))
+    late, held, stepped = settle(seed=1), lease.Lease(output), getattr(storage, step)
+    held.acquire()
+
+    def suspended(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(storage, step, stepped)
+        storage.remove(storage.join(output, lease.LEASE_NAME))
+        with lease.hold(output):
+            runs.write_output(tmp_path / "in" / "manifest.parquet", tmp_path / "out", 16)
+            commits.clean(output)
+        return stepped(*arguments, **options)
+
+    monkeypatch.setattr(storage, step, suspended)
+    with pytest.raises(RefusedError, match="another run, which has ended, took over"):
+        claim.claim(late, confirm=held.confirm)
+    assert getattr(storage, step) is stepped
+    assert [finding for finding in verify.check(Output.open(output)) if finding.is_damage] == []
+    assert len(runs.read_receipts(output)) == 3
+    assert not any(name.startswith(commits.STAGING) for name in storage.list_tree(output))
+
+
+def test_a_run_file_of_another_driver_is_not_replaced_by_one_that_saw_none(
+    settle: Callable[..., Job], tmp_path: Path
+) -> None:
+    """run.json is created once where there was none; the same record twice is one record."""
+    output, job = str(tmp_path / "out"), settle()
+    document = claim.record_of(job).to_document()
+    for _ in range(2):
+        run_file.write(output, document)
+    with pytest.raises(RefusedError, match=r"another driver has written .*run\.json meanwhile; rerun"):
+        run_file.write(output, claim.record_of(settle(seed=1)).to_document())
+    run_file.check_stays(output, job.fingerprint)
+    with pytest.raises(RefusedError, match=r"not of this run, 0000, any more: it is of run"):
+        run_file.check_stays(output, "0000")
+    storage.remove(storage.join(output, "run.json"))
+    with pytest.raises(RefusedError, match=r"any more: it is gone"):
+        run_file.check_stays(output, job.fingerprint)
 
 
 def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> None:
