@@ -20,6 +20,7 @@ from vcf_batch.output.run_file import AnotherVersion
 from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
+from vcf_batch.storage import local
 
 
 def commit_a_shard(job: Job) -> None:
@@ -277,7 +278,23 @@ def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job]
         claim.claim(settle(manifest=str(folder), shard_size=4, seed=1))
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
+def test_an_empty_run_file_is_none(settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no hard links, a driver that dies while it creates run.json leaves an empty one. It counts as
+    none: the next run is begun, unless there are shards."""
+    monkeypatch.setattr(local, "CREATOR_SECONDS", 0.05)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").touch()
+    with pytest.raises(DamageFound, match="it is missing, so nothing tells"):
+        Output.open(str(tmp_path / "out"))
+    (tmp_path / "out" / "00000.tar").touch()
+    with pytest.raises(RefusedError, match=r"no run\.json"):
+        claim.claim(settle())
+    (tmp_path / "out" / "00000.tar").unlink()
+    claim.claim(settle())
+    assert run_file.read(str(tmp_path / "out")) == claim.record_of(settle())
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
 def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Path, content: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text(content)

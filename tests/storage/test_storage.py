@@ -21,10 +21,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support import runs
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.records import FileEntry
-from vcf_batch.storage import drivers, retries
+from vcf_batch.storage import drivers, local, retries
 
 
 class Flaky(MemoryFileSystem):
@@ -220,16 +221,95 @@ def test_create_refuses_a_file_that_is_there(root: str) -> None:
     assert storage.read_bytes(url) == b"old"
 
 
-def test_create_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system like FAT and many over object stores."""
+
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(local, "CREATOR_SECONDS", 0.05)
+
+
+def before_the_content(monkeypatch: pytest.MonkeyPatch, event: Callable[[], object]) -> None:
+    """Let something happen once, after a creator has the name and before it writes."""
+
+    def opened(file: Any, mode: str) -> Any:
+        if isinstance(file, int) and mode == "wb":
+            monkeypatch.setattr(local, "open", open, raising=False)
+            event()
+        return open(file, mode)
+
+    monkeypatch.setattr(local, "open", opened, raising=False)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_create_works_without_hard_links(tmp_path: Path) -> None:
     url = str(tmp_path / "a")
     storage.publish_bytes(url, b"old", create=True)
     with pytest.raises(FileExistsError):
         storage.publish_bytes(url, b"new", create=True)
     assert storage.read_bytes(url) == b"old"
+    test_of_several_creators_one_wins_and_its_bytes_stay(tmp_path / "several")
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_that_died_without_hard_links_leaves_what_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves is empty, and the next creator replaces it, with hard links or without."""
+    url = str(tmp_path / "a")
+    for undo in (False, True):
+
+        def die() -> None:
+            raise runs.Killed
+
+        before_the_content(monkeypatch, die)
+        with pytest.raises(runs.Killed):
+            storage.publish_bytes(url, b"theirs", create=True)
+        assert storage.list_files(str(tmp_path)) == {"a": 0}
+        if undo:
+            monkeypatch.undo()
+        storage.publish_bytes(url, b"ours", create=True)
+        assert storage.read_bytes(url) == b"ours"
+        assert os.listdir(tmp_path) == ["a"]
+        storage.remove(url)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_suspended_without_hard_links_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another takes it for dead and creates the file; it wakes up and is told so."""
+    url = str(tmp_path / "a")
+    before_the_content(monkeypatch, lambda: storage.publish_bytes(url, b"faster", create=True))
+    with pytest.raises(FileExistsError):
+        storage.publish_bytes(url, b"late", create=True)
+    assert storage.read_bytes(url) == b"faster"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_at_work_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").touch()
+    at_work = types.SimpleNamespace(sleep=lambda _: (tmp_path / "a").write_bytes(b"theirs"))
+    monkeypatch.setattr(local, "time", at_work)
+    with pytest.raises(FileExistsError):
+        storage.publish_bytes(str(tmp_path / "a"), b"ours", create=True)
+    assert storage.read_bytes(str(tmp_path / "a")) == b"theirs"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_that_fails_without_hard_links_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before_the_content(monkeypatch, fill_up)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.publish_bytes(str(tmp_path / "a"), b"x", create=True)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

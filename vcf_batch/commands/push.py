@@ -72,8 +72,12 @@ def _refuse_others(output: Output, target: str) -> None:
 def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:
     """Copy a shard unless the target has it already, by ``sizes`` and the receipt. Return whether it was copied."""
     name = shard.name + receipts.RECEIPT_SUFFIX
-    data = storage.read_bytes(storage.join(source, name))
-    files = {shards.file_name(shard, kind): entry for kind, entry in Receipt.from_json(data).files.items()}
+    try:
+        data = storage.read_bytes(storage.join(source, name))
+        receipt = Receipt.from_json(data)
+    except (FileNotFoundError, ValueError) as error:
+        raise DamageFound(f"{name} was removed or damaged during the push; see 'vcf-batch verify {source}'") from error
+    files = {shards.file_name(shard, kind): entry for kind, entry in receipt.files.items()}
     if name in sizes:
         is_whole = all(sizes.get(file) == entry.size for file, entry in files.items())
         if is_whole and storage.read_bytes(storage.join(target, name)) == data:

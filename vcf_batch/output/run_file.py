@@ -142,6 +142,8 @@ def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends:
 def read_document(output: str) -> dict[str, Any] | None:
     """The JSON object of the output's ``run.json``, of a run or a training, with the fingerprint that its fields have.
 
+    None if there is no such file, or an empty one, as a driver leaves that died while it created it.
+
     Raises:
         RefusedError: it is there, but is not what vcf-batch writes.
         AnotherVersion: it is what another version writes.
@@ -150,7 +152,10 @@ def read_document(output: str) -> dict[str, Any] | None:
     url = storage.join(output, RUN_FILE_NAME)
     try:
         with storage.refusals_as_storage_errors():
-            there = json.loads(storage.read_bytes(url, limit=MAX_RUN_FILE_BYTES))
+            data = storage.read_bytes(url, limit=MAX_RUN_FILE_BYTES)
+        if not data:
+            return None
+        there = json.loads(data)
         if isinstance(there["fields"], dict) and there["fingerprint"] == fingerprint(there["fields"]):
             if (layout := there.get("layout")) != LAYOUT:
                 raise AnotherVersion(

@@ -4,13 +4,18 @@ import contextlib
 import errno
 import os
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from vcf_batch.storage.retries import NotAFileError
 
+CREATOR_SECONDS = 1.0
+"""Seconds after which a file that is still empty has lost its creator, on a file system without hard links."""
+
 _TEMPORARY = ".tmp-"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 def open_read(path: str) -> BinaryIO:
@@ -76,7 +81,7 @@ def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
         fill(temporary)
         _sync(temporary)
         if create:
-            _link(temporary, path)
+            _create(temporary, path)
         else:
             os.replace(temporary, path)
         sync_folder(path)
@@ -90,15 +95,66 @@ def write(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def _create(temporary: str, path: str) -> None:
+    """Give a whole file its final name. A file there that stays empty is one whose creator died, and is replaced."""
+    try:
+        _link(temporary, path)
+    except FileExistsError:
+        if not _is_abandoned(path):
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        _link(temporary, path)
+
+
+def _is_abandoned(path: str) -> bool:
+    """Whether a file is empty, and nobody writes it within :data:`CREATOR_SECONDS`."""
+    before = os.stat(path)
+    if before.st_size or not stat.S_ISREG(before.st_mode):
+        return False
+    time.sleep(CREATOR_SECONDS)
+    after = os.stat(path)
+    return (after.st_size, after.st_mtime_ns) == (0, before.st_mtime_ns)
+
+
 def _link(temporary: str, path: str) -> None:
     try:
         os.link(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in _NO_LINKS:
             raise
-        # File systems over object stores have no hard links. Creating the name first lets only one writer win.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(temporary, path)
+        _write_new(path, _content(temporary))
+
+
+def _write_new(path: str, data: bytes) -> None:
+    """Create a file and write it in place, for file systems without hard links, such as FAT and many network ones.
+
+    Creating the name lets only one writer win. A writer that dies before its data is there leaves an empty file, which
+    counts as absent. One that is suspended there longer than :data:`CREATOR_SECONDS` writes into a file that has no
+    name any more, and replaces nothing.
+
+    Raises:
+        FileExistsError: another writer was first, or took this one for dead.
+        OSError: the file cannot be written.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if data.startswith(_content(path)):
+                os.unlink(path)
+        raise
+    if _content(path) != data:
+        raise FileExistsError(errno.EEXIST, "another writer was faster", path)
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _sync(path: str) -> None:

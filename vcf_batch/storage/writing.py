@@ -19,7 +19,9 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
     """Write a whole file at once, replacing what is there; readers see the old bytes or the new ones.
 
     Args:
-        create: write only if there is no such file yet. If several writers try, one succeeds.
+        create: write only if there is no such file yet. If several writers try, one succeeds. An empty local file
+            counts as none once it has stayed empty for :data:`vcf_batch.storage.local.CREATOR_SECONDS`: on a file
+            system without hard links, a writer that dies may leave one. So never create an empty file.
 
     Raises:
         FileExistsError: ``create`` is true and the file exists.
