@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -27,10 +28,13 @@ def open_read(path: str) -> BinaryIO:
     """
     # O_NONBLOCK: otherwise opening a pipe without a writer would wait forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotAFileError(errno.EISDIR, "not a regular file", path)
+        return open(descriptor, "rb")
+    except OSError:
         os.close(descriptor)
-        raise NotAFileError(errno.EISDIR, "not a regular file", path)
-    return open(descriptor, "rb")
+        raise
 
 
 def files(folder: str) -> Iterator[tuple[str, int]]:
@@ -75,7 +79,7 @@ def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
         OSError: the file cannot be written.
     """
     folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder)
     temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
     try:
         fill(temporary)
@@ -86,13 +90,43 @@ def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
             os.replace(temporary, path)
         sync_folder(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        # One that stays is deleted with those of killed writers; the outcome is that of the steps before.
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 
 def write(path: str, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
+
+
+def remove_tree(top: str) -> None:
+    """Delete a folder and everything in it, if it exists, also while others delete files in it.
+
+    Raises:
+        OSError: a file or folder cannot be deleted.
+    """
+    try:
+        shutil.rmtree(top)
+    except (FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.lstat(top).st_mode):
+                raise OSError(errno.ENOTEMPTY, "others delete files in the folder too", top) from None
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and its parents, unless it is there.
+
+    Raises:
+        NotADirectoryError: a file stands in its place.
+        OSError: the folder cannot be made or looked at.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        # makedirs also raises this if it cannot look at a folder that is there. This look tells why.
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", folder) from error
 
 
 def _create(temporary: str, path: str) -> None:

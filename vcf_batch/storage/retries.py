@@ -87,7 +87,7 @@ def retried(action: str, url: str, call: Callable[[], Result], stay: Kinds = REA
             if url.startswith(_WEB) and isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
                 cause = error.__cause__
             last = number == TRIES or time.monotonic() - begin > RETRY_SECONDS
-            if last or not _may_pass(cause):
+            if last or not may_pass(cause):
                 told = translated(action, url, cause, number, stay)
                 if told is error:
                     raise
@@ -113,7 +113,8 @@ def _classes(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
+    """Whether a request that failed so is worth another try."""
     if isinstance(error, (VcfBatchError, *_MISTAKES)):
         return False
     return (

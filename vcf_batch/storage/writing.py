@@ -1,8 +1,6 @@
 """Publishing files whole, moving and removing them."""
 
-import contextlib
 import os
-import shutil
 from collections.abc import Callable
 
 from fsspec.callbacks import Callback
@@ -24,7 +22,7 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
             system without hard links, a writer that dies may leave one. So never create an empty file.
 
     Raises:
-        FileExistsError: ``create`` is true and the file exists.
+        FileExistsError: ``create`` is true, and the file existed at the last try.
         StorageError: see :mod:`vcf_batch.storage`.
     """
     tries = 0
@@ -40,10 +38,22 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
 
     try:
         retried("write", url, publish, (FileExistsError,) if create else ())
-    except FileExistsError:
+    except FileExistsError as error:
         # An earlier try may have written the file, and only the answer was lost.
-        if tries == 1 or read_bytes(url) != data:
-            raise
+        if tries == 1 or _content(url) != data:
+            raise error
+
+
+def _content(url: str) -> bytes | None:
+    """The bytes of a file; None if it is gone, or no file that can be read.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    try:
+        return read_bytes(url)
+    except OSError:
+        return None
 
 
 def upload(local_path: str, url: str, note_progress: Callable[[], None] = lambda: None) -> None:
@@ -81,7 +91,8 @@ def move(source: str, target: str) -> None:
     A local file is renamed; elsewhere the server copies the file, and then the source is deleted.
 
     Raises:
-        FileNotFoundError: there is no ``source`` (or, locally, no folder for ``target``).
+        FileNotFoundError: there is no ``source`` (or, locally, no folder for ``target``). This also follows a try that
+            moved the file and failed nevertheless, as a network file system may do.
         StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(source):
@@ -132,8 +143,7 @@ def remove_tree(url: str) -> None:
         StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(url):
-        with contextlib.suppress(FileNotFoundError):
-            retried("delete", url, lambda: shutil.rmtree(as_local_path(url)), MOVING)
+        retried("delete", url, lambda: local.remove_tree(as_local_path(url)), ())
         return
     # Files are removed one by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
     for file in list_tree(url):
