@@ -66,6 +66,10 @@ class Flaky(MemoryFileSystem):
         self._fail("pipe_file")
         super().pipe_file(path, value, **kwargs)
 
+    def rm_file(self, path):
+        super().rm_file(path)
+        self._fail("rm_file")
+
     def put_file(self, lpath, rpath, **kwargs):
         super().put_file(lpath, rpath, **kwargs)
         self._fail("put_file")
@@ -375,6 +379,32 @@ def test_remove(root: str) -> None:
         storage.remove(url)
 
 
+def test_what_is_gone_at_the_second_try_was_deleted_by_the_first_only_if_that_asked_for_it(
+    flaky: type[Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing file is an error, unless a request to delete it failed before, which may have had its effect."""
+    flaky.failures = {"info": [TimeoutError()]}
+    with pytest.raises(FileNotFoundError):
+        storage.remove("flaky://missing")
+    storage.publish_bytes("flaky://a", b"x")
+    flaky.failures = {"rm_file": [TimeoutError()]}
+    storage.remove("flaky://a")
+    assert not storage.exists("flaky://a")
+
+    unlink, failures = os.unlink, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def deleting(path: str) -> None:
+        unlink(path)
+        if failures:
+            raise failures.pop()
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "unlink", deleting)
+    storage.remove(str(tmp_path / "a"))
+    with pytest.raises(FileNotFoundError):
+        storage.remove(str(tmp_path / "a"))
+
+
 def test_remove_tree_takes_brackets_and_stars_literally(root: str) -> None:
     for name in ("run[1]/a", "run[1]/b/c", "run1/a", "run*/a"):
         storage.publish_bytes(storage.join(root, name), b"x")
@@ -495,6 +525,25 @@ def test_no_attempt_starts_after_the_time_limit(flaky: type[Flaky], monkeypatch:
     assert flaky.calls == ["cat_file"]
 
 
+def test_a_pause_counts_towards_the_time_limit(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last pause is half a minute long; no try starts so long after the limit."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        started.append(now)
+
+    started: list[float] = []
+    monkeypatch.setattr(retries, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 20.0)
+    monkeypatch.setattr(retries._jitter, "random", lambda: 0.5)
+    flaky.failures = {"cat_file": [TimeoutError() for _ in range(100)]}
+    with pytest.raises(StorageError, match="after 5 tries"):
+        storage.read_bytes("flaky://a")
+    assert started == [0.25, 1.0, 3.25, 10.0]
+
+
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
@@ -550,6 +599,14 @@ def test_a_creator_that_lost_only_the_answer_has_won(flaky: type[Flaky]) -> None
     flaky.failures = {"pipe_file": [TimeoutError()]}
     storage.publish_bytes("flaky://a", b"ours", create=True)
     assert storage.read_bytes("flaky://a") == b"ours"
+
+
+def test_a_creator_that_lost_to_a_file_that_is_gone_is_told_so(flaky: type[Flaky]) -> None:
+    """No other error leaves the storage, though the file cannot be compared."""
+    refused = _refused_by_s3(412, "PreconditionFailed")
+    flaky.failures = {"pipe_file": [TimeoutError(), refused], "cat_file": [FileNotFoundError("NoSuchKey")]}
+    with pytest.raises(FileExistsError):
+        storage.publish_bytes("flaky://a", b"ours", create=True)
 
 
 def test_errors_while_reading_an_open_file_are_translated(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:

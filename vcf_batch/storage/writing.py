@@ -1,5 +1,6 @@
 """Publishing files whole, moving and removing them."""
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -111,28 +112,36 @@ def move(source: str, target: str) -> None:
 def remove(url: str, missing_ok: bool = False) -> None:
     """Delete one file.
 
+    If a request to delete it fails, and the next one finds no file, the first is taken to have had its effect, although
+    somebody else may have deleted the file between them. A failure to look for the file is no such request.
+
     Raises:
         FileNotFoundError: there is no such file and ``missing_ok`` is false.
         StorageError: see :mod:`vcf_batch.storage`.
     """
-    tries = 0
+    may_be_deleted = False
 
     def delete() -> None:
-        nonlocal tries
-        tries += 1
+        nonlocal may_be_deleted
         if is_local(url):
-            os.unlink(as_local_path(url))
-            return
-        fs, path = filesystem(url)
-        if not missing_ok:
-            fs.info(path)  # an object store reports no error for a missing object
-        fs.rm_file(path)
+            request = functools.partial(os.unlink, as_local_path(url))
+        else:
+            fs, path = filesystem(url)
+            if not missing_ok:
+                fs.info(path)  # an object store reports no error for a missing object
+            request = functools.partial(fs.rm_file, path)
+        try:
+            request()
+        except FileNotFoundError:
+            raise
+        except Exception:
+            may_be_deleted = True
+            raise
 
     try:
         retried("delete", url, delete, MOVING)
     except FileNotFoundError:
-        # An earlier try may have deleted the file, and only the answer was lost.
-        if not missing_ok and tries == 1:
+        if not missing_ok and not may_be_deleted:
             raise
 
 
