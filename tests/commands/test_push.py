@@ -1,5 +1,7 @@
 """An output is handed on whole or shard by shard, never in halves, and nothing of anybody else's is replaced."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from vcf_batch import pool, storage
 from vcf_batch.cli import main
 from vcf_batch.commands import push as push_command
 from vcf_batch.commands import verify
-from vcf_batch.commands.push import push
+from vcf_batch.commands.push import ABANDONED_SECONDS, push
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import DamageFound, RefusedError, StorageError, UsageError
 from vcf_batch.output.output import Output
@@ -69,6 +71,18 @@ def test_a_push_that_was_cut_goes_on(output: Output, tmp_path: Path, monkeypatch
     monkeypatch.undo()
     copied, there = push(output, str(target))
     assert copied + there == 3 and copied > 0
+    assert damage(str(target)) == []
+
+
+def test_what_a_killed_push_left_is_deleted_and_what_another_one_writes_stays(output: Output, tmp_path: Path) -> None:
+    """An unfinished file counts as left behind once nobody has written it for an hour."""
+    target = tmp_path / "there"
+    target.mkdir()
+    for name, age in (("left", ABANDONED_SECONDS + 60), ("at-work", 60)):
+        (target / f".tmp-{name}").write_bytes(b"half")
+        os.utime(target / f".tmp-{name}", (time.time() - age,) * 2)
+    assert push(output, str(target)) == (3, 0)
+    assert [path.name for path in target.glob(".tmp-*")] == [".tmp-at-work"]
     assert damage(str(target)) == []
 
 

@@ -62,13 +62,22 @@ def tree(top: str) -> Iterator[tuple[str, int]]:
                 yield os.path.relpath(os.path.join(folder, name), top), size
 
 
-def unfinished(folder: str) -> list[str]:
-    """Paths of the temporary files directly in a folder: still being written, or left by a killed writer."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.path for entry in entries if entry.name.startswith(_TEMPORARY)]
-    except FileNotFoundError:
-        return []
+def unfinished(folder: str, silent_for: float) -> list[str]:
+    """Paths of the temporary files directly in a folder: still being written, or left by a killed writer.
+
+    Args:
+        silent_for: seconds since the last write, by this machine's clock, from which on a file is listed; 0 lists all.
+    """
+    found: list[str] = []
+    # A folder or a file that is deleted meanwhile is left out.
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.startswith(_TEMPORARY) and (
+                    not silent_for or time.time() - os.stat(entry.path).st_mtime >= silent_for
+                ):
+                    found.append(entry.path)
+    return found
 
 
 def publish(path: str, fill: Callable[[str], object], create: bool) -> None:

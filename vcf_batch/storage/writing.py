@@ -159,14 +159,18 @@ def remove_tree(url: str) -> None:
         remove(join(url, file), missing_ok=True)
 
 
-def remove_unfinished(url: str) -> None:
+def remove_unfinished(url: str, silent_for: float = 0.0) -> None:
     """Delete temporary files of killed writers directly in a local folder. Other storages show no such files.
+
+    Args:
+        silent_for: seconds without a write after which a writer counts as killed. 0 is for whoever knows that nobody
+            writes there. A living writer whose file is deleted fails with a StorageError, and harms nothing.
 
     Raises:
         StorageError: the storage failed.
     """
     if is_local(url):
-        for path in retried("list", url, lambda: local.unfinished(as_local_path(url)), ()):
+        for path in retried("list", url, lambda: local.unfinished(as_local_path(url), silent_for), ()):
             remove(path, missing_ok=True)
 
 
