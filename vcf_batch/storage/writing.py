@@ -11,7 +11,7 @@ from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import list_tree
 from vcf_batch.storage.paths import as_local_path, is_local, join
 from vcf_batch.storage.reading import CHUNK_BYTES, read_bytes, size
-from vcf_batch.storage.retries import MOVING, retried
+from vcf_batch.storage.retries import MOVING, may_pass, retried
 
 
 def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
@@ -132,10 +132,8 @@ def remove(url: str, missing_ok: bool = False) -> None:
             request = functools.partial(fs.rm_file, path)
         try:
             request()
-        except FileNotFoundError:
-            raise
-        except Exception:
-            may_be_deleted = True
+        except Exception as error:
+            may_be_deleted |= may_pass(error)
             raise
 
     try:
