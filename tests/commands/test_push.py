@@ -1,6 +1,9 @@
 """An output is handed on whole or shard by shard, never in halves, and nothing of anybody else's is replaced."""
 
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -8,11 +11,13 @@ from click.testing import CliRunner
 from support import runs
 from vcf_batch import pool, storage
 from vcf_batch.cli import main
+from vcf_batch.commands import push as push_command
 from vcf_batch.commands import verify
-from vcf_batch.commands.push import push
+from vcf_batch.commands.push import ABANDONED_SECONDS, push
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import DamageFound, RefusedError, StorageError, UsageError
 from vcf_batch.output.output import Output
+from vcf_batch.report import status
 
 MINE = "# My own words\n"
 
@@ -69,6 +74,18 @@ def test_a_push_that_was_cut_goes_on(output: Output, tmp_path: Path, monkeypatch
     assert damage(str(target)) == []
 
 
+def test_what_a_killed_push_left_is_deleted_and_what_another_one_writes_stays(output: Output, tmp_path: Path) -> None:
+    """An unfinished file counts as left behind once nobody has written it for an hour."""
+    target = tmp_path / "there"
+    target.mkdir()
+    for name, age in (("left", ABANDONED_SECONDS + 60), ("at-work", 60)):
+        (target / f".tmp-{name}").write_bytes(b"half")
+        os.utime(target / f".tmp-{name}", (time.time() - age,) * 2)
+    assert push(output, str(target)) == (3, 0)
+    assert [path.name for path in target.glob(".tmp-*")] == [".tmp-at-work"]
+    assert damage(str(target)) == []
+
+
 def test_a_shard_that_was_repaired_is_copied_again(output: Output, tmp_path: Path) -> None:
     target = tmp_path / "there"
     push(output, str(target))
@@ -77,6 +94,37 @@ def test_a_shard_that_was_repaired_is_copied_again(output: Output, tmp_path: Pat
     files.write()
     assert push(output, str(target)) == (1, 2)
     assert (target / "00001.tar").read_bytes() == files.tar.read_bytes()
+
+
+@pytest.mark.parametrize("left", [b"", b"{"])
+def test_what_is_no_receipt_counts_as_none_here_and_there(output: Output, tmp_path: Path, left: bytes) -> None:
+    """A driver or a push that dies may leave such a file: no command takes its shard for a finished one."""
+    target = tmp_path / "there"
+    receipt = Path(output.url, "00001_stats.json")
+    whole = receipt.read_bytes()
+    receipt.write_bytes(left)
+    assert push(output, str(target)) == (2, 0)
+    assert sum(status.read(output.url).totals.counts.values()) == 6
+    assert [finding.shard.name for finding in verify.check(output) if finding.shard] == ["00001"]
+    receipt.write_bytes(whole)
+    (target / "00000_stats.json").write_bytes(left)
+    assert push(output, str(target)) == (2, 1)
+    assert damage(str(target)) == []
+
+
+def test_a_receipt_that_goes_during_a_push_is_named(
+    output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a repair replaces its shard."""
+    copy = push_command._copy_shard
+
+    def repaired(source: str, *arguments: Any) -> bool:
+        Path(source, "00001_stats.json").unlink(missing_ok=True)
+        return copy(source, *arguments)
+
+    monkeypatch.setattr(push_command, "_copy_shard", repaired)
+    with pytest.raises(DamageFound, match=r"00001_stats\.json was removed or damaged during the push"):
+        push(output, str(tmp_path / "there"))
 
 
 def test_a_damaged_shard_is_not_handed_on(output: Output, tmp_path: Path) -> None:

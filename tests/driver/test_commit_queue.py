@@ -14,7 +14,7 @@ from vcf_batch.driver import failing_shard
 from vcf_batch.driver.commit_queue import MAX_PENDING, CommitQueue, Finished
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, StorageError, VcfBatchError
-from vcf_batch.output import commits, lease, receipts
+from vcf_batch.output import commits, lease, receipts, run_file
 from vcf_batch.records import Status
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -26,7 +26,7 @@ class Run:
     """Three shards of two rows that are generated and staged, and a driver that owns the output."""
 
     def __init__(self, job: Job) -> None:
-        self.output = job.config.output
+        self.output, self.fingerprint = job.config.output, job.fingerprint
         self.expected = runs.data_files(Path(self.output))
         self.finished = []
         for receipt in runs.read_receipts(self.output).values():
@@ -84,7 +84,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     with (
         lease.hold(prepared.output) as held,
         CommitQueue(
-            prepared.output, held, prepared.ledger, note, time.monotonic, ThreadPoolExecutor(1)
+            prepared.output,
+            held,
+            prepared.ledger,
+            note,
+            time.monotonic,
+            ThreadPoolExecutor(1),
+            lambda: run_file.check_stays(prepared.output, prepared.fingerprint),
         ) as prepared.queue,
     ):
         yield prepared
@@ -133,6 +139,17 @@ def test_nothing_is_committed_once_the_lease_is_lost(run: Run) -> None:
     Path(run.output, lease.LEASE_NAME).write_text('{"pid": 4711, "host": "far"}')
     (outcome,) = run.commit(run.finished[0])
     assert isinstance(outcome[1], RefusedError)
+    assert not runs.read_receipts(run.output)
+
+
+def test_nothing_is_committed_beside_the_record_of_another_run(run: Run) -> None:
+    """The driver asks before each commit whether run.json is still that of its run."""
+    document = run_file.read_document(run.output)
+    assert document
+    run_file.write(run.output, run_file.document({**document["fields"], "seed": 9}, {}), replaces=True)
+    (outcome,) = run.commit(run.finished[0])
+    assert isinstance(outcome[1], RefusedError)
+    assert "not of this run" in str(outcome[1])
     assert not runs.read_receipts(run.output)
 
 

@@ -1,17 +1,20 @@
 """Commits: whole or absent, whoever dies, is suspended or lives on."""
 
+import errno
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.runs import kill_after, read_receipts
+from support.runs import Killed, kill_after, read_receipts
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Shard
+from vcf_batch.storage import local
 
 SHARD = Shard(0, 0, 2, "00000")
 
@@ -217,6 +220,93 @@ def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
     commits.commit(output, second, commits.stage(new, output, SHARD, "three"))
     assert read_receipts(output) == {0: second}
     check(output, {0: second})
+
+
+def kill_at_the_receipt(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
+    """Let the driver die on a file system without hard links once it has created the name of the receipt."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    def die(path: str, data: bytes) -> None:
+        Path(path).touch()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        patch.setattr(local, "_write_new", die)
+        with pytest.raises(Killed):
+            work()
+
+
+@pytest.mark.parametrize("left", [b"", b"{", b"[]"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_what_is_no_receipt_in_the_place_of_one_counts_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool, left: bytes
+) -> None:
+    """A replacement is finished although the driver died while it created the receipt, so kept samples stay; a new
+    shard is generated again."""
+    monkeypatch.setattr(local, "CREATOR_SECONDS", 0.05)
+    output = str(tmp_path / "out")
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    receipt = receipt_for(new, attempt=2)
+    if replaces:
+        commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    kill_at_the_receipt(monkeypatch, lambda: commits.commit(output, receipt, staged))
+    assert Path(output, "00000_stats.json").read_bytes() == b""
+    Path(output, "00000_stats.json").write_bytes(left)
+
+    assert read_receipts(output) == {}
+    assert receipts.complete(storage.list_files(output)) == (set() if left == b"" else {0})
+    assert commits.any_committed(output) == (replaces or left != b"")
+    commits.clean(output)
+    assert read_receipts(output) == ({0: receipt} if replaces else {})
+    if not replaces and left == b"":
+        assert storage.list_tree(output) == {}
+    commits.commit(output, receipt, commits.stage(new, output, SHARD, "three"))
+    assert read_receipts(output) == {0: receipt}
+    check(output, {0: receipt})
+
+
+def test_a_replacement_cannot_be_finished_where_another_driver_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A late driver ends with an error of storage, whatever is gone or there under its hands."""
+    output = str(tmp_path / "out")
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    kill_after(2, lambda: commits.commit(output, receipt_for(new), staged))
+    moved = storage.move
+
+    def overtaken(source: str, target: str) -> None:
+        monkeypatch.setattr(storage, "move", moved)
+        commits.clean(output)
+        moved(source, target)
+
+    monkeypatch.setattr(storage, "move", overtaken)
+    with pytest.raises(StorageError, match="another driver changed"):
+        commits.clean(output)
+    assert read_receipts(output) == {0: receipt_for(new)}
+
+
+def test_a_receipt_that_comes_and_goes_is_an_error_of_storage(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that is told of a receipt, and finds none, is repeated."""
+    files = fake_files(tmp_path, "x")
+    staged, published = commits.stage(files, output, SHARD, "one"), storage.publish_bytes
+
+    def refused(*_: object, **__: object) -> None:
+        raise FileExistsError(errno.EEXIST, "the file is there already")
+
+    monkeypatch.setattr(storage, "publish_bytes", refused)
+    with pytest.raises(StorageError, match="is no receipt"):
+        commits.commit(output, receipt_for(files), staged)
+    monkeypatch.setattr(storage, "publish_bytes", published)
+    commits.commit(output, receipt_for(files), staged)
+    assert read_receipts(output) == {0: receipt_for(files)}
 
 
 @pytest.mark.parametrize("damaged", ["parquet", "receipt"])

@@ -216,6 +216,29 @@ def test_a_driver_that_lost_the_output_stops_and_commits_nothing_more(
     assert json.loads((output / lease.LEASE_NAME).read_text())["pid"] == 4711
 
 
+def test_a_driver_that_lost_its_run_file_stops_and_commits_nothing_more(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The record of a run is checked before each commit, so that no shard is added to another run."""
+    output = tmp_path / "out"
+    committed: list[int] = []
+
+    def replace() -> None:
+        runs.wait_for(lambda: bool(list(output.glob("*_stats.json"))))
+        (output / "run.json").unlink()
+        committed.append(len(receipts(output)))
+
+    replacer = threading.Thread(target=replace)
+    replacer.start()
+    try:
+        with pytest.raises(RefusedError, match=r"run\.json is not of this run, \w{12}, any more: it is gone"):
+            pool.run(configure(output, num_workers=1))
+    finally:
+        replacer.join()
+    # One commit may have been under way.
+    assert committed[0] <= len(receipts(output)) <= committed[0] + 1
+
+
 def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
     summary = pool.run(configure(undisturbed, num_workers=1))

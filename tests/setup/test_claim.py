@@ -10,15 +10,17 @@ import pytest
 
 from support import runs
 from vcf_batch import __version__, storage
+from vcf_batch.commands import verify
 from vcf_batch.config import ADDED_SETTINGS, fingerprint
 from vcf_batch.errors import DamageFound, RefusedError, StorageError
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import run_file
+from vcf_batch.output import commits, lease, run_file
 from vcf_batch.output.output import Output
 from vcf_batch.output.run_file import AnotherVersion
 from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
+from vcf_batch.storage import local
 
 
 def commit_a_shard(job: Job) -> None:
@@ -76,6 +78,53 @@ def test_an_output_without_a_shard_takes_other_settings(settle: Callable[..., Jo
     job = settle()
     claim.claim(job)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["fingerprint"] == job.fingerprint
+
+
+@pytest.mark.parametrize(("step", "there"), [("publish_bytes", False), ("publish_bytes", True), ("move", True)])
+def test_a_driver_suspended_within_its_claim_harms_nothing_of_the_next_owners(
+    settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, there: bool
+) -> None:
+    """A driver that lost its lease before it published run.json replaces nothing of the run that took over and
+    finished, whether there was an earlier run.json or none."""
+    output = str(tmp_path / "out")
+    if there:
+        claim.claim(settle(seed=9))
+    late, held, stepped = settle(seed=1), lease.Lease(output), getattr(storage, step)
+    held.acquire()
+
+    def suspended(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(storage, step, stepped)
+        storage.remove(storage.join(output, lease.LEASE_NAME))
+        with lease.hold(output):
+            runs.write_output(tmp_path / "in" / "manifest.parquet", tmp_path / "out", 16)
+            commits.clean(output)
+        return stepped(*arguments, **options)
+
+    monkeypatch.setattr(storage, step, suspended)
+    with pytest.raises(RefusedError, match="another run, which has ended, took over"):
+        claim.claim(late, confirm=held.confirm)
+    assert getattr(storage, step) is stepped
+    assert [finding for finding in verify.check(Output.open(output)) if finding.is_damage] == []
+    assert len(runs.read_receipts(output)) == 3
+    assert not any(name.startswith(commits.STAGING) for name in storage.list_tree(output))
+
+
+def test_a_run_file_of_another_driver_is_not_replaced_by_one_that_saw_none(
+    settle: Callable[..., Job], tmp_path: Path
+) -> None:
+    """run.json is created once where there was none; the same record twice is one record."""
+    output, job = str(tmp_path / "out"), settle()
+    document = claim.record_of(job).to_document()
+    for _ in range(2):
+        run_file.write(output, document)
+    with pytest.raises(RefusedError, match=r"another driver has written .*run\.json meanwhile; rerun"):
+        run_file.write(output, claim.record_of(settle(seed=1)).to_document())
+    run_file.check_stays(output, job.fingerprint)
+    with pytest.raises(RefusedError, match=r"not of this run, 0000, any more: it is of run"):
+        run_file.check_stays(output, "0000")
+    storage.remove(storage.join(output, "run.json"))
+    with pytest.raises(RefusedError, match=r"any more: it is gone"):
+        run_file.check_stays(output, job.fingerprint)
 
 
 def test_another_run_is_refused_with_both_values(settle: Callable[..., Job]) -> None:
@@ -229,7 +278,23 @@ def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job]
         claim.claim(settle(manifest=str(folder), shard_size=4, seed=1))
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
+def test_an_empty_run_file_is_none(settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no hard links, a driver that dies while it creates run.json leaves an empty one. It counts as
+    none: the next run is begun, unless there are shards."""
+    monkeypatch.setattr(local, "CREATOR_SECONDS", 0.05)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").touch()
+    with pytest.raises(DamageFound, match="it is missing, so nothing tells"):
+        Output.open(str(tmp_path / "out"))
+    (tmp_path / "out" / "00000.tar").touch()
+    with pytest.raises(RefusedError, match=r"no run\.json"):
+        claim.claim(settle())
+    (tmp_path / "out" / "00000.tar").unlink()
+    claim.claim(settle())
+    assert run_file.read(str(tmp_path / "out")) == claim.record_of(settle())
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"fields": {"seed": 1}, "fingerprint": "0"}'])
 def test_a_damaged_run_file_is_refused(settle: Callable[..., Job], tmp_path: Path, content: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text(content)

@@ -21,10 +21,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support import runs
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.records import FileEntry
-from vcf_batch.storage import drivers, retries
+from vcf_batch.storage import drivers, local, retries
 
 
 class Flaky(MemoryFileSystem):
@@ -64,6 +65,10 @@ class Flaky(MemoryFileSystem):
             super().pipe_file(path, value, **kwargs)
         self._fail("pipe_file")
         super().pipe_file(path, value, **kwargs)
+
+    def rm_file(self, path):
+        super().rm_file(path)
+        self._fail("rm_file")
 
     def put_file(self, lpath, rpath, **kwargs):
         super().put_file(lpath, rpath, **kwargs)
@@ -220,16 +225,95 @@ def test_create_refuses_a_file_that_is_there(root: str) -> None:
     assert storage.read_bytes(url) == b"old"
 
 
-def test_create_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system like FAT and many over object stores."""
+
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(local, "CREATOR_SECONDS", 0.05)
+
+
+def before_the_content(monkeypatch: pytest.MonkeyPatch, event: Callable[[], object]) -> None:
+    """Let something happen once, after a creator has the name and before it writes."""
+
+    def opened(file: Any, mode: str) -> Any:
+        if isinstance(file, int) and mode == "wb":
+            monkeypatch.setattr(local, "open", open, raising=False)
+            event()
+        return open(file, mode)
+
+    monkeypatch.setattr(local, "open", opened, raising=False)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_create_works_without_hard_links(tmp_path: Path) -> None:
     url = str(tmp_path / "a")
     storage.publish_bytes(url, b"old", create=True)
     with pytest.raises(FileExistsError):
         storage.publish_bytes(url, b"new", create=True)
     assert storage.read_bytes(url) == b"old"
+    test_of_several_creators_one_wins_and_its_bytes_stay(tmp_path / "several")
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_that_died_without_hard_links_leaves_what_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves is empty, and the next creator replaces it, with hard links or without."""
+    url = str(tmp_path / "a")
+    for undo in (False, True):
+
+        def die() -> None:
+            raise runs.Killed
+
+        before_the_content(monkeypatch, die)
+        with pytest.raises(runs.Killed):
+            storage.publish_bytes(url, b"theirs", create=True)
+        assert storage.list_files(str(tmp_path)) == {"a": 0}
+        if undo:
+            monkeypatch.undo()
+        storage.publish_bytes(url, b"ours", create=True)
+        assert storage.read_bytes(url) == b"ours"
+        assert os.listdir(tmp_path) == ["a"]
+        storage.remove(url)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_suspended_without_hard_links_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another takes it for dead and creates the file; it wakes up and is told so."""
+    url = str(tmp_path / "a")
+    before_the_content(monkeypatch, lambda: storage.publish_bytes(url, b"faster", create=True))
+    with pytest.raises(FileExistsError):
+        storage.publish_bytes(url, b"late", create=True)
+    assert storage.read_bytes(url) == b"faster"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_at_work_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").touch()
+    at_work = types.SimpleNamespace(sleep=lambda _: (tmp_path / "a").write_bytes(b"theirs"))
+    monkeypatch.setattr(local, "time", at_work)
+    with pytest.raises(FileExistsError):
+        storage.publish_bytes(str(tmp_path / "a"), b"ours", create=True)
+    assert storage.read_bytes(str(tmp_path / "a")) == b"theirs"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_that_fails_without_hard_links_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before_the_content(monkeypatch, fill_up)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.publish_bytes(str(tmp_path / "a"), b"x", create=True)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +377,32 @@ def test_remove(root: str) -> None:
     storage.remove(url, missing_ok=True)
     with pytest.raises(FileNotFoundError):
         storage.remove(url)
+
+
+def test_what_is_gone_at_the_second_try_was_deleted_by_the_first_only_if_that_asked_for_it(
+    flaky: type[Flaky], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing file is an error, unless a request to delete it failed before, which may have had its effect."""
+    flaky.failures = {"info": [TimeoutError()]}
+    with pytest.raises(FileNotFoundError):
+        storage.remove("flaky://missing")
+    storage.publish_bytes("flaky://a", b"x")
+    flaky.failures = {"rm_file": [TimeoutError()]}
+    storage.remove("flaky://a")
+    assert not storage.exists("flaky://a")
+
+    unlink, failures = os.unlink, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def deleting(path: str) -> None:
+        unlink(path)
+        if failures:
+            raise failures.pop()
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "unlink", deleting)
+    storage.remove(str(tmp_path / "a"))
+    with pytest.raises(FileNotFoundError):
+        storage.remove(str(tmp_path / "a"))
 
 
 def test_remove_tree_takes_brackets_and_stars_literally(root: str) -> None:
@@ -415,6 +525,25 @@ def test_no_attempt_starts_after_the_time_limit(flaky: type[Flaky], monkeypatch:
     assert flaky.calls == ["cat_file"]
 
 
+def test_a_pause_counts_towards_the_time_limit(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last pause is half a minute long; no try starts so long after the limit."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        started.append(now)
+
+    started: list[float] = []
+    monkeypatch.setattr(retries, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 20.0)
+    monkeypatch.setattr(retries._jitter, "random", lambda: 0.5)
+    flaky.failures = {"cat_file": [TimeoutError() for _ in range(100)]}
+    with pytest.raises(StorageError, match="after 5 tries"):
+        storage.read_bytes("flaky://a")
+    assert started == [0.25, 1.0, 3.25, 10.0]
+
+
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
@@ -470,6 +599,14 @@ def test_a_creator_that_lost_only_the_answer_has_won(flaky: type[Flaky]) -> None
     flaky.failures = {"pipe_file": [TimeoutError()]}
     storage.publish_bytes("flaky://a", b"ours", create=True)
     assert storage.read_bytes("flaky://a") == b"ours"
+
+
+def test_a_creator_that_lost_to_a_file_that_is_gone_is_told_so(flaky: type[Flaky]) -> None:
+    """No other error leaves the storage, though the file cannot be compared."""
+    refused = _refused_by_s3(412, "PreconditionFailed")
+    flaky.failures = {"pipe_file": [TimeoutError(), refused], "cat_file": [FileNotFoundError("NoSuchKey")]}
+    with pytest.raises(FileExistsError):
+        storage.publish_bytes("flaky://a", b"ours", create=True)
 
 
 def test_errors_while_reading_an_open_file_are_translated(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:

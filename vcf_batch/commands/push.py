@@ -14,12 +14,17 @@ from vcf_batch.records import Shard
 from vcf_batch.report import card, page
 from vcf_batch.storage import scratch
 
+ABANDONED_SECONDS = 3600.0
+"""Seconds without a write after which an unfinished file in a local target counts as left by a push that was killed.
+Another push may be at work there: it writes its files without a pause, so none of them is as old."""
+
 
 def push(output: Output, target: str) -> tuple[int, int]:
     """Copy the committed shards of an output.
 
     A shard's receipt is copied last, as in a run. So a shard that was copied in part does not exist, and calling this
-    again continues the copy. Report and card are written anew first, except a card that somebody has changed.
+    again continues the copy. Report and card are written anew first, except a card that somebody has changed. What a
+    killed push left unfinished in a local target is deleted after :data:`ABANDONED_SECONDS`.
 
     Args:
         target: a folder or URL, such as ``hf://datasets/OWNER/NAME`` of an existing repository.
@@ -39,6 +44,7 @@ def push(output: Output, target: str) -> tuple[int, int]:
     with contextlib.suppress(card.OthersCard):
         card.write(output)
     _refuse_others(output, target)
+    storage.remove_unfinished(target, ABANDONED_SECONDS)
     storage.publish_bytes(storage.join(output.url, page.PAGE_NAME), page.render(output).encode())
     _copy(storage.join(output.url, run_file.RUN_FILE_NAME), storage.join(target, run_file.RUN_FILE_NAME))
     with storage.refusals_as_storage_errors():
@@ -72,8 +78,12 @@ def _refuse_others(output: Output, target: str) -> None:
 def _copy_shard(source: str, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool:
     """Copy a shard unless the target has it already, by ``sizes`` and the receipt. Return whether it was copied."""
     name = shard.name + receipts.RECEIPT_SUFFIX
-    data = storage.read_bytes(storage.join(source, name))
-    files = {shards.file_name(shard, kind): entry for kind, entry in Receipt.from_json(data).files.items()}
+    try:
+        data = storage.read_bytes(storage.join(source, name))
+        receipt = Receipt.from_json(data)
+    except (FileNotFoundError, ValueError) as error:
+        raise DamageFound(f"{name} was removed or damaged during the push; see 'vcf-batch verify {source}'") from error
+    files = {shards.file_name(shard, kind): entry for kind, entry in receipt.files.items()}
     if name in sizes:
         is_whole = all(sizes.get(file) == entry.size for file, entry in files.items())
         if is_whole and storage.read_bytes(storage.join(target, name)) == data:

@@ -83,7 +83,7 @@ def _check_hash(name: str, found: str, entry: FileEntry) -> None:
 def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
     """Read the shard's receipt, and check that it is of this shard and run, and that its files have its sizes."""
     name = shard.name + receipts.RECEIPT_SUFFIX
-    if name not in sizes:
+    if not sizes.get(name):
         raise DamageFound("it has no receipt: it was never finished, or its receipt is gone")
     try:
         with storage.refusals_as_storage_errors():

@@ -62,6 +62,7 @@ class CommitQueue:
         note: logs each commit that fails and is tried again: see :meth:`vcf_batch.driver.progress.Progress.note`.
         now: reads the clock.
         executor: commits one shard at a time, and is shut down at the end.
+        check: raises if the output does not hold the record of this run any more. Called before each commit.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class CommitQueue:
         note: Callable[..., None],
         now: Callable[[], float],
         executor: Executor,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self._output, self._lease, self._ledger = output, held, ledger
-        self._note, self._now, self._executor = note, now, executor
+        self._note, self._now, self._executor, self._check = note, now, executor, check
         self._pending: list[_Commit] = []
         self._doubtful: list[Finished] = []
 
@@ -158,4 +160,5 @@ class CommitQueue:
 
     def _commit(self, finished: Finished) -> None:
         self._lease.confirm()
+        self._check()
         commits.commit(self._output, finished.receipt, finished.staged)

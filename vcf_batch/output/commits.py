@@ -105,7 +105,10 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
         storage.publish_bytes(receipt_url, receipt.to_json(), create=True)
     except FileExistsError as error:
         # An earlier call may have published this receipt although its answer was lost.
-        if storage.read_bytes(receipt_url) != receipt.to_json():
+        there = receipts.read_one(output_url, receipt.shard)
+        if there is None:
+            raise StorageError(f"{receipt_url} is no receipt, so shard {receipt.shard.name} has none") from error
+        if there.to_json() != receipt.to_json():
             raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
     # The shard is whole now. If the empty staging folder stays behind, the next clean deletes it.
     with contextlib.suppress(StorageError):
@@ -125,10 +128,12 @@ def discard(output_url: str, staged: Mapping[str, str]) -> None:
 def any_committed(output_url: str) -> bool:
     """Whether the output has a receipt of any run, or a receipt that is just being replaced.
 
+    A damaged receipt counts, because a run had begun. An empty one does not: it is left by a driver that died.
+
     Raises:
         StorageError: the output cannot be read.
     """
-    if any(receipts.RECEIPT_SUFFIX in suffixes for suffixes in receipts.files_found(output_url).values()):
+    if any(sizes.get(receipts.RECEIPT_SUFFIX) for sizes in receipts.files_found(output_url).values()):
         return True
     with storage.refusals_as_storage_errors():
         return bool(_replacing(output_url))
@@ -142,14 +147,17 @@ def clean(output_url: str) -> None:
     Raises:
         StorageError: the storage failed.
     """
-    with storage.refusals_as_storage_errors():
-        for attempt_id in _replacing(output_url):
-            _finish(output_url, attempt_id)
+    try:
+        with storage.refusals_as_storage_errors():
+            for attempt_id in _replacing(output_url):
+                _finish(output_url, attempt_id)
+    except OSError as error:
+        raise StorageError(f"another driver changed {output_url} meanwhile: {error}") from error
     storage.remove_tree(storage.join(output_url, STAGING))
     storage.remove_unfinished(output_url)
-    for name, suffixes in receipts.files_found(output_url).items():
-        if receipts.RECEIPT_SUFFIX not in suffixes:
-            for suffix in suffixes:
+    for name, sizes in receipts.files_found(output_url).items():
+        if not sizes.get(receipts.RECEIPT_SUFFIX):
+            for suffix in sizes:
                 storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
 
 
@@ -160,20 +168,23 @@ def _replacing(output_url: str) -> list[str]:
 
 
 def _finish(output_url: str, attempt_id: str) -> None:
-    """Finish a replacement, unless the shard still has its older receipt or already has the new one."""
+    """Finish a replacement, unless the shard still has its older receipt or already has the new one.
+
+    What stands in a receipt's place and is none is moved away, as :func:`commit` moves an older receipt.
+    """
     data = storage.read_bytes(storage.join(output_url, STAGING, attempt_id, _NEW_RECEIPT))
     try:
         receipt = Receipt.from_json(data)
     except ValueError:  # The new receipt is damaged, so the shard has none and is generated as a whole.
         return
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
-    if storage.exists(receipt_url):
+    if receipts.read_one(output_url, receipt.shard):
         return
 
     def is_there(path: str, kind: str) -> bool:
         try:
             return storage.digest(storage.join(output_url, path)) == receipt.files[kind]
-        except FileNotFoundError:
+        except (FileNotFoundError, storage.NotAFileError):
             return False
 
     staged = _staged(receipt.shard, attempt_id)
@@ -181,4 +192,6 @@ def _finish(output_url: str, attempt_id: str) -> None:
     if all(kind in waiting or is_there(storage.name(path), kind) for kind, path in staged.items()):
         for path in waiting.values():
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
+        if storage.exists(receipt_url):
+            storage.move(receipt_url, storage.join(output_url, STAGING, attempt_id, _OLD_RECEIPT))
         storage.publish_bytes(receipt_url, data, create=True)

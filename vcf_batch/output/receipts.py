@@ -1,6 +1,7 @@
 """The receipts of an output. Each describes one shard; one listing finds them all, and they say which shards exist.
 
-A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size.
+A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size. A file
+that has a receipt's name and is not a receipt counts as absent.
 """
 
 import dataclasses
@@ -104,18 +105,32 @@ class Receipt:
             raise ValueError(f"not a receipt: {error}") from error
 
 
-def files_found(output_url: str) -> dict[str, list[str]]:
-    """The files of all shards in the output, finished or not: shard name to the suffixes of its files.
+def files_found(output_url: str) -> dict[str, dict[str, int]]:
+    """The files of all shards in the output, finished or not: shard name to suffix to size.
 
     Raises:
         StorageError: the output cannot be read.
     """
     with storage.refusals_as_storage_errors():
-        names = storage.list_files(output_url)
-    found: dict[str, list[str]] = {}
-    for match in filter(None, map(_FILE_NAME.fullmatch, names)):
-        found.setdefault(match[1], []).append(match[2])
+        sizes = storage.list_files(output_url)
+    found: dict[str, dict[str, int]] = {}
+    for match in filter(None, map(_FILE_NAME.fullmatch, sizes)):
+        found.setdefault(match[1], {})[match[2]] = sizes[match[0]]
     return found
+
+
+def read_one(output_url: str, shard: Shard) -> Receipt | None:
+    """The receipt that a shard has, whatever became of its files; None if it has none, or a file that is no receipt.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+    try:
+        with storage.refusals_as_storage_errors():
+            receipt = Receipt.from_json(storage.read_bytes(storage.join(output_url, shard.name + RECEIPT_SUFFIX)))
+    except (FileNotFoundError, storage.NotAFileError, ValueError):
+        return None
+    return receipt if receipt.shard == shard else None
 
 
 def read(output_url: str) -> Iterator[Receipt]:
@@ -133,8 +148,8 @@ def read(output_url: str) -> Iterator[Receipt]:
 
 
 def complete(sizes: Mapping[str, int]) -> set[int]:
-    """Indices of the shards whose files are all in a listing of name to size."""
-    found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match)
+    """Indices of the shards whose files are all in a listing of name to size, none of them empty."""
+    found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match and sizes[match[0]])
     return {int(name) for name, files in found.items() if files == len(FILE_SUFFIXES) + 1}
 
 

@@ -1,7 +1,9 @@
 """``run.json``: the record of what an output holds, and the refusal to generate anything else into it."""
 
+import contextlib
 import dataclasses
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,7 +11,8 @@ from typing import Any
 
 from vcf_batch import __version__, storage
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of, fingerprint
-from vcf_batch.errors import RefusedError
+from vcf_batch.errors import RefusedError, StorageError
+from vcf_batch.output import commits
 
 RUN_FILE_NAME = "run.json"
 MAX_RUN_FILE_BYTES = 1 << 20
@@ -139,6 +142,8 @@ def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends:
 def read_document(output: str) -> dict[str, Any] | None:
     """The JSON object of the output's ``run.json``, of a run or a training, with the fingerprint that its fields have.
 
+    None if there is no such file, or an empty one, as a driver leaves that died while it created it.
+
     Raises:
         RefusedError: it is there, but is not what vcf-batch writes.
         AnotherVersion: it is what another version writes.
@@ -147,7 +152,10 @@ def read_document(output: str) -> dict[str, Any] | None:
     url = storage.join(output, RUN_FILE_NAME)
     try:
         with storage.refusals_as_storage_errors():
-            there = json.loads(storage.read_bytes(url, limit=MAX_RUN_FILE_BYTES))
+            data = storage.read_bytes(url, limit=MAX_RUN_FILE_BYTES)
+        if not data:
+            return None
+        there = json.loads(data)
         if isinstance(there["fields"], dict) and there["fingerprint"] == fingerprint(there["fields"]):
             if (layout := there.get("layout")) != LAYOUT:
                 raise AnotherVersion(
@@ -179,13 +187,71 @@ def read(output: str) -> RunRecord | None:
         raise RefusedError(f"{url} is damaged, or not the record of a run: {reason}; use another output") from error
 
 
-def write(output: str, document: Mapping[str, Any]) -> None:
-    """Write the output's ``run.json``.
+def write(
+    output: str,
+    document: Mapping[str, Any],
+    *,
+    replaces: bool = False,
+    confirm: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the output's ``run.json``. For the driver that owns the output.
+
+    If the driver is suspended in here and loses its lease, the next owner's file stays. A file that is new here is
+    created and replaces nothing. One that replaces another is staged first, and the next owner deletes what is staged
+    (:func:`vcf_batch.output.commits.clean`) before its first commit. On object stores a request lies between the check
+    of the lease and the replacement, as in :func:`vcf_batch.output.commits.commit`; :func:`check_stays` finds it.
+
+    Args:
+        replaces: whether the output has a ``run.json``, which is replaced.
+        confirm: raises if the driver no longer owns the output. Called right before the file is published.
 
     Raises:
+        RefusedError: another driver has written the file meanwhile, or ``confirm`` raises it.
         StorageError: the storage failed.
     """
-    storage.publish_bytes(storage.join(output, RUN_FILE_NAME), json.dumps(document, indent=2).encode())
+    url, data = storage.join(output, RUN_FILE_NAME), json.dumps(document, indent=2).encode()
+    if not replaces:
+        confirm()
+        try:
+            storage.publish_bytes(url, data, create=True)
+        except FileExistsError as error:
+            confirm()  # It names the driver that took over.
+            if read_document(output) != json.loads(data):
+                raise RefusedError(f"another driver has written {url} meanwhile; rerun this command") from error
+        return
+    folder = storage.join(output, commits.STAGING, f"claim-{uuid.uuid4().hex}")
+    staged = storage.join(folder, RUN_FILE_NAME)
+    try:
+        storage.publish_bytes(staged, data)
+        confirm()
+        try:
+            storage.move(staged, url)
+        except FileNotFoundError as error:
+            confirm()
+            raise StorageError(f"{staged} is gone, so {url} is not replaced; rerun this command") from error
+    finally:
+        with contextlib.suppress(StorageError):
+            storage.remove_tree(folder)
+
+
+def check_stays(output: str, name: str) -> None:
+    """Check that the output still holds the record of a run. For the driver of that run.
+
+    Args:
+        name: the fingerprint of the run.
+
+    Raises:
+        RefusedError: the record is gone, damaged, or that of another run.
+        StorageError: the storage failed.
+    """
+    there = read_document(output)
+    if there is None or there["fingerprint"] != name:
+        found = "it is gone" if there is None else f"it is of run {there['fingerprint'][:12]}"
+        url = storage.join(output, RUN_FILE_NAME)
+        raise RefusedError(
+            f"{url} is not of this run, {name[:12]}, any more: {found}. Another driver has written or deleted it; "
+            "rerun this command once no other run uses the output"
+        )
 
 
 def claim(
@@ -196,6 +262,7 @@ def claim(
     begun: bool,
     obstacle: Obstacle,
     publish: bool = True,
+    confirm: Callable[[], object] = lambda: None,
 ) -> tuple[str, ...]:
     """Publish the record of a run, or find that the output holds this very run. For the driver that owns the output.
 
@@ -208,12 +275,13 @@ def claim(
         begun: whether the output holds something that a run has finished.
         obstacle: tells why a run with fewer rows cannot be extended.
         publish: whether the record is written.
+        confirm: see :func:`write`.
 
     Returns:
         Fingerprints of the runs that this one extends.
 
     Raises:
-        RefusedError: the output holds another run. Every difference is listed.
+        RefusedError: the output holds another run, with every difference; or the driver has lost the output.
         StorageError: the storage failed.
     """
     fields = None if there is None else there.fields
@@ -223,7 +291,8 @@ def claim(
         return there.extends
     extends = (*there.extends, there.fingerprint) if there is not None and begun else ()
     if publish:
-        write(output, dataclasses.replace(record, extends=extends).to_document())
+        document = dataclasses.replace(record, extends=extends).to_document()
+        write(output, document, replaces=there is not None, confirm=confirm)
     return extends
 
 

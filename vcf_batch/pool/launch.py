@@ -56,10 +56,11 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
             config = with_batch_size(nodes.with_gpus(config), manifest, models)
             job = defaults.settle(config, manifest, models)
             with lease.hold(job.config.output) as held:
-                job = dataclasses.replace(job, token=held.token, extends=claim.claim(job))
+                job = dataclasses.replace(job, token=held.token, extends=claim.claim(job, confirm=held.confirm))
                 held.confirm()
                 # This comes before all reading: from here on, no earlier owner can change the output.
                 commits.clean(job.config.output)
+                run_file.check_stays(job.config.output, job.fingerprint)
                 job = dataclasses.replace(job, redo=choose_redo())
                 ledger = Ledger(job)
                 if ledger.left:
@@ -70,6 +71,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
                         nodes.check(job)
                         loop_on(RayCluster(job), job, held, ledger, progress).run()
                     held.confirm()
+                    run_file.check_stays(job.config.output, job.fingerprint)
                     commits.clean(job.config.output)
     return ledger.summary(time.monotonic() - begin)
 
@@ -77,6 +79,10 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
 def loop_on(on_ray: RayCluster, job: Job, held: lease.Lease, ledger: Ledger, progress: Progress) -> Loop:
     """The driver's loop over the workers of a Ray cluster, with a thread for its commits."""
     thread = ThreadPoolExecutor(1, "commits")
-    queue = CommitQueue(job.config.output, held, ledger, progress.note, on_ray.now, thread)
+
+    def check() -> None:
+        run_file.check_stays(job.config.output, job.fingerprint)
+
+    queue = CommitQueue(job.config.output, held, ledger, progress.note, on_ray.now, thread, check)
     exporter = PrometheusExporter(job.config.output, job.manifest.num_rows)
     return Loop(job, on_ray, ledger, queue, progress, exporter)

@@ -1,6 +1,7 @@
 """The claim of a run on its output: ``run.json`` is published, or found to be the record of this very run."""
 
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 from vcf_batch import __version__, sharding
@@ -33,18 +34,19 @@ def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
     return config.replace(**{name: record.config.get(name) for name in names})
 
 
-def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
+def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda: None) -> tuple[str, ...]:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
     Args:
         job: the run.
         publish: whether ``run.json`` is written. Without it any process may call this.
+        confirm: raises if the driver no longer owns the output. Called right before ``run.json`` is published.
 
     Returns:
         The fingerprints of :attr:`Job.extends`.
 
     Raises:
-        RefusedError: the output holds another run.
+        RefusedError: the output holds another run, or another driver took over.
         StorageError: the storage failed.
     """
     output = job.config.output
@@ -57,6 +59,7 @@ def claim(job: Job, publish: bool = True) -> tuple[str, ...]:
         begun=commits.any_committed(output) if there else bool(receipts.files_found(output)),
         obstacle=lambda fields: appended.obstacle(fields, job.manifest),
         publish=publish,
+        confirm=confirm,
     )
 
 

@@ -3,14 +3,20 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from vcf_batch.storage.retries import NotAFileError
 
+CREATOR_SECONDS = 1.0
+"""Seconds after which a file that is still empty has lost its creator, on a file system without hard links."""
+
 _TEMPORARY = ".tmp-"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 def open_read(path: str) -> BinaryIO:
@@ -22,10 +28,13 @@ def open_read(path: str) -> BinaryIO:
     """
     # O_NONBLOCK: otherwise opening a pipe without a writer would wait forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotAFileError(errno.EISDIR, "not a regular file", path)
+        return open(descriptor, "rb")
+    except OSError:
         os.close(descriptor)
-        raise NotAFileError(errno.EISDIR, "not a regular file", path)
-    return open(descriptor, "rb")
+        raise
 
 
 def files(folder: str) -> Iterator[tuple[str, int]]:
@@ -53,13 +62,22 @@ def tree(top: str) -> Iterator[tuple[str, int]]:
                 yield os.path.relpath(os.path.join(folder, name), top), size
 
 
-def unfinished(folder: str) -> list[str]:
-    """Paths of the temporary files directly in a folder: still being written, or left by a killed writer."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.path for entry in entries if entry.name.startswith(_TEMPORARY)]
-    except FileNotFoundError:
-        return []
+def unfinished(folder: str, silent_for: float) -> list[str]:
+    """Paths of the temporary files directly in a folder: still being written, or left by a killed writer.
+
+    Args:
+        silent_for: seconds since the last write, by this machine's clock, from which on a file is listed; 0 lists all.
+    """
+    found: list[str] = []
+    # A folder or a file that is deleted meanwhile is left out.
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.startswith(_TEMPORARY) and (
+                    not silent_for or time.time() - os.stat(entry.path).st_mtime >= silent_for
+                ):
+                    found.append(entry.path)
+    return found
 
 
 def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
@@ -70,18 +88,19 @@ def publish(path: str, fill: Callable[[str], object], create: bool) -> None:
         OSError: the file cannot be written.
     """
     folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder)
     temporary = os.path.join(folder, _TEMPORARY + uuid.uuid4().hex)
     try:
         fill(temporary)
         _sync(temporary)
         if create:
-            _link(temporary, path)
+            _create(temporary, path)
         else:
             os.replace(temporary, path)
         sync_folder(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        # One that stays is deleted with those of killed writers; the outcome is that of the steps before.
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 
@@ -90,15 +109,95 @@ def write(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def remove_tree(top: str) -> None:
+    """Delete a folder and everything in it, if it exists, also while others delete files in it.
+
+    Raises:
+        OSError: a file or folder cannot be deleted.
+    """
+    try:
+        shutil.rmtree(top)
+    except (FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.lstat(top).st_mode):
+                raise OSError(errno.ENOTEMPTY, "others delete files in the folder too", top) from None
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and its parents, unless it is there.
+
+    Raises:
+        NotADirectoryError: a file stands in its place.
+        OSError: the folder cannot be made or looked at.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        # makedirs also raises this if it cannot look at a folder that is there. This look tells why.
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", folder) from error
+
+
+def _create(temporary: str, path: str) -> None:
+    """Give a whole file its final name. A file there that stays empty is one whose creator died, and is replaced."""
+    try:
+        _link(temporary, path)
+    except FileExistsError:
+        if not _is_abandoned(path):
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        _link(temporary, path)
+
+
+def _is_abandoned(path: str) -> bool:
+    """Whether a file is empty, and nobody writes it within :data:`CREATOR_SECONDS`."""
+    before = os.stat(path)
+    if before.st_size or not stat.S_ISREG(before.st_mode):
+        return False
+    time.sleep(CREATOR_SECONDS)
+    after = os.stat(path)
+    return (after.st_size, after.st_mtime_ns) == (0, before.st_mtime_ns)
+
+
 def _link(temporary: str, path: str) -> None:
     try:
         os.link(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in _NO_LINKS:
             raise
-        # File systems over object stores have no hard links. Creating the name first lets only one writer win.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(temporary, path)
+        _write_new(path, _content(temporary))
+
+
+def _write_new(path: str, data: bytes) -> None:
+    """Create a file and write it in place, for file systems without hard links, such as FAT and many network ones.
+
+    Creating the name lets only one writer win. A writer that dies before its data is there leaves an empty file, which
+    counts as absent. One that is suspended there longer than :data:`CREATOR_SECONDS` writes into a file that has no
+    name any more, and replaces nothing.
+
+    Raises:
+        FileExistsError: another writer was first, or took this one for dead.
+        OSError: the file cannot be written.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            if data.startswith(_content(path)):
+                os.unlink(path)
+        raise
+    if _content(path) != data:
+        raise FileExistsError(errno.EEXIST, "another writer was faster", path)
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _sync(path: str) -> None:

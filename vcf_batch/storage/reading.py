@@ -15,7 +15,7 @@ from vcf_batch.storage import local
 from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.paths import as_local_path, is_local
 from vcf_batch.storage.resilient_file import ResilientFile
-from vcf_batch.storage.retries import NotAFileError, retried
+from vcf_batch.storage.retries import NotAFileError, may_pass, retried, translated
 
 CHUNK_BYTES = 1 << 20
 
@@ -115,23 +115,36 @@ def download(url: str, local_path: str) -> None:
     """Copy a file to ``local_path``, whole or not at all, and compare its size with the announced one.
 
     Raises:
-        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`. The first three
+            concern ``url`` only; ``local_path`` that cannot be written is a StorageError.
     """
 
     def fetch() -> None:
         announced = size(url)
+        of_url: Exception | None = None
 
         def fill(temporary: str) -> None:
-            if is_local(url):
-                shutil.copyfile(as_local_path(url), temporary)
-            else:
-                fs, path = filesystem(url)
-                fs.get_file(path, temporary)
-            # 0 stands for an unknown size: a streaming server announces none.
-            if announced and os.path.getsize(temporary) != announced:
-                raise ConnectionError(f"{os.path.getsize(temporary)} of {announced} bytes arrived")
+            nonlocal of_url
+            open(temporary, "wb").close()  # whoever may not write fails here
+            try:
+                if is_local(url):
+                    shutil.copyfile(as_local_path(url), temporary)
+                else:
+                    fs, path = filesystem(url)
+                    fs.get_file(path, temporary)
+                # 0 stands for an unknown size: a streaming server announces none.
+                if announced and os.path.getsize(temporary) != announced:
+                    raise ConnectionError(f"{os.path.getsize(temporary)} of {announced} bytes arrived")
+            except Exception as error:
+                of_url = error
+                raise
 
-        local.publish(local_path, fill, create=False)
+        try:
+            local.publish(local_path, fill, create=False)
+        except OSError as error:
+            if error is of_url or may_pass(error):
+                raise
+            raise translated("write", local_path, error, 1, ()) from error
 
     retried("download", url, fetch)
 

@@ -52,7 +52,8 @@ class ResilientFile(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed and self._file is not None:
-            self._file.close()
+            with contextlib.suppress(Exception):  # What was read is read.
+                self._file.close()
         super().close()
 
     def _do(self, call: Callable[[Any], Result]) -> Result:

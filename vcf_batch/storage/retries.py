@@ -17,7 +17,7 @@ TRIES = 6
 PAUSE_SECONDS = 0.25
 """Pause before the second try; each further pause is three times as long."""
 RETRY_SECONDS = 60.0
-"""Time since the first try after which a failure is final, because some drivers wait for minutes within one try."""
+"""Time since the first try after which no other one starts, because some drivers wait for minutes within one try."""
 
 _WEB = ("http://", "https://")
 
@@ -86,13 +86,14 @@ def retried(action: str, url: str, call: Callable[[], Result], stay: Kinds = REA
             # fsspec's web driver reports any failure to look a file up, timeouts included, as a missing file.
             if url.startswith(_WEB) and isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
                 cause = error.__cause__
-            last = number == TRIES or time.monotonic() - begin > RETRY_SECONDS
-            if last or not _may_pass(cause):
+            pause = PAUSE_SECONDS * 3 ** (number - 1) * (0.5 + _jitter.random())
+            last = number == TRIES or time.monotonic() - begin + pause > RETRY_SECONDS
+            if last or not may_pass(cause):
                 told = translated(action, url, cause, number, stay)
                 if told is error:
                     raise
                 raise told from error
-        time.sleep(PAUSE_SECONDS * 3 ** (number - 1) * (0.5 + _jitter.random()))
+        time.sleep(pause)
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -113,7 +114,8 @@ def _classes(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
+    """Whether a request that failed so is worth another try."""
     if isinstance(error, (VcfBatchError, *_MISTAKES)):
         return False
     return (

@@ -1,8 +1,7 @@
 """Publishing files whole, moving and removing them."""
 
-import contextlib
+import functools
 import os
-import shutil
 from collections.abc import Callable
 
 from fsspec.callbacks import Callback
@@ -12,17 +11,19 @@ from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import list_tree
 from vcf_batch.storage.paths import as_local_path, is_local, join
 from vcf_batch.storage.reading import CHUNK_BYTES, read_bytes, size
-from vcf_batch.storage.retries import MOVING, retried
+from vcf_batch.storage.retries import MOVING, may_pass, retried
 
 
 def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
     """Write a whole file at once, replacing what is there; readers see the old bytes or the new ones.
 
     Args:
-        create: write only if there is no such file yet. If several writers try, one succeeds.
+        create: write only if there is no such file yet. If several writers try, one succeeds. An empty local file
+            counts as none once it has stayed empty for :data:`vcf_batch.storage.local.CREATOR_SECONDS`: on a file
+            system without hard links, a writer that dies may leave one. So never create an empty file.
 
     Raises:
-        FileExistsError: ``create`` is true and the file exists.
+        FileExistsError: ``create`` is true, and the file existed at the last try.
         StorageError: see :mod:`vcf_batch.storage`.
     """
     tries = 0
@@ -38,10 +39,22 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
 
     try:
         retried("write", url, publish, (FileExistsError,) if create else ())
-    except FileExistsError:
+    except FileExistsError as error:
         # An earlier try may have written the file, and only the answer was lost.
-        if tries == 1 or read_bytes(url) != data:
-            raise
+        if tries == 1 or _content(url) != data:
+            raise error
+
+
+def _content(url: str) -> bytes | None:
+    """The bytes of a file; None if it is gone, or no file that can be read.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    try:
+        return read_bytes(url)
+    except OSError:
+        return None
 
 
 def upload(local_path: str, url: str, note_progress: Callable[[], None] = lambda: None) -> None:
@@ -79,7 +92,8 @@ def move(source: str, target: str) -> None:
     A local file is renamed; elsewhere the server copies the file, and then the source is deleted.
 
     Raises:
-        FileNotFoundError: there is no ``source`` (or, locally, no folder for ``target``).
+        FileNotFoundError: there is no ``source`` (or, locally, no folder for ``target``). This also follows a try that
+            moved the file and failed nevertheless, as a network file system may do.
         StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(source):
@@ -98,28 +112,34 @@ def move(source: str, target: str) -> None:
 def remove(url: str, missing_ok: bool = False) -> None:
     """Delete one file.
 
+    If a request to delete it fails, and the next one finds no file, the first is taken to have had its effect, although
+    somebody else may have deleted the file between them. A failure to look for the file is no such request.
+
     Raises:
         FileNotFoundError: there is no such file and ``missing_ok`` is false.
         StorageError: see :mod:`vcf_batch.storage`.
     """
-    tries = 0
+    may_be_deleted = False
 
     def delete() -> None:
-        nonlocal tries
-        tries += 1
+        nonlocal may_be_deleted
         if is_local(url):
-            os.unlink(as_local_path(url))
-            return
-        fs, path = filesystem(url)
-        if not missing_ok:
-            fs.info(path)  # an object store reports no error for a missing object
-        fs.rm_file(path)
+            request = functools.partial(os.unlink, as_local_path(url))
+        else:
+            fs, path = filesystem(url)
+            if not missing_ok:
+                fs.info(path)  # an object store reports no error for a missing object
+            request = functools.partial(fs.rm_file, path)
+        try:
+            request()
+        except Exception as error:
+            may_be_deleted |= may_pass(error)
+            raise
 
     try:
         retried("delete", url, delete, MOVING)
     except FileNotFoundError:
-        # An earlier try may have deleted the file, and only the answer was lost.
-        if not missing_ok and tries == 1:
+        if not missing_ok and not may_be_deleted:
             raise
 
 
@@ -130,22 +150,25 @@ def remove_tree(url: str) -> None:
         StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(url):
-        with contextlib.suppress(FileNotFoundError):
-            retried("delete", url, lambda: shutil.rmtree(as_local_path(url)), MOVING)
+        retried("delete", url, lambda: local.remove_tree(as_local_path(url)), ())
         return
     # Files are removed one by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
     for file in list_tree(url):
         remove(join(url, file), missing_ok=True)
 
 
-def remove_unfinished(url: str) -> None:
+def remove_unfinished(url: str, silent_for: float = 0.0) -> None:
     """Delete temporary files of killed writers directly in a local folder. Other storages show no such files.
+
+    Args:
+        silent_for: seconds without a write after which a writer counts as killed. 0 is for whoever knows that nobody
+            writes there. A living writer whose file is deleted fails with a StorageError, and harms nothing.
 
     Raises:
         StorageError: the storage failed.
     """
     if is_local(url):
-        for path in retried("list", url, lambda: local.unfinished(as_local_path(url)), ()):
+        for path in retried("list", url, lambda: local.unfinished(as_local_path(url), silent_for), ()):
             remove(path, missing_ok=True)
 
 

@@ -22,9 +22,10 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import storage
+from vcf_batch.config import fingerprint
 from vcf_batch.driver.progress import Progress, duration
 from vcf_batch.errors import StorageError, UsageError, VcfBatchError, redact
-from vcf_batch.output import lease, run_file
+from vcf_batch.output import commits, lease, run_file
 from vcf_batch.output.lease import Lease
 from vcf_batch.pool import cluster, log
 from vcf_batch.pool.signals import Signals
@@ -88,7 +89,7 @@ def run(config: TrainingConfig) -> TrainingSummary:
             signals.install()  # Installed a second time, because ray.init replaces the handler of SIGTERM.
             job = _settled(job)
             with lease.hold(job.config.out) as held:
-                _claim(job)
+                _claim(job, held)
                 if not storage.exists(storage.join(job.config.out, "config.json")):
                     checkpoint = _train(job, held)
                     held.confirm()
@@ -124,25 +125,29 @@ def _settled(job: TrainingJob) -> TrainingJob:
     return dataclasses.replace(job, config=config)
 
 
-def _claim(job: TrainingJob) -> None:
-    """Publish ``run.json``, or check that the output holds this same training.
+def _claim(job: TrainingJob, held: Lease) -> None:
+    """Publish ``run.json``, or check that the output holds this same training. Then delete what earlier owners staged.
 
     Raises:
-        RefusedError: the output holds another training, or something else.
+        RefusedError: the output holds another training or something else, or another driver took over.
+        StorageError: the storage failed.
     """
     out, fields = job.config.out, job.fields()
     there = run_file.read_document(out)
     begun = storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT))
-    if run_file.holds(out, there and there["fields"], fields, begun=begun):
-        return
-    described = {
-        "model": redact(job.parts.base.name),
-        "image_encoder": redact((job.parts.image_encoder or job.parts.base).name),
-        "data": redact(job.data.url),
-        "pairs": job.pairs,
-        "steps": job.steps,
-    }
-    run_file.write(out, run_file.document(fields, described))
+    if not run_file.holds(out, there and there["fields"], fields, begun=begun):
+        described = {
+            "model": redact(job.parts.base.name),
+            "image_encoder": redact((job.parts.image_encoder or job.parts.base).name),
+            "data": redact(job.data.url),
+            "pairs": job.pairs,
+            "steps": job.steps,
+        }
+        document = run_file.document(fields, described)
+        run_file.write(out, document, replaces=there is not None, confirm=held.confirm)
+    held.confirm()
+    storage.remove_tree(storage.join(out, commits.STAGING))
+    run_file.check_stays(out, fingerprint(fields))
 
 
 def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
