@@ -72,6 +72,24 @@ def test_a_model_that_is_no_pipeline_is_refused(settle: Callable[..., Job], mode
         settle(model=str(model / "judge"), judge=str(model / "judge"))
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        ("ddim", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ("ddim", {"prediction_type": "flow_prediction"}, "prediction_type is"),
+        ("dpm++", {"use_beta_sigmas": True}, "use_beta_sigmas is true"),
+    ],
+)
+def test_a_model_that_the_scheduler_cannot_sample_is_refused_before_it_is_loaded(
+    settle: Callable[..., Job], model: Path, tmp_path: Path, scheduler: str, changes: dict[str, Any], message: str
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ModelError, match=rf"{message}.*scheduler/scheduler_config\.json of .*{tmp_path.name}/model"):
+        settle(model=str(copy), scheduler=scheduler)
+
+
 @given(
     num_rows=st.integers(1, 10**8),
     batch_size=st.integers(1, 256),

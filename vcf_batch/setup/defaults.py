@@ -16,6 +16,7 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution
 from vcf_batch.models.loading import load_errors
+from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
 from vcf_batch.setup.job import Job, is_guided
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
 from vcf_batch.setup.storage_check import is_seen
@@ -48,7 +49,8 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
 
     Raises:
         ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has,
-            or cannot guide, or recommends a value that is no number or out of limits.
+            or cannot guide, or recommends a value that is no number or out of limits; or the scheduler does not sample
+            as the model's own says.
         UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge.
     """
     if config.batch_size is None:
@@ -63,6 +65,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
             f"{config.model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
             "unet/config.json and vae/config.json"
         )
+    check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, config.model)
     # model_index.json gives the library and the class of each part, or two nulls.
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
     if lacking and (manifest.has_any("reference") or manifest.has_any("negative_reference")):

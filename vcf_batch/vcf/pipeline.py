@@ -309,7 +309,8 @@ class VCFPipeline(StableDiffusionPipeline):
         used = dataclasses.replace(sampling, steps=steps)
 
         def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
-            schedule = self.scheduler.config
+            # A scheduler that was not loaded has no class in its configuration.
+            schedule = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
             latents = denoise(self.unet, schedule, noise, conditioning, guidance_scale=scales, sampling=used)
             return self.decode(latents)
 
