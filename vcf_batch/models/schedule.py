@@ -80,6 +80,14 @@ _CHOICES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 """Values that each scheduler takes."""
 
+_LIMITS: Mapping[str, tuple[float, float]] = {
+    "num_train_timesteps": (2, 1_000_000),
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "steps_offset": (0, 1_000_000),
+}
+"""Least and largest values of the numbers that every scheduler reads."""
+
 _SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas")
 """Keys of which one at most may be true."""
 
@@ -109,6 +117,13 @@ def check_schedule(scheduler: str, config: Mapping[str, Any], model: str) -> Non
                 f"{key} is {_told(config[key])} {where}; the scheduler {scheduler!r} takes "
                 f"{', '.join(map(_told, choices))}: use a model that has one of these"
                 + ("" if key in _TRAINED else ", or another --scheduler")
+            )
+    for key, (least, most) in _LIMITS.items():
+        value = config.get(key, least)
+        if not isinstance(value, int | float) or not least <= value <= most:
+            raise ModelError(
+                f"{key} is {_told(value)} {where}; it must be a number between {least} and {most}: correct that file, "
+                "or use another model"
             )
     spacings = [key for key in _SPACINGS if config.get(key)]
     if scheduler != "ddim" and len(spacings) > 1:
