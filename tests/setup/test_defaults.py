@@ -72,6 +72,46 @@ def test_a_model_that_is_no_pipeline_is_refused(settle: Callable[..., Job], mode
         settle(model=str(model / "judge"), judge=str(model / "judge"))
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        ("ddim", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ("ddim", {"prediction_type": "flow_prediction"}, "prediction_type is"),
+        ("dpm++", {"use_beta_sigmas": True}, "use_beta_sigmas is true"),
+        ("ddim", {"beta_start": "0.1"}, 'beta_start is "0.1"'),
+        ("ddim", {"num_train_timesteps": 1}, "num_train_timesteps is 1"),
+    ],
+)
+def test_a_model_that_the_scheduler_cannot_sample_is_refused_before_it_is_loaded(
+    settle: Callable[..., Job], model: Path, tmp_path: Path, scheduler: str, changes: dict[str, Any], message: str
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ModelError, match=rf"{message}.*scheduler/scheduler_config\.json of .*{tmp_path.name}/model"):
+        settle(model=str(copy), scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 9}, "in_channels is 9 .* have 4 channels"),
+        ({"out_channels": 8}, "out_channels is 8 .* have 4 channels"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),
+    ],
+)
+def test_a_unet_of_another_kind_is_refused_before_it_is_loaded(
+    settle: Callable[..., Job], model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Instead of errors of torch that are blamed on rows, or images without what the UNet was trained with."""
+    copy = shutil.copytree(model, tmp_path / "model")
+    file = copy / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ModelError, match=message):
+        settle(model=str(copy))
+
+
 @given(
     num_rows=st.integers(1, 10**8),
     batch_size=st.integers(1, 256),

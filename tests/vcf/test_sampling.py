@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, build_pipeline
 from vcf_batch.config import FUSIONS, SCHEDULERS, Sampling
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.sampling import denoise, make_scheduler
@@ -199,3 +200,194 @@ def test_sampling_is_differentiable(pipeline: VCFPipeline, image: Image.Image, s
         assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
     pipeline.unet.zero_grad()
     pipeline.vae.zero_grad()
+
+
+# Configurations of published checkpoints, whose scheduler is replaced by one of ours
+
+SD: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+MULTISTEP = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "lower_order_final": True}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "DDIM": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+    "DDIM that clips": {"_class_name": "DDIMScheduler", "clip_sample": True, "clip_sample_range": 1.0},
+    "DDPM": {"_class_name": "DDPMScheduler", "variance_type": "fixed_small", "clip_sample": True},
+    "PNDM": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, "clip_sample": False},
+    "Flax": {"_class_name": "FlaxPNDMScheduler"},
+    "LMS": {"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True},
+    "Heun": {"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": False, "clip_sample": False},
+    "Euler": {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False},
+    "Euler log-linear": {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"},
+    "Euler with limits": {"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.03, "sigma_max": 14.6},
+    "Euler ancestral": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+    "UniPC": {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "predict_x0": True, "solver_order": 3},
+    "DEIS": {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"},
+    "DPM SDE": {"_class_name": "DPMSolverSDEScheduler", "noise_sampler_seed": None, "use_karras_sigmas": True},
+    "DPM++": MULTISTEP | {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    "DPM++ SDE": MULTISTEP | {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    "DPM++ SDE, Euler at the end": MULTISTEP | {"algorithm_type": "sde-dpmsolver++", "euler_at_final": True},
+    "DPM": MULTISTEP | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    "DPM to zero": MULTISTEP | {"algorithm_type": "dpmsolver", "final_sigmas_type": "zero"},
+    "DPM SDE multistep": MULTISTEP | {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+    "Heun's solver": MULTISTEP | {"solver_type": "heun", "lower_order_final": False},
+    "third order": MULTISTEP | {"solver_order": 3, "lambda_min_clipped": -5.1},
+    "first order": MULTISTEP | {"solver_order": 1},
+    "Karras": {"use_karras_sigmas": True},
+    "Karras to sigma_min": {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+    "exponential": {"use_exponential_sigmas": True},
+    "Lu": {"use_lu_lambdas": True},
+    "thresholding": {"thresholding": True, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0},
+    "zero SNR": ZERO_SNR,
+    "linspace": {"timestep_spacing": "linspace", "steps_offset": 0},
+    "sample": {"prediction_type": "sample"},
+    "linear": {"beta_schedule": "linear"},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "betas": {"trained_betas": [0.001] * 1000},
+}
+
+
+class Plain(torch.nn.Module):
+    """In place of a UNet: a prediction that rounds the same in any batch."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timesteps: list[float] = []
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        self.timesteps.append(timestep.item())
+        return (sample * 0.25 + 0.125,)
+
+
+def plain(schedule: dict[str, Any], seeds: list[int], unet: Plain | None = None, **sampling: Any) -> torch.Tensor:
+    noises = [
+        torch.randn(1 + sampling["steps"], 4, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    ]
+    noise = torch.stack(noises) if sampling.get("eta") else torch.stack(noises)[:, :1]
+    text = torch.zeros(len(seeds), 1, 1)
+    conditioning = condition(text, text, [Fusion()] * len(seeds))
+    settings: dict[str, Any] = {"guidance_scale": [2.0] * len(seeds), "sampling": Sampling(**sampling)}
+    return torch.no_grad()(denoise)(unet or Plain(), schedule, noise, conditioning, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_scheduler_draws_noise_of_its_own(name: str, scheduler: str) -> None:
+    """The output is a function of the seeds, and a sample of its own seed, whatever scheduler the checkpoint had."""
+    schedule = SD | PUBLISHED[name]
+    for steps in (4, 16):
+        both = plain(schedule, [1, 2], steps=steps, scheduler=scheduler)
+        assert both.isfinite().all()
+        assert torch.equal(both, plain(schedule, [1, 2], steps=steps, scheduler=scheduler))
+        for number, seed in enumerate((1, 2)):
+            assert torch.equal(both[number], plain(schedule, [seed], steps=steps, scheduler=scheduler)[0])
+
+
+@pytest.mark.parametrize("name", ["DPM++ SDE, Euler at the end", "DPM SDE multistep", "DPM", "thresholding"])
+def test_the_pinned_values_are_the_deterministic_ones(name: str) -> None:
+    """dpm++ is DPM-Solver++ with any checkpoint, and nothing is clipped."""
+    own = {key: value for key, value in PUBLISHED[name].items() if key not in ("algorithm_type", "thresholding")}
+    for scheduler in SCHEDULERS:
+        given, unpinned = (
+            plain(SD | each, [1], steps=5, scheduler=scheduler) for each in (PUBLISHED[name], MULTISTEP | own)
+        )
+        assert torch.equal(given, unpinned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "LCMScheduler"}, "LCMScheduler"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDMEulerScheduler"),
+        ({"prediction_type": "flow_prediction"}, 'prediction_type is "flow_prediction"'),
+        ({"prediction_type": None}, "prediction_type is null"),
+        ({"predict_epsilon": False}, "predict_epsilon is false"),
+        ({"beta_schedule": "sigmoid"}, 'beta_schedule is "sigmoid"'),
+        ({"timestep_spacing": "quadratic"}, 'timestep_spacing is "quadratic"'),
+        ({"timestep_type": "continuous", "prediction_type": "v_prediction"}, 'timestep_type is "continuous"'),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas is true"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting is true"),
+        ({"variance_type": "learned_range"}, 'variance_type is "learned_range"'),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas .* must be 1000 numbers"),
+        ({"trained_betas": ["0.1"] * 1000}, "scheduler_config.json"),
+        ({"num_train_timesteps": "many"}, "scheduler_config.json"),
+    ],
+)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_what_the_denoising_does_not_do_is_refused_by_name(
+    changes: dict[str, Any], message: str, scheduler: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        plain(SD | changes, [1], steps=2, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        ("dpm++", {"solver_order": 4}, "solver_order is 4 .* takes 1, 2, 3: .* or another --scheduler"),
+        ("dpm++", {"solver_type": "rk4"}, 'solver_type is "rk4"'),
+        ("dpm++", {"final_sigmas_type": "one"}, 'final_sigmas_type is "one"'),
+        ("euler", {"final_sigmas_type": "one"}, 'final_sigmas_type is "one"'),
+        ("euler", {"interpolation_type": "cubic"}, 'interpolation_type is "cubic"'),
+        ("dpm++", {"use_beta_sigmas": True}, "use_beta_sigmas is true"),
+        ("euler", {"use_beta_sigmas": True}, "use_beta_sigmas is true"),
+        ("euler", {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "are true .* keep one of them"),
+        ("dpm++", {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "are true .* keep one of them"),
+    ],
+)
+def test_what_one_scheduler_reads_is_refused_there_alone(scheduler: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        plain(SD | changes, [1], steps=2, scheduler=scheduler)
+    plain(SD | changes, [1], steps=2, scheduler="ddim")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "changes", "message"),
+    [
+        ("ddim", 1000, {}, "steps is 1000, .* there is no timestep 1000; use fewer --steps"),
+        ("dpm++", 1000, {"timestep_spacing": "linspace"}, "divides by zero; use fewer --steps, or another --sch"),
+        ("ddim", 4, ZERO_SNR | {"prediction_type": "epsilon"}, "timestep 999 divides by zero"),
+        ("euler", 1001, {}, "steps is 1001; it must be between 1 and 1000"),
+    ],
+)
+def test_steps_that_a_schedule_does_not_have_are_refused(
+    scheduler: str, steps: int, changes: dict[str, Any], message: str
+) -> None:
+    """Before the UNet computes, instead of an error of diffusers or an image of values that are not finite."""
+    unet = Plain()
+    with pytest.raises(UsageError, match=message):
+        plain(SD | changes, [1], unet, steps=steps, scheduler=scheduler)
+    assert not unet.timesteps
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_trailing_steps_are_as_many_as_asked_for(scheduler: str) -> None:
+    """1000 in steps of 1000/61 are 62 timesteps after rounding, the last of them -1, which turns an image to noise."""
+    unet = Plain()
+    images = [
+        plain(SD | ZERO_SNR, [1], unet if steps == 61 else None, steps=steps, scheduler=scheduler)
+        for steps in (60, 61, 62)
+    ]
+    assert len(unet.timesteps) == 61 and min(unet.timesteps) >= 0
+    assert (images[1] - images[0]).abs().max() < 2 * (images[2] - images[0]).abs().max() + 0.01
+
+
+def test_noise_in_each_step_is_there_for_any_number_of_steps() -> None:
+    assert plain(SD | ZERO_SNR, [1], steps=61, eta=0.5).isfinite().all()
+
+
+def test_a_scheduler_that_was_not_loaded_is_refused_by_its_class() -> None:
+    pipeline = build_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler"):
+        pipeline.generate(["a cat"], seeds=[1], steps=2)

@@ -16,6 +16,7 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution
 from vcf_batch.models.loading import load_errors
+from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
 from vcf_batch.setup.job import Job, is_guided
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
 from vcf_batch.setup.storage_check import is_seen
@@ -27,6 +28,15 @@ denoising steps of a batch if that is longer. Reading one reference always takes
 COMPILING_SECONDS = 3600.0
 """Replacement for SILENT_SECONDS with compiled networks: a new shape is compiled in the middle of a shard, without a
 heartbeat."""
+
+UNET_INPUTS = (
+    "time_cond_proj_dim",
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+)
+"""Keys of a UNet's configuration that stand for a further input."""
 
 OPERATIONS = 700.0
 """Operations of a UNet forward for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at
@@ -47,8 +57,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         resolved: the models of the run.
 
     Raises:
-        ModelError: the model says nothing about its UNet or VAE, or cannot take the references that the manifest has,
-            or cannot guide, or recommends a value that is no number or out of limits.
+        ModelError: the model says nothing about its UNet or VAE, or its UNet is of another kind, or the scheduler does
+            not sample as the model's own says; or it cannot take the references that the manifest has, or cannot guide,
+            or recommends a value that is no number or out of limits.
         UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge.
     """
     if config.batch_size is None:
@@ -63,6 +74,8 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
             f"{config.model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
             "unet/config.json and vae/config.json"
         )
+    _check_unet(config.model, unet, vae)
+    check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, config.model)
     # model_index.json gives the library and the class of each part, or two nulls.
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
     if lacking and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
@@ -126,6 +139,23 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         # CPUs beside a GPU only prepare and encode, and no sum in the output depends on their number.
         del fields["cpus_per_worker"]
     return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if is_seen(root)))
+
+
+def _check_unet(model: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes more than noise, timestep and text, before its first batch fails or goes wrong."""
+    latent = vae.get("latent_channels", 4)
+    for name in ("in_channels", "out_channels"):
+        if unet.get(name, 4) != latent:
+            raise ModelError(
+                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, and its VAE's latents have "
+                f"{latent!r:.60} channels; use a model that needs text alone, not one for inpainting or editing"
+            )
+    for name in UNET_INPUTS:
+        if unet.get(name) is not None:
+            raise ModelError(
+                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, so its UNet needs a further input; use a "
+                "Stable Diffusion 1 or 2, neither distilled nor XL"
+            )
 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:

@@ -267,12 +267,14 @@ class VCFPipeline(StableDiffusionPipeline):
             latents: ``[B, C, h, w]``.
 
         Returns:
-            float32 ``[B, 3, H, W]`` in [0, 1], on the device of the latents.
+            float32 ``[B, 3, H, W]`` in [0, 1], on the device of the latents; NaN where a value is not finite.
         """
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         parts = scaled.split(1 if torch.is_grad_enabled() else DECODE_BATCH)
         decoded = [recomputed(functools.partial(self.vae.decode, return_dict=False), part)[0].float() for part in parts]
-        return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+        images = torch.cat(decoded) / 2 + 0.5
+        # Clamping would turn infinity into white or black, which looks like an image.
+        return images.clamp(0, 1).where(images.isfinite(), torch.nan)
 
     @torch.no_grad()
     def prepare(
@@ -309,7 +311,8 @@ class VCFPipeline(StableDiffusionPipeline):
         used = dataclasses.replace(sampling, steps=steps)
 
         def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
-            schedule = self.scheduler.config
+            # A scheduler that was not loaded has no class in its configuration.
+            schedule = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
             latents = denoise(self.unet, schedule, noise, conditioning, guidance_scale=scales, sampling=used)
             return self.decode(latents)
 

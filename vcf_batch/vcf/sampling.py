@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vcf_batch.config import Sampling
 from vcf_batch.errors import UsageError
+from vcf_batch.models.loading import load_errors
+from vcf_batch.models.schedule import PINNED, SCHEDULER_CONFIG, check_schedule
 from vcf_batch.vcf.attention import accept_token_bias
 from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.vcf.fusion import Conditioning
@@ -26,16 +28,82 @@ MAX_ETA = 1 - 1e-6
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """A new scheduler with a checkpoint's noise schedule, prediction type and spacing.
+    """A new scheduler with a checkpoint's noise schedule, prediction type and spacing. It draws no noise of its own.
 
     Args:
         name: one of :data:`vcf_batch.config.SCHEDULERS`.
         config: the configuration of the checkpoint's own scheduler.
+
+    Raises:
+        ModelError: this scheduler does not sample as the configuration says.
     """
-    # DDIM clips by default, which is meant for pixels and ruins latents. The configuration of a scheduler that cannot
-    # clip does not turn that off.
-    fixed = {"clip_sample": False} if name == "ddim" else {}
-    return _SCHEDULERS[name].from_config(config, **fixed)
+    check_schedule(name, config, "the model")
+    with load_errors(f"{SCHEDULER_CONFIG} of the model", ". Correct that file, or use another --scheduler"):
+        return _SCHEDULERS[name].from_config(config, **PINNED[name])
+
+
+def set_steps(scheduler: Any, steps: int, eta: float = 0) -> None:
+    """Set the number of steps of a new scheduler. They are tried first, on a single number.
+
+    Args:
+        scheduler: the result of :func:`make_scheduler`.
+        steps: number of denoising steps.
+        eta: share of new noise in each step.
+
+    Raises:
+        UsageError: the schedule has fewer steps, or the scheduler cannot take this number of steps.
+    """
+    config, limit = scheduler.config, scheduler.config.num_train_timesteps
+    if steps > limit:
+        raise UsageError(f"steps is {steps}; it must be between 1 and {limit}")
+    try:
+        _begin(scheduler, steps)
+        _try_out(scheduler, eta)
+        _begin(scheduler, steps)
+    except Exception as error:  # schedulers have no common error type
+        raise UsageError(
+            f"steps is {steps}, which {type(scheduler).__name__} cannot take with the model's timestep_spacing "
+            f"{config.timestep_spacing!r} and prediction_type {config.prediction_type!r}: {error}; use fewer --steps, "
+            "or another --scheduler"
+        ) from error
+
+
+def _begin(scheduler: Any, steps: int) -> None:
+    """Set the timesteps, so that the first step is next."""
+    scheduler.set_timesteps(steps, device="cpu")
+    surplus = len(scheduler.timesteps) - steps
+    if surplus > 0:
+        # Rounding gives 61 and other numbers of trailing steps one more timestep, which is -1.
+        scheduler.timesteps = scheduler.timesteps[:steps]
+    if hasattr(scheduler, "sigmas"):
+        if surplus > 0:
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:steps], scheduler.sigmas[-1:]])
+        # Otherwise the first step is looked up by its timestep, which the second one may share after rounding.
+        scheduler.set_begin_index(0)
+
+
+@torch.no_grad()
+def _try_out(scheduler: Any, eta: float) -> None:
+    """Take all steps with a single number, so that what fails does so before the UNet computes.
+
+    Raises:
+        Exception: the scheduler fails, or gives a timestep or a value that cannot be used.
+    """
+    one = torch.ones(1, 1, 1, 1)
+    latents = one * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        if not 0 <= timestep < scheduler.config.num_train_timesteps:
+            raise ValueError(f"there is no timestep {timestep.item():g}")
+        scheduler.scale_model_input(latents, timestep)
+        latents = _step(scheduler, one, timestep, latents, eta, one)
+        if not latents.isfinite():
+            raise ValueError(f"the step at timestep {timestep.item():g} divides by zero")
+
+
+def _step(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, eta: float, noise: Tensor) -> Tensor:
+    """Latents after one step. The noise is used only if ``eta`` is above 0."""
+    variance = {"eta": min(eta, MAX_ETA), "variance_noise": noise} if eta else {}
+    return cast(Tensor, scheduler.step(prediction, timestep, latents, return_dict=False, **variance)[0])
 
 
 def denoise(
@@ -67,14 +135,13 @@ def denoise(
         float32 latents ``[B, C, h, w]``.
 
     Raises:
-        UsageError: the schedule has fewer steps.
+        ModelError: the scheduler does not sample as the schedule says.
+        UsageError: the schedule has fewer steps, or the scheduler cannot take this number of steps.
     """
     scheduler = make_scheduler(sampling.scheduler, schedule)
-    limit = scheduler.config.num_train_timesteps
     assert sampling.steps is not None
-    if sampling.steps > limit:
-        raise UsageError(f"steps is {sampling.steps}; it must be between 1 and {limit}")
-    scheduler.set_timesteps(sampling.steps, device="cpu")
+    set_steps(scheduler, sampling.steps, sampling.eta)
+    limit = scheduler.config.num_train_timesteps
     scale = torch.tensor(guidance_scale, dtype=torch.float32, device=noise.device).reshape(-1, 1, 1, 1)
     any_guided = any(value != 1 for value in guidance_scale)
     initial, *added = noise.float().unbind(1)
@@ -105,10 +172,8 @@ def denoise(
             if guided:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + scale * (positive - negative)
-            variance = {}
-            if sampling.eta:
-                variance = {"eta": min(sampling.eta, MAX_ETA), "variance_noise": added[number]}
-            latents = scheduler.step(prediction, cpu_timestep, latents, return_dict=False, **variance)[0]
+            new_noise = added[number] if sampling.eta else initial
+            latents = _step(scheduler, prediction, cpu_timestep, latents, sampling.eta, new_noise)
     return latents
 
 

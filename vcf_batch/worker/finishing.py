@@ -22,6 +22,16 @@ from vcf_batch.worker.shard_rows import ShardRows
 
 NOT_FINITE = "the model produced values that are not finite for this row; try another seed or --dtype float32"
 
+ONE_COLOUR = (
+    "the model produced an image for this row whose pixels are all equal; try another seed, a lower guidance scale or "
+    "--dtype float32"
+)
+"""Reason of a row whose image, or twin, has one colour.
+
+No prompt gives such an image, not even one for a plain background: the decoder's output differs between pixels by more
+than the rounding to 8 bits. It has collapsed, or was driven beyond black or white everywhere.
+"""
+
 
 class Finisher:
     """Finisher of the batches of one shard. It runs beside the sampling, and touches no state of it.
@@ -50,8 +60,8 @@ class Finisher:
         Raises:
             StorageError: the scratch cannot be written, or a sample that stays cannot be read.
         """
-        finite, pixels = self._pixels(batch, batch.images)
-        twins_finite, twins = self._pixels(batch, batch.twins) if self._config.triplets else (finite, [])
+        faults, pixels = self._pixels(batch, batch.images)
+        twin_faults, twins = self._pixels(batch, batch.twins) if self._config.triplets else (faults, [])
         padding = self._rows.padding
         with self._clock("score"):
             if batch.targets is None:
@@ -65,8 +75,8 @@ class Finisher:
             for place, position in enumerate(batch.positions):
                 if position not in batch.draws:
                     continue
-                is_finite = finite[place] and twins_finite[place]
-                sample = self._outcome(batch, place, scores[place], flags[place], is_finite)
+                fault = faults[place] or twin_faults[place]
+                sample = self._outcome(batch, place, scores[place], flags[place], fault)
                 if sample is None:
                     continue
                 if sample.status == "success":
@@ -98,8 +108,8 @@ class Finisher:
             self._position += 1
             self._clock.note_sample()
 
-    def _pixels(self, batch: Batch, sampled: Tensor | None) -> tuple[list[bool], list[NDArray[np.uint8]]]:
-        """Flags of the finite images of a batch, and all of its images as uint8 ``[H, W, 3]``.
+    def _pixels(self, batch: Batch, sampled: Tensor | None) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
+        """The fault of each image of a batch, None if it has none, and all of its images as uint8 ``[H, W, 3]``.
 
         Args:
             batch: the batch.
@@ -109,7 +119,12 @@ class Finisher:
             size = cast(int, self._config.height), cast(int, self._config.width)
             sampled = torch.zeros(len(batch.positions), 3, *size)
         finite = sampled.isfinite().flatten(1).all(1).tolist()
-        return finite, [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
+        pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
+        faults = [
+            NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
+            for is_finite, image in zip(finite, pixels, strict=True)
+        ]
+        return faults, pixels
 
     def _flags(self, pixels: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]]) -> Sequence[bool | None]:
         """Flags of the safety checker for each row's image or twin; None for each row without a checker."""
@@ -118,16 +133,16 @@ class Finisher:
         flags = self._components.safety(pixels)
         return [*map(operator.or_, flags, self._components.safety(twins))] if twins else flags
 
-    def _outcome(self, batch: Batch, place: int, scores: Scores, nsfw: bool | None, is_finite: bool) -> Sample | None:
-        """Outcome of a row, without its image; None if the row gets another draw."""
+    def _outcome(self, batch: Batch, place: int, scores: Scores, nsfw: bool | None, fault: str | None) -> Sample | None:
+        """Outcome of a row, without its image; None if the row gets another draw. A draw with a fault has failed."""
         position = batch.positions[place]
         row, used = self._rows.rows[position], self._rows.settings[position]
         if position in batch.errors:
             return Sample(row, "failed", used, error_message=batch.errors[position])
         used = {**used, "seed": sharding.draw_seed(used["seed"], batch.draw)}
         drawn = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place], nsfw=nsfw)
-        if not is_finite:
-            drawn = Sample(row, "failed", used, error_message=NOT_FINITE)
+        if fault:
+            drawn = Sample(row, "failed", used, error_message=fault)
         batch.draws[position].append(drawn)
         return gates.outcome(batch.draws[position], self._config)
 
