@@ -293,6 +293,30 @@ def test_a_creator_suspended_without_hard_links_replaces_nothing(
     assert storage.read_bytes(url) == b"faster"
 
 
+def test_a_creator_goes_on_where_the_file_that_was_there_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a driver waits for the lease of another, which ends."""
+    link = os.link
+
+    def late(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "link", link)
+        raise FileExistsError(errno.EEXIST, "File exists", target)
+
+    monkeypatch.setattr(os, "link", late)
+    storage.publish_bytes(str(tmp_path / "a"), b"ours", create=True)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_creator_whose_file_is_deleted_creates_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another took it for dead, and the name is free by now."""
+    before_the_content(monkeypatch, (tmp_path / "a").unlink)
+    storage.publish_bytes(str(tmp_path / "a"), b"late", create=True)
+    assert storage.read_bytes(str(tmp_path / "a")) == b"late"
+    assert os.listdir(tmp_path) == ["a"]
+
+
 @pytest.mark.usefixtures("without_links")
 def test_a_creator_at_work_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").touch()

@@ -151,12 +151,15 @@ def _create(temporary: str, path: str) -> None:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Whether a file is empty, and nobody writes it within :data:`CREATOR_SECONDS`."""
-    before = os.stat(path)
-    if before.st_size or not stat.S_ISREG(before.st_mode):
-        return False
-    time.sleep(CREATOR_SECONDS)
-    after = os.stat(path)
+    """Whether a file is empty, and nobody writes it within :data:`CREATOR_SECONDS`; or is gone by now."""
+    try:
+        before = os.stat(path)
+        if before.st_size or not stat.S_ISREG(before.st_mode):
+            return False
+        time.sleep(CREATOR_SECONDS)
+        after = os.stat(path)
+    except FileNotFoundError:
+        return True
     return (after.st_size, after.st_mtime_ns) == (0, before.st_mtime_ns)
 
 
@@ -191,7 +194,11 @@ def _write_new(path: str, data: bytes) -> None:
             if data.startswith(_content(path)):
                 os.unlink(path)
         raise
-    if _content(path) != data:
+    try:
+        stays = _content(path) == data
+    except FileNotFoundError:
+        stays = False
+    if not stays:
         raise FileExistsError(errno.EEXIST, "another writer was faster", path)
 
 
