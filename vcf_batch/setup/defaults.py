@@ -153,8 +153,8 @@ def _check_unet(model: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> 
     for name in UNET_INPUTS:
         if unet.get(name) is not None:
             raise ModelError(
-                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, so its UNet needs a further input; use a "
-                "Stable Diffusion 1 or 2, neither distilled nor XL"
+                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, so its UNet needs a further input; use "
+                "a Stable Diffusion 1 or 2, neither distilled nor XL"
             )
 
 
