@@ -1,4 +1,4 @@
-"""``run.json``: the record of what an output holds, and the refusal to generate anything else into it."""
+"""``run.json``: the record of what an output holds, read and written."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vcf_batch import __version__, storage
-from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of, fingerprint
+from vcf_batch.config import ADDED_SETTINGS, RunConfig, fingerprint
 from vcf_batch.errors import RefusedError, StorageError
 from vcf_batch.output import commits
 
@@ -21,10 +21,6 @@ LAYOUT = 3
 """Version of an output's layout. Raise it whenever this code can no longer read, verify or resume older outputs."""
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
-
-Obstacle = Callable[[Mapping[str, Any]], str | None]
-"""Function that takes the fields of a run that differs in its manifest alone. It gives the reason why that run cannot
-be extended to this one; None if it can."""
 
 
 class AnotherVersion(RefusedError):
@@ -252,126 +248,6 @@ def check_stays(output: str, name: str) -> None:
             f"{url} is not of this run, {name[:12]}, any more: {found}. Another driver has written or deleted it; "
             "rerun this command once no other run uses the output"
         )
-
-
-def claim(
-    output: str,
-    there: RunRecord | None,
-    record: RunRecord,
-    *,
-    begun: bool,
-    obstacle: Obstacle,
-    publish: bool = True,
-    confirm: Callable[[], object] = lambda: None,
-) -> tuple[str, ...]:
-    """Publish the record of a run, or find that the output holds this very run. For the driver that owns the output.
-
-    The record of another run is replaced as long as that run has not begun. A run with fewer rows may be extended.
-
-    Args:
-        output: the run's output.
-        there: the record that is there, read since the driver owns the output.
-        record: the record of the run to claim for.
-        begun: whether the output holds something that a run has finished.
-        obstacle: tells why a run with fewer rows cannot be extended.
-        publish: whether the record is written.
-        confirm: see :func:`write`.
-
-    Returns:
-        Fingerprints of the runs that this one extends.
-
-    Raises:
-        RefusedError: the output holds another run, with every difference; or the driver has lost the output.
-        StorageError: the storage failed.
-    """
-    fields = None if there is None else there.fields
-    version = None if there is None else there.versions.get("vcf_batch")
-    if holds(output, fields, record.fields, begun=begun, obstacle=obstacle, version=version):
-        assert there is not None
-        return there.extends
-    extends = (*there.extends, there.fingerprint) if there is not None and begun else ()
-    if publish:
-        document = dataclasses.replace(record, extends=extends).to_document()
-        write(output, document, replaces=there is not None, confirm=confirm)
-    return extends
-
-
-def holds(
-    output: str,
-    there: Mapping[str, Any] | None,
-    fields: Mapping[str, Any],
-    *,
-    begun: bool,
-    obstacle: Obstacle | None = None,
-    version: str | None = None,
-) -> bool:
-    """Whether an output holds the very run, or training, that has these fields. If not, it may be begun there.
-
-    Args:
-        output: URL of the output.
-        there: the fields that its ``run.json`` has; None if there is none.
-        fields: the settings and identities that the fingerprint covers.
-        begun: whether the output holds something that was finished.
-        obstacle: tells why a run with fewer rows cannot be extended; None extends no run.
-        version: version of vcf-batch that began the run that is there; None if it is not known.
-
-    Raises:
-        RefusedError: the output holds another run that has begun and is not extended, or results without a record.
-    """
-    if there is None and begun:
-        raise RefusedError(f"{output} holds results but no {RUN_FILE_NAME}; use another output")
-    if there == fields:
-        return True
-    if there is not None and begun:
-        _refuse_another(output, there, fields, obstacle, version)
-    return False
-
-
-def _refuse_another(
-    output: str,
-    there: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    obstacle: Obstacle | None,
-    version: str | None,
-) -> None:
-    """Refuse any run but a longer version of the one that is there."""
-    names = sorted(there.keys() | fields.keys())
-    differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
-    reason = ""
-    if obstacle and differing == ["manifest_id"]:
-        if (why := obstacle(there)) is None:
-            return
-        reason = why + " "
-    lines = "".join(_difference(name, there, fields) for name in differing)
-    if version not in (None, __version__) and all(_is_of_one_version(name, there) for name in differing):
-        raise RefusedError(
-            f"{output} was begun by another version, vcf-batch {version}, and this is {__version__}; they differ in:\n"
-            f"{lines}Finish it with that version, rerun with the values that are there, or use another output."
-        )
-    raise RefusedError(
-        f"{output} holds another run; they differ in:\n{lines}{reason}"
-        "Use another output, or rerun with the settings of the run that is there."
-    )
-
-
-def _is_of_one_version(name: str, there: Mapping[str, Any]) -> bool:
-    """Whether a setting is unknown to the version that wrote the fields ``there``, or to this one."""
-    if name in ADDED_SETTINGS:
-        return name not in there
-    return not name.endswith("_id") and name not in _SETTINGS
-
-
-def _difference(name: str, there: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """The line of a refusal that shows both values of a field."""
-    if name == "default_strengths" and None in (field_of(there, name), field_of(fields, name)):
-        left_open = "left open there, given now" if field_of(fields, name) is None else "given there, left open now"
-        return f"  strength: {left_open} (rows with a fusion of their own differ)\n"
-    return f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n"
-
-
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-    value = field_of(fields, name)
-    return "nothing" if value is None else value[:12] if name.endswith("_id") else json.dumps(value)
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

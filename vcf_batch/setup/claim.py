@@ -1,12 +1,14 @@
 """The claim of a run on its output: ``run.json`` is published, or found to be the record of this very run."""
 
+import dataclasses
 import importlib.metadata
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vcf_batch import __version__, sharding
-from vcf_batch.config import RunConfig
-from vcf_batch.errors import redact
+from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of
+from vcf_batch.errors import RefusedError, redact
 from vcf_batch.manifest import appended
 from vcf_batch.output import commits, receipts, run_file
 from vcf_batch.output.run_file import RecordedManifest, RunRecord
@@ -14,6 +16,13 @@ from vcf_batch.setup.job import Job
 
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow")
 """Libraries whose versions are recorded beside that of vcf-batch."""
+
+
+Obstacle = Callable[[Mapping[str, Any]], str | None]
+"""Function that takes the fields of a run that differs in its manifest alone. It gives the reason why that run cannot
+be extended to this one; None if it can."""
+
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
 def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
@@ -37,6 +46,8 @@ def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
 def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda: None) -> tuple[str, ...]:
     """Publish ``run.json``, or find that the output holds this very run. For the driver that owns the output.
 
+    The record of another run is replaced as long as that run has not begun. A run with fewer rows may be extended.
+
     Args:
         job: the run.
         publish: whether ``run.json`` is written. Without it any process may call this.
@@ -51,16 +62,102 @@ def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda
     """
     output = job.config.output
     there = run_file.read(output)  # again, because an earlier owner may have written it meanwhile
-    return run_file.claim(
+    record = record_of(job)
+    # Without run.json, any file of a shard belongs to an unknown run.
+    begun = commits.any_committed(output) if there else bool(receipts.files_found(output))
+    if holds(
         output,
-        there,
-        record_of(job),
-        # Without run.json, any file of a shard belongs to an unknown run.
-        begun=commits.any_committed(output) if there else bool(receipts.files_found(output)),
+        None if there is None else there.fields,
+        record.fields,
+        begun=begun,
         obstacle=lambda fields: appended.obstacle(fields, job.manifest),
-        publish=publish,
-        confirm=confirm,
+        version=None if there is None else there.versions.get("vcf_batch"),
+    ):
+        assert there is not None
+        return there.extends
+    extends = (*there.extends, there.fingerprint) if there is not None and begun else ()
+    if publish:
+        document = dataclasses.replace(record, extends=extends).to_document()
+        run_file.write(output, document, replaces=there is not None, confirm=confirm)
+    return extends
+
+
+def holds(
+    output: str,
+    there: Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    *,
+    begun: bool,
+    obstacle: Obstacle | None = None,
+    version: str | None = None,
+) -> bool:
+    """Whether an output holds the very run, or training, that has these fields. If not, it may be begun there.
+
+    Args:
+        output: URL of the output.
+        there: the fields that its ``run.json`` has; None if there is none.
+        fields: the settings and identities that the fingerprint covers.
+        begun: whether the output holds something that was finished.
+        obstacle: tells why a run with fewer rows cannot be extended; None extends no run.
+        version: version of vcf-batch that began the run that is there; None if it is not known.
+
+    Raises:
+        RefusedError: the output holds another run that has begun and is not extended, or results without a record.
+    """
+    if there is None and begun:
+        raise RefusedError(f"{output} holds results but no {run_file.RUN_FILE_NAME}; use another output")
+    if there == fields:
+        return True
+    if there is not None and begun:
+        _refuse_another(output, there, fields, obstacle, version)
+    return False
+
+
+def _refuse_another(
+    output: str,
+    there: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    obstacle: Obstacle | None,
+    version: str | None,
+) -> None:
+    """Refuse any run but a longer version of the one that is there."""
+    names = sorted(there.keys() | fields.keys())
+    differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
+    reason = ""
+    if obstacle and differing == ["manifest_id"]:
+        if (why := obstacle(there)) is None:
+            return
+        reason = why + " "
+    lines = "".join(_difference(name, there, fields) for name in differing)
+    if version not in (None, __version__) and all(_is_of_one_version(name, there) for name in differing):
+        raise RefusedError(
+            f"{output} was begun by another version, vcf-batch {version}, and this is {__version__}; they differ in:\n"
+            f"{lines}Finish it with that version, rerun with the values that are there, or use another output."
+        )
+    raise RefusedError(
+        f"{output} holds another run; they differ in:\n{lines}{reason}"
+        "Use another output, or rerun with the settings of the run that is there."
     )
+
+
+def _is_of_one_version(name: str, there: Mapping[str, Any]) -> bool:
+    """Whether a setting is unknown to the version that wrote the fields ``there``, or to this one."""
+    if name in ADDED_SETTINGS:
+        return name not in there
+    return not name.endswith("_id") and name not in _SETTINGS
+
+
+def _difference(name: str, there: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """The line of a refusal that shows both values of a field."""
+    if name == "default_strengths" and None in (field_of(there, name), field_of(fields, name)):
+        left_open = "left open there, given now" if field_of(fields, name) is None else "given there, left open now"
+        return f"  strength: {left_open} (rows with a fusion of their own differ)\n"
+    return f"  {name}: {_shown(there, name)} there, {_shown(fields, name)} now\n"
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    value = field_of(fields, name)
+    return "nothing" if value is None else value[:12] if name.endswith("_id") else json.dumps(value)
 
 
 def record_of(job: Job) -> RunRecord:

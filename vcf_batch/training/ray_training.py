@@ -30,6 +30,7 @@ from vcf_batch.output.lease import Lease
 from vcf_batch.pool import cluster, log
 from vcf_batch.pool.signals import Signals
 from vcf_batch.setup.absolute_paths import absolute_output
+from vcf_batch.setup.claim import holds
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.training.training_job import ALIGNER, TrainingJob, read_log
 
@@ -135,7 +136,7 @@ def _claim(job: TrainingJob, held: Lease) -> None:
     out, fields = job.config.out, job.fields()
     there = run_file.read_document(out)
     begun = storage.exists(storage.join(out, CHECKPOINTS, SNAPSHOT))
-    if not run_file.holds(out, there and there["fields"], fields, begun=begun):
+    if not holds(out, there and there["fields"], fields, begun=begun):
         described = {
             "model": redact(job.parts.base.name),
             "image_encoder": redact((job.parts.image_encoder or job.parts.base).name),
