@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from support import pictures, runs, web
-from vcf_batch import images
+from vcf_batch import image_bounds
 from vcf_batch.cli import main
 from vcf_batch.errors import ModelError
 from vcf_batch.manifest import references
@@ -86,7 +86,7 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not an image in one of"),
     "jpeg-truncated.jpg": (JPEG[:-200], "damaged or truncated JPEG file of"),
     "jpeg-begins.jpg": (JPEG[:20], "damaged or truncated JPEG file of 20 bytes; replace it"),
-    "jpeg-scans.jpg": (pictures.jpeg_scans(images.MAX_JPEG_SCANS), "a JPEG of more than 100 scans; save it anew"),
+    "jpeg-scans.jpg": (pictures.jpeg_scans(image_bounds.MAX_JPEG_SCANS), "a JPEG of more than 100 scans; save it anew"),
     "png-truncated.png": (PNG[:-200], "damaged or truncated PNG file of"),
     "png-begins.png": (PNG[:12], "damaged or truncated PNG file of 12 bytes; replace it"),
     "webp-truncated.webp": (pictures.file("WEBP", lossless=True)[:-200], "damaged or truncated WebP file of"),
@@ -100,6 +100,13 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "bomb-x.webp": (pictures.webp_header(16_000, 16_000, b"VP8X"), "over the limit of 1000000"),
     "bomb-l.webp": (pictures.webp_header(16_000, 16_000, b"VP8L"), "over the limit of 1000000"),
     "bomb-8.webp": (pictures.webp_header(16_000, 16_000, b"VP8 "), "over the limit of 1000000"),
+    "bomb-tile.tif": (
+        pictures.tiff_tile(4_000),
+        "a tile of the image has 4000 x 4000 = 16000000 pixels, over the limit",
+    ),
+    "bomb-strips.tif": (pictures.tiff_strips(70_000), "a TIFF of 70000 strips or tiles, over the limit of 65536"),
+    "bomb.avif": (pictures.avif_of_another_size(1_200), "a part of the image has 1200 x 1200 = 1440000 pixels, over"),
+    "bomb.gif": (pictures.gif_frame(13_000, 13_000), "over the limit of 1000000"),
     "float.tif": (pictures.to_bytes(Image.new("F", (4, 4)), "TIFF"), "32-bit floating-point pixels"),
     "int32.tif": (pictures.to_bytes(Image.new("I", (4, 4)), "TIFF"), "32-bit integer pixels"),
     "jpeg-in-fact.png": (JPEG, None),
