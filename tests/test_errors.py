@@ -1,8 +1,13 @@
 """Messages go to terminals, logs and published outputs, and hold values that come from anyone."""
 
 import pickle
+import string
+import time
+import urllib.parse
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vcf_batch.errors import RowError, redact
 
@@ -20,6 +25,24 @@ from vcf_batch.errors import RowError, redact
         ("failed: url='https://u:p@h/a?sig=secret', status=403", "failed: url='https://h/a?...', status=403"),
         ("Max retries exceeded: /a?sig=secret (timeout=5)", "Max retries exceeded: /a?... (timeout=5)"),
         ("s3://bucket/what?.png", "s3://bucket/what?.png"),
+        ("s3://bucket/a#1;2.png", "s3://bucket/a#1;2.png"),
+        ("s3://bucket/a.png#sig=secret", "s3://bucket/a.png#..."),
+        ("https://host/a.png?secret", "https://host/a.png?..."),
+        ("https://host/it's my photo.png?secret", "https://host/it's my photo.png?..."),
+        ("https://host/a.png#secret", "https://host/a.png#..."),
+        ("https://host/a;jsessionid=secret/b.png", "https://host/a;..."),
+        ("Max retries exceeded: /a;jsessionid=secret", "Max retries exceeded: /a;jsessionid=..."),
+        ("https://host/a.png%3Fsig%3Dsecret", "https://host/a.png%3F..."),
+        ("https://host/a.png%253fsecret", "https://host/a.png%253f..."),
+        ("a.png%3Fsig%3Dsecret", "a.png%3F..."),
+        ("https://me%3Asecret%40host/a.png", "https://host/a.png"),
+        ("zip://a.png::https://host/a.zip?secret", "zip://a.png::https://host/a.zip?..."),
+        ("https://proxy/s3://host/a.zip?secret", "https://proxy/s3://host/a.zip?..."),
+        ("s3://bucket/a https://host/a?secret", "s3://bucket/a https://host/a?..."),
+        ("'https://h/a.png' is not in '/data/a#1'", "'https://h/a.png' is not in '/data/a#1'"),
+        ("https://h/a.png: over 5; shrink it", "https://h/a.png: over 5; shrink it"),
+        ("/data/a#1 100% ok?;.png", "/data/a#1 100% ok?;.png"),
+        ("file:///data/a#1;b=c%23?.png", "file:///data/a#1;b=c%23?.png"),
         ("/plain/path@home", "/plain/path@home"),
         ("at 10:30 to me@home: a/b:c", "at 10:30 to me@home: a/b:c"),
     ],
@@ -27,6 +50,60 @@ from vcf_batch.errors import RowError, redact
 def test_secrets_in_urls_are_removed(text: str, redacted: str) -> None:
     assert redact(text) == redacted
     assert str(RowError(text)) == redacted
+
+
+SECRET = "S3cRetT0ken"
+NAMES = st.text(string.ascii_letters + string.digits + "-_.~", min_size=1, max_size=8)
+ENCODED = st.integers(0, 2)
+"""How often a part of a URL is encoded."""
+
+
+@st.composite
+def urls_with_secrets(draw: st.DrawFn) -> str:
+    """A URL of the web with the secret in one place, written out, or that part of it encoded once or twice."""
+    path = "/".join(draw(st.lists(NAMES, min_size=1, max_size=3)))
+    secret = draw(st.sampled_from([SECRET, f"{SECRET}.{SECRET}", f"a'{SECRET}", f"{SECRET}/b"]))
+    named = draw(st.sampled_from(["", "sig=", "jsessionid=", "a=b&sig="]))
+    more = draw(st.sampled_from(["", "?", "?x=1", "#", "#part", ";v=1", "/b.png"]))
+    times = draw(ENCODED)
+
+    def encoded(text: str) -> str:
+        for _ in range(times):
+            text = urllib.parse.quote_plus(text)
+        return text
+
+    if draw(st.booleans()):
+        user = draw(st.sampled_from([f"me:{SECRET}@", f"{SECRET}@", f"{SECRET}:@", f"me:a/{SECRET}@"]))
+        return f"https://{encoded(user) if '/' not in user else user}host/{path}{more}"
+    mark = draw(st.sampled_from("?#;"))
+    return f"https://host:8080/{path}{encoded(mark + named + secret)}{more}"
+
+
+@given(
+    urls_with_secrets(), st.sampled_from(["{}", "cannot read {!r}: 403", "{} and {}", "url='{}', again", "(see {})"])
+)
+def test_a_secret_is_shown_nowhere(url: str, sentence: str) -> None:
+    """Wherever in a URL a secret stands, no message, record or page has it: they all show what is left of the URL."""
+    text = sentence.format(url, url)
+    assert SECRET not in redact(text)
+    assert redact(redact(text)) == redact(text)
+    assert SECRET not in str(RowError(text))
+
+
+@given(st.lists(st.text(string.ascii_letters + " #?%;&.", min_size=1), min_size=1, max_size=4))
+def test_names_of_local_files_stay_readable(parts: list[str]) -> None:
+    path = "/" + "/".join(parts)
+    assert redact(f"cannot read {path!r}") == f"cannot read {path!r}"
+
+
+@pytest.mark.parametrize(
+    "text", ["http://" + "a" * 10**5, "http://a:" * 10**4, "http://" * 10**4, "?" * 10**5, "https://a" + " ?" * 10**5]
+)
+def test_a_long_reference_takes_no_time(text: str) -> None:
+    """References may have 100,000 bytes, and each is redacted."""
+    begin = time.process_time()
+    redact(text)
+    assert time.process_time() - begin < 2
 
 
 def test_passwords_are_removed_where_a_driver_drops_the_scheme() -> None:

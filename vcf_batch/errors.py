@@ -21,15 +21,92 @@ from anyone, and messages go to terminals, logs and published outputs. So secret
 characters that would move a cursor or reverse the text are escaped.
 """
 
+import itertools
 import re
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
+_SPACE, _PORT = re.compile(r"\s"), re.compile(r"\d+/")
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "memory", "hf"})
+_FILES = frozenset({"file", "local"})
+# A quotation mark ends an address, unless the address goes on behind it.
+_WORD = re.compile(r"(?:[^\s'\"]|['\"](?=\w))+")
+_WORDS = re.compile(r"(?:[^\n'\"]|['\"](?=\w))*")
+# What begins a query, a fragment or a parameter of a path: written out, or encoded once or more.
+_MARK = re.compile(r"[?#;]|%(?:25)*(?:3F|23|3B)", re.IGNORECASE)
+_QUERY = re.compile(r"\?|%(?:25)*3F", re.IGNORECASE)
+_EQUALS = re.compile(r"=|%(?:25)*3D", re.IGNORECASE)
+_SESSION = re.compile(r"(;jsessionid=)(?:[^\s'\"]|['\"](?=\w))+", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
-    """``text`` with user names, passwords and query strings (signatures, tokens) removed from every URL in it."""
-    # A password may contain slashes, although no URL allows that. A port and a path are not a password.
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/]*|[^\s/:]*:(?!\d+/)\S*)@", r"\1", text)
-    # Query strings are removed without a URL, too: references may be relative, and libraries often name the path alone.
-    return re.sub(r"\?[^\s'\"]*=[^\s'\"]*", "?...", text)
+    """``text`` without the secrets of every URL in it: user names, passwords, queries, fragments, parameters of paths.
+
+    Names of object stores may have ``?``, ``#`` and ``;`` in them. There, what follows is removed only if it looks like
+    ``name=value``. Names of local files keep theirs: of them, and of relative ones, only a query ``?name=value`` is
+    removed.
+    """
+    # References may be relative, and libraries often name the path alone.
+    text = _SESSION.sub(r"\1...", _cut(_without_users(text), _QUERY, bare=False))
+    done: list[str] = []
+    at, strict = 0, False
+    addresses = [*_SCHEME.finditer(text)]
+    for address, following in itertools.zip_longest(addresses, addresses[1:]):
+        scheme = address[1].lower()
+        goes_on = strict and at == address.start() and not (done and _SPACE.search(done[-1]))
+        strict = goes_on or scheme not in _OBJECT_STORES | _FILES
+        done.append(text[at : address.end()])
+        words = _WORDS.match(text, address.end(), following.start() if following else len(text))
+        assert words
+        at = words.end()
+        done.append(words[0] if scheme in _FILES and not strict else _cut(words[0], _MARK, bare=strict))
+    return "".join(done) + text[at:]
+
+
+def _cut(text: str, mark: re.Pattern[str], bare: bool) -> str:
+    """``text`` with each of its words cut off behind the first mark.
+
+    Args:
+        text: words between spaces.
+        mark: what may begin a secret.
+        bare: whether a secret may stand without ``name=``.
+    """
+
+    def shortened(word: re.Match[str]) -> str:
+        found = mark.search(word[0])
+        if not found or not (found.end() < len(word[0]) if bare else _EQUALS.search(word[0], found.end())):
+            return word[0]
+        return word[0][: found.end()] + "..."
+
+    return _WORD.sub(shortened, text)
+
+
+def _without_users(text: str) -> str:
+    done: list[str] = []
+    at = stop = last = 0
+    for address in _SCHEME.finditer(text):
+        begin = address.end()
+        if begin > stop:
+            space = _SPACE.search(text, begin)
+            stop = space.start() if space else len(text)
+            last = _behind_user(text, begin, stop)
+        if begin <= at:
+            continue
+        slash = text.find("/", begin, stop)
+        host = slash if slash >= 0 else stop
+        user = _behind_user(text, begin, host)
+        # A password may contain slashes, although no URL allows that. A port and a path are not a password.
+        colon = text.find(":", begin, host)
+        if not user and colon >= 0 and not _PORT.match(text, colon + 1):
+            user = last
+        if user > begin:
+            done.append(text[at:begin])
+            at = user
+    return "".join(done) + text[at:]
+
+
+def _behind_user(text: str, begin: int, stop: int) -> int:
+    """Place behind the last ``@`` in a part of ``text``, written out or encoded; 0 if there is none."""
+    return max((text.rfind(at, begin, stop) + len(at)) * (at in text[begin:stop]) for at in ("@", "%40", "%2540"))
 
 
 def printable(text: str) -> str:

@@ -7,28 +7,20 @@ are not applied.
 
 import contextlib
 import io
-import re
 import threading
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from vcf_batch import image_bounds
 from vcf_batch.errors import RowError
+from vcf_batch.image_bounds import LARGE_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """File formats of references. The list is closed because Pillow also reads EPS, and EPS starts Ghostscript."""
 
-MAX_JPEG_SCANS = 100
-"""Most scans of a progressive JPEG; encoders write about ten. A scan of 100 bytes can cover the whole picture."""
-
-LARGE_PIXELS = 16_000_000
-"""Number of pixels above which images are decoded two at a time: decoding takes up to 24 bytes a pixel, and a file of a
-few kilobytes may declare many pixels."""
-
 _LARGE = threading.Semaphore(2)
-
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -80,8 +72,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """
     if not data:
         raise RowError("the image file is empty (0 bytes)")
-    _check_pixels(_webp_size(data), max_pixels)
-    _check_scans(data)
+    try:
+        image_bounds.check(data, max_pixels)
+    except ValueError as error:
+        raise RowError(_not_readable(data, error)) from error
     # A damaged file makes Pillow raise nearly any exception. All but MemoryError are the file's fault.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -91,7 +85,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise RowError(f"the image is larger than Pillow decodes: {error}; shrink it") from error
     except Exception as error:
         raise RowError(_not_readable(data, error)) from error
-    _check_pixels(image.size, max_pixels)
+    image_bounds.check_size(image.size, max_pixels)
     try:
         with image, _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
             image.load()
@@ -165,45 +159,6 @@ def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"an image must be uint8 [H, W, 3], not {array.dtype} {list(array.shape)}")
     return array
-
-
-def _check_pixels(size: tuple[int, int] | None, max_pixels: int) -> None:
-    if size is None:
-        return
-    width, height = size
-    if width * height == 0:
-        raise RowError(f"the image has no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise RowError(
-            f"the image has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}; "
-            "shrink it or raise --max-pixels"
-        )
-
-
-def _check_scans(data: bytes) -> None:
-    if not data.startswith(b"\xff\xd8"):
-        return
-    scans, position = 0, 2
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
-        scans += marker[0] == b"\xff\xda"
-        if scans > MAX_JPEG_SCANS:
-            raise RowError(f"the image is a JPEG of more than {MAX_JPEG_SCANS} scans; save it anew")
-        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Canvas size from a WebP header (RFC 9649), because Pillow allocates the canvas when it opens the file."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
-        return None
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    return None
 
 
 def _oriented(image: Image.Image) -> Image.Image:

@@ -171,6 +171,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
         lambda output: (output / "00001_stats.json").write_text("{"),
         "00001: 00001_stats.json is damaged",
     ),
+    "timings in a receipt": (
+        receipt(timings={"total": "quick", "worker": "a:1", "ended": "2026-01-01"}),
+        "00001: 00001_stats.json is damaged: not a receipt: total is 'quick'",
+    ),
     "counts in a receipt": (
         receipt(counts={"success": 4, "rejected": 0, "failed": 0}),
         "00001: its rows have counts {'success': 3",

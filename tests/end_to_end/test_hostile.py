@@ -27,7 +27,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from support import pictures, runs, web
-from vcf_batch import images
+from vcf_batch import image_bounds
 from vcf_batch.cli import main
 from vcf_batch.errors import ModelError
 from vcf_batch.manifest import references
@@ -86,7 +86,7 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not an image in one of"),
     "jpeg-truncated.jpg": (JPEG[:-200], "damaged or truncated JPEG file of"),
     "jpeg-begins.jpg": (JPEG[:20], "damaged or truncated JPEG file of 20 bytes; replace it"),
-    "jpeg-scans.jpg": (pictures.jpeg_scans(images.MAX_JPEG_SCANS), "a JPEG of more than 100 scans; save it anew"),
+    "jpeg-scans.jpg": (pictures.jpeg_scans(image_bounds.MAX_JPEG_SCANS), "a JPEG of more than 100 scans; save it anew"),
     "png-truncated.png": (PNG[:-200], "damaged or truncated PNG file of"),
     "png-begins.png": (PNG[:12], "damaged or truncated PNG file of 12 bytes; replace it"),
     "webp-truncated.webp": (pictures.file("WEBP", lossless=True)[:-200], "damaged or truncated WebP file of"),
@@ -100,6 +100,13 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "bomb-x.webp": (pictures.webp_header(16_000, 16_000, b"VP8X"), "over the limit of 1000000"),
     "bomb-l.webp": (pictures.webp_header(16_000, 16_000, b"VP8L"), "over the limit of 1000000"),
     "bomb-8.webp": (pictures.webp_header(16_000, 16_000, b"VP8 "), "over the limit of 1000000"),
+    "bomb-tile.tif": (
+        pictures.tiff_tile(4_000),
+        "a tile of the image has 4000 x 4000 = 16000000 pixels, over the limit",
+    ),
+    "bomb-strips.tif": (pictures.tiff_strips(70_000), "a TIFF of 70000 strips or tiles, over the limit of 65536"),
+    "bomb.avif": (pictures.avif_of_another_size(1_200), "a part of the image has 1200 x 1200 = 1440000 pixels, over"),
+    "bomb.gif": (pictures.gif_frame(13_000, 13_000), "over the limit of 1000000"),
     "float.tif": (pictures.to_bytes(Image.new("F", (4, 4)), "TIFF"), "32-bit floating-point pixels"),
     "int32.tif": (pictures.to_bytes(Image.new("I", (4, 4)), "TIFF"), "32-bit integer pixels"),
     "jpeg-in-fact.png": (JPEG, None),
@@ -603,6 +610,10 @@ def test_secrets_in_urls_are_in_no_output(
         f"missing.png?{signed}",
         "a.png",
         "a.png",
+        f"{site}/refs/a.png?{SECRET}",
+        f"{site}/refs/a.png#{SECRET}",
+        f"{site}/refs/gone.png;jsessionid={SECRET}",
+        f"{site}/refs/gone.png%3Fsig%3D{SECRET}",
     ]
     base = f"memory://me:{SECRET}@secrets"
     rows = [{**GOOD, "reference": place, "negative_reference": place} for place in places]
@@ -619,7 +630,7 @@ def test_secrets_in_urls_are_in_no_output(
     components = dataclasses.replace(loaded.components, config=job.config, references=reader)
     runs.commit(Worker(components, job.manifest, job.fingerprint), last_attempt=True)
     found = runs.rows_of(tmp_path / "out")
-    assert [row["status"] for row in found] == ["success"] * 2 + ["failed"] * 6 + ["success"] * 2
+    assert [row["status"] for row in found] == ["success"] * 2 + ["failed"] * 6 + ["success"] * 4 + ["failed"] * 2
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert SECRET.encode() not in b"".join(written) + repr(found).encode()
     assert SECRET not in "".join(capfd.readouterr())

@@ -1,9 +1,13 @@
 """Which references may be read, what happens to those that cannot, and that nothing is blamed on the wrong party."""
 
+import contextlib
 import io
+import os
 import pickle
 import socketserver
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -112,6 +116,59 @@ def test_a_manifest_folder_that_is_itself_a_link(base: Path, tmp_path: Path) -> 
     (tmp_path / "alias").symlink_to(base)
     for uri in ("refs/a.png", str(base / "refs/a.png"), str(tmp_path / "alias/refs/a.png")):
         reader(tmp_path / "alias").read(Reference(uri=uri))
+
+
+def test_links_within_a_root_are_followed(base: Path) -> None:
+    (base / "folder").symlink_to(base / "refs")
+    (base / "refs" / "relative.png").symlink_to("a.png")
+    for uri in ("folder/a.png", "folder/relative.png", "refs/relative.png"):
+        reader(base).read(Reference(uri=uri))
+    reader(base / "folder").read(Reference(uri="relative.png"))
+    reader(base, base / "refs" / "a.png").read(Reference(uri=str(base / "refs" / "a.png")))
+
+
+def _swap_file(base: Path, outside: Path) -> None:
+    """Put a link that leads out in the place of a file, and the file back."""
+    (base / "new").symlink_to(outside / "b.png")
+    os.rename(base / "new", base / "refs" / "a.png")
+    (base / "new").write_bytes(png())
+    os.rename(base / "new", base / "refs" / "a.png")
+
+
+def _swap_folder(base: Path, outside: Path) -> None:
+    """Put a link that leads out in the place of a folder, and the folder back."""
+    (base / "new").symlink_to(outside)
+    os.rename(base / "refs", base / "old")
+    os.rename(base / "new", base / "refs")
+    os.rename(base / "refs", base / "new")
+    os.rename(base / "old", base / "refs")
+    (base / "new").unlink()
+
+
+@pytest.mark.parametrize(("swap", "uri"), [(_swap_file, "refs/a.png"), (_swap_folder, "refs/b.png")])
+def test_a_link_that_is_changed_meanwhile_leads_nowhere(
+    base: Path, tmp_path: Path, swap: Callable[[Path, Path], None], uri: str
+) -> None:
+    """A reference is read in its root or not at all, even if a link appears between the look and the opening."""
+    (base / "refs" / "b.png").write_bytes(png())
+    over = threading.Event()
+
+    def keep_swapping() -> None:
+        while not over.is_set():
+            swap(base, tmp_path / "outside")
+
+    swapping = threading.Thread(target=keep_swapping)
+    swapping.start()
+    tried, read = time.monotonic() + 2, 0
+    try:
+        while time.monotonic() < tried:
+            with contextlib.suppress(RowError):
+                assert pixel(reader(base).read(Reference(uri=uri))) == (200, 10, 10)
+                read += 1
+    finally:
+        over.set()
+        swapping.join()
+    assert read
 
 
 def test_devices_are_not_read() -> None:

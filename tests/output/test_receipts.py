@@ -1,6 +1,7 @@
 """Which shards exist is what their receipts say, if these can be believed."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,71 @@ def test_receipts_that_do_not_match_their_files_count_as_absent(output: str) -> 
         storage.publish_bytes(storage.join(output, name), good[0].to_json())
     assert read_receipts(output) == {0: good[0], 100_000: good[1]}
     assert [receipt.shard.index for receipt in receipts.read(output)] == [0, 100_000]
+
+
+TIMINGS = {"total": 2.5, "sample": 1.0, "worker": "a:1", "ended": "2026-01-01T00:00:10+00:00", "generated": 2}
+WRONG: dict[str, dict[str, Any]] = {
+    "seconds as text": {"timings": TIMINGS | {"total": "2.5"}},
+    "a phase as text": {"timings": TIMINGS | {"sample": "quick"}},
+    "a phase as a list": {"timings": TIMINGS | {"sample": [1]}},
+    "no seconds": {"timings": TIMINGS | {"sample": None}},
+    "true seconds": {"timings": TIMINGS | {"sample": True}},
+    "seconds NaN": {"timings": TIMINGS | {"total": math.nan}},
+    "seconds infinite": {"timings": TIMINGS | {"total": math.inf}},
+    "seconds negative": {"timings": TIMINGS | {"total": -1.0}},
+    "seconds beyond time": {"timings": TIMINGS | {"total": 1e300}},
+    "no date": {"timings": TIMINGS | {"ended": "yesterday"}},
+    "a date as number": {"timings": TIMINGS | {"ended": 5}},
+    "a date before time": {"timings": TIMINGS | {"ended": "0001-01-01T00:00:00"}},
+    "start no date": {"timings": TIMINGS | {"started": ""}},
+    "a worker as number": {"timings": TIMINGS | {"worker": 5}},
+    "a worker as list": {"timings": TIMINGS | {"worker": []}},
+    "timings as list": {"timings": [1]},
+    "generated as text": {"timings": TIMINGS | {"generated": "2"}},
+    "a device as list": {"device": {"type": ["gpu"]}},
+    "a device as text": {"device": "gpu"},
+    "several as text": {"device": {"several": "gpu"}},
+    "several of texts": {"device": {"several": ["gpu"]}},
+    "none of several": {"device": {"several": []}},
+    "a mean as text": {"means": {"clip_score": "high"}},
+    "a mean NaN": {"means": {"clip_score": math.nan}},
+    "means as list": {"means": ["clip_score"]},
+    "a bin as text": {"histograms": {"clip_score": {"0.20": "2"}}},
+    "a bin without end": {"histograms": {"clip_score": {"low": 2}}},
+    "bins of more rows": {"histograms": {"clip_score": {"0.20": 3}}},
+    "bins as list": {"histograms": {"clip_score": [2]}},
+    "counts as text": {"counts": {"success": "2", "rejected": 0, "failed": 0}},
+    "counts as fractions": {"counts": {"success": 1.5, "rejected": 0.5, "failed": 0}},
+    "another status": {"counts": {"success": 2, "rejected": 0, "failed": 0, "odd": 0}},
+    "attempt as text": {"attempt": "1"},
+    "a fingerprint as list": {"fingerprint": []},
+    "sampled as text": {"sampled": "2"},
+    "sampled at once as text": {"sampled_at_once": "2"},
+    "none sampled at once": {"sampled_at_once": 0},
+    "a size as text": {"files": {"tar": {"size": "3", "sha256": "0"}, "parquet": {"size": 2, "sha256": "1"}}},
+    "a hash as number": {"files": {"tar": {"size": 3, "sha256": 0}, "parquet": {"size": 2, "sha256": "1"}}},
+    "a fractional shard": {"shard": {"index": 0, "start": 0.0, "stop": 2.0, "name": "00000"}},
+    "a shard elsewhere": {"shard": {"index": 0, "start": 0, "stop": 2, "name": "../00000"}},
+    "a shard backwards": {"shard": {"index": 0, "start": 4, "stop": 2, "name": "00000"}},
+}
+"""What a receipt may not say."""
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_receipt_with_other_values_counts_as_absent(tmp_path: Path, case: str) -> None:
+    """Whoever reads a receipt may count with its numbers and show its dates: one with other values is none."""
+    record = json.loads(_publish(str(tmp_path), 0).to_json()) | {"timings": TIMINGS}
+    assert Receipt.from_json(json.dumps(record).encode()).worker_seconds == 2.5
+    data = json.dumps(record | WRONG[case]).encode()
+    with pytest.raises(ValueError, match="not a receipt: "):
+        Receipt.from_json(data)
+    (tmp_path / "00000_stats.json").write_bytes(data)
+    assert read_receipts(str(tmp_path)) == {}
+
+
+def test_a_receipt_nested_without_end_counts_as_absent(tmp_path: Path) -> None:
+    _publish(str(tmp_path), 0, **{"_stats.json": b"[" * 1_000_000})
+    assert read_receipts(str(tmp_path)) == {}
 
 
 def test_an_output_that_does_not_exist_has_no_receipts(output: str) -> None:

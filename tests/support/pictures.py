@@ -52,6 +52,48 @@ def jpeg_scans(count: int) -> bytes:
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
+def tiff(fields: dict[int, int | list[int]], body: bytes = b"", big: bool = False) -> bytes:
+    """A TIFF of one directory with the given fields, as LONG; its pixels are deflated, and lie at byte 16."""
+    fields = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, **fields}
+    at = 16 + len(body)
+    lists, entries = b"", b""
+    lead, offset, pad = ("<HHQ", "<Q", 8) if big else ("<HHI", "<I", 4)
+    for tag, value in sorted(fields.items()):
+        values = value if isinstance(value, list) else [value]
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(packed) > pad:
+            lists, packed = lists + packed, struct.pack(offset, at + len(lists))
+        entries += struct.pack(lead, tag, 4, len(values)) + packed.ljust(pad, b"\0")
+    directory = struct.pack("<Q" if big else "<H", len(fields)) + entries + bytes(pad)
+    start = at + len(lists)
+    head = struct.pack("<2sHHHQ", b"II", 43, 8, 0, start) if big else struct.pack("<2sHI8x", b"II", 42, start)
+    return head + body + lists + directory
+
+
+def tiff_tile(side: int) -> bytes:
+    """A TIFF of 16 x 16 pixels whose only tile is larger."""
+    body = zlib.compress(bytes(side * side))
+    return tiff({322: side, 323: side, 324: 16, 325: len(body)}, body)
+
+
+def tiff_strips(count: int) -> bytes:
+    """An uncompressed TIFF with strips of one row, which all lie over the same bytes."""
+    return tiff({259: 1, 273: [16] * count, 278: 1, 279: [16] * count}, bytes(64 * 1024))
+
+
+def avif_of_another_size(side: int) -> bytes:
+    """An AVIF whose boxes say 16 x 16, and its AV1 data more."""
+    data = to_bytes(Image.new("RGB", (side, side)), "AVIF", speed=10)
+    at = data.index(b"ispe") + 8
+    return data[:at] + struct.pack(">II", 16, 16) + data[at + 8 :]
+
+
+def gif_frame(width: int, height: int) -> bytes:
+    """A GIF with a canvas of 16 x 16 whose first frame is larger, and is replaced after it is shown."""
+    head = b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0x80, 0, 0) + bytes(6)
+    return head + b"!\xf9\4\x08\0\0\0\0" + b"," + struct.pack("<4HB", 0, 0, width, height, 0) + b"\2\1\x44\0;"
+
+
 def rgba(colour: tuple[int, int, int, int]) -> Image.Image:
     return Image.new("RGBA", (8, 8), colour)
 

@@ -2,9 +2,11 @@
 
 A manifest may come from anyone, so references are opened only in places that the user allowed: under the manifest's own
 folder (in object storage: its own bucket) and under the roots named with ``--reference-root``. Places are compared
-after ``..`` and local links are resolved, and the resolved path is the one that is opened.
+after ``..`` and local links are resolved, and the resolved path is the one that is opened, folder by folder from its
+root on and without following a link, because links may have been changed since.
 """
 
+import errno
 import http.client
 import io
 import os
@@ -159,7 +161,7 @@ class ReferenceReader:
             if place.scheme in _WEB_PORTS:
                 data = self._fetch_web(place.url, shown)
             else:
-                data = storage.read_bytes(place.url, MAX_REFERENCE_BYTES + 1)
+                data = storage.read_bytes(place.url, MAX_REFERENCE_BYTES + 1, None if place.scheme else root.url)
         except FileNotFoundError as error:
             if not root.scheme and not os.path.isdir(root.url):
                 raise StorageError(
@@ -294,7 +296,12 @@ def _place(url: str) -> _Place:
         path = url[match.end() :] if match else url
         if not os.path.isabs(path):
             raise ValueError("a file URL needs an absolute path, as in file:///folder/image.png")
-        path = os.path.realpath(path)
+        try:
+            path = os.path.realpath(path)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT):
+                raise
+            raise ValueError("its links are changed while they are followed") from error
         return _Place("", "", tuple(part for part in path.split("/") if part), path)
     scheme, rest = match[1].lower(), url[match.end() :]
     if scheme in _WEB_PORTS:

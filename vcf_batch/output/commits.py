@@ -183,7 +183,7 @@ def _finish(output_url: str, attempt_id: str) -> None:
 
     def is_there(path: str, kind: str) -> bool:
         try:
-            return storage.digest(storage.join(output_url, path)) == receipt.files[kind]
+            return storage.digest(storage.join(output_url, path)) == receipt.files.get(kind)
         except (FileNotFoundError, storage.NotAFileError):
             return False
 

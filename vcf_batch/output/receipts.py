@@ -9,10 +9,12 @@ import itertools
 import json
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from vcf_batch import storage
@@ -27,6 +29,9 @@ SCORE_STEP = 0.05
 """Width of the bins of a receipt's histograms."""
 
 _FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*FILE_SUFFIXES.values(), RECEIPT_SUFFIX]))})")
+_MOST_SECONDS = 1e9
+"""Greatest timing, 31 years."""
+_SHOWN = reprlib.Repr()
 _READERS = 32
 _RECEIPTS_AT_ONCE = 4096
 
@@ -64,7 +69,7 @@ class Receipt:
     def worker_seconds(self) -> float:
         """Seconds that the shard took of its worker, without the wait for its turn, in which another shard was
         sampled."""
-        return self.timings.get("total", 0.0) - self.timings.get("wait_for_turn", 0.0)
+        return max(0.0, self.timings.get("total", 0.0) - self.timings.get("wait_for_turn", 0.0))
 
     def keeping(self, older: "Receipt") -> "Receipt":
         """Copy of the receipt for a shard that keeps samples of an older one. It has the marks of both."""
@@ -86,23 +91,73 @@ class Receipt:
         """Read back :meth:`to_json`.
 
         Raises:
-            ValueError: the bytes are not a receipt.
+            ValueError: the bytes are not a receipt, or a value in it is not what readers may count with.
         """
         try:
             record = json.loads(data)
             record["shard"] = Shard(**record["shard"])
             record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
             receipt = cls(**record)
-            counts, timings = {status: receipt.counts[status] for status in STATUSES}, receipt.timings
-            if min(counts.values()) < 0 or sum(counts.values()) != len(receipt.shard):
-                raise ValueError(f"not a receipt: {counts} of {len(receipt.shard)} rows")
-            if not 0 <= receipt.sampled <= len(receipt.shard):
-                raise ValueError(f"not a receipt: {receipt.sampled} sampled of {len(receipt.shard)} rows")
-            if timings and not timings.keys() >= {"total", "worker", "ended"}:
-                raise ValueError(f"not a receipt: timings of {sorted(timings)}")
+            _check_values(receipt)
             return receipt
-        except (TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError) as error:
             raise ValueError(f"not a receipt: {error}") from error
+
+
+def _check_values(receipt: Receipt) -> None:
+    """Compare every value that readers count with, or show, with its type and range.
+
+    Raises:
+        ValueError, TypeError, AttributeError, OverflowError, OSError: a value is something else.
+    """
+    shard = receipt.shard
+    _check(all(map(_is_count, (shard.index, shard.start, shard.stop, receipt.attempt))), "shard", shard)
+    _check(re.fullmatch(r"\d{5,}", shard.name) is not None and shard.start <= shard.stop, "shard", shard)
+    _check(isinstance(receipt.fingerprint, str), "fingerprint", receipt.fingerprint)
+    counts = receipt.counts
+    _check(counts.keys() == {*STATUSES} and all(map(_is_count, counts.values())), "counts", counts)
+    _check(sum(counts.values()) == len(shard), f"counts of {len(shard)} rows", counts)
+    for kind, entry in receipt.files.items():
+        _check(_is_count(entry.size) and isinstance(entry.sha256, str), kind, entry)
+    devices = receipt.device.get("several", [receipt.device])
+    _check(isinstance(devices, list) and len(devices) > 0, "device", receipt.device)
+    for device in (receipt.device, *devices):
+        _check(isinstance(device, dict) and isinstance(device.get("type", ""), str), "device", device)
+    for name, mean in receipt.means.items():
+        _check(mean is None or _is_number(mean), f"mean of {name}", mean)
+    for name, bins in receipt.histograms.items():
+        _check(all(map(_is_count, bins.values())), f"histogram of {name}", bins)
+        _check(sum(bins.values()) <= len(shard) and all(math.isfinite(float(end)) for end in bins), name, bins)
+    _check(
+        _is_count(receipt.sampled) and receipt.sampled <= len(shard), f"sampled of {len(shard)} rows", receipt.sampled
+    )
+    at_once = receipt.sampled_at_once
+    _check(at_once is None or (_is_count(at_once) and at_once > 0), "sampled_at_once", at_once)
+    _check_timings(receipt.timings)
+
+
+def _check_timings(timings: Mapping[str, Any]) -> None:
+    _check(not timings or timings.keys() >= {"total", "worker", "ended"}, "timings", sorted(timings))
+    for name, value in timings.items():
+        if name == "worker":
+            _check(isinstance(value, str), name, value)
+        elif name in ("started", "ended"):
+            _check(datetime.fromisoformat(value).timestamp() >= 0, name, value)
+        else:
+            _check(_is_number(value) and 0 <= value <= _MOST_SECONDS, name, value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _check(holds: bool, what: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{what} is {_SHOWN.repr(value)}")
 
 
 def files_found(output_url: str) -> dict[str, dict[str, int]]:

@@ -1,7 +1,6 @@
 """The contact sheet of a run, drawn from its output and references alone."""
 
 import bisect
-import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vcf_batch.config import RunConfig
+from vcf_batch import images
+from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
@@ -139,7 +139,7 @@ def _cards(output: str, config: RunConfig, done: Iterable[Shard]) -> Iterator[_C
                 yield _Card(row.prompt, _reference(row, reader), None, ["see error_message in the parquet"])
                 continue
             record = sample["json"]
-            picture = Image.open(io.BytesIO(sample[config.image_format])).convert("RGB")
+            picture = images.decode(sample[config.image_format], MAX_PIXELS)
             reference = _reference(row, reader) if record["strength"] else None
             yield _Card(row.prompt, reference, picture, [setting_of(record), "  ".join(scores_of(record))])
             sample = next(samples, None)

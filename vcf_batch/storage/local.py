@@ -17,17 +17,26 @@ CREATOR_SECONDS = 1.0
 
 _TEMPORARY = ".tmp-"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+# O_PATH asks for no permission to list the folder. Only Linux has it; elsewhere a folder on the way must be readable.
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+"""How a folder is opened on the way to a file."""
 
 
-def open_read(path: str) -> BinaryIO:
+def open_read(path: str, under: str | None = None) -> BinaryIO:
     """Open a regular file.
+
+    Args:
+        path: the file.
+        under: a folder that holds the file at some depth. No link is followed below it, so what is opened lies in it,
+            whatever is renamed meanwhile. Both paths are absolute, and without ``..``.
 
     Raises:
         NotAFileError: ``path`` is not a regular file.
         OSError: the file cannot be opened.
     """
     # O_NONBLOCK: otherwise opening a pipe without a writer would wait forever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags) if under is None else _open_below(under, path, flags | os.O_NOFOLLOW)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise NotAFileError(errno.EISDIR, "not a regular file", path)
@@ -35,6 +44,22 @@ def open_read(path: str) -> BinaryIO:
     except OSError:
         os.close(descriptor)
         raise
+
+
+def _open_below(folder: str, path: str, flags: int) -> int:
+    """Open ``path`` from ``folder`` on, each folder by the descriptor of the one above it, and give its descriptor."""
+    if path == folder:
+        return os.open(path, flags)
+    *folders, name = os.path.relpath(path, folder).split(os.sep)
+    descriptor = os.open(folder, _FOLDER)
+    try:
+        for part in folders:
+            inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        return os.open(name, flags, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def files(folder: str) -> Iterator[tuple[str, int]]:

@@ -29,8 +29,14 @@ def open_read(url: str) -> BinaryIO:
     return cast(BinaryIO, ResilientFile(url, lambda: _open(url)))
 
 
-def read_bytes(url: str, limit: int | None = None) -> bytes:
-    """The file's bytes, or its first ``limit`` bytes. Ask for one byte more than you accept to notice a larger file.
+def read_bytes(url: str, limit: int | None = None, under: str | None = None) -> bytes:
+    """The file's bytes.
+
+    Args:
+        url: the file.
+        limit: number of bytes that are read, from the first one. Ask for one more than you accept, to notice a larger
+            file.
+        under: a local folder that ``url``, a local path, must lie in: see :func:`vcf_batch.storage.local.open_read`.
 
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
@@ -38,7 +44,7 @@ def read_bytes(url: str, limit: int | None = None) -> bytes:
     if limit is None and not is_local(url):
         fs, path = filesystem(url)
         return retried("read", url, lambda: bytes(fs.cat_file(path)))
-    with open_read(url) as file:
+    with ResilientFile(url, lambda: _open(url, under)) as file:
         return file.read(-1 if limit is None else limit)
 
 
@@ -162,9 +168,9 @@ def refusals_as_storage_errors() -> Iterator[None]:
         raise StorageError(str(error)) from error
 
 
-def _open(url: str) -> Any:
+def _open(url: str, under: str | None = None) -> Any:
     if is_local(url):
-        return local.open_read(as_local_path(url))
+        return local.open_read(as_local_path(url), under)
     fs, path = filesystem(url)
     return fs.open(path, "rb")
 

@@ -1,9 +1,11 @@
 """Scratch folders of workers on local disk; those of killed workers are removed, too."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,14 +38,39 @@ def folder() -> Iterator[str]:
 
 
 def clean() -> None:
-    """Delete the scratch folders of killed processes on this machine."""
-    owners: list[Path] = []
+    """Delete the scratch folders of this user's killed processes on this machine.
+
+    What another user has put there under such a name is left alone, and nothing in it is opened.
+    """
+    folders: list[Path] = []
     with contextlib.suppress(OSError):
-        owners += Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}")
-    for owner in owners:
-        with contextlib.suppress(OSError), owner.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the process is alive
-            shutil.rmtree(owner.parent)
+        folders += Path(tempfile.gettempdir()).glob(f"{_PREFIX}*")
+    for path in folders:
+        # O_NONBLOCK: otherwise opening a pipe without a writer would wait forever.
+        with (
+            contextlib.suppress(OSError),
+            _opened(path, os.O_DIRECTORY) as folder,
+            _opened(_OWNER, os.O_NONBLOCK, folder) as owner,
+        ):
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the process is alive
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, flags: int, folder: int | None = None) -> Iterator[int]:
+    """Open a folder or a regular file of this user, no link, and give its descriptor.
+
+    Raises:
+        OSError: it is something else, somebody else's, or gone.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid() or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise PermissionError(errno.EPERM, "not a file or folder of this user", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: str) -> None:
