@@ -13,7 +13,16 @@ from click.core import ParameterSource
 from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable, redact
+from vcf_batch.errors import (
+    DamageFound,
+    Interrupted,
+    TooManyFailedRows,
+    Unfinished,
+    UsageError,
+    VcfBatchError,
+    printable,
+    redact,
+)
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -138,11 +147,30 @@ def repair_command(output: str) -> str:
     return f"vcf-batch repair {shlex.quote(redact(output))}"
 
 
-def hand_on(output: str, target: str, as_json: bool = False) -> None:
-    """Copy an output to another storage, and tell what was copied."""
+def hand_on(output: str, target: str, as_json: bool = False, partial: bool = False) -> None:
+    """Copy an output to another storage, and tell what was copied and what was left out.
+
+    Raises:
+        DamageFound, Unfinished: shards are left out, and ``partial`` is not given.
+    """
     from vcf_batch.commands.push import push
     from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
 
-    copied, there = push(Output.open(output), target)
-    words = f"{redact(target)}: {copied:,} shards copied, {there:,} were there"
-    tell(words, {"target": redact(target), "copied": copied, "there": there}, as_json)
+    pushed = push(Output.open(output), target)
+    document = {
+        "target": redact(target),
+        "copied": pushed.copied,
+        "there": pushed.there,
+        "damaged": dict(pushed.damaged),
+        "unfinished": pushed.unfinished,
+    }
+    words = f"{redact(target)}: {pushed.copied:,} shards copied, {pushed.there:,} were there"
+    tell("\n".join([words, *pushed.left_out]), document, as_json)
+    left = f"{len(pushed.damaged) + pushed.unfinished:,} of {pushed.shards:,} shards are left out"
+    again = "then push again; or push with --partial"
+    if partial:
+        return
+    if pushed.damaged:
+        raise DamageFound(f"{left}, {len(pushed.damaged):,} damaged. To mend them: {repair_command(output)}; {again}")
+    if pushed.unfinished:
+        raise Unfinished(f"{left}, as they are not generated yet. Rerun the command of the run, {again}")
