@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from vcf_batch import config as settings
-from vcf_batch import storage
+from vcf_batch import ending, storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import (
     DamageFound,
@@ -38,15 +38,18 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Interrupted as stop:
-            click.echo("\nStopped. What is finished is kept: rerun the same command to go on.", err=True)
+            click.echo("\nInterrupted. What is finished is kept: rerun the same command to go on.", err=True)
             ctx.exit(stop.exit_code)
         except KeyboardInterrupt:
-            click.echo("\nStopped.", err=True)
-            ctx.exit(130)
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(ending.code())
         except VcfBatchError as error:
             self._show(ctx, error, f"Error: {error}")
             ctx.exit(error.exit_code)
         except Exception as error:
+            if ending.is_interrupted():  # Any exception after a signal is a consequence of the signal.
+                click.echo("\nInterrupted.", err=True)
+                ctx.exit(ending.code())
             message = " ".join(str(error).split()) or "no message"
             self._show(
                 ctx, error, f"Unexpected {type(error).__name__}: {message}\nRerun with --debug for the traceback."

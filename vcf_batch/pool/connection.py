@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import ray
 
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import Interrupted, UsageError
 
 
 @contextlib.contextmanager
@@ -23,6 +24,9 @@ def cluster(address: str | None) -> Iterator[None]:
         raise UsageError(
             f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}: {error}"
         ) from error
+    except SystemExit:
+        # While it starts, Ray has a handler of SIGTERM of its own, which raises this.
+        raise Interrupted(signal.SIGTERM) from None
     try:
         yield
     finally:
