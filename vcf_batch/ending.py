@@ -15,16 +15,24 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+_installed = False
 _received: int | None = None
 _code: int | None = None
 
 
 def install() -> None:
     """Install the handlers of this process. Call it once, in the main thread."""
+    global _installed
+    _installed = True
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _receive)
     # What is registered first runs last: after it, Python would give signals their default back.
     atexit.register(_leave)
+
+
+def is_installed() -> bool:
+    """Whether this is a process of the command line, whose handlers are those of this module."""
+    return _installed
 
 
 def code() -> int:

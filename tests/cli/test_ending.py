@@ -109,7 +109,7 @@ def test_a_run_ends_with_a_documented_code_whenever_it_is_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("delay", "number"), moments(5, 0.1))
+@pytest.mark.parametrize(("delay", "number"), moments(3, 0.2))
 def test_a_finished_run_stays_finished(folder: Path, tmp_path: Path, delay: float, number: signal.Signals) -> None:
     """After the last line, while Ray and Python shut down."""
     process = start(*generate(folder, tmp_path, "--limit", 2))

@@ -3,12 +3,22 @@
 import contextlib
 import logging
 import os
-import signal
 from collections.abc import Iterator
 
 import ray
 
-from vcf_batch.errors import Interrupted, UsageError
+from vcf_batch.errors import UsageError
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM while it starts: what its handler raises may be swallowed in a hook of a fork."""
+    take = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = take
 
 
 @contextlib.contextmanager
@@ -19,14 +29,12 @@ def cluster(address: str | None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        with _own_sigterm():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}: {error}"
         ) from error
-    except SystemExit:
-        # While it starts, Ray has a handler of SIGTERM of its own, which raises this.
-        raise Interrupted(signal.SIGTERM) from None
     try:
         yield
     finally:

@@ -19,12 +19,15 @@ class Signals:
     through. Leaving the block then ends the workers and frees the output. A second signal ends the process at once,
     with the signal's exit code. No finished shard is lost.
 
-    In an import, where modules swallow or print what is raised, KeyboardInterrupt waits until the import is over.
+    Code that Python calls by itself, such as an import or a hook of a fork, may swallow and print what is raised in it.
+    So in an import KeyboardInterrupt waits until that is over; :meth:`check` raises it once more; and a process of the
+    command line ends at once as long as it holds nothing.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._before: dict[int, Any] = {}
+        self._holds = not ending.is_installed()
 
     def __enter__(self) -> "Signals":
         self.install()
@@ -38,9 +41,20 @@ class Signals:
                 before = signal.signal(number, handler)
                 self._before.setdefault(number, before)
 
+    def hold(self) -> None:
+        """Note that the run is about to own the output, so that from here on it has to be ended in order."""
+        self._holds = True
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal has arrived. The run asks again and again."""
+        if self._received is not None:
+            raise KeyboardInterrupt
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
             ending.at_once(128 + number, "Stopped at once. Finished shards are kept: rerun the same command to go on.")
+        if not self._holds:
+            ending.at_once(128 + number, "Interrupted. Finished shards are kept: rerun the same command to go on.")
         self._received = number
         self._interrupt(number, frame)
 
