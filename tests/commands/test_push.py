@@ -141,7 +141,7 @@ def test_what_is_pushed_is_what_its_receipt_says(
 ) -> None:
     """A repair that replaces a file between the comparison and the upload changes nothing there; one that replaces the
     shard between its files has the receipt read again, and the shard copied again."""
-    monkeypatch.setattr(pushing, "TRY_SECONDS", 0.0)
+    monkeypatch.setattr(pushing, "COPY_PAUSE_SECONDS", 0.0)
     before = shutil.copytree(output.url, tmp_path / "before")
     after = shutil.copytree(output.url, tmp_path / "after")
     files = runs.Files(after, "00001")

@@ -308,7 +308,8 @@ def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
 
     \b
     Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
-    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted.
+    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted. With --push also those of
+    'push'.
     """
     config = run_config(ctx)
     run(config)

@@ -16,9 +16,9 @@ from vcf_batch.records import Shard
 from vcf_batch.report import card, page
 from vcf_batch.storage import scratch
 
-TRIES = 3
+COPY_TRIES = 3
 """Number of times that a shard is read until its files match its receipt, as a repair may replace it meanwhile."""
-TRY_SECONDS = 1.0
+COPY_PAUSE_SECONDS = 1.0
 """Seconds between two tries."""
 
 
@@ -127,9 +127,9 @@ def _copy_shard(output: Output, target: str, shard: Shard, sizes: Mapping[str, i
     """
     name = shard.name + receipts.RECEIPT_SUFFIX
     reason = ""
-    for number in range(TRIES):
+    for number in range(COPY_TRIES):
         if number:
-            time.sleep(TRY_SECONDS)
+            time.sleep(COPY_PAUSE_SECONDS)
         data = receipts.content(output.url, shard.name)
         if data is None:
             reason = ""

@@ -29,9 +29,6 @@ MAX_REPEATS = 100
 _SHARD_FILE = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 
 
-Kind = Literal["damage", "unfinished", "note"]
-
-
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A difference from what a run writes, or a note about something that could not be checked."""
@@ -41,7 +38,7 @@ class Finding:
     cause: str
     shard: Shard | None = None
     """The shard to generate again in order to repair the damage; None if that would not help."""
-    kind: Kind = "damage"
+    kind: Literal["damage", "unfinished", "note"] = "damage"
     """``unfinished`` for a shard that is not generated yet, ``note`` for what could not be checked."""
 
     @property
