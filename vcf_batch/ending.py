@@ -3,8 +3,8 @@
 ``__main__`` calls :func:`install` before anything heavy is imported, and :func:`finish` once the exit code is known.
 In between, the first signal raises KeyboardInterrupt, and the second one ends the process at once. In an import, where
 modules swallow or print what is raised, the first signal ends the process at once too: nothing is held there, because a
-run has handlers of its own (:mod:`vcf_batch.pool.signals`). After :func:`finish`, a signal only hurries the end: the
-code of a finished command does not change any more.
+run has handlers of its own (:mod:`vcf_batch.pool.signals`). After :func:`done`, the first signal is ignored: little is
+left to do. After :func:`finish`, a signal only hurries the end. So the code of a finished command does not change.
 """
 
 import atexit
@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 _installed = False
+_done = False
 _received: int | None = None
 _code: int | None = None
 
@@ -43,6 +44,12 @@ def code() -> int:
 def is_interrupted() -> bool:
     """Whether a signal has arrived."""
     return _received is not None
+
+
+def done() -> None:
+    """Note that a command has done its work, and only prints its result: the first signal no longer changes its end."""
+    global _done
+    _done = _installed
 
 
 def finish(exit_code: int) -> None:
@@ -74,6 +81,8 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if _received is not None:
         at_once(128 + number, "Interrupted again, and stopped at once.")
     _received = number
+    if _done:
+        return
     if in_import(frame):
         at_once(128 + number, "Interrupted.")
     raise KeyboardInterrupt

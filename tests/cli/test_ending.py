@@ -71,21 +71,28 @@ def test_a_signal_while_a_command_starts_ends_it_with_its_code(
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_after_the_end_does_not_change_the_code(number: signal.Signals) -> None:
-    """While Python shuts down: a finished command stays finished, and what it printed is printed."""
-    code = """
+@pytest.mark.parametrize("moment", ["printing", "closing"])
+def test_a_signal_after_the_end_does_not_change_the_code(moment: str, number: signal.Signals) -> None:
+    """While a command that is done prints its last words, and while Python shuts down: what it printed is printed."""
+    code = f"""
 import atexit, sys, time
 from vcf_batch import __main__, ending
+def tarry(moment):
+    if moment == "{moment}":
+        print(moment, file=sys.stderr, flush=True)
+        time.sleep(1 if moment == "printing" else 30)
 class Command:
     def main(self, **_):
-        atexit.register(lambda: (print("closing", file=sys.stderr, flush=True), time.sleep(30)))
-        print("done")
+        from vcf_batch.cli.command import tell
+        atexit.register(tarry, "closing")
+        tell("done", {{}}, False)
+        tarry("printing")
 sys.modules["fake"] = sys.modules["__main__"]
 command = Command()
 __main__.main("fake", "command")
 """
     process = start("-c", code)
-    assert process.stderr is not None and process.stderr.readline() == "closing\n"
+    assert process.stderr is not None and process.stderr.readline() == f"{moment}\n"
     process.send_signal(number)
     assert process.communicate(timeout=20) == ("done\n", "")
     assert process.returncode == 0

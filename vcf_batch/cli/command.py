@@ -76,7 +76,9 @@ json_option = click.option(
 
 
 def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
-    """Print a command's result on standard output: ``words`` for people, or ``document`` for a program."""
+    """Print the result of a command that is done on standard output: ``words`` for people, or ``document`` for a
+    program."""
+    ending.done()
     click.echo(json.dumps(document, indent=2) if as_json else printable(words))
 
 
@@ -125,12 +127,14 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     return RunConfig.from_mapping(values)
 
 
-def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict) -> None:
-    """Generate what is left, and what ``choose_redo`` names, and tell what became of it."""
+def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict, push: str | None = None) -> None:
+    """Generate what is left, and what ``choose_redo`` names, and tell what became of it. Then push it to ``push``."""
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
     from vcf_batch.setup.job import TRACE  # nor pyarrow
 
     summary = pool.run(config, choose_redo)
+    if push is None:
+        ending.done()
     click.echo(str(summary))
     click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
     if config.profile and summary.resumed_rows < summary.rows:
@@ -143,6 +147,8 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
             f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
             f"{config.max_failed:g} allows. Their reasons are in the column error_message of {config.output}/*.parquet."
         )
+    if push is not None:
+        hand_on(config.output, push)
 
 
 def repair_command(output: str) -> str:

@@ -53,6 +53,13 @@ def verify(
         from vcf_batch.commands import regenerate as regeneration  # brings what would warn
 
         findings += _found(regeneration.regenerate(opened, regenerate, regenerate_seed), as_json)
+    state = ""
+    if unfinished:
+        owner = lease.owner(opened.url)
+        if owner is not None and owner.alive:
+            state = f"process {owner.pid} on {owner.host} is at work since {owner.started}"
+        else:
+            state = "nobody is at work. Rerun the command of the run to go on"
     if as_json or not (_damaged(findings) or unfinished):
         document = {
             "output": redact(output),
@@ -70,11 +77,6 @@ def verify(
     if _damaged(findings):
         raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
     if unfinished:
-        owner = lease.owner(opened.url)
-        if owner is not None and owner.alive:
-            state = f"process {owner.pid} on {owner.host} is at work since {owner.started}"
-        else:
-            state = "nobody is at work. Rerun the command of the run to go on"
         raise Unfinished(
             f"{output} is unfinished: {unfinished:,} of {len(opened.plan):,} shards are not generated yet, the others "
             f"have no damage; {state}"
