@@ -14,7 +14,7 @@ from pathlib import Path
 # Python puts this file's folder on the path, not the folder that holds the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vcf_batch.cli.model import evaluate
+from vcf_batch.__main__ import main
 
 if __name__ == "__main__":
-    evaluate(prog_name="jobs/evaluate.py")
+    main("vcf_batch.cli.model", "evaluate", "jobs/evaluate.py")

@@ -19,7 +19,7 @@ LAYERS = (
     ("setup", "tiny"),
     ("output", "vcf", "metrics"),
     ("manifest", "models"),
-    ("storage",),
+    ("storage", "images"),
     ("",),
 )
 """From the top down; "" is the vocabulary, the modules directly in the package. Those in a line do not know each other.

@@ -8,7 +8,8 @@
     │   └── ModelError             2   the model cannot be resolved or loaded
     ├── TooManyFailedRows          3   the run is done, but more rows failed than --max-failed allows
     ├── RefusedError               4   the output belongs to another run
-    ├── DamageFound                5   verify found outputs that do not match their receipts
+    ├── DamageFound                5   verify, push or another reader found files that do not match their receipts
+    ├── Unfinished                 6   nothing is damaged, but shards are left: the run's own command goes on
     ├── StorageError               1   the storage failed: the attempt fails, never the row
     ├── OutOfDeviceMemory          1   a batch does not fit into the GPU's memory: the attempt fails
     └── RowError                   -   one row cannot be generated: goes into its error_message, never into an exit code
@@ -158,6 +159,12 @@ class DamageFound(VcfBatchError):
     """Outputs do not match their receipts."""
 
     exit_code = 5
+
+
+class Unfinished(VcfBatchError):
+    """Nothing is damaged, but shards of the run are not generated yet. The same command goes on."""
+
+    exit_code = 6
 
 
 class StorageError(VcfBatchError):

@@ -82,7 +82,7 @@ def test_a_manifest_is_a_document(tmp_path: Path) -> None:
 def test_what_verify_finds_is_a_document(output: Path) -> None:
     """With the exit code and the message of the same command without --json."""
     whole = document("verify", output)
-    assert whole == {"output": str(output), "rows": 10, "shards": 3, "damaged": False, "findings": []}
+    assert whole == {"output": str(output), "rows": 10, "shards": 3, "damaged": False, "unfinished": 0, "findings": []}
     (output / "00001.tar").unlink()
     damaged = document("verify", output, code=5)
     [finding] = damaged["findings"]
@@ -94,8 +94,13 @@ def test_what_verify_finds_is_a_document(output: Path) -> None:
 
 def test_what_is_handed_on_is_a_document(output: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
-    assert document("push", output, there) == {"target": str(there), "copied": 3, "there": 0}
-    assert document("push", output, there) == {"target": str(there), "copied": 0, "there": 3}
+    whole = {"target": str(there), "damaged": {}, "unfinished": 0}
+    assert document("push", output, there) == {**whole, "copied": 3, "there": 0}
+    assert document("push", output, there) == {**whole, "copied": 0, "there": 3}
+    (output / "00001.tar").unlink()
+    left_out = document("push", output, there, code=5)
+    assert left_out == {**whole, "copied": 0, "there": 2, "damaged": {"00001": "00001.tar is missing"}}
+    assert document("push", output, there, "--partial") == left_out
     assert document("card", output) == {"card": str(output / "README.md")}
 
 

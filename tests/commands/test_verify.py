@@ -14,8 +14,9 @@ from support import runs
 from vcf_batch import storage
 from vcf_batch.cli import main
 from vcf_batch.commands import verify
+from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import StorageError
-from vcf_batch.output import shards
+from vcf_batch.output import lease, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.shards import side_by_side
@@ -31,6 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     manifest = runs.write_manifest(folder / "in", ROWS, columns)
     job = runs.write_output(manifest, folder / "out", SHARD_SIZE, failed={5})
+    Ledger(job)  # counts what is finished, as the driver does at its end
     return Path(job.config.output)
 
 
@@ -327,3 +329,44 @@ def test_shards_are_read_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     next(results)
     assert len(begun) <= 2
     assert len(list(results)) == 99
+
+
+def test_what_is_not_generated_yet_is_unfinished_and_no_damage(output: Path) -> None:
+    """Exit code 6: of a run that has ended with the remedy, of one at work with its owner. Damage beside it is 5."""
+    for name in ("_progress.json", "00001_stats.json", "00002_stats.json", "00002.tar"):
+        (output / name).unlink()
+    code, lines = run(output)
+    assert (code, lines[:2]) == (
+        6,
+        ["00001: it has no receipt: it is not generated yet", "00002: it has no receipt: it is not generated yet"],
+    )
+    assert "2 of 3 shards are not generated yet, the others have no damage; nobody is at work. Rerun" in lines[2]
+    with lease.hold(str(output)):
+        code, lines = run(output)
+    assert (code, "is at work since 20" in lines[-1]) == (6, True)
+    (output / "00000.tar").unlink()
+    assert run(output)[0] == 5
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_not_accused(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair that ends meanwhile: receipt and files are read once more."""
+    replaced = shutil.copytree(output, tmp_path / "replaced")
+    files = runs.Files(replaced, "00001")
+    files.edit_everywhere(0, clip_score=0.5)
+    files.write()
+    means = {"clip_score": (0.5 + 6 / 16 + 7 / 16) / 3, "clip_reference": None, "lpips": None}
+    files.edit_receipt(means=json.loads(files.receipt.read_text())["means"] | means)
+    digest, done = storage.digest, list[str]()
+
+    def late(url: str) -> Any:
+        if url.endswith("00001.parquet") and not done:
+            done.append(url)
+            for path in replaced.glob("00001*"):
+                shutil.copy(path, output / path.name)
+        return digest(url)
+
+    monkeypatch.setattr(storage, "digest", late)
+    assert run(output) == (0, [f"{output}: 10 rows in 3 shards, no damage"])
+    assert done

@@ -236,3 +236,27 @@ def test_an_owner_that_is_gone_or_silent_is_not_alive(output: str, monkeypatch: 
     found = lease.owner(output)
     assert found
     assert (found.host, found.alive) == ("far", False)
+
+
+@pytest.mark.parametrize("failing", ["confirm", "remove"])
+def test_a_lease_whose_storage_fails_at_the_end_is_deleted_all_the_same(
+    output: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    """A run that ends well leaves no lease behind because one request failed; if one stays, the log says so."""
+    monkeypatch.setattr(lease, "RELEASE_PAUSES", (0.0, 0.0))
+    place, name = (Lease, "confirm") if failing == "confirm" else (storage, "remove")
+    real, failures = getattr(place, name), [StorageError("throttled")] * 2
+
+    def flaky(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(*arguments, **options)
+
+    with lease.hold(output):
+        monkeypatch.setattr(place, name, flaky)
+    assert not storage.exists(storage.join(output, lease.LEASE_NAME))
+    assert "could not be deleted" not in caplog.text
+    with lease.hold(output):
+        failures += [StorageError("throttled")] * 3
+    assert storage.exists(storage.join(output, lease.LEASE_NAME))
+    assert "could not be deleted: throttled. It expires after" in caplog.text

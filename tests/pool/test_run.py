@@ -33,6 +33,8 @@ from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
+from vcf_batch.pool import nodes
+from vcf_batch.setup.job import Job
 
 ROOT = Path(__file__).parents[2]
 ROWS, SHARD_SIZE, BATCH_SIZE = 40, 4, 2
@@ -237,6 +239,21 @@ def test_a_driver_that_lost_its_run_file_stops_and_commits_nothing_more(
         replacer.join()
     # One commit may have been under way.
     assert committed[0] <= len(receipts(output)) <= committed[0] + 1
+
+
+def test_a_driver_that_lost_the_output_before_its_nodes_are_checked_is_refused(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nodes do not see its lease any more. That is no wrong option: exit code 4, not 2."""
+    check = nodes.check
+
+    def late(job: Job) -> None:
+        (tmp_path / "out" / lease.LEASE_NAME).write_text('{"pid": 4711, "host": "far"}')
+        check(job)
+
+    monkeypatch.setattr(nodes, "check", late)
+    with pytest.raises(RefusedError, match=r"process 4711 on far.* took over"):
+        pool.run(configure(tmp_path / "out", num_workers=1))
 
 
 def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:

@@ -1,6 +1,7 @@
 """The dataset card: what it says is so, its snippets run, and nobody's own words are lost."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from support import runs
 from vcf_batch.cli import main
+from vcf_batch.errors import DamageFound
 from vcf_batch.output.output import Output
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.report import card
@@ -97,3 +99,14 @@ def test_a_card_is_replaced_only_as_long_as_nobody_changed_it(output: Path) -> N
     path.write_text("# My own\n")
     assert call() == 2
     assert path.read_text() == "# My own\n"
+
+
+def test_rows_of_damaged_shards_are_told_from_those_that_are_not_generated_yet(output: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(output, tmp_path / "copy")
+    (copy / "00001.tar").write_bytes(b"short")
+    (copy / "00002_stats.json").unlink()
+    text = card.render(Output.open(str(copy)))
+    assert "that were rejected. 4 more are in damaged shards. 2 more are not generated yet." in text
+    (copy / "00000.parquet").unlink()
+    with pytest.raises(DamageFound, match=r"no shard that is whole; of shard 00000, 00000\.parquet is missing"):
+        card.render(Output.open(str(copy)))

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from support import runs
 from vcf_batch import storage
 from vcf_batch.cli import main
+from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import lease, receipts
 from vcf_batch.report import status
@@ -112,3 +113,21 @@ def test_what_is_no_run_is_refused(job: Job, tmp_path: Path) -> None:
     (tmp_path / "out" / "run.json").unlink()
     with pytest.raises(DamageFound, match="missing"):
         status.read(job.config.output)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_shard_whose_file_has_another_size_is_damaged_and_not_finished(job: Job, counted: bool) -> None:
+    """Whether the driver has counted it or not."""
+    if counted:
+        Ledger(job)
+    tar = Path(job.config.output, "00001.tar")
+    size = tar.stat().st_size
+    with tar.open("r+b") as file:
+        file.truncate(1000)
+    Path(job.config.output, "00004.parquet").unlink()
+    found = status.read(job.config.output)
+    assert found.totals.done == {0}
+    reason = f"00001.tar has 1000 bytes, its receipt says {size}"
+    assert found.to_dict()["damaged"] == {"00001": reason, "00004": "00004.parquet is missing"}
+    assert "stopped, 2 of 10 rows (20%), 1 of 5 shards, 2 damaged" in str(found)
+    assert f"  damaged   00001: {reason}\n" in str(found)

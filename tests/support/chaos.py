@@ -50,8 +50,8 @@ PATIENCE_SECONDS = 600.0
 BEFORE_A_TICKET = faults.WORKER_PHASES[: faults.WORKER_PHASES.index("stage")]
 TAKING_A_TICKET = ("staged", *faults.DRIVER_PHASES)
 """Phases that come after a shard is handed in."""
-PASSING = (0, 1, 130, 143, -signal.SIGKILL, -signal.SIGTERM)
-"""Codes that a driver may end with while it is struck; with the last one before it listens for the signal."""
+PASSING = (0, 3, 130, 143, -signal.SIGKILL)
+"""Codes that a driver may end with while it is struck."""
 
 
 class Chaos:

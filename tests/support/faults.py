@@ -168,8 +168,7 @@ class FaultyActor(actor.Actor):
 
 def drive() -> None:
     """The command line, with workers and a driver that obey: ``python faults.py generate MANIFEST ...``."""
-    from vcf_batch import storage
-    from vcf_batch.cli import main
+    from vcf_batch import __main__, storage
     from vcf_batch.output import commits
 
     folder = orders(sys.argv[2])
@@ -186,7 +185,7 @@ def drive() -> None:
     # As many attempts as it takes: where all workers are struck all the time, no row is to blame.
     failing_shard.PAUSES = failing_shard.LOSS_PAUSES = (0.2,) * 1000
     ray_cluster.Actor = FaultyActor  # type: ignore[misc]
-    main()
+    __main__.main()
 
 
 if __name__ == "__main__":

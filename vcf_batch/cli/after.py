@@ -9,20 +9,24 @@ from vcf_batch.errors import redact
 @click.command(cls=Command)
 @click.argument("output")
 @click.argument("target")
+@click.option("--partial", is_flag=True, help="Exit with 0 although shards are left out.")
 @json_option
 @debug_option
-def push(output: str, target: str, as_json: bool) -> None:
+def push(output: str, target: str, partial: bool, as_json: bool) -> None:
     """Copy OUTPUT to TARGET, another storage.
 
     The finished shards, the card and the report are copied. TARGET is a folder or any URL that fsspec opens, such as
     s3://bucket/dataset, or hf://datasets/OWNER/NAME for a repository that exists. Shards that are there already are not
     copied again, so a copy that was interrupted goes on. A README.md that somebody else wrote is never replaced.
 
+    Shards that are damaged or not generated yet are left out and named, and the exit code says so unless --partial is
+    given.
+
     \b
     Exit codes: 0 copied; 1 unexpected; 2 no finished shard, or somebody else's README.md; 4 TARGET holds another run;
-    5 damage.
+    5 damaged shards are left out; 6 shards that are not generated yet are left out.
     """
-    hand_on(output, target, as_json)
+    hand_on(output, target, as_json, partial)
 
 
 @click.command(cls=Command)

@@ -11,9 +11,18 @@ import click
 from click.core import ParameterSource
 
 from vcf_batch import config as settings
-from vcf_batch import storage
+from vcf_batch import ending, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import Interrupted, TooManyFailedRows, UsageError, VcfBatchError, printable, redact
+from vcf_batch.errors import (
+    DamageFound,
+    Interrupted,
+    TooManyFailedRows,
+    Unfinished,
+    UsageError,
+    VcfBatchError,
+    printable,
+    redact,
+)
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -29,15 +38,18 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Interrupted as stop:
-            click.echo("\nStopped. What is finished is kept: rerun the same command to go on.", err=True)
+            click.echo("\nInterrupted. What is finished is kept: rerun the same command to go on.", err=True)
             ctx.exit(stop.exit_code)
         except KeyboardInterrupt:
-            click.echo("\nStopped.", err=True)
-            ctx.exit(130)
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(ending.code())
         except VcfBatchError as error:
             self._show(ctx, error, f"Error: {error}")
             ctx.exit(error.exit_code)
         except Exception as error:
+            if ending.is_interrupted():  # Any exception after a signal is a consequence of the signal.
+                click.echo("\nInterrupted.", err=True)
+                ctx.exit(ending.code())
             message = " ".join(str(error).split()) or "no message"
             self._show(
                 ctx, error, f"Unexpected {type(error).__name__}: {message}\nRerun with --debug for the traceback."
@@ -64,7 +76,9 @@ json_option = click.option(
 
 
 def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
-    """Print a command's result on standard output: ``words`` for people, or ``document`` for a program."""
+    """Print the result of a command that is done on standard output: ``words`` for people, or ``document`` for a
+    program."""
+    ending.done()
     click.echo(json.dumps(document, indent=2) if as_json else printable(words))
 
 
@@ -113,12 +127,14 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     return RunConfig.from_mapping(values)
 
 
-def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict) -> None:
-    """Generate what is left, and what ``choose_redo`` names, and tell what became of it."""
+def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict, push: str | None = None) -> None:
+    """Generate what is left, and what ``choose_redo`` names, and tell what became of it. Then push it to ``push``."""
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
     from vcf_batch.setup.job import TRACE  # nor pyarrow
 
     summary = pool.run(config, choose_redo)
+    if push is None:
+        ending.done()
     click.echo(str(summary))
     click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
     if config.profile and summary.resumed_rows < summary.rows:
@@ -131,6 +147,8 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
             f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
             f"{config.max_failed:g} allows. Their reasons are in the column error_message of {config.output}/*.parquet."
         )
+    if push is not None:
+        hand_on(config.output, push)
 
 
 def repair_command(output: str) -> str:
@@ -138,11 +156,30 @@ def repair_command(output: str) -> str:
     return f"vcf-batch repair {shlex.quote(redact(output))}"
 
 
-def hand_on(output: str, target: str, as_json: bool = False) -> None:
-    """Copy an output to another storage, and tell what was copied."""
+def hand_on(output: str, target: str, as_json: bool = False, partial: bool = False) -> None:
+    """Copy an output to another storage, and tell what was copied and what was left out.
+
+    Raises:
+        DamageFound, Unfinished: shards are left out, and ``partial`` is not given.
+    """
     from vcf_batch.commands.push import push
     from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
 
-    copied, there = push(Output.open(output), target)
-    words = f"{redact(target)}: {copied:,} shards copied, {there:,} were there"
-    tell(words, {"target": redact(target), "copied": copied, "there": there}, as_json)
+    pushed = push(Output.open(output), target)
+    document = {
+        "target": redact(target),
+        "copied": pushed.copied,
+        "there": pushed.there,
+        "damaged": dict(pushed.damaged),
+        "unfinished": pushed.unfinished,
+    }
+    words = f"{redact(target)}: {pushed.copied:,} shards copied, {pushed.there:,} were there"
+    tell("\n".join([words, *pushed.left_out]), document, as_json)
+    left = f"{len(pushed.damaged) + pushed.unfinished:,} of {pushed.shards:,} shards are left out"
+    again = "then push again; or push with --partial"
+    if partial:
+        return
+    if pushed.damaged:
+        raise DamageFound(f"{left}, {len(pushed.damaged):,} damaged. To mend them: {repair_command(output)}; {again}")
+    if pushed.unfinished:
+        raise Unfinished(f"{left}, as they are not generated yet. Rerun the command of the run, {again}")

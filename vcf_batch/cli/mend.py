@@ -7,7 +7,7 @@ import click
 
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
 from vcf_batch.cli.run import generate
-from vcf_batch.errors import DamageFound, redact
+from vcf_batch.errors import DamageFound, Unfinished, redact
 
 if TYPE_CHECKING:
     from vcf_batch.commands.verify import Finding
@@ -32,38 +32,55 @@ def verify(
 ) -> None:
     """Read all of OUTPUT again, and tell what is damaged, and why.
 
-    Each damaged or missing shard is named. Receipts are compared with the files, tars with parquets, parquets with the
-    manifest; every image is decoded.
+    Each shard that is damaged or not generated yet is named. Receipts are compared with the files, tars with parquets,
+    parquets with the manifest; every image is decoded.
 
     \b
-    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not that of the run; 5 damage.
+    Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not that of the run; 5 damage; 6 no damage,
+    but shards are not generated yet, whether a run is at work or not.
     """
     from vcf_batch.commands import verify
+    from vcf_batch.output import lease
     from vcf_batch.output.output import Output
 
     opened = Output.open(output, given(ctx))
     findings = _found(verify.check(opened), as_json)
-    if regenerate is not None and not _damaged(findings):
+    unfinished = sum(finding.kind == "unfinished" for finding in findings)
+    if regenerate is not None and not _damaged(findings) and not unfinished:
         from vcf_batch.vcf.quiet import quiet  # nor torch to read files
 
         quiet()
         from vcf_batch.commands import regenerate as regeneration  # brings what would warn
 
         findings += _found(regeneration.regenerate(opened, regenerate, regenerate_seed), as_json)
-    if as_json or not _damaged(findings):
+    state = ""
+    if unfinished:
+        owner = lease.owner(opened.url)
+        if owner is not None and owner.alive:
+            state = f"process {owner.pid} on {owner.host} is at work since {owner.started}"
+        else:
+            state = "nobody is at work. Rerun the command of the run to go on"
+    if as_json or not (_damaged(findings) or unfinished):
         document = {
             "output": redact(output),
             "rows": opened.plan.num_rows,
             "shards": len(opened.plan),
             "damaged": _damaged(findings),
+            "unfinished": unfinished,
             "findings": [
-                {"place": one.place, "cause": redact(one.cause), "is_damage": one.is_damage} for one in findings
+                {"place": one.place, "cause": redact(one.cause), "kind": one.kind, "is_damage": one.is_damage}
+                for one in findings
             ],
         }
         words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage"
         tell(words, document, as_json)
     if _damaged(findings):
         raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
+    if unfinished:
+        raise Unfinished(
+            f"{output} is unfinished: {unfinished:,} of {len(opened.plan):,} shards are not generated yet, the others "
+            f"have no damage; {state}"
+        )
 
 
 def _found(findings: Iterable["Finding"], as_json: bool) -> list["Finding"]:

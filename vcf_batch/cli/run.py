@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from vcf_batch import config as settings
-from vcf_batch.cli.command import Command, debug_option, hand_on, run, run_config
+from vcf_batch.cli.command import Command, debug_option, run, run_config
 
 
 class _CountOrAuto(click.ParamType):
@@ -308,9 +308,7 @@ def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
 
     \b
     Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
-    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted.
+    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted. With --push also those of
+    'push'.
     """
-    config = run_config(ctx)
-    run(config)
-    if push is not None:
-        hand_on(config.output, push)
+    run(run_config(ctx), push=push)

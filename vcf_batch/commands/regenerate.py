@@ -58,7 +58,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
             exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.describe()
             for key, there, here in _pairs(output, worker, scratch, shard, places, exact):
                 if isinstance(here, str):
-                    yield Finding(shard.name, f"{key} cannot be drawn again: {here}", is_damage=False)
+                    yield Finding(shard.name, f"{key} cannot be drawn again: {here}", kind="note")
                     continue
                 compared += 1
                 same += there == here
@@ -68,7 +68,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
                     where = "the type of device that made it" if exact else "another type of device"
                     yield Finding(shard.name, f"{cause}, on {where}; the image or a reference was changed", shard)
     told = f"{compared} drawn again, {same} with the same bytes; the largest mean difference is {largest:.3g} of 255"
-    yield Finding("samples", told, is_damage=False)
+    yield Finding("samples", told, kind="note")
 
 
 def _load(output: Output, scratch: str) -> Worker:

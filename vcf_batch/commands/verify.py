@@ -6,17 +6,19 @@ the same time, and each is streamed. Memory does not depend on their size; only 
 number.
 """
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
 from vcf_batch import storage
 from vcf_batch.commands.verify_shard import check_shard
-from vcf_batch.errors import DamageFound
+from vcf_batch.errors import DamageFound, Unfinished
 from vcf_batch.manifest.repeats import RepeatFinder
-from vcf_batch.output import commits
+from vcf_batch.output import commits, progress_file, receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import file_name, side_by_side
 from vcf_batch.records import Shard
@@ -36,10 +38,15 @@ class Finding:
     cause: str
     shard: Shard | None = None
     """The shard to generate again in order to repair the damage; None if that would not help."""
-    is_damage: bool = True
+    kind: Literal["damage", "unfinished", "note"] = "damage"
+    """``unfinished`` for a shard that is not generated yet, ``note`` for what could not be checked."""
+
+    @property
+    def is_damage(self) -> bool:
+        return self.kind == "damage"
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.cause}" if self.is_damage else f"note: {self.place}: {self.cause}"
+        return f"{self.place}: {self.cause}" if self.kind != "note" else f"note: {self.place}: {self.cause}"
 
 
 def check(output: Output) -> Iterator[Finding]:
@@ -49,19 +56,23 @@ def check(output: Output) -> Iterator[Finding]:
         StorageError: the storage failed.
     """
     if output.manifest is None:
-        yield Finding("manifest", f"{output.manifest_error}; rows are not compared with it", is_damage=False)
+        yield Finding("manifest", f"{output.manifest_error}; rows are not compared with it", kind="note")
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output.url)
+    second_look = _SecondLook(output)
 
-    def keys_or_damage(shard: Shard) -> pa.Array | DamageFound:
+    def keys_or_fault(shard: Shard) -> pa.Array | DamageFound | Unfinished:
         try:
             return check_shard(output, shard, sizes)
-        except DamageFound as damage:
-            return damage
+        except (DamageFound, Unfinished):
+            # A driver may have replaced the shard between the listing, the receipt and the files.
+            return second_look(shard)
 
     with RepeatFinder(output.plan.num_rows) as finder:
-        for shard, result in side_by_side(keys_or_damage, output.plan):
-            if isinstance(result, DamageFound):
+        for shard, result in side_by_side(keys_or_fault, output.plan):
+            if isinstance(result, Unfinished):
+                yield Finding(shard.name, str(result), shard, "unfinished")
+            elif isinstance(result, DamageFound):
                 yield Finding(shard.name, str(result), shard)
             else:
                 finder.add(result, shard.start)
@@ -76,6 +87,45 @@ def check(output: Output) -> Iterator[Finding]:
     yield from _strangers(output, sizes)
 
 
+class _SecondLook:
+    """The second look at a shard in which something is wrong, before it is reported.
+
+    A shard without a receipt is unfinished. It is damaged if the run's last driver counted it as finished: a driver
+    that replaces shards does not count them before.
+
+    Args:
+        output: the output that the shard belongs to.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def __call__(self, shard: Shard) -> pa.Array | DamageFound | Unfinished:
+        """The keys of the shard's rows, or what is wrong with it still."""
+        name = shard.name + receipts.RECEIPT_SUFFIX
+        # One listing for all: there may be many shards that are not generated yet.
+        if name in self._later_sizes or shard.index in self._counted:
+            sizes = receipts.sizes_now(self._output.url, shard.name)
+            if name not in sizes and shard.index in self._counted:
+                return DamageFound("it has no receipt, although its run counted it as finished")
+            try:
+                return check_shard(self._output, shard, sizes)
+            except (DamageFound, Unfinished) as fault:
+                return fault
+        return Unfinished("it has no receipt: it is not generated yet")
+
+    @functools.cached_property
+    def _later_sizes(self) -> Mapping[str, int]:
+        with storage.refusals_as_storage_errors():
+            return storage.list_files(self._output.url)
+
+    @functools.cached_property
+    def _counted(self) -> Set[int]:
+        """Indices of the shards that the last driver counted as finished, read after the listing."""
+        told = progress_file.read(self._output.url)
+        return told.totals.done if told and told.fingerprint in self._output.fingerprints else set()
+
+
 def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     """Findings about files that do not belong to the shards of the plan."""
     names = {match[1] for match in map(_SHARD_FILE.fullmatch, sizes) if match}
@@ -83,4 +133,4 @@ def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
         yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")
     if left := len(storage.list_tree(storage.join(output.url, commits.STAGING))):
         cause = f"{left} files of a run that is at work or was killed; the next start removes them"
-        yield Finding(commits.STAGING, cause, is_damage=False)
+        yield Finding(commits.STAGING, cause, kind="note")

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
-from vcf_batch.errors import DamageFound, RowError
+from vcf_batch.errors import DamageFound, RowError, Unfinished
 from vcf_batch.output import receipts, sample_records, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
@@ -37,6 +37,7 @@ def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Ar
         The keys of the shard's rows, binary, in order.
 
     Raises:
+        Unfinished: the shard has no receipt.
         DamageFound: something is wrong; the first fault is named.
         StorageError: the storage failed.
     """
@@ -84,7 +85,7 @@ def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
     """Read the shard's receipt, and check that it is of this shard and run, and that its files have its sizes."""
     name = shard.name + receipts.RECEIPT_SUFFIX
     if not sizes.get(name):
-        raise DamageFound("it has no receipt: it was never finished, or its receipt is gone")
+        raise Unfinished("it has no receipt: it is not generated yet")
     try:
         with storage.refusals_as_storage_errors():
             receipt = Receipt.from_json(storage.read_bytes(storage.join(output.url, name)))
@@ -93,15 +94,9 @@ def _receipt(output: Output, shard: Shard, sizes: Mapping[str, int]) -> Receipt:
     if receipt.shard != shard:
         raise DamageFound(f"{name} is that of {_rows(receipt.shard)}; here belong {_rows(shard)}")
     if receipt.fingerprint not in output.fingerprints:
-        raise DamageFound(f"{name} has the fingerprint {receipt.fingerprint} of another run")
-    if receipt.files.keys() != receipts.FILE_SUFFIXES.keys():
-        raise DamageFound(f"{name} describes {sorted(receipt.files)}; a shard has {sorted(receipts.FILE_SUFFIXES)}")
-    for kind, entry in receipt.files.items():
-        file = shards.file_name(shard, kind)
-        if file not in sizes:
-            raise DamageFound(f"{file} is missing")
-        if sizes[file] != entry.size:
-            raise DamageFound(f"{file} has {sizes[file]} bytes, its receipt says {entry.size}")
+        raise DamageFound(receipts.of_another_run(receipt).reason)
+    if reason := receipts.misfit(receipt, sizes):
+        raise DamageFound(reason)
     return receipt
 
 

@@ -41,6 +41,8 @@ WAIT_SECONDS = 30.0
 WATCH_SECONDS = 2 * HEARTBEAT_SECONDS
 """Seconds that a read-only command (plan, status) watches an owner when file dates do not show whether it is alive."""
 LOOK_SECONDS = 0.5
+RELEASE_PAUSES = (1.0, 4.0)
+"""Seconds before each further try to delete a lease whose storage fails."""
 MAX_LEASE_BYTES = 1 << 16
 
 _log = logging.getLogger(__name__)
@@ -128,11 +130,29 @@ class Lease:
                 continue
 
     def release(self, keeper: threading.Thread) -> None:
-        """Delete the lease, so that the next driver can begin at once. If the storage fails, the lease expires."""
+        """Delete the lease, so that the next driver can begin at once.
+
+        If the storage fails, this is tried again after each of :data:`RELEASE_PAUSES`. Then the lease stays and
+        expires, and the log says so.
+        """
         self._ended.set()
-        with contextlib.suppress(RefusedError, StorageError):
-            self.confirm()
-            storage.remove(_url(self._output), missing_ok=True)
+        for pause in (*RELEASE_PAUSES, None):
+            try:
+                self.confirm()
+                storage.remove(_url(self._output), missing_ok=True)
+            except RefusedError:
+                pass  # It is the next owner's.
+            except StorageError as error:
+                if pause is not None:
+                    time.sleep(pause)
+                    continue
+                _log.warning(
+                    "%s could not be deleted: %s. It expires after %g seconds.",
+                    redact(_url(self._output)),
+                    error,
+                    EXPIRY_SECONDS,
+                )
+            break
         keeper.join(HEARTBEAT_SECONDS)
         with contextlib.suppress(StorageError):
             # This may delete the next owner's heartbeat, which does no harm: it is soon written again.

@@ -1,6 +1,6 @@
 """An output, opened: the record of its run, the settings to read it with, and its manifest."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
@@ -9,7 +9,8 @@ from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.output import run_file
+from vcf_batch.output import receipts, run_file
+from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.run_file import AnotherVersion, RunRecord
 from vcf_batch.sharding import ShardPlan
 
@@ -32,6 +33,24 @@ class Output:
     def fingerprints(self) -> frozenset[str]:
         """Fingerprints that the receipts of the output may have."""
         return self.record.fingerprints
+
+    def examine(self) -> Iterator[Receipt | Damaged]:
+        """Yield the receipts of the run's shards, in order, and in their place the shards that are damaged.
+
+        Shards of which nothing is yielded are not generated yet.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        with storage.refusals_as_storage_errors():
+            sizes = storage.list_files(self.url)
+        for found in receipts.examine(self.url, sizes):
+            name = found.name if isinstance(found, Damaged) else found.shard.name
+            if int(name) >= len(self.plan):
+                continue  # a shard of no run that this is; verify reports it
+            if isinstance(found, Receipt) and found.fingerprint not in self.fingerprints:
+                found = receipts.of_another_run(found)
+            yield found
 
     def need_manifest(self) -> Manifest:
         """The manifest of the run.

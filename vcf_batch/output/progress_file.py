@@ -6,11 +6,12 @@ counts a shard that is being replaced, and then from time to time. Readers add t
 
 import json
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vcf_batch import storage
 from vcf_batch.output import receipts
+from vcf_batch.output.receipts import Damaged
 from vcf_batch.output.sums import RunSums
 
 PROGRESS_NAME = "_progress.json"
@@ -25,6 +26,8 @@ class Told:
     totals: RunSums
     set_aside: Mapping[str, str] = field(default_factory=dict)
     """Names of the first shards that failed for good, each with the reason."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Names of the shards that have a receipt and do not exist, each with the reason. Never written to the file."""
 
     @property
     def counted(self) -> tuple[Any, ...]:
@@ -32,7 +35,8 @@ class Told:
         return self.fingerprint, self.totals.done, self.set_aside
 
     def to_json(self) -> bytes:
-        return json.dumps(vars(self) | {"totals": self.totals.to_dict()}).encode()
+        told = {"fingerprint": self.fingerprint, "totals": self.totals.to_dict(), "set_aside": self.set_aside}
+        return json.dumps(told).encode()
 
 
 def publish(output: str, told: Told) -> None:
@@ -66,6 +70,9 @@ def read(output: str) -> Told | None:
 def look(output: str, fingerprints: Set[str]) -> Told:
     """Count a run: its driver's counts, and the receipts that are newer.
 
+    The driver's counts are used only if the files of its shards have as many bytes in all as it counted. Else every
+    receipt is read, and compared with the sizes of its files.
+
     Args:
         output: folder or URL of the run's output.
         fingerprints: the fingerprints that its receipts may have.
@@ -76,9 +83,19 @@ def look(output: str, fingerprints: Set[str]) -> Told:
     told = read(output)  # Read before listing, so that the listing has at least the shards counted here.
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output)
-    if told is None or told.fingerprint not in fingerprints or not told.totals.done <= receipts.complete(sizes):
+    if told is None or told.fingerprint not in fingerprints or not _is_there(told.totals, receipts.complete(sizes)):
         told = Told("", RunSums())
-    for receipt in receipts.read_listed(output, sizes, told.totals.done):
-        if receipt.fingerprint in fingerprints:
-            told.totals.add(receipt)
-    return told
+    damaged: dict[str, str] = {}
+    for found in receipts.examine(output, sizes, told.totals.done):
+        if isinstance(found, Damaged):
+            damaged[found.name] = found.reason
+        elif found.fingerprint in fingerprints:
+            told.totals.add(found)
+        else:
+            damaged[found.shard.name] = receipts.of_another_run(found).reason
+    return replace(told, damaged=damaged)
+
+
+def _is_there(totals: RunSums, complete: Mapping[int, int]) -> bool:
+    """Whether the shards that are counted have all of their files, with as many bytes as were counted."""
+    return totals.done <= complete.keys() and sum(complete[index] for index in totals.done) == totals.bytes

@@ -1,9 +1,11 @@
 """The receipts of an output. Each describes one shard; one listing finds them all, and they say which shards exist.
 
-A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size. A file
-that has a receipt's name and is not a receipt counts as absent.
+A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size. The
+first is unfinished: the run has not generated it yet. The second is damaged. A file that has a receipt's name and is
+not a receipt counts as absent.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,7 +17,7 @@ from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from vcf_batch import storage
 from vcf_batch.records import STATUSES, FileEntry, Shard, Status
@@ -160,6 +162,14 @@ def _check(holds: bool, what: str, value: object) -> None:
         raise ValueError(f"{what} is {_SHOWN.repr(value)}")
 
 
+class Damaged(NamedTuple):
+    """A shard that does not exist although it has a receipt."""
+
+    name: str
+    reason: str
+    """What is wrong with its receipt, or which of its files is missing or has another size."""
+
+
 def files_found(output_url: str) -> dict[str, dict[str, int]]:
     """The files of all shards in the output, finished or not: shard name to suffix to size.
 
@@ -202,10 +212,15 @@ def read(output_url: str) -> Iterator[Receipt]:
     yield from read_listed(output_url, sizes)
 
 
-def complete(sizes: Mapping[str, int]) -> set[int]:
-    """Indices of the shards whose files are all in a listing of name to size, none of them empty."""
-    found: Counter[str] = Counter(match[1] for match in map(_FILE_NAME.fullmatch, sizes) if match and sizes[match[0]])
-    return {int(name) for name, files in found.items() if files == len(FILE_SUFFIXES) + 1}
+def complete(sizes: Mapping[str, int]) -> dict[int, int]:
+    """Shards whose files are all in a listing of name to size, none empty: index to the bytes of tar and parquet."""
+    matches = [match for match in map(_FILE_NAME.fullmatch, sizes) if match and sizes[match[0]]]
+    files = Counter(match[1] for match in matches)
+    found: Counter[int] = Counter()
+    for match in matches:
+        if files[match[1]] == len(FILE_SUFFIXES) + 1:
+            found[int(match[1])] += 0 if match[2] == RECEIPT_SUFFIX else sizes[match[0]]
+    return found
 
 
 def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt]:
@@ -214,25 +229,35 @@ def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = fro
     Raises:
         StorageError: the output cannot be read.
     """
+    return (found for found in examine(output_url, sizes, known) if isinstance(found, Receipt))
+
+
+def examine(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt | Damaged]:
+    """Yield the receipts of a listing, in order of shard index, and each shard whose receipt does not fit its files.
+
+    A driver may replace the shard between the listing and the reading of its receipt. So what does not fit is looked at
+    once more, receipt and files, before it counts as damaged.
+
+    Args:
+        output_url: the output.
+        sizes: bytes of the output's files, by name.
+        known: indices of shards that are left out.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
     found = filter(None, map(_FILE_NAME.fullmatch, sizes))
     stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
 
-    def content(stem: str) -> bytes:
-        try:
-            with storage.refusals_as_storage_errors():
-                return storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX))
-        except FileNotFoundError:
-            return b""  # The file was deleted since the listing. Empty bytes are not a receipt.
-
-    def receipt_in(data: bytes, stem: str) -> Receipt | None:
-        try:
-            receipt = Receipt.from_json(data)
-        except ValueError:
-            return None
-        found = {kind: sizes.get(stem + suffix) for kind, suffix in FILE_SUFFIXES.items()}
-        said = {kind: entry.size for kind, entry in receipt.files.items()}
-        own = receipt.shard.name == stem and receipt.shard.index == int(stem)
-        return receipt if own and found == said else None
+    def look(stem: str, data: bytes | None) -> Receipt | Damaged | None:
+        receipt = None if data is None else _receipt_in(data, stem)
+        if isinstance(receipt, Receipt) and misfit(receipt, sizes) is None:
+            return receipt
+        again = content(output_url, stem)
+        receipt = None if again is None else _receipt_in(again, stem)
+        if isinstance(receipt, Receipt) and (reason := misfit(receipt, sizes_now(output_url, stem))):
+            return Damaged(stem, reason)
+        return receipt
 
     # Threads only wait for the storage. Parsing in threads would gain nothing, because only one runs Python at a time.
     with ThreadPoolExecutor(_READERS) as threads:
@@ -241,5 +266,64 @@ def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = fro
             # Each thread gets one piece: handing over a single receipt takes longer than reading it from a disk.
             step = math.ceil(len(batch) / _READERS)
             pieces = [batch[first : first + step] for first in range(0, len(batch), step)]
-            contents = itertools.chain.from_iterable(threads.map(lambda piece: [*map(content, piece)], pieces))
-            yield from filter(None, map(receipt_in, contents, batch))
+            contents = itertools.chain.from_iterable(
+                threads.map(lambda piece: [content(output_url, stem) for stem in piece], pieces)
+            )
+            yield from filter(None, map(look, batch, contents))
+
+
+def content(output_url: str, stem: str) -> bytes | None:
+    """The bytes of a shard's receipt; None if it has none.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+    try:
+        with storage.refusals_as_storage_errors():
+            return storage.read_bytes(storage.join(output_url, stem + RECEIPT_SUFFIX))
+    except FileNotFoundError:
+        return None
+
+
+def sizes_now(output_url: str, stem: str) -> dict[str, int]:
+    """Bytes of a shard's files as they are now, receipt included, by name; without those that are missing.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+    sizes = {}
+    for suffix in (RECEIPT_SUFFIX, *FILE_SUFFIXES.values()):
+        name = stem + suffix
+        with contextlib.suppress(FileNotFoundError, storage.NotAFileError), storage.refusals_as_storage_errors():
+            sizes[name] = storage.size(storage.join(output_url, name))
+    return sizes
+
+
+def misfit(receipt: Receipt, sizes: Mapping[str, int]) -> str | None:
+    """The first way in which a receipt does not fit the sizes of its shard's files; None if it fits."""
+    if receipt.files.keys() != FILE_SUFFIXES.keys():
+        name = receipt.shard.name + RECEIPT_SUFFIX
+        return f"{name} describes {sorted(receipt.files)}; a shard has {sorted(FILE_SUFFIXES)}"
+    for kind, entry in receipt.files.items():
+        file = receipt.shard.name + FILE_SUFFIXES[kind]
+        if file not in sizes:
+            return f"{file} is missing"
+        if sizes[file] != entry.size:
+            return f"{file} has {sizes[file]} bytes, its receipt says {entry.size}"
+    return None
+
+
+def of_another_run(receipt: Receipt) -> Damaged:
+    """The shard of a receipt whose fingerprint is none of its output's."""
+    name = receipt.shard.name
+    return Damaged(name, f"{name}{RECEIPT_SUFFIX} has the fingerprint {receipt.fingerprint} of another run")
+
+
+def _receipt_in(data: bytes, stem: str) -> Receipt | Damaged:
+    try:
+        receipt = Receipt.from_json(data)
+    except ValueError as error:
+        return Damaged(stem, f"{stem}{RECEIPT_SUFFIX} is damaged: {error}")
+    if receipt.shard.name != stem or receipt.shard.index != int(stem):
+        return Damaged(stem, f"{stem}{RECEIPT_SUFFIX} is that of shard {receipt.shard.name}")
+    return receipt

@@ -19,6 +19,17 @@ _TIMED_OUT = "timed out during startup"
 
 
 @contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM while it starts: what its handler raises may be swallowed in a hook of a fork."""
+    take = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = take
+
+
+@contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one.
 
@@ -32,7 +43,8 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for number in range(1, STARTS + 1):
         try:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            with _own_sigterm():
+                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             break
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UsageError(

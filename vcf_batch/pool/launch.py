@@ -11,6 +11,7 @@ from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.ledger import Ledger, Summary
 from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.progress import Progress
+from vcf_batch.errors import UsageError
 from vcf_batch.output import commits, lease, run_file
 from vcf_batch.pool import log, nodes
 from vcf_batch.pool.batch_size import with_batch_size
@@ -55,6 +56,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
             signals.install()  # again, because ray.init takes SIGTERM for itself
             config = with_batch_size(nodes.with_gpus(config), manifest, models)
             job = defaults.settle(config, manifest, models)
+            signals.hold()
             with lease.hold(job.config.output) as held:
                 job = dataclasses.replace(job, token=held.token, extends=claim.claim(job, confirm=held.confirm))
                 held.confirm()
@@ -68,8 +70,13 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
                         job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
                     bar = None if config.log_format == "json" else sys.stderr
                     with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
-                        nodes.check(job)
-                        loop_on(RayCluster(job), job, held, ledger, progress).run()
+                        try:
+                            nodes.check(job)
+                            loop_on(RayCluster(job, signals.check), job, held, ledger, progress).run()
+                        except UsageError:
+                            # Nodes do not see the lease of a driver that has lost it either, which is no wrong use.
+                            held.confirm()
+                            raise
                     held.confirm()
                     run_file.check_stays(job.config.output, job.fingerprint)
                     commits.clean(job.config.output)

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import uuid
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -22,9 +22,11 @@ class RayCluster:
 
     Args:
         job: the run that actors work on.
+        check: called before each wait; raises to end the run.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self._config, self._redo = job.config, job.redo
         # The redo masks grow with the manifest, so each task carries its own.
         self._job_ref = ray.put(dataclasses.replace(job, redo={}))
@@ -42,6 +44,7 @@ class RayCluster:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
+        self._check()
         time.sleep(seconds)
 
     def new_id(self) -> str:
@@ -58,6 +61,7 @@ class RayCluster:
         return method.remote(request.task, request.attempt_id, self._redo.get(request.task.shard.index))
 
     def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:
+        self._check()
         refs: list[Any] = [*requests]
         # All answers are taken at once: Ray looks at every worker for each question.
         if seconds and not ray.wait(refs, num_returns=1, timeout=seconds)[0]:

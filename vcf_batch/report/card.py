@@ -77,7 +77,7 @@ def render(output: Output, licence: str | None = None) -> str:
         samples=f"{found.counts['success']:,}",
         size=f"{config.width} x {config.height}",
         rows=f"{output.plan.num_rows:,}",
-        missing=_missing(found, output.plan.num_rows) + _selected(config),
+        missing=_missing(found, output) + _selected(config),
         bytes=f"{found.bytes / 1e6:,.1f} MB",
         extension=config.image_format,
         triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
@@ -122,9 +122,12 @@ def _schema(output: Output) -> pa.Schema:
         ) from error
 
 
-def _missing(found: Figures, rows: int) -> str:
+def _missing(found: Figures, output: Output) -> str:
     failed, rejected = found.counts["failed"], found.counts["rejected"]
-    left = f" {rows - found.rows:,} more are not generated yet." if found.rows < rows else ""
+    damaged = sum(len(output.plan[int(name)]) for name in found.damaged)
+    unfinished = output.plan.num_rows - found.rows - damaged
+    left = f" {damaged:,} more are in damaged shards." if damaged else ""
+    left += f" {unfinished:,} more are not generated yet." if unfinished else ""
     return f"Without an image: {failed:,} rows that failed, {rejected:,} that were rejected.{left}"
 
 

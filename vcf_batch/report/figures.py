@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from vcf_batch import storage
 from vcf_batch.errors import DamageFound, UsageError
-from vcf_batch.output import receipts, shards
+from vcf_batch.output import shards
 from vcf_batch.output.output import Output
-from vcf_batch.output.receipts import Receipt
+from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Shard, Status
@@ -190,6 +190,8 @@ class Figures(RunSums):
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Names of the shards that are damaged, each with the reason."""
 
     @property
     def rows(self) -> int:
@@ -234,19 +236,24 @@ def read(output: Output) -> Figures:
 
     Raises:
         UsageError: no shard is finished.
-        DamageFound: a parquet is damaged, incomplete or of another version.
+        DamageFound: a parquet is damaged, incomplete or of another version; or every shard is damaged.
         StorageError: the storage failed.
     """
     figures = Figures()
 
     def finished() -> Iterator[Shard]:
-        for receipt in receipts.read(output.url):
-            if receipt.fingerprint in output.fingerprints:
-                figures.add(receipt)
-                yield receipt.shard
+        for found in output.examine():
+            if isinstance(found, Damaged):
+                figures.damaged[found.name] = found.reason
+            else:
+                figures.add(found)
+                yield found.shard
 
     for shard, table in side_by_side(lambda shard: read_rows(output, shard), finished()):
         figures.add_rows(shard, table)
+    if figures.damaged and not figures.done:
+        name, reason = next(iter(figures.damaged.items()))
+        raise DamageFound(f"{output.url} has no shard that is whole; of shard {name}, {reason}; see 'vcf-batch verify'")
     if not figures.done:
         raise UsageError(f"{output.url} has no finished shard to show; generate into it first")
     return figures

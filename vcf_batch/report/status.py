@@ -36,6 +36,8 @@ class Status:
     """Sums over the finished shards."""
     set_aside: dict[str, str]
     """Reasons of the shards that failed for good when the run was last driven, by name of the shard."""
+    damaged: dict[str, str]
+    """Shards that have a receipt and do not exist, by name: what is wrong with each."""
     causes: list[Cause]
     """Causes for which rows of :attr:`RunSums.failing` have no sample, most frequent first."""
     fusion: str
@@ -73,6 +75,7 @@ class Status:
             },
             "device_busy": _ratio(totals.phases["sample"], totals.worker_seconds),
             "set_aside": self.set_aside,
+            "damaged": self.damaged,
             "causes": [asdict(cause) for cause in self.causes],
             "owner": self.owner and asdict(self.owner),
         }
@@ -82,9 +85,10 @@ class Status:
 
     def _headline(self) -> str:
         done = self.totals.counts.total()
+        damaged = f", {len(self.damaged):,} damaged" if self.damaged else ""
         return (
             f"{redact(self.output)}: {self.state}, {done:,} of {self.rows:,} rows ({done / self.rows:.0%}), "
-            f"{len(self.totals.done):,} of {self.shards:,} shards"
+            f"{len(self.totals.done):,} of {self.shards:,} shards{damaged}"
         )
 
     def _lines(self) -> list[tuple[str, str]]:
@@ -105,6 +109,7 @@ class Status:
         lines += [("device", text) for text in self._devices()]
         lines.append(("lease", _described(self.owner)))
         lines += [("set aside", f"{name}: {why}") for name, why in self.set_aside.items()]
+        lines += [("damaged", f"{name}: {why}") for name, why in list(self.damaged.items())[:SHOWN_CAUSES]]
         lines += [(cause.status, f"{cause.count:,} x {cause.text}") for cause in self.causes[:SHOWN_CAUSES]]
         if len(totals.failing) > 1 or len(self.causes) > SHOWN_CAUSES:
             lines.append(("", f"(reasons in {len(totals.failing)} shards; 'vcf-batch report' reads them all)"))
@@ -140,6 +145,7 @@ def read(url: str) -> Status:
         shards=num_shards,
         totals=totals,
         set_aside=dict(told.set_aside) if left else {},
+        damaged={name: why for name, why in told.damaged.items() if int(name) < num_shards},
         causes=_causes(output, [output.plan[index] for index in totals.failing]),
         fusion=output.config.fusion,
         strength=output.config.strength_of(output.config.fusion),

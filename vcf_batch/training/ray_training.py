@@ -89,6 +89,7 @@ def run(config: TrainingConfig) -> TrainingSummary:
         with cluster(config.address):
             signals.install()  # Installed a second time, because ray.init replaces the handler of SIGTERM.
             job = _settled(job)
+            signals.hold()
             with lease.hold(job.config.out) as held:
                 _claim(job, held)
                 if not storage.exists(storage.join(job.config.out, "config.json")):

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from vcf_batch import image_bounds
 from vcf_batch.errors import RowError
-from vcf_batch.image_bounds import LARGE_PIXELS
+from vcf_batch.images import bounds
+from vcf_batch.images.bounds import LARGE_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """File formats of references. The list is closed because Pillow also reads EPS, and EPS starts Ghostscript."""
@@ -73,7 +73,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise RowError("the image file is empty (0 bytes)")
     try:
-        image_bounds.check(data, max_pixels)
+        bounds.check(data, max_pixels)
     except ValueError as error:
         raise RowError(_not_readable(data, error)) from error
     # A damaged file makes Pillow raise nearly any exception. All but MemoryError are the file's fault.
@@ -85,7 +85,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise RowError(f"the image is larger than Pillow decodes: {error}; shrink it") from error
     except Exception as error:
         raise RowError(_not_readable(data, error)) from error
-    image_bounds.check_size(image.size, max_pixels)
+    bounds.check_size(image.size, max_pixels)
     try:
         with image, _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
             image.load()
