@@ -29,7 +29,7 @@ from PIL import Image
 from support import pictures, runs, web
 from vcf_batch.cli import main
 from vcf_batch.errors import ModelError
-from vcf_batch.images import bounds
+from vcf_batch.images import limits
 from vcf_batch.manifest import references
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
@@ -86,7 +86,7 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not an image in one of"),
     "jpeg-truncated.jpg": (JPEG[:-200], "damaged or truncated JPEG file of"),
     "jpeg-begins.jpg": (JPEG[:20], "damaged or truncated JPEG file of 20 bytes; replace it"),
-    "jpeg-scans.jpg": (pictures.jpeg_scans(bounds.MAX_JPEG_SCANS), "a JPEG of more than 100 scans; save it anew"),
+    "jpeg-scans.jpg": (pictures.jpeg_scans(limits.MAX_JPEG_SCANS), "a JPEG of more than 100 scans; save it anew"),
     "png-truncated.png": (PNG[:-200], "damaged or truncated PNG file of"),
     "png-begins.png": (PNG[:12], "damaged or truncated PNG file of 12 bytes; replace it"),
     "webp-truncated.webp": (pictures.file("WEBP", lossless=True)[:-200], "damaged or truncated WebP file of"),

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vcf_batch.errors import RowError
-from vcf_batch.images import bounds
-from vcf_batch.images.bounds import LARGE_PIXELS
+from vcf_batch.images import bounds, limits
+from vcf_batch.images.limits import LARGE_PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """File formats of references. The list is closed because Pillow also reads EPS, and EPS starts Ghostscript."""
@@ -85,7 +85,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise RowError(f"the image is larger than Pillow decodes: {error}; shrink it") from error
     except Exception as error:
         raise RowError(_not_readable(data, error)) from error
-    bounds.check_size(image.size, max_pixels)
+    limits.check_size(image.size, max_pixels)
     try:
         with image, _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
             image.load()

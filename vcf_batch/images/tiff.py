@@ -1,0 +1,94 @@
+"""Bounds of TIFF files: their strips and tiles, read from their fields."""
+
+import struct
+from collections.abc import Iterator
+
+from vcf_batch.errors import RowError
+from vcf_batch.images.limits import LARGE_PIXELS, MAX_PIECES, PADDING, check_size
+
+TIFF_STARTS = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0")
+"""What Pillow reads, faulty ones included, but for BigTIFF in big-endian order, which it takes for another format."""
+
+_MAX_TIFF_FIELDS = 4096
+"""Most fields of a TIFF's directory, as in libtiff."""
+_TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 284, 322, 323
+_OFFSETS = {273, 324}
+_BYTE_COUNTS = {279, 325}
+_TIFF_FIELDS = {_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, *_OFFSETS, *_BYTE_COUNTS}
+
+
+def check_tiff(data: bytes, max_pixels: int) -> None:
+    if data[:4] not in TIFF_STARTS:
+        raise RowError("the image is a BigTIFF in big-endian order, which is not read; save it as a PNG, JPEG or WebP")
+    order = ">" if data.startswith(b"MM") else "<"
+    fields = dict(_tiff_fields(data, order))
+    one = {tag: values[0] for tag, values in fields.items() if tag not in _OFFSETS | _BYTE_COUNTS}
+    if min(one.values(), default=0) < 0 or _WIDTH not in one or _HEIGHT not in one:
+        raise ValueError("its width and height are not given")
+    width, height = one[_WIDTH], one[_HEIGHT]
+    check_size((width, height), max_pixels)
+    strip = width, min(one.get(_ROWS, height), height)
+    tiled = not fields.keys().isdisjoint((_TILE_WIDTH, _TILE_HEIGHT, 324))
+    if tiled and 273 in fields:
+        raise ValueError("it has both strips and tiles")
+    piece = (one.get(_TILE_WIDTH, 0), one.get(_TILE_HEIGHT, 0)) if tiled else strip
+    if 0 in piece:
+        raise ValueError(f"its strips or tiles have {piece[0]} x {piece[1]} pixels")
+    limit = min(max_pixels, max(width * height, LARGE_PIXELS))
+    if piece[0] * piece[1] > limit:
+        raise RowError(
+            f"a tile of the image has {piece[0]} x {piece[1]} = {piece[0] * piece[1]} pixels, over the limit of "
+            f"{limit}; save it with smaller tiles"
+        )
+    across, down = -(-width // piece[0]), -(-height // piece[1])
+    layers = max(1, one.get(_SAMPLES, 1)) if one.get(_PLANAR, 1) == 2 else 1
+    check_size((across * piece[0], down * piece[1]), PADDING * max_pixels, "all tiles of the image have")
+    needed = across * down * layers
+    # Pillow decodes every piece, except that of pieces which all cover the picture it takes the last.
+    alike = layers == 1 and (piece if tiled else (width, one.get(_ROWS, height))) == (width, height)
+    for count in (needed, *(len(values) for tag, values in fields.items() if tag in _OFFSETS)):
+        if count > MAX_PIECES:
+            raise RowError(
+                f"the image is a TIFF of {count} strips or tiles, over the limit of {MAX_PIECES}; save it anew"
+            )
+        if count > needed and not alike:
+            raise RowError(f"the image is a TIFF of {count} strips or tiles, and has room for {needed}; save it anew")
+    for tag in _BYTE_COUNTS & fields.keys():
+        if len(fields[tag]) > 1 and sum(fields[tag]) > len(data):
+            raise ValueError(f"its {len(fields[tag])} strips or tiles are said to have {sum(fields[tag])} bytes")
+
+
+def _too_many(count: int) -> RowError:
+    return RowError(f"the image is a TIFF of {count} strips or tiles, over the limit of {MAX_PIECES}; save it anew")
+
+
+def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Yield the fields of the first directory that bound the work, as tag and values."""
+    big = data[2] == 43
+    (position,) = struct.unpack_from(order + "Q", data, 8) if big else struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, position)
+    if count > _MAX_TIFF_FIELDS:
+        raise ValueError(f"its directory has {count} fields")
+    entry = struct.Struct(order + ("HHQ" if big else "HHI"))
+    step, inline = (20, 8) if big else (12, 4)
+    seen: set[int] = set()
+    for start in range(position + (8 if big else 2), position + (8 if big else 2) + count * step, step):
+        tag, kind, number = entry.unpack_from(data, start)
+        if tag not in _TIFF_FIELDS:
+            continue
+        # Of a repeated field, one reader may take the first and another one the last.
+        if tag in seen or kind not in _TIFF_INTEGERS or not number:
+            raise ValueError(f"field {tag} of its directory is not readable")
+        seen.add(tag)
+        if number > MAX_PIECES:
+            raise RowError(
+                f"the image is a TIFF of {number} strips or tiles, over the limit of {MAX_PIECES}; save it anew"
+            )
+        values = struct.Struct(f"{order}{number}{_TIFF_INTEGERS[kind]}")
+        place = start + entry.size
+        if values.size > inline:
+            (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, place)
+        if place + values.size > len(data):
+            raise ValueError(f"field {tag} of its directory is cut off")
+        yield tag, values.unpack_from(data, place)
