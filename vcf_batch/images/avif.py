@@ -22,6 +22,12 @@ _AVIF_DEPTH = 8
 
 
 def check_avif(data: bytes, max_pixels: int) -> None:
+    """Compare the parts and frames of a file with ``max_pixels``.
+
+    Raises:
+        RowError: the file goes over the limit, or is of a kind that is not read.
+        ValueError, struct.error, IndexError: the file is damaged.
+    """
     total = 0
     for part in _avif_parts(data):
         check_size(part.size, max_pixels, "a part of the image has")

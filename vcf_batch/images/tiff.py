@@ -19,6 +19,12 @@ _TIFF_FIELDS = {_WIDTH, _HEIGHT, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HE
 
 
 def check_tiff(data: bytes, max_pixels: int) -> None:
+    """Compare the picture, strips and tiles of a file with ``max_pixels``.
+
+    Raises:
+        RowError: the file goes over the limit, or is of a kind that is not read.
+        ValueError, struct.error, IndexError: the file is damaged.
+    """
     if data[:4] not in TIFF_STARTS:
         raise RowError("the image is a BigTIFF in big-endian order, which is not read; save it as a PNG, JPEG or WebP")
     order = ">" if data.startswith(b"MM") else "<"
