@@ -7,7 +7,6 @@ number.
 """
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
@@ -25,8 +24,6 @@ from vcf_batch.records import Shard
 
 MAX_REPEATS = 100
 """Number of repeated keys that are named."""
-
-_SHARD_FILE = re.compile(r"(\d{5,})(\.tar|\.parquet|_stats\.json)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +125,7 @@ class _SecondLook:
 
 def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     """Findings about files that do not belong to the shards of the plan."""
-    names = {match[1] for match in map(_SHARD_FILE.fullmatch, sizes) if match}
+    names = {match[1] for match in map(receipts.SHARD_FILE.fullmatch, sizes) if match}
     for name in sorted(names - {shard.name for shard in output.plan}):
         yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")
     if left := len(storage.list_tree(storage.join(output.url, commits.STAGING))):

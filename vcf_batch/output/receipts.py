@@ -30,7 +30,9 @@ RECEIPT_SUFFIX = "_stats.json"
 SCORE_STEP = 0.05
 """Width of the bins of a receipt's histograms."""
 
-_FILE_NAME = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*FILE_SUFFIXES.values(), RECEIPT_SUFFIX]))})")
+SHARD_FILE = re.compile(rf"(\d{{5,}})({'|'.join(map(re.escape, [*FILE_SUFFIXES.values(), RECEIPT_SUFFIX]))})")
+"""Name of a file of a shard: the name of the shard, and the ending."""
+
 _MOST_SECONDS = 1e9
 """Greatest timing, 31 years."""
 _SHOWN = reprlib.Repr()
@@ -179,7 +181,7 @@ def files_found(output_url: str) -> dict[str, dict[str, int]]:
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output_url)
     found: dict[str, dict[str, int]] = {}
-    for match in filter(None, map(_FILE_NAME.fullmatch, sizes)):
+    for match in filter(None, map(SHARD_FILE.fullmatch, sizes)):
         found.setdefault(match[1], {})[match[2]] = sizes[match[0]]
     return found
 
@@ -214,7 +216,7 @@ def read(output_url: str) -> Iterator[Receipt]:
 
 def complete(sizes: Mapping[str, int]) -> dict[int, int]:
     """Shards whose files are all in a listing of name to size, none empty: index to the bytes of tar and parquet."""
-    matches = [match for match in map(_FILE_NAME.fullmatch, sizes) if match and sizes[match[0]]]
+    matches = [match for match in map(SHARD_FILE.fullmatch, sizes) if match and sizes[match[0]]]
     files = Counter(match[1] for match in matches)
     found: Counter[int] = Counter()
     for match in matches:
@@ -246,7 +248,7 @@ def examine(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozens
     Raises:
         StorageError: the output cannot be read.
     """
-    found = filter(None, map(_FILE_NAME.fullmatch, sizes))
+    found = filter(None, map(SHARD_FILE.fullmatch, sizes))
     stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
 
     def look(stem: str, data: bytes | None) -> Receipt | Damaged | None:
