@@ -5,6 +5,7 @@ import io
 import resource
 import time
 import tracemalloc
+import zlib
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from support import pictures
-from support.pictures import file, tiff, tiff_strips, tiff_tile, to_bytes
+from support.pictures import file, jpeg_segment, png_chunk, tiff, tiff_strips, tiff_tile, to_bytes
 from vcf_batch import images
 from vcf_batch.errors import RowError
 
@@ -43,7 +44,54 @@ BOMBS = {
     "avif": (pictures.avif_of_another_size(1_200), "a part of the image has 1200 x 1200 = 1440000 pixels, over"),
     "gif-frame": (pictures.gif_frame(13_000, 13_000), "13000 x 13000 = 169000000 pixels, over the limit of 1000000"),
     "gif-blocks": (b"GIF89a" + bytes(7) + b"!\xfe" + b"\1x" * 10**6, "more than 65536 blocks before its first picture"),
+    "tiff-fields-over-one-another": (
+        pictures.tiff_fields_over_one_another(50),
+        "a TIFF whose fields have more than twice the 1000710 bytes of the file; save it anew without its metadata",
+    ),
     "webp": (pictures.webp_header(16_000, 16_000, b"VP8X"), OVER),
+    "webp-chunks": (pictures.webp_chunks(70_000), "a WebP of more than 65536 chunks; save it anew"),
+    "jpeg-scans": (pictures.jpeg_scans(101), "a JPEG of more than 100 scans; save it anew"),
+    "jpeg-comments": (
+        pictures.jpeg_segments(jpeg_segment(0xFE) * 20_000),
+        "a JPEG of more than 16384 segments; save it anew",
+    ),
+    "jpeg-comments-behind-a-second-start": (
+        pictures.jpeg_segments((b"\xff\xd8" + jpeg_segment(0xFE) * 15_000) * 2),
+        "a JPEG of more than 16384 segments",
+    ),
+    "jpeg-comments-behind-an-early-end": (
+        pictures.jpeg_segments(b"\xff\xd9" + jpeg_segment(0xFE) * 20_000),
+        "a JPEG of more than 16384 segments",
+    ),
+    "jpeg-comments-between-scans": (
+        pictures.jpeg_segments(jpeg_segment(0xFE) * 20_000, scanned=True, progressive=True),
+        "a JPEG of more than 16384 segments",
+    ),
+    "jpeg-exif": (
+        pictures.jpeg_segments(jpeg_segment(0xE1, b"Exif\0\0" + bytes(1000)) * 300),
+        "a JPEG of more than 256 Exif segments; save it anew without its metadata",
+    ),
+    "jpeg-filling": (
+        pictures.jpeg_segments(b"\xff" * 2_000_000),
+        "a JPEG of more than 1048576 bytes between its segments; save it anew",
+    ),
+    "jpeg-restarts": (pictures.jpeg_segments(b"\xff\xd0" * 1_000_000), "1048576 bytes between its segments"),
+    "jpeg-without-end": (b"\xff\xd8\xff\xfe\0\2" + bytes(2_000_000), "1048576 bytes between its segments"),
+    "png-empty-pixels": (pictures.png_chunks(png_chunk(b"IDAT") * 70_000), "a PNG of more than 65536 chunks; save it"),
+    "png-before": (pictures.png_chunks(png_chunk(b"teST") * 70_000), "a PNG of more than 65536 chunks; save it anew"),
+    "png-after": (pictures.png_chunks(b"", None, png_chunk(b"teST") * 70_000), "a PNG of more than 65536 chunks"),
+    **{
+        f"png-{kind.decode()}": (
+            pictures.png_chunks(png_chunk(kind, head + zlib.compress(bytes(10**6), 9)) * 300),
+            "more than 256 compressed texts and profiles; save it anew without its metadata",
+        )
+        for kind, head in ((b"iCCP", b"a\0\0"), (b"zTXt", b"\0\0"), (b"iTXt", b"\xff\0\1\0\0\0"))
+    },
+    "bmp-runs-nothing": (
+        pictures.bmp_runs(16, 16, bytes(100_000)),
+        "a BMP of run lengths with 101078 bytes, over the limit of 66080 for 256 pixels; save it as a PNG",
+    ),
+    "bmp-runs-upside-down": (pictures.bmp_runs(16, -16, bytes(100_000)), "over the limit of 66080 for 256 pixels"),
 }
 
 
@@ -92,6 +140,24 @@ PLAIN = {
     "sequence": pictures.animation("AVIF"),
     "alpha": to_bytes(pictures.rgba((1, 2, 3, 4)), "AVIF"),
     "gif with comment": file("GIF", comment=b"x" * 1000),
+    "lzma": file("TIFF", compression="lzma"),
+    "zstd": file("TIFF", compression="zstd"),
+    "jpeg of many segments": pictures.jpeg_segments(
+        b"".join(jpeg_segment(0xE0 + i % 16, bytes(60_000)) for i in range(200)) + jpeg_segment(0xFE, b"x") * 200
+    ),
+    "jpeg with long exif": pictures.jpeg_segments(jpeg_segment(0xE1, b"Exif\0\0II*\0" + bytes(60_000)) * 20),
+    "jpeg of 100 scans": pictures.jpeg_scans(91),
+    "jpeg with restarts": file("JPEG", restart_marker_blocks=1),
+    "jpeg with filling": pictures.jpeg_segments(b"\xff" * 100_000),
+    "jpeg with another behind it": file("JPEG") + file("JPEG") * 200,
+    "png of small chunks": pictures.png_chunks(png_chunk(b"tEXt", b"a\0b") * 1000, piece=1),
+    "png with texts": pictures.png_chunks(png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**5))) * 200),
+    "webp of several chunks": pictures.webp_chunks(100),
+    "webp sequence": pictures.animation("WEBP"),
+    "bmp runs": pictures.bmp_runs(300, 200, (b"\1\5" * 300 + b"\0\0") * 200 + b"\0\1"),
+    "several pages": to_bytes(
+        Image.fromarray(pictures.noise()), "TIFF", save_all=True, append_images=[Image.fromarray(pictures.noise())] * 9
+    ),
 }
 
 
@@ -100,7 +166,20 @@ def test_what_encoders_write_is_read(name: str) -> None:
     assert images.decode(PLAIN[name], LIMIT).size == Image.open(io.BytesIO(PLAIN[name])).size
 
 
-@pytest.mark.parametrize("image_format", ["TIFF", "AVIF", "GIF"])
+def test_runs_are_read_up_to_a_large_picture() -> None:
+    """Pillow expands the runs of a BMP in Python, in seconds for a large picture."""
+    with pytest.raises(RowError, match=r"run lengths with 4001 x 4000 = 16004000 pixels, over the limit of 16000000"):
+        images.decode(pictures.bmp_runs(4001, 4000, b"\0\1"), 10**8)
+
+
+def test_a_dictionary_of_gigabytes_costs_no_memory() -> None:
+    """The dictionary that an LZMA stream names is reserved, and not filled."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert images.decode(pictures.tiff_lzma_dictionary(40), LIMIT).size == (16, 16)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 2**10
+
+
+@pytest.mark.parametrize("image_format", images.FORMATS)
 @given(seed=st.randoms(use_true_random=False))
 def test_a_damaged_header_is_the_rows(image_format: str, seed: object) -> None:
     """Whatever the bytes, the row fails with a message or is decoded."""

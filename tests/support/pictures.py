@@ -1,6 +1,7 @@
 """Files of pictures, odd and broken ones among them, as tests decode them."""
 
 import io
+import lzma
 import struct
 import zlib
 
@@ -22,16 +23,71 @@ def file(image_format: str, **options: object) -> bytes:
     return to_bytes(Image.fromarray(noise()), image_format, **options)
 
 
+def png_chunk(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that declares a size and holds next to no pixels: what a decompression bomb looks like from outside."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0" * 10)) + png_chunk(b"IEND")
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
-    )
+def png_chunks(before: bytes, piece: int | None = None, after: bytes = b"") -> bytes:
+    """A PNG with chunks before and after its pixels, which lie in chunks of ``piece`` bytes."""
+    data = file("PNG")
+    begin = data.index(b"IDAT") - 4
+    end = data.rindex(b"IEND") - 4
+    pixels = data[begin + 8 : end - 4]
+    size = piece or len(pixels)
+    body = b"".join(png_chunk(b"IDAT", pixels[i : i + size]) for i in range(0, len(pixels), size))
+    return data[:begin] + before + body + after + data[end:]
+
+
+def jpeg_segments(body: bytes, scanned: bool = False, **options: object) -> bytes:
+    """A JPEG with other bytes before its first segment, or before its last scan."""
+    data = file("JPEG", **options)
+    at = data.rindex(b"\xff\xda") if scanned else 2
+    return data[:at] + body + data[at:]
+
+
+def jpeg_segment(marker: int, body: bytes = b"") -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
+def webp_chunks(count: int) -> bytes:
+    """A WebP with empty chunks after its picture."""
+    data = file("WEBP")
+    body = struct.pack("<4sI4x6s", b"VP8X", 10, (39).to_bytes(3, "little") + (23).to_bytes(3, "little")) + data[12:]
+    body += struct.pack("<4sI", b"none", 0) * count
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+def bmp_runs(width: int, height: int, runs: bytes) -> bytes:
+    """A BMP of run lengths, one byte a pixel."""
+    palette = bytes(range(256)) * 4
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(runs), 0, 0, 1078) + head + palette + runs
+
+
+def tiff_fields_over_one_another(count: int) -> bytes:
+    """A TIFF with fields of a megabyte in private use, which all are the same bytes."""
+    pixels = zlib.compress(bytes(256)).ljust(10**6, b"\0")
+    fields = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (273, 8), (277, 1), (279, 20)]
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields]
+    entries += [struct.pack("<HHII", 40_000 + i, 7, len(pixels), 8) for i in range(count)]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + directory
+
+
+def tiff_lzma_dictionary(code: int) -> bytes:
+    """A TIFF whose LZMA stream names a dictionary: code 40 is that of 4 GiB."""
+    body = bytearray(lzma.compress(bytes(256), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 2**16}]))
+    # The block's header: its size in words, flags, the filter's number, the size of its settings, the settings.
+    body[16] = code
+    end = 12 + (body[12] + 1) * 4
+    body[end - 4 : end] = struct.pack("<I", zlib.crc32(body[12 : end - 4]))
+    return tiff({259: 34925, 273: 16, 278: 16, 279: len(body)}, bytes(body))
 
 
 def webp_header(width: int, height: int, kind: bytes) -> bytes:

@@ -2,18 +2,24 @@
 
 The size in a header is not all that a file costs. A tile may be larger than the picture it belongs to, strips may all
 lie over the same bytes, and a frame may be larger than its canvas. Each of these is bounded here by the same number of
-pixels as the picture.
+pixels as the picture. A file may also consist of millions of empty pieces, which are counted.
+
+With these bounds no file is known that costs much more than a large picture of its format does, so images are decoded
+in the worker's own process. What a zlib, LZMA or Zstandard stream expands to needs no bound here, because it is read up
+to the end of its picture or strip, and a dictionary of gigabytes that an LZMA stream names is reserved and not filled.
 """
 
-import re
 import struct
 
 from vcf_batch.errors import RowError
 from vcf_batch.images.avif import check_avif
-from vcf_batch.images.limits import MAX_JPEG_SCANS, MAX_PIECES, check_size
+from vcf_batch.images.jpeg import check_jpeg
+from vcf_batch.images.limits import LARGE_PIXELS, MAX_PIECES, check_size
+from vcf_batch.images.png import PNG_START, check_png
 from vcf_batch.images.tiff import TIFF_STARTS, check_tiff
 
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
+_BMP_RUN_LENGTHS = {1, 2}
+"""Compressions of BMP that Pillow expands run by run in Python."""
 
 
 def check(data: bytes, max_pixels: int) -> None:
@@ -27,9 +33,14 @@ def check(data: bytes, max_pixels: int) -> None:
     """
     try:
         if data.startswith(b"\xff\xd8"):
-            _check_jpeg(data)
+            check_jpeg(data)
+        elif data.startswith(PNG_START):
+            check_png(data)
+        elif data.startswith(b"BM"):
+            _check_bmp(data)
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             check_size(_webp_size(data), max_pixels)
+            _check_webp(data)
         elif data.startswith((b"GIF87a", b"GIF89a")):
             check_size(_gif_size(data), max_pixels)
         elif data[:4] in (*TIFF_STARTS, b"MM\0+"):
@@ -40,13 +51,40 @@ def check(data: bytes, max_pixels: int) -> None:
         raise ValueError("its header is cut off") from error
 
 
-def _check_jpeg(data: bytes) -> None:
-    scans, position = 0, 2
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
-        scans += marker[0] == b"\xff\xda"
-        if scans > MAX_JPEG_SCANS:
-            raise RowError(f"the image is a JPEG of more than {MAX_JPEG_SCANS} scans; save it anew")
-        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+def _check_bmp(data: bytes) -> None:
+    """Compare with the picture the runs that a file has room for, if it consists of runs.
+
+    A pixel takes two bytes at most, and so does the end of a row.
+    """
+    (header,) = struct.unpack_from("<I", data, 14)
+    if header < 40:
+        return
+    width, height, _, _, compression = struct.unpack_from("<IiHHI", data, 18)
+    if compression not in _BMP_RUN_LENGTHS:
+        return
+    pixels = width * abs(height)
+    if pixels > LARGE_PIXELS:
+        raise RowError(
+            f"the image is a BMP of run lengths with {width} x {abs(height)} = {pixels} pixels, over the limit of "
+            f"{LARGE_PIXELS}; save it as a PNG"
+        )
+    limit = 2 * (pixels + abs(height)) + MAX_PIECES
+    if len(data) > limit:
+        raise RowError(
+            f"the image is a BMP of run lengths with {len(data)} bytes, over the limit of {limit} for {pixels} pixels; "
+            "save it as a PNG"
+        )
+
+
+def _check_webp(data: bytes) -> None:
+    """Count the chunks of a WebP: libwebp keeps 48 bytes for each."""
+    position, chunks = 12, 0
+    while position + 8 <= len(data):
+        chunks += 1
+        if chunks > MAX_PIECES:
+            raise RowError(f"the image is a WebP of more than {MAX_PIECES} chunks; save it anew")
+        (size,) = struct.unpack_from("<I", data, position + 4)
+        position += 8 + size + (size & 1)
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

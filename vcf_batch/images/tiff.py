@@ -12,6 +12,8 @@ TIFF_STARTS = (b"II*\0", b"II\0*", b"MM\0*", b"MM*\0", b"II+\0")
 _MAX_TIFF_FIELDS = 4096
 """Most fields of a TIFF's directory, as in libtiff."""
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Bytes of a value of each type."""
 _WIDTH, _HEIGHT, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 284, 322, 323
 _OFFSETS = {273, 324}
 _BYTE_COUNTS = {279, 325}
@@ -55,9 +57,7 @@ def check_tiff(data: bytes, max_pixels: int) -> None:
     alike = layers == 1 and (piece if tiled else (width, one.get(_ROWS, height))) == (width, height)
     for count in (needed, *(len(values) for tag, values in fields.items() if tag in _OFFSETS)):
         if count > MAX_PIECES:
-            raise RowError(
-                f"the image is a TIFF of {count} strips or tiles, over the limit of {MAX_PIECES}; save it anew"
-            )
+            raise _too_many(count)
         if count > needed and not alike:
             raise RowError(f"the image is a TIFF of {count} strips or tiles, and has room for {needed}; save it anew")
     for tag in _BYTE_COUNTS & fields.keys():
@@ -79,8 +79,19 @@ def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]
     entry = struct.Struct(order + ("HHQ" if big else "HHI"))
     step, inline = (20, 8) if big else (12, 4)
     seen: set[int] = set()
+    held = 0
     for start in range(position + (8 if big else 2), position + (8 if big else 2) + count * step, step):
         tag, kind, number = entry.unpack_from(data, start)
+        # Pillow and libtiff keep a copy of every field, known or not, and fields may lie over one another.
+        size = number * _TIFF_SIZES.get(kind, 0)
+        if size > inline:
+            (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, start + entry.size)
+            held += max(0, min(size, len(data) - place))
+            if held > 2 * len(data):
+                raise RowError(
+                    f"the image is a TIFF whose fields have more than twice the {len(data)} bytes of the file; "
+                    "save it anew without its metadata"
+                )
         if tag not in _TIFF_FIELDS:
             continue
         # Of a repeated field, one reader may take the first and another one the last.
@@ -88,9 +99,7 @@ def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]
             raise ValueError(f"field {tag} of its directory is not readable")
         seen.add(tag)
         if number > MAX_PIECES:
-            raise RowError(
-                f"the image is a TIFF of {number} strips or tiles, over the limit of {MAX_PIECES}; save it anew"
-            )
+            raise _too_many(number)
         values = struct.Struct(f"{order}{number}{_TIFF_INTEGERS[kind]}")
         place = start + entry.size
         if values.size > inline:
