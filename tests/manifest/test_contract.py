@@ -341,7 +341,7 @@ HASHES = ["A" * 64, "b" * 64]
 
 
 def test_hashes_belong_to_their_references() -> None:
-    """``reference_sha256`` gives the hash of each reference's bytes, is null where any bytes will do, and is carried."""
+    """``reference_sha256`` gives the hash of each reference's bytes, null where any will do, and is carried."""
     negative = {"negative_reference": "n", "negative_reference_sha256": "c" * 64}
     one = row(reference="a.png", reference_sha256=HASHES[0], **negative)
     assert one.references == (Reference("a.png", sha256="a" * 64),)

@@ -474,3 +474,37 @@ def test_neither_torch_nor_ray_is_imported() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == []
+
+
+def test_a_manifest_that_is_still_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is edited while it is hashed is not taken for either version."""
+    url = str(tmp_path / "m.parquet")
+    pq.write_table(pa.table({"prompt": ["a cat"] * 9}), url, **PLAIN)
+    sha256 = contents.sha256
+
+    def edited(*arguments: Any) -> str:
+        found = sha256(*arguments)
+        pq.write_table(pa.table({"prompt": ["a dog"] * 9}), url, **PLAIN)
+        os.utime(url, (2e9, 2e9))
+        return found
+
+    monkeypatch.setattr(contents, "sha256", edited)
+    with pytest.raises(ManifestError, match=r"m\.parquet was written while it was read"):
+        Manifest.open(url)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_damaged_footer_of_a_manifest_with_images_never_ends_the_process(tmp_path: Path, limit: int | None) -> None:
+    """The places of columns are read from a footer that nobody vouches for: it is usable, or refused."""
+    path = tmp_path / "m.parquet"
+    images = [{"bytes": b"x" * 50, "path": "x.png"}] * 9
+    pq.write_table(pa.table({"prompt": ["a"] * 9, "reference": images}), path, row_group_size=4, store_schema=False)
+    good = path.read_bytes()
+    refused = 0
+    for at in range(len(good) - 8 - int.from_bytes(good[-8:-4], "little"), len(good) - 8):
+        path.write_bytes(good[:at] + b"\x7f" + good[at + 1 :])
+        try:
+            Manifest.open(str(path), limit)
+        except ManifestError:
+            refused += 1
+    assert refused > 30

@@ -252,12 +252,19 @@ def _hashed(
         before = known.get(name)
         if before and file.stamp and (before.size, before.stamp) == (file.size, file.stamp.text):
             return name, dataclasses.replace(file, sha256=before.sha256)
+
+        def read() -> str:
+            groups = len(file.group_stops)
+            return contents.sha256(file.url, file.size, footer, schema, groups, file.groups_used, stop)
+
         try:
-            sha256 = contents.sha256(file.url, file.size, footer, schema, len(file.group_stops), file.groups_used, stop)
+            sha256 = read()
             now = storage.stamp(file.url)
+            # A web server may name one version by several ETags.
+            same = not (now and file.stamp) or now.text == file.stamp.text or read() == sha256
         except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
             raise StorageError(f"{file.url} can no longer be read: {error}") from error
-        if now and file.stamp and now.text != file.stamp.text:
+        if not same:
             raise ManifestError(f"{file.url} was written while it was read; rerun this command when it is complete")
         return name, dataclasses.replace(file, sha256=sha256)
 
