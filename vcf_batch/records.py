@@ -38,6 +38,8 @@ class Reference:
 
     uri: str | None = None
     data: bytes | None = None
+    sha256: str | None = None
+    """Hex SHA-256 that the image's bytes must have; None if they may be any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "no run.json": (lambda output: (output / "run.json").unlink(), "Error: run.json: it is missing"),
     "another fingerprint": (edit_run(fingerprint="f" * 64), "Error: run.json: "),
     "another number of rows": (
-        edit_run(manifest={"url": "m", "identity": "i", "rows": 9}),
+        edit_run(manifest={"url": "m", "identity": "i", "rows": 9, "files": {}}),
         "Error: run.json: it says 9 rows; the manifest has 10",
     ),
     "a run.json without its parts": (edit_run(config=None), "Error: run.json: "),
@@ -275,12 +275,14 @@ def test_a_repeated_key_is_found_without_a_manifest(output: Path) -> None:
 
 
 def test_a_manifest_that_has_changed_is_told_and_the_rest_is_checked(output: Path) -> None:
+    size = json.loads((output / "run.json").read_text())["manifest"]["files"]["manifest.parquet"]["size"]
     other = runs.write_manifest(output.parent / "in", 3)
     record = json.loads((output / "run.json").read_text())
     record["config"]["manifest"] = str(other)
     (output / "run.json").write_text(json.dumps(record))
     assert run(output)[0] == 0
-    assert run(output)[1][0] == f"note: manifest: {other} has changed since the run; rows are not compared with it"
+    told = f"note: manifest: {other} has changed since the run: manifest.parquet has changed: it had {size} bytes, and "
+    assert run(output)[1][0] == f"{told}has {other.stat().st_size} now; rows are not compared with it"
     flip(".tar", b"\x89PNG", 60)(output)
     assert run(output)[0] == 5
 

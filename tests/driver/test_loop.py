@@ -263,3 +263,17 @@ def test_a_run_whose_output_is_lost_stops_and_ends_its_workers(simulate: Simulat
         simulation.run()
     assert not any(process.is_alive for process in simulation.cluster.processes)
     assert len(simulation.committed) == 2
+
+
+def test_a_manifest_that_changes_ends_the_run(simulate: Simulate) -> None:
+    """A manifest edited during a run is refused once a shard has met it in each of its attempts; no shard is lost."""
+
+    def world(node: str, request: Request) -> tuple[float, Fault | None]:
+        if request.task and request.task.shard.index == 0:
+            return 1.0, Fault.of(RefusedError("m.parquet has changed"), node)
+        return well(node, request)
+
+    simulation = simulate(world)
+    with pytest.raises(RefusedError, match=r"m\.parquet has changed"):
+        simulation.run()
+    assert [*simulation.committed] == list(range(1, ROWS // SHARD_SIZE))

@@ -28,13 +28,14 @@ def begun(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     write(tmp_path, "d.parquet", 3)
 
     def fields(shard_size: int = 4, limit: int | None = None) -> dict[str, Any]:
-        return {"manifest_id": Manifest.open(str(tmp_path)).identity, "shard_size": shard_size, "limit": limit}
+        opened = Manifest.open(str(tmp_path), limit)
+        return {"manifest_id": opened.identity, "shard_size": shard_size, "limit": limit, "files": opened.versions}
 
     return fields
 
 
 def obstacle(fields: dict[str, Any], folder: Path) -> str | None:
-    return appended.obstacle(fields, Manifest.open(str(folder), fields["limit"]))
+    return appended.obstacle(fields, Manifest.open(str(folder), fields["limit"]), fields["files"])
 
 
 def test_files_that_come_after_the_others_extend_a_run(begun: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -48,9 +49,10 @@ def test_files_that_come_after_the_others_extend_a_run(begun: Callable[..., dict
 @pytest.mark.parametrize(
     ("name", "rows", "columns", "shard_size", "reason"),
     [
-        ("a.parquet", 4, {}, 4, "comes before one of them"),
-        ("c.parquet", 4, {}, 4, "comes before one of them"),
-        ("d.parquet", 4, {}, 4, "existing files have changed"),
+        ("a.parquet", 4, {}, 4, "comes before one of them: a.parquet is new"),
+        ("c.parquet", 4, {}, 4, "comes before one of them: c.parquet is new"),
+        ("d.parquet", 4, {}, 4, "existing files have changed, .*: d.parquet has changed: it had .* bytes, and has"),
+        ("d.parquet", 3, {"prompt": ["d.parquet 0", "D.parquet 1", "d.parquet 2"]}, 4, "d.parquet has changed"),
         ("e.parquet", 4, {}, 5, r"last shard, 00001 with 3 rows\. .* full \(5 rows\)"),
         ("e.parquet", 99_999, {}, 1, "no further digit"),
         ("e.parquet", 2, {"label": [0.5, 1.5]}, 4, "types of the output's columns"),

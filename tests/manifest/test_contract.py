@@ -335,3 +335,42 @@ def test_no_row_disappears_whatever_it_holds(values: list[tuple[str, str | None,
         wrong = wrong_strength or not prompt.strip() or "\0" in prompt or reference == "" or "\0" in (reference or "")
         assert (each.error is not None) == wrong
         assert each.prompt == prompt
+
+
+HASHES = ["A" * 64, "b" * 64]
+
+
+def test_hashes_belong_to_their_references() -> None:
+    """``reference_sha256`` gives the hash of each reference's bytes, null where any will do, and is carried."""
+    negative = {"negative_reference": "n", "negative_reference_sha256": "c" * 64}
+    one = row(reference="a.png", reference_sha256=HASHES[0], **negative)
+    assert one.references == (Reference("a.png", sha256="a" * 64),)
+    assert one.negative_reference == Reference("n", sha256="c" * 64)
+    assert one.carried == {"reference_sha256": HASHES[0], "negative_reference_sha256": "c" * 64}
+    two = row(reference=["a.png", "b.png"], reference_sha256=[HASHES[0], None])
+    assert two.references == (Reference("a.png", sha256="a" * 64), Reference("b.png"))
+    embedded = row(reference={"bytes": b"x", "path": None}, reference_sha256=HASHES[1])
+    assert embedded.references == (Reference(data=b"x", sha256="b" * 64),)
+    assert row(reference="a.png", reference_sha256=None).references == (Reference("a.png"),)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"reference": ["a", "b"], "reference_sha256": HASHES[:1]}, "has 1 hashes for 2 images"),
+        ({"reference": None, "reference_sha256": HASHES[0]}, "has 1 hashes for 0"),
+        ({"reference": "a", "reference_sha256": "md5"}, "is 'md5'; it must be a SHA-256 in 64 hexadecimal digits"),
+        ({"negative_reference": "a", "negative_reference_sha256": ""}, "negative_reference_sha256 is ''; it must be"),
+    ],
+)
+def test_a_hash_that_cannot_be_meant_fails_its_row(values: dict[str, Any], reason: str) -> None:
+    assert reason in (row(**values).error or "")
+
+
+def test_hashes_have_the_form_of_the_references() -> None:
+    check(reference=pa.list_(IMAGE), reference_sha256=pa.list_(pa.string()))
+    check(reference=pa.null(), reference_sha256=pa.string())
+    with pytest.raises(ManifestError, match="'reference_sha256' is a single reference, but 'reference' a list"):
+        check(reference=pa.list_(pa.string()), reference_sha256=pa.string())
+    with pytest.raises(ManifestError, match=r"reference_sha256' is binary; it must be string, or list<string>"):
+        check(reference=pa.string(), reference_sha256=pa.binary())

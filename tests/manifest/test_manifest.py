@@ -3,10 +3,12 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcf_batch import storage
-from vcf_batch.errors import ManifestError, StorageError, UsageError
+from vcf_batch.errors import ManifestError, RefusedError, StorageError, UsageError
 from vcf_batch.manifest import build as builder
+from vcf_batch.manifest import contents, parquet, repeats
 from vcf_batch.manifest import manifest as reader
-from vcf_batch.manifest import repeats
 from vcf_batch.manifest.build import build
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Reference
+from vcf_batch.storage.resilient_file import ResilientFile
 
 
 def write(path: Path, row_group_size: int | None = None, **columns: Any) -> str:
@@ -175,9 +178,117 @@ def test_a_url_and_a_path_are_the_same_manifest(folder: Path) -> None:
 
 def test_identity_names_the_content(folder: Path) -> None:
     whole = Manifest.open(str(folder))
-    assert Manifest.open(str(folder), limit=3).identity == whole.identity
+    assert Manifest.open(str(folder), limit=25).identity == whole.identity
     write(folder / "c.parquet", 6, **numbered(11, 26))
     assert Manifest.open(str(folder)).identity != whole.identity
+
+
+PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+"""Options that leave no trace of the rows in a file's footer."""
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("change", ["shuffled", "edited", "carried"])
+def test_identity_covers_every_row(tmp_path: Path, change: str, place: str, request: pytest.FixtureRequest) -> None:
+    """A manifest of other rows has another identity, even if the footers are equal to the byte."""
+    prompts, notes = [f"a cat {n}" for n in range(10)], [f"note {n}" for n in range(10)]
+    before = pa.table({"prompt": prompts, "note": notes})
+    pq.write_table(before, tmp_path / "m.parquet", **PLAIN)
+    data = (tmp_path / "m.parquet").read_bytes()
+    if change == "shuffled":
+        after = before.take(list(reversed(range(10))))
+    else:
+        after = pa.table(
+            {
+                "prompt": [prompts[0], "a dog 1", *prompts[2:]] if change == "edited" else prompts,
+                "note": [*notes[:9], "note X"] if change == "carried" else notes,
+            }
+        )
+    pq.write_table(after, tmp_path / "n.parquet", **PLAIN)
+    other = (tmp_path / "n.parquet").read_bytes()
+    assert parquet.read_footer(str(tmp_path / "m.parquet")) == parquet.read_footer(str(tmp_path / "n.parquet"))
+    url = str(tmp_path / "m.parquet")
+    if place == "s3":
+        url = f"{request.getfixturevalue('s3')}/identity-{change}/m.parquet"
+    storage.publish_bytes(url, data)
+    opened = Manifest.open(url)
+    assert len(opened.rows(0, 10, 0)) == 10
+    time.sleep(0.02)
+    storage.publish_bytes(url, other)
+    assert Manifest.open(url).identity != opened.identity
+    # The rows of a run that has begun are not mixed with others either.
+    with pytest.raises(RefusedError, match=r"m\.parquet has changed: .* must not change during a run"):
+        opened.rows(0, 10, 0)
+
+
+def test_identity_covers_the_rows_in_use(tmp_path: Path) -> None:
+    """``--limit`` neither reads nor hashes row groups behind its rows."""
+    prompts = [f"a cat {n}" for n in range(10)]
+    url = str(tmp_path / "m.parquet")
+    identities = []
+    for edited in (None, 1, 8):
+        rows = ["a dog 0" if n == edited else prompt for n, prompt in enumerate(prompts)]
+        pq.write_table(pa.table({"prompt": rows}), url, row_group_size=4, **PLAIN)
+        identities.append([Manifest.open(url, limit).identity for limit in (3, 4, 5, 8, 9, 10, 11, None)])
+    before, early, late = identities
+    assert not set(early) & set(before)
+    assert [now == then for now, then in zip(late, before, strict=True)] == [True] * 4 + [False] * 4
+
+
+def test_image_bytes_are_neither_read_nor_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a manifest with embedded images does not read them: they may be hundreds of gigabytes."""
+    url = str(tmp_path / "m.parquet")
+
+    def identity(image: int, path: str, thumbnail: int, note: str) -> str:
+        images = [[{"bytes": bytes([image]) * 100_000, "path": path}]] * 10
+        columns = {
+            "prompt": ["a cat"] * 10,
+            "reference": images,
+            "thumbnail": [bytes([thumbnail]) * 100_000] * 10,
+            "note": [note] * 10,
+        }
+        pq.write_table(pa.table(columns), url, row_group_size=4, **PLAIN)
+        return Manifest.open(url).identity
+
+    taken = 0
+    read = ResilientFile.read
+
+    def counting(self: ResilientFile, size: int | None = -1, /) -> bytes:
+        nonlocal taken
+        data = read(self, size)
+        taken += len(data)
+        return data
+
+    monkeypatch.setattr(ResilientFile, "read", counting)
+    first = identity(1, "a.png", 1, "x")
+    assert taken < 100_000 < Path(url).stat().st_size
+    assert identity(2, "a.png", 2, "x") == first
+    assert identity(1, "b.png", 1, "x") != first
+    assert identity(1, "a.png", 1, "y") != first
+
+
+def test_a_file_of_known_version_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume takes the hash of a file from ``run.json`` as long as place, size and date of the file are the same."""
+    url = write(tmp_path / "m.parquet", prompt=["a", "b"])
+    young = Manifest.open(url).versions
+    assert young["m.parquet"].stamp is None, "a later write may have the date of a file that is just being written"
+    os.utime(url, (1e9, 1e9))
+    opened = Manifest.open(url)
+    hashed: list[str] = []
+    sha256 = contents.sha256
+
+    def counting(url: str, *others: Any) -> str:
+        hashed.append(url)
+        return sha256(url, *others)
+
+    monkeypatch.setattr(contents, "sha256", counting)
+    assert Manifest.open(url, known=opened.versions).identity == opened.identity
+    assert not hashed
+    assert Manifest.open(url, known=young).identity == opened.identity
+    os.utime(url, (2e9, 2e9))
+    assert Manifest.open(url, known=opened.versions).identity == opened.identity
+    assert len(opened.rows(0, 2, 0)) == 2, "a file that is only touched stays the same"
+    assert len(hashed) == 3
 
 
 def test_a_manifest_travels_to_workers_small(folder: Path) -> None:
@@ -263,10 +374,10 @@ def test_every_encoding_of_text(tmp_path: Path, kind: pa.DataType) -> None:
 
 def test_a_damaged_page_is_named(tmp_path: Path) -> None:
     path = Path(write(tmp_path / "m.parquet", prompt=[f"{n} cats" for n in range(5000)]))
-    opened = Manifest.open(str(path))
     data = bytearray(path.read_bytes())
     data[4:2000] = bytes(1996)
     path.write_bytes(data)
+    opened = Manifest.open(str(path))
     for read in (opened.check, lambda: opened.rows(0, 10, 0)):
         with pytest.raises(ManifestError, match=r"m\.parquet is damaged: "):
             read()
@@ -276,7 +387,7 @@ def test_a_manifest_that_changes_is_refused(tmp_path: Path) -> None:
     url = write(tmp_path / "m.parquet", prompt=["a"])
     opened = Manifest.open(url)
     write(tmp_path / "m.parquet", prompt=["a", "b"])
-    with pytest.raises(ManifestError, match="must not change during a run"):
+    with pytest.raises(RefusedError, match="must not change during a run"):
         opened.rows(0, 1, 0)
     Path(url).unlink()
     with pytest.raises(StorageError, match="cannot read the manifest's file"):
@@ -363,3 +474,37 @@ def test_neither_torch_nor_ray_is_imported() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == []
+
+
+def test_a_manifest_that_is_still_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is edited while it is hashed is not taken for either version."""
+    url = str(tmp_path / "m.parquet")
+    pq.write_table(pa.table({"prompt": ["a cat"] * 9}), url, **PLAIN)
+    sha256 = contents.sha256
+
+    def edited(*arguments: Any) -> str:
+        found = sha256(*arguments)
+        pq.write_table(pa.table({"prompt": ["a dog"] * 9}), url, **PLAIN)
+        os.utime(url, (2e9, 2e9))
+        return found
+
+    monkeypatch.setattr(contents, "sha256", edited)
+    with pytest.raises(ManifestError, match=r"m\.parquet was written while it was read"):
+        Manifest.open(url)
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_damaged_footer_of_a_manifest_with_images_never_ends_the_process(tmp_path: Path, limit: int | None) -> None:
+    """The places of columns are read from a footer that nobody vouches for: it is usable, or refused."""
+    path = tmp_path / "m.parquet"
+    images = [{"bytes": b"x" * 50, "path": "x.png"}] * 9
+    pq.write_table(pa.table({"prompt": ["a"] * 9, "reference": images}), path, row_group_size=4, store_schema=False)
+    good = path.read_bytes()
+    refused = 0
+    for at in range(len(good) - 8 - int.from_bytes(good[-8:-4], "little"), len(good) - 8):
+        path.write_bytes(good[:at] + b"\x7f" + good[at + 1 :])
+        try:
+            Manifest.open(str(path), limit)
+        except ManifestError:
+            refused += 1
+    assert refused > 30

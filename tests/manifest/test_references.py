@@ -1,6 +1,8 @@
 """Which references may be read, what happens to those that cannot, and that nothing is blamed on the wrong party."""
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import os
 import pickle
@@ -369,3 +371,16 @@ def test_a_server_that_drips_is_given_up(base: Path, site: str, monkeypatch: pyt
     monkeypatch.setattr(references, "WEB_TOTAL_SECONDS", -1.0)
     with pytest.raises(StorageError, match="not complete"):
         reader(base, site).read(Reference(uri=f"{site}/refs/a.png"))
+
+
+def test_a_reference_of_other_bytes_is_refused(base: Path) -> None:
+    """Where the manifest gives the hash of a reference, other bytes fail the row before they are decoded."""
+    data = (base / "refs" / "a.png").read_bytes()
+    right, wrong = hashlib.sha256(data).hexdigest(), "0" * 64
+    for reference in (Reference("refs/a.png"), Reference(data=data)):
+        reader(base).read(dataclasses.replace(reference, sha256=right))
+        with pytest.raises(RowError, match=f"has the SHA-256 {right}, and the manifest says {wrong}: put the image"):
+            reader(base).read(dataclasses.replace(reference, sha256=wrong))
+    (base / "refs" / "a.png").write_bytes(b"no image")
+    with pytest.raises(RowError, match=f"and the manifest says {right}"):
+        reader(base).read(Reference("refs/a.png", sha256=right))

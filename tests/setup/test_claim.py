@@ -1,11 +1,14 @@
 """An output is claimed for one run, whose record says what it is."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from support import runs
@@ -223,7 +226,12 @@ def test_the_record_is_written_and_read_in_one_place(settle: Callable[..., Job],
     written = json.loads((tmp_path / "out" / "run.json").read_text())
     names = "layout fields fingerprint extends config manifest models shards shard_digits versions"
     assert [*written] == names.split()
-    assert written["manifest"] == {"url": job.manifest.url, "identity": job.manifest.identity, "rows": 40}
+    assert written["manifest"] == {
+        "url": job.manifest.url,
+        "identity": job.manifest.identity,
+        "rows": 40,
+        "files": {name: dataclasses.asdict(version) for name, version in job.manifest.versions.items()},
+    }
     record = run_file.read(job.config.output)
     assert record == claim.record_of(job)
     assert record.to_document() == written
@@ -276,6 +284,35 @@ def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job]
         claim.claim(settle(manifest=str(folder), shard_size=4))
     with pytest.raises(RefusedError, match=r"manifest_id: (.|\n)*seed: 0 there, 1 now\nUse another output"):
         claim.claim(settle(manifest=str(folder), shard_size=4, seed=1))
+
+
+def test_a_manifest_edited_in_place_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """A manifest of which one prompt is another, of the same length, is another run: the refusal names the file."""
+    path = tmp_path / "in" / "manifest.parquet"
+    for prompt in ("a red fox", "a red cat"):
+        table = pa.table({"prompt": [prompt] * 8})
+        pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+        if prompt == "a red fox":
+            job = settle(shard_size=4)
+            claim.claim(job)
+            commit_a_shard(job)
+    with pytest.raises(
+        RefusedError, match=r"manifest_id: \w{12} there, \w{12} now\n.* manifest\.parquet has changed: its contents had"
+    ):
+        claim.claim(settle(shard_size=4))
+    opened = Output.open(str(tmp_path / "out"))
+    assert opened.manifest is None
+    assert "has changed since the run: manifest.parquet has changed" in str(opened.manifest_error)
+
+
+def test_another_limit_is_told_alone(settle: Callable[..., Job]) -> None:
+    """The identity covers the rows in use, and is not named as a second difference where the limit is another."""
+    job = settle(shard_size=4, limit=8)
+    claim.claim(job)
+    commit_a_shard(job)
+    with pytest.raises(RefusedError, match="limit: 8 there, nothing now") as refused:
+        claim.claim(settle(shard_size=4))
+    assert "manifest_id" not in str(refused.value)
 
 
 def test_an_empty_run_file_is_none(settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

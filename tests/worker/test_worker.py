@@ -194,6 +194,32 @@ def test_the_judge_never_guides(model: Path, tmp_path: Path) -> None:
     load(manifest, tmp_path / "out", model, pno_guide=str(copy))  # guides nothing
 
 
+def test_a_reference_of_other_bytes_fails_its_row_alone(loaded: Worker, tmp_path: Path) -> None:
+    """A reference that is not the one that the manifest means fails that row alone, also where another row uses the
+    same file without a hash; the others' images stay, and the hashes are repeated in the output."""
+    folder = tmp_path / "in"
+    names = [f"reference{n}.png" for n in range(3)]
+    runs.write_manifest(folder, 4)
+    right = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+
+    def made(hashes: list[Any]) -> list[dict[str, Any]]:
+        columns: dict[str, list[Any]] = {
+            "reference": [[names[0]], [names[0]], [names[1], names[2]], [names[1], names[2]]],
+            "reference_sha256": hashes,
+        }
+        commit(another(loaded, runs.write_manifest(folder, 4, columns), tmp_path / "out"))
+        return runs.rows_of(tmp_path / "out")
+
+    good = made([[right[0]], [None], right[1:], [None, right[2].upper()]])
+    assert {row["status"] for row in good} == {"success"}
+    wrong = "0" * 64
+    rows = made([[wrong], [None], right[1:], [None, wrong]])
+    assert [row["status"] for row in rows] == ["failed", "success", "success", "failed"]
+    assert f"'reference0.png' has the SHA-256 {right[0]}, and the manifest says {wrong}" in rows[0]["error_message"]
+    assert [row["sha256"] for row in rows[1:3]] == [row["sha256"] for row in good[1:3]]
+    assert rows[2]["reference_sha256"] == right[1:]
+
+
 def test_unreadable_negative_references_fail_their_rows_alone(loaded: Worker, tmp_path: Path) -> None:
     def hashes(negatives: list[str]) -> list[str | None]:
         manifest = runs.write_manifest(tmp_path / "in", 3, {"negative_reference": negatives})

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
-from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
@@ -180,7 +179,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     forecast.open_batch_size = config.batch_size is None
     config = in_process.settled(config)
     collect(lambda: _refuse_owner(config.output))
-    manifest = collect(lambda: Manifest.open(config.manifest, config.limit))
+    manifest = collect(lambda: manifest_check.open_manifest(config, record))
     if manifest is not None:
         for check in manifest_check.checks(manifest, config, record):
             collect(check)

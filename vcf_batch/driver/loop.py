@@ -214,7 +214,13 @@ class Loop:
             self._set_aside(task, fault)
 
     def _set_aside(self, task: ShardTask, fault: Fault) -> None:
-        """Set the shard aside, and go on without it."""
+        """Set the shard aside, and go on without it. What refuses a shard, a changed manifest, ends the run.
+
+        Raises:
+            RefusedError: see above.
+        """
+        if isinstance(fault.error, RefusedError):
+            raise fault.error
         self._progress.note(
             f"shard {task.title}: attempt {task.attempt} failed and the shard is set aside: {fault.reason}",
             "shard_set_aside",

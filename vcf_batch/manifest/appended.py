@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.sharding import ShardPlan
 
 
-def obstacle(fields: Mapping[str, Any], manifest: Manifest) -> str | None:
+def obstacle(fields: Mapping[str, Any], manifest: Manifest, files: Mapping[str, FileVersion]) -> str | None:
     """The reason why a run cannot continue with its manifest as it is now; None if it can.
 
     A run can continue if rows are only appended, and if the shards of its rows stay the same.
@@ -15,15 +15,17 @@ def obstacle(fields: Mapping[str, Any], manifest: Manifest) -> str | None:
     Args:
         fields: the values that the run's fingerprint covers.
         manifest: the manifest as it is now.
+        files: the files of the run's manifest, by name.
 
     Raises:
         ManifestError, StorageError: the manifest cannot be read.
     """
-    before = Manifest.open(manifest.url, fields["limit"], until=fields["manifest_id"])
+    before = Manifest.open(manifest.url, fields["limit"], until=fields["manifest_id"], known=manifest.versions)
     if before.identity != fields["manifest_id"]:
         return (
-            "The existing files have changed, or a new file comes before one of them. Append rows as further files in "
-            "the manifest's folder, with names that come after the existing ones."
+            "The existing files have changed, or a new file comes before one of them: "
+            f"{difference(files, manifest)}. Append rows as further files in the manifest's folder, with names that "
+            "come after the existing ones."
         )
     if (before.carried_schema, before.reference_is_list) != (manifest.carried_schema, manifest.reference_is_list):
         return (
@@ -38,3 +40,24 @@ def obstacle(fields: Mapping[str, Any], manifest: Manifest) -> str | None:
             f"if that shard is full ({size} rows) and the names of shards need no further digit."
         )
     return None
+
+
+def difference(files: Mapping[str, FileVersion], manifest: Manifest) -> str:
+    """The first file in which a manifest differs from what it was, in words.
+
+    Args:
+        files: the files of the manifest before, by name.
+        manifest: the manifest as it is now.
+    """
+    now = manifest.versions
+    for name in sorted(files.keys() | now.keys()):
+        if name not in now:
+            return f"{name} is gone"
+        if name not in files:
+            return f"{name} is new"
+        was, here = files[name], now[name]
+        if was.size != here.size:
+            return f"{name} has changed: it had {was.size} bytes, and has {here.size} now"
+        if was.sha256 != here.sha256:
+            return f"{name} has changed: its contents had the hash {was.sha256[:12]}, and have {here.sha256[:12]} now"
+    return "a file has another name"

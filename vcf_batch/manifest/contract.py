@@ -1,5 +1,6 @@
 """The manifest's columns and their types, and the conversion of Arrow batches to rows."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -19,6 +20,9 @@ from vcf_batch.records import OVERRIDES, Reference, Row
 MANIFEST_COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
 """Columns with a meaning for the run; every other column is carried through to the outputs."""
 
+HASH_COLUMNS = {"reference_sha256": "reference", "negative_reference_sha256": "negative_reference"}
+"""Columns with the hashes of the images in another column. They are carried through, too."""
+
 MAX_TEXT_BYTES = 100_000
 """Longest prompt, negative prompt or reference; a longer one fails its row."""
 MAX_CARRIED_BYTES = 1_000_000
@@ -26,6 +30,7 @@ MAX_CARRIED_BYTES = 1_000_000
 MAX_REFERENCES = 16
 """Most references of a row."""
 SAFE_ID = "[A-Za-z0-9_-]{1,128}"
+_SHA256 = re.compile("[0-9A-Fa-f]{64}")
 
 _NUMBERS = {"guidance_scale": MAX_GUIDANCE_SCALE, "strength": MAX_STRENGTH, "fusion_lo": 1.0, "fusion_hi": 1.0}
 """Numeric overrides, and the largest value of each; the smallest is 0."""
@@ -61,6 +66,14 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
             problems.append(
                 f"column {name} {obstacle}, which cannot be carried through; change its type or leave it out"
             )
+    for name, column in HASH_COLUMNS.items():
+        if not problems and name in names and column in names:
+            kinds = [_reference_kind(schema.field(each).type) for each in (name, column)]
+            if "null" not in kinds and kinds[0] != kinds[1]:
+                problems.append(
+                    f"column {name!r} is a {kinds[0]}, but {column!r} a {kinds[1]}; give a list of hashes for a list "
+                    "of references, else one hash"
+                )
     for name in sorted(set(first_schema.names) ^ set(names)):
         here, there = (file, first_file) if name in names else (first_file, file)
         problems.append(f"column {shown(name)} is in {here} but not in {there}; all files need the same columns")
@@ -149,8 +162,9 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 _check_text("prompt", prompt)
                 if not prompt.strip():
                     raise RowError("prompt is empty")
-                references = parse_references(values.get("reference"))
+                references = _hashed(parse_references(values.get("reference")), values, "reference_sha256")
                 negative = parse_references(values.get("negative_reference"), "negative_reference")
+                negative = _hashed(negative, values, "negative_reference_sha256")
                 if values.get("seed") is not None:
                     seed = _check_number("seed", values["seed"], MAX_SEED)
                 overrides = _parse_overrides(values, len(references))
@@ -202,6 +216,27 @@ def parse_references(value: Any, column: str = "reference") -> tuple[Reference, 
     return (Reference(uri=uri or None, data=data),)
 
 
+def _hashed(references: tuple[Reference, ...], values: Mapping[str, Any], column: str) -> tuple[Reference, ...]:
+    """The references of a row with the hashes that a column of :data:`HASH_COLUMNS` gives; null gives none.
+
+    Raises:
+        RowError: there is not one hash, or null, for each reference, or a hash is none.
+    """
+    value = values.get(column)
+    if value is None:
+        return references
+    hashes = value if isinstance(value, list) else [value]
+    if len(hashes) != len(references):
+        raise RowError(f"{column} has {len(hashes)} hashes for {len(references)} images; give each one hash, or null")
+    for sha256 in hashes:
+        if sha256 is not None and not _SHA256.fullmatch(sha256):
+            raise RowError(f"{column} is {shown(sha256)}; it must be a SHA-256 in 64 hexadecimal digits, or null")
+    return tuple(
+        dataclasses.replace(reference, sha256=sha256 and sha256.lower())
+        for reference, sha256 in zip(references, hashes, strict=True)
+    )
+
+
 def shown(value: Any) -> str:
     """A value as error messages show it: redacted, and at most 60 characters."""
     return _cut(redact(repr(value.decode(errors="replace") if isinstance(value, bytes) else value)), 60)
@@ -214,7 +249,7 @@ def _cut(text: str, length: int = 200) -> str:
 def _expected_type(name: str, kind: pa.DataType) -> str | None:
     """The required type of a column, in words; None if ``kind`` is right."""
     kind = _plain(kind)
-    if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "fusion"):
+    if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "negative_reference_sha256", "fusion"):
         return None if _is_text(kind) else "string"
     if name in ("seed", "pno_steps"):
         return (
@@ -227,6 +262,8 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
     if name == "reference_weights":
         numbers = _is_list(kind) and _is_number(_plain(kind.value_type))
         return None if numbers or pt.is_null(kind) else "a list of numbers, such as list<double>"
+    if name == "reference_sha256":
+        return None if _is_text(_plain(kind.value_type if _is_list(kind) else kind)) else "string, or list<string>"
     if name == "reference":
         item = kind.value_type if _is_list(kind) else kind
         return None if _is_text(_plain(item)) or _is_image(item) else _REFERENCE_TYPES

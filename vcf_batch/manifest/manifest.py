@@ -3,19 +3,22 @@
 manifests/README.md describes its contract for users.
 """
 
+import dataclasses
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from vcf_batch import storage
-from vcf_batch.errors import ManifestError
-from vcf_batch.manifest import parquet
+from vcf_batch.errors import ManifestError, StorageError
+from vcf_batch.manifest import contents, parquet
 from vcf_batch.manifest.contract import (
     MANIFEST_COLUMNS,
     SAFE_ID,
@@ -33,6 +36,19 @@ _SHOWN = 5
 _ROWS_PER_READ = 256
 _ROWS_PER_CHECK = 65_536
 _FOOTER_THREADS = 16
+_HASH_THREADS = 4
+"""Number of files that are hashed at the same time. Drivers of object stores read tens of megabytes ahead of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """A file of a manifest with the hash of its contents, as the record of a run keeps it."""
+
+    size: int
+    stamp: str | None
+    """Text of :class:`vcf_batch.storage.Stamp`; None if a later write may have the same one."""
+    sha256: str
+    """See :func:`vcf_batch.manifest.contents.sha256`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,7 +64,8 @@ class Manifest:
     num_rows: int
     """Rows in use: all, or the first ``limit``."""
     identity: str
-    """Hex SHA-256 over names, sizes and footers of the files: the same for a copy elsewhere, and for any ``limit``."""
+    """Hex SHA-256 over the files: their names, sizes, footers and the contents of rows in use, bytes of images aside.
+    A copy elsewhere has the same one."""
     carried_schema: pa.Schema
     """The columns repeated in the outputs, with their types there."""
     reference_is_list: bool
@@ -58,13 +75,23 @@ class Manifest:
     """The manifest's columns among :data:`contract.MANIFEST_COLUMNS`."""
 
     @classmethod
-    def open(cls, url: str, limit: int | None = None, until: str | None = None) -> "Manifest":
-        """Read the footers of a Parquet file, or of the ``.parquet`` files in a folder; local or any fsspec URL.
+    def open(
+        cls,
+        url: str,
+        limit: int | None = None,
+        until: str | None = None,
+        known: Mapping[str, FileVersion] = MappingProxyType({}),
+    ) -> "Manifest":
+        """Open a Parquet file, or the ``.parquet`` files in a folder; local or any fsspec URL.
+
+        The footers are read, and the contents are hashed without decoding them, bytes of images aside.
 
         Args:
             url: the file or folder.
             limit: use at most the first ``limit`` rows; None uses all.
             until: an identity; use only the first files if they have this identity together.
+            known: files of this very manifest by name, opened with the same ``limit`` before. Those of the same size
+                and stamp are not hashed again.
 
         Raises:
             ManifestError: there is no such file, it is not Parquet, it has no rows, or columns break the contract.
@@ -73,18 +100,26 @@ class Manifest:
         url = storage.absolute(url)
         base, names = _discover(url)
         with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
-            footers = list(threads.map(lambda name: parquet.read_footer(storage.join(base, name)), names))
+            footers = list(threads.map(lambda name: _footer(storage.join(base, name)), names))
+        unhashed: list[tuple[ParquetFile, pa.Schema, bytes]] = []
+        rows = 0
+        for name, (stamp, size, footer) in zip(names, footers, strict=True):
+            file, schema = parquet.parse_footer(storage.join(base, name), size, footer, rows)
+            in_use = file.num_rows if limit is None else min(max(limit - rows, 0), file.num_rows)
+            groups = int(np.searchsorted(file.group_stops, in_use, side="left")) + 1 if in_use else 0
+            groups = len(file.group_stops) if in_use == file.num_rows else groups
+            unhashed.append((dataclasses.replace(file, stamp=stamp, groups_used=groups), schema, footer))
+            rows += file.num_rows
         digest = hashlib.sha256()
         files: list[ParquetFile] = []
         schemas: dict[str, pa.Schema] = {}
-        rows = 0
-        for name, (size, footer) in zip(names, footers, strict=True):
-            digest.update(f"{name}\0{size}\0{len(footer)}\0".encode() + footer)
-            file, schemas[name] = parquet.parse_footer(storage.join(base, name), size, footer, rows)
+        for (name, file), (_, schema, _) in zip(_hashed(unhashed, known), unhashed, strict=True):
+            digest.update(f"{name}\0{file.size}\0{file.sha256}\0".encode())
             files.append(file)
-            rows += file.num_rows
+            schemas[name] = schema
             if digest.hexdigest() == until:
                 break
+        rows = sum(file.num_rows for file in files)
         if not rows:
             raise ManifestError(f"{url} has no rows; there is nothing to generate")
         for name, schema in schemas.items():
@@ -99,6 +134,16 @@ class Manifest:
             _files=tuple(files),
             _columns=tuple(name for name in MANIFEST_COLUMNS if name in schemas[names[0]].names),
         )
+
+    @property
+    def versions(self) -> dict[str, FileVersion]:
+        """The files by name, for ``known`` of :meth:`open`."""
+        return {
+            storage.name(file.url): FileVersion(
+                file.size, file.stamp.text if file.stamp and file.stamp.lasts else None, file.sha256
+            )
+            for file in self._files
+        }
 
     def check(self) -> None:
         """Read every row once and refuse empty prompts and missing, unsafe or repeated ids.
@@ -147,7 +192,8 @@ class Manifest:
         A row that cannot be generated (an override out of range, unreadable text) says why in :attr:`Row.error`.
 
         Raises:
-            ManifestError: a file is damaged or has changed since it was opened.
+            ManifestError: a file is damaged.
+            RefusedError: a file has changed since it was opened.
             StorageError: the storage failed.
         """
         if not 0 <= start <= stop <= self.num_rows:
@@ -183,6 +229,51 @@ def _discover(url: str) -> tuple[str, list[str]]:
         raise ManifestError(f"{url} may not be read: {error}") from error
     except storage.NotAFileError as error:
         raise ManifestError(f"{url} holds no file named *.parquet; {rule}") from error
+
+
+def _footer(url: str) -> tuple[storage.Stamp | None, int, bytes]:
+    """Version of a file, before its footer is read; its size; its footer."""
+    try:
+        stamp = storage.stamp(url)
+    except (FileNotFoundError, PermissionError) as error:
+        raise ManifestError(f"{url} cannot be read: {error}") from error
+    return stamp, *parquet.read_footer(url)
+
+
+def _hashed(
+    files: Sequence[tuple[ParquetFile, pa.Schema, bytes]], known: Mapping[str, FileVersion]
+) -> Iterator[tuple[str, ParquetFile]]:
+    """Yield name and file with the hash of its contents, for each file with its schema and its footer."""
+    stop = threading.Event()
+
+    def hashed(opened: tuple[ParquetFile, pa.Schema, bytes]) -> tuple[str, ParquetFile]:
+        file, schema, footer = opened
+        name = storage.name(file.url)
+        before = known.get(name)
+        if before and file.stamp and (before.size, before.stamp) == (file.size, file.stamp.text):
+            return name, dataclasses.replace(file, sha256=before.sha256)
+
+        def read() -> str:
+            groups = len(file.group_stops)
+            return contents.sha256(file.url, file.size, footer, schema, groups, file.groups_used, stop)
+
+        try:
+            sha256 = read()
+            now = storage.stamp(file.url)
+            # A web server may name one version by several ETags.
+            same = not (now and file.stamp) or now.text == file.stamp.text or read() == sha256
+        except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
+            raise StorageError(f"{file.url} can no longer be read: {error}") from error
+        if not same:
+            raise ManifestError(f"{file.url} was written while it was read; rerun this command when it is complete")
+        return name, dataclasses.replace(file, sha256=sha256)
+
+    threads = ThreadPoolExecutor(_HASH_THREADS, "hashes")
+    try:
+        yield from threads.map(hashed, files)
+    finally:
+        stop.set()
+        threads.shutdown(cancel_futures=True)
 
 
 def _holds_any(column: pa.Array) -> bool:

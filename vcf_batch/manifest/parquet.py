@@ -3,6 +3,7 @@
 Statistics and sizes of columns are never read: damaged ones make pyarrow end the process.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from vcf_batch import storage
-from vcf_batch.errors import ManifestError, StorageError
+from vcf_batch.errors import ManifestError, RefusedError, StorageError
+from vcf_batch.manifest import contents
 
 MAX_COLUMNS = 1000
 """Most columns of a file, counting every field of a struct."""
@@ -41,6 +43,12 @@ class ParquetFile:
     """Number of the file's first row in the manifest."""
     group_stops: np.ndarray = field(repr=False)
     """Number of rows up to the end of each row group, ``[groups]`` int64."""
+    groups_used: int = 0
+    """Number of row groups, from the first one, with rows in use."""
+    stamp: storage.Stamp | None = None
+    """Version of the file when it was opened; None if the storage keeps none."""
+    sha256: str = ""
+    """See :func:`vcf_batch.manifest.contents.sha256`."""
 
     @property
     def num_rows(self) -> int:
@@ -55,7 +63,8 @@ class ParquetFile:
         any size.
 
         Raises:
-            ManifestError: the file is damaged or has changed since it was opened.
+            ManifestError: the file is damaged.
+            RefusedError: the file has changed since it was opened. It is looked at before and after reading.
             StorageError: the storage failed.
         """
         start, stop = max(start - self.first_row, 0), min(stop - self.first_row, self.num_rows)
@@ -67,22 +76,49 @@ class ParquetFile:
         try:
             with storage.open_read(self.url) as source:
                 if (size := source.seek(0, 2)) != self.size:
-                    raise ManifestError(
+                    raise RefusedError(
                         f"{self.url} has {size} bytes, and had {self.size} when the run began; a manifest must not "
                         "change during a run"
                     )
+                self._check_stays()
                 for batch in _read(source, groups, columns, most_rows):
                     low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                     if low < high:
                         yield self.first_row + position + low, batch.slice(low, high - low)
                     position += batch.num_rows
                     if position >= stop:
+                        self._check_stays()
                         return
         except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
             raise StorageError(f"this node cannot read the manifest's file {self.url}: {error}") from error
         except (pa.ArrowException, OSError) as error:
             raise ManifestError(f"{self.url} is damaged: {_first_line(error)}") from error
         raise ManifestError(f"{self.url} is damaged: it ends after {position} of {self.num_rows} rows")
+
+    def _check_stays(self) -> None:
+        """Check that the file is the one that was opened. It is hashed again only if its version is another one."""
+        now = storage.stamp(self.url)
+        if self.stamp is None or now is None or now.text == self.stamp.text:
+            return
+        found = _sha256_now(self.url, self.groups_used, now.text)
+        if found != self.sha256:
+            raise RefusedError(
+                f"{self.url} has changed: its contents have the hash {found[:12]}, and had {self.sha256[:12]} when the "
+                "run began; a manifest must not change during a run. Restore the file and rerun this command, or use "
+                "another output"
+            )
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_now(url: str, groups_used: int, _: str) -> str:
+    """The hash of a file's contents now. It is kept for the file's version, the last argument.
+
+    Raises:
+        ManifestError, StorageError: see :func:`read_footer`.
+    """
+    size, footer = read_footer(url)
+    file, schema = parse_footer(url, size, footer, 0)
+    return contents.sha256(url, size, footer, schema, len(file.group_stops), groups_used)
 
 
 def read_footer(url: str) -> tuple[int, bytes]:

@@ -7,6 +7,7 @@ root on and without following a link, because links may have been changed since.
 """
 
 import errno
+import hashlib
 import http.client
 import io
 import os
@@ -109,7 +110,8 @@ class ReferenceReader:
         """The reference as an RGB image (see :func:`vcf_batch.images.decode`). Embedded bytes are always allowed.
 
         Raises:
-            RowError: the reference is not allowed, missing, not a file, too large, damaged or not an image.
+            RowError: the reference is not allowed, missing, not a file, too large, damaged or not an image, or its
+                bytes do not have the hash that the manifest gives.
             StorageError: storage, network or a web server failed or refused this machine, or the allowed folder itself
                 is missing on it.
         """
@@ -119,6 +121,11 @@ class ReferenceReader:
         else:
             place, root = self._locate(reference)
             data = self._fetch(place, root, shown)
+        if reference.sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != reference.sha256:
+            raise RowError(
+                f"reference {shown} has the SHA-256 {found}, and the manifest says {reference.sha256}: put the image "
+                "back that the manifest means and repair the run, or correct the manifest for a new run"
+            )
         try:
             return images.decode(data, self._max_pixels)
         except RowError as error:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
+from vcf_batch.manifest import appended
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, run_file
 from vcf_batch.output.receipts import Damaged, Receipt
@@ -95,7 +96,7 @@ class Output:
             plan = ShardPlan(record.manifest.rows, cast(int, config.shard_size))
         except (TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is damaged: {error}") from error
-        opened, trouble = _open_manifest(config, record.fields["manifest_id"]) if with_manifest else (None, None)
+        opened, trouble = _open_manifest(config, record) if with_manifest else (None, None)
         if opened and opened.num_rows != plan.num_rows:
             raise DamageFound(
                 f"{run_file.RUN_FILE_NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}"
@@ -103,12 +104,13 @@ class Output:
         return cls(url, record, config, plan, opened, trouble)
 
 
-def _open_manifest(config: RunConfig, identity: str) -> tuple[Manifest | None, VcfBatchError | None]:
-    """Open the manifest of a run; None and the reason if it cannot be read, or is not the one of that identity."""
+def _open_manifest(config: RunConfig, record: RunRecord) -> tuple[Manifest | None, VcfBatchError | None]:
+    """Open the manifest of a run; None and the reason if it cannot be read, or is not the one of the record."""
     try:
-        manifest = Manifest.open(config.manifest, config.limit)
+        manifest = Manifest.open(config.manifest, config.limit, known=record.versions_of(config.manifest, config.limit))
     except VcfBatchError as error:
         return None, error
-    if manifest.identity != identity:
-        return None, RefusedError(f"{config.manifest} has changed since the run")
+    if manifest.identity != record.fields["manifest_id"]:
+        what = appended.difference(record.manifest.files, manifest)
+        return None, RefusedError(f"{config.manifest} has changed since the run: {what}")
     return manifest, None

@@ -11,11 +11,13 @@ from typing import Any
 
 from vcf_batch import __version__, storage
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, fingerprint
-from vcf_batch.errors import RefusedError, StorageError
+from vcf_batch.errors import RefusedError, StorageError, redact
+from vcf_batch.manifest.manifest import FileVersion
 from vcf_batch.output import commits
 
 RUN_FILE_NAME = "run.json"
-MAX_RUN_FILE_BYTES = 1 << 20
+MAX_RUN_FILE_BYTES = 1 << 26
+"""Most bytes of a ``run.json`` that are read. Each file of a manifest takes about 200."""
 
 LAYOUT = 3
 """Version of an output's layout. Raise it whenever this code can no longer read, verify or resume older outputs."""
@@ -35,6 +37,8 @@ class RecordedManifest:
     """The manifest's place, without credentials."""
     identity: str
     rows: int
+    files: Mapping[str, FileVersion]
+    """The manifest's files by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,12 @@ class RunRecord:
         record = cls(
             fields=document["fields"],
             config=_mapping(document, "config"),
-            manifest=RecordedManifest(str(manifest["url"]), str(manifest["identity"]), _count(manifest, "rows")),
+            manifest=RecordedManifest(
+                str(manifest["url"]),
+                str(manifest["identity"]),
+                _count(manifest, "rows"),
+                {str(name): FileVersion(**file) for name, file in _mapping(manifest, "files").items()},
+            ),
             models=_mapping(document, "models"),
             shards=_count(document, "shards"),
             shard_digits=_count(document, "shard_digits"),
@@ -88,6 +97,11 @@ class RunRecord:
         for name in ("manifest_id", "limit", "shard_size"):
             record.fields[name]
         return record
+
+    def versions_of(self, url: str, limit: int | None) -> Mapping[str, FileVersion]:
+        """The files of the run's manifest by name; none for the manifest of another place or another ``limit``."""
+        same = (redact(url), limit) == (self.manifest.url, self.fields["limit"])
+        return self.manifest.files if same else {}
 
     def to_document(self) -> dict[str, Any]:
         """The JSON object of ``run.json``."""

@@ -70,7 +70,7 @@ def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda
         None if there is None else there.fields,
         record.fields,
         begun=begun,
-        obstacle=lambda fields: appended.obstacle(fields, job.manifest),
+        obstacle=lambda fields: appended.obstacle(fields, job.manifest, there.manifest.files if there else {}),
         version=None if there is None else there.versions.get("vcf_batch"),
     ):
         assert there is not None
@@ -123,6 +123,9 @@ def _refuse_another(
     """Refuse any run but a longer version of the one that is there."""
     names = sorted(there.keys() | fields.keys())
     differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
+    if "limit" in differing:
+        # The identity covers the rows in use: those of another limit have another one.
+        differing = [name for name in differing if name != "manifest_id"]
     reason = ""
     if obstacle and differing == ["manifest_id"]:
         if (why := obstacle(there)) is None:
@@ -165,7 +168,9 @@ def record_of(job: Job) -> RunRecord:
     return RunRecord(
         fields=job.fields,
         config={name: _redacted(value) for name, value in job.config.to_dict().items()},
-        manifest=RecordedManifest(redact(job.manifest.url), job.manifest.identity, job.manifest.num_rows),
+        manifest=RecordedManifest(
+            redact(job.manifest.url), job.manifest.identity, job.manifest.num_rows, job.manifest.versions
+        ),
         models=job.models.describe(job.guided),
         shards=len(job.shards),
         shard_digits=len(sharding.shard_name(0, len(job.shards))),

@@ -27,6 +27,7 @@ from vcf_batch.storage.arrow import arrow_filesystem
 from vcf_batch.storage.listing import list_checksums, list_files, list_tree
 from vcf_batch.storage.paths import absolute, is_local, join, name, parent
 from vcf_batch.storage.reading import (
+    Stamp,
     digest,
     download,
     exists,
@@ -36,12 +37,14 @@ from vcf_batch.storage.reading import (
     read_text,
     refusals_as_storage_errors,
     size,
+    stamp,
 )
 from vcf_batch.storage.retries import NotAFileError
 from vcf_batch.storage.writing import move, publish_bytes, remove, remove_tree, remove_unfinished, upload
 
 __all__ = [
     "NotAFileError",
+    "Stamp",
     "absolute",
     "arrow_filesystem",
     "digest",
@@ -65,5 +68,6 @@ __all__ = [
     "remove_tree",
     "remove_unfinished",
     "size",
+    "stamp",
     "upload",
 ]

@@ -8,7 +8,8 @@ from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.paths import as_local_path, is_local, join, name
 from vcf_batch.storage.retries import retried
 
-_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
+CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
+"""Keys of an entry of a remote file, under which drivers give a checksum or a name of its version."""
 
 
 def list_files(url: str) -> dict[str, int]:
@@ -40,7 +41,7 @@ def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
         PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
     return {
-        file: (int(entry["size"] or 0), next((str(entry[key]) for key in _CHECKSUMS if entry.get(key)), None))
+        file: (int(entry["size"] or 0), next((str(entry[key]) for key in CHECKSUMS if entry.get(key)), None))
         for file, entry in _walk(url)
     }
 

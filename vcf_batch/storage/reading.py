@@ -6,18 +6,33 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from vcf_batch.errors import StorageError, redact
 from vcf_batch.records import FileEntry
 from vcf_batch.storage import local
 from vcf_batch.storage.drivers import filesystem
+from vcf_batch.storage.listing import CHECKSUMS
 from vcf_batch.storage.paths import as_local_path, is_local
 from vcf_batch.storage.resilient_file import ResilientFile
 from vcf_batch.storage.retries import NotAFileError, may_pass, retried, translated
 
 CHUNK_BYTES = 1 << 20
+DATE_SECONDS = 2.0
+"""Coarsest resolution of the dates of files, as FAT has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A version of a file as the storage tells it without reading the file."""
+
+    text: str
+    """Checksum or ETag of an object, else the time of the last write. Another text may mean another content."""
+    lasts: bool
+    """Whether every later write gives another text. A time that has hardly passed may be the time of a later write."""
 
 
 def open_read(url: str) -> BinaryIO:
@@ -88,6 +103,23 @@ def modified(url: str) -> float | None:
         return retried("look up", url, ask)
     except NotImplementedError:
         return None
+
+
+def stamp(url: str) -> Stamp | None:
+    """The version of a file; None if the storage tells neither checksums nor dates.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    if is_local(url):
+        nanoseconds = retried("look up", url, lambda: os.stat(as_local_path(url)).st_mtime_ns)
+        return Stamp(str(nanoseconds), time.time() - nanoseconds / 1e9 > DATE_SECONDS)
+    entry = _info(url)
+    checksum = next((str(entry[key]) for key in CHECKSUMS if entry.get(key)), None)
+    if checksum is not None:
+        return Stamp(checksum, True)
+    date = modified(url)
+    return None if date is None else Stamp(repr(date), time.time() - date > DATE_SECONDS)
 
 
 def exists(url: str) -> bool:
