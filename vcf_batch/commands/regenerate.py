@@ -55,7 +55,7 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
         worker = _load(output, scratch)
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
-            exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.describe()
+            exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.description
             for key, there, here in _pairs(output, worker, scratch, shard, places, exact):
                 if isinstance(here, str):
                     yield Finding(shard.name, f"{key} cannot be drawn again: {here}", kind="note")

@@ -29,6 +29,7 @@ from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PE
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
 from vcf_batch.vcf.guide import Guide
+from vcf_batch.vcf.kernels import cudnn_attention
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
 from vcf_batch.worker.clock import Clock, Profile
@@ -51,6 +52,7 @@ def load(job: Job) -> "Worker":
 
     Raises:
         ModelError: a model is not there, unsafe, incomplete, or this machine cannot run it.
+        NodeError: this node cannot compute as the others do.
         StorageError: storage or network failed.
     """
     global _model_loads
@@ -77,7 +79,7 @@ def load(job: Job) -> "Worker":
 def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
     with load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
-    return pipeline.set_up(device.kind, compiled)
+    return pipeline.set_up(device.kind, compiled, cudnn_attention if device.attention == "cudnn" else None)
 
 
 def _load_guide(models: Models, pipeline: VCFPipeline, device: Device) -> Guide:
@@ -182,7 +184,7 @@ class Worker:
             attempt=task.attempt,
             counts=files.counts,
             files=files.entries,
-            device=self.components.device.describe(),
+            device=self.components.device.description,
             timings=clock.seconds
             | {
                 "started": started.isoformat(timespec="seconds"),
