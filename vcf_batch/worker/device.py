@@ -12,7 +12,7 @@ import torch
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models.cache import cache_folder
-from vcf_batch.vcf import kernels
+from vcf_batch.vcf.attention import pin_kernel
 from vcf_batch.worker.device_type import describe
 
 
@@ -26,7 +26,7 @@ class Device:
     threads: int
     """Number of CPU threads of one computation. Sums depend on it."""
     attention: str
-    """Kernel of attention: see :func:`vcf_batch.vcf.kernels.choose`; ``cpu`` on a CPU."""
+    """Kernel of attention: see :func:`vcf_batch.vcf.attention.choose_kernel`; ``cpu`` on a CPU."""
 
     @classmethod
     def set_up(cls, config: RunConfig) -> "Device":
@@ -60,7 +60,7 @@ class Device:
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory costs time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        attention = kernels.pin(dtype) if kind == "cuda" else "cpu"
+        attention = pin_kernel(dtype) if kind == "cuda" else "cpu"
         device = cls(kind, dtype, config.cpus_per_worker, attention)
         device.use_threads()
         return device

@@ -18,7 +18,7 @@ from PIL import features
 
 import vcf_batch
 
-PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "pyarrow", "Pillow")
+CONTENT_PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "pyarrow", "Pillow")
 """Packages that compute, encode or write what is in an output."""
 
 CODECS = ("zlib", "zlib_ng", "libjpeg_turbo", "webp", "avif")
@@ -55,11 +55,13 @@ def describe(kind: str, dtype: torch.dtype, threads: int, attention: str) -> dic
         kind: ``cuda`` or ``cpu``.
         dtype: number type of the networks.
         threads: number of CPU threads of one computation.
-        attention: the kernel of attention, see :func:`vcf_batch.vcf.kernels.choose`; ``cpu`` on a CPU.
+        attention: the kernel of attention, see :func:`vcf_batch.vcf.attention.choose_kernel`; ``cpu`` on a CPU.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = {"architecture": platform.machine(), "capability": capability}
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"vcf_batch": vcf_batch.__version__}
+    versions = {name: importlib.metadata.version(name) for name in CONTENT_PACKAGES} | {
+        "vcf_batch": vcf_batch.__version__
+    }
     versions |= {name: version for name in CODECS if (version := features.version(name))}
     described = {
         "type": f"{platform.machine()} {capability}",

@@ -28,8 +28,8 @@ from vcf_batch.setup.job import TRACE, Job
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
+from vcf_batch.vcf.attention import cudnn_attention
 from vcf_batch.vcf.guide import Guide
-from vcf_batch.vcf.kernels import cudnn_attention
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
 from vcf_batch.worker.clock import Clock, Profile

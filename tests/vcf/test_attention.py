@@ -1,4 +1,4 @@
-"""The rule that chooses the kernel of attention, as a function of a description; no GPU is needed."""
+"""Attention: the rule that chooses a GPU's kernel, as a function of a description, and the layers that use it."""
 
 import dataclasses
 
@@ -8,9 +8,15 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from vcf_batch.errors import NodeError, UsageError
-from vcf_batch.vcf import kernels
-from vcf_batch.vcf.attention import MAX_HEAD_DIM, TokenBiasAttention
-from vcf_batch.vcf.kernels import MIN_CUDNN, Gpu
+from vcf_batch.vcf.attention import (
+    MAX_HEAD_DIM,
+    MIN_CUDNN,
+    Gpu,
+    TokenBiasAttention,
+    choose_kernel,
+    cudnn_attention,
+    refuse_node,
+)
 
 HOPPER = Gpu((9, 0), cudnn_built=91501, cudnn=91501, flash3=False)
 BF16 = torch.bfloat16
@@ -34,32 +40,32 @@ BF16 = torch.bfloat16
 )
 def test_one_rule_chooses_the_kernel_of_attention(gpu: Gpu, dtype: torch.dtype, chosen: str) -> None:
     """cuDNN where the GPU and torch's build provide for it, then FlashAttention 3 if installed, then 2."""
-    assert kernels.choose(gpu, dtype) == chosen
+    assert choose_kernel(gpu, dtype) == chosen
 
 
 @pytest.mark.parametrize("loaded", [None, 90100, MIN_CUDNN - 1])
 def test_a_node_where_another_cudnn_shadows_torchs_own_is_refused(loaded: int | None) -> None:
     """It does not fall back in silence; the node is to blame, not the settings, so other nodes go on."""
     shadowed = dataclasses.replace(HOPPER, cudnn=loaded, flash3=True)
-    chosen = kernels.choose(shadowed, BF16)
+    chosen = choose_kernel(shadowed, BF16)
     with pytest.raises(
         NodeError, match=rf"node-b loads cuDNN .*must be {MIN_CUDNN} or newer.*LD_LIBRARY_PATH"
     ) as error:
-        kernels.refuse(shadowed, chosen, None, "node-b")
+        refuse_node(shadowed, chosen, None, "node-b")
     assert not isinstance(error.value, UsageError)
 
 
 def test_a_node_whose_kernel_fails_is_refused_with_the_reason() -> None:
     with pytest.raises(NodeError, match=r"flash2 on this GPU, and it fails on node-b: no kernel image\. Install"):
-        kernels.refuse(dataclasses.replace(HOPPER, cudnn_built=None), "flash2", "no kernel image", "node-b")
-    kernels.refuse(HOPPER, "cudnn", None, "node-b")
-    kernels.refuse(dataclasses.replace(HOPPER, cudnn=92000), "cudnn", None, "node-b")
+        refuse_node(dataclasses.replace(HOPPER, cudnn_built=None), "flash2", "no kernel image", "node-b")
+    refuse_node(HOPPER, "cudnn", None, "node-b")
+    refuse_node(dataclasses.replace(HOPPER, cudnn=92000), "cudnn", None, "node-b")
 
 
 def test_the_kernel_called_by_name_takes_what_it_is_given() -> None:
     """torch has the operator, with these arguments, in builds without CUDA too."""
     tokens = torch.ones(1, 2, 8, 8, device="meta", dtype=BF16)
-    assert kernels.cudnn_attention(tokens, tokens, tokens).shape == tokens.shape
+    assert cudnn_attention(tokens, tokens, tokens).shape == tokens.shape
 
 
 @pytest.mark.parametrize("cross", [False, True])
