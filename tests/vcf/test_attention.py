@@ -1,14 +1,18 @@
 """Attention: the rule that chooses a GPU's kernel, as a function of a description, and the layers that use it."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from vcf_batch.errors import NodeError, UsageError
+from vcf_batch.vcf import attention
 from vcf_batch.vcf.attention import (
+    FALLBACKS,
     MAX_HEAD_DIM,
     MIN_CUDNN,
     Gpu,
@@ -53,6 +57,31 @@ def test_a_node_where_another_cudnn_shadows_torchs_own_is_refused(loaded: int | 
     ) as error:
         refuse_node(shadowed, chosen, None, "node-b")
     assert not isinstance(error.value, UsageError)
+
+
+def test_a_cudnn_that_torch_refuses_is_refused_whatever_computes_attention() -> None:
+    """Convolutions need it, and would fail in the middle of a shard."""
+    ampere = Gpu((8, 0), cudnn_built=91002, cudnn=None, flash3=False)
+    with pytest.raises(NodeError, match=r"node-b loads cuDNN that torch refuses; it must be 91002 or newer"):
+        refuse_node(ampere, choose_kernel(ampere, BF16), None, "node-b")
+    refuse_node(dataclasses.replace(ampere, cudnn=91002), "flash2", None, "node-b")
+
+
+def test_the_kernels_of_a_process_stay_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch restores its own choice when the context is left, or forgotten."""
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    monkeypatch.setattr(attention, "describe_gpu", lambda: HOPPER)
+    monkeypatch.setattr(attention, "_try_out", lambda *_: None)
+    try:
+        assert attention.pin_kernel(BF16) == attention.pin_kernel(BF16) == "cudnn"
+        gc.collect()
+        assert _cur_sdpa_kernel_backends(with_priority=True)[: len(FALLBACKS)] == FALLBACKS
+        monkeypatch.setattr(attention, "_try_out", lambda *_: [][0])
+        with pytest.raises(NodeError, match=r"fails on .*IndexError"):
+            attention.pin_kernel(BF16)
+    finally:
+        attention._fixed.pop().__exit__(None, None, None)
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
 def test_a_node_whose_kernel_fails_is_refused_with_the_reason() -> None:

@@ -137,14 +137,16 @@ def refuse_node(gpu: Gpu, chosen: str, failure: str | None, host: str) -> None:
         host: name of the node.
 
     Raises:
-        NodeError: cuDNN is older than :data:`MIN_CUDNN`, or the first call failed.
+        NodeError: torch refuses the cuDNN that is loaded, cuDNN is chosen and older than :data:`MIN_CUDNN`, or the
+            first call failed.
     """
-    if chosen == "cudnn" and (gpu.cudnn is None or gpu.cudnn < MIN_CUDNN):
+    least = MIN_CUDNN if chosen == "cudnn" else 0
+    if gpu.cudnn_built and (gpu.cudnn is None or gpu.cudnn < least):
         loaded = gpu.cudnn or "that torch refuses"
         raise NodeError(
-            f"attention is computed by cuDNN on this GPU, and {host} loads cuDNN {loaded}; it must be {MIN_CUDNN} or "
-            f"newer, as torch was built with {gpu.cudnn_built}. Remove the older one from LD_LIBRARY_PATH there, or "
-            "leave the node out"
+            f"{host} loads cuDNN {loaded}; it must be {least or gpu.cudnn_built} or newer, as torch was built with "
+            f"{gpu.cudnn_built} and attention is computed by {chosen}. Remove the older one from LD_LIBRARY_PATH "
+            "there, or leave the node out"
         )
     if failure:
         raise NodeError(

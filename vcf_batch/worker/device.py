@@ -27,6 +27,8 @@ class Device:
     """Number of CPU threads of one computation. Sums depend on it."""
     attention: str
     """Kernel of attention: see :func:`vcf_batch.vcf.attention.choose_kernel`; ``cpu`` on a CPU."""
+    compiled: bool
+    """Whether networks are compiled."""
 
     @classmethod
     def set_up(cls, config: RunConfig) -> "Device":
@@ -61,7 +63,7 @@ class Device:
         # Filling fresh memory costs time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         attention = pin_kernel(dtype) if kind == "cuda" else "cpu"
-        device = cls(kind, dtype, config.cpus_per_worker, attention)
+        device = cls(kind, dtype, config.cpus_per_worker, attention, config.compile)
         device.use_threads()
         return device
 
@@ -72,4 +74,4 @@ class Device:
     @functools.cached_property
     def description(self) -> Mapping[str, Any]:
         """The ``device`` of a receipt: what the bytes depend on besides the fingerprint."""
-        return describe(self.kind, self.dtype, self.threads, self.attention)
+        return describe(self.kind, self.dtype, self.threads, self.attention, self.compiled)

@@ -9,6 +9,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ _CPU_FIELDS = {
 """Lines of /proc/cpuinfo that name the model of a processor, on x86 and on Arm."""
 
 
-def describe(kind: str, dtype: torch.dtype, threads: int, attention: str) -> dict[str, Any]:
+def describe(kind: str, dtype: torch.dtype, threads: int, attention: str, compiled: bool) -> dict[str, Any]:
     """The ``device`` of a receipt.
 
     Args:
@@ -56,6 +57,7 @@ def describe(kind: str, dtype: torch.dtype, threads: int, attention: str) -> dic
         dtype: number type of the networks.
         threads: number of CPU threads of one computation.
         attention: the kernel of attention, see :func:`vcf_batch.vcf.attention.choose_kernel`; ``cpu`` on a CPU.
+        compiled: whether networks are compiled, so that the compiler counts too.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = {"architecture": platform.machine(), "capability": capability}
@@ -63,6 +65,8 @@ def describe(kind: str, dtype: torch.dtype, threads: int, attention: str) -> dic
         "vcf_batch": vcf_batch.__version__
     }
     versions |= {name: version for name in CODECS if (version := features.version(name))}
+    if compiled:
+        versions["compiler"] = _compiler(kind)
     described = {
         "type": f"{platform.machine()} {capability}",
         "dtype": str(dtype).removeprefix("torch."),
@@ -128,6 +132,19 @@ def _read(path: str) -> str:
         return Path(path).read_text(errors="replace")
     except OSError:  # other systems have no such file
         return ""
+
+
+def _compiler(kind: str) -> str:
+    """Version of what compiles networks on this node: Triton for GPUs, else the C++ compiler."""
+    try:
+        if kind == "cuda":
+            return f"triton {importlib.metadata.version('triton')}"
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second, which other runs save
+
+        told = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, timeout=60, check=True)
+        return told.stdout.partition("\n")[0]
+    except Exception:  # compiling will fail, too, with torch's own reason
+        return "unknown"
 
 
 def _cublas() -> str:
