@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vcf_batch.output.receipts import SEVERAL, device_type
+from vcf_batch.output.receipts import device_type
 
 MAX_SHOWN = 5
 """Number of differences between two device types that a message shows."""
@@ -29,7 +29,8 @@ class DeviceTypes:
         """The type that the run keeps to; None if it is open."""
         self._known, self._one = dict(devices), one
         if one:
-            self.chosen = next((name for name, _ in rows.most_common() if name != SEVERAL), None)
+            # Shards that are all done again have no rows yet, but a type.
+            self.chosen = next((name for name, _ in rows.most_common() if name in devices), next(iter(devices), None))
 
     def takes(self, name: str) -> bool:
         """Whether a worker of this type is used. The first one decides where the type is open."""

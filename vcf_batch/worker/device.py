@@ -12,7 +12,7 @@ import torch
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models.cache import cache_folder
-from vcf_batch.vcf.attention import pin_kernel
+from vcf_batch.vcf.attention import Kernel, cudnn_attention, pin_kernel
 from vcf_batch.worker.device_type import describe
 
 
@@ -70,6 +70,11 @@ class Device:
     def use_threads(self) -> None:
         """Set the number of CPU threads for the calling thread: OpenMP keeps it per thread."""
         torch.set_num_threads(self.threads)
+
+    @property
+    def attention_kernel(self) -> Kernel | None:
+        """The kernel that the UNet's attention calls by name; None where torch's own choice is the fixed one."""
+        return cudnn_attention if self.attention == "cudnn" else None
 
     @functools.cached_property
     def description(self) -> Mapping[str, Any]:

@@ -28,7 +28,6 @@ from vcf_batch.setup.job import TRACE, Job
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
-from vcf_batch.vcf.attention import cudnn_attention
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
@@ -79,7 +78,7 @@ def load(job: Job) -> "Worker":
 def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
     with load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
-    return pipeline.set_up(device.kind, compiled, cudnn_attention if device.attention == "cudnn" else None)
+    return pipeline.set_up(device.kind, compiled, device.attention_kernel)
 
 
 def _load_guide(models: Models, pipeline: VCFPipeline, device: Device) -> Guide:
