@@ -32,7 +32,7 @@ from plan import CONTENT, peak_memory, receipt_of
 
 from vcf_batch import pool, storage
 from vcf_batch.config import RunConfig
-from vcf_batch.driver.cluster import Heartbeat
+from vcf_batch.driver.cluster import Heartbeat, Loaded
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.progress import Progress
@@ -67,8 +67,8 @@ class Player:
     async def heartbeat(self, worker: int) -> Heartbeat:
         return Heartbeat(ray.get_runtime_context().get_node_id(), {}, {})
 
-    async def load(self, worker: int) -> None:
-        pass
+    async def load(self, worker: int) -> Loaded:
+        return Loaded({})
 
     async def run(self, worker: int, task: ShardTask, attempt_id: str, redo: None) -> tuple[Receipt, dict[str, str]]:
         # Each worker's first shard has a random shorter duration, as if the benchmark began in the middle of a run.

@@ -39,7 +39,7 @@ OTHER: dict[str, Any] = {
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
-    "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True,
+    "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True, "one_device_type": True,
     "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2},
 }  # fmt: skip
 """A valid value other than the default, for every setting."""

@@ -190,6 +190,9 @@ class RunConfig:
     has a GPU now, else 0."""
     cpus_per_worker: int = 1
     """Number of CPUs reserved for a worker, and of its threads on a machine without GPUs."""
+    one_device_type: bool = False
+    """Use workers of one device type only: the one with the most rows in the output, else that of the first worker that
+    loads. Nodes of other types are left out."""
     allow_smaller_batches: bool = False
     """Sample fewer rows at once where the GPU's memory does not hold a batch. The receipt says so, and such shards are
     outside of the promise of identical bytes."""
@@ -358,6 +361,7 @@ NOT_CONTENT = frozenset(
         "lpips_weights",
         "num_workers",
         "gpus_per_worker",
+        "one_device_type",
         "allow_smaller_batches",
         "stall_timeout",
         "profile",

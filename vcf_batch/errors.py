@@ -11,6 +11,7 @@
     ├── DamageFound                5   verify, push or another reader found files that do not match their receipts
     ├── Unfinished                 6   nothing is damaged, but shards are left: the run's own command goes on
     ├── StorageError               1   the storage failed: the attempt fails, never the row
+    ├── NodeError                  1   a node cannot compute as the run requires: others go on
     ├── OutOfDeviceMemory          1   a batch does not fit into the GPU's memory: the attempt fails
     └── RowError                   -   one row cannot be generated: goes into its error_message, never into an exit code
 
@@ -169,6 +170,10 @@ class Unfinished(VcfBatchError):
 
 class StorageError(VcfBatchError):
     """Storage or network failed. The shard gets another attempt; no row is blamed."""
+
+
+class NodeError(VcfBatchError):
+    """This node cannot compute as the run requires. Another node may: the run goes on there, or ends if none does."""
 
 
 class OutOfDeviceMemory(VcfBatchError):

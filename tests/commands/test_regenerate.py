@@ -66,10 +66,11 @@ def test_another_type_of_device_may_differ_a_little(output: Path, monkeypatch: p
     monkeypatch.setattr(regenerate, "_difference", lambda first, second: difference(first, second) + shift["pixels"])
     assert len(told(output, 2)) == 1
     shift["pixels"] = TOLERANCE + 1
-    monkeypatch.setattr(Device, "describe", lambda self: {"type": "another"})
+    monkeypatch.setattr(Device, "description", {"type": "another"})
     lines = told(output, 2)
     assert len(lines) == 3
     assert "drawn again differs by 6 of 255 on the mean, on another type of device" in lines[0]
+    assert "some were made on another type of device" in lines[2] and "more here)" in lines[2]
 
 
 def test_an_image_that_the_settings_do_not_make_is_found(output: Path, tmp_path: Path) -> None:

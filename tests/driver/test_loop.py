@@ -14,11 +14,12 @@ from vcf_batch.driver.fault import Failure, Fault
 from vcf_batch.driver.loop import ANSWER_SECONDS
 from vcf_batch.driver.quarantine import FAILURES
 from vcf_batch.driver.workers import MAX_BACKOFF_SECONDS, START_ATTEMPTS
-from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
+from vcf_batch.errors import NodeError, RefusedError, StorageError, UsageError, VcfBatchError
 from vcf_batch.output import commits
 
 A, B, C = "node-a", "node-b", "node-c"
 ROWS, SHARD_SIZE = 32, 4
+LOST = RefusedError("another driver has the output")
 LOAD_SECONDS, SHARD_SECONDS = 2.0, 10.0
 
 Simulate = Callable[..., Simulation]
@@ -277,3 +278,80 @@ def test_a_manifest_that_changes_ends_the_run(simulate: Simulate) -> None:
     with pytest.raises(RefusedError, match=r"m\.parquet has changed"):
         simulation.run()
     assert [*simulation.committed] == list(range(1, ROWS // SHARD_SIZE))
+
+
+def test_several_device_types_are_said_once(simulate: Simulate) -> None:
+    """Workers of another type are used, and the user is told what tells the types apart, not once a shard."""
+    simulation = simulate(nodes=(A, B, C), num_workers=3)
+    simulation.cluster.devices = {B: "older GPU", C: "older GPU"}
+    simulation.run()
+    check_whole(simulation)
+    (told,) = simulation.told("several_device_types")
+    assert "older GPU and simulated (type older GPU / simulated)" in told and "--one-device-type" in told
+    assert {receipt.device["type"] for receipt in simulation.committed.values()} == {"simulated", "older GPU"}
+
+
+def test_a_run_of_one_device_type_leaves_other_nodes_out(simulate: Simulate) -> None:
+    """The first worker that loads decides; a node of another type gets no further worker, and is named once."""
+    simulation = simulate(nodes=(A, B), num_workers=None, one_device_type=True)
+    simulation.cluster.devices = {B: "older GPU"}
+    simulation.run()
+    check_whole(simulation)
+    assert {receipt.device["type"] for receipt in simulation.committed.values()} == {"simulated"}
+    (told,) = simulation.told("other_device_type")
+    assert f"node {B} is left out" in told and "its worker is older GPU, those of the run are simulated" in told
+    assert [process.node for process in simulation.cluster.processes].count(B) == 1
+    assert not simulation.told("several_device_types")
+
+
+def test_a_resumed_run_of_one_device_type_keeps_to_the_outputs(simulate: Simulate) -> None:
+    """Whichever worker loads first, and without the option the user is told that the output has another type."""
+    simulation = simulate(nodes=(A,), num_workers=1)
+    simulation.cluster.at(LOAD_SECONDS + 2.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
+    with pytest.raises(RefusedError):
+        simulation.run()
+    begun = {*simulation.committed}
+    assert 0 < len(begun) < ROWS // SHARD_SIZE
+    resumed = simulation.again(one_device_type=True, nodes={B: 1, A: 1})
+    resumed.cluster.devices = {B: "older GPU"}
+    resumed.run()
+    check_whole(resumed)
+    assert {receipt.device["type"] for receipt in resumed.committed.values()} == {"simulated"}
+    assert len(resumed.told("other_device_type")) == 1
+
+
+def test_where_nodes_of_another_type_alone_are_left_the_run_waits_and_says_so(simulate: Simulate) -> None:
+    """A node of the type may come back; the remedy is told. Before the first commit another type is chosen instead."""
+    simulation = simulate(nodes=(A, B), num_workers=None, one_device_type=True)
+    simulation.cluster.devices = {B: "older GPU"}
+    lost = fault(Failure.LOSS, A, node_died=True)
+    simulation.cluster.at(LOAD_SECONDS + 1.5 * SHARD_SECONDS, lambda: simulation.cluster.end_node(A, lost))
+    simulation.cluster.at(200.0, lambda: simulation.cluster.add_node(A, 1))
+    simulation.run()
+    check_whole(simulation)
+    told = simulation.told("no_worker_ready")
+    assert told and "1 of the nodes are left out (--one-device-type): their workers are older GPU" in told[0]
+    assert "Rerun without --one-device-type" in told[0]
+    early = simulate(nodes=(A, B), num_workers=None, one_device_type=True)
+    early.cluster.devices = {B: "older GPU"}
+    early.cluster.at(LOAD_SECONDS + 0.5 * SHARD_SECONDS, lambda: early.cluster.end_node(A, lost))
+    early.run()
+    check_whole(early)
+    assert {receipt.device["type"] for receipt in early.committed.values()} == {"older GPU"}
+
+
+def test_a_node_that_cannot_compute_as_required_costs_the_run_that_node_alone(simulate: Simulate) -> None:
+    """Such as one where another cuDNN shadows torch's own, whichever node is first. Where no other is, the run ends."""
+
+    def world(node: str, request: Request) -> tuple[float, Fault | None]:
+        if request.method == "load" and node == A:
+            return 1.0, Fault.of(NodeError("node-a loads cuDNN 90100; it must be 91501 or newer"), A)
+        return well(node, request)
+
+    simulation = simulate(world)
+    simulation.run()
+    check_whole(simulation)
+    assert all("node-b" in receipt.timings["worker"] for receipt in simulation.committed.values())
+    with pytest.raises(VcfBatchError, match=r"no worker could start, 5 times.*cuDNN 90100; it must be 91501") as error:
+        simulate(world, nodes=(A,)).run()
+    assert not isinstance(error.value, UsageError)

@@ -83,3 +83,15 @@ def test_totals_are_read_back_as_written() -> None:
     record = json.loads(json.dumps(found.to_dict()))
     assert record["done"] == [[0, 3], [7, 8]]
     assert RunSums.from_dict(record) == found
+
+
+def test_device_types_are_counted() -> None:
+    """A shard that a repair generated on another device has several, which count as two at least."""
+    found = RunSums()
+    assert found.device_types == 0
+    found.devices["gpu"] += 5
+    assert found.device_types == 1
+    found.devices["several"] += 1
+    assert found.device_types == 2
+    found.devices |= {"gpu #1": 1, "gpu #2": 1}
+    assert found.device_types == 3

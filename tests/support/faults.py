@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from vcf_batch.driver import failing_shard, loop
+from vcf_batch.driver.cluster import Loaded
 from vcf_batch.errors import StorageError
 from vcf_batch.pool import actor, ray_cluster
 from vcf_batch.records import RowMask
@@ -112,14 +113,14 @@ class FaultyActor(actor.Actor):
         obey(folder, "init")
         super().__init__(job)
 
-    def load(self) -> None:
+    def load(self) -> Loaded:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
         if (folder / "pids").exists():
             (folder / "pids" / str(os.getpid())).touch()
         if (folder / f"no-load-on-{node}").exists():
             raise StorageError("this node loads nothing, as ordered")
         obey(folder, "load")
-        super().load()
+        loaded = super().load()
 
         from vcf_batch.output import commits, shards
 
@@ -154,6 +155,7 @@ class FaultyActor(actor.Actor):
         around(shards.ShardWriter, "add", phase("tar"))
         around(shards.ShardWriter, "finish", phase("parquet"))
         around(commits, "stage", staging, phase("staged"))
+        return loaded
 
     @ray.method(concurrency_group="shards")
     def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> Any:

@@ -4,6 +4,8 @@ What becomes of each request is decided by a *world*, a function that a test giv
 or depends on the machine: the same world gives the same run.
 """
 
+import copy
+import dataclasses
 import heapq
 import io
 import itertools
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
-from vcf_batch.driver.cluster import Answer, Heartbeat, Request, WorkerHandle
+from vcf_batch.driver.cluster import Answer, Heartbeat, Loaded, Request, WorkerHandle
 from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.fault import Failure, Fault
 from vcf_batch.driver.ledger import Ledger
@@ -121,7 +123,10 @@ class SimulatedCluster:
         """Those that are there now."""
         self.processes: list[Process] = []
         """All that were ever started, in order."""
-        self._job, self._world, self._clock = job, world, clock
+        self.devices: dict[str, str] = {}
+        """Device type of the workers on a node, where it is another one than ``simulated``."""
+        self.world = world
+        self._job, self._clock = job, clock
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._answers: dict[Hashable, tuple[Request, Answer]] = {}
@@ -152,7 +157,7 @@ class SimulatedCluster:
             if process.node:
                 self._answer(process, key, self._heartbeat(process))
         else:
-            seconds, end = self._world(process.node, request)
+            seconds, end = self.world(process.node, request)
             begin = max(self.now(), process.free_at)
             process.free_at = begin + seconds
             process.running[request.attempt_id] = begin, seconds
@@ -234,8 +239,14 @@ class SimulatedCluster:
             self.end(process, end)
         else:
             task, attempt_id = process.requests[key].task, process.requests[key].attempt_id
-            generated = None if task is None or task.selected is not None else self._stage(process, task, attempt_id)
+            if task is None:
+                self._answer(process, key, end or Loaded(self._device(process)))
+                return
+            generated = None if task.selected is not None else self._stage(process, task, attempt_id)
             self._answer(process, key, end or generated)
+
+    def _device(self, process: Process) -> dict[str, Any]:
+        return {"type": self.devices.get(process.node, "simulated")}
 
     def _heartbeat(self, process: Process) -> Heartbeat:
         """A number of each attempt that changes by the second, while it waits for its turn too, unless it hangs."""
@@ -259,7 +270,7 @@ class SimulatedCluster:
             attempt=task.attempt,
             counts={"success": sampled, "rejected": 0, "failed": len(task.verdicts)},
             files=dict.fromkeys(receipts.FILE_SUFFIXES, FileEntry(len(CONTENT), "")),
-            device={"type": "simulated"},
+            device=self._device(process),
             timings={"worker": f"{process.node}:{self.processes.index(process)}", "total": 1.0, "ended": ENDED},
             sampled=sampled,
         )
@@ -320,6 +331,15 @@ class Simulation:
         self.clock, self.held = Clock(), Held()
         self.cluster = SimulatedCluster(self.job, nodes, world, self.clock)
         self.notes = Notes(rows, self.clock)
+
+    def again(self, nodes: Mapping[str, int], **settings: Any) -> "Simulation":
+        """The next run of the same output, on a cluster of its own."""
+        resumed = copy.copy(self)
+        resumed.job = dataclasses.replace(self.job, config=self.job.config.replace(**settings))
+        resumed.clock, resumed.held = Clock(), Held()
+        resumed.cluster = SimulatedCluster(resumed.job, nodes, self.cluster.world, resumed.clock)
+        resumed.notes = Notes(self.job.manifest.num_rows, resumed.clock)
+        return resumed
 
     def run(self) -> None:
         """Run the loop to its end.

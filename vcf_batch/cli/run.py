@@ -256,6 +256,14 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "cpus-per-worker", int, "CPUs reserved for each worker, and the number of threads it computes with.  [default: 1]"
 )
 @_option(
+    "one-device-type",
+    bool,
+    "Use workers of one device type only, so that all bytes are those of one device: the type with the most rows in "
+    "OUTPUT, else that of the first worker that loads. Nodes of other types are left out; a run that has no other node "
+    "waits for one.",
+    is_flag=True,
+)
+@_option(
     "allow-smaller-batches",
     bool,
     "If a batch does not fit the GPU's memory even in a fresh process, sample fewer rows at once. The images of such a "

@@ -22,6 +22,7 @@ import torch
 from vcf_batch import images, storage
 from vcf_batch.commands.verify import Finding
 from vcf_batch.config import MAX_PIXELS
+from vcf_batch.driver.device_types import differences
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
@@ -50,12 +51,14 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
         VcfBatchError: storage, network or the machine failed.
     """
     compared = same = 0
-    largest = 0.0
+    largest, differing = 0.0, ""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         worker = _load(output, scratch)
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
-            exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.describe()
+            exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.description
+            if receipt.device != (here_device := worker.components.device.description):
+                differing = differing or differences(receipt.device, here_device)
             for key, there, here in _pairs(output, worker, scratch, shard, places, exact):
                 if isinstance(here, str):
                     yield Finding(shard.name, f"{key} cannot be drawn again: {here}", kind="note")
@@ -68,6 +71,8 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
                     where = "the type of device that made it" if exact else "another type of device"
                     yield Finding(shard.name, f"{cause}, on {where}; the image or a reference was changed", shard)
     told = f"{compared} drawn again, {same} with the same bytes; the largest mean difference is {largest:.3g} of 255"
+    if differing:
+        told += f"; some were made on another type of device ({differing} here)"
     yield Finding("samples", told, kind="note")
 
 

@@ -23,9 +23,17 @@ class Heartbeat:
     """Number of samples that each attempt under way has written, by attempt id."""
 
 
-Answer = Heartbeat | tuple[Receipt, dict[str, str]] | Fault | None
-"""Answer to a request: a heartbeat; None once the worker has loaded or has survived a trial; a shard's receipt and its
-staged files by kind. A fault may be the answer to any request."""
+@dataclass(frozen=True)
+class Loaded:
+    """Sign that a worker has loaded its models."""
+
+    device: Mapping[str, Any]
+    """The worker's device, see :attr:`vcf_batch.output.receipts.Receipt.device`."""
+
+
+Answer = Heartbeat | Loaded | tuple[Receipt, dict[str, str]] | Fault | None
+"""Answer to a request: a heartbeat; the device of a worker that has loaded; None once it has survived a
+trial; a shard's receipt and its staged files by kind. A fault may be the answer to any request."""
 
 
 @dataclass(eq=False)
@@ -38,6 +46,8 @@ class WorkerHandle:
     """Time at which the worker was asked for, on the cluster's clock."""
     heartbeat: Heartbeat | None = None
     """The last heartbeat; None while the worker waits for a machine."""
+    device_type: str = ""
+    """Type of the worker's device; empty until it has loaded."""
     asked: float = 0.0
     """Time at which the worker was last asked for a heartbeat, on the cluster's clock."""
     requests: list["Request"] = field(default_factory=list)

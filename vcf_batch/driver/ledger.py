@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vcf_batch import sharding
 from vcf_batch.driver.fault import Fault
@@ -11,7 +12,7 @@ from vcf_batch.driver.progress import duration
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.output import progress_file, receipts
 from vcf_batch.output.progress_file import Told
-from vcf_batch.output.receipts import Receipt
+from vcf_batch.output.receipts import SEVERAL, Receipt, device_type
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import STATUSES, Shard, Status
 from vcf_batch.setup.job import Job
@@ -69,12 +70,16 @@ class Ledger:
         self.totals = RunSums()
         self._older: dict[int, Receipt] = {}
         """An old receipt for each shard with kept samples, by index. Its device and batch marks are the shard's."""
+        self.devices: dict[str, Mapping[str, Any]] = {}
+        """One device for each type of the receipts that were there, by type, without shards of several types."""
         self._rows = job.manifest.num_rows
         fingerprints = {job.fingerprint, *job.extends}
         alike: dict[str, Receipt] = {}
         for receipt in receipts.read(job.config.output):
             index = receipt.shard.index
             if receipt.fingerprint in fingerprints and index < len(job.shards):
+                if SEVERAL not in receipt.device and receipt.device:
+                    self.devices.setdefault(device_type(receipt.device), receipt.device)
                 if index not in job.redo:
                     self.totals.add(receipt)
                 elif not all(job.redo[index]):

@@ -4,8 +4,9 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
-from vcf_batch.driver.cluster import Answer, Cluster, Heartbeat, Request, WorkerHandle
+from vcf_batch.driver.cluster import Answer, Cluster, Heartbeat, Loaded, Request, WorkerHandle
 from vcf_batch.driver.commit_queue import CommitQueue, Finished
+from vcf_batch.driver.device_types import DeviceTypes
 from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.heartbeats import Watch
 from vcf_batch.driver.ledger import Ledger
@@ -61,7 +62,8 @@ class Loop:
         self._profiled = job.profiled
         smaller = config.batch_size if config.allow_smaller_batches else None
         self._queue = ShardQueue(ledger.remaining(), ledger.rows_of, cluster.now, smaller)
-        self._workers = Workers(cluster, config.num_workers, self._queue, progress.note)
+        self._types = DeviceTypes(ledger.devices, ledger.totals.devices, config.one_device_type)
+        self._workers = Workers(cluster, config.num_workers, self._queue, self._types, progress.note)
         self._watch = Watch(cluster, config.stall_timeout)
         self._ready_at, self._shown_at = cluster.now(), float("-inf")
 
@@ -83,6 +85,8 @@ class Loop:
         """Hand out tasks, and take the answers that have arrived."""
         self._commits.raise_if_lost()
         workers = self._workers
+        if not self._ledger.devices and not self._ledger.totals.devices and not len(self._commits):
+            workers.reopen_types()
         workers.start(self._ungenerated)
         idle, workers.idle = workers.idle, []
         for worker in idle:
@@ -142,13 +146,14 @@ class Loop:
         self._workers.answered(request)
         if isinstance(answer, Heartbeat):
             self._workers.came_up(worker, answer)
-        elif request.task is None:
-            self._workers.loaded()
-            self._give_tasks(worker)
+        elif isinstance(answer, Loaded):
+            if self._workers.loaded(worker, answer):
+                self._give_tasks(worker)
             self._workers.succeeded(worker, "load")
         else:
             # This comes first: it may discard failures on a bad node, which the task may rest on.
             self._workers.succeeded(worker, "shard")
+            assert request.task is not None
             self._did(worker, request.task, answer)
             self._give_tasks(worker)
 
@@ -276,5 +281,7 @@ class Loop:
         elif now - self._ready_at >= WAITING_SECONDS:
             self._ready_at = now
             self._progress.note(
-                f"no worker is ready yet; {self._cluster.describe()}", "no_worker_ready", logging.WARNING
+                f"no worker is ready yet; {self._cluster.describe()}{self._types.waiting}",
+                "no_worker_ready",
+                logging.WARNING,
             )

@@ -5,11 +5,13 @@ import logging
 from collections.abc import Callable, Hashable, Set
 from typing import Literal
 
-from vcf_batch.driver.cluster import Cluster, Heartbeat, Request, WorkerHandle
+from vcf_batch.driver.cluster import Cluster, Heartbeat, Loaded, Request, WorkerHandle
+from vcf_batch.driver.device_types import DeviceTypes
 from vcf_batch.driver.fault import Fault, Stalled
 from vcf_batch.driver.quarantine import FAILURES, Quarantine, Work
 from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.output.receipts import device_type
 from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -76,17 +78,25 @@ class Workers:
         cluster: the cluster that runs the workers.
         wanted: number of workers; None for as many as the cluster has room for.
         queue: gets back the unfinished tasks of a worker that ends.
+        types: the device types of the run.
         note: logs a message: see :meth:`vcf_batch.driver.progress.Progress.note`.
     """
 
-    def __init__(self, cluster: Cluster, wanted: int | None, queue: ShardQueue, note: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        wanted: int | None,
+        queue: ShardQueue,
+        types: DeviceTypes,
+        note: Callable[..., None],
+    ) -> None:
         self.requests: dict[Hashable, Request] = {}
         """Requests that are not answered yet, by key, without those for later heartbeats."""
         self.idle: list[WorkerHandle] = []
         """Workers that are loaded and wait for a task."""
         self.any_loaded = False
         """Whether a worker has ever loaded, which proves that the run's settings are sound."""
-        self._cluster, self._num, self._queue, self._note = cluster, wanted, queue, note
+        self._cluster, self._num, self._queue, self._types, self._note = cluster, wanted, queue, types, note
         self._all: dict[WorkerHandle, None] = {}
         """All workers in the order of their starts."""
         self._backoff = StartBackoff(cluster.now)
@@ -111,7 +121,7 @@ class Workers:
     def wanted(self) -> int:
         """Number of workers to have: the configured one, else what the cluster has room for now."""
         if self._cluster.now() >= self._capacity_until:
-            room = self._cluster.room()
+            room = {node: fit for node, fit in self._cluster.room().items() if node not in self._types.left_out}
             if self._quarantine.nodes and any(room.values()) and not self._room_left(room):
                 self._note("no other node is left: the nodes that failed are used again", "nodes_used_again")
                 self._quarantine.lift()
@@ -121,6 +131,10 @@ class Workers:
 
     def _room_left(self, room: dict[str, int]) -> int:
         return sum(workers for node, workers in room.items() if node not in self._quarantine.nodes)
+
+    @property
+    def _left_out(self) -> set[str]:
+        return self._quarantine.nodes | self._types.left_out.keys()
 
     # Starts
 
@@ -133,7 +147,7 @@ class Workers:
         # Shards that workers have as their second one need no further worker.
         read_ahead = len(self.requests) - (len(self._all) - len(self.idle))
         while len(self._all) < min(self.wanted(), shards - read_ahead) and self._backoff.may_begin:
-            process = self._cluster.start(sorted(self._quarantine.nodes))
+            process = self._cluster.start(sorted(self._left_out))
             worker = WorkerHandle(process, self._cluster.now())
             self._all[worker] = None
             # The first request asks for its node, which a load that fails could not tell.
@@ -142,15 +156,49 @@ class Workers:
     def came_up(self, worker: WorkerHandle, heartbeat: Heartbeat) -> None:
         """Take the first heartbeat of a worker, and let the worker load."""
         worker.heartbeat = heartbeat
-        if worker.node in self._quarantine.nodes:
+        if worker.node in self._left_out:
             self.let_go(worker)
         else:
             self.ask(worker, "load")
 
-    def loaded(self) -> None:
-        """Note that a worker has loaded; its node has not succeeded yet (:meth:`succeeded`)."""
+    def loaded(self, worker: WorkerHandle, answer: Loaded) -> bool:
+        """Take a worker that has loaded; its node has not succeeded yet (:meth:`succeeded`).
+
+        Returns:
+            Whether the worker is used. If it is of another device type than a run that keeps to one, it ends, and its
+            node gets no other worker.
+        """
         self.any_loaded = True
         self._backoff.reset()
+        worker.device_type = device_type(answer.device)
+        if not self._types.takes(worker.device_type):
+            self._note(
+                f"node {worker.node} is left out (--one-device-type): its worker is {worker.device_type}, those of the "
+                f"run are {self._types.chosen}",
+                "other_device_type",
+                logging.WARNING,
+                node=worker.node,
+            )
+            self._types.left_out[worker.node] = worker.device_type
+            self._capacity_until = float("-inf")
+            self.let_go(worker)
+            return False
+        if told := self._types.differing(answer.device):
+            self._note(
+                f"the run has several device types, whose bytes for the same row may differ: {told}. Give "
+                "--one-device-type to use workers of one type only",
+                "several_device_types",
+                logging.WARNING,
+                node=worker.node,
+            )
+        return True
+
+    def reopen_types(self) -> None:
+        """Let the next worker choose the device type anew, if no worker of the chosen one is left."""
+        chosen = self._types.chosen
+        if chosen and not any(worker.device_type == chosen for worker in self._all):
+            self._types.reopen()
+            self._capacity_until = float("-inf")
 
     def start_failed(self, worker: WorkerHandle, fault: Fault) -> None:
         """Wait before the next start, or give up if nothing ever starts.

@@ -7,6 +7,7 @@ not a receipt counts as absent.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -26,6 +27,9 @@ FILE_SUFFIXES: Mapping[str, str] = {"tar": ".tar", "parquet": ".parquet"}
 """Endings of the file names of a shard, by the kind of file as in :attr:`Receipt.files`."""
 RECEIPT_SUFFIX = "_stats.json"
 """End of a receipt's file name, after the shard's name."""
+
+SEVERAL = "several"
+"""Name in a receipt, and among device types, for the device types of a shard that were several."""
 
 SCORE_STEP = 0.05
 """Width of the bins of a receipt's histograms."""
@@ -54,8 +58,8 @@ class Receipt:
     files: Mapping[str, FileEntry]
     """Size and hash of the files ``tar`` and ``parquet``."""
     device: Mapping[str, Any]
-    """GPU model or CPU instruction set, dtype, threads, library versions: the device type the bytes depend on. If a
-    repair kept samples of another device, ``several`` lists all of them."""
+    """The device type that the bytes depend on, as :func:`vcf_batch.worker.device_type.describe` tells it. If a repair
+    kept samples of another device, ``several`` lists all of them."""
     timings: Mapping[str, Any]
     """Seconds per phase, start and end date, host name."""
     means: Mapping[str, float | None] = field(default_factory=dict)
@@ -77,12 +81,12 @@ class Receipt:
 
     def keeping(self, older: "Receipt") -> "Receipt":
         """Copy of the receipt for a shard that keeps samples of an older one. It has the marks of both."""
-        devices = list(older.device.get("several", [older.device]))
+        devices = list(older.device.get(SEVERAL, [older.device]))
         if self.device not in devices:
             devices.append(self.device)
         return dataclasses.replace(
             self,
-            device=devices[0] if len(devices) == 1 else {"several": devices},
+            device=devices[0] if len(devices) == 1 else {SEVERAL: devices},
             sampled_at_once=min(filter(None, (self.sampled_at_once, older.sampled_at_once)), default=None),
         )
 
@@ -108,6 +112,16 @@ class Receipt:
             raise ValueError(f"not a receipt: {error}") from error
 
 
+def device_type(device: Mapping[str, Any]) -> str:
+    """Name of a device type: the GPU model or CPU instruction set, and a hash of what else the ``device`` says."""
+    if SEVERAL in device:
+        return SEVERAL
+    name = str(device.get("type", "unknown"))
+    rest = {field: value for field, value in device.items() if field != "type"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return f"{name} #{digest[:8]}" if rest else name
+
+
 def _check_values(receipt: Receipt) -> None:
     """Compare every value that readers count with, or show, with its type and range.
 
@@ -123,7 +137,7 @@ def _check_values(receipt: Receipt) -> None:
     _check(sum(counts.values()) == len(shard), f"counts of {len(shard)} rows", counts)
     for kind, entry in receipt.files.items():
         _check(_is_count(entry.size) and isinstance(entry.sha256, str), kind, entry)
-    devices = receipt.device.get("several", [receipt.device])
+    devices = receipt.device.get(SEVERAL, [receipt.device])
     _check(isinstance(devices, list) and len(devices) > 0, "device", receipt.device)
     for device in (receipt.device, *devices):
         _check(isinstance(device, dict) and isinstance(device.get("type", ""), str), "device", device)

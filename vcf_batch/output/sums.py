@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
-from vcf_batch.output.receipts import SCORE_STEP, Receipt
+from vcf_batch.output.receipts import SCORE_STEP, SEVERAL, Receipt, device_type
 from vcf_batch.records import SCORES, STATUSES, Status
 
 MAX_FAILING = 64
@@ -59,7 +59,7 @@ class RunSums:
 
     def add(self, receipt: Receipt) -> None:
         """Add one receipt."""
-        timings, device = receipt.timings, receipt.device.get("type", "several" if receipt.device else "unknown")
+        timings, device = receipt.timings, device_type(receipt.device)
         seconds = receipt.worker_seconds
         generated = timings.get("generated", len(receipt.shard))
         self.done.add(receipt.shard.index)
@@ -94,6 +94,12 @@ class RunSums:
     def means(self) -> dict[str, float]:
         """Mean of each score. A shard's mean counts once per sample, even for samples without a reference."""
         return {name: self.score_sums[name] / count for name, count in self.score_counts.items() if count}
+
+    @property
+    def device_types(self) -> int:
+        """Number of device types; at least two if one shard had several."""
+        named = len(self.devices.keys() - {SEVERAL})
+        return max(named, 2) if SEVERAL in self.devices else named
 
     @property
     def latest(self) -> float | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from vcf_batch.driver.cluster import Heartbeat
+from vcf_batch.driver.cluster import Heartbeat, Loaded
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import RowMask
@@ -31,13 +31,14 @@ class Actor:
         progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
         return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
-    def load(self) -> None:
-        """Check that this node sees the storage, and load the worker."""
+    def load(self) -> Loaded:
+        """Check that this node sees the storage, load the worker, and return its device."""
         storage_check.check_storage(self._job)
         # Imported here, because the driver needs no torch.
         from vcf_batch.worker import worker
 
         self._worker = worker.load(self._job)
+        return Loaded(self._worker.components.device.description)
 
     @ray.method(concurrency_group="shards")
     def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> tuple[Receipt, dict[str, str]] | None:

@@ -5,7 +5,7 @@ from typing import Any
 from ray.util import metrics
 
 from vcf_batch.errors import redact
-from vcf_batch.output.receipts import SCORE_STEP, Receipt
+from vcf_batch.output.receipts import SCORE_STEP, Receipt, device_type
 from vcf_batch.output.sums import NOT_PHASES
 
 WAITS = ("wait_for_references", "wait_for_scores", "wait_for_turn")
@@ -39,7 +39,7 @@ class PrometheusExporter:
 
     def committed(self, receipt: Receipt) -> None:
         """Take the receipt of a shard that has just been committed."""
-        timings, device = receipt.timings, receipt.device.get("type", "unknown")
+        timings, device = receipt.timings, device_type(receipt.device)
         for status, count in receipt.counts.items():
             if count:
                 self._samples.inc(count, {"status": status})

@@ -69,6 +69,7 @@ class Status:
             "seconds_left": self.seconds_left,
             "last_shard_ended": ended,
             "means": totals.means,
+            "device_types": totals.device_types,
             "devices": {
                 name: {"rows": rows, "rows_per_worker_second": _ratio(rows, totals.device_seconds[name])}
                 for name, rows in totals.devices.items()
@@ -122,6 +123,8 @@ class Status:
         for name, rows in totals.devices.most_common():
             rate = _ratio(rows, totals.device_seconds[name])
             told.append(f"{name}: {rows:,} rows" + (f", {rate:.2f} a second by each worker" if rate else ""))
+        if totals.device_types > 1:
+            told.append(f"{totals.device_types} types, whose bytes for the same row may differ (--one-device-type)")
         return [*told, f"busy with sampling {busy:.0%} of the workers' time"] if busy else told
 
 

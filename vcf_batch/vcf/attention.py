@@ -1,8 +1,40 @@
-"""Cross-attention with a bias on the tokens' logits, which strength and padding need and diffusers does not pass on."""
+"""Attention: a bias on the tokens' logits, which diffusers does not pass on, and on GPUs a kernel chosen by one rule.
 
+Strength and padding need the bias. torch chooses among its kernels in silence: cuDNN's where it is new enough, another
+one where an older cuDNN is found first. Two nodes with one GPU model could so write different bytes, and so every node
+keeps to the rule or refuses to load. Nothing of it has run on a GPU; the rule is tested as a function of a description.
+"""
+
+import importlib.util
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
+
+from vcf_batch.errors import NodeError
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of queries, keys and values ``[B, heads, L, D]`` without a bias and without gradients."""
+
+MAX_HEAD_DIM = 128
+"""Largest head dimension that a kernel of its own is given."""
+
+MIN_CUDNN = 91501
+"""Oldest cuDNN, 9.15.1, whose attention torch itself prefers."""
+
+CUDNN_CAPABILITIES = ((9, 0), (10, 0))
+"""Compute capabilities on which torch prefers cuDNN's attention: Hopper and Blackwell of data centres."""
+
+FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels for what the chosen one does not compute, in this order. Which one computes a call depends on its shapes,
+dtype, mask and gradients only; each is deterministic under ``use_deterministic_algorithms``."""
 
 
 class TokenBiasAttention(AttnProcessor2_0):
@@ -10,7 +42,15 @@ class TokenBiasAttention(AttnProcessor2_0):
 
     The UNet's own ``encoder_attention_mask`` cannot carry the bias: it turns a mask ``m`` into ``(1 - m) * -10000`` in
     the model's dtype, and bfloat16 rounds such values too coarsely.
+
+    Args:
+        kernel: computes attention without a bias where no gradients flow and the head dimension is a multiple of 8, at
+            most :data:`MAX_HEAD_DIM`; torch's own choice computes the rest. None leaves everything to that choice.
     """
+
+    def __init__(self, kernel: Kernel | None = None) -> None:
+        super().__init__()
+        self.kernel = kernel
 
     def __call__(
         self,
@@ -36,10 +76,156 @@ class TokenBiasAttention(AttnProcessor2_0):
         """
         if encoder_hidden_states is not None and token_bias is not None:
             attention_mask = token_bias.to(hidden_states.dtype)
+        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if self.kernel and attention_mask is None and not torch.is_grad_enabled() and _is_plain(attn, hidden_states):
+            parts = (attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens))
+            query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+            attended = self.kernel(query, key, value).transpose(1, 2).flatten(2)
+            return attn.to_out[1](attn.to_out[0](attended))
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def _is_plain(attn: Attention, hidden_states: Tensor) -> bool:
+    """Whether a layer does nothing besides its projections, and a kernel of its own takes its head dimension."""
+    norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    plain = not any(norms) and not attn.residual_connection and attn.rescale_output_factor == 1
+    head_dim = attn.inner_dim // attn.heads
+    return plain and hidden_states.ndim == 3 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def accept_token_bias(unet: UNet2DConditionModel) -> None:
     """Make a UNet use ``cross_attention_kwargs={"token_bias": ...}``. Other processors drop the bias with a warning."""
     if not all(isinstance(processor, TokenBiasAttention) for processor in unet.attn_processors.values()):
         unet.set_attn_processor(TokenBiasAttention())
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the rule looks at on a node."""
+
+    capability: tuple[int, int]
+    cudnn_built: int | None
+    """cuDNN that torch was built with, such as 91501; None for a torch without cuDNN."""
+    cudnn: int | None
+    """cuDNN that is loaded; None if torch refuses it."""
+    flash3: bool
+    """Whether FlashAttention 3 is installed."""
+
+
+def choose_kernel(gpu: Gpu, dtype: torch.dtype) -> str:
+    """The kernel of attention without gradients: ``cudnn``, ``flash3``, ``flash2`` or ``efficient``.
+
+    It is the first one that GPU, dtype and installed packages provide for. The cuDNN that is loaded has no say, so that
+    a node where another one shadows torch's own does not fall back.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "efficient"
+    if gpu.capability in CUDNN_CAPABILITIES and (gpu.cudnn_built or 0) >= MIN_CUDNN:
+        return "cudnn"
+    if gpu.capability[0] == 9 and gpu.flash3:
+        return "flash3"
+    return "flash2" if gpu.capability >= (8, 0) else "efficient"
+
+
+def refuse_node(gpu: Gpu, chosen: str, failure: str | None, host: str) -> None:
+    """Refuse a node that cannot have the chosen kernel.
+
+    Args:
+        gpu: the node.
+        chosen: the result of :func:`choose_kernel`.
+        failure: the error of a first call; None if it succeeded.
+        host: name of the node.
+
+    Raises:
+        NodeError: torch refuses the cuDNN that is loaded, cuDNN is chosen and older than :data:`MIN_CUDNN`, or the
+            first call failed.
+    """
+    least = MIN_CUDNN if chosen == "cudnn" else 0
+    if gpu.cudnn_built and (gpu.cudnn is None or gpu.cudnn < least):
+        loaded = gpu.cudnn or "that torch refuses"
+        raise NodeError(
+            f"{host} loads cuDNN {loaded}; it must be {least or gpu.cudnn_built} or newer, as torch was built with "
+            f"{gpu.cudnn_built} and attention is computed by {chosen}. Remove the older one from LD_LIBRARY_PATH "
+            "there, or leave the node out"
+        )
+    if failure:
+        raise NodeError(
+            f"attention is computed by {chosen} on this GPU, and it fails on {host}: {failure}. Install the same "
+            "driver and packages there as on the other nodes, or leave the node out"
+        )
+
+
+def pin_kernel(dtype: torch.dtype) -> str:
+    """Choose the kernel on this node's GPU, try it, and fix it for the whole process.
+
+    Returns:
+        The name of the kernel, for the receipt.
+
+    Raises:
+        NodeError: this node cannot have it.
+    """
+    gpu = describe_gpu()
+    chosen, failure = choose_kernel(gpu, dtype), None
+    refuse_node(gpu, chosen, None, socket.gethostname())
+    try:
+        if chosen == "flash3":
+            activate_flash_attention_impl("FA3")
+        _fix(FALLBACKS)
+        _try_out(chosen, dtype)
+    except Exception as error:  # CUDA, cuDNN and packages have no common error type
+        failure = f"{type(error).__name__}: {error}"
+    refuse_node(gpu, chosen, failure, socket.gethostname())
+    return chosen
+
+
+def describe_gpu() -> Gpu:
+    """Describe this node's GPU and what its kernels depend on."""
+    built = loaded = None
+    if torch.backends.cudnn.is_available():
+        major, minor, patch = torch.backends.cudnn._cudnn.getCompileVersion()  # type: ignore[attr-defined]
+        built = major * 10000 + minor * 100 + patch
+        try:
+            loaded = torch.backends.cudnn.version()
+        except RuntimeError:  # another major version, or an older one than torch was built with
+            loaded = None
+    return Gpu(
+        torch.cuda.get_device_capability(), built, loaded, importlib.util.find_spec("flash_attn_interface") is not None
+    )
+
+
+def cudnn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by cuDNN, without a bias and without gradients, ``[B, heads, L, D]``.
+
+    It is called by name: torch's own choice refuses it under ``use_deterministic_algorithms``, which only its backward
+    pass needs, and that switch belongs to the whole process, where another thread scores images.
+    """
+    attended: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, False)[0]
+    return attended
+
+
+_fixed: list[AbstractContextManager[Any]] = []
+"""The context of the fixed kernels, which would be left if it were forgotten."""
+
+
+def _fix(backends: list[SDPBackend]) -> None:
+    if not _fixed:
+        _fixed.append(sdpa_kernel(backends, set_priority=True))
+        _fixed[0].__enter__()
+
+
+@torch.no_grad()
+def _try_out(chosen: str, dtype: torch.dtype) -> None:
+    """Compute attention once with the chosen kernel alone.
+
+    Raises:
+        Exception: the kernel fails.
+    """
+    tokens = torch.ones(2, 8, 128, 64, device="cuda", dtype=dtype)
+    if chosen == "cudnn":
+        result = cudnn_attention(tokens, tokens, tokens)
+    else:
+        backend = SDPBackend.EFFICIENT_ATTENTION if chosen == "efficient" else SDPBackend.FLASH_ATTENTION
+        with sdpa_kernel(backend):
+            result = torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+    if not bool((result - 1).abs().max() < 0.05):
+        raise ValueError("the mean of equal values is another value")

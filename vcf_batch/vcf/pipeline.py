@@ -25,7 +25,7 @@ from vcf_batch.config import (
 )
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
-from vcf_batch.vcf.attention import accept_token_bias
+from vcf_batch.vcf.attention import Kernel, TokenBiasAttention, accept_token_bias
 from vcf_batch.vcf.compilation import compile_forward
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.sampling import denoise, recomputed
@@ -132,12 +132,13 @@ class VCFPipeline(StableDiffusionPipeline):
         """
         return super().from_pretrained(pretrained_model_name_or_path, **{"safety_checker": None, **kwargs})
 
-    def set_up(self, device: str, compiled: bool = False) -> Self:
+    def set_up(self, device: str, compiled: bool = False, attention: Kernel | None = None) -> Self:
         """Get the networks ready to sample: frozen, on their device, in the layout that its convolutions want.
 
         Args:
             device: ``cuda`` or ``cpu``.
             compiled: compile UNet and VAE decoder when they are first called, and for each new shape.
+            attention: kernel of the UNet's attention where no gradients flow; None is torch's own choice.
         """
         self.set_progress_bar_config(disable=True)
         for network in (self.unet, self.vae):
@@ -147,6 +148,8 @@ class VCFPipeline(StableDiffusionPipeline):
             # Tensor cores take channels last, and get a copy otherwise. On CPUs it was measured to make no difference.
             for network in (self.unet, self.vae):
                 network.to(memory_format=torch.channels_last)
+        if attention:
+            self.unet.set_attn_processor(TokenBiasAttention(attention))
         if compiled:
             accept_token_bias(self.unet)
             for network in (self.unet, self.vae.decoder):

@@ -1,18 +1,19 @@
 """The device of a worker, on whose type a run's bytes depend besides its fingerprint."""
 
-import importlib.metadata
+import functools
 import os
-import platform
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import vcf_batch
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models.cache import cache_folder
+from vcf_batch.vcf.attention import Kernel, cudnn_attention, pin_kernel
+from vcf_batch.worker.device_type import describe
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Device:
     dtype: torch.dtype
     threads: int
     """Number of CPU threads of one computation. Sums depend on it."""
+    attention: str
+    """Kernel of attention: see :func:`vcf_batch.vcf.attention.choose_kernel`; ``cpu`` on a CPU."""
+    compiled: bool
+    """Whether networks are compiled."""
 
     @classmethod
     def set_up(cls, config: RunConfig) -> "Device":
@@ -38,6 +43,7 @@ class Device:
 
         Raises:
             ModelError: this machine cannot compute as the run asks.
+            NodeError: this node cannot have the kernel of attention that other nodes have.
         """
         kind = "cuda" if config.gpus_per_worker else "cpu"
         dtype = getattr(torch, config.dtype)
@@ -56,7 +62,8 @@ class Device:
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory costs time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        device = cls(kind, dtype, config.cpus_per_worker)
+        attention = pin_kernel(dtype) if kind == "cuda" else "cpu"
+        device = cls(kind, dtype, config.cpus_per_worker, attention, config.compile)
         device.use_threads()
         return device
 
@@ -64,19 +71,12 @@ class Device:
         """Set the number of CPU threads for the calling thread: OpenMP keeps it per thread."""
         torch.set_num_threads(self.threads)
 
-    def describe(self) -> dict[str, Any]:
+    @property
+    def attention_kernel(self) -> Kernel | None:
+        """The kernel that the UNet's attention calls by name; None where torch's own choice is the fixed one."""
+        return cudnn_attention if self.attention == "cudnn" else None
+
+    @functools.cached_property
+    def description(self) -> Mapping[str, Any]:
         """The ``device`` of a receipt: what the bytes depend on besides the fingerprint."""
-        packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "Pillow")}
-        on_gpu = self.kind == "cuda"
-        return {
-            "type": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {_instruction_set()}",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": self.threads,
-            "versions": packages
-            | {"vcf_batch": vcf_batch.__version__}
-            | ({"cuda": torch.version.cuda} if on_gpu else {}),
-        }
-
-
-def _instruction_set() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+        return describe(self.kind, self.dtype, self.threads, self.attention, self.compiled)

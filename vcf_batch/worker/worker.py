@@ -51,6 +51,7 @@ def load(job: Job) -> "Worker":
 
     Raises:
         ModelError: a model is not there, unsafe, incomplete, or this machine cannot run it.
+        NodeError: this node cannot compute as the others do.
         StorageError: storage or network failed.
     """
     global _model_loads
@@ -77,7 +78,7 @@ def load(job: Job) -> "Worker":
 def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
     with load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
-    return pipeline.set_up(device.kind, compiled)
+    return pipeline.set_up(device.kind, compiled, device.attention_kernel)
 
 
 def _load_guide(models: Models, pipeline: VCFPipeline, device: Device) -> Guide:
@@ -182,7 +183,7 @@ class Worker:
             attempt=task.attempt,
             counts=files.counts,
             files=files.entries,
-            device=self.components.device.describe(),
+            device=self.components.device.description,
             timings=clock.seconds
             | {
                 "started": started.isoformat(timespec="seconds"),
