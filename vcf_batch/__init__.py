@@ -11,13 +11,14 @@ __version__ = "0.2.0"
 _HOMES = {
     "ImageAligner": "vcf_batch.vcf.aligner",
     "Manifest": "vcf_batch.manifest.manifest",
+    "Output": "vcf_batch.output.output",
     "RunConfig": "vcf_batch.config",
     "Summary": "vcf_batch.driver.ledger",
     "VCFPipeline": "vcf_batch.vcf.pipeline",
     "run": "vcf_batch.pool",
 }
 
-__all__ = ["ImageAligner", "Manifest", "RunConfig", "Summary", "VCFPipeline", "__version__", "run"]
+__all__ = ["ImageAligner", "Manifest", "Output", "RunConfig", "Summary", "VCFPipeline", "__version__", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ MINE = "# My own words\n"
 def output(tmp_path: Path) -> Output:
     """Ten rows in three shards."""
     runs.write_output(runs.write_manifest(tmp_path / "in", 10), tmp_path / "out", 4)
-    return Output.open(str(tmp_path / "out"))
+    return Output(str(tmp_path / "out"))
 
 
 def copied(pushed: Pushed) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def call(*arguments: object) -> tuple[int, str]:
 
 
 def damage(url: str) -> list[str]:
-    return [str(finding.cause) for finding in verify.check(Output.open(url)) if finding.is_damage]
+    return [str(finding.cause) for finding in verify.check(Output(url)) if finding.is_damage]
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
@@ -62,7 +62,7 @@ def test_what_is_pushed_is_the_output(
     for name in names:
         assert storage.read_bytes(storage.join(target, name)) == storage.read_bytes(storage.join(output.url, name))
     assert copied(push(output, target)) == (0, 3)
-    assert copied(push(Output.open(target), str(tmp_path / "back"))) == (3, 0)
+    assert copied(push(Output(target), str(tmp_path / "back"))) == (3, 0)
 
 
 def test_a_push_that_was_cut_goes_on(output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

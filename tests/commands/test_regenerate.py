@@ -42,7 +42,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(output: Path, count: int, seed: int = 0) -> list[str]:
-    return [str(finding) for finding in regenerate.regenerate(Output.open(str(output)), count, seed)]
+    return [str(finding) for finding in regenerate.regenerate(Output(str(output)), count, seed)]
 
 
 def test_samples_drawn_again_have_the_same_bytes(output: Path) -> None:
@@ -53,7 +53,7 @@ def test_samples_drawn_again_have_the_same_bytes(output: Path) -> None:
 
 
 def test_the_seed_chooses_the_samples(output: Path) -> None:
-    opened = Output.open(str(output))
+    opened = Output(str(output))
     chosen = [[places for _, places in regenerate._chosen(opened, 4, seed)] for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert sum(map(len, chosen[2])) == 4
@@ -99,10 +99,10 @@ def test_another_model_is_refused(output: Path, tmp_path: Path) -> None:
     other = runs.save_model(tmp_path / "model")
     (other / "model_index.json").write_text((other / "model_index.json").read_text() + "\n")
     with pytest.raises(RefusedError, match="model_id"):
-        list(regenerate.regenerate(Output.open(str(output), {"model": str(other)}), 1, 0))
+        list(regenerate.regenerate(Output(str(output), {"model": str(other)}), 1, 0))
     bare = shutil.copytree(output, tmp_path / "out", ignore=shutil.ignore_patterns("*_stats.json"))
     before = tree(bare)
-    list(regenerate.regenerate(Output.open(str(bare), {"model": str(other)}), 1, 0))
+    list(regenerate.regenerate(Output(str(bare), {"model": str(other)}), 1, 0))
     assert tree(bare) == before, "as long as nothing is finished, a run would replace run.json"
 
 

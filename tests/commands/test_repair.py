@@ -40,7 +40,7 @@ def output(whole: Path, tmp_path: Path) -> Path:
 
 def needed(output: Path, where: str = FAILED) -> dict[int, list[int]]:
     """Shard and numbers of the rows that are generated again."""
-    opened = Output.open(str(output))
+    opened = Output(str(output))
     again = Repair(opened, where).rows(lambda line: None)
     for index, rows in again.items():
         assert len(rows) == len(opened.plan[index])
@@ -112,7 +112,7 @@ def test_a_condition_selects_rows(whole: Path, where: str, expected: Mapping[int
 def test_what_is_no_condition_on_a_row_is_refused_at_once(whole: Path, where: str, reason: str) -> None:
     """A condition sees the rows and nothing else: no file, no network, no other statement."""
     with pytest.raises(UsageError, match=r"--where .* is not a condition on the columns key, status") as error:
-        Repair(Output.open(str(whole)), where)
+        Repair(Output(str(whole)), where)
     assert reason in str(error.value)
 
 
@@ -150,9 +150,9 @@ def test_what_generating_does_not_mend_is_refused(output: Path) -> None:
 def test_a_changed_manifest_is_refused(output: Path) -> None:
     manifest = runs.write_manifest(output.parent / "in", 3)
     with pytest.raises(RefusedError, match="has changed since the run"):
-        Repair(Output.open(str(output), {"manifest": str(manifest)}), FAILED)
+        Repair(Output(str(output), {"manifest": str(manifest)}), FAILED)
     with pytest.raises(UsageError, match="does not exist"):
-        Repair(Output.open(str(output), {"manifest": str(manifest.parent / "gone")}), FAILED)
+        Repair(Output(str(output), {"manifest": str(manifest.parent / "gone")}), FAILED)
 
 
 # The command

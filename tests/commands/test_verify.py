@@ -305,9 +305,9 @@ def test_a_place_without_a_run_is_a_mistake(tmp_path: Path) -> None:
 def test_an_output_in_an_object_store_is_read_like_any_other(output: Path, s3: str) -> None:
     for path in filter(Path.is_file, output.iterdir()):
         storage.upload(str(path), f"{s3}/{path.name}")
-    assert [str(finding) for finding in verify.check(Output.open(s3))] == []
+    assert [str(finding) for finding in verify.check(Output(s3))] == []
     storage.remove(f"{s3}/00001.tar")
-    assert [str(finding) for finding in verify.check(Output.open(s3))] == ["00001: 00001.tar is missing"]
+    assert [str(finding) for finding in verify.check(Output(s3))] == ["00001: 00001.tar is missing"]
 
 
 def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,13 +334,19 @@ def test_shards_are_read_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_not_generated_yet_is_unfinished_and_no_damage(output: Path) -> None:
-    """Exit code 6: of a run that has ended with the remedy, of one at work with its owner. Damage beside it is 5."""
+    """Exit code 6: of a run that has ended with the remedy, of one at work with its owner. Damage beside it is 5.
+    Files that no receipt stands for are named."""
     for name in ("_progress.json", "00001_stats.json", "00002_stats.json", "00002.tar"):
         (output / name).unlink()
     code, lines = run(output)
     assert (code, lines[:2]) == (
         6,
-        ["00001: it has no receipt: it is not generated yet", "00002: it has no receipt: it is not generated yet"],
+        [
+            "00001: it has no receipt: it is not generated yet. No receipt stands for 00001.tar and 00001.parquet: no "
+            "part of the dataset, deleted by the next start",
+            "00002: it has no receipt: it is not generated yet. No receipt stands for 00002.parquet: no part of the "
+            "dataset, deleted by the next start",
+        ],
     )
     assert "2 of 3 shards are not generated yet, the others have no damage; nobody is at work. Rerun" in lines[2]
     with lease.hold(str(output)):

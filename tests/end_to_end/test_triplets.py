@@ -125,7 +125,7 @@ def test_the_scores_are_those_of_the_images_that_are_there(run: tuple[Job, Worke
 def test_triplets_are_kept_verified_and_told_of(run: tuple[Job, Worker], tmp_path: Path) -> None:
     """A repair keeps all members of a sample, verify accepts them, and the card names them."""
     job, loaded = run
-    opened = Output.open(job.config.output)
+    opened = Output(job.config.output)
     assert list(check(opened)) == []
     assert "`KEY.content.png` is what the prompt alone makes of the same noise" in card.render(opened)
     components = dataclasses.replace(loaded.components, config=job.config.replace(output=str(tmp_path / "out")))
@@ -146,7 +146,7 @@ def test_a_twin_that_is_none_is_found(run: tuple[Job, Worker], tmp_path: Path, d
     files = runs.Files(output, "00000")
     files.replace("000000002.content.png", data)
     files.write()
-    (finding,) = check(Output.open(str(output)))
+    (finding,) = check(Output(str(output)))
     assert message in str(finding)
 
 

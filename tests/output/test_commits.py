@@ -1,5 +1,6 @@
 """Commits: whole or absent, whoever dies, is suspended or lives on."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping
@@ -10,11 +11,12 @@ import pytest
 
 from support.runs import Killed, kill_after, read_receipts
 from vcf_batch import storage
-from vcf_batch.errors import StorageError
+from vcf_batch.errors import RefusedError, StorageError
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Shard
-from vcf_batch.storage import local
+from vcf_batch.storage import local, writing
+from vcf_batch.storage.drivers import filesystem
 
 SHARD = Shard(0, 0, 2, "00000")
 
@@ -142,7 +144,7 @@ def test_a_commit_that_failed_goes_on_where_it_stopped(
     assert storage.digest(storage.join(output, "00000.tar")) == new.entries["tar"]
 
 
-@pytest.mark.parametrize("step", ["exists", "move", "publish_bytes"])
+@pytest.mark.parametrize("step", ["read_bytes", "move", "publish_bytes"])
 def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -222,6 +224,130 @@ def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
     check(output, {0: second})
 
 
+def suspend(
+    monkeypatch: pytest.MonkeyPatch, owner: object, step: str, meanwhile: Callable[[], object], argument: str = ""
+) -> None:
+    """Let ``meanwhile`` happen right before the first call of a step that has ``argument`` among its own."""
+    stepped = getattr(owner, step)
+
+    def suspended(*arguments: Any, **options: Any) -> Any:
+        if argument in str((arguments, options)):
+            monkeypatch.setattr(owner, step, stepped)
+            meanwhile()
+        return stepped(*arguments, **options)
+
+    monkeypatch.setattr(owner, step, suspended)
+
+
+@pytest.mark.parametrize("next_one", ["replaces it too", "leaves the older shard"])
+@pytest.mark.parametrize("step", ["publish_bytes", "size", "move", "cp_file", "delete_object"])
+def test_a_driver_suspended_while_it_replaces_a_shard_on_s3_harms_nothing_of_the_next_owners(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, next_one: str
+) -> None:
+    """On S3 too: the older receipt is deleted only if it is still the one that was found, and put back if the next
+    owner has left it."""
+    old, late, new = (fake_files(tmp_path, content) for content in ("old", "late", "next"))
+    expected = first = receipt_for(old)
+    commits.commit(s3, first, commits.stage(old, s3, SHARD, "zero"))
+    staged = commits.stage(late, s3, SHARD, "one")
+
+    def next_owner() -> None:
+        nonlocal expected
+        commits.clean(s3)
+        if next_one == "replaces it too":
+            expected = receipt_for(new, attempt=2)
+            commits.commit(s3, expected, commits.stage(new, s3, SHARD, "two"))
+
+    driver = filesystem(s3)[0]
+    owner, name = {"cp_file": (driver, "cp_file"), "delete_object": (driver, "call_s3")}.get(step, (storage, step))
+    suspend(monkeypatch, owner, name, next_owner, "IfMatch" if step == "delete_object" else "")
+    with pytest.raises(StorageError, match=r"another driver|is gone"):
+        commits.commit(s3, receipt_for(late), staged)
+    assert read_receipts(s3) == {0: expected}
+    check(s3, {0: expected})
+    commits.clean(s3)
+    assert read_receipts(s3) == {0: expected}
+    assert len(storage.list_tree(s3)) == 3
+
+
+@pytest.mark.parametrize("suspended", ["before it copies the receipt", "before it deletes the receipt"])
+def test_what_remains_on_a_store_without_conditions(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suspended: str
+) -> None:
+    """Without If-Match a driver that wakes up may delete the next owner's receipt. If it has copied that one before, it
+    puts it back, or the next start does. Otherwise the shard has none, and is generated again as a whole."""
+    old, late, new = (fake_files(tmp_path, content) for content in ("old", "late", "next"))
+    receipt = receipt_for(new, attempt=2)
+    monkeypatch.setattr(storage, "version", lambda _: None)
+    commits.commit(s3, receipt_for(old), commits.stage(old, s3, SHARD, "zero"))
+    staged = commits.stage(late, s3, SHARD, "one")
+
+    def next_owner() -> None:
+        commits.clean(s3)
+        commits.commit(s3, receipt, commits.stage(new, s3, SHARD, "two"))
+
+    if suspended == "before it copies the receipt":
+        suspend(monkeypatch, storage, "move", next_owner)
+    else:
+        suspend(monkeypatch, writing, "remove", next_owner)
+    with pytest.raises(StorageError, match="is gone"):
+        commits.commit(s3, receipt_for(late), staged)
+    assert read_receipts(s3) == ({0: receipt} if suspended == "before it copies the receipt" else {})
+    commits.clean(s3)
+    if suspended == "before it copies the receipt":
+        assert read_receipts(s3) == {0: receipt}
+    else:
+        assert storage.list_tree(s3) == {}
+
+
+def test_a_receipt_that_was_moved_away_is_put_back_if_its_files_are_there(output: str, tmp_path: Path) -> None:
+    """What `replaced.json` still holds is restored at the next start, if the hashes match; else nothing is."""
+    files = fake_files(tmp_path, "old")
+    receipt = receipt_for(files)
+    commits.commit(output, receipt, commits.stage(files, output, SHARD, "one"))
+    replaced = storage.join(output, "_staging/late/replaced.json")
+    storage.publish_bytes(replaced, receipt.to_json())
+    storage.remove(storage.join(output, "00000_stats.json"))
+    assert commits.any_committed(output)
+    commits.clean(output)
+    assert read_receipts(output) == {0: receipt}
+    assert len(storage.list_tree(output)) == 3
+
+    storage.publish_bytes(replaced, receipt.to_json())
+    storage.remove(storage.join(output, "00000_stats.json"))
+    storage.publish_bytes(storage.join(output, "00000.tar"), b"old taR")
+    commits.clean(output)
+    assert storage.list_tree(output) == {}
+
+
+@pytest.mark.parametrize("step", ["publish_bytes", "list_files", "move"])
+def test_a_driver_suspended_while_it_deletes_strays_harms_nothing_of_the_next_owners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A tar that had no receipt may have one by now: it is moved into a folder that the next owner has deleted."""
+    output = str(tmp_path / "out")
+    stray, new = fake_files(tmp_path, "stray"), fake_files(tmp_path, "next")
+    storage.upload(stray.tar, storage.join(output, "00000.tar"))
+    receipt, is_owner = receipt_for(new), True
+
+    def next_owner() -> None:
+        nonlocal is_owner
+        is_owner = False
+        commits.clean(output)
+        commits.commit(output, receipt, commits.stage(new, output, SHARD, "two"))
+
+    def confirm() -> None:
+        if not is_owner:
+            raise RefusedError("another driver took over")
+
+    suspend(monkeypatch, storage, step, next_owner)
+    with contextlib.suppress(RefusedError):
+        commits.clean(output, confirm)
+    assert not is_owner
+    assert read_receipts(output) == {0: receipt}
+    check(output, {0: receipt})
+
+
 def kill_at_the_receipt(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
     """Let the driver die on a file system without hard links once it has created the name of the receipt."""
 
@@ -259,7 +385,7 @@ def test_what_is_no_receipt_in_the_place_of_one_counts_as_absent(
 
     assert read_receipts(output) == {}
     assert {*receipts.complete(storage.list_files(output))} == (set() if left == b"" else {0})
-    assert commits.any_committed(output) == (replaces or left != b"")
+    assert commits.any_committed(output) == replaces
     commits.clean(output)
     assert read_receipts(output) == ({0: receipt} if replaces else {})
     if not replaces and left == b"":

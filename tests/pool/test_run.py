@@ -291,7 +291,7 @@ def test_a_repaired_output_is_what_an_undisturbed_run_writes(
     (source / "late.png").write_bytes(runs.png(99))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("00000*")}
 
-    opened, notes = Output.open(config.output), list[str]()
+    opened, notes = Output(config.output), list[str]()
     summary = pool.run(config, lambda: Repair(opened, "status = 'failed'").rows(notes.append))
     assert notes[0].startswith("00001: ")
     assert notes[1:] == ["5 rows in 2 shards are to be generated again"]

@@ -29,7 +29,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text(output: Path) -> str:
-    return card.render(Output.open(str(output)), "cc-by-4.0")
+    return card.render(Output(str(output)), "cc-by-4.0")
 
 
 def test_hugging_face_reads_the_header(text: str, output: Path) -> None:
@@ -37,7 +37,7 @@ def test_hugging_face_reads_the_header(text: str, output: Path) -> None:
     assert header["license"] == "cc-by-4.0"
     assert header["size_categories"] == ["n<1K"]
     assert header["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}]
-    assert "license" not in yaml.safe_load(card.render(Output.open(str(output))).split("---\n")[1])
+    assert "license" not in yaml.safe_load(card.render(Output(str(output))).split("---\n")[1])
 
 
 def test_every_column_is_told(text: str) -> None:
@@ -64,7 +64,7 @@ def test_the_settings_are_those_that_were_used(text: str) -> None:
 def test_a_selection_is_called_one(text: str, output: Path) -> None:
     """Scores of samples that passed gates are not those of the model."""
     assert "Selected" not in text
-    selected = Output.open(str(output), {"min_clip_score": 0.3, "max_lpips": 0.2, "attempts": 5})
+    selected = Output(str(output), {"min_clip_score": 0.3, "max_lpips": 0.2, "attempts": 5})
     assert (
         "Selected: the first of up to 5 attempts at each row with clip_score >= 0.3 and lpips <= 0.2."
         in card.render(selected)
@@ -73,7 +73,7 @@ def test_a_selection_is_called_one(text: str, output: Path) -> None:
 
 def test_the_snippets_run_in_the_folder(output: Path, tmp_path: Path) -> None:
     """webdataset, Hugging Face datasets (which takes the tars alone, by the header) and DuckDB."""
-    card.write(Output.open(str(output)))
+    card.write(Output(str(output)))
     blocks = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     code = "\n".join(blocks)
@@ -105,8 +105,8 @@ def test_rows_of_damaged_shards_are_told_from_those_that_are_not_generated_yet(o
     copy = shutil.copytree(output, tmp_path / "copy")
     (copy / "00001.tar").write_bytes(b"short")
     (copy / "00002_stats.json").unlink()
-    text = card.render(Output.open(str(copy)))
+    text = card.render(Output(str(copy)))
     assert "that were rejected. 4 more are in damaged shards. 2 more are not generated yet." in text
     (copy / "00000.parquet").unlink()
     with pytest.raises(DamageFound, match=r"no shard that is whole; of shard 00000, 00000\.parquet is missing"):
-        card.render(Output.open(str(copy)))
+        card.render(Output(str(copy)))

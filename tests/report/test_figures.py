@@ -148,14 +148,14 @@ def test_finished_shards_of_an_unfinished_run_are_read(tmp_path: Path) -> None:
     manifest = runs.write_manifest(tmp_path / "in", 10)
     runs.write_output(manifest, tmp_path / "out", 4, failed={1})
     (tmp_path / "out" / "00001_stats.json").unlink()
-    found = figures.read(Output.open(str(tmp_path / "out")))
+    found = figures.read(Output(str(tmp_path / "out")))
     assert found.counts == {"success": 5, "rejected": 0, "failed": 1}
     assert {row.number for row in found.random.rows} == {0, 2, 3, 8, 9}
 
     (tmp_path / "out" / "00002.parquet").write_bytes(b"x" * (tmp_path / "out" / "00002.parquet").stat().st_size)
     with pytest.raises(DamageFound, match=r"00002\.parquet cannot be read"):
-        figures.read(Output.open(str(tmp_path / "out")))
+        figures.read(Output(str(tmp_path / "out")))
     for name in ("00000", "00002"):
         (tmp_path / "out" / f"{name}_stats.json").unlink()
     with pytest.raises(UsageError, match="no finished shard"):
-        figures.read(Output.open(str(tmp_path / "out")))
+        figures.read(Output(str(tmp_path / "out")))

@@ -107,7 +107,7 @@ def test_the_page_stays_small() -> None:
 
 
 def test_a_run_without_its_manifest_is_shown_without_references(output: Path, tmp_path: Path) -> None:
-    opened = Output.open(str(output), {"manifest": str(tmp_path / "gone.parquet")})
+    opened = Output(str(output), {"manifest": str(tmp_path / "gone.parquet")})
     assert '"reference":0' not in page.render(opened)
 
 
@@ -117,7 +117,7 @@ def test_a_tar_that_lost_a_sample_is_damage(tmp_path: Path) -> None:
     tar = tmp_path / "out" / "00000.tar"
     tar.write_bytes(b"\0" * tar.stat().st_size)
     with pytest.raises(DamageFound, match="has no sample 000000000"):
-        page.render(Output.open(str(tmp_path / "out")))
+        page.render(Output(str(tmp_path / "out")))
 
 
 @pytest.mark.slow

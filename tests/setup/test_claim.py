@@ -19,7 +19,9 @@ from vcf_batch.errors import DamageFound, RefusedError, StorageError
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, lease, run_file
 from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.run_file import AnotherVersion
+from vcf_batch.records import Status
 from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
@@ -27,7 +29,20 @@ from vcf_batch.storage import local
 
 
 def commit_a_shard(job: Job) -> None:
-    (Path(job.config.output) / "00000_stats.json").write_text("{}")
+    counts: dict[Status, int] = {"success": len(job.shards[0]), "rejected": 0, "failed": 0}
+    receipt = Receipt(job.shards[0], job.fingerprint, 1, counts, {}, {}, {})
+    (Path(job.config.output) / "00000_stats.json").write_bytes(receipt.to_json())
+
+
+def test_what_is_no_receipt_binds_no_output(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """A receipt that does not parse counts as absent, so another run may begin there."""
+    job = settle(steps=5)
+    claim.claim(job)
+    (tmp_path / "out" / "00000_stats.json").write_text("{}")
+    claim.claim(settle())
+    commit_a_shard(settle())
+    with pytest.raises(RefusedError, match="another run"):
+        claim.claim(job)
 
 
 def test_a_resumed_run_keeps_what_the_cluster_settled(settle: Callable[..., Job]) -> None:
@@ -107,7 +122,7 @@ def test_a_driver_suspended_within_its_claim_harms_nothing_of_the_next_owners(
     with pytest.raises(RefusedError, match="another run, which has ended, took over"):
         claim.claim(late, confirm=held.confirm)
     assert getattr(storage, step) is stepped
-    assert [finding for finding in verify.check(Output.open(output)) if finding.is_damage] == []
+    assert [finding for finding in verify.check(Output(output)) if finding.is_damage] == []
     assert len(runs.read_receipts(output)) == 3
     assert not any(name.startswith(commits.STAGING) for name in storage.list_tree(output))
 
@@ -174,7 +189,7 @@ def test_a_run_of_the_version_before_resumes(settle: Callable[..., Job], monkeyp
     commit_a_shard(job)
     rewrite(job, by_an_older_version)
     assert claim.claim(settle()) == ()
-    assert Output.open(job.config.output).config.eta == 0.0
+    assert Output(job.config.output).config.eta == 0.0
     assert settle(eta=0.5).fingerprint != job.fingerprint
 
 
@@ -196,7 +211,7 @@ def test_a_run_of_another_version_is_refused_as_that(
     monkeypatch.setitem(ADDED_SETTINGS, "eta", 0.25)  # the old behaviour, which is not the default any more
     with pytest.raises(RefusedError, match=told + r"  eta: 0\.25 there, 0\.0 now\n"):
         claim.claim(settle())
-    assert Output.open(job.config.output).config.eta == 0.25
+    assert Output(job.config.output).config.eta == 0.25
 
 
 def test_a_run_of_a_later_version_is_read_where_its_settings_are_known(settle: Callable[..., Job]) -> None:
@@ -211,12 +226,12 @@ def test_a_run_of_a_later_version_is_read_where_its_settings_are_known(settle: C
 
     rewrite(job, with_more)
     assert claim.claim(settle()) == ()
-    assert Output.open(job.config.output).config == job.config
+    assert Output(job.config.output).config == job.config
     rewrite(job, lambda record: record["fields"].update(glow=1))
     with pytest.raises(RefusedError, match=r"another version, vcf-batch 9\.0, .*\n  glow: 1 there, nothing now\n"):
         claim.claim(settle())
     with pytest.raises(AnotherVersion, match=r"begun by vcf-batch 9\.0, with a setting .* does not know: glow is 1\."):
-        Output.open(job.config.output)
+        Output(job.config.output)
 
 
 def test_the_record_is_written_and_read_in_one_place(settle: Callable[..., Job], tmp_path: Path) -> None:
@@ -256,7 +271,7 @@ def test_a_record_without_its_parts_is_refused_with_the_reason(
     with pytest.raises(RefusedError, match=f"damaged, or not the record of a run: {reason}"):
         settle()
     with pytest.raises(DamageFound, match=f"run.json: .*{reason}"):
-        Output.open(job.config.output)
+        Output(job.config.output)
 
 
 def test_the_folder_of_a_training_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
@@ -300,7 +315,7 @@ def test_a_manifest_edited_in_place_is_refused(settle: Callable[..., Job], tmp_p
         RefusedError, match=r"manifest_id: \w{12} there, \w{12} now\n.* manifest\.parquet has changed: its contents had"
     ):
         claim.claim(settle(shard_size=4))
-    opened = Output.open(str(tmp_path / "out"))
+    opened = Output(str(tmp_path / "out"))
     assert opened.manifest is None
     assert "has changed since the run: manifest.parquet has changed" in str(opened.manifest_error)
 
@@ -322,7 +337,7 @@ def test_an_empty_run_file_is_none(settle: Callable[..., Job], tmp_path: Path, m
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").touch()
     with pytest.raises(DamageFound, match="it is missing, so nothing tells"):
-        Output.open(str(tmp_path / "out"))
+        Output(str(tmp_path / "out"))
     (tmp_path / "out" / "00000.tar").touch()
     with pytest.raises(RefusedError, match=r"no run\.json"):
         claim.claim(settle())
@@ -345,7 +360,7 @@ def test_an_output_of_another_layout_is_refused_and_not_called_damaged(
     claim.claim(settle())
     file = tmp_path / "out" / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layout": 0}))
-    for read in (settle, lambda: Output.open(str(tmp_path / "out"))):
+    for read in (settle, lambda: Output(str(tmp_path / "out"))):
         with pytest.raises(RefusedError, match="has layout 0, and this version of vcf-batch reads layout 3: use"):
             read()
 

@@ -255,7 +255,7 @@ class Chaos:
                 assert not [
                     path for path in Path(output).rglob("*") if path.name not in names | {"run.json", "_progress.json"}
                 ]
-            assert [str(finding) for finding in verify.check(Output.open(output))] == []
+            assert [str(finding) for finding in verify.check(Output(output))] == []
         found, expected = runs.read_receipts(self.output), runs.read_receipts(undisturbed)
         for number in range(self.num_shards):
             for field in ("shard", "fingerprint", "counts", "files", "device", "means", "sampled_at_once"):

@@ -245,7 +245,7 @@ def test_bytes_do_not_depend_on_what_is_kept(gated: tuple[Job, Worker], tmp_path
 
 def test_an_output_with_gates_is_found_whole(gated: tuple[Job, Worker]) -> None:
     """Verify accepts it, and draws every sample again with the same bytes."""
-    opened = Output.open(gated[0].config.output)
+    opened = Output(gated[0].config.output)
     assert list(check(opened)) == []
     *findings, told = regenerate(opened, 2, 0)
     assert not findings
@@ -267,5 +267,5 @@ def test_a_record_that_no_attempt_explains_is_found(
     files = runs.Files(output, "00000")
     files.edit_everywhere(next(n for n, row in enumerate(files.rows) if row["status"] == "success"), **change)
     files.write()
-    (finding,) = check(Output.open(str(output)))
+    (finding,) = check(Output(str(output)))
     assert message in str(finding)

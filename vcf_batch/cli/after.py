@@ -53,5 +53,5 @@ def card(output: str, licence: str | None, force: bool, as_json: bool) -> None:
     from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
     from vcf_batch.report import card as cards
 
-    written = redact(cards.write(Output.open(output), licence, force))
+    written = redact(cards.write(Output(output), licence, force))
     tell(written, {"card": written}, as_json)

@@ -165,7 +165,7 @@ def hand_on(output: str, target: str, as_json: bool = False, partial: bool = Fal
     from vcf_batch.commands.push import push
     from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text
 
-    pushed = push(Output.open(output), target)
+    pushed = push(Output(output), target)
     document = {
         "target": redact(target),
         "copied": pushed.copied,

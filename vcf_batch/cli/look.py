@@ -71,7 +71,7 @@ def report(
         from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text
         from vcf_batch.report import page
 
-        opened = Output.open(output, given(ctx))
+        opened = Output(output, given(ctx))
         target = storage.absolute(out) if out is not None else storage.join(opened.url, page.PAGE_NAME)
         storage.publish_bytes(target, page.render(opened).encode())
         written["page"] = redact(target)

@@ -43,7 +43,7 @@ def verify(
     from vcf_batch.output import lease
     from vcf_batch.output.output import Output
 
-    opened = Output.open(output, given(ctx))
+    opened = Output(output, given(ctx))
     findings = _found(verify.check(opened), as_json)
     unfinished = sum(finding.kind == "unfinished" for finding in findings)
     if regenerate is not None and not _damaged(findings) and not unfinished:
@@ -126,6 +126,6 @@ def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
     from vcf_batch.commands.repair import Repair
     from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
 
-    opened = Output.open(output, _OWN | given(ctx))
+    opened = Output(output, _OWN | given(ctx))
     needed = Repair(opened, where)
     run(opened.config, lambda: needed.rows(click.echo))

@@ -36,7 +36,7 @@ class Finding:
     shard: Shard | None = None
     """The shard to generate again in order to repair the damage; None if that would not help."""
     kind: Literal["damage", "unfinished", "note"] = "damage"
-    """``unfinished`` for a shard that is not generated yet, ``note`` for what could not be checked."""
+    """``unfinished`` for a shard that is not generated yet, ``note`` for what is no fault of what is committed."""
 
     @property
     def is_damage(self) -> bool:
@@ -104,12 +104,12 @@ class _SecondLook:
         if name in self._later_sizes or shard.index in self._counted:
             sizes = receipts.sizes_now(self._output.url, shard.name)
             if name not in sizes and shard.index in self._counted:
-                return DamageFound("it has no receipt, although its run counted it as finished")
+                return DamageFound("it has no receipt, although its run counted it as finished" + _strays(shard, sizes))
             try:
                 return check_shard(self._output, shard, sizes)
             except (DamageFound, Unfinished) as fault:
                 return fault
-        return Unfinished("it has no receipt: it is not generated yet")
+        return Unfinished("it has no receipt: it is not generated yet" + _strays(shard, self._later_sizes))
 
     @functools.cached_property
     def _later_sizes(self) -> Mapping[str, int]:
@@ -131,3 +131,11 @@ def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     if left := len(storage.list_tree(storage.join(output.url, commits.STAGING))):
         cause = f"{left} files of a run that is at work or was killed; the next start removes them"
         yield Finding(commits.STAGING, cause, kind="note")
+
+
+def _strays(shard: Shard, sizes: Mapping[str, int]) -> str:
+    """What is told about the files of a shard that has no receipt; empty if there are none."""
+    names = [name for kind in receipts.FILE_SUFFIXES if (name := file_name(shard, kind)) in sizes]
+    if not names:
+        return ""
+    return f". No receipt stands for {' and '.join(names)}: no part of the dataset, deleted by the next start"

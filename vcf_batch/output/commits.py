@@ -9,6 +9,7 @@ start finds everything it needs to finish the replacement, so samples that were 
 """
 
 import contextlib
+import uuid
 from collections.abc import Callable, Mapping
 
 from vcf_batch import storage
@@ -16,7 +17,7 @@ from vcf_batch.errors import StorageError
 from vcf_batch.output import receipts
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
-from vcf_batch.records import Shard
+from vcf_batch.records import FileEntry, Shard
 
 STAGING = "_staging"
 """Folder of the output for files that are not committed yet. Each attempt has a folder of its own in it."""
@@ -63,9 +64,10 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     It is moved into the staging folder. If the next owner has deleted that folder, the move fails and the next owner's
     receipt stays in place.
 
-    This protection of the next owner's receipt works on file systems only, because object stores have no folders. There
-    a few requests lie between the check of the staged files and the removal of the older receipt. A driver that is
-    suspended between them for longer than a lease lasts may remove the next owner's receipt of that shard.
+    Object stores have no folders. On S3 the older receipt is deleted only if it is still the one that was found
+    (``If-Match``). If the next owner has left that very receipt in place, it is put back. On a store without
+    ``If-Match`` one request is left: a driver that is suspended right before it deletes the older receipt, for longer
+    than a lease lasts, deletes the receipt that the next owner has published in its place.
     :mod:`vcf_batch.commands.verify` then reports the receipt as missing, and a rerun generates the shard again.
 
     Args:
@@ -78,11 +80,13 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     """
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
     left = dict(staged)
+    moved_away = False
     try:
         with storage.refusals_as_storage_errors():
             # Look for an older receipt first. A receipt that another driver commits later must not be taken for one.
-            replaces = len(left) == len(receipt.files) and storage.exists(receipt_url)
-            if replaces:
+            older = receipts.content(output_url, receipt.shard.name) if len(left) == len(receipt.files) else None
+            if older is not None:
+                version = storage.version(receipt_url)
                 folder = storage.join(output_url, storage.parent(left["tar"]))
                 storage.publish_bytes(storage.join(folder, _NEW_RECEIPT), receipt.to_json())
             for kind, path in left.items():
@@ -92,12 +96,18 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
                         f"staged file {url} has {found} bytes, but its receipt says {said}; the shard has to be "
                         "generated again"
                     )
-        if replaces:
-            storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT))
+        if older is not None:
+            storage.move(receipt_url, storage.join(folder, _OLD_RECEIPT), version)
+            moved_away = True
         for kind, path in left.items():
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
             del staged[kind]
+    except FileExistsError as error:
+        raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
     except FileNotFoundError as error:
+        if moved_away and older is not None and len(staged) == len(left):
+            # The next owner has deleted what was staged, so the receipt was not to be moved.
+            _restore(output_url, storage.name(folder), older)
         raise StagedFilesLost(
             f"a staged file of shard {receipt.shard.name} is gone ({error}); the shard has to be generated again"
         ) from error
@@ -128,43 +138,128 @@ def discard(output_url: str, staged: Mapping[str, str]) -> None:
 def any_committed(output_url: str) -> bool:
     """Whether the output has a receipt of any run, or a receipt that is just being replaced.
 
-    A damaged receipt counts, because a run had begun. An empty one does not: it is left by a driver that died.
+    What is no receipt counts as absent.
 
     Raises:
         StorageError: the output cannot be read.
     """
-    if any(sizes.get(receipts.RECEIPT_SUFFIX) for sizes in receipts.files_found(output_url).values()):
+    names = sorted(name for name, sizes in receipts.files_found(output_url).items() if receipts.RECEIPT_SUFFIX in sizes)
+    if any(_parsed(receipts.content(output_url, name)) for name in names):
         return True
     with storage.refusals_as_storage_errors():
-        return bool(_replacing(output_url))
+        return any(
+            _parsed(_content(output_url, attempt_id, kind))
+            for kind in (_NEW_RECEIPT, _OLD_RECEIPT)
+            for attempt_id in _replacing(output_url, kind)
+        )
 
 
-def clean(output_url: str) -> None:
+def clean(output_url: str, confirm: Callable[[], object] = lambda: None) -> None:
     """Finish the replacements during which a driver died, and delete all other unfinished files.
 
-    The driver calls this while no worker runs.
+    The driver calls this while no worker runs. If it is suspended in here and loses the lease, no file of the next
+    owner is deleted on a file system: a file without a receipt is moved into the staging folder, and the next owner
+    has deleted the folder that it is moved to. On object stores one request lies between the check of the lease and
+    each deletion.
+
+    Args:
+        confirm: raises if the driver no longer owns the output. Called before files without a receipt are looked for,
+            and before each is deleted.
 
     Raises:
+        RefusedError: ``confirm`` raises it.
         StorageError: the storage failed.
     """
     try:
         with storage.refusals_as_storage_errors():
-            for attempt_id in _replacing(output_url):
+            for attempt_id in _replacing(output_url, _NEW_RECEIPT):
                 _finish(output_url, attempt_id)
+            for attempt_id in _replacing(output_url, _OLD_RECEIPT):
+                _restore(output_url, attempt_id)
     except OSError as error:
         raise StorageError(f"another driver changed {output_url} meanwhile: {error}") from error
     storage.remove_tree(storage.join(output_url, STAGING))
     storage.remove_unfinished(output_url)
-    for name, sizes in receipts.files_found(output_url).items():
-        if not sizes.get(receipts.RECEIPT_SUFFIX):
-            for suffix in sizes:
-                storage.remove(storage.join(output_url, name + suffix), missing_ok=True)
+    if strays(receipts.files_found(output_url)):
+        _delete_strays(output_url, confirm)
 
 
-def _replacing(output_url: str) -> list[str]:
-    """Ids of the attempts that were replacing a shard."""
+def strays(found: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Names of the files for which no receipt stands, sorted; an empty file is no receipt.
+
+    Args:
+        found: what :func:`vcf_batch.output.receipts.files_found` gives.
+    """
+    return sorted(
+        name + suffix for name, sizes in found.items() if not sizes.get(receipts.RECEIPT_SUFFIX) for suffix in sizes
+    )
+
+
+def _delete_strays(output_url: str, confirm: Callable[[], object]) -> None:
+    folder = storage.join(output_url, STAGING, f"strays-{uuid.uuid4().hex}")
+    # The folder is there before the lease is confirmed and files are looked for. An owner that comes later deletes it.
+    storage.publish_bytes(storage.join(folder, "note"), b"files without a receipt, to be deleted")
+    confirm()
+    for name in strays(receipts.files_found(output_url)):
+        confirm()
+        url = storage.join(output_url, name)
+        try:
+            if storage.is_local(output_url):
+                storage.move(url, storage.join(folder, name))
+            else:
+                storage.remove(url, missing_ok=True)
+        except FileNotFoundError as error:
+            confirm()
+            raise StorageError(f"another driver changed {output_url} meanwhile: {error}") from error
+    storage.remove_tree(storage.join(output_url, STAGING))
+
+
+def _replacing(output_url: str, kind: str) -> list[str]:
+    """Ids of the attempts that were replacing a shard, and left a receipt of that kind."""
     files = storage.list_tree(storage.join(output_url, STAGING))
-    return [storage.parent(file) for file in files if storage.name(file) == _NEW_RECEIPT]
+    return sorted(storage.parent(file) for file in files if storage.name(file) == kind)
+
+
+def _content(output_url: str, attempt_id: str, kind: str) -> bytes | None:
+    try:
+        return storage.read_bytes(storage.join(output_url, STAGING, attempt_id, kind))
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(data: bytes | None) -> Receipt | None:
+    """The receipt; None if there is none, or something that is no receipt."""
+    try:
+        return None if data is None else Receipt.from_json(data)
+    except ValueError:
+        return None
+
+
+def _is_there(output_url: str, path: str, entry: FileEntry | None) -> bool:
+    """Whether a file has the size and hash of a receipt's entry."""
+    try:
+        return storage.digest(storage.join(output_url, path)) == entry
+    except (FileNotFoundError, storage.NotAFileError):
+        return False
+
+
+def _restore(output_url: str, attempt_id: str, data: bytes | None = None) -> None:
+    """Put a receipt back that was moved away, if its shard has none and the files are still those that it describes.
+
+    Args:
+        data: the receipt to put back if the one that was moved into the attempt's folder does not fit.
+    """
+    for content in (_content(output_url, attempt_id, _OLD_RECEIPT), data):
+        receipt = _parsed(content)
+        if content is None or receipt is None or receipts.read_one(output_url, receipt.shard):
+            continue
+        finals = {kind: receipt.shard.name + suffix for kind, suffix in receipts.FILE_SUFFIXES.items()}
+        if all(_is_there(output_url, path, receipt.files.get(kind)) for kind, path in finals.items()):
+            receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
+            if receipts.content(output_url, receipt.shard.name) is not None:
+                storage.remove(receipt_url, missing_ok=True)  # no receipt, as it was read above
+            with contextlib.suppress(FileExistsError):  # Another driver has committed the shard.
+                storage.publish_bytes(receipt_url, content, create=True)
 
 
 def _finish(output_url: str, attempt_id: str) -> None:
@@ -172,24 +267,19 @@ def _finish(output_url: str, attempt_id: str) -> None:
 
     What stands in a receipt's place and is none is moved away, as :func:`commit` moves an older receipt.
     """
-    data = storage.read_bytes(storage.join(output_url, STAGING, attempt_id, _NEW_RECEIPT))
-    try:
-        receipt = Receipt.from_json(data)
-    except ValueError:  # The new receipt is damaged, so the shard has none and is generated as a whole.
+    data = _content(output_url, attempt_id, _NEW_RECEIPT)
+    receipt = _parsed(data)
+    if data is None or receipt is None:  # The new receipt is damaged. The older one may be restored.
         return
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
     if receipts.read_one(output_url, receipt.shard):
         return
-
-    def is_there(path: str, kind: str) -> bool:
-        try:
-            return storage.digest(storage.join(output_url, path)) == receipt.files.get(kind)
-        except (FileNotFoundError, storage.NotAFileError):
-            return False
-
     staged = _staged(receipt.shard, attempt_id)
-    waiting = {kind: path for kind, path in staged.items() if is_there(path, kind)}
-    if all(kind in waiting or is_there(storage.name(path), kind) for kind, path in staged.items()):
+    entries = receipt.files
+    waiting = {kind: path for kind, path in staged.items() if _is_there(output_url, path, entries.get(kind))}
+    if all(
+        kind in waiting or _is_there(output_url, storage.name(path), entries.get(kind)) for kind, path in staged.items()
+    ):
         for path in waiting.values():
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
         if storage.exists(receipt_url):

@@ -8,8 +8,8 @@ this machine and has ended. The watcher measures time with its own clock only; i
 
 An owner may be suspended and wake up after another driver took over, so it checks its lease before each commit
 (:meth:`Lease.confirm`). It may even be suspended between this check and the commit. By then the new owner has emptied
-the staging folder, so no file is left to move, and an existing receipt is never overwritten. One gap remains, when a
-shard is replaced on an object store; :func:`vcf_batch.output.commits.commit` describes it.
+the staging folder, so no file is left to move, and an existing receipt is never overwritten. On object stores two gaps
+of one request remain; :func:`vcf_batch.output.commits.commit` and :func:`vcf_batch.output.commits.clean` describe them.
 """
 
 import contextlib

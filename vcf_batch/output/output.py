@@ -1,7 +1,7 @@
 """An output, opened: the record of its run, the settings to read it with, and its manifest."""
 
+import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -16,19 +16,68 @@ from vcf_batch.output.run_file import AnotherVersion, RunRecord
 from vcf_batch.sharding import ShardPlan
 
 
-@dataclass(frozen=True)
 class Output:
-    """An output that a run has written, finished or not."""
+    """An output that a run has written, finished or not. The manifest is opened when it is asked for.
 
-    url: str
-    record: RunRecord
-    config: RunConfig
-    """Configuration of the record, with the changes that were asked for."""
-    plan: ShardPlan
-    manifest: Manifest | None
-    """The manifest of the run; None if it was not asked for, cannot be read any more, or has changed."""
-    manifest_error: VcfBatchError | None = None
-    """Reason why the manifest cannot be used; else None."""
+    Args:
+        url: folder or URL that a run has written.
+        changes: settings that have changed, such as the place of a manifest that has moved.
+
+    Raises:
+        UsageError: there is no output.
+        AnotherVersion: another version of vcf-batch wrote it.
+        DamageFound: ``run.json`` is missing or damaged, so that the run of the shards is unknown.
+        StorageError: the storage failed.
+    """
+
+    def __init__(self, url: str, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.url = storage.absolute(url)
+        """The output, as an absolute path or a URL."""
+        self.record = _record(self.url)
+        try:
+            self.config = self.record.run_config(self.url, changes)
+            """Configuration of the record, with the changes that were asked for."""
+            self.plan = ShardPlan(self.record.manifest.rows, cast(int, self.config.shard_size))
+        except (TypeError, ValueError) as error:
+            raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is damaged: {error}") from error
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the run; None if it cannot be read any more, or has changed.
+
+        Raises:
+            DamageFound: ``run.json`` has another number of rows.
+        """
+        return self._opened[0]
+
+    @property
+    def manifest_error(self) -> VcfBatchError | None:
+        """Reason why the manifest cannot be used; else None."""
+        return self._opened[1]
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Manifest | None, VcfBatchError | None]:
+        opened, trouble = _open_manifest(self.config, self.record)
+        if opened and opened.num_rows != self.plan.num_rows:
+            raise DamageFound(
+                f"{run_file.RUN_FILE_NAME}: it says {self.plan.num_rows} rows; the manifest has {opened.num_rows}"
+            )
+        return opened, trouble
+
+    def tars(self) -> list[str]:
+        """URLs of the tars that are committed, in order, for a reader such as ``webdataset.WebDataset``.
+
+        A tar without a receipt of this run is left out, and so is one of another size than its receipt says. Contents
+        are not read: ``vcf-batch verify`` does that.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        return [
+            storage.join(self.url, found.shard.name + receipts.FILE_SUFFIXES["tar"])
+            for found in self.examine()
+            if isinstance(found, Receipt)
+        ]
 
     @property
     def fingerprints(self) -> frozenset[str]:
@@ -64,44 +113,21 @@ class Output:
             raise self.manifest_error
         return self.manifest
 
-    @classmethod
-    def open(cls, url: str, changes: Mapping[str, Any] = MappingProxyType({}), with_manifest: bool = True) -> "Output":
-        """Read ``run.json`` and open the manifest that it names.
 
-        Args:
-            url: folder or URL that a run has written.
-            changes: settings that have changed, such as the place of a manifest that has moved.
-            with_manifest: whether the manifest is opened.
-
-        Raises:
-            UsageError: there is no output.
-            AnotherVersion: another version of vcf-batch wrote it.
-            DamageFound: ``run.json`` is missing or damaged, so that the run of the shards is unknown.
-            StorageError: the storage failed.
-        """
-        url = storage.absolute(url)
-        try:
-            record = run_file.read(url)
-        except AnotherVersion:
-            raise
-        except RefusedError as error:
-            raise DamageFound(f"{run_file.RUN_FILE_NAME}: {error}") from error
-        if record is None:
-            with storage.refusals_as_storage_errors():
-                if not storage.list_files(url):
-                    raise UsageError(f"{url} holds no run; check the path")
-            raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is missing, so nothing tells what {url} holds")
-        try:
-            config = record.run_config(url, changes)
-            plan = ShardPlan(record.manifest.rows, cast(int, config.shard_size))
-        except (TypeError, ValueError) as error:
-            raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is damaged: {error}") from error
-        opened, trouble = _open_manifest(config, record) if with_manifest else (None, None)
-        if opened and opened.num_rows != plan.num_rows:
-            raise DamageFound(
-                f"{run_file.RUN_FILE_NAME}: it says {plan.num_rows} rows; the manifest has {opened.num_rows}"
-            )
-        return cls(url, record, config, plan, opened, trouble)
+def _record(url: str) -> RunRecord:
+    """The record of the run in an output. For errors see :class:`Output`."""
+    try:
+        record = run_file.read(url)
+    except AnotherVersion:
+        raise
+    except RefusedError as error:
+        raise DamageFound(f"{run_file.RUN_FILE_NAME}: {error}") from error
+    if record is None:
+        with storage.refusals_as_storage_errors():
+            if not storage.list_files(url):
+                raise UsageError(f"{url} holds no run; check the path")
+        raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is missing, so nothing tells what {url} holds")
+    return record
 
 
 def _open_manifest(config: RunConfig, record: RunRecord) -> tuple[Manifest | None, VcfBatchError | None]:

@@ -61,7 +61,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
                 job = dataclasses.replace(job, token=held.token, extends=claim.claim(job, confirm=held.confirm))
                 held.confirm()
                 # This comes before all reading: from here on, no earlier owner can change the output.
-                commits.clean(job.config.output)
+                commits.clean(job.config.output, held.confirm)
                 run_file.check_stays(job.config.output, job.fingerprint)
                 job = dataclasses.replace(job, redo=choose_redo())
                 ledger = Ledger(job)
@@ -79,7 +79,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
                             raise
                     held.confirm()
                     run_file.check_stays(job.config.output, job.fingerprint)
-                    commits.clean(job.config.output)
+                    commits.clean(job.config.output, held.confirm)
     return ledger.summary(time.monotonic() - begin)
 
 

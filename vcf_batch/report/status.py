@@ -136,7 +136,7 @@ def read(url: str) -> Status:
         DamageFound: ``run.json`` or a parquet is damaged.
         StorageError: the storage failed.
     """
-    output = Output.open(url, with_manifest=False)
+    output = Output(url)
     owner = lease.owner(output.url)
     told = progress_file.look(output.url, output.fingerprints)
     totals, num_shards = told.totals, len(output.plan)

@@ -17,7 +17,8 @@ Errors, the same on every storage, with credentials removed from their messages:
 ``FileNotFoundError``    reading, moving, removing: there is no such file, or its name is impossible (too long)
 ``PermissionError``      reading, listing: the storage refuses access
 :class:`NotAFileError`   reading: the path is a directory, pipe, socket or device; opening it does not block
-``FileExistsError``      :func:`publish_bytes` with ``create``: the file exists already
+``FileExistsError``      :func:`publish_bytes` with ``create``: the file exists already; :func:`move` with a version:
+                         the file has another one
 ``StorageError``         any other failure of storage or network, and every failure to write, refused access included
 ``UsageError``           any operation: no fsspec driver is installed for the URL's protocol
 ======================== ============================================================================================
@@ -40,7 +41,7 @@ from vcf_batch.storage.reading import (
     stamp,
 )
 from vcf_batch.storage.retries import NotAFileError
-from vcf_batch.storage.writing import move, publish_bytes, remove, remove_tree, remove_unfinished, upload
+from vcf_batch.storage.writing import move, publish_bytes, remove, remove_tree, remove_unfinished, upload, version
 
 __all__ = [
     "NotAFileError",
@@ -70,4 +71,5 @@ __all__ = [
     "size",
     "stamp",
     "upload",
+    "version",
 ]

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
+from typing import cast
 
 from fsspec.callbacks import Callback
 
@@ -10,7 +11,7 @@ from vcf_batch.storage import local
 from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import list_tree
 from vcf_batch.storage.paths import as_local_path, is_local, join
-from vcf_batch.storage.reading import CHUNK_BYTES, read_bytes, size
+from vcf_batch.storage.reading import CHUNK_BYTES, exists, read_bytes, size
 from vcf_batch.storage.retries import MOVING, may_pass, retried
 
 
@@ -86,14 +87,19 @@ def upload(local_path: str, url: str, note_progress: Callable[[], None] = lambda
     retried("upload", url, put, ())
 
 
-def move(source: str, target: str) -> None:
+def move(source: str, target: str, version: str | None = None) -> None:
     """Give a file another name in the same storage, replacing what is there.
 
     A local file is renamed; elsewhere the server copies the file, and then the source is deleted.
 
+    Args:
+        version: what :func:`version` gave for the source. An S3 store that knows ``If-Match`` then moves that content
+            only; every other storage ignores it.
+
     Raises:
         FileNotFoundError: there is no ``source`` (or, locally, no folder for ``target``). This also follows a try that
             moved the file and failed nevertheless, as a network file system may do.
+        FileExistsError: the source has another content than that of ``version``; it stays.
         StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(source):
@@ -106,7 +112,32 @@ def move(source: str, target: str) -> None:
         return
     fs, path = filesystem(source)
     retried("copy", source, lambda: fs.cp_file(path, filesystem(target)[1]), MOVING)
-    remove(source, missing_ok=True)
+    if version is None:
+        remove(source, missing_ok=True)
+        return
+    bucket, key, _ = fs.split_path(path)
+
+    def delete() -> None:
+        fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=version)
+
+    try:
+        retried("delete", source, delete, (FileNotFoundError, FileExistsError))
+    except (FileNotFoundError, FileExistsError):
+        # An earlier try may have deleted it, and only the answer was lost. Stores differ in how they tell that.
+        if exists(source):
+            raise
+
+
+def version(url: str) -> str | None:
+    """What tells the content of an object on S3 from any other: its ETag. None on other storages.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    if url.partition("://")[0] not in ("s3", "s3a"):
+        return None
+    fs, path = filesystem(url)
+    return cast("str | None", retried("look up", url, lambda: fs.info(path)).get("ETag"))
 
 
 def remove(url: str, missing_ok: bool = False) -> None:
