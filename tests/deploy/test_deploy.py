@@ -90,9 +90,7 @@ def test_what_a_run_writes_on_has_a_volume_in_every_container(job: dict[str, Any
     for template in templates(job):
         assert all("emptyDir" in each for each in template["spec"]["volumes"])
         names = {each["name"] for each in template["spec"]["volumes"]}
-        assert all(
-            mount["name"] in names for each in template["spec"]["containers"] for mount in each["volumeMounts"]
-        )
+        assert all(mount["name"] in names for each in template["spec"]["containers"] for mount in each["volumeMounts"])
     assert ["WORKDIR", "/home/vcf"] in instructions()
 
 
