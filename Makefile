@@ -3,11 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TOOLS := build/tools/bin
 
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos reference check lint clean
+.PHONY: install demo test test-all chaos reference check lint tools lock sbom clean
 
 install: $(INSTALLED)
 
@@ -43,6 +44,22 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test
+
+tools:
+	test -x $(TOOLS)/python || $(PYTHON) -m venv build/tools
+	$(TOOLS)/pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0
+
+# What images install: the versions of constraints.txt with the hashes of PyPI's files, torch with CUDA among them.
+lock: tools
+	$(TOOLS)/uv pip compile --quiet --no-config --default-index https://pypi.org/simple --generate-hashes --no-annotate \
+		--custom-compile-command "make lock" --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--constraint constraints.txt --extra plots --extra s3 --output-file requirements.lock pyproject.toml
+
+# The parts list of the image's Python packages, as CycloneDX.
+sbom: tools
+	mkdir -p out
+	$(TOOLS)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --of JSON -o out/sbom.cdx.json \
+		requirements.lock
 
 clean:
 	rm -rf out build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,8 +2,9 @@
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
-from vcf_batch.errors import VcfBatchError
+from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.pool import connection
 
 TIMED_OUT = Exception("The current node timed out during startup. This could happen because ...")
@@ -44,4 +45,26 @@ def test_ray_that_never_starts_is_told_with_what_to_do(monkeypatch: pytest.Monke
 def test_any_other_error_of_a_start_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     starting(monkeypatch, KeyError("something else"))
     with pytest.raises(KeyError), connection.cluster(None):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AuthenticationError("no authentication token was found"), ConnectionError("Failed to connect to Ray cluster")],
+    ids=["missing", "wrong"],
+)
+def test_a_missing_or_wrong_token_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A refused token is an error of use: how to give the token is in the message."""
+    starting(monkeypatch, error)
+    with (
+        pytest.raises(UsageError, match=r"Ray cluster 10\.0\.0\.1:6379: .*RAY_AUTH_MODE=token.*RAY_AUTH_TOKEN_PATH"),
+        connection.cluster("10.0.0.1:6379"),
+    ):
+        pass
+
+
+def test_a_home_that_cannot_be_written_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local Ray makes a token below HOME, which a container with a read-only root has to allow or replace."""
+    starting(monkeypatch, OSError(30, "Read-only file system", "/home/vcf/.ray"))
+    with pytest.raises(UsageError, match=r"'/home/vcf/\.ray'.*HOME.*RAY_AUTH_TOKEN"), connection.cluster("local"):
         pass

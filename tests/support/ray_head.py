@@ -15,13 +15,17 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 @contextlib.contextmanager
-def running() -> Iterator[dict[str, str]]:
-    """Start a head of two CPUs with its own folder and ports; yields the environment that reaches it."""
+def running(token: str = "") -> Iterator[dict[str, str]]:
+    """Start a head of two CPUs with its own folder and ports; yields the environment that reaches it.
+
+    Args:
+        token: what the head asks of whoever reaches its ports; nothing where it is empty.
+    """
     port, dashboard, agent, client = runs.free_ports(4)
     with tempfile.TemporaryDirectory(prefix="vb", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "disabled",
+            **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ADDRESS": f"127.0.0.1:{port}",
@@ -40,7 +44,7 @@ def running() -> Iterator[dict[str, str]]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            runs.wait_for(lambda: _answers(environment["RAY_API_SERVER_ADDRESS"]), 90)
+            runs.wait_for(lambda: _answers(environment["RAY_API_SERVER_ADDRESS"], token), 90)
             yield environment
         finally:
             head.terminate()
@@ -51,9 +55,10 @@ def running() -> Iterator[dict[str, str]]:
                 head.wait()
 
 
-def _answers(address: str) -> bool:
+def _answers(address: str, token: str) -> bool:
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5) as response:
             return response.status == 200
     except OSError:
         return False

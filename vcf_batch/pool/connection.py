@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from vcf_batch.errors import UsageError, VcfBatchError
 
@@ -16,6 +17,11 @@ STARTS = 2
 
 _TIMED_OUT = "timed out during startup"
 """Ray's words for that, in an exception without a class of its own."""
+
+_TOKEN = (
+    "A cluster with token authentication needs RAY_AUTH_MODE=token, and the cluster's token in the file that "
+    "RAY_AUTH_TOKEN_PATH names (by default ~/.ray/auth_token)"
+)
 
 
 @contextlib.contextmanager
@@ -34,21 +40,29 @@ def cluster(address: str | None) -> Iterator[None]:
     """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one.
 
     Raises:
-        UsageError: there is no cluster at the address, or Ray refuses to start.
+        UsageError: there is no cluster at the address, it refuses the token, or Ray refuses to start.
         VcfBatchError: Ray did not come up on this machine, :data:`STARTS` times.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    refused = f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:
             with _own_sigterm():
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             break
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except AuthenticationError as error:
+            raise UsageError(f"{refused}: {error.message.rstrip('.')}. {_TOKEN}") from error
+        except ConnectionError as error:  # Ray writes to standard error alone that a token was missing or wrong.
+            raise UsageError(f"{refused}: {error}. {_TOKEN}") from error
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"{refused}: {error}") from error
+        except OSError as error:
             raise UsageError(
-                f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}: {error}"
+                f"Ray cannot start on this machine: {error}. It keeps its token below HOME and its other files below "
+                "TMPDIR: make both writable, or give it a token in RAY_AUTH_TOKEN"
             ) from error
         except Exception as error:
             if _TIMED_OUT not in str(error):
