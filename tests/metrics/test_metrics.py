@@ -519,7 +519,7 @@ def test_each_distinct_input_is_embedded_once_a_shard(scorer: Scorer, monkeypatc
     for seed in range(3):
         score_batch(scorer, ["a", "a", "b"], [output(seed)] * 3, [[shared], [shared.copy()], [picture(5)]])
     assert texts == ["a", "b"]
-    assert pictures == [2, 3, 0, 3, 0, 3]
+    assert pictures == [3, 2, 3, 3]  # three outputs, the two references, and outputs alone
     score_batch(scorer.new_shard(), ["a"], [output(1)], [[shared]])
     assert texts == ["a", "b", "a"]
     assert pictures[-2:] == [1, 1]

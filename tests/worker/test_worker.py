@@ -86,13 +86,34 @@ def test_the_receipt_names_the_device_type(loaded: Worker, tmp_path: Path) -> No
     assert receipt.attempt == 1
 
 
-def test_a_shard_of_failed_rows_samples_nothing(
+def test_a_shard_of_failed_rows_costs_reading_and_writing_only(
     loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaded.components.pipeline, "generate_from_tokens", pytest.fail)
+    """Of a batch of which every row has failed nothing is encoded, sampled or scored."""
+    for name in ("encode_prompts", "encode_references", "generate_from_tokens"):
+        monkeypatch.setattr(loaded.components.pipeline, name, pytest.fail)
+    for name in ("embed_texts", "embed_images"):
+        monkeypatch.setattr(loaded.components.scorer.judge, name, pytest.fail)
     manifest = runs.write_manifest(tmp_path / "in", 3, {"reference": ["gone.png"] * 3})
     assert commit(another(loaded, manifest, tmp_path / "out")).counts["failed"] == 3
     assert [row["status"] for row in runs.rows_of(tmp_path / "out")] == ["failed"] * 3
+
+
+def test_a_failed_batch_changes_no_byte_of_another(loaded: Worker, tmp_path: Path) -> None:
+    """The output of a row does not depend on failed rows, although it shares prompt and reference with some of them."""
+    columns: dict[str, list[Any]] = {
+        "prompt": [*runs.PROMPTS[:3], "only here", *runs.PROMPTS[:3], "another"] * 2,
+        "reference": ["reference0.png", "reference1.png", "reference2.png", "reference1.png"] * 4,
+    }
+    whole = runs.write_manifest(tmp_path / "whole", 16, columns)
+    columns["negative_reference"] = ["gone.png"] * 4 + [None] * 12
+    broken = runs.write_manifest(tmp_path / "broken", 16, columns)
+    for name, manifest in {"whole": whole, "broken": broken}.items():
+        commit(another(loaded, manifest, tmp_path / name / "out", batch_size=4))
+    rows, others = (runs.rows_of(tmp_path / name / "out") for name in ("whole", "broken"))
+    assert [row["status"] for row in others] == ["failed"] * 4 + ["success"] * 12
+    for row, other in zip(rows[4:], others[4:], strict=True):
+        assert {**row, "negative_reference": None} == {**other, "negative_reference": None}
 
 
 def test_rows_override_the_runs_settings(loaded: Worker, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from vcf_batch import images
 from vcf_batch.config import reference_shares
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
+from vcf_batch.models.forward_pass import ForwardPass
 from vcf_batch.records import Scores
 
 REFERENCES_KEPT = 256
@@ -26,24 +27,36 @@ _PIXELS_AT_ONCE = 2**20
 
 @dataclass(slots=True)
 class _Reference:
-    embedding: Tensor
-    """``[D]``, normalised."""
+    embeddings: ForwardPass[bytes, Image.Image, Tensor]
+    """The pass that gives the embedding, ``[D]``, normalised, by :attr:`digest`."""
+    digest: bytes
     resized: dict[tuple[int, int], NDArray[np.uint8]] = field(default_factory=dict)
     """The image resized to each output size (width, height) so far."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """``[D]``, normalised."""
+        return self.embeddings[self.digest]
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
     """Prompts and references to compare a batch of outputs with."""
 
-    texts: Tensor
-    """Embeddings of the prompts, ``[B, D]``."""
+    prompts: Sequence[str]
+    passes: Sequence[ForwardPass[str, str, Tensor]]
+    """The pass that gives the embedding ``[D]`` of each prompt."""
     references: list[_Reference]
     """Embedded references of all outputs, output by output."""
     pictures: list[Image.Image]
     """Images of ``references``, in the same order."""
     shares: list[tuple[float, ...]]
     """For each output, the shares of its references in its scores; they sum to 1."""
+
+    @property
+    def texts(self) -> Tensor:
+        """Embeddings of the prompts, ``[B, D]``."""
+        return torch.stack([own[prompt] for prompt, own in zip(self.prompts, self.passes, strict=True)])
 
     @property
     def owners(self) -> list[int]:
@@ -66,7 +79,7 @@ class Scorer:
     def __init__(self, judge: ClipJudge, perceptual: PerceptualDistance | None = None) -> None:
         self.judge = judge
         self.perceptual = perceptual
-        self._texts: dict[str, Tensor] = {}
+        self._texts: dict[str, ForwardPass[str, str, Tensor]] = {}
         self._references: dict[bytes, _Reference] = {}
 
     def new_shard(self) -> "Scorer":
@@ -79,7 +92,10 @@ class Scorer:
         references: Sequence[Sequence[Image.Image]],
         weights: Sequence[Sequence[float] | None] | None = None,
     ) -> Targets:
-        """Embed the prompts and references of a batch, once for all draws of its rows.
+        """The targets of a batch, for all draws of its rows. They are embedded when the first of them is scored.
+
+        Ask for the targets of every batch, in order, whether it is scored or not: which inputs are embedded together
+        follows from the batches alone.
 
         Args:
             prompts: ``B`` prompts, 1 or more.
@@ -90,9 +106,9 @@ class Scorer:
         given = [None] * len(prompts) if weights is None else weights
         shares = [reference_shares(own, len(shown)) for own, shown in zip(given, references, strict=True)]
         pictures = [image for own in references for image in own]
-        texts, known = self._embedded_texts(prompts), self._embedded_references(pictures)
+        targets = Targets(prompts, self._text_passes(prompts), self._known_references(pictures), pictures, shares)
         self._forget_oldest()
-        return Targets(texts, known, pictures, shares)
+        return targets
 
     def score(
         self, targets: Targets, outputs: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]] = ()
@@ -129,18 +145,18 @@ class Scorer:
         )
         return [Scores(*values) for values in zip(*columns, strict=True)]
 
-    def _embedded_texts(self, prompts: Sequence[str]) -> Tensor:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        self._texts.update(zip(new, self.judge.embed_texts(new), strict=True))
-        return torch.stack([self._texts[prompt] for prompt in prompts])
+    def _text_passes(self, prompts: Sequence[str]) -> list[ForwardPass[str, str, Tensor]]:
+        new = {prompt: prompt for prompt in prompts if prompt not in self._texts}
+        self._texts.update(dict.fromkeys(new, ForwardPass(new, self.judge.embed_texts)))
+        return [self._texts[prompt] for prompt in prompts]
 
-    def _embedded_references(self, pictures: Sequence[Image.Image]) -> list[_Reference]:
+    def _known_references(self, pictures: Sequence[Image.Image]) -> list[_Reference]:
         """The stored reference of each image. An image of many rows is usually one object, and is hashed once."""
         digests = {number: _digest(image) for number, image in {id(image): image for image in pictures}.items()}
         keys = [digests[id(image)] for image in pictures]
         new = {key: image for key, image in zip(keys, pictures, strict=True) if key not in self._references}
-        for key, embedding in zip(new, self.judge.embed_images(list(new.values())), strict=True):
-            self._references[key] = _Reference(embedding)
+        embeddings = ForwardPass(new, self.judge.embed_images)
+        self._references.update((key, _Reference(embeddings, key)) for key in new)
         for key in dict.fromkeys(keys):
             self._references[key] = self._references.pop(key)  # keeps the dictionary in order of last use
         return [self._references[key] for key in keys]

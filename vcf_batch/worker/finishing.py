@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -52,7 +51,9 @@ class Finisher:
         """Position of the next row to be written."""
 
     def finish(self, batch: Batch) -> bool:
-        """Score a batch whose images are there; encode and write the rows that get no other draw.
+        """Score a sampled batch; encode and write the rows that get no other draw.
+
+        Nothing is scored of a batch that was not sampled, because each of its rows has failed or is padding.
 
         Returns:
             Whether every row of the batch is finished.
@@ -60,16 +61,29 @@ class Finisher:
         Raises:
             StorageError: the scratch cannot be written, or a sample that stays cannot be read.
         """
-        faults, pixels = self._pixels(batch, batch.images)
-        twin_faults, twins = self._pixels(batch, batch.twins) if self._config.triplets else (faults, [])
-        padding = self._rows.padding
+        if batch.targets is None:
+            batch.targets = self._targets(batch)
+            batch.draws = {position: [] for position in batch.positions if position not in self._rows.padding}
+        if batch.images is None:
+            self._finished |= {position: self._failed(batch, position) for position in batch.draws}
+            batch.draws = {}
+        else:
+            self._judge(batch, batch.targets, batch.images)
+        with self._clock("write"):
+            self._write_finished()
+        return not batch.draws
+
+    def _targets(self, batch: Batch) -> Targets:
+        prompts = [self._rows.rows[position].prompt for position in batch.positions]
+        weights = [self._rows.settings[position]["reference_weights"] for position in batch.positions]
+        return self._scorer.targets(prompts, batch.pictures, weights)
+
+    def _judge(self, batch: Batch, targets: Targets, sampled: Tensor) -> None:
+        """Score one draw of a batch, and encode the rows that get no other."""
+        faults, pixels = _pixels(sampled)
+        twin_faults, twins = (faults, []) if batch.twins is None else _pixels(batch.twins)
         with self._clock("score"):
-            if batch.targets is None:
-                prompts = [self._rows.rows[position].prompt for position in batch.positions]
-                weights = [self._rows.settings[position]["reference_weights"] for position in batch.positions]
-                batch.targets = self._scorer.targets(prompts, batch.pictures, weights)
-                batch.draws = {position: [] for position in batch.positions if position not in padding}
-            scores = self._scorer.score(batch.targets, pixels, twins)
+            scores = self._scorer.score(targets, pixels, twins)
             flags = self._flags(pixels, twins)
         with self._clock("encode"):
             for place, position in enumerate(batch.positions):
@@ -91,9 +105,6 @@ class Finisher:
                     )
                 self._finished[position] = sample
                 del batch.draws[position]
-        with self._clock("write"):
-            self._write_finished()
-        return not batch.draws
 
     def _write_finished(self) -> None:
         """Write the samples up to the first row that has none yet."""
@@ -108,24 +119,6 @@ class Finisher:
             self._position += 1
             self._clock.note_sample()
 
-    def _pixels(self, batch: Batch, sampled: Tensor | None) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
-        """The fault of each image of a batch, None if it has none, and all of its images as uint8 ``[H, W, 3]``.
-
-        Args:
-            batch: the batch.
-            sampled: float32 ``[B, 3, H, W]`` in [0, 1]; None gives black images.
-        """
-        if sampled is None:
-            size = cast(int, self._config.height), cast(int, self._config.width)
-            sampled = torch.zeros(len(batch.positions), 3, *size)
-        finite = sampled.isfinite().flatten(1).all(1).tolist()
-        pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
-        faults = [
-            NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
-            for is_finite, image in zip(finite, pixels, strict=True)
-        ]
-        return faults, pixels
-
     def _flags(self, pixels: Sequence[NDArray[np.uint8]], twins: Sequence[NDArray[np.uint8]]) -> Sequence[bool | None]:
         """Flags of the safety checker for each row's image or twin; None for each row without a checker."""
         if self._components.safety is None:
@@ -136,15 +129,21 @@ class Finisher:
     def _outcome(self, batch: Batch, place: int, scores: Scores, nsfw: bool | None, fault: str | None) -> Sample | None:
         """Outcome of a row, without its image; None if the row gets another draw. A draw with a fault has failed."""
         position = batch.positions[place]
-        row, used = self._rows.rows[position], self._rows.settings[position]
         if position in batch.errors:
-            return Sample(row, "failed", used, error_message=batch.errors[position])
+            return self._failed(batch, position)
+        row, used = self._rows.rows[position], self._rows.settings[position]
         used = {**used, "seed": sharding.draw_seed(used["seed"], batch.draw)}
         drawn = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place], nsfw=nsfw)
         if fault:
             drawn = Sample(row, "failed", used, error_message=fault)
         batch.draws[position].append(drawn)
         return gates.outcome(batch.draws[position], self._config)
+
+    def _failed(self, batch: Batch, position: int) -> Sample:
+        """Sample of a row whose reference could not be read."""
+        return Sample(
+            self._rows.rows[position], "failed", self._rows.settings[position], error_message=batch.errors[position]
+        )
 
     def _encoded(self, sample: Sample, pixels: NDArray[np.uint8]) -> bytes:
         """The encoded image file, with the sample's settings as XMP unless the run leaves them out."""
@@ -162,3 +161,18 @@ class Finisher:
         reference = images.resize(batch.pictures[place][shares.index(max(shares))], width, height)
         style = images.encode(np.asarray(reference), self._config.image_format)
         return dict(zip(TRIPLET, (self._encoded(text_only, twin), style), strict=True))
+
+
+def _pixels(sampled: Tensor) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
+    """The fault of each image, None if it has none, and the images as uint8 ``[H, W, 3]``.
+
+    Args:
+        sampled: float32 ``[B, 3, H, W]`` in [0, 1].
+    """
+    finite = sampled.isfinite().flatten(1).all(1).tolist()
+    pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
+    faults = [
+        NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
+        for is_finite, image in zip(finite, pixels, strict=True)
+    ]
+    return faults, pixels

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vcf_batch import sharding
 from vcf_batch.errors import OutOfDeviceMemory
+from vcf_batch.models.forward_pass import ForwardPass, outputs
 from vcf_batch.records import Objective, Reference, Sample
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
@@ -43,7 +44,8 @@ TURN_SECONDS = 1.0
 class Generation:
     """Generation of the rows of one shard, once.
 
-    The batches depend on the manifest alone, never on failed rows or padding. A batch of padding alone is not sampled.
+    The batches depend on the manifest alone, never on failed rows or padding. A batch of which every row has failed or
+    is padding is neither encoded nor sampled nor scored.
 
     Args:
         components: the components to generate with.
@@ -72,8 +74,8 @@ class Generation:
         self.batches = batches.cut(rows, batch_size)
         self.references = ShardReferences(components, self.batches, rows, last_attempt, clock)
         self.finisher = Finisher(components, rows, write, clock)
-        self.texts: dict[str, Tensor] = {}
-        """Tokens ``[T, Dt]`` of the texts that this or a later batch needs."""
+        self.text_passes: dict[str, ForwardPass[str, str, Tensor]] = {}
+        """The passes that give the tokens ``[T, Dt]`` of the texts that this or a later batch needs."""
         self.text_last_batch = {
             text: batch.number
             for batch in self.batches
@@ -114,8 +116,10 @@ class Generation:
                     with self.clock("wait_for_references"):
                         self.references.collect(batch)
                     with self.clock("sample"):
-                        batch.text_tokens, batch.image_tokens = self._text_tokens(batch), self.references.tokens(batch)
-                        self._sample(batch)
+                        texts, references = self._texts(batch), self.references.passes(batch)
+                        if self._has_work(batch):
+                            batch.text_tokens, batch.image_tokens = outputs(texts), outputs(references)
+                            self._sample(batch)
                     while len(self.behind) >= BATCHES_BEHIND:
                         self._take_first(thread)
                     self._finish(thread, batch)
@@ -160,13 +164,15 @@ class Generation:
             self.references.read(batch)
             self.reading.append(batch)
 
+    def _has_work(self, batch: Batch) -> bool:
+        """Whether the batch has a row that is not padding and has not failed."""
+        return not self.shard_rows.padding.union(batch.errors).issuperset(batch.positions)
+
     def _sample(self, batch: Batch) -> None:
-        """Sample one draw of a batch, unless every row of it failed or is padding.
+        """Sample one draw of a batch.
 
         Failed rows and rows that get no other draw are sampled too, so that their neighbours do not depend on them.
         """
-        if self.shard_rows.padding.union(batch.errors).issuperset(batch.positions):
-            return
         starts = range(0, len(batch.positions), self.sampled_at_once)
         parts = [slice(start, start + self.sampled_at_once) for start in starts]
         sampled = [self._generate(batch, part) for part in parts]
@@ -245,17 +251,16 @@ class Generation:
             hi=used["fusion_hi"],
         )
 
-    def _text_tokens(self, batch: Batch) -> dict[str, Tensor]:
-        """Tokens ``[T, Dt]`` of the batch's prompts and negative prompts; each distinct one is encoded once a shard."""
+    def _texts(self, batch: Batch) -> dict[str, ForwardPass[str, str, Tensor]]:
+        """The passes of the batch's prompts and negative prompts. Each distinct text is in one pass of the shard."""
         wanted = dict.fromkeys(text for position in batch.positions for text in self.shard_rows.texts(position))
-        new = [text for text in wanted if text not in self.texts]
-        if new:
-            self.texts.update(zip(new, self.pipeline.encode_prompts(new), strict=True))
-        tokens = {text: self.texts[text] for text in wanted}
+        new = {text: text for text in wanted if text not in self.text_passes}
+        self.text_passes.update(dict.fromkeys(new, ForwardPass(new, self.pipeline.encode_prompts)))
+        passes = {text: self.text_passes[text] for text in wanted}
         for text in wanted:
             if self.text_last_batch[text] == batch.number:
-                del self.texts[text]
-        return tokens
+                del self.text_passes[text]
+        return passes
 
     def _release(self, batch: Batch) -> None:
         """Release the contents of the batch, and the references that no later batch needs."""

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
+from vcf_batch.models.forward_pass import ForwardPass
 from vcf_batch.records import Reference
 from vcf_batch.vcf.pipeline import BLANK
 from vcf_batch.worker.batches import Batch
@@ -39,11 +40,11 @@ class _Entry:
     image: Image.Image | None = None
     """The decoded image; None before it is read, and after it is dropped."""
     squashed: Image.Image | None = None
-    """The image as the model takes it; dropped once its tokens exist."""
+    """The image as the model takes it; None once :attr:`encoding` has it."""
     error: str | None = None
     """Reason why the rows of the reference fail."""
-    tokens: Tensor | None = None
-    """Aligned tokens, ``[N, Dt]``."""
+    encoding: ForwardPass[Reference, Image.Image, Tensor] | None = None
+    """The pass that gives the aligned tokens, ``[N, Dt]``."""
 
     def wait(self, blamed: type[VcfBatchError] | tuple[type[VcfBatchError], ...]) -> None:
         """Wait for the read under way, if there is one.
@@ -125,16 +126,19 @@ class ShardReferences:
             if error:
                 batch.errors[position] = error
 
-    def tokens(self, batch: Batch) -> dict[Reference, Tensor]:
-        """Aligned tokens ``[N, Dt]`` of each of the batch's references. A reference is encoded once a shard."""
+    def passes(self, batch: Batch) -> dict[Reference, ForwardPass[Reference, Image.Image, Tensor]]:
+        """The passes of the batch's references, which give aligned tokens ``[N, Dt]``.
+
+        Each reference is in one pass of the shard.
+        """
         wanted = {reference: self._entries[reference] for reference in batch.distinct_references()}
-        new = [entry for entry in wanted.values() if entry.tokens is None]
-        if new:
-            for entry, tokens in zip(new, self._encoded([cast(Image.Image, e.squashed) for e in new]), strict=True):
-                entry.tokens = tokens
+        new = {reference: entry for reference, entry in wanted.items() if entry.encoding is None}
+        encoding = ForwardPass({key: cast(Image.Image, entry.squashed) for key, entry in new.items()}, self._encoded)
+        for entry in new.values():
+            entry.encoding = encoding
         for entry in wanted.values():
             entry.squashed = None
-        return {reference: cast(Tensor, entry.tokens) for reference, entry in wanted.items()}
+        return {reference: cast(ForwardPass, entry.encoding) for reference, entry in wanted.items()}
 
     @functools.cached_property
     def blank(self) -> Tensor:
