@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from support import runs
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.pool import prometheus
+from vcf_batch.pool.prometheus import PrometheusExporter, ascii_label
+from vcf_batch.records import Shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +72,26 @@ def test_metrics_are_scraped_from_ray() -> None:
     }, done.stdout
     buckets = {line.rpartition(" ")[2] for line in lines if "score_bucket" in line and 'le="0.3"' in line}
     assert buckets == {"2.0"}, done.stdout
+
+
+@pytest.mark.parametrize("output", ["/home/josé/out", "s3://bucket/猫/out", "/data/\udcff/🎨 #1?[x]%20"])
+def test_no_name_of_an_output_is_beyond_a_label(output: str) -> None:
+    """A home folder with an accent, or a name that is no UTF-8, does not end a run."""
+    assert ascii_label(output).isascii()
+    assert ascii_label("s3://bucket/a b_1%20?[x]#") == "s3://bucket/a b_1%20?[x]#"
+    PrometheusExporter(output, 4).now(1, 1)
+
+
+def test_a_failure_of_metrics_is_told_once_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no agent")
+
+    monkeypatch.setattr(prometheus.metrics, "Counter", refuse)
+    exporter = PrometheusExporter("out", 4)
+    exporter.committed(Receipt(Shard(0, 0, 4, "00000"), "f", 1, {"success": 4}, {}, {"type": "cpu"}, {}))
+    exporter.now(4, 1)
+    assert [record.message for record in caplog.records] == [
+        "the run exports no metrics any more: RuntimeError: no agent"
+    ]
