@@ -179,7 +179,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     forecast.open_batch_size = config.batch_size is None
     config = in_process.settled(config)
     collect(lambda: _refuse_owner(config.output))
-    manifest = collect(lambda: manifest_check.open_manifest(config, record))
+    manifest = collect(lambda: run_file.open_manifest(config, record))
     if manifest is not None:
         for check in manifest_check.checks(manifest, config, record):
             collect(check)

@@ -54,11 +54,11 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
     largest, differing = 0.0, ""
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         worker = _load(output, scratch)
+        device = worker.components.device.description
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
-            exact = receipt.sampled_at_once is None and receipt.device == worker.components.device.description
-            if receipt.device != (here_device := worker.components.device.description):
-                differing = differing or differences(receipt.device, here_device)
+            exact = receipt.sampled_at_once is None and receipt.device == device
+            differing = differing or differences(receipt.device, device)
             for key, there, here in _pairs(output, worker, scratch, shard, places, exact):
                 if isinstance(here, str):
                     yield Finding(shard.name, f"{key} cannot be drawn again: {here}", kind="note")

@@ -84,8 +84,9 @@ def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]
         tag, kind, number = entry.unpack_from(data, start)
         # Pillow and libtiff keep a copy of every field, known or not, and fields may lie over one another.
         size = number * _TIFF_SIZES.get(kind, 0)
+        place = start + entry.size
         if size > inline:
-            (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, start + entry.size)
+            (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, place)
             held += max(0, min(size, len(data) - place))
             if held > 2 * len(data):
                 raise RowError(
@@ -101,9 +102,6 @@ def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]
         if number > MAX_PIECES:
             raise _too_many(number)
         values = struct.Struct(f"{order}{number}{_TIFF_INTEGERS[kind]}")
-        place = start + entry.size
-        if values.size > inline:
-            (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, place)
-        if place + values.size > len(data):
+        if place + size > len(data):
             raise ValueError(f"field {tag} of its directory is cut off")
         yield tag, values.unpack_from(data, place)

@@ -105,7 +105,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     except FileExistsError as error:
         raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
     except FileNotFoundError as error:
-        if moved_away and older is not None and len(staged) == len(left):
+        if moved_away and len(staged) == len(left):
             # The next owner has deleted what was staged, so the receipt was not to be moved.
             _restore(output_url, storage.name(folder), older)
         raise StagedFilesLost(
@@ -180,16 +180,13 @@ def clean(output_url: str, confirm: Callable[[], object] = lambda: None) -> None
         raise StorageError(f"another driver changed {output_url} meanwhile: {error}") from error
     storage.remove_tree(storage.join(output_url, STAGING))
     storage.remove_unfinished(output_url)
-    if strays(receipts.files_found(output_url)):
+    if _strays(output_url):
         _delete_strays(output_url, confirm)
 
 
-def strays(found: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Names of the files for which no receipt stands, sorted; an empty file is no receipt.
-
-    Args:
-        found: what :func:`vcf_batch.output.receipts.files_found` gives.
-    """
+def _strays(output_url: str) -> list[str]:
+    """Names of the files for which no receipt stands, sorted; an empty file is no receipt."""
+    found = receipts.files_found(output_url)
     return sorted(
         name + suffix for name, sizes in found.items() if not sizes.get(receipts.RECEIPT_SUFFIX) for suffix in sizes
     )
@@ -200,7 +197,7 @@ def _delete_strays(output_url: str, confirm: Callable[[], object]) -> None:
     # The folder is there before the lease is confirmed and files are looked for. An owner that comes later deletes it.
     storage.publish_bytes(storage.join(folder, "note"), b"files without a receipt, to be deleted")
     confirm()
-    for name in strays(receipts.files_found(output_url)):
+    for name in _strays(output_url):
         confirm()
         url = storage.join(output_url, name)
         try:

@@ -133,7 +133,7 @@ def _record(url: str) -> RunRecord:
 def _open_manifest(config: RunConfig, record: RunRecord) -> tuple[Manifest | None, VcfBatchError | None]:
     """Open the manifest of a run; None and the reason if it cannot be read, or is not the one of the record."""
     try:
-        manifest = Manifest.open(config.manifest, config.limit, known=record.versions_of(config.manifest, config.limit))
+        manifest = run_file.open_manifest(config, record)
     except VcfBatchError as error:
         return None, error
     if manifest.identity != record.fields["manifest_id"]:

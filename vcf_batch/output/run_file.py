@@ -12,7 +12,7 @@ from typing import Any
 from vcf_batch import __version__, storage
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, fingerprint
 from vcf_batch.errors import RefusedError, StorageError, redact
-from vcf_batch.manifest.manifest import FileVersion
+from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.output import commits
 
 RUN_FILE_NAME = "run.json"
@@ -98,11 +98,6 @@ class RunRecord:
             record.fields[name]
         return record
 
-    def versions_of(self, url: str, limit: int | None) -> Mapping[str, FileVersion]:
-        """The files of the run's manifest by name; none for the manifest of another place or another ``limit``."""
-        same = (redact(url), limit) == (self.manifest.url, self.fields["limit"])
-        return self.manifest.files if same else {}
-
     def to_document(self) -> dict[str, Any]:
         """The JSON object of ``run.json``."""
         described = dataclasses.asdict(self)
@@ -130,6 +125,20 @@ class RunRecord:
         recorded = {name: value for name, value in self.config.items() if name in _SETTINGS}
         content = {name: self.fields[name] for name in recorded.keys() & self.fields.keys() - {"lpips"}}
         return RunConfig.from_mapping({**recorded, **ADDED_SETTINGS, **content, **changes, "output": output})
+
+
+def open_manifest(config: RunConfig, record: RunRecord | None) -> Manifest:
+    """Open the manifest of a configuration, see :meth:`vcf_batch.manifest.manifest.Manifest.open`.
+
+    Files that the record of a run with the same manifest and ``limit`` knows are not hashed again.
+
+    Args:
+        record: the record that is in the output; None if there is none.
+    """
+    known: Mapping[str, FileVersion] = {}
+    if record and (redact(config.manifest), config.limit) == (record.manifest.url, record.fields["limit"]):
+        known = record.manifest.files
+    return Manifest.open(config.manifest, config.limit, known=known)
 
 
 def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends: Sequence[str] = ()) -> dict[str, Any]:

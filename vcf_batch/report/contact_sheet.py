@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vcf_batch import images
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import RowError, StorageError, UsageError
-from vcf_batch.manifest.manifest import FileVersion, Manifest
+from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.records import Row, Shard
@@ -58,8 +58,8 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     if record is None or first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
     config = record.run_config(output, changes)
-    known = record.versions_of(config.manifest, config.limit)
-    cards = itertools.islice(_cards(output, config, known, itertools.chain([first], done)), limit)
+    manifest = run_file.open_manifest(config, record)
+    cards = itertools.islice(_cards(output, config, manifest, itertools.chain([first], done)), limit)
     groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
 
     columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
@@ -128,8 +128,7 @@ def scores_of(record: Mapping[str, Any]) -> list[str]:
     return [f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if record[name] is not None]
 
 
-def _cards(output: str, config: RunConfig, known: Mapping[str, FileVersion], done: Iterable[Shard]) -> Iterator[_Card]:
-    manifest = Manifest.open(config.manifest, config.limit, known=known)
+def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Shard]) -> Iterator[_Card]:
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for shard in done:
         # Rows and samples are in manifest order; only successful rows have a sample.

@@ -8,6 +8,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.output import run_file
 from vcf_batch.output.run_file import RunRecord
 
 POLICY_ROWS = 1000
@@ -29,16 +30,10 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
         UsageError: most of its first rows have references that may not be read, or the output is where its files would
             become a part of the manifest or the model.
     """
-    manifest = open_manifest(config, record)
+    manifest = run_file.open_manifest(config, record)
     for check in checks(manifest, config, record):
         check()
     return manifest
-
-
-def open_manifest(config: RunConfig, record: RunRecord | None) -> Manifest:
-    """Open the manifest of a run. Files that the record knows are not hashed again. Arguments and errors as above."""
-    known = record.versions_of(config.manifest, config.limit) if record else {}
-    return Manifest.open(config.manifest, config.limit, known=known)
 
 
 def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], object]]:

@@ -39,9 +39,10 @@ from vcf_batch.storage.reading import (
     refusals_as_storage_errors,
     size,
     stamp,
+    version,
 )
 from vcf_batch.storage.retries import NotAFileError
-from vcf_batch.storage.writing import move, publish_bytes, remove, remove_tree, remove_unfinished, upload, version
+from vcf_batch.storage.writing import move, publish_bytes, remove, remove_tree, remove_unfinished, upload
 
 __all__ = [
     "NotAFileError",

@@ -1,6 +1,6 @@
 """Listing of folders, at any depth, never from a cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vcf_batch.storage import local
@@ -8,8 +8,7 @@ from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.paths import as_local_path, is_local, join, name
 from vcf_batch.storage.retries import retried
 
-CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
-"""Keys of an entry of a remote file, under which drivers give a checksum or a name of its version."""
+_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "etag")
 
 
 def list_files(url: str) -> dict[str, int]:
@@ -40,10 +39,12 @@ def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
     Raises:
         PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
-    return {
-        file: (int(entry["size"] or 0), next((str(entry[key]) for key in CHECKSUMS if entry.get(key)), None))
-        for file, entry in _walk(url)
-    }
+    return {file: (int(entry["size"] or 0), checksum(entry)) for file, entry in _walk(url)}
+
+
+def checksum(entry: Mapping[str, Any]) -> str | None:
+    """Checksum of a remote file, or a name of its version, from its driver's entry; None if the store keeps none."""
+    return next((str(entry[key]) for key in _CHECKSUMS if entry.get(key)), None)
 
 
 def _local_listing(url: str, files: Callable[[str], Iterator[tuple[str, int]]]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from vcf_batch.errors import StorageError, redact
 from vcf_batch.records import FileEntry
 from vcf_batch.storage import local
 from vcf_batch.storage.drivers import filesystem
-from vcf_batch.storage.listing import CHECKSUMS
+from vcf_batch.storage.listing import checksum
 from vcf_batch.storage.paths import as_local_path, is_local
 from vcf_batch.storage.resilient_file import ResilientFile
 from vcf_batch.storage.retries import NotAFileError, may_pass, retried, translated
@@ -114,12 +114,20 @@ def stamp(url: str) -> Stamp | None:
     if is_local(url):
         nanoseconds = retried("look up", url, lambda: os.stat(as_local_path(url)).st_mtime_ns)
         return Stamp(str(nanoseconds), time.time() - nanoseconds / 1e9 > DATE_SECONDS)
-    entry = _info(url)
-    checksum = next((str(entry[key]) for key in CHECKSUMS if entry.get(key)), None)
-    if checksum is not None:
-        return Stamp(checksum, True)
+    text = checksum(_info(url))
+    if text is not None:
+        return Stamp(text, True)
     date = modified(url)
     return None if date is None else Stamp(repr(date), time.time() - date > DATE_SECONDS)
+
+
+def version(url: str) -> str | None:
+    """What tells the content of an object on S3 from any other: its ETag. None on other storages.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    return _info(url).get("ETag") if url.partition("://")[0] in ("s3", "s3a") else None
 
 
 def exists(url: str) -> bool:

@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Callable
-from typing import cast
 
 from fsspec.callbacks import Callback
 
@@ -126,18 +125,6 @@ def move(source: str, target: str, version: str | None = None) -> None:
         # An earlier try may have deleted it, and only the answer was lost. Stores differ in how they tell that.
         if exists(source):
             raise
-
-
-def version(url: str) -> str | None:
-    """What tells the content of an object on S3 from any other: its ETag. None on other storages.
-
-    Raises:
-        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
-    """
-    if url.partition("://")[0] not in ("s3", "s3a"):
-        return None
-    fs, path = filesystem(url)
-    return cast("str | None", retried("look up", url, lambda: fs.info(path)).get("ETag"))
 
 
 def remove(url: str, missing_ok: bool = False) -> None:

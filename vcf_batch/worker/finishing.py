@@ -62,7 +62,8 @@ class Finisher:
             StorageError: the scratch cannot be written, or a sample that stays cannot be read.
         """
         if batch.targets is None:
-            batch.targets = self._targets(batch)
+            with self._clock("score"):
+                batch.targets = self._targets(batch)
             batch.draws = {position: [] for position in batch.positions if position not in self._rows.padding}
         if batch.images is None:
             self._finished |= {position: self._failed(batch, position) for position in batch.draws}
