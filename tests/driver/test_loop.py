@@ -299,7 +299,8 @@ def test_a_run_of_one_device_type_leaves_other_nodes_out(simulate: Simulate) -> 
     check_whole(simulation)
     assert {receipt.device["type"] for receipt in simulation.committed.values()} == {"simulated"}
     (told,) = simulation.told("other_device_type")
-    assert f"node {B} is left out" in told and "its worker is older GPU, those of the run are simulated" in told
+    assert f"a device of node {B} is not used" in told
+    assert "it is older GPU (type older GPU / simulated); the run keeps to simulated" in told
     assert [process.node for process in simulation.cluster.processes].count(B) == 1
     assert not simulation.told("several_device_types")
 
@@ -330,7 +331,7 @@ def test_where_nodes_of_another_type_alone_are_left_the_run_waits_and_says_so(si
     simulation.run()
     check_whole(simulation)
     told = simulation.told("no_worker_ready")
-    assert told and "1 of the nodes are left out (--one-device-type): their workers are older GPU" in told[0]
+    assert told and "1 of the nodes are left out (--one-device-type): their devices are older GPU (type" in told[0]
     assert "Rerun without --one-device-type" in told[0]
     early = simulate(nodes=(A, B), num_workers=None, one_device_type=True)
     early.cluster.devices = {B: "older GPU"}
@@ -338,6 +339,32 @@ def test_where_nodes_of_another_type_alone_are_left_the_run_waits_and_says_so(si
     early.run()
     check_whole(early)
     assert {receipt.device["type"] for receipt in early.committed.values()} == {"older GPU"}
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_run_of_one_device_type_uses_the_devices_of_that_type_on_a_mixed_node(
+    simulate: Simulate, num_workers: int | None
+) -> None:
+    """A worker of another type holds its device, so that the next worker gets another one; a death changes nothing."""
+    simulation = simulate(nodes=(A,), num_workers=1)
+    simulation.cluster.at(LOAD_SECONDS + 1.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
+    with pytest.raises(RefusedError):
+        simulation.run()
+    resumed = simulation.again(one_device_type=True, nodes={A: 3}, num_workers=num_workers)
+    resumed.cluster.mixed = {A: ["older GPU", "simulated", "simulated"]}
+
+    def end_one() -> None:
+        one = next(process for process in resumed.cluster.processes if process.is_alive and process.device == 1)
+        resumed.cluster.end(one, death(A))
+
+    resumed.cluster.at(LOAD_SECONDS + 1.5 * SHARD_SECONDS, end_one)
+    resumed.run()
+    check_whole(resumed)
+    assert {receipt.device["type"] for receipt in resumed.committed.values()} == {"simulated"}
+    workers = {receipt.timings["worker"] for receipt in resumed.committed.values()}
+    assert len(workers) >= 3, "both devices worked, and the one whose worker died worked again"
+    assert len(resumed.told("other_device_type")) == 1
+    assert not resumed.told("no_worker_ready")
 
 
 def test_a_node_that_cannot_compute_as_required_costs_the_run_that_node_alone(simulate: Simulate) -> None:

@@ -99,6 +99,8 @@ class Process:
     left_out: Sequence[str]
     node: str = ""
     """Empty while it waits for a machine."""
+    device: int = -1
+    """Number of its device on the node; -1 while it waits for a machine."""
     is_alive: bool = True
     free_at: float = 0.0
     """When it has done all that it has been asked."""
@@ -125,6 +127,8 @@ class SimulatedCluster:
         """All that were ever started, in order."""
         self.devices: dict[str, str] = {}
         """Device type of the workers on a node, where it is another one than ``simulated``."""
+        self.mixed: dict[str, list[str]] = {}
+        """Device types on a node with several, one for each worker that fits. A worker gets the first free one."""
         self.world = world
         self._job, self._clock = job, clock
         self._numbers = itertools.count()
@@ -218,6 +222,8 @@ class SimulatedCluster:
         for process in self.processes:
             if process.is_alive and not process.node and (node := self._node_for(process)):
                 process.node = node
+                held = {other.device for other in self.processes if other.is_alive and other.node == node} - {-1}
+                process.device = next(number for number in itertools.count() if number not in held)
                 for key in [*process.requests]:
                     self._answer(process, key, self._heartbeat(process))
 
@@ -246,6 +252,8 @@ class SimulatedCluster:
             self._answer(process, key, end or generated)
 
     def _device(self, process: Process) -> dict[str, Any]:
+        if process.node in self.mixed:
+            return {"type": self.mixed[process.node][process.device]}
         return {"type": self.devices.get(process.node, "simulated")}
 
     def _heartbeat(self, process: Process) -> Heartbeat:

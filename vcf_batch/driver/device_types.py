@@ -1,7 +1,7 @@
 """The device types of a run: which there are, what tells them apart, and which one the run keeps to on request."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vcf_batch.output.receipts import device_type
@@ -24,10 +24,11 @@ class DeviceTypes:
 
     def __init__(self, devices: Mapping[str, Mapping[str, Any]], rows: Counter[str], one: bool) -> None:
         self.left_out: dict[str, str] = {}
-        """Type of each node that is left out because of it."""
+        """A type of each node that is left out because no device there is of the chosen type."""
         self.chosen: str | None = None
         """The type that the run keeps to; None if it is open."""
         self._known, self._one = dict(devices), one
+        """The device of each type that is met, by type."""
         if one:
             # Shards that are all done again have no rows yet, but a type.
             self.chosen = next((name for name, _ in rows.most_common() if name in devices), next(iter(devices), None))
@@ -53,19 +54,29 @@ class DeviceTypes:
         if name in self._known:
             return None
         other = next(iter(self._known), None)
-        told = None if other is None else f"{name} and {other} ({differences(device, self._known[other])})"
         self._known[name] = device
-        return told
+        return None if self._one or other is None else f"{name} and {other} ({self._difference(name, other)})"
+
+    def refused(self, device: Mapping[str, Any]) -> str:
+        """Take note of a device that the run does not use, and tell why, in words."""
+        self._known.setdefault(device_type(device), device)
+        return self._refused([device_type(device)])
+
+    def _refused(self, names: Iterable[str]) -> str:
+        told = (f"{name} ({self._difference(name, self.chosen)})" for name in names)
+        return f"{', '.join(told)}; the run keeps to {self.chosen}"
+
+    def _difference(self, name: str, other: str | None) -> str:
+        return differences(self._known[name], self._known.get(other or "", {}))
 
     @property
     def waiting(self) -> str:
         """What else a run without a ready worker waits for, in words; empty if no node is left out."""
         if not self.left_out:
             return ""
-        types = ", ".join(sorted({*self.left_out.values()}))
         return (
-            f"; {len(self.left_out)} of the nodes are left out (--one-device-type): their workers are {types}, those "
-            f"of the run are {self.chosen}. Rerun without --one-device-type to use them"
+            f"; {len(self.left_out)} of the nodes are left out (--one-device-type): their devices are "
+            f"{self._refused(sorted({*self.left_out.values()}))}. Rerun without --one-device-type to use them"
         )
 
 

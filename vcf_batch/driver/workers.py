@@ -99,8 +99,12 @@ class Workers:
         self._cluster, self._num, self._queue, self._types, self._note = cluster, wanted, queue, types, note
         self._all: dict[WorkerHandle, None] = {}
         """All workers in the order of their starts."""
+        self._unused: dict[WorkerHandle, None] = {}
+        """Workers of another device type than the run keeps to. They hold their devices, so that the next worker on the
+        node gets another one."""
         self._backoff = StartBackoff(cluster.now)
         self._quarantine = Quarantine()
+        self._room: dict[str, int] = {}
         self._capacity, self._capacity_until = 1, float("-inf")
 
     @property
@@ -121,13 +125,14 @@ class Workers:
     def wanted(self) -> int:
         """Number of workers to have: the configured one, else what the cluster has room for now."""
         if self._cluster.now() >= self._capacity_until:
-            room = {node: fit for node, fit in self._cluster.room().items() if node not in self._types.left_out}
+            self._room = self._cluster.room()
+            room = {node: fit for node, fit in self._room.items() if node not in self._types.left_out}
             if self._quarantine.nodes and any(room.values()) and not self._room_left(room):
                 self._note("no other node is left: the nodes that failed are used again", "nodes_used_again")
                 self._quarantine.lift()
-            self._capacity = max(self._room_left(room), 1)
+            self._capacity = self._room_left(room)
             self._capacity_until = self._cluster.now() + CAPACITY_SECONDS
-        return self._num or self._capacity
+        return self._num or max(self._capacity - len(self._unused), 1)
 
     def _room_left(self, room: dict[str, int]) -> int:
         return sum(workers for node, workers in room.items() if node not in self._quarantine.nodes)
@@ -145,13 +150,17 @@ class Workers:
             shards: number of shards that are neither generated nor set aside.
         """
         # Shards that workers have as their second one need no further worker.
-        read_ahead = len(self.requests) - (len(self._all) - len(self.idle))
-        while len(self._all) < min(self.wanted(), shards - read_ahead) and self._backoff.may_begin:
+        read_ahead = len(self.requests) - (self._used - len(self.idle))
+        while self._used < min(self.wanted(), shards - read_ahead) and self._backoff.may_begin:
             process = self._cluster.start(sorted(self._left_out))
             worker = WorkerHandle(process, self._cluster.now())
             self._all[worker] = None
             # The first request asks for its node, which a load that fails could not tell.
             self.ask(worker, "heartbeat")
+
+    @property
+    def _used(self) -> int:
+        return len(self._all) - len(self._unused)
 
     def came_up(self, worker: WorkerHandle, heartbeat: Heartbeat) -> None:
         """Take the first heartbeat of a worker, and let the worker load."""
@@ -165,23 +174,13 @@ class Workers:
         """Take a worker that has loaded; its node has not succeeded yet (:meth:`succeeded`).
 
         Returns:
-            Whether the worker is used. If it is of another device type than a run that keeps to one, it ends, and its
-            node gets no other worker.
+            Whether the worker is used. In a run that keeps to one device type, a worker of another type is not.
         """
         self.any_loaded = True
         self._backoff.reset()
         worker.device_type = device_type(answer.device)
         if not self._types.takes(worker.device_type):
-            self._note(
-                f"node {worker.node} is left out (--one-device-type): its worker is {worker.device_type}, those of the "
-                f"run are {self._types.chosen}",
-                "other_device_type",
-                logging.WARNING,
-                node=worker.node,
-            )
-            self._types.left_out[worker.node] = worker.device_type
-            self._capacity_until = float("-inf")
-            self.let_go(worker)
+            self._set_unused(worker, self._types.refused(answer.device))
             return False
         if told := self._types.differing(answer.device):
             self._note(
@@ -193,12 +192,32 @@ class Workers:
             )
         return True
 
+    def _set_unused(self, worker: WorkerHandle, reason: str) -> None:
+        """Keep a worker without work, and its device with it. Leave its node out once all devices there are known."""
+        node = worker.node
+        if not any(other.node == node for other in self._unused):
+            self._note(
+                f"a device of node {node} is not used (--one-device-type): it is {reason}",
+                "other_device_type",
+                logging.WARNING,
+                node=node,
+            )
+        self._unused[worker] = None
+        unused = [other for other in self._unused if other.node == node]
+        if len(unused) >= self._room.get(node, 0):
+            self._types.left_out[node] = worker.device_type
+            self._capacity_until = float("-inf")
+            for other in unused:
+                self.let_go(other)
+
     def reopen_types(self) -> None:
         """Let the next worker choose the device type anew, if no worker of the chosen one is left."""
         chosen = self._types.chosen
         if chosen and not any(worker.device_type == chosen for worker in self._all):
             self._types.reopen()
             self._capacity_until = float("-inf")
+            for worker in [*self._unused]:
+                self.let_go(worker)
 
     def start_failed(self, worker: WorkerHandle, fault: Fault) -> None:
         """Wait before the next start, or give up if nothing ever starts.
@@ -253,6 +272,7 @@ class Workers:
         """End a worker. Its unfinished tasks are queued again, and no failure is counted."""
         self._cluster.kill(worker)
         del self._all[worker]
+        self._unused.pop(worker, None)
         for request in [*worker.requests]:
             self.answered(request)
             if request.task is not None:
