@@ -287,6 +287,20 @@ def test_a_manifest_that_has_changed_is_told_and_the_rest_is_checked(output: Pat
     assert run(output)[0] == 5
 
 
+def test_a_manifest_that_changes_meanwhile_is_told_and_the_rest_is_checked(output: Path) -> None:
+    """Rows are no longer compared with it; the other findings of the check are there."""
+    flip(".tar", b"\x89PNG", 60)(output)
+    copy = output.parent / "manifest.parquet"
+    shutil.copyfile(Output(str(output)).config.manifest, copy)
+    opened = Output(str(output), {"manifest": str(copy)})
+    assert opened.manifest
+    runs.write_manifest(output.parent, 3)
+    damage, note = verify.check(opened)
+    assert damage.is_damage and "another sha256 than its row says" in str(damage)
+    told = str(note)
+    assert "rows read since are not compared with it" in told and "must not change during a run" in told
+
+
 def test_what_a_killed_run_left_is_no_damage(output: Path) -> None:
     (output / "_staging" / "attempt").mkdir(parents=True)
     (output / "_staging" / "attempt" / "00001.tar").write_bytes(b"half")

@@ -268,11 +268,11 @@ def test_image_bytes_are_neither_read_nor_in_the_identity(tmp_path: Path, monkey
 
 
 def test_a_file_of_known_version_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume takes the hash of a file from ``run.json`` as long as place, size and date of the file are the same."""
+    """A resume takes the hash of a file from ``run.json`` as long as the file is as it was, by size, dates, inode."""
     url = write(tmp_path / "m.parquet", prompt=["a", "b"])
     young = Manifest.open(url).versions
     assert young["m.parquet"].stamp is None, "a later write may have the date of a file that is just being written"
-    os.utime(url, (1e9, 1e9))
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10)
     opened = Manifest.open(url)
     hashed: list[str] = []
     sha256 = contents.sha256
@@ -285,10 +285,42 @@ def test_a_file_of_known_version_is_not_hashed_again(tmp_path: Path, monkeypatch
     assert Manifest.open(url, known=opened.versions).identity == opened.identity
     assert not hashed
     assert Manifest.open(url, known=young).identity == opened.identity
-    os.utime(url, (2e9, 2e9))
+    os.utime(url, (1e9, 1e9))
     assert Manifest.open(url, known=opened.versions).identity == opened.identity
     assert len(opened.rows(0, 2, 0)) == 2, "a file that is only touched stays the same"
     assert len(hashed) == 3
+
+
+@pytest.mark.parametrize("way", ["in place", "by another file"])
+def test_an_edit_of_equal_size_and_date_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """As ``rsync --times`` and reproducible builds leave it. The date of a file is what its writer says; the time of
+    the last change of its inode is not.
+    """
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10)
+    url = write(tmp_path / "m.parquet", prompt=["a", "b"])
+    opened, status = Manifest.open(url), Path(url).stat()
+    edited = Path(write(tmp_path / "edited.parquet", prompt=["a", "c"]))
+    assert edited.stat().st_size == status.st_size
+    if way == "in place":
+        Path(url).write_bytes(edited.read_bytes())
+        edited.unlink()
+    else:
+        edited.replace(url)
+    os.utime(url, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Manifest.open(url, known=opened.versions).identity != opened.identity
+
+
+def test_a_hash_over_fewer_rows_is_not_taken_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit, the row groups of a file that are hashed depend on the files before it."""
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10)
+    for name in ("a", "b"):
+        table = pa.table({"prompt": [f"{name} {number}" for number in range(4)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    half = Manifest.open(str(tmp_path), limit=6)
+    assert [version.groups for version in half.versions.values()] == [2, 1]
+    whole = Manifest.open(str(tmp_path), limit=8)
+    assert whole.versions["a.parquet"] == half.versions["a.parquet"]
+    assert Manifest.open(str(tmp_path), limit=8, known=half.versions).identity == whole.identity
 
 
 def test_a_manifest_travels_to_workers_small(folder: Path) -> None:

@@ -525,6 +525,25 @@ def test_each_distinct_input_is_embedded_once_a_shard(scorer: Scorer, monkeypatc
     assert pictures[-2:] == [1, 1]
 
 
+def test_references_of_skipped_batches_do_not_pile_up(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of which every row has failed leave a bounded number of bytes waiting, and change no score."""
+    pictures = [picture(10 + number) for number in range(9)]
+
+    def scores(limit: int) -> tuple[list[Scores], int]:
+        monkeypatch.setattr(scorer_module, "WAITING_BYTES", limit)
+        own, most = scorer.new_shard(), 0
+        for skipped in pictures[:-1]:
+            own.targets(["skipped", "too"], [[skipped], [pictures[0]]])
+            waiting = {id(entry.embeddings): entry.embeddings.waiting for entry in own._references.values()}
+            most = max(most, sum(len(images) for images in waiting.values()))
+        return own.score(own.targets(["kept"], [[pictures[-1], *pictures[:2]]]), [output(1)]), most
+
+    unbounded, all_of_them = scores(1 << 28)
+    bounded, few = scores(2 * 40 * 48 * 3)
+    assert (all_of_them, few) == (8, 2)
+    assert bounded == unbounded
+
+
 def test_scores_do_not_depend_on_earlier_shards(judge: ClipJudge, perceptual: PerceptualDistance) -> None:
     """The output is a function of fingerprint and device type, not of what a worker did before."""
     fresh, used = Scorer(judge, perceptual), Scorer(judge, perceptual)

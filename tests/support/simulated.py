@@ -246,7 +246,7 @@ class SimulatedCluster:
         else:
             task, attempt_id = process.requests[key].task, process.requests[key].attempt_id
             if task is None:
-                self._answer(process, key, end or Loaded(self._device(process)))
+                self._answer(process, key, end or Loaded(self._device(process), process.node in self.mixed))
                 return
             generated = None if task.selected is not None else self._stage(process, task, attempt_id)
             self._answer(process, key, end or generated)

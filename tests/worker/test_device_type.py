@@ -124,3 +124,12 @@ def test_a_cpu_is_described_with_all_that_its_bytes_depend_on() -> None:
     assert {"torch", "pyarrow", "Pillow", "zlib", "vcf_batch"} <= told["versions"].keys()
     compiled = device_type.describe("cpu", torch.float32, 2, "cpu", True)
     assert compiled["versions"].keys() - told["versions"].keys() == {"compiler"}
+
+
+def test_a_node_with_gpus_of_several_models_is_known_by_the_drivers_list(tmp_path: Path) -> None:
+    assert not device_type.is_mixed(str(tmp_path / "none"))
+    for number, model in enumerate(["NVIDIA RTX A6000", "NVIDIA RTX A6000", "NVIDIA L40S"]):
+        folder = tmp_path / f"0000:{number:02}:00.0"
+        folder.mkdir()
+        (folder / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t {number}\n")
+        assert device_type.is_mixed(str(tmp_path)) == (number == 2)

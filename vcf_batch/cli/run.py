@@ -259,8 +259,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "one-device-type",
     bool,
     "Use workers of one device type only, so that all bytes are those of one device: the type with the most rows in "
-    "OUTPUT, else that of the first worker that loads. Nodes of other types are left out; a run that has no other node "
-    "waits for one.",
+    "OUTPUT, else that of the first worker that loads. Devices and nodes of other types are not used; a run that has "
+    "no other node waits for one.",
     is_flag=True,
 )
 @_option(

@@ -52,8 +52,9 @@ def check(output: Output) -> Iterator[Finding]:
     Raises:
         StorageError: the storage failed.
     """
-    if output.manifest is None:
-        yield Finding("manifest", f"{output.manifest_error}; rows are not compared with it", kind="note")
+    told = output.manifest_error
+    if told:
+        yield Finding("manifest", f"{told}; rows are not compared with it", kind="note")
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output.url)
     second_look = _SecondLook(output)
@@ -81,6 +82,8 @@ def check(output: Output) -> Iterator[Finding]:
         )
     if count > len(repeats):
         yield Finding("keys", f"{count - len(repeats)} more rows have a key that another row has")
+    if (lost := output.manifest_error) and not told:
+        yield Finding("manifest", f"{lost}; rows read since are not compared with it", kind="note")
     yield from _strangers(output, sizes)
 
 

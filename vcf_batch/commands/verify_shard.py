@@ -15,8 +15,9 @@ import pyarrow as pa
 from vcf_batch import images, sharding, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError, Unfinished
+from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, sample_records, shards
-from vcf_batch.output.output import Output
+from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import json_value, row_json
 from vcf_batch.output.sums import ShardSums
@@ -44,7 +45,10 @@ def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Ar
     receipt = _receipt(output, shard, sizes)
     try:
         with storage.refusals_as_storage_errors():
-            return _check_files(output, shard, receipt)
+            try:
+                return _check_files(output, shard, receipt)
+            except ManifestLost:  # from now on the rows of the output are not compared with it
+                return _check_files(output, shard, receipt)
     except FileNotFoundError as error:
         raise DamageFound(f"a file went away while it was read: {error}") from error
 
@@ -107,21 +111,20 @@ def _rows(shard: Shard) -> str:
 def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield the rows of a shard's parquet, compared with the manifest, each as its JSON object and as its JSON text."""
     name = storage.name(url)
-    given: Iterator[Row] | None = None
-    if output.manifest:
-        given = output.manifest.iter_rows(shard.start, shard.stop, output.config.seed)
+    manifest = output.manifest
+    given = output.manifest_rows(shard.start, shard.stop) if manifest else None
     try:
         with shards.open_parquet(url) as parquet:
             if parquet.metadata.num_rows != len(shard):
                 raise DamageFound(f"{name} has {parquet.metadata.num_rows} rows; {_rows(shard)} has {len(shard)}")
-            _check_columns(output, name, parquet.schema_arrow)
+            _check_columns(manifest, name, parquet.schema_arrow)
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
                     one = batch.slice(at, 1)
                     text = row_json(one)
                     record = json.loads(text)
-                    if given:
-                        _check_row(output, next(given), record, one.schema)
+                    if manifest and given:
+                        _check_row(output.config, manifest, next(given), record, one.schema)
                     yield record, text
     except FileNotFoundError:
         raise
@@ -129,11 +132,11 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
         raise DamageFound(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
+def _check_columns(manifest: Manifest | None, name: str, found: pa.Schema) -> None:
     carried = pa.schema([field for field in found if field.name not in COLUMNS])
     is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
-    if output.manifest:
-        carried, is_list = output.manifest.carried_schema, output.manifest.reference_is_list
+    if manifest:
+        carried, is_list = manifest.carried_schema, manifest.reference_is_list
     if not found.equals(expected := sample_records.schema(carried, is_list)):
         # Not compared as text: what a list calls its items is another name once it has been in a file.
         different = [
@@ -145,11 +148,10 @@ def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
         raise DamageFound(f"{name} has other columns than a run writes: {', '.join(different) or 'another order'}")
 
 
-def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
+def _check_row(config: RunConfig, manifest: Manifest, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
     """Compare a row of the parquet with what the manifest and the run's settings say."""
-    assert output.manifest
-    said = sample_records.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
-    said |= settings_of(checked(row, output.config), output.config)
+    said = sample_records.of_manifest(row, manifest.carried_schema.names, manifest.reference_is_list)
+    said |= settings_of(checked(row, config), config)
     attempts = record["attempts"] or [{"seed": row.seed}]
     if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:
         raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")

@@ -29,6 +29,8 @@ class Loaded:
 
     device: Mapping[str, Any]
     """The worker's device, see :attr:`vcf_batch.output.receipts.Receipt.device`."""
+    node_is_mixed: bool = False
+    """Whether other devices of the worker's node may be of other types."""
 
 
 Answer = Heartbeat | Loaded | tuple[Receipt, dict[str, str]] | Fault | None

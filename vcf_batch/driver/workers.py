@@ -180,7 +180,7 @@ class Workers:
         self._backoff.reset()
         worker.device_type = device_type(answer.device)
         if not self._types.takes(worker.device_type):
-            self._set_unused(worker, self._types.refused(answer.device))
+            self._set_unused(worker, answer)
             return False
         if told := self._types.differing(answer.device):
             self._note(
@@ -192,9 +192,12 @@ class Workers:
             )
         return True
 
-    def _set_unused(self, worker: WorkerHandle, reason: str) -> None:
-        """Keep a worker without work, and its device with it. Leave its node out once all devices there are known."""
-        node = worker.node
+    def _set_unused(self, worker: WorkerHandle, answer: Loaded) -> None:
+        """Leave a worker's node out. On a mixed node, keep the worker without work until all devices there are known."""
+        node, reason = worker.node, self._types.refused(answer.device)
+        mixed = answer.node_is_mixed or any(
+            other.node == node and other.device_type == self._types.chosen for other in self._all
+        )
         if not any(other.node == node for other in self._unused):
             self._note(
                 f"a device of node {node} is not used (--one-device-type): it is {reason}",
@@ -204,7 +207,7 @@ class Workers:
             )
         self._unused[worker] = None
         unused = [other for other in self._unused if other.node == node]
-        if len(unused) >= self._room.get(node, 0):
+        if not mixed or len(unused) >= self._room.get(node, 0):
             self._types.left_out[node] = worker.device_type
             self._capacity_until = float("-inf")
             for other in unused:

@@ -46,7 +46,9 @@ class FileVersion:
 
     size: int
     stamp: str | None
-    """Text of :class:`vcf_batch.storage.Stamp`; None if a later write may have the same one."""
+    """See :attr:`vcf_batch.storage.Stamp.exact`."""
+    groups: int
+    """Number of row groups, from the first one, whose contents are hashed."""
     sha256: str
     """See :func:`vcf_batch.manifest.contents.sha256`."""
 
@@ -90,8 +92,8 @@ class Manifest:
             url: the file or folder.
             limit: use at most the first ``limit`` rows; None uses all.
             until: an identity; use only the first files if they have this identity together.
-            known: files of this very manifest by name, opened with the same ``limit`` before. Those of the same size
-                and stamp are not hashed again.
+            known: files of this very manifest by name, opened before. Those of the same size and stamp, with the same
+                row groups in use, are not hashed again.
 
         Raises:
             ManifestError: there is no such file, it is not Parquet, it has no rows, or columns break the contract.
@@ -140,7 +142,7 @@ class Manifest:
         """The files by name, for ``known`` of :meth:`open`."""
         return {
             storage.name(file.url): FileVersion(
-                file.size, file.stamp.text if file.stamp and file.stamp.lasts else None, file.sha256
+                file.size, file.stamp.exact if file.stamp else None, file.groups_used, file.sha256
             )
             for file in self._files
         }
@@ -249,8 +251,8 @@ def _hashed(
     def hashed(opened: tuple[ParquetFile, pa.Schema, bytes]) -> tuple[str, ParquetFile]:
         file, schema, footer = opened
         name = storage.name(file.url)
-        before = known.get(name)
-        if before and file.stamp and (before.size, before.stamp) == (file.size, file.stamp.text):
+        before, exact = known.get(name), file.stamp and file.stamp.exact
+        if before and exact and (before.size, before.stamp, before.groups) == (file.size, exact, file.groups_used):
             return name, dataclasses.replace(file, sha256=before.sha256)
 
         def read() -> str:

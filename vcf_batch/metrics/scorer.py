@@ -21,6 +21,10 @@ from vcf_batch.records import Scores
 REFERENCES_KEPT = 256
 """Most distinct references with kept embedding and pixels: 450 MB at 768 x 768."""
 
+WAITING_BYTES = 1 << 28
+"""Most bytes of references that wait to be embedded. Beyond it, those that wait longest are embedded before they are
+needed."""
+
 _PIXELS_AT_ONCE = 2**20
 """Most pixels of one perceptual forward pass, so that VGG16's feature maps stay near 2 GB for any batch size."""
 
@@ -108,6 +112,7 @@ class Scorer:
         pictures = [image for own in references for image in own]
         targets = Targets(prompts, self._text_passes(prompts), self._known_references(pictures), pictures, shares)
         self._forget_oldest()
+        self._embed_waiting()
         return targets
 
     def score(
@@ -165,6 +170,16 @@ class Scorer:
         for digest in list(self._references)[: max(0, len(self._references) - REFERENCES_KEPT)]:
             del self._references[digest]
 
+    def _embed_waiting(self) -> None:
+        """Embed references that batches without any success have left waiting, down to :data:`WAITING_BYTES`."""
+        passes = {id(entry.embeddings): entry.embeddings for entry in self._references.values()}
+        held = {number: sum(map(_bytes, own.waiting)) for number, own in passes.items()}
+        excess = sum(held.values()) - WAITING_BYTES
+        for number, own in passes.items():
+            if excess > 0:
+                own.make()
+                excess -= held[number]
+
     def _compared(self, outputs: Sequence[NDArray[np.uint8]], targets: Targets) -> tuple[list[float], list[float]]:
         """Perceptual distances and style similarities between each output and the reference at its position.
 
@@ -195,6 +210,10 @@ def _signed(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 def _digest(image: Image.Image) -> bytes:
     return hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
+
+
+def _bytes(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands())
 
 
 def _means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:

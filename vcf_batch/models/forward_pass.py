@@ -1,6 +1,6 @@
 """A forward pass that waits until one of its outputs is needed."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
@@ -25,10 +25,19 @@ class ForwardPass(Generic[Key, Input, Output]):
 
     def __getitem__(self, key: Key) -> Output:
         """The output of one input."""
+        self.make()
+        return self._outputs[key]
+
+    @property
+    def waiting(self) -> Collection[Input]:
+        """The inputs that are held; empty once the pass is made."""
+        return self._inputs.values()
+
+    def make(self) -> None:
+        """Make the pass, if it is not made yet."""
         if self._inputs:
             self._outputs = dict(zip(self._inputs, self._encode([*self._inputs.values()]), strict=True))
             self._inputs = {}
-        return self._outputs[key]
 
 
 def outputs(passes: Mapping[Key, ForwardPass[Key, Input, Output]]) -> dict[Key, Output]:

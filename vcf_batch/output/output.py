@@ -13,7 +13,12 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, run_file
 from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.run_file import AnotherVersion, RunRecord
+from vcf_batch.records import Row
 from vcf_batch.sharding import ShardPlan
+
+
+class ManifestLost(VcfBatchError):
+    """The manifest of an output was lost, or has changed, while its rows were read."""
 
 
 class Output:
@@ -54,6 +59,19 @@ class Output:
     def manifest_error(self) -> VcfBatchError | None:
         """Reason why the manifest cannot be used; else None."""
         return self._opened[1]
+
+    def manifest_rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Rows ``start`` to ``stop`` (excluded) of the manifest, which must be there.
+
+        Raises:
+            ManifestLost: the manifest cannot be read any more, or has changed meanwhile. From then on,
+                :attr:`manifest` is None.
+        """
+        try:
+            yield from self.need_manifest().iter_rows(start, stop, self.config.seed)
+        except VcfBatchError as error:
+            self._opened = None, error
+            raise ManifestLost(str(error)) from error
 
     @functools.cached_property
     def _opened(self) -> tuple[Manifest | None, VcfBatchError | None]:

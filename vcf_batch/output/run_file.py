@@ -84,7 +84,7 @@ class RunRecord:
                 str(manifest["url"]),
                 str(manifest["identity"]),
                 _count(manifest, "rows"),
-                {str(name): FileVersion(**file) for name, file in _mapping(manifest, "files").items()},
+                {str(name): _file_version(file) for name, file in manifest.get("files", {}).items()},
             ),
             models=_mapping(document, "models"),
             shards=_count(document, "shards"),
@@ -130,13 +130,13 @@ class RunRecord:
 def open_manifest(config: RunConfig, record: RunRecord | None) -> Manifest:
     """Open the manifest of a configuration, see :meth:`vcf_batch.manifest.manifest.Manifest.open`.
 
-    Files that the record of a run with the same manifest and ``limit`` knows are not hashed again.
+    Files that the record of a run with the same manifest knows are not hashed again.
 
     Args:
         record: the record that is in the output; None if there is none.
     """
     known: Mapping[str, FileVersion] = {}
-    if record and (redact(config.manifest), config.limit) == (record.manifest.url, record.fields["limit"]):
+    if record and redact(config.manifest) == record.manifest.url:
         known = record.manifest.files
     return Manifest.open(config.manifest, config.limit, known=known)
 
@@ -271,6 +271,11 @@ def check_stays(output: str, name: str) -> None:
             f"{url} is not of this run, {name[:12]}, any more: {found}. Another driver has written or deleted it; "
             "rerun this command once no other run uses the output"
         )
+
+
+def _file_version(file: Mapping[str, Any]) -> FileVersion:
+    stamp = None if file["stamp"] is None else str(file["stamp"])
+    return FileVersion(int(file["size"]), stamp, int(file.get("groups", 0)), str(file["sha256"]))
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -35,10 +35,10 @@ class Actor:
         """Check that this node sees the storage, load the worker, and return its device."""
         storage_check.check_storage(self._job)
         # Imported here, because the driver needs no torch.
-        from vcf_batch.worker import worker
+        from vcf_batch.worker import device_type, worker
 
         self._worker = worker.load(self._job)
-        return Loaded(self._worker.components.device.description)
+        return Loaded(self._worker.components.device.description, device_type.is_mixed())
 
     @ray.method(concurrency_group="shards")
     def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> tuple[Receipt, dict[str, str]] | None:

@@ -13,7 +13,7 @@ from vcf_batch.config import MAX_PIXELS
 from vcf_batch.errors import DamageFound, RowError, StorageError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import shards
-from vcf_batch.output.output import Output
+from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Shard
 
@@ -51,12 +51,12 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, T
     reader = manifest and ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
 
     def reference(number: int) -> bytes | None:
-        if not (manifest and reader and chosen[number]["strength"] and chosen[number]["reference"]):
+        if not (output.manifest and reader and chosen[number]["strength"] and chosen[number]["reference"]):
             return None
         try:
-            row = next(manifest.iter_rows(number, number + 1, config.seed))
+            row = next(output.manifest_rows(number, number + 1))
             return thumbnail(reader.read(row.references[0]))
-        except (RowError, StorageError):
+        except (RowError, StorageError, ManifestLost):
             return None
 
     def pairs(shard: Shard) -> dict[int, Thumbnails]:

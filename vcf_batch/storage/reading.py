@@ -31,8 +31,10 @@ class Stamp:
 
     text: str
     """Checksum or ETag of an object, else the time of the last write. Another text may mean another content."""
-    lasts: bool
-    """Whether every later write gives another text. A time that has hardly passed may be the time of a later write."""
+    exact: str | None
+    """A text that changes with every write, for this one place of the file. On a local disk it has the inode and the
+    time of the last change of the inode, which no program can set. None if a later write may leave it as it is, because
+    its time has hardly passed."""
 
 
 def open_read(url: str) -> BinaryIO:
@@ -112,13 +114,17 @@ def stamp(url: str) -> Stamp | None:
         FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
     if is_local(url):
-        nanoseconds = retried("look up", url, lambda: os.stat(as_local_path(url)).st_mtime_ns)
-        return Stamp(str(nanoseconds), time.time() - nanoseconds / 1e9 > DATE_SECONDS)
+        status = retried("look up", url, lambda: os.stat(as_local_path(url)))
+        exact = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+        changed = max(status.st_mtime, status.st_ctime)
+        return Stamp(str(status.st_mtime_ns), exact if time.time() - changed > DATE_SECONDS else None)
     text = checksum(_info(url))
     if text is not None:
-        return Stamp(text, True)
+        return Stamp(text, text)
     date = modified(url)
-    return None if date is None else Stamp(repr(date), time.time() - date > DATE_SECONDS)
+    if date is None:
+        return None
+    return Stamp(repr(date), repr(date) if time.time() - date > DATE_SECONDS else None)
 
 
 def version(url: str) -> str | None:

@@ -96,6 +96,16 @@ def describe(kind: str, dtype: torch.dtype, threads: int, attention: str, compil
     }
 
 
+def is_mixed(gpus: str = "/proc/driver/nvidia/gpus") -> bool:
+    """Whether this node has GPUs of several models; False where the driver does not tell. Never run on a GPU so far.
+
+    Args:
+        gpus: folder in which NVIDIA's driver describes each GPU of the node, whichever this process may use.
+    """
+    described = [_read(str(path)) for path in Path(gpus).glob("*/information")]
+    return len({line for text in described for line in text.splitlines() if line.startswith("Model:")}) > 1
+
+
 def variables(environment: Mapping[str, str], kind: str) -> dict[str, str]:
     """The environment variables that decide on kernels, by name.
 
