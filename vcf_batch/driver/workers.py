@@ -193,7 +193,7 @@ class Workers:
         return True
 
     def _set_unused(self, worker: WorkerHandle, answer: Loaded) -> None:
-        """Leave a worker's node out. On a mixed node, keep the worker without work until all devices there are known."""
+        """Leave a worker's node out. On a mixed node, keep the worker without work until all devices are known."""
         node, reason = worker.node, self._types.refused(answer.device)
         mixed = answer.node_is_mixed or any(
             other.node == node and other.device_type == self._types.chosen for other in self._all
