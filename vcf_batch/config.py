@@ -18,6 +18,7 @@ FUSIONS = ("naive", "concat", "cross_attention")
 UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
+LONG_PROMPTS = ("truncate", "refuse")
 IMAGE_FORMATS = ("png", "webp", "jpg")
 LOG_FORMATS = ("text", "json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -177,6 +178,9 @@ class RunConfig:
     """Largest number of images that a row gets, each from another seed, until one passes the gates."""
     best_by: str = "clip_score"
     """Score that decides which attempt at a rejected row is recorded."""
+    long_prompts: str = "truncate"
+    """What becomes of a row whose prompt has more tokens than the text encoder takes: one of :data:`LONG_PROMPTS`.
+    ``truncate`` cuts off the rest, ``refuse`` fails the row."""
     image_format: str = "png"
     mark: bool = True
     """Mark every image as synthetic, with its settings: :mod:`vcf_batch.output.marking`."""
@@ -224,6 +228,7 @@ class RunConfig:
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
             _choice("image_tokens", self.image_tokens, IMAGE_TOKENS)
+        _choice("long_prompts", self.long_prompts, LONG_PROMPTS)
         _choice("image_format", self.image_format, IMAGE_FORMATS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("log_format", self.log_format, LOG_FORMATS)

@@ -46,6 +46,18 @@ _TABLE = (
     ),
     Column("negative_reference", _TEXT, "manifest", "An image that the result was not to resemble."),
     Column("seed", pa.int64(), "setting", "The seed of the noise that the image was made from."),
+    Column(
+        "prompt_tokens",
+        _COUNT,
+        "result",
+        "The number of the prompt's tokens, begin and end included. Text encoders of Stable Diffusion take 77.",
+    ),
+    Column(
+        "prompt_truncated",
+        pa.bool_(),
+        "result",
+        "Whether the end of the prompt was cut off, because the text encoder takes fewer tokens.",
+    ),
     Column("negative_prompt", _TEXT, "setting", "The text that the image was not to show."),
     Column("fusion", _TEXT, "setting", "How references joined the prompt: `concat`, `naive` or `cross_attention`."),
     Column("strength", _NUMBER, "setting", "The weight of the references. 0 means text only."),

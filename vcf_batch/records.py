@@ -150,6 +150,10 @@ class Sample:
     """Draws of the row, in order, in a run with gates: the column ``attempts``."""
     phash: str | None = None
     """Perceptual hash of the image: see :func:`vcf_batch.images.perceptual_hash`."""
+    prompt_tokens: int | None = None
+    """Number of the prompt's tokens, begin and end included; None if nobody has counted them."""
+    prompt_truncated: bool | None = None
+    """Whether the text encoder got the first of these tokens only; None if nobody has counted them."""
     triplet: Mapping[str, bytes] = field(default_factory=dict)
     """The other images of the sample in the same format, by :data:`TRIPLET`, in a run with triplets."""
 

@@ -146,6 +146,16 @@ def test_rows_that_would_fail_are_named_and_refuse_nothing(tmp_path: Path, model
     assert [row.split(":")[0] for row in found.doomed] == ["000000001", "000000002"]
 
 
+def test_long_prompts_are_counted_before_the_run(tmp_path: Path, model: Path) -> None:
+    runs.write_manifest(tmp_path, 4, {"prompt": ["a", "b", "c", "a b " * 100]})
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    assert found.long_prompts == 1
+    assert found.to_dict(None)["long_prompts"] == {"max_tokens": found.max_tokens, "rows": 1}
+    told = f"1 of the first 4 have more than {found.max_tokens} tokens and are cut off there (--long-prompts)"
+    assert told in found.told(None)
+    assert "tokens and fail" in call(tmp_path, model, "--long-prompts", "refuse").output
+
+
 def test_an_output_in_the_manifests_folder_is_told(tmp_path: Path, model: Path) -> None:
     runs.write_manifest(tmp_path, 4)
     found = plan.look(config(tmp_path, model).replace(output=str(tmp_path)), calibrate=False)

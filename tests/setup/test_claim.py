@@ -379,7 +379,7 @@ def test_an_output_of_another_layout_is_refused_and_not_called_damaged(
     file = tmp_path / "out" / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layout": 0}))
     for read in (settle, lambda: Output(str(tmp_path / "out"))):
-        with pytest.raises(RefusedError, match="has layout 0, and this version of vcf-batch reads layout 3: use"):
+        with pytest.raises(RefusedError, match="has layout 0, and this version of vcf-batch reads layout 4: use"):
             read()
 
 

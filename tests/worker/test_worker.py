@@ -137,6 +137,40 @@ def test_rows_override_the_runs_settings(loaded: Worker, tmp_path: Path) -> None
     assert len({row["sha256"] for row in rows}) == 4
 
 
+def test_prompts_beyond_the_text_encoders_length_are_told_and_cut_off(loaded: Worker, tmp_path: Path) -> None:
+    """Their tokens are counted with begin and end; what follows the last token changes no image."""
+    most = loaded.components.pipeline.max_tokens
+    cut = "a " * (most - 2)
+    columns: dict[str, list[Any]] = {
+        "prompt": ["a", cut, f"{cut}a", f"{cut}b"],
+        "reference": [None] * 4,
+        "seed": [7] * 4,
+    }
+    receipt = commit(another(loaded, runs.write_manifest(tmp_path / "in", 4, columns), tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [row["prompt_tokens"] for row in rows] == [3, most, most + 1, most + 1]
+    assert [row["prompt_truncated"] for row in rows] == [False, False, True, True]
+    assert rows[2]["phash"] == rows[3]["phash"]
+    assert receipt.truncated == 2
+
+
+def test_prompts_beyond_the_text_encoders_length_are_refused_on_request(loaded: Worker, tmp_path: Path) -> None:
+    """So are negative prompts, and the rows beside them have the bytes that they have without such rows."""
+    most = loaded.components.pipeline.max_tokens
+    fits, long = "a " * (most - 2), "a " * (most - 1)
+    columns = {"prompt": [fits, long, "a", "a"], "negative_prompt": ["", "", long, fits]}
+    manifest = runs.write_manifest(tmp_path / "in", 4, columns)
+    receipt = commit(another(loaded, manifest, tmp_path / "refused", long_prompts="refuse"))
+    commit(another(loaded, manifest, tmp_path / "cut"))
+    rows, cut = runs.rows_of(tmp_path / "refused"), runs.rows_of(tmp_path / "cut")
+    assert [row["status"] for row in rows] == ["success", "failed", "failed", "success"]
+    for row, name in ((rows[1], "prompt"), (rows[2], "negative prompt")):
+        assert row["error_message"].startswith(f"the {name} has {most + 1} tokens, and the text encoder takes {most}:")
+    assert [row["prompt_truncated"] for row in rows] == [False] * 4
+    assert (rows[0], rows[3]) == (cut[0], cut[3])
+    assert receipt.truncated == 0
+
+
 def test_rows_control_what_transfers(loaded: Worker, tmp_path: Path) -> None:
     """Range, weights and negative reference of a row are obeyed and recorded, and concern that row alone.
 

@@ -225,6 +225,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "The score that chooses which of a row's images is recorded if none passes.  [default: clip_score]",
 )
 @_option(
+    "long-prompts",
+    click.Choice(settings.LONG_PROMPTS),
+    "What to do with a prompt of more tokens than the text encoder takes, 77 for Stable Diffusion: truncate cuts off "
+    "the rest and marks the row, refuse fails the row.  [default: truncate]",
+)
+@_option(
     "image-format",
     click.Choice(settings.IMAGE_FORMATS),
     "File format of the images. webp is lossless, and the fastest.  [default: png]",

@@ -14,6 +14,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.models.prompt_tokens import count_tokens, read_tokenizer
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
@@ -57,6 +58,10 @@ class Forecast:
     """Rows that would fail, with the reason, among the first :data:`PLANNED_ROWS`. The run starts all the same."""
     job: Job | None = None
     """The settled run; None where a problem leaves it open."""
+    max_tokens: int = 0
+    """Number of tokens that the text encoder takes of a prompt; 0 where that is not known."""
+    long_prompts: int = 0
+    """Number of prompts of more tokens among the first :data:`PLANNED_ROWS`."""
     guessed_shard_size: bool = False
     """Whether the shard size comes from a guess of the device's speed. Nothing else here is guessed."""
     open_batch_size: bool = False
@@ -107,6 +112,7 @@ class Forecast:
             "output": redact(self.output),
             "problems": [str(problem) for problem in self.problems],
             "doomed_rows": self.doomed,
+            "long_prompts": {"max_tokens": self.max_tokens, "rows": self.long_prompts},
             **self.figures(price),
             "measurement": self.measurement and vars(self.measurement),
         }
@@ -125,6 +131,11 @@ class Forecast:
     def _lines(self, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         guess = ", sized by a rough guess of the speed (--shard-size sets it)" if self.guessed_shard_size else ""
         yield "rows", f"{figures['rows']:,}, {figures['rows_done']:,} of them done"
+        if self.long_prompts:
+            first = min(PLANNED_ROWS, figures["rows"])
+            fate = "fail" if self.job and self.job.config.long_prompts == "refuse" else "are cut off there"
+            told = f"{self.long_prompts:,} of the first {first:,} have more than {self.max_tokens} tokens and {fate}"
+            yield "prompts", f"{told} (--long-prompts)"
         yield (
             "shards",
             f"{figures['shards']:,} of {figures['shard_size']:,} rows{guess}; {figures['shards_done']:,} done",
@@ -189,7 +200,12 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     job = forecast.job = collect(lambda: defaults.settle(config, manifest, models))
     if job is None:
         return forecast
-    forecast.doomed = [f"{row.key}: {reason}" for row, reason in _first_rows(job) if reason]
+    first = [*_first_rows(job)]
+    forecast.doomed = [f"{row.key}: {reason}" for row, reason in first if reason]
+    if tokenizer := collect(lambda: read_tokenizer(models.pipeline)):
+        counts = count_tokens(tokenizer, [row.prompt for row, _ in first])
+        forecast.max_tokens = int(tokenizer.model_max_length)
+        forecast.long_prompts = sum(count > forecast.max_tokens for count in counts)
     extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()
     if extends is not None:

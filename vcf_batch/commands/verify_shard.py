@@ -74,7 +74,11 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
         if extra := next(members, None):
             raise DamageFound(f"{names['tar']} has a member {extra[0]!r} that no row of the parquet accounts for")
         _check_hash(names["tar"], tar.finish(), receipt.files["tar"])
-    for what, found, said in (("counts", tally.counts, receipt.counts), ("means", tally.means, receipt.means)):
+    for what, found, said in (
+        ("counts", tally.counts, receipt.counts),
+        ("means", tally.means, receipt.means),
+        ("truncated prompts", tally.truncated, receipt.truncated),
+    ):
         if found != said:
             raise DamageFound(f"its rows have {what} {found}, its receipt says {said}")
     return pa.array(keys).cast(pa.binary())

@@ -8,7 +8,7 @@ from typing import Any
 
 from vcf_batch import sharding
 from vcf_batch.driver.fault import Fault
-from vcf_batch.driver.progress import duration
+from vcf_batch.driver.progress import duration, told_truncated
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.output import progress_file, receipts
 from vcf_batch.output.progress_file import Told
@@ -38,6 +38,8 @@ class Summary:
     resumed_rows: int
     """Number of rows that were finished before."""
     seconds: float
+    truncated: int = 0
+    """Number of rows whose prompt was cut off at the length of the text encoder."""
 
     @property
     def failed_fraction(self) -> float:
@@ -49,7 +51,8 @@ class Summary:
         new = self.rows - self.resumed_rows
         rate = f", {new / self.seconds:.2f} samples a second" if new and self.seconds else ""
         resumed = f" ({self.resumed_rows:,} of them were there before)" if self.resumed_rows else ""
-        return f"{redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}"
+        cut = f"; {told_truncated(self.truncated)}" if self.truncated else ""
+        return f"{redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}{cut}"
 
 
 class Ledger:
@@ -166,6 +169,7 @@ class Ledger:
             counts={status: self.totals.counts[status] for status in STATUSES},
             resumed_rows=self.resumed_rows,
             seconds=seconds,
+            truncated=self.totals.truncated,
         )
 
     def _tell(self) -> None:

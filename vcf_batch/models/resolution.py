@@ -92,20 +92,37 @@ def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
         ModelError: the file is not a JSON object, or the hub cannot be reached.
         StorageError: the storage failed.
     """
-    try:
-        if model.kind == "hub":
-            data = hub.read(model.location, model.identity, file)
-        else:
-            folder = tiny_folder() if model.kind == "tiny" else model.location
-            data = storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES)
-        config = json.loads(data)
-    except FileNotFoundError:
+    if (data := read_file(model, file, _MAX_CONFIG_BYTES)) is None:
         return None
-    except (PermissionError, ValueError, RecursionError) as error:
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} of the model {model.name} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} of the model {model.name} is not a JSON object")
     return config
+
+
+def read_file(model: ResolvedModel, file: str, limit: int) -> bytes | None:
+    """A small file of a model, without fetching its weights; None if the model has no such file.
+
+    Args:
+        file: path within the model.
+        limit: number of bytes that are read at most, except from the hub.
+
+    Raises:
+        ModelError: the file cannot be read, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    try:
+        if model.kind == "hub":
+            return hub.read(model.location, model.identity, file)
+        folder = tiny_folder() if model.kind == "tiny" else model.location
+        return storage.read_bytes(storage.join(folder, file), limit)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise ModelError(f"{file} of the model {model.name} cannot be read: {error}") from error
 
 
 def _no_revision(name: str, revision: str | None) -> None:

@@ -69,6 +69,8 @@ class Receipt:
     :data:`SCORE_STEP`."""
     sampled: int = 0
     """Number of rows that an image was sampled for, whether it passed the gates or not."""
+    truncated: int = 0
+    """Number of rows whose prompt was cut off at the length of the text encoder."""
     sampled_at_once: int | None = None
     """Number of rows sampled at once, if memory was too small for the run's batches; else None. Such a shard is outside
     of the promise of identical bytes."""
@@ -148,6 +150,11 @@ def _check_values(receipt: Receipt) -> None:
         _check(sum(bins.values()) <= len(shard) and all(math.isfinite(float(end)) for end in bins), name, bins)
     _check(
         _is_count(receipt.sampled) and receipt.sampled <= len(shard), f"sampled of {len(shard)} rows", receipt.sampled
+    )
+    _check(
+        _is_count(receipt.truncated) and receipt.truncated <= len(shard),
+        f"truncated of {len(shard)} rows",
+        receipt.truncated,
     )
     at_once = receipt.sampled_at_once
     _check(at_once is None or (_is_count(at_once) and at_once > 0), "sampled_at_once", at_once)

@@ -19,7 +19,7 @@ RUN_FILE_NAME = "run.json"
 MAX_RUN_FILE_BYTES = 1 << 26
 """Most bytes of a ``run.json`` that are read. Each file of a manifest takes about 200."""
 
-LAYOUT = 3
+LAYOUT = 4
 """Version of an output's layout. Raise it whenever this code can no longer read, verify or resume older outputs."""
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))

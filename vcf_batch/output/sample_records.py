@@ -48,6 +48,8 @@ def record_of(sample: Sample, carried: Iterable[str], reference_is_list: bool) -
         "status": sample.status,
         "error_message": sample.error_message and printable(sample.error_message),
         **{name: sample.settings.get(name) for name in SETTINGS},
+        "prompt_tokens": sample.prompt_tokens,
+        "prompt_truncated": sample.prompt_truncated,
         "pno_objective": sample.pno_objective and dataclasses.asdict(sample.pno_objective),
         "width": sample.width,
         "height": sample.height,
@@ -103,6 +105,8 @@ def sample_of(
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
         nsfw=record["nsfw"],
+        prompt_tokens=record["prompt_tokens"],
+        prompt_truncated=record["prompt_truncated"],
         attempts=tuple(Draw(each["seed"], _scores(each), each["nsfw"]) for each in record["attempts"] or ()),
     )
 

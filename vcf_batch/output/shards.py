@@ -55,6 +55,8 @@ class ShardFiles:
     """See :attr:`vcf_batch.output.receipts.Receipt.histograms`."""
     sampled: int = 0
     """See :attr:`vcf_batch.output.receipts.Receipt.sampled`."""
+    truncated: int = 0
+    """See :attr:`vcf_batch.output.receipts.Receipt.truncated`."""
 
 
 class ShardWriter:
@@ -169,6 +171,7 @@ class ShardWriter:
             means=self._sums.means,
             histograms=self._sums.histograms,
             sampled=self._sums.sampled,
+            truncated=self._sums.truncated,
         )
 
     @contextlib.contextmanager

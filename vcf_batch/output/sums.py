@@ -38,6 +38,8 @@ class RunSums:
     counts: Counter[Status] = field(default_factory=Counter)
     sampled: int = 0
     """Rows for which an image was sampled."""
+    truncated: int = 0
+    """Rows whose prompt was cut off at the length of the text encoder."""
     retried: int = 0
     """Shards that took more than one attempt."""
     bytes: int = 0
@@ -65,6 +67,7 @@ class RunSums:
         self.done.add(receipt.shard.index)
         self.counts.update(receipt.counts)
         self.sampled += receipt.sampled
+        self.truncated += receipt.truncated
         self.retried += receipt.attempt > 1
         self.bytes += sum(entry.size for entry in receipt.files.values())
         self.generated += generated if seconds else 0
@@ -155,12 +158,15 @@ class ShardSums:
         self._scores: dict[str, list[float]] = {name: [] for name in SCORES}
         self.sampled = 0
         """See :attr:`vcf_batch.output.receipts.Receipt.sampled`."""
+        self.truncated = 0
+        """See :attr:`vcf_batch.output.receipts.Receipt.truncated`."""
 
     def add(self, status: Status, record: Mapping[str, Any]) -> None:
         """Add one row, given as column name to value."""
         self._counts[status] += 1
         # The list of attempts is empty if a row was rejected before sampling.
         self.sampled += status == "success" or (status == "rejected" and bool(record["attempts"]))
+        self.truncated += bool(record["prompt_truncated"])
         if status == "success":
             for name, found in self._scores.items():
                 if record[name] is not None:

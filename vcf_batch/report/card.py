@@ -128,6 +128,7 @@ def _missing(found: Figures, output: Output) -> str:
     unfinished = output.plan.num_rows - found.rows - damaged
     left = f" {damaged:,} more are in damaged shards." if damaged else ""
     left += f" {unfinished:,} more are not generated yet." if unfinished else ""
+    left += f" {found.truncated:,} prompts were cut off at the length of the text encoder." if found.truncated else ""
     return f"Without an image: {failed:,} rows that failed, {rejected:,} that were rejected.{left}"
 
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vcf_batch import storage
+from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import redact
 from vcf_batch.output.output import Output
 from vcf_batch.output_columns import COLUMNS
@@ -158,6 +159,8 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
         "size": f"{found.bytes / 1e6:,.1f} MB",
         "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
     }
+    if found.truncated:
+        run["prompts"] = told_truncated(found.truncated)
     if found.intervals.end > 0:
         run["last shard"] = datetime.fromtimestamp(found.intervals.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
     models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record.models.items() if model}

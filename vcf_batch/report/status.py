@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from vcf_batch.driver.progress import duration, plural
+from vcf_batch.driver.progress import duration, plural, told_truncated
 from vcf_batch.errors import redact
 from vcf_batch.output import lease, progress_file
 from vcf_batch.output.lease import Owner
@@ -63,6 +63,7 @@ class Status:
             "strength": self.strength,
             "rows": {"total": self.rows, **{status: totals.counts[status] for status in STATUSES}},
             "shards": {"total": self.shards, "done": len(totals.done), "retried": totals.retried},
+            "prompts_truncated": totals.truncated,
             "bytes": totals.bytes,
             "rows_per_second": totals.rate,
             "workers": len(totals.at_work),
@@ -98,6 +99,8 @@ class Status:
             ("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES)),
             ("fusion", f"{self.fusion}, strength {self.strength:g}"),
         ]
+        if totals.truncated:
+            lines.append(("prompts", told_truncated(totals.truncated)))
         if totals.rate:
             left = f"; {duration(self.seconds_left)} left at this rate" if self.seconds_left else ""
             lines.append(

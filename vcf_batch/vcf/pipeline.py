@@ -24,6 +24,7 @@ from vcf_batch.config import (
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.prompt_tokens import count_tokens
 from vcf_batch.vcf.aligner import ImageAligner, squash
 from vcf_batch.vcf.attention import Kernel, TokenBiasAttention, accept_token_bias
 from vcf_batch.vcf.compilation import compile_forward
@@ -161,7 +162,7 @@ class VCFPipeline(StableDiffusionPipeline):
         """Text tokens of prompts or negative prompts, exactly as ``encode_prompt`` of diffusers gives them.
 
         Args:
-            prompts: one or more; what exceeds the text encoder's length is cut off with a warning.
+            prompts: one or more; what exceeds :attr:`max_tokens` is cut off with a warning.
 
         Returns:
             ``[B, T, Dt]`` on the pipeline's device, in the text encoder's dtype.
@@ -169,6 +170,17 @@ class VCFPipeline(StableDiffusionPipeline):
         device = self._execution_device
         batches = [list(prompts[start : start + ENCODE_BATCH]) for start in range(0, len(prompts), ENCODE_BATCH)]
         return torch.cat([self.encode_prompt(batch, device, 1, False)[0] for batch in batches])
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Number of tokens of each prompt, begin and end included; the text encoder gets the first
+        :attr:`max_tokens` of them.
+        """
+        return count_tokens(self.tokenizer, prompts)
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest number of tokens that the text encoder gets of a prompt."""
+        return int(self.tokenizer.model_max_length)
 
     @torch.no_grad()
     def encode_references(self, images: Sequence[Image.Image], image_tokens: str | None = None) -> Tensor:

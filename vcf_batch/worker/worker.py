@@ -1,6 +1,7 @@
 """A worker: one task in, a shard's staged files and its receipt out. No Ray here, so it is tested without a cluster."""
 
 import contextlib
+import dataclasses
 import os
 import socket
 from collections import ChainMap
@@ -196,6 +197,7 @@ class Worker:
             means=files.means,
             histograms=files.histograms,
             sampled=files.sampled,
+            truncated=files.truncated,
             sampled_at_once=task.sampled_at_once,
         )
         return receipt, staged
@@ -216,16 +218,23 @@ class Worker:
                 with clock("read_manifest"):
                     read = self.manifest.rows(task.shard.start, task.shard.stop, config.seed)
                     rows = [checked(row, config) for row in read]
+                tokens = components.pipeline.count_tokens([row.prompt for row in rows])
                 # A kept sample is asked for only if its row is not decided otherwise.
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
                 manifest = self.manifest
                 with shards.ShardWriter(
                     folder, task.shard, config.image_format, manifest.carried_schema, manifest.reference_is_list
                 ) as writer:
+
+                    def add(sample: Sample) -> None:
+                        count = tokens[sample.row.number - task.shard.start]
+                        cut = count > components.pipeline.max_tokens and config.long_prompts == "truncate"
+                        writer.add(dataclasses.replace(sample, prompt_tokens=count, prompt_truncated=cut))
+
                     Generation(
                         components,
                         ShardRows.of(rows, known, config),
-                        writer.add,
+                        add,
                         clock,
                         last_attempt=task.last_attempt or task.is_trial,
                         sampled_at_once=task.sampled_at_once,
@@ -236,11 +245,25 @@ class Worker:
         finally:
             del self._under_way[attempt_id]
 
+    def _too_long(self, row: Row) -> str | None:
+        """The reason why a row is refused for the length of its texts; None if it is not."""
+        pipeline, config = self.components.pipeline, self.components.config
+        if config.long_prompts != "refuse":
+            return None
+        texts = {"prompt": row.prompt, "negative prompt": settings_of(row, config)["negative_prompt"]}
+        for name, count in zip(texts, pipeline.count_tokens([*texts.values()]), strict=True):
+            if count > pipeline.max_tokens:
+                return (
+                    f"the {name} has {count} tokens, and the text encoder takes {pipeline.max_tokens}: shorten it, or "
+                    "leave --long-prompts at truncate"
+                )
+        return None
+
     def _decided(self, task: ShardTask, rows: Sequence[Row]) -> dict[int, Sample]:
         """Samples of the rows that fail or are rejected without being generated, by row number."""
         config, verdicts, decided = self.components.config, task.not_generated, {}
         for row in rows:
-            if error := verdicts.get(row.number) or row.error:
+            if error := verdicts.get(row.number) or row.error or self._too_long(row):
                 decided[row.number] = Sample(row, "failed", settings_of(row, config), error_message=error)
             elif config.triplets and not row.references:
                 decided[row.number] = Sample(row, "rejected", settings_of(row, config), error_message=NO_REFERENCE)
