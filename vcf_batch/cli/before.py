@@ -36,9 +36,9 @@ COLUMN_HELP = "Column of --prompts that holds the prompts, if it is a table.  [d
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    help="Number of images of each pair. With --pairing cross, it also fixes their noises: the seeds 0, 1, 2, ... are "
-    "written into the rows of each pair, and replace those that 'generate --seed' decides.  [default: one image, with "
-    "the seed that 'generate --seed' and the row's key decide]",
+    help="Number of images of each pair. With --pairing cross, the seeds 0, 1, 2, ... are written into their rows: all "
+    "pairs start from the same noises, and 'generate --seed' has no effect.  [default: one image, whose seed 'generate' "
+    "derives]",
 )
 @click.option(
     "--pairing-seed",
@@ -48,7 +48,9 @@ COLUMN_HELP = "Column of --prompts that holds the prompts, if it is a table.  [d
     help="Chooses the sample of the pairings random and balanced.",
 )
 @click.option(
-    "--keep-duplicates", is_flag=True, help="Pair equal prompts each for itself. Without it, the first one is kept."
+    "--keep-duplicates",
+    is_flag=True,
+    help="Keep prompts that are equal to an earlier one. Without it, they are left out and counted.",
 )
 @click.option("--out", hidden=True, help="MANIFEST, as version 0.1 had it.")
 @json_option
