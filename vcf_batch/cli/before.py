@@ -37,8 +37,8 @@ COLUMN_HELP = "Column of --prompts that holds the prompts, if it is a table.  [d
     "--seeds",
     type=click.IntRange(min=1),
     help="Number of images of each pair. With --pairing cross, the seeds 0, 1, 2, ... are written into their rows: all "
-    "pairs start from the same noises, and 'generate --seed' has no effect.  [default: one image, whose seed 'generate' "
-    "derives]",
+    "pairs start from the same noises, and 'generate --seed' has no effect.  "
+    "[default: one image, whose seed 'generate' derives]",
 )
 @click.option(
     "--pairing-seed",
