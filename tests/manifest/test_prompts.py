@@ -158,6 +158,7 @@ def test_parquet_without_such_a_column_of_texts_is_refused(tmp_path: Path) -> No
 def test_a_text_has_no_columns(tmp_path: Path) -> None:
     """A column that is named for a text is a mistake, and not passed over."""
     assert "has no column 'prompt'" in refusal(tmp_path / "p.txt", "a cat\n", "prompt")
+    assert read(tmp_path / "csv", "a cat, black\n") == ["a cat, black"]
 
 
 def test_prompts_are_read_from_urls() -> None:

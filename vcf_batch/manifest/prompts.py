@@ -8,6 +8,7 @@ import codecs
 import csv
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
@@ -59,7 +60,7 @@ def read(url: str, column: str | None = None) -> Iterator[str]:
         UsageError: the file cannot be read, is no text in these encodings, or has no such column of texts.
         StorageError: the storage failed.
     """
-    suffix = storage.name(url).rpartition(".")[2].lower()
+    suffix = os.path.splitext(storage.name(url))[1].removeprefix(".").lower()
     try:
         with storage.open_read(url) as file:
             start = file.read(4)
