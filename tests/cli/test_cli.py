@@ -186,34 +186,65 @@ def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPa
 
 
 def test_manifest_builds_the_cross_product(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n\n  a dog  \n")
+    """It tells what was paired, what was left out and why, and that noises are fixed."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\u2028in a tree\r\n\n  a dog  \na dog\n".encode())
     images = tmp_path / "data" / "references"
     images.mkdir(parents=True)
-    for name in ("b.png", "a.png"):
+    for name in ("b.jpg?id=1", "a"):
         (images / name).write_bytes(runs.png(0))
-    (images / "notes.txt").write_text("not an image")
+    (images / "notes.png").write_text("not an image")
     out = tmp_path / "data" / "manifest.parquet"
     result = call("manifest", out, "--prompts", tmp_path / "prompts.txt", "--references", images, "--seeds", 2)
-    assert result.output == f"{out}: 8 rows\n"
+    assert result.output.splitlines() == [
+        f"{out}: 8 rows",
+        "prompts: 2 (duplicates left out: 1, blank: 1)",
+        "references: 2",
+        "skipped: 1 files (no image): notes.png",
+        "seeds: 0 to 1 in the rows of each pair; 'generate --seed' does not change them",
+    ]
     rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
-    assert {row["prompt"] for row in rows} == {"a cat", "a dog"}
-    assert {row["reference"] for row in rows} == {"references/a.png", "references/b.png"}
+    assert {row["prompt"] for row in rows} == {"a cat\u2028in a tree", "a dog"}
+    assert {row["reference"] for row in rows} == {"references/a", "references/b.jpg?id=1"}
     assert {row["seed"] for row in rows} == {0, 1}
 
 
 def test_manifest_without_references_is_text_only(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    assert call("manifest", tmp_path / "m.parquet", "--prompts", tmp_path / "prompts.txt").exit_code == 0
-    assert pq.read_table(tmp_path / "m.parquet").to_pylist() == [{"prompt": "a cat", "reference": None, "seed": 0}]
+    """And without --seeds no seed is written."""
+    (tmp_path / "prompts.txt").write_text("a cat\na cat\n")
+    result = call("manifest", tmp_path / "m.parquet", "--prompts", tmp_path / "prompts.txt", "--keep-duplicates")
+    assert result.output.splitlines() == [
+        f"{tmp_path / 'm.parquet'}: 2 rows",
+        "prompts: 2 (duplicates kept: 1, blank: 0)",
+        "references: none; the rows are text only",
+        "seeds: none is written; 'generate --seed' and the row's key decide each",
+    ]
+    assert pq.read_table(tmp_path / "m.parquet").to_pylist() == [{"prompt": "a cat", "reference": None}] * 2
+
+
+def test_manifest_reads_a_column_of_prompts(tmp_path: Path) -> None:
+    """Named by --prompt-column, or called prompt."""
+    (tmp_path / "p.csv").write_text('id,caption\n1,"a cat, black"\n')
+    target = tmp_path / "m.parquet"
+    assert call("manifest", target, "--prompts", tmp_path / "p.csv", "--prompt-column", "caption").exit_code == 0
+    assert pq.read_table(target)["prompt"].to_pylist() == ["a cat, black"]
+    result = call("manifest", target, "--prompts", tmp_path / "p.csv")
+    assert (result.exit_code, "no column 'prompt'; it has 'id', 'caption'" in result.output) == (2, True)
 
 
 def test_manifest_says_what_is_wrong(tmp_path: Path) -> None:
+    """A mistake of the user ends with 2 and without a traceback, and nothing is written."""
     prompts = tmp_path / "prompts.txt"
     result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts)
     assert (result.exit_code, f"cannot read prompts from {prompts}" in result.output) == (2, True)
+    prompts.write_bytes("ein Käfer\n".encode("latin-1"))
+    result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts)
+    assert (result.exit_code, "is not UTF-8: byte 0xE4 at offset 5" in result.output) == (2, True)
     prompts.write_text("a cat\n")
     result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts, "--references", tmp_path)
     assert (result.exit_code, "holds no image" in result.output) == (2, True)
+    result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts, "--references", tmp_path / "nowhere")
+    assert (result.exit_code, "there is no folder of references" in result.output) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 @pytest.mark.parametrize("job", ["generate", "train_aligner"])

@@ -74,9 +74,21 @@ def test_models_are_listed_with_what_they_need() -> None:
 
 
 def test_a_manifest_is_a_document(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    """With the counts that the command tells people, and the first names of files that are left out."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n\na cat\n")
+    (tmp_path / "a").write_bytes(runs.png(0))
     target = tmp_path / "m.parquet"
-    assert document("manifest", target, "--prompts", tmp_path / "prompts.txt") == {"manifest": str(target), "rows": 2}
+    made = document("manifest", target, "--prompts", tmp_path / "prompts.txt", "--references", tmp_path)
+    assert made == {
+        "manifest": str(target),
+        "rows": 2,
+        "prompts": 2,
+        "duplicates": 1,
+        "blank": 1,
+        "seeds": None,
+        "references": 1,
+        "skipped": {"no image": {"files": 1, "first": ["prompts.txt"]}},
+    }
 
 
 def test_what_verify_finds_is_a_document(output: Path) -> None:

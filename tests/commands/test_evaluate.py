@@ -150,6 +150,29 @@ def test_a_model_without_a_world_needs_prompts_and_a_distance(model: Path, tmp_p
     assert (result.exit_code, "--prompts and --references together" in result.output) == (2, True)
 
 
+def test_prompts_and_references_are_read_as_a_manifest_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of a table without its byte order mark, and images by their content; what is skipped is told."""
+    (tmp_path / "p.csv").write_bytes("\ufeffcaption\r\na cat\u2028up\r\n".encode())
+    (tmp_path / "refs").mkdir()
+    for name, data in (("IMG.HEIC", runs.png(0)), ("a.png", b"text")):
+        (tmp_path / "refs" / name).write_bytes(data)
+    found: list[Any] = []
+
+    def stop(config: RunConfig, pairs: Any, *_: Any) -> None:
+        found.extend(pairs)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(evaluate, "write_manifest", stop)
+    sources = ("--prompts", tmp_path / "p.csv", "--references", tmp_path / "refs")
+    result = call("--out", tmp_path, *sources, "--prompt-column", "caption")
+    assert result.stderr == "skipped: 1 files (no image): a.png\nError: enough\n"
+    assert found == [{"prompt": "a cat\u2028up", "reference": "refs/IMG.HEIC"}]
+    result = call("--out", tmp_path, "--prompt-column", "caption")
+    assert (result.exit_code, "--prompt-column caption names a column of --prompts" in result.output) == (2, True)
+
+
 def test_a_strength_out_of_range_is_refused_before_the_run(tmp_path: Path) -> None:
     for strength in (-1, "nan", "inf"):
         result = call("--out", tmp_path, "--strength", strength)

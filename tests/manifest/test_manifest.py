@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcf_batch import storage
-from vcf_batch.errors import ManifestError, RefusedError, StorageError, UsageError
-from vcf_batch.manifest import build as builder
+from vcf_batch.errors import ManifestError, RefusedError, StorageError
 from vcf_batch.manifest import contents, parquet, repeats
 from vcf_batch.manifest import manifest as reader
-from vcf_batch.manifest.build import build
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Reference
 from vcf_batch.storage.resilient_file import ResilientFile
@@ -448,53 +445,6 @@ def test_credentials_are_not_repeated() -> None:
     with pytest.raises(ManifestError) as refused:
         Manifest.open("memory://user:secret@nowhere/m.parquet")
     assert "secret" not in str(refused.value)
-
-
-def test_build_writes_the_cross_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "_BUILD_ROWS", 5)
-    prompts = (line for line in ["a cat\n", "\n", "  a dog  ", "a fox"])
-    out = str(tmp_path / "new" / "m.parquet")
-    assert build(prompts, ["x.png", "y.png"], out, seeds=4) == 24
-    table = pq.read_table(out).to_pylist()
-    assert [(r["prompt"], r["reference"], r["seed"]) for r in table] == [
-        (prompt, reference, seed)
-        for prompt in ("a cat", "a dog", "a fox")
-        for reference in ("x.png", "y.png")
-        for seed in range(4)
-    ]
-    opened = Manifest.open(out)
-    opened.check()
-    assert [row.seed for row in opened.rows(0, 4, 0)] == [0, 1, 2, 3]
-
-
-def test_build_without_references_is_text_only_and_repeatable(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        assert build(["a cat"], [], str(tmp_path / name), seeds=2) == 2
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert [row.references for row in Manifest.open(str(tmp_path / "a")).rows(0, 2, 0)] == [(), ()]
-
-
-def test_build_writes_as_many_rows_of_a_pairing_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Balanced: every prompt and every reference equally often, each pair with all its seeds."""
-    monkeypatch.setattr(builder, "_BUILD_ROWS", 7)
-    out = str(tmp_path / "m.parquet")
-    prompts, references = [f"cat {n}" for n in range(6)], [f"{n}.png" for n in range(4)]
-    assert build(prompts, references, out, pairing="balanced", rows=24, seeds=2) == 24
-    table = pq.read_table(out).to_pylist()
-    assert len({(row["prompt"], row["reference"]) for row in table}) == 12
-    assert set(Counter(row["prompt"] for row in table).values()) == {4}
-    assert set(Counter(row["reference"] for row in table).values()) == {6}
-    assert [row["seed"] for row in table] == [0, 1] * 12
-
-
-def test_build_refuses_nothing_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="seeds is 0"):
-        build(["a"], [], str(tmp_path / "m.parquet"), seeds=0)
-    with pytest.raises(UsageError, match="no prompts"):
-        build([" ", ""], [], str(tmp_path / "m.parquet"))
-    with pytest.raises(UsageError, match="rows is 7; 2 prompts, 1 references and 3 seeds make 1 to 6 different rows"):
-        build(["a", "b"], [], str(tmp_path / "m.parquet"), rows=7, seeds=3)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_neither_torch_nor_ray_is_imported() -> None:

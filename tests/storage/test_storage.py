@@ -181,6 +181,8 @@ def test_a_published_file_reads_back(root: str) -> None:
     assert storage.read_text(url) == "zwölf"
     assert storage.read_bytes(url, limit=3) == b"zw\xc3"
     assert storage.read_bytes(url, limit=100) == "zwölf".encode()
+    assert storage.read_start(url, 3) == b"zw\xc3"
+    assert storage.read_start(url, 100) == "zwölf".encode()
     assert storage.digest(url) == FileEntry(6, hashlib.sha256("zwölf".encode()).hexdigest())
 
 

@@ -1,5 +1,6 @@
 """``manifest``, ``plan`` and ``preview``: what is settled before a run starts."""
 
+import dataclasses
 import io
 from typing import Any
 
@@ -11,13 +12,18 @@ from vcf_batch.cli.run import generate
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.manifest.pairing import PAIRINGS
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+PROMPTS_HELP = (
+    "Text file in UTF-8, one prompt a line. Or a column of a table: .csv or .tsv with a header, .jsonl, or Parquet."
+)
+REFERENCES_HELP = "Folder of reference images, found by their first bytes, whatever their names."
+COLUMN_HELP = "Column of --prompts that holds the prompts, if it is a table.  [default: prompt]"
 
 
 @click.command(cls=Command)
 @click.argument("target", metavar="MANIFEST", required=False)
-@click.option("--prompts", required=True, metavar="FILE", help="Text file, one prompt a line. Empty lines are skipped.")
-@click.option("--references", metavar="DIR", help="Folder of reference images. Without it, the rows are text only.")
+@click.option("--prompts", required=True, metavar="FILE", help=f"{PROMPTS_HELP} Blank prompts are left out.")
+@click.option("--prompt-column", "column", metavar="NAME", help=COLUMN_HELP)
+@click.option("--references", metavar="DIR", help=f"{REFERENCES_HELP} Without it, the rows are text only.")
 @click.option(
     "--pairing",
     type=click.Choice(PAIRINGS),
@@ -28,7 +34,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
 )
 @click.option("--rows", type=click.IntRange(min=1), help="Number of rows to write.  [default: all combinations]")
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Number of images of each pair."
+    "--seeds",
+    type=click.IntRange(min=1),
+    help="Number of images of each pair. With --pairing cross, the seeds 0, 1, 2, ... are written into their rows: all "
+    "pairs start from the same noises, and 'generate --seed' has no effect.  "
+    "[default: one image, whose seed 'generate' derives]",
 )
 @click.option(
     "--pairing-seed",
@@ -37,16 +47,30 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".ti
     show_default=True,
     help="Chooses the sample of the pairings random and balanced.",
 )
+@click.option(
+    "--keep-duplicates",
+    is_flag=True,
+    help="Keep prompts that are equal to an earlier one. Without it, they are left out and counted.",
+)
 @click.option("--out", hidden=True, help="MANIFEST, as version 0.1 had it.")
 @json_option
 @debug_option
 def manifest(
-    target: str | None, prompts: str, references: str | None, out: str | None, as_json: bool, **pairing: Any
+    target: str | None,
+    prompts: str,
+    column: str | None,
+    references: str | None,
+    out: str | None,
+    as_json: bool,
+    **pairing: Any,
 ) -> None:
     """Pair prompts with references, and write the pairs as MANIFEST.
 
-    MANIFEST becomes a Parquet file.
+    MANIFEST becomes a Parquet file. The command tells what it has left out: equal prompts, and files that are no
+    image in a format that is read.
     """
+    from vcf_batch.manifest import image_files  # pyarrow and numpy are not needed to print a help text
+    from vcf_batch.manifest import prompts as prompt_files
     from vcf_batch.manifest.build import build
 
     if (target is None) == (out is None):
@@ -54,9 +78,28 @@ def manifest(
     if out is not None:
         click.echo("'--out FILE' will go in version 0.3: use 'vcf-batch manifest FILE'", err=True)
     target = storage.absolute(written := target or out or "")
-    images = images_in(references, target) if references else []
-    count = build(prompts_in(prompts), images, target, **pairing)
-    tell(f"{redact(written)}: {count:,} rows", {"manifest": redact(target), "rows": count}, as_json)
+    images = image_files.find(references, target) if references else image_files.ImageFiles((), {})
+    built = build(prompt_files.read(prompts, column), images.uris, target, **pairing)
+    duplicates = "duplicates kept" if pairing["keep_duplicates"] else "duplicates left out"
+    words = [
+        f"{redact(written)}: {built.rows:,} rows",
+        f"prompts: {built.prompts:,} ({duplicates}: {built.duplicates:,}, blank: {built.blank:,})",
+        f"references: {len(images.uris):,}" if references else "references: none; the rows are text only",
+        *images.told(),
+        "seeds: none is written; 'generate --seed' and the row's key decide each"
+        if built.seeds is None
+        else f"seeds: 0 to {built.seeds - 1} in the rows of each pair; 'generate --seed' does not change them",
+    ]
+    document = {
+        "manifest": redact(target),
+        **dataclasses.asdict(built),
+        "references": len(images.uris),
+        "skipped": {
+            reason: {"files": len(names), "first": names[: image_files.NAMES_SHOWN]}
+            for reason, names in images.skipped.items()
+        },
+    }
+    tell("\n".join(words), document, as_json)
 
 
 @click.command(cls=Command, params=[*generate.params])
@@ -131,28 +174,3 @@ def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, as
     previews.draw(run_config(ctx, output=out), rows, sweeps).save(picture, "png")
     storage.publish_bytes(target := storage.absolute(out), picture.getvalue())
     tell(redact(target), {"picture": redact(target)}, as_json)
-
-
-def prompts_in(file: str) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        UsageError: the file cannot be read.
-    """
-    try:
-        return storage.read_text(file).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from {file}: {error}") from error
-
-
-def images_in(folder: str, manifest: str) -> list[str]:
-    """The images below a folder, sorted: relative to the manifest's folder if they lie in it, else absolute.
-
-    Raises:
-        UsageError: the folder holds no image.
-    """
-    folder, base = storage.absolute(folder), storage.parent(storage.absolute(manifest)).rstrip("/") + "/"
-    names = sorted(name for name in storage.list_tree(folder) if name.lower().endswith(IMAGE_SUFFIXES))
-    if not names:
-        raise UsageError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return [storage.join(folder, name).removeprefix(base) for name in names]

@@ -8,10 +8,10 @@ import click
 
 from vcf_batch import config as settings
 from vcf_batch import storage
-from vcf_batch.cli.before import images_in, prompts_in
+from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
 from vcf_batch.cli.run import generate
-from vcf_batch.errors import UsageError, redact
+from vcf_batch.errors import UsageError, printable, redact
 from vcf_batch.models.resolution import PRESETS, TINY
 from vcf_batch.training.training_config import TrainingConfig
 
@@ -22,6 +22,7 @@ _DECIDED = (
     "manifest",
     "output",
     "push",
+    "prompt_column",
     "fusion",
     "strength",
     "pno_steps",
@@ -211,8 +212,9 @@ def assemble(
 
 @model.command(cls=Command, params=[option for option in generate.params if option.name not in _DECIDED])
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for manifest, samples, table and plot.")
-@click.option("--prompts", metavar="FILE", help="Text file, one prompt a line. Each is paired with every reference.")
-@click.option("--references", metavar="DIR", help="Folder of reference images.")
+@click.option("--prompts", metavar="FILE", help=f"{PROMPTS_HELP} Each prompt is paired with every reference.")
+@click.option("--prompt-column", "column", metavar="NAME", help=COLUMN_HELP)
+@click.option("--references", metavar="DIR", help=REFERENCES_HELP)
 @click.option(
     "--pairs",
     type=click.IntRange(min=1),
@@ -257,6 +259,7 @@ def evaluate(
     ctx: click.Context,
     out: str,
     prompts: str | None,
+    column: str | None,
     references: str | None,
     pairs: int,
     seeds: int,
@@ -273,13 +276,20 @@ def evaluate(
     """
     if (prompts is None) != (references is None):
         raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
+    if column is not None and prompts is None:
+        raise UsageError(f"--prompt-column {column} names a column of --prompts, which is not given")
     files = {"manifest": storage.join(out, "manifest.parquet"), "output": storage.join(out, "samples")}
     config = run_config(ctx, **files, limit=None, pno_steps=0)
     from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
+    from vcf_batch.manifest import image_files  # nor pyarrow
+    from vcf_batch.manifest import prompts as prompt_files
 
     chosen: Any = pairs
     if prompts is not None and references is not None:
-        chosen = evaluation.crossed(prompts_in(prompts), images_in(references, config.manifest))
+        images = image_files.find(references, config.manifest)
+        for line in images.told():
+            click.echo(printable(line), err=True)
+        chosen = evaluation.crossed(prompt_files.read(prompts, column), images.uris)
         config = config.replace(reference_root=(*config.reference_root, references))
     config = evaluation.write_manifest(config, chosen, seeds, sweep, pno_steps, pno_samples)
     run(config)

@@ -16,22 +16,12 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from vcf_batch.errors import RowError
 from vcf_batch.images import bounds, limits
 from vcf_batch.images.limits import LARGE_PIXELS
+from vcf_batch.images.signatures import LFS_POINTER, READ, SVG, XML, kind_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """File formats of references. The list is closed because Pillow also reads EPS, and EPS starts Ghostscript."""
 
 _LARGE = threading.Semaphore(2)
-
-_SIGNATURES = (
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG", "PNG"),
-    (8, b"WEBP", "WebP"),
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
-)
 
 _ORIENTATION_TAG = 0x0112
 
@@ -191,13 +181,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _not_readable(data: bytes, error: Exception) -> str:
     # For an unknown file Pillow's message contains a memory address, and so differs every time.
     reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-    for offset, signature, name in _SIGNATURES:
-        if data[offset : offset + len(signature)] == signature:
-            return f"the image is a damaged or truncated {name} file of {len(data)} bytes{reason}; replace it"
-    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith(b"version https://git-lfs"):
+    kind = kind_of(data)
+    if kind in READ:
+        return f"the image is a damaged or truncated {kind} file of {len(data)} bytes{reason}; replace it"
+    if kind == LFS_POINTER:
         return "the file is a Git LFS pointer, not the image it stands for; fetch it with 'git lfs pull'"
-    if start.startswith(b"<"):
-        what = "an SVG drawing" if b"<svg" in start else "a web page or XML text"
+    if kind in (SVG, XML):
+        what = "an SVG drawing" if kind == SVG else "a web page or XML text"
         return f"the file is {what}, not an image in one of {', '.join(FORMATS)}"
     return f"the file of {len(data)} bytes is not an image in one of {', '.join(FORMATS)}"

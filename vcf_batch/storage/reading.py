@@ -65,6 +65,20 @@ def read_bytes(url: str, limit: int | None = None, under: str | None = None) -> 
         return file.read(-1 if limit is None else limit)
 
 
+def read_start(url: str, count: int) -> bytes:
+    """The first ``count`` bytes of a file, all of a shorter one. Of a remote file no more than these are sent.
+
+    Some object stores refuse this for an empty file.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    if is_local(url):
+        return read_bytes(url, count)
+    fs, path = filesystem(url)
+    return retried("read", url, lambda: bytes(fs.cat_file(path, start=0, end=count)))[:count]
+
+
 def read_text(url: str) -> str:
     """The file's text, decoded from UTF-8.
 
