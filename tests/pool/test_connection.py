@@ -1,5 +1,7 @@
 """Connecting to Ray, and what is told where Ray does not start."""
 
+import os
+
 import pytest
 import ray
 from ray.exceptions import AuthenticationError
@@ -68,3 +70,28 @@ def test_a_home_that_cannot_be_written_is_told_with_what_to_do(monkeypatch: pyte
     starting(monkeypatch, OSError(30, "Read-only file system", "/home/vcf/.ray"))
     with pytest.raises(UsageError, match=r"'/home/vcf/\.ray'.*HOME.*RAY_AUTH_TOKEN"), connection.cluster("local"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"TMPDIR": "/scratch/somebody/job"}, None),
+        ({"TMPDIR": "/tmp/josé"}, "/tmp"),
+        ({"TMPDIR": "/scratch/somebody/job-123456789/temporary"}, "/tmp"),
+        ({"TMPDIR": "/tmp/josé", "RAY_TMPDIR": "/mnt/ray"}, "/mnt/ray"),
+    ],
+)
+def test_ray_gets_a_folder_that_it_can_use(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str | None
+) -> None:
+    """Its files lie below TMPDIR, unless that is not ASCII or too long for the names of its sockets."""
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with connection.cluster(None):
+        assert os.environ.get("RAY_TMPDIR") == expected

@@ -15,6 +15,9 @@ _log = logging.getLogger(__name__)
 STARTS = 2
 """Most starts of a local cluster, if Ray's own processes are not up within the 30 seconds that it gives them."""
 
+MAX_TMPDIR_BYTES = 39
+"""Longest TMPDIR below which the names of Ray's sockets, 68 bytes more, keep Linux's limit of 107."""
+
 _TIMED_OUT = "timed out during startup"
 """Ray's words for that, in an exception without a class of its own."""
 
@@ -35,6 +38,20 @@ def _own_sigterm() -> Iterator[None]:
         ray._private.utils.set_sigterm_handler = take
 
 
+def _use_short_folder() -> None:
+    """Let Ray keep its files in ``/tmp`` where it cannot use ``TMPDIR``: it takes short ASCII names only."""
+    folder = os.environ.get("TMPDIR", "")
+    if "RAY_TMPDIR" in os.environ or (folder.isascii() and len(folder) <= MAX_TMPDIR_BYTES):
+        return
+    _log.warning(
+        "Ray keeps its own files in /tmp, because TMPDIR, %s, is not ASCII or longer than %d bytes. RAY_TMPDIR names "
+        "another folder.",
+        folder,
+        MAX_TMPDIR_BYTES,
+    )
+    os.environ["RAY_TMPDIR"] = "/tmp"
+
+
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one.
@@ -47,6 +64,7 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _use_short_folder()
     refused = f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:
@@ -62,7 +80,7 @@ def cluster(address: str | None) -> Iterator[None]:
         except OSError as error:
             raise UsageError(
                 f"Ray cannot start on this machine: {error}. It keeps its token below HOME and its other files below "
-                "TMPDIR: make both writable, or give it a token in RAY_AUTH_TOKEN"
+                "RAY_TMPDIR, TMPDIR or /tmp: make both writable, or give it a token in RAY_AUTH_TOKEN"
             ) from error
         except Exception as error:
             if _TIMED_OUT not in str(error):
