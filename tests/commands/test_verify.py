@@ -163,7 +163,10 @@ CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "a bit of a parquet": (flip(".parquet", b"PAR1", 40), "00001: 00001.parquet"),
     "a bit of a parquet's footer": (flip(".parquet", b"clip_score", 1), "00001: 00001.parquet"),
     "a tar cut short": (cut, "00001: 00001.tar has 3000 bytes, its receipt says"),
-    "a tar cut short, hashes to match": (cut_to_match, "00001: 00001.tar cannot be read: it ends at byte 7,656, within s6.png"),
+    "a tar cut short, hashes to match": (
+        cut_to_match,
+        "00001: 00001.tar cannot be read: it ends at byte 7,656, within s6.png",
+    ),
     "no tar": (lambda output: (output / "00001.tar").unlink(), "00001: 00001.tar is missing"),
     "no parquet": (lambda output: (output / "00001.parquet").unlink(), "00001: 00001.parquet is missing"),
     "no receipt": (lambda output: (output / "00001_stats.json").unlink(), "00001: it has no receipt"),

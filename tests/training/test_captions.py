@@ -18,7 +18,8 @@ from support import runs
 from support.captioned import texts, write_captioned, write_tar
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
-from vcf_batch.training.captions import CaptionedData, CaptionedImage, Piece, cut
+from vcf_batch.training.captions import CaptionedData, Piece, cut
+from vcf_batch.training.tar_samples import CaptionedImage
 
 
 def read(url: object, **columns: Any) -> list[CaptionedImage]:
@@ -170,8 +171,8 @@ def refusal(url: object, **columns: Any) -> str:
 
 
 def test_what_is_no_captioned_data_is_refused(tmp_path: Path) -> None:
-    assert "holds no .tar or .parquet file; training data is" in refusal(tmp_path / "nowhere")
-    assert "cannot be read" in refusal(tmp_path / "nowhere.tar")
+    for name in ("nowhere", "nowhere.tar"):
+        assert f"{name}: there is no such file or folder; training data is" in refusal(tmp_path / name)
     write_tar(tmp_path / "a" / "0.tar", {"0.txt": "no image"})
     assert "holds no image with a caption; training data is" in refusal(tmp_path / "a")
     pq.write_table(pa.table({"prompt": ["x"], "id": [1]}), tmp_path / "x.parquet")

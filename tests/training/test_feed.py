@@ -10,8 +10,9 @@ import pytest
 
 from support.captioned import texts, write_captioned
 from vcf_batch.errors import RowError, UsageError
-from vcf_batch.training.captions import CaptionedData, CaptionedImage
+from vcf_batch.training.captions import CaptionedData
 from vcf_batch.training.feed import Feed, shuffled
+from vcf_batch.training.tar_samples import CaptionedImage
 
 
 def caption(pair: CaptionedImage, rng: random.Random) -> str:

@@ -28,7 +28,7 @@ _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 class Member:
     """A member of a tar. Its content can be read once, before the next member is asked for."""
 
-    def __init__(self, file: "_Place", name: str, size: int, is_file: bool) -> None:
+    def __init__(self, file: "_Position", name: str, size: int, is_file: bool) -> None:
         self._file, self.name, self.size, self.is_file = file, name, size, is_file
 
     def read(self, limit: int | None = None) -> bytes:
@@ -48,7 +48,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
     Raises:
         tarfile.ReadError: it is no tar, is cut short or damaged, or goes on behind its end.
     """
-    place = _Place(file)
+    place = _Position(file)
     defaults: dict[str, str] = {}
     own: dict[str, str] = {}
     extended = False
@@ -89,7 +89,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
         place.skip_to(start + _padded(size))
 
 
-class _Place:
+class _Position:
     """A file with the number of bytes that were read or skipped."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -16,6 +16,9 @@ LOG = "log.csv"
 ALIGNER, STATE = "aligner", "state.pt"
 """Names in a checkpoint: the ImageAligner directory, and the file with the state to resume from."""
 
+CHECKPOINTS = "checkpoints"
+"""Name of the checkpoints' folder in the output."""
+
 VALIDATION_SHARE = 20
 """One of :data:`VALIDATION_SHARE` pairs is held out by default, and at most :data:`MAX_VALIDATION` pairs in all."""
 MAX_VALIDATION = 1000
@@ -66,6 +69,11 @@ class TrainingJob:
         return sum(map(len, self.training))
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What has to be told about the data, a line each."""
+        return tuple(dict.fromkeys((*self.data.remarks, *self.validation_data.remarks)))
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.pairs // self.config.batch_size
 
@@ -84,6 +92,11 @@ class TrainingJob:
             "model_id": self.parts.base.identity,
             "image_encoder_id": encoder.identity,
         }
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's folder in :data:`CHECKPOINTS`."""
+    return f"step-{step:08d}"
 
 
 def read_log(out: str) -> list[dict[str, float]]:
