@@ -68,7 +68,7 @@ def find(url: str) -> Found:
         raise UsageError(f"the braces in {url} stand for more than {MOST_FILES:,} names")
     found = Found()
     with ThreadPoolExecutor(_THREADS) as threads:
-        for each in threads.map(_find_one, names):
+        for each in threads.map(_find_one, dict.fromkeys(names)):
             found.sizes |= each.sizes
             found.remarks += each.remarks
     kinds = {is_tar(file) for file in found.sizes}
@@ -80,7 +80,8 @@ def find(url: str) -> Found:
 def braces(text: str) -> Iterator[str]:
     """Yield the names that a text with braces stands for: ``{000..127}``, ``{0..8..2}``, ``{a..c}`` and ``{a,b}``.
 
-    As in WebDataset, the numbers have the digits of the longer bound if one of the bounds begins with 0.
+    As in WebDataset, the numbers have the digits of the longer bound if one of several digits
+    begins with 0. A name that nested braces give twice is given twice.
     """
     match = _BRACES.search(text)
     if match is None:
@@ -89,7 +90,8 @@ def braces(text: str) -> Iterator[str]:
     first, last, step, letter, last_letter, listed = match.groups()
     options: Iterable[str]
     if first:
-        digits = max(len(first), len(last)) if "0" in (first[0], last[0]) else 1
+        padded = any(len(bound) > 1 and bound[0] == "0" for bound in (first, last))
+        digits = max(len(first), len(last)) if padded else 1
         options = (f"{number:0{digits}}" for number in _range(int(first), int(last), int(step or 1) or 1))
     elif letter:
         options = map(chr, _range(ord(letter), ord(last_letter), 1))
