@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from vcf_batch import storage
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.training import data_files, tar_samples
 from vcf_batch.training.data_files import LAYOUTS
@@ -193,16 +194,16 @@ class CaptionedData:
 
 def _remarks(contents: dict[str, TarContents]) -> Iterator[str]:
     """What has to be told about the samples of tars, in a line for each kind."""
-    for number, name, what in (
-        ("lonely_images", "first_image", "images are left out that have no KEY.txt or KEY.json beside them"),
-        ("lonely_texts", "first_text", "texts are left out that have no image beside them"),
-        ("repeated", "first_repeated", "pairs have a key that occurs twice in their tar, and each of them is used"),
+    for number, name, begin, noun, rest in (
+        ("lonely_images", "first_image", "left out: ", "image", "without KEY.txt or KEY.json beside it"),
+        ("lonely_texts", "first_text", "left out: ", "text", "without an image beside it"),
+        ("repeated", "first_repeated", "", "pair", "with a key that occurs before in its tar; each occurrence is used"),
     ):
         having = [(file, getattr(content, name)) for file, content in contents.items() if getattr(content, number)]
         if having:
             total = sum(getattr(content, number) for content in contents.values())
             file, key = having[0]
-            yield f"{total:,} {what}; the first is {key} in {file}"
+            yield f"{begin}{plural(total, noun)} {rest}; the first is {key} in {file}"
     apart = sum(content.apart for content in contents.values())
     if apart:
         yield (

@@ -88,9 +88,8 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
     pipeline = load(parts, dtype, aligner=trained)
     for part, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
-            _refuse_not_finite(
-                component, f"the aligner {aligner}" if component is trained else f"the part {part}", dtype
-            )
+            name = f"the aligner {aligner}" if component is trained else f"the part {part} of {parts.base.name}"
+            _refuse_not_finite(component, name, dtype)
     base = fetch(parts.base)
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         pipeline.save_pretrained(scratch)
@@ -109,8 +108,8 @@ def _refuse_not_finite(part: torch.nn.Module, name: str, dtype: torch.dtype) -> 
     for weight, value in part.named_parameters():
         if not value.isfinite().all():
             raise ModelError(
-                f"{name} has weights that are not finite: {weight}, in {dtype}. A training that diverged wrote them, or "
-                "they are too large for this precision: use another checkpoint, or --dtype float32"
+                f"{name} has weights that are not finite: {weight}, in {dtype}. A training that diverged wrote them, "
+                "or they are too large for this precision: use another checkpoint, or --dtype float32"
             )
 
 
