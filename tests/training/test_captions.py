@@ -215,7 +215,7 @@ def all_or_told(path: Path, whole: list[str]) -> bool:
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_a_damaged_tar_is_never_read_as_a_shorter_one(suffix: str, tmp_path: Path) -> None:
-    """Cut at every border of blocks or anywhere, or with any bit flipped: all pairs are there, or the damage is told."""
+    """Cut at any border of blocks or elsewhere, or with any bit flipped: all pairs are there, or the damage is told."""
     path, rng = tmp_path / f"x{suffix}", random.Random(0)
     members = {f"{n}.{kind}": f"{kind} {n}" for n in range(8) for kind in ("jpg", "txt")}
     content = write_tar(path, members, "w:gz" if suffix.endswith("gz") else "w").read_bytes()
@@ -330,11 +330,11 @@ def test_what_is_left_out_of_tars_is_counted_and_named(tmp_path: Path) -> None:
             tar.addfile(member, io.BytesIO(str(number).encode()))
     data = CaptionedData.open(str(tmp_path))
     assert texts(data.read(data.files)) == ["1", "5", "7"]
-    lines = [re.sub(r" in .*x.tar$", "", remark) for remark in data.remarks]
+    lines = [re.sub(r" in \S*x.tar$", "", remark) for remark in data.remarks]
     assert lines == [
-        "1 images are left out that have no KEY.txt or KEY.json beside them; the first is 1",
-        "1 texts are left out that have no image beside them; the first is 2",
-        "2 pairs have a key that occurs twice in their tar, and each of them is used; the first is 0",
+        "left out: 1 image without KEY.txt or KEY.json beside it; the first is 1",
+        "left out: 1 text without an image beside it; the first is 2",
+        "2 pairs with a key that occurs before in its tar; each occurrence is used; the first is 0",
     ]
 
 
