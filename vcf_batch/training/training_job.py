@@ -114,11 +114,12 @@ def read_log(out: str) -> list[dict[str, float]]:
 
 
 def describe(row: dict[str, Any], steps: int) -> str:
-    """One validation in one line of text."""
+    """One validation in one line of text, with the number of broken pairs before it, if there were any."""
+    broken = f"; {row['broken_pairs']:,} broken pairs left out before it" if row["broken_pairs"] else ""
     return (
         f"step {row['step']:,.0f} of {steps:,}: validation loss {row['validation_loss']:.4f} (InfoNCE "
         f"{row['validation_info_nce']:.4f}, reconstruction {row['validation_reconstruction']:.4f}), recall@1 "
-        f"{row['recall_at_1']:.1%}, recall@5 {row['recall_at_5']:.1%}"
+        f"{row['recall_at_1']:.1%}, recall@5 {row['recall_at_5']:.1%}{broken}"
     )
 
 
