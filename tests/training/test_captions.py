@@ -243,7 +243,7 @@ def test_all_damaged_files_are_named_before_the_training(tmp_path: Path) -> None
     told = refusal(tmp_path)
     assert re.search(r"1\.tar cannot be read: it goes on at byte 10,240, behind the end .*a file of its own", told)
     assert "3.tar cannot be read: it ends at byte 1,024, where a header or the end" in told
-    assert told.endswith("2 of 5 files cannot be used")
+    assert told.startswith("2 of 5 files cannot be used, among them\n")
 
 
 def test_a_file_that_loses_pairs_during_a_training_ends_it(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
             elif kind == _LONG_NAME:
                 own["path"] = _text(data)
             extended = kind != _GLOBAL_HEADER
-            place.skip_to(begin + BLOCK + _padded(size))
+            place.skip_to(begin + BLOCK + _padded(size), "within an extended header")
             continue
         named = defaults | own
         own, extended = {}, False
@@ -86,7 +86,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
         name = named.get("path") or _name(header)
         start = place.at
         yield Member(place, name, size, kind in _FILES and not name.endswith("/"))
-        place.skip_to(start + _padded(size))
+        place.skip_to(start + _padded(size), f"within {name}")
 
 
 class _Position:
@@ -114,14 +114,14 @@ class _Position:
     def block(self, where: str) -> bytes:
         return self.exactly(BLOCK, where)
 
-    def skip_to(self, place: int) -> None:
+    def skip_to(self, place: int, where: str) -> None:
         """Go on to a place further on, which has to lie in the file."""
         if self._seekable and place - self.at > BLOCK:
             self.file.seek(self._origin + place - 1)
             self.at = place - 1
         while self.at < place:
             if not self.read(min(place - self.at, _CHUNK)):
-                raise self._short("within a member")
+                raise self._short(where)
 
     def finish(self, begin: int) -> None:
         """Check what follows the first block of zeros, to the end of the file."""

@@ -98,8 +98,8 @@ class CaptionedData:
             looked = list(threads.map(empty._look, found.sizes))
         broken = [error for error, _, _ in looked if error]
         if broken:
-            others = f"; {len(broken):,} of {len(looked):,} files cannot be used" if len(broken) > 1 else ""
-            raise UsageError("\n".join(broken[:_NAMED]) + others)
+            many = f"{len(broken):,} of {len(looked):,} files cannot be used, among them" if len(broken) > 1 else ""
+            raise UsageError("\n".join(filter(None, (many, *broken[:_NAMED]))))
         contents = [content for _, content, _ in looked]
         remarks = (*found.remarks, *_remarks(dict(zip(found.sizes, contents, strict=True))))
         counts = [content.pairs for content in contents]
