@@ -93,8 +93,8 @@ def list_models(as_json: bool) -> None:
     "--data",
     required=True,
     metavar="URL",
-    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, the committed tars "
-    "of an output, or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
+    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, the committed "
+    "tars of an output, or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
     "'s3://bucket/train-*.tar'.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for the aligner, its checkpoints and its log.")
