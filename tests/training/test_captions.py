@@ -270,7 +270,7 @@ def test_odd_members_leave_out_their_pair_alone(tmp_path: Path) -> None:
         "empty.txt": " \n",
         "latin.txt": "caf\xe9".encode("latin-1"),
         "utf16.txt": "no mark".encode("utf-16-le"),
-        "large.txt": b"x" * (tar_samples.MAX_TEXT_BYTES + 1),
+        "large.txt": b"x" * (tar_samples.MAX_CAPTION_BYTES + 1),
         "good.txt": "good",
     }
     paired = {name: content for text, body in members.items() for name, content in ((text, body), (jpg(text), b"a"))}

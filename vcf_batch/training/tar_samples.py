@@ -25,7 +25,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentenc
 """Names of captions in Parquet files and JSON. The first one that has any is used."""
 TEXT_FIELDS = ("raw", *CAPTION_COLUMNS)
 """Names of the text in a struct."""
-MAX_TEXT_BYTES = 1 << 24
+MAX_CAPTION_BYTES = 1 << 24
 """Largest text or JSON member that is read."""
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -131,8 +131,8 @@ def _pair(name: str, members: dict[str, tuple[int, bytes]]) -> CaptionedImage:
         if kind in members:
             size, data = members[kind]
             texts, found = of(data)
-            if size > MAX_TEXT_BYTES:
-                texts, found = (), f"it has {size:,} bytes, more than {MAX_TEXT_BYTES:,}"
+            if size > MAX_CAPTION_BYTES:
+                texts, found = (), f"it has {size:,} bytes, more than {MAX_CAPTION_BYTES:,}"
             if texts:
                 return CaptionedImage(name, image, texts)
             problem = problem or f"KEY.{kind} has no caption: {found}"
@@ -202,7 +202,7 @@ def _groups(
 
 
 def _content(member: Member, kind: str) -> bytes:
-    limit = MAX_REFERENCE_BYTES if kind in _IMAGES else MAX_TEXT_BYTES
+    limit = MAX_REFERENCE_BYTES if kind in _IMAGES else MAX_CAPTION_BYTES
     return b"" if member.size > limit else member.read()
 
 
