@@ -271,6 +271,7 @@ def test_odd_members_leave_out_their_pair_alone(tmp_path: Path) -> None:
         "latin.txt": "caf\xe9".encode("latin-1"),
         "utf16.txt": "no mark".encode("utf-16-le"),
         "large.txt": b"x" * (tar_samples.MAX_CAPTION_BYTES + 1),
+        "long.txt": "x" * 100_001,
         "good.txt": "good",
     }
     paired = {name: content for text, body in members.items() for name, content in ((text, body), (jpg(text), b"a"))}
@@ -280,7 +281,8 @@ def test_odd_members_leave_out_their_pair_alone(tmp_path: Path) -> None:
     reasons = {
         "surrogate": "half of a surrogate pair", "nested": "nested too deeply", "list": "no object",
         "broken": "no JSON", "empty": "is empty", "latin": "not utf-8 at byte 3; write texts as UTF-8",
-        "utf16": "not UTF-8 text at byte 1", "large": "16,777,217 bytes, more than",
+        "utf16": "not UTF-8 text at byte 1", "long": "100,001 bytes, more than 100,000",
+        "large": "16,777,217 bytes, more than",
     }  # fmt: skip
     for key, reason in reasons.items():
         assert not found[key].captions and reason in found[key].problem, key

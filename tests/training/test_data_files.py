@@ -1,6 +1,9 @@
 """Which files a name stands for: braces, patterns, folders, outputs of this project, and what is none of these."""
 
+import functools
 import re
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 from support import runs
 from vcf_batch.errors import UsageError
-from vcf_batch.training.data_files import braces, find
+from vcf_batch.training.data_files import braces, file_name, find, is_tar
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -122,3 +125,23 @@ def test_of_an_output_the_committed_tars_are_read(tmp_path: Path) -> None:
     assert found(out / "00001.tar") == ["out/00001.tar"], "what is named itself is meant"
     (out / "00000.tar").write_bytes(b"cut")
     assert "has 1 damaged shards, the first 00000: " in refusal(out)
+
+
+def test_web_addresses_are_named_one_by_one_or_by_braces(tmp_path: Path) -> None:
+    """``?`` begins a query there: it is no pattern, no part of the ending, and no part of the data's identity."""
+    files(tmp_path, "0.tar", "1.tar")
+    site = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietSite, directory=str(tmp_path)))
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{site.server_port}"
+    try:
+        assert [*find(f"{url}/{{0..1}}.tar?sig=a").sizes] == [f"{url}/0.tar?sig=a", f"{url}/1.tar?sig=a"]
+        assert file_name(f"{url}/0.tar?sig=a") == "0.tar" and is_tar(f"{url}/0.tar?sig=a")
+        assert "there is no such file or folder" in refusal(f"{url}/*.tar")
+    finally:
+        site.shutdown()
+        site.server_close()
+
+
+class QuietSite(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -106,7 +106,7 @@ class CaptionedData:
         if not sum(counts):
             raise UsageError("\n".join((f"{url} holds no image with a caption; {LAYOUTS}", *remarks)))
         names = [
-            [storage.name(file), size, content.pairs, checksum]
+            [data_files.file_name(file), size, content.pairs, checksum]
             for (file, size), (_, content, checksum) in zip(found.sizes.items(), looked, strict=True)
         ]
         identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()

@@ -46,6 +46,11 @@ def is_tar(url: str) -> bool:
     return _path(url).endswith(TARS)
 
 
+def file_name(url: str) -> str:
+    """Name of a file; of a web address without its query, which may be signed anew each day."""
+    return storage.name(url.partition("?")[0] if url.startswith(_WEB) else url)
+
+
 def find(url: str) -> Found:
     """The files that ``url`` stands for, in the order of braces, and of names where a folder or a pattern is listed.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from vcf_batch import storage
+from vcf_batch.manifest.contract import MAX_TEXT_BYTES
 from vcf_batch.manifest.references import MAX_REFERENCE_BYTES
 from vcf_batch.storage import tar
 from vcf_batch.storage.tar import Member
@@ -250,11 +251,11 @@ def usable(*values: Any) -> Caption:
         except RecursionError:
             problem = "it is nested too deeply"
             continue
-        whole = tuple(text for text in texts if not _is_broken(text))
+        whole = tuple(text for text in texts if not _flaw(text))
         if whole:
             return whole, ""
         if texts:
-            problem = f"{texts[0][:40]!r} has half of a surrogate pair, which is no text"
+            problem = _flaw(texts[0])
     return (), problem
 
 
@@ -269,5 +270,10 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
+def _flaw(text: str) -> str:
+    """The reason why a text can be no caption; empty if it can."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return f"{text[:40]!r} has half of a surrogate pair, which is no text"
+    return f"it has {size:,} bytes, more than {MAX_TEXT_BYTES:,}" if size > MAX_TEXT_BYTES else ""
