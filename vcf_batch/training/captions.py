@@ -164,7 +164,8 @@ class CaptionedData:
                     for batch in file.iter_batches(_ROWS_PER_READ, [group], [image, *captions], use_threads=False):
                         for row in range(batch.num_rows):
                             if piece.start <= number < piece.stop:
-                                yield _row(batch, row, f"{piece.url} row {number}", image, captions)
+                                name = tar_samples.place(piece.url, f"row {number}")
+                                yield _row(batch, row, name, image, captions)
                             number += 1
                 first = stop
 

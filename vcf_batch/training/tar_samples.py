@@ -115,7 +115,12 @@ def read(url: str, start: int, stop: int) -> Iterator[CaptionedImage]:
         pairs = ((key, members) for key, members in samples if _is_pair(members))
         for number, (key, members) in enumerate(itertools.islice(pairs, stop)):
             if number >= start:
-                yield _pair(f"{url} {key}", members)
+                yield _pair(place(url, key), members)
+
+
+def place(url: str, where: str) -> str:
+    """The name of a pair, for messages. Names of files and members may be any bytes; what is no text is escaped."""
+    return f"{url} {where}".encode(errors="backslashreplace").decode()
 
 
 def _is_pair(kinds: Collection[str]) -> bool:
@@ -124,7 +129,6 @@ def _is_pair(kinds: Collection[str]) -> bool:
 
 def _pair(name: str, members: dict[str, tuple[int, bytes]]) -> CaptionedImage:
     size, image = next(content for kind, content in members.items() if kind in _IMAGES)
-    name = name.encode(errors="backslashreplace").decode()
     if size > MAX_REFERENCE_BYTES:
         return CaptionedImage(name, b"", (), f"its image has {size:,} bytes, more than {MAX_REFERENCE_BYTES:,}")
     problem = ""
