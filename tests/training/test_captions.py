@@ -317,7 +317,8 @@ def test_a_text_without_caption_leaves_it_to_the_json(tmp_path: Path) -> None:
 def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
     """The name of a member or a file may be any bytes: it can be printed, and begin a random generator."""
     write_tar(tmp_path / "x.tar", {"\udcff.jpg": b"a", "\udcff.txt": "x"})
-    pq.write_table(pa.table({"image": [b"a"], "caption": ["x"]}), tmp_path / "\udcff.parquet")
+    pq.write_table(pa.table({"image": [b"a"], "caption": ["x"]}), buffer := io.BytesIO())
+    (tmp_path / "\udcff.parquet").write_bytes(buffer.getvalue())
     for file in ("x.tar", "\udcff.parquet"):
         (pair,) = read(tmp_path / file)
         assert pair.name.encode() and pair.captions == ("x",)
