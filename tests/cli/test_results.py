@@ -46,6 +46,26 @@ def test_a_report_writes_the_files_that_are_named(output: Path, tmp_path: Path) 
     assert document("report", output, "--png", picture) == {"picture": str(picture)}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("report", "{}", "--png", "sheet.jpg"), ".png"),
+        (("report", "{}", "--out", "page.png"), ".html"),
+        (("report", "{}", "--out", "page.html.gz"), ".html"),
+        (("contact-sheet", "{}", "--out", "sheet.webp"), ".png"),
+        (("preview", "no.parquet", "--out", "sheet.JPG"), ".png"),
+    ],
+)
+def test_no_file_is_written_under_the_name_of_another_kind(
+    arguments: tuple[str, ...], wanted: str, output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A PNG is not written as x.jpg, nor a page as x.png: exit code 2 with the ending to use, before any work."""
+    monkeypatch.chdir(tmp_path)
+    result = call(*(argument.format(output) for argument in arguments))
+    assert result.exit_code == 2 and f"give it a name that ends in {wanted}" in result.stderr
+    assert not (tmp_path / arguments[-1]).exists()
+
+
 def test_the_picture_of_a_report_takes_a_manifest_that_has_moved(output: Path, tmp_path: Path) -> None:
     (tmp_path / "in").rename(tmp_path / "moved")
     picture = tmp_path / "sheet.png"

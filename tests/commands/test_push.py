@@ -146,7 +146,7 @@ def test_a_receipt_that_goes_during_a_push_is_named(
 def test_a_damaged_shard_is_not_handed_on(output: Output, tmp_path: Path) -> None:
     tar = Path(output.url, "00001.tar")
     data = bytearray(tar.read_bytes())
-    data[-600] ^= 1
+    data[len(data.rstrip(b"\0"))] ^= 1  # padding of the last member, at which no reader looks
     tar.write_bytes(data)
     with pytest.raises(DamageFound, match=r"00001\.tar does not match its receipt"):
         push(output, str(tmp_path / "there"))
@@ -219,6 +219,11 @@ def test_nothing_of_anybody_elses_is_replaced(output: Output, tmp_path: Path) ->
     """Neither another run nor a card; one's own card is handed on as it is."""
     with pytest.raises(UsageError, match="the output itself"):
         push(output, output.url + "/")
+    (tmp_path / "link").symlink_to(output.url)
+    for inside in (f"{output.url}/sub", f"{output.url}/../out/a/b", f"{tmp_path}/link/sub"):
+        with pytest.raises(UsageError, match=r"lies in the output .*; name a place outside of it"):
+            push(output, inside)
+    assert not (Path(output.url) / "sub").exists()
     runs.write_output(runs.write_manifest(tmp_path / "in2", 5), tmp_path / "other", 4)
     with pytest.raises(RefusedError, match="holds another run"):
         push(output, str(tmp_path / "other"))
@@ -241,6 +246,8 @@ def test_generate_pushes_what_it_has_generated(output: Output, tmp_path: Path, m
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.output.splitlines()[-1]) == (0, f"{tmp_path}/there: 3 shards copied, 0 were there")
     monkeypatch.setattr(pool, "run", lambda *_: Summary(output.url, 10, counts | {"failed": 1}, 0, 1.0))  # type: ignore[arg-type]
+    result = CliRunner().invoke(main, [*arguments[:-1], output.url + "/sub"])
+    assert result.exit_code == 2 and "lies in the output" in result.output, "before the run, not after it"
     result = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "nowhere")])
     assert (result.exit_code, (tmp_path / "nowhere").exists()) == (3, False)
 

@@ -152,14 +152,21 @@ def move(files: runs.Files, name: str, place: int) -> None:
 
 CORRUPTIONS: dict[str, tuple[Corruption, str]] = {
     "a bit of an image": (flip(".tar", b"\x89PNG", 60), "00001: s4.png in 00001.tar has another sha256"),
-    "a bit of a tar header": (flip(".tar", b"s6.png"), "00001: 00001.tar ends, or has a damaged header, where s6.png"),
-    "a bit of the first tar header": (flip(".tar", b"s4.png"), "00001: 00001.tar cannot be read: bad checksum"),
-    "a bit that no reader looks at": (flip(".tar", bytes(1000), 999), "00001: 00001.tar has the sha256"),
+    "a bit of a tar header": (flip(".tar", b"s6.png"), "00001: 00001.tar cannot be read: the header at byte 6,656 has"),
+    "a bit of the first tar header": (
+        flip(".tar", b"s4.png"),
+        "00001: 00001.tar cannot be read: the header at byte 0 has a wrong sum",
+    ),
+    "a bit that no reader looks at": (flip(".tar", b"}" + bytes(9), 9), "00001: 00001.tar has the sha256"),
+    "a bit behind the end": (flip(".tar", bytes(2000), 1999), "00001: 00001.tar cannot be read: it goes on at byte"),
     "a bit of a prompt": (flip(".tar", b"green", 1), "00001: "),
     "a bit of a parquet": (flip(".parquet", b"PAR1", 40), "00001: 00001.parquet"),
     "a bit of a parquet's footer": (flip(".parquet", b"clip_score", 1), "00001: 00001.parquet"),
     "a tar cut short": (cut, "00001: 00001.tar has 3000 bytes, its receipt says"),
-    "a tar cut short, hashes to match": (cut_to_match, "00001: 00001.tar cannot be read: unexpected end of data"),
+    "a tar cut short, hashes to match": (
+        cut_to_match,
+        "00001: 00001.tar cannot be read: it ends at byte 7,656, within s6.png",
+    ),
     "no tar": (lambda output: (output / "00001.tar").unlink(), "00001: 00001.tar is missing"),
     "no parquet": (lambda output: (output / "00001.parquet").unlink(), "00001: 00001.parquet is missing"),
     "no receipt": (lambda output: (output / "00001_stats.json").unlink(), "00001: it has no receipt"),

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,18 @@ def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, logged: io.Stri
     assert first.startswith("60 of 100 samples (60%), ")
     assert first.endswith(" left, 3 failed, lpips 0.250, 2 workers")
     assert second == "a worker died"
+
+
+def test_a_rate_is_never_negative(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:
+    """What had been done may have to be done again, as by a training that resumes from an earlier checkpoint."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    seconds = iter(range(100))
+    with Progress(100, 60, now=lambda: float(next(seconds))) as shown:
+        shown.update(40, 0, 1)
+        shown.update(50, 0, 1)
+    first, second = logged.getvalue().splitlines()
+    assert first.startswith("40 of 100 samples (40%), 0.00 a second, time left unknown")
+    assert re.match(r"50 of 100 samples \(50%\), [1-9][.0-9]* a second, [0-9.]+s left", second)
 
 
 def test_a_log_is_not_flooded(logged: io.StringIO) -> None:

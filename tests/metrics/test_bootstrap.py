@@ -21,7 +21,15 @@ def paired(count: int, repeats: int = 1) -> Bootstrap:
 
 
 def bounds(interval: Interval) -> tuple[float, float, float]:
+    assert interval.low is not None and interval.high is not None
     return interval.value, interval.low, interval.high
+
+
+def test_one_sample_has_no_interval() -> None:
+    """Nothing can be resampled from one: an interval of width 0 would promise certainty."""
+    assert Bootstrap(["a"], ["b"]).mean([0.5]) == Interval(0.5, None, None)
+    assert Bootstrap(["a"], ["b"]).ratio([0.5], [0.25]) == Interval(2, None, None)
+    assert bounds(Bootstrap(["a", "a"], ["b", "b"]).mean([0.0, 1.0])) == (0.5, 0, 1)
 
 
 @given(scores)

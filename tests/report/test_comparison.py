@@ -57,3 +57,13 @@ def test_a_missing_matplotlib_is_told_with_its_remedy(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'vcf-batch\[plots\]'"):
         comparison.require_matplotlib()
+
+
+def test_a_score_without_interval_has_no_brackets() -> None:
+    """The tables and the plot of a single pair give its score alone."""
+    alone = {name: Interval(0.25, None, None) for name in comparison.TABLE_SCORES}
+    relative = dict.fromkeys(comparison.RELATIVE, Interval(0.9, None, None))
+    lines = [Line("text only", "concat", 0.0, 1, alone, relative, {})]
+    assert comparison.tables(lines).splitlines()[2] == "| text only | 0 | 1 | 0.250 | 90% | 0.250 | 90% | 0.250 |"
+    pytest.importorskip("matplotlib")
+    assert Image.open(io.BytesIO(comparison.plot(lines)["png"])).format == "PNG"

@@ -8,7 +8,7 @@ import pytest
 
 from support import runs
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, shards
@@ -73,3 +73,13 @@ def test_the_sheet_reads_no_further_than_it_shows(output: Path, monkeypatch: pyt
 def test_an_output_without_a_shard_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished shard"):
         contact_sheet.contact_sheet(str(tmp_path))
+
+
+def test_a_damaged_tar_is_told_and_not_shown_as_failures(output: Path) -> None:
+    """Rows behind a damaged header did not fail: the sheet is refused as damage, with the command that looks closer."""
+    tar = output / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"000000003.png")] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(DamageFound, match=r"00000\.tar cannot be read: the header at byte .*'vcf-batch verify'"):
+        contact_sheet.contact_sheet(str(output))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vcf_batch.training.captions import CaptionedImage
+from vcf_batch.training.tar_samples import CaptionedImage
 
 
 def write_tar(path: Path, members: Mapping[str, bytes | str], mode: str = "w") -> Path:

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vcf_batch.errors import VcfBatchError
-from vcf_batch.training.alignment import MIN_TEMPERATURE, Alignment, Trainer, recall, summed
+from vcf_batch.training.alignment import MIN_TEMPERATURE, Alignment, Diverged, Trainer, recall, summed
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.vcf.aligner import ImageAligner, alignment_loss
 
@@ -142,8 +141,33 @@ def test_state_goes_on_where_it_was() -> None:
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     trainer, _ = train(recipe(), 1)
     vision, text = batch()
-    with pytest.raises(VcfBatchError, match="the loss is nan in step 2: use a lower --learning-rate"):
+    with pytest.raises(Diverged, match="the loss is nan in step 2"):
         trainer.step(vision * float("nan"), text)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were() -> None:
+    """The loss may be finite where its gradient is not: the step is not taken."""
+    trainer, _ = train(recipe(), 1)
+    before = [weight.clone() for weight in trainer.alignment.parameters()]
+    next(iter(trainer.alignment.aligner.parameters())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(Diverged, match=r"the norm of the gradient is (nan|inf) in step 2"):
+        trainer.step(*batch())
+    assert all(map(torch.equal, trainer.alignment.parameters(), before))
+
+
+def test_what_is_not_finite_is_named() -> None:
+    trainer, _ = train(recipe(), 1)
+    assert trainer.not_finite({"step": 1, "validation_loss": 0.5, "loss": None}) == ""
+    assert trainer.not_finite({"validation_loss": float("nan")}) == "validation_loss is nan"
+    weight = next(iter(trainer.alignment.aligner.parameters()))
+    weight.data.view(-1)[0] = float("inf")
+    assert "weights aligner." in trainer.not_finite({"step": 1})
+
+
+def test_a_diverged_aligner_recalls_nothing() -> None:
+    """NaN is no similarity: 100 % of the captions were found with it once."""
+    image, text = torch.full((4, 4), float("nan")), torch.eye(4)
+    assert (recall(image, text, 1), recall(text, image, 1)) == (0, 0)
 
 
 def test_mixed_precision_leaves_the_losses_in_float32() -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +20,9 @@ from support import runs
 from support.captioned import texts, write_captioned, write_tar
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
-from vcf_batch.training.captions import CaptionedData, CaptionedImage, Piece, cut
+from vcf_batch.training import tar_samples
+from vcf_batch.training.captions import CaptionedData, Piece, cut
+from vcf_batch.training.tar_samples import CaptionedImage
 
 
 def read(url: object, **columns: Any) -> list[CaptionedImage]:
@@ -170,8 +174,8 @@ def refusal(url: object, **columns: Any) -> str:
 
 
 def test_what_is_no_captioned_data_is_refused(tmp_path: Path) -> None:
-    assert "holds no .tar or .parquet file; training data is" in refusal(tmp_path / "nowhere")
-    assert "cannot be read" in refusal(tmp_path / "nowhere.tar")
+    for name in ("nowhere", "nowhere.tar"):
+        assert f"{name}: there is no such file or folder; training data is" in refusal(tmp_path / name)
     write_tar(tmp_path / "a" / "0.tar", {"0.txt": "no image"})
     assert "holds no image with a caption; training data is" in refusal(tmp_path / "a")
     pq.write_table(pa.table({"prompt": ["x"], "id": [1]}), tmp_path / "x.parquet")
@@ -183,14 +187,209 @@ def test_what_is_no_captioned_data_is_refused(tmp_path: Path) -> None:
     assert "no column of captions named 'alt'" in refusal(tmp_path / "x.parquet", caption_column="alt")
 
 
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.parquet"])
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tar.bz2", "x.tar.xz", "x.parquet"])
 def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     if name.endswith("parquet"):
         pq.write_table(pa.table({"image": [runs.png(0)], "caption": ["x"]}), tmp_path / name)
     else:
-        write_tar(tmp_path / name, {"0.jpg": runs.png(0), "0.txt": "x"}, "w:gz" if name.endswith("gz") else "w")
+        mode = "w" if name.endswith("tar") else f"w:{name[6:]}"
+        write_tar(tmp_path / name, {"0.jpg": runs.png(0), "0.txt": "x"}, mode)
+        assert texts(read(tmp_path)) == ["x"]
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 3])
     assert f"{name} cannot be read" in refusal(tmp_path)
     (tmp_path / name).write_bytes(b"something else" * 100)
     assert f"{name} cannot be read" in refusal(tmp_path)
+
+
+def all_or_told(path: Path, whole: list[str]) -> bool:
+    """Whether a tar is refused by name; if it is not, it gives all its pairs, or tells what it leaves out."""
+    try:
+        data = CaptionedData.open(str(path))
+        captions = [pair.captions[0] if pair.captions else pair.problem for pair in data.read(data.files)]
+    except UsageError as error:
+        return path.name in str(error)
+    assert len(captions) == len(whole) or data.remarks
+    return False
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_damaged_tar_is_never_read_as_a_shorter_one(suffix: str, tmp_path: Path) -> None:
+    """Cut at any border of blocks or elsewhere, or with any bit flipped: all pairs are there, or the damage is told."""
+    path, rng = tmp_path / f"x{suffix}", random.Random(0)
+    members = {f"{n}.{kind}": f"{kind} {n}" for n in range(8) for kind in ("jpg", "txt")}
+    content = write_tar(path, members, "w:gz" if suffix.endswith("gz") else "w").read_bytes()
+    whole = texts(read(path))
+    end = 33 * 512 + 512 if suffix == ".tar" else len(content)
+    for cut_at in (*range(0, end, 512), *(rng.randrange(end) for _ in range(100))):
+        path.write_bytes(content[:cut_at])
+        assert all_or_told(path, whole), cut_at
+    told = 0
+    for bit in (rng.randrange(8 * len(content)) for _ in range(200)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        told += all_or_told(path, whole)
+    assert told > 50
+
+
+def test_all_damaged_files_are_named_before_the_training(tmp_path: Path) -> None:
+    """One list of them, so that a corpus is mended once; what two joined tars hold is not halved in silence."""
+    for name in ("0", "1", "2", "3", "4"):
+        write_tar(tmp_path / f"{name}.tar", {"0.jpg": b"a", "0.txt": "x"})
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole + whole)
+    (tmp_path / "3.tar").write_bytes(whole[:1024])
+    told = refusal(tmp_path)
+    assert re.search(r"1\.tar cannot be read: it goes on at byte 10,240, behind the end .*a file of its own", told)
+    assert "3.tar cannot be read: it ends at byte 1,024, where a header or the end" in told
+    assert told.startswith("2 of 5 files cannot be used, among them\n")
+
+
+def test_a_file_that_loses_pairs_during_a_training_ends_it(tmp_path: Path) -> None:
+    """What was counted is there when it is read, or the file is named."""
+    for kind in ("tar", "parquet"):
+        folder = write_captioned(tmp_path / kind, files=1, pairs=6, kind=kind)
+        data = CaptionedData.open(str(folder))
+        write_captioned(folder, files=1, pairs=4, kind=kind)
+        with pytest.raises(UsageError, match=rf"00000.{kind} has 4 pairs, and had 6 or more .*: it has changed"):
+            list(data.read(data.files))
+
+
+# Odd members
+
+
+def test_odd_members_leave_out_their_pair_alone(tmp_path: Path) -> None:
+    """Each unusable caption is a pair with the reason; the others are read as they are."""
+    members: dict[str, bytes | str] = {
+        "surrogate.json": '{"caption": "half a \\ud83d"}',
+        "nested.json": '{"caption": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "deep.json": '{"caption": ' + "[" * 900 + '"x"' + "]" * 900 + "}",
+        "list.json": "[1]",
+        "broken.json": "{",
+        "empty.txt": " \n",
+        "latin.txt": "caf\xe9".encode("latin-1"),
+        "utf16.txt": "no mark".encode("utf-16-le"),
+        "large.txt": b"x" * (tar_samples.MAX_CAPTION_BYTES + 1),
+        "long.txt": "x" * 100_001,
+        "good.txt": "good",
+    }
+    paired = {name: content for text, body in members.items() for name, content in ((text, body), (jpg(text), b"a"))}
+    found = {pair.name.rpartition(" ")[2]: pair for pair in read(write_tar(tmp_path / "x.tar", paired))}
+    assert found["good"].captions == ("good",) and not found["good"].problem
+    assert len(found) == len(members)
+    reasons = {
+        "surrogate": "half of a surrogate pair", "nested": "nested too deeply", "list": "no object",
+        "broken": "no JSON", "empty": "is empty", "latin": "not utf-8 at byte 3; write texts as UTF-8",
+        "utf16": "not UTF-8 text at byte 1", "long": "100,001 bytes, more than 100,000",
+        "large": "16,777,217 bytes, more than",
+    }  # fmt: skip
+    for key, reason in reasons.items():
+        assert not found[key].captions and reason in found[key].problem, key
+
+
+def jpg(name: str) -> str:
+    return name.partition(".")[0] + ".jpg"
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", pytest.param("utf-16-be", id="utf-16-be with a mark")]
+)
+def test_encodings_are_detected(encoding: str, tmp_path: Path) -> None:
+    """A byte order mark tells the encoding, and is no part of the caption; JSON may have any of them too."""
+    text = "ein süßer Stern ★"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    record = json.dumps({"caption": text}, ensure_ascii=False)
+    members: dict[str, bytes | str] = {"0.jpg": b"a", "0.txt": (mark + text).encode(encoding)}
+    members |= {"1.jpg": b"b", "1.json": (mark + record).encode(encoding)}
+    assert texts(read(write_tar(tmp_path / "x.tar", members))) == [text, text]
+
+
+def test_a_text_without_caption_leaves_it_to_the_json(tmp_path: Path) -> None:
+    """An empty or unreadable KEY.txt does not beat a good KEY.json, nor an empty field the next one."""
+    members: dict[str, bytes | str] = {
+        "0.jpg": b"a", "0.txt": "", "0.json": '{"caption": "from json"}',
+        "1.jpg": b"a", "1.txt": b"\xff", "1.json": '{"caption": null, "text": "from the next field"}',
+    }  # fmt: skip
+    assert texts(read(write_tar(tmp_path / "x.tar", members))) == ["from json", "from the next field"]
+
+
+def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
+    """The name of a member or a file may be any bytes: it can be printed, and begin a random generator."""
+    write_tar(tmp_path / "x.tar", {"\udcff.jpg": b"a", "\udcff.txt": "x"})
+    pq.write_table(pa.table({"image": [b"a"], "caption": ["x"]}), buffer := io.BytesIO())
+    (tmp_path / "\udcff.parquet").write_bytes(buffer.getvalue())
+    for file in ("x.tar", "\udcff.parquet"):
+        (pair,) = read(tmp_path / file)
+        assert pair.name.encode() and pair.captions == ("x",)
+
+
+def test_what_is_left_out_of_tars_is_counted_and_named(tmp_path: Path) -> None:
+    """Images without text, texts without image, keys that occur twice; a repeated member replaces no other."""
+    names = ["0.jpg", "0.txt", "1.jpg", "2.txt", "0.jpg", "0.txt", "0.jpg", "0.txt"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(str(number).encode()))
+    data = CaptionedData.open(str(tmp_path))
+    assert texts(data.read(data.files)) == ["1", "5", "7"]
+    lines = [re.sub(r" in \S*x.tar$", "", remark) for remark in data.remarks]
+    assert lines == [
+        "left out: 1 image without KEY.txt or KEY.json beside it; the first is 1",
+        "left out: 1 text without an image beside it; the first is 2",
+        "2 pairs with a key that occurs before in its tar; each occurrence is used; the first is 0",
+    ]
+
+
+def test_tars_sorted_by_type_are_told_so(tmp_path: Path) -> None:
+    """All images first and then all texts is no sample at all; the remedy is named."""
+    write_tar(tmp_path / "x.tar", {f"{n}.{kind}": "x" for kind in ("jpg", "txt") for n in range(3)})
+    told = refusal(tmp_path)
+    assert "holds no image with a caption" in told
+    assert "3 have their image and their text in different places of the tar" in told and "--sort=name" in told
+
+
+def test_odd_rows_of_parquet_are_left_out_alone(tmp_path: Path) -> None:
+    """A text that is no UTF-8, an image that is only named, one that is missing: the row is told, and no other."""
+    texts_ = pa.array([b"good", b"\xff\xfe", b"named", b"none"], pa.binary()).view(pa.string())
+    images = [{"bytes": b"a", "path": "a.jpg"}, {"bytes": b"b", "path": None}, {"bytes": None, "path": "c.jpg"}, None]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array(images, kind), "caption": texts_}), tmp_path / "x.parquet")
+    good, *odd = read(tmp_path)
+    assert good.captions == ("good",) and not good.problem
+    assert [pair.name.rpartition("/")[2] for pair in odd] == [f"x.parquet row {row}" for row in (1, 2, 3)]
+    for pair, reason in zip(odd, ("cannot be read", "not in the file, which names 'c.jpg'", "no image"), strict=True):
+        assert reason in pair.problem
+
+
+@pytest.mark.parametrize("option", ["image_column", "caption_column"])
+def test_a_column_of_another_type_is_refused(option: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "caption": ["x"], "id": [1]}), tmp_path / "x.parquet")
+    told = refusal(tmp_path, **{option: "id"})
+    assert re.search(
+        rf"the column 'id' is int64, which holds no .*; name another with --{option.replace('_', '-')}", told
+    )
+
+
+def test_identity_covers_contents(tmp_path: Path) -> None:
+    """Files of equal names, sizes and numbers of pairs but other contents are other data: a resume is refused."""
+    ids = set()
+    for folder, text in (("a/x", "abc"), ("b/y", "abd"), ("c/z", "abc")):
+        write_tar(tmp_path / folder / "0.tar", {"0.jpg": b"image", "0.txt": text})
+        ids.add(CaptionedData.open(str(tmp_path / folder)).identity)
+    assert len(ids) == 2
+    for kind in (b"one", b"two"):
+        pq.write_table(pa.table({"image": [kind], "caption": ["x"]}), tmp_path / "0.parquet", compression="none")
+        ids.add(CaptionedData.open(str(tmp_path / "0.parquet")).identity)
+    assert len(ids) == 4
+
+
+def test_identity_of_objects_is_their_etag(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects whose storage names their contents are not read for it."""
+    ids = set()
+    monkeypatch.setattr(storage, "digest", lambda url: pytest.fail(f"{url} was hashed"))
+    for text in ("abc", "abd", "abc"):
+        storage.upload(str(write_tar(tmp_path / "0.tar", {"0.jpg": b"image", "0.txt": text})), f"{s3}/ids/0.tar")
+        ids.add(CaptionedData.open(f"{s3}/ids").identity)
+    assert len(ids) == 2

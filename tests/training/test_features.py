@@ -12,8 +12,8 @@ from support import runs
 from support.tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, VISION_WIDTH, build_pipeline
 from vcf_batch.errors import RowError
 from vcf_batch.images import decode
-from vcf_batch.training.captions import CaptionedImage
 from vcf_batch.training.features import Towers
+from vcf_batch.training.tar_samples import CaptionedImage
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 

@@ -1,6 +1,8 @@
 """Batches for each worker: shares, shuffling, what is broken."""
 
+import contextlib
 import random
+import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 import pytest
 
 from support.captioned import texts, write_captioned
-from vcf_batch.errors import RowError, UsageError
-from vcf_batch.training.captions import CaptionedData, CaptionedImage
+from vcf_batch.errors import RowError, StorageError, UsageError
+from vcf_batch.training.captions import CaptionedData
 from vcf_batch.training.feed import Feed, shuffled
+from vcf_batch.training.tar_samples import CaptionedImage
 
 
 def caption(pair: CaptionedImage, rng: random.Random) -> str:
@@ -102,3 +105,30 @@ def test_each_pair_has_randomness_of_its_own(data: CaptionedData) -> None:
 
     assert drawn(1, 12, rank=1, world=2) < drawn(1, 24)
     assert not drawn(2, 24) & drawn(1, 24)
+
+
+def test_nothing_of_a_pair_s_content_ends_the_training(data: CaptionedData) -> None:
+    """Whatever a library raises over a pair leaves that pair out, by name; trouble of the storage is passed on."""
+    error: Exception = RecursionError("too deep")
+
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
+        if pair.captions[0] == "0.1":
+            raise error
+        return pair.captions[0]
+
+    notes: list[str] = []
+    worker = feed(data, draw_example, note=notes.append)
+    assert len(worker.all()) == 23
+    assert len(notes) == 1 and notes[0].endswith("00000.tar 01: RecursionError: too deep")
+    error = StorageError("no answer")
+    with pytest.raises(StorageError):
+        feed(data, draw_example).all()
+
+
+def test_its_threads_end_with_it(data: CaptionedData) -> None:
+    before = threading.active_count()
+    with feed(data) as worker:
+        with contextlib.closing(worker.batches(0, 4)) as batches:
+            next(batches)
+        assert threading.active_count() > before
+    assert threading.active_count() == before

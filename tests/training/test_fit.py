@@ -1,6 +1,7 @@
 """A whole training without a cluster: planning, learning, the log, going on from a checkpoint."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from PIL import Image
 from support import runs, sd_layouts
 from support.captioned import write_tar
 from support.tiny_models import TEXT_WIDTH, VISION_WIDTH, build_pipeline
-from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.errors import ModelError, UsageError, VcfBatchError
 from vcf_batch.training import fit as fitting
+from vcf_batch.training.alignment import Trainer
 from vcf_batch.training.fit import Place, fit
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.training.training_job import ALIGNER, STATE, TrainingJob, read_log
@@ -119,6 +121,68 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(plan: Plan, tmp_pat
         torch.testing.assert_close(states[1][name], value)
     fit(plan(**settings), stopped.place, tmp_path / "stopped")
     assert len(stopped.rows) == 4, "what is finished is not trained again"
+
+
+@pytest.mark.parametrize("after", [0, 6])
+def test_a_diverged_training_ends_with_its_last_good_checkpoint(
+    after: int, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are not finite are neither logged nor kept: exit code 1, with the last checkpoint that was good."""
+    reports = Reports(tmp_path / "checkpoint")
+    task = plan(validate_every=3, learning_rate=1e-3 if after else 1.0)
+    step = Trainer.step
+
+    def diverging(trainer: Trainer, *tokens: torch.Tensor) -> Any:
+        losses = step(trainer, *tokens)
+        if trainer.steps_done > after:
+            next(iter(trainer.alignment.aligner.parameters())).data.fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", diverging)
+    with pytest.raises(VcfBatchError) as caught:
+        fit(task, reports.place, None)
+    assert caught.value.exit_code == 1
+    assert str(caught.value).startswith(f"the training has diverged: the loss is nan in step {after + 2}. ")
+    assert "Train with a lower --learning-rate into another --out" in str(caught.value)
+    last = f"The last good checkpoint is {task.config.out}/checkpoints/step-{after:08d}, with the aligner in aligner/"
+    assert (last if after else "There is no checkpoint before it") in str(caught.value)
+    assert [row["step"] for row in reports.rows] == [*range(3, after + 1, 3)]
+
+
+def test_a_validation_that_is_not_finite_is_not_published(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training of one step that diverges in it ends too: nothing of it becomes a checkpoint or a line of the log."""
+    reports = Reports(tmp_path / "checkpoint")
+    task = plan(batch_size=40, epochs=1)
+    step = torch.optim.AdamW.step
+
+    def diverging(optimizer: torch.optim.AdamW, *arguments: Any) -> None:
+        step(optimizer, *arguments)
+        for group in optimizer.param_groups:
+            group["params"][0].data.fill_(1e38)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverging)
+    with pytest.raises(VcfBatchError, match=r"diverged: .* after step 1"):
+        fit(task, reports.place, None)
+    assert not reports.rows and [row["step"] for row in read_log(task.config.out)] == [0]
+
+
+def test_the_threads_of_the_data_end_with_the_training(plan: Plan, tmp_path: Path) -> None:
+    before = threading.active_count()
+    fit(plan(epochs=1), Reports(tmp_path / "checkpoint").place, None)
+    assert threading.active_count() <= before
+
+
+def test_assemble_refuses_weights_that_are_not_finite(model: Path, tmp_path: Path) -> None:
+    """An aligner of a diverged training, or one that the precision asked for does not hold, makes no model."""
+    aligner = ImageAligner(VISION_WIDTH, TEXT_WIDTH)
+    for value, dtype in ((float("nan"), torch.float32), (1e30, torch.float16)):
+        next(iter(aligner.parameters())).data.fill_(value)
+        aligner.save_pretrained(tmp_path / "aligner")
+        with pytest.raises(ModelError, match=r"the aligner .* has weights that are not finite: .*torch.float"):
+            assemble(Parts.resolve(str(model)), str(tmp_path / "aligner"), str(tmp_path / "out"), dtype)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_cache_changes_nothing(plan: Plan, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli import model
-from vcf_batch.cli.command import Command, debug_option
+from vcf_batch.cli.command import Command, check_ending, debug_option
 from vcf_batch.cli.look import SHEET_ROWS, draw_sheet
 
 
@@ -41,6 +41,7 @@ def contact_sheet(output: str, rows: int, out: str | None) -> None:
     """Draw the first samples of OUTPUT beside their references, as one picture."""
     _say("contact-sheet OUTPUT", "report OUTPUT --png FILE")
     target = out if out is not None else storage.join(storage.absolute(output), "contact_sheet.png")
+    check_ending("--out", target, "image/png")
     click.echo(draw_sheet(output, target, rows))
 
 

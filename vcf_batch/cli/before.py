@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from vcf_batch import storage
-from vcf_batch.cli.command import Command, debug_option, json_option, run_config, tell
+from vcf_batch.cli.command import Command, check_ending, debug_option, json_option, run_config, tell
 from vcf_batch.cli.run import generate
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.manifest.pairing import PAIRINGS
@@ -165,6 +165,7 @@ def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, as
     \b
     Exit codes: 0 written; 1 unexpected; 2 wrong option or manifest.
     """
+    check_ending("--out", out, "image/png")
     from vcf_batch.vcf.quiet import quiet  # torch is not needed to print a help text
 
     quiet()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mimetypes
 import shlex
 import traceback
 from collections.abc import Callable, Mapping
@@ -132,6 +133,10 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
     from vcf_batch.setup.job import TRACE  # nor pyarrow
 
+    if push is not None:
+        from vcf_batch.commands.push import check_target
+
+        check_target(config.output, push)
     summary = pool.run(config, choose_redo)
     if push is None:
         ending.done()
@@ -149,6 +154,23 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
         )
     if push is not None:
         hand_on(config.output, push)
+
+
+def check_ending(option: str, target: str, kind: str) -> None:
+    """Refuse a file's name whose ending says that it is of another kind than the one that is written.
+
+    Args:
+        option: the option that names the file.
+        target: the file's path or URL.
+        kind: MIME type of what is written, ``image/png`` or ``text/html``.
+
+    Raises:
+        UsageError: the ending is that of another kind.
+    """
+    found, compressed = mimetypes.guess_type(storage.name(target), strict=False)
+    if compressed or found not in (None, kind):
+        what, ending = ("a PNG", ".png") if kind == "image/png" else ("an HTML page", ".html")
+        raise UsageError(f"{option} {redact(target)}: what is written is {what}; give it a name that ends in {ending}")
 
 
 def repair_command(output: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vcf_batch import storage
-from vcf_batch.cli.command import Command, debug_option, given, json_option, moved_option, tell
+from vcf_batch.cli.command import Command, check_ending, debug_option, given, json_option, moved_option, tell
 from vcf_batch.errors import UsageError, redact
 
 SHEET_ROWS = 64
@@ -66,6 +66,10 @@ def report(
     """
     if rows is not None and png is None:
         raise UsageError(f"--rows {rows} is the number of samples in the picture: give --png FILE too")
+    if out is not None:
+        check_ending("--out", out, "text/html")
+    if png is not None:
+        check_ending("--png", png, "image/png")
     written: dict[str, str] = {}
     if out is not None or png is None:
         from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text

@@ -94,8 +94,9 @@ def list_models(as_json: bool) -> None:
     "--data",
     required=True,
     metavar="URL",
-    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, or a pattern of "
-    "file names in quotes, such as 's3://bucket/train-*.tar'.",
+    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, the committed "
+    "tars of an output, or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
+    "'s3://bucket/train-*.tar'.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for the aligner, its checkpoints and its log.")
 @_recipe("revision", str, "Branch, tag or commit of a Hub model.")
@@ -109,7 +110,7 @@ def list_models(as_json: bool) -> None:
 @_recipe("tokens", click.Choice(("all", "patches", "cls")), "Image tokens that the aligner uses.")
 @_recipe("epochs", _COUNT, "Number of passes over the data.")
 @_recipe("batch-size", _COUNT, "Pairs in a step, of all workers together. Each pair is compared with all others.")
-@_recipe("learning-rate", _POSITIVE, "Learning rate of AdamW at the start. It falls to zero along a cosine.")
+@_recipe("learning-rate", _POSITIVE, "Learning rate of AdamW at the start, 1 at most. It falls to zero along a cosine.")
 @_recipe("weight-decay", click.FloatRange(min=0), "Weight decay of AdamW.")
 @_recipe("gradient-norm", _POSITIVE, "Largest norm of the gradient. A longer one is shortened to it.")
 @_recipe("info-nce-weight", click.FloatRange(min=0), "Weight of the contrastive loss, lambda.")

@@ -1,6 +1,7 @@
 """Copy an output's committed shards, its card and its report to another storage."""
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -67,13 +68,12 @@ def push(output: Output, target: str) -> Pushed:
 
     Raises:
         RefusedError: the target holds another run.
-        UsageError: the target is the output itself, no shard is finished, or the target has somebody else's card.
+        UsageError: the target is the output or lies in it, no shard is finished, or the target has another's card.
         DamageFound: the bytes of a shard do not match its receipt.
         StorageError: one of the storages failed.
     """
     target = storage.absolute(target)
-    if storage.join(target) == storage.join(output.url):
-        raise UsageError(f"{target} is the output itself; name another place")
+    check_target(output.url, target)
     with contextlib.suppress(card.OthersCard):
         card.write(output)
     _refuse_others(output, target)
@@ -108,6 +108,23 @@ def push(output: Output, target: str) -> Pushed:
     unfinished = [each.name for each in output.plan if each.index not in handed_on and each.name not in damaged]
     first = unfinished[0] if unfinished else None
     return Pushed(len(output.plan), counts[True], counts[False], damaged, len(unfinished), first)
+
+
+def check_target(output: str, target: str) -> None:
+    """Refuse a target that is the output or lies in it, where its files would be taken for the output's own.
+
+    Raises:
+        UsageError: the target cannot be pushed to.
+    """
+    there, here = (_place(storage.absolute(url)) for url in (target, output))
+    if there == here:
+        raise UsageError(f"{target} is the output itself; name another place")
+    if there.startswith(here.rstrip("/") + "/"):
+        raise UsageError(f"{target} lies in the output {output}; name a place outside of it")
+
+
+def _place(url: str) -> str:
+    return os.path.realpath(url) if storage.is_local(url) else storage.join(url)
 
 
 def _refuse_others(output: Output, target: str) -> None:

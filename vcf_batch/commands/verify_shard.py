@@ -174,7 +174,7 @@ def _check_sample(
     for extension in (config.image_format, *beside, "txt", "json"):
         name, parts[extension] = next(members, ("", b""))
         if name != f"{key}.{extension}":
-            ends = f"{tar} has a member {name!r}" if name else f"{tar} ends, or has a damaged header,"
+            ends = f"{tar} has a member {name!r}" if name else f"{tar} ends"
             raise DamageFound(f"{ends} where {key}.{extension} belongs")
     if parts["txt"] != record["prompt"].encode():
         raise DamageFound(f"{key}.txt in {tar} is not the prompt of its row")

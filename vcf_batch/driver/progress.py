@@ -49,7 +49,10 @@ class Progress:
             workers: number of workers that are ready.
             means: mean of each score so far.
         """
+        # What is done again counts from there: a rate is never negative.
+        self._initial = min(self._initial, done)
         if self._bar is not None:
+            self._bar.initial = self._initial
             self._bar.set_postfix_str(_outcome(failed, workers, means), refresh=False)
             self._bar.n = done
             self._bar.refresh()

@@ -12,11 +12,14 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and its interval: :data:`LEVEL` of the resamples lie between ``low`` and ``high``."""
+    """An estimate and its interval: :data:`LEVEL` of the resamples lie between ``low`` and ``high``.
+
+    Both are None where there is nothing to resample, as a single sample tells nothing of its spread.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class Bootstrap:
@@ -68,6 +71,8 @@ class Bootstrap:
     def ratio(self, values: ArrayLike, base: ArrayLike) -> Interval:
         """Sum of ``values`` over the sum of ``base``, both one per sample, with its interval."""
         (value, values_drawn), (one, base_drawn) = self._sums(values), self._sums(base)
+        if self._shape == (1, 1):
+            return Interval(value / one, None, None)
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample of few samples may be empty
             drawn = values_drawn / base_drawn
         low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -30,6 +30,7 @@ from vcf_batch.output.receipts import FILE_SUFFIXES
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import FileEntry, Sample, Shard, Status
+from vcf_batch.storage import tar
 
 ROWS_PER_GROUP = 1024
 """Rows of a row group of the parquet."""
@@ -237,7 +238,7 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
         ``"content.png"`` and ``"style.png"``.
 
     Raises:
-        tarfile.ReadError: the file is not a tar, or ends within a member.
+        tarfile.ReadError: the file is not a tar, is cut short or damaged, or goes on behind its end.
         FileNotFoundError, PermissionError, StorageError: the file cannot be read.
     """
     with storage.open_read(tar_url) as file:
@@ -250,13 +251,10 @@ def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Name and content of each member of a tar, streamed. A member that is no plain file has empty content.
 
     Raises:
-        tarfile.ReadError: the file is not a tar, or ends within a member.
+        tarfile.ReadError: the file is not a tar, is cut short or damaged, or goes on behind its end.
     """
-    with tarfile.open(fileobj=file, mode="r|") as tar:
-        for member in tar:
-            content = tar.extractfile(member)
-            yield member.name, content.read() if content else b""
-            tar.members = []  # type: ignore[attr-defined]
+    for member in tar.members(file):
+        yield member.name, member.read()
 
 
 SHARD_READERS = 8

@@ -62,8 +62,10 @@ def _table(columns: Sequence[str], lines: Sequence[Line], cells: Callable[[Line]
 
 
 def _cell(interval: Interval, form: str) -> str:
-    value, low, high = (form.format(number) for number in (interval.value, interval.low, interval.high))
-    return f"{value} [{low}, {high}]"
+    value = form.format(interval.value)
+    if interval.low is None or interval.high is None:
+        return value
+    return f"{value} [{form.format(interval.low)}, {form.format(interval.high)}]"
 
 
 def require_matplotlib() -> None:
@@ -102,9 +104,11 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
 
 
 def _values(lines: Sequence[Line], score: str) -> tuple[list[float], list[list[float]]]:
-    """A score of each line, and the lengths of its interval below and above it."""
+    """A score of each line, and the lengths of its interval below and above it, which are 0 where there is none."""
     intervals = [line.scores[score] for line in lines]
-    return [i.value for i in intervals], [[i.value - i.low for i in intervals], [i.high - i.value for i in intervals]]
+    below = [0.0 if i.low is None else i.value - i.low for i in intervals]
+    above = [0.0 if i.high is None else i.high - i.value for i in intervals]
+    return [i.value for i in intervals], [below, above]
 
 
 def _file(figure: Any, kind: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vcf_batch import images
 from vcf_batch.config import MAX_PIXELS, RunConfig
-from vcf_batch.errors import RowError, StorageError, UsageError
+from vcf_batch.errors import DamageFound, RowError, StorageError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import receipts, run_file, shards
@@ -50,6 +51,7 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
 
     Raises:
         UsageError: the output has no finished shard, or its manifest is gone.
+        DamageFound: a tar cannot be read.
         StorageError: the storage failed.
     """
     record = run_file.read(output)
@@ -132,7 +134,7 @@ def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Sh
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
     for shard in done:
         # Rows and samples are in manifest order; only successful rows have a sample.
-        samples = shards.read_samples(shards.file_url(output, shard, "tar"))
+        samples = _samples(shards.file_url(output, shard, "tar"))
         sample = next(samples, None)
         for row in manifest.rows(shard.start, shard.stop, config.seed):
             if sample is None or sample["__key__"] != row.key:
@@ -143,6 +145,13 @@ def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Sh
             reference = _reference(row, reader) if record["strength"] else None
             yield _Card(row.prompt, reference, picture, [setting_of(record), "  ".join(scores_of(record))])
             sample = next(samples, None)
+
+
+def _samples(tar: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from shards.read_samples(tar)
+    except (tarfile.TarError, FileNotFoundError, LookupError, ValueError) as error:
+        raise DamageFound(f"{tar} cannot be read: {error}; see 'vcf-batch verify'") from error
 
 
 def _reference(row: Row, reader: ReferenceReader) -> Image.Image | None:

@@ -150,6 +150,19 @@ def version(url: str) -> str | None:
     return _info(url).get("ETag") if url.partition("://")[0] in ("s3", "s3a") else None
 
 
+def remote_checksum(url: str) -> str | None:
+    """Checksum or ETag that a remote storage keeps of a file's content; None for a local file, or where it keeps none.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    if is_local(url):
+        return None
+    entry = _info(url)
+    # The Hub names a file's content by its Git object.
+    return checksum(entry) or entry.get("blob_id")
+
+
 def exists(url: str) -> bool:
     """Whether there is such a file or folder. A storage that does not answer raises an error instead.
 

@@ -5,7 +5,7 @@ each worker gathers the pooled tokens of all workers, with gradients. Loss and g
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +13,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vcf_batch.errors import VcfBatchError
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.vcf.aligner import ImageAligner, info_nce_loss, reconstruction_loss
 
 MIN_TEMPERATURE = 0.01
 """Lower limit of a learned temperature, as in CLIP."""
+
+
+class Diverged(Exception):
+    """The training has diverged; the message says what is no longer finite."""
 
 
 class Losses(NamedTuple):
@@ -140,17 +143,16 @@ class Trainer:
             The losses before the step, without gradients.
 
         Raises:
-            VcfBatchError: the loss is no longer finite.
+            Diverged: the loss or its gradient is no longer finite. The weights stay as they were.
         """
         losses = Losses(*self.parallel(vision_tokens, text_tokens))
         if not losses.total.isfinite():
-            raise VcfBatchError(
-                f"the loss is {losses.total.item()} in step {self.steps_done + 1}: use a lower --learning-rate, or "
-                "--dtype float32"
-            )
+            raise Diverged(f"the loss is {losses.total.item()} in step {self.steps_done + 1:,}")
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        nn.utils.clip_grad_norm_(self.alignment.parameters(), self.config.gradient_norm)
+        norm = nn.utils.clip_grad_norm_(self.alignment.parameters(), self.config.gradient_norm)
+        if not norm.isfinite():
+            raise Diverged(f"the norm of the gradient is {norm.item()} in step {self.steps_done + 1:,}")
         self.optimizer.step()
         self.schedule.step()
         return Losses(*(loss.detach() for loss in losses))
@@ -195,6 +197,16 @@ class Trainer:
             "temperature": temperature,
         }
 
+    def not_finite(self, row: Mapping[str, Any]) -> str:
+        """What is not finite in a validation's row or in the trained weights, in words; empty if nothing is."""
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{name} is {value}"
+        for name, weight in self.alignment.named_parameters():
+            if not weight.isfinite().all():
+                return f"the weights {name} are not all finite"
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """The state from which a training is resumed: tensors and plain values."""
         return {name: part.state_dict() for name, part in self._parts().items()}
@@ -214,5 +226,6 @@ def recall(image: Tensor, text: Tensor, k: int) -> float:
         image, text: pooled tokens ``[V, Dt]``; row i of one belongs to row i of the other.
     """
     similarity = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    closer = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+    # NaN is not similar: written so, it never makes an own caption the closest.
+    closer = (~(similarity <= similarity.diagonal()[:, None])).sum(dim=1)
     return (closer < k).float().mean().item()

@@ -1,56 +1,38 @@
 """Captioned images for training: WebDataset tars or Parquet files at any URL, streamed, never held as a whole.
 
-A data set is a sequence of *pairs* in the order of its files' names; a pair is an image and its captions. In a tar, a
-pair is a group of consecutive members with one key: ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` or ``KEY.json`` or both.
-This is the layout of img2dataset and of this project's own outputs. In a Parquet file, a pair is a row with an image
-(``struct<bytes, path>`` or binary) and captions (a string or a list of strings). COCO and Flickr have this layout on
-the Hugging Face Hub.
+A data set is a sequence of *pairs* in the order of its files; a pair is an image and its captions. Tars are read by
+:mod:`vcf_batch.training.tar_samples`: they have the layout of img2dataset and of this project's own outputs. In a
+Parquet file, a pair is a row with an image (``struct<bytes, path>`` or binary) and captions (a string or a list of
+strings). COCO and Flickr have this layout on the Hugging Face Hub.
 """
 
 import contextlib
-import fnmatch
 import hashlib
 import json
+import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from vcf_batch import storage
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import StorageError, UsageError
-from vcf_batch.manifest.references import MAX_REFERENCE_BYTES
+from vcf_batch.training import data_files, tar_samples
+from vcf_batch.training.data_files import LAYOUTS
+from vcf_batch.training.tar_samples import CAPTION_COLUMNS, CaptionedImage, TarContents
 
-CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "sentence", "txt", "prompt")
-"""Column names of captions. The first existing one is used; without any, ``caption_0``, ``caption_1`` ... together."""
-
-_KINDS = ((".tar", ".tar.gz", ".tgz"), (".parquet",))
-"""File name endings of tars and of Parquet files. In a folder with both, only the tars are read: img2dataset writes
-Parquet files as their index."""
-_IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 _NUMBERED = re.compile(r"caption_?\d+")
-_TEXT_FIELDS = ("raw", *CAPTION_COLUMNS)
-_MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")
 _THREADS = 8
 _ROWS_PER_READ = 16
 _BUFFER_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionedImage:
-    """An image file's bytes and its captions, which may be empty."""
-
-    name: str
-    """Place of the image, for messages."""
-    image: bytes
-    captions: tuple[str, ...]
+_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,60 +65,91 @@ class CaptionedData:
     url: str
     files: tuple[Piece, ...]
     identity: str
-    """Hex SHA-256 over the files' names, sizes and numbers of pairs."""
+    """Hex SHA-256 over the files' names, sizes, numbers of pairs, and contents: the storage's checksum or ETag of each,
+    or else the file's own SHA-256."""
     image_column: str | None = None
     caption_column: str | None = None
+    remarks: tuple[str, ...] = ()
+    """What is left out of the data set, or is not what it seems; a line each."""
 
     def __len__(self) -> int:
         return sum(map(len, self.files))
 
     @classmethod
     def open(cls, url: str, image_column: str | None = None, caption_column: str | None = None) -> "CaptionedData":
-        """Find a data set's files and count their pairs. Only the members' headers of a tar are read.
+        """Find a data set's files, count their pairs, and check that each tar is whole.
+
+        Of a tar, only headers are looked at; a file whose storage keeps no checksum is also read once for its SHA-256.
 
         Args:
-            url: a tar, a Parquet file, a folder of them at any depth, or a pattern of file names such as
-                ``s3://bucket/data/train-*.parquet``.
+            url: a tar, a Parquet file, a folder of them at any depth, or several of them by braces or a pattern, such
+                as ``s3://bucket/data/train-*.parquet``.
             image_column, caption_column: columns of Parquet files; None finds them by type and name.
 
         Raises:
-            UsageError: there are no such files, or a file is damaged or lacks images or captions.
+            UsageError: there are no such files, or files are damaged or lack images or captions.
+            RefusedError, DamageFound: an output below the folder cannot be read.
             StorageError: the storage failed.
         """
-        url = storage.absolute(url)
-        sizes = _find(url)
+        with _reading(url):
+            found = data_files.find(url)
         empty = cls(url, (), "", image_column, caption_column)
         with ThreadPoolExecutor(_THREADS) as threads:
-            counts = list(threads.map(empty._count, sizes))
+            looked = list(threads.map(empty._look, found.sizes))
+        broken = [error for error, _, _ in looked if error]
+        if broken:
+            many = f"{len(broken):,} of {len(looked):,} files cannot be used, among them" if len(broken) > 1 else ""
+            raise UsageError("\n".join(filter(None, (many, *broken[:_NAMED]))))
+        contents = [content for _, content, _ in looked]
+        remarks = (*found.remarks, *_remarks(dict(zip(found.sizes, contents, strict=True))))
+        counts = [content.pairs for content in contents]
         if not sum(counts):
-            raise UsageError(f"{url} holds no image with a caption; {_LAYOUTS}")
-        names = [[storage.name(file), size, count] for (file, size), count in zip(sizes.items(), counts, strict=True)]
+            raise UsageError("\n".join((f"{url} holds no image with a caption; {LAYOUTS}", *remarks)))
+        names = [
+            [data_files.file_name(file), size, content.pairs, checksum]
+            for (file, size), (_, content, checksum) in zip(found.sizes.items(), looked, strict=True)
+        ]
         identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        files = tuple(Piece(file, 0, count) for file, count in zip(sizes, counts, strict=True))
-        return cls(url, files, identity, image_column, caption_column)
+        files = tuple(Piece(file, 0, count) for file, count in zip(found.sizes, counts, strict=True))
+        return cls(url, files, identity, image_column, caption_column, remarks)
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[CaptionedImage]:
         """Yield the pairs of some pieces, one after the other.
 
         Raises:
-            UsageError: a file is damaged.
+            UsageError: a file is damaged, or has fewer pairs than when they were counted.
             StorageError: the storage failed.
         """
         for piece in pieces:
+            number = 0
             with _reading(piece.url):
-                if piece.url.endswith(_KINDS[0]):
-                    yield from _read_tar(piece)
+                if data_files.is_tar(piece.url):
+                    pairs = tar_samples.read(piece.url, piece.start, piece.stop)
                 else:
-                    yield from self._read_parquet(piece)
+                    pairs = self._read_parquet(piece)
+                for pair in pairs:
+                    number += 1
+                    yield pair
+            if number != len(piece):
+                raise UsageError(
+                    f"{piece.url} has {piece.start + number:,} pairs, and had {piece.stop:,} or more when the training "
+                    "began: it has changed. Rerun the command to train on what it holds now, with another --out"
+                )
 
-    def _count(self, url: str) -> int:
-        with _reading(url):
-            if url.endswith(_KINDS[0]):
-                return sum(1 for _ in _tar_pairs(url, lambda _: False))
-            with storage.open_read(url) as source:
-                file = pq.ParquetFile(source)
-                self._columns(url, file.schema_arrow)
-                return file.metadata.num_rows
+    def _look(self, url: str) -> tuple[str, TarContents, str]:
+        """What is wrong with a file, if anything is; what it holds; and a checksum of its content."""
+        try:
+            with _reading(url):
+                contents = tar_samples.count(url) if data_files.is_tar(url) else TarContents(self._rows(url))
+                return "", contents, storage.remote_checksum(url) or storage.digest(url).sha256
+        except UsageError as error:
+            return str(error), TarContents(), ""
+
+    def _rows(self, url: str) -> int:
+        with storage.open_read(url) as source:
+            file = pq.ParquetFile(source)
+            self._columns(url, file.schema_arrow)
+            return file.metadata.num_rows
 
     def _read_parquet(self, piece: Piece) -> Iterator[CaptionedImage]:
         with storage.open_read(piece.url) as source:
@@ -149,12 +162,10 @@ class CaptionedData:
                 if first < piece.stop and stop > piece.start:
                     number = first
                     for batch in file.iter_batches(_ROWS_PER_READ, [group], [image, *captions], use_threads=False):
-                        for row in batch.to_pylist():
+                        for row in range(batch.num_rows):
                             if piece.start <= number < piece.stop:
-                                value = row[image]
-                                data = value.get("bytes") if isinstance(value, dict) else value
-                                texts = _captions([row[column] for column in captions])
-                                yield CaptionedImage(f"{piece.url} row {number}", data or b"", texts)
+                                name = tar_samples.place(piece.url, f"row {number}")
+                                yield _row(batch, row, name, image, captions)
                             number += 1
                 first = stop
 
@@ -163,38 +174,43 @@ class CaptionedData:
         typed = [field.name for field in schema if _holds_images(field.type)]
         named = [name for name in CAPTION_COLUMNS if name in schema.names][:1]
         numbered = [name for name in schema.names if _NUMBERED.fullmatch(name)]
-        images = [self.image_column] if self.image_column else typed
+        images = [self.image_column] if self.image_column else typed[:1]
         captions = [self.caption_column] if self.caption_column else named or numbered
-        for what, option, found in (("images", "image", images), ("captions", "caption", captions)):
+        for what, option, found, fits, needed in (
+            ("images", "image", images, _holds_images, "struct<bytes, path> or binary"),
+            ("captions", "caption", captions, _holds_texts, "a string, a struct with one, or a list of these"),
+        ):
             if not found or found[0] not in schema.names:
                 raise UsageError(
                     f"{url} has no column of {what}{f' named {found[0]!r}' if found else ''}; name it "
                     f"with --{option}-column. Its columns: {', '.join(schema.names)}"
                 )
+            if not fits(kind := schema.field(found[0]).type):
+                raise UsageError(
+                    f"{url}: the column {found[0]!r} is {kind}, which holds no {what}: they are {needed}; name another "
+                    f"with --{option}-column. Its columns: {', '.join(schema.names)}"
+                )
         return images[0], captions
 
 
-_LAYOUTS = (
-    "training data is WebDataset tars (KEY.jpg|png|webp with KEY.txt or KEY.json) or Parquet files (a column of images "
-    "and one of captions)"
-)
-
-
-def _find(url: str) -> dict[str, int]:
-    """The data set's files in the order of their names: URL to size in bytes."""
-    with _reading(url):
-        if url.endswith(sum(_KINDS, ())):
-            if "*" not in storage.name(url):
-                return {url: storage.size(url)}
-            folder, pattern = storage.parent(url), storage.name(url)
-            listed = {name: size for name, size in storage.list_files(folder).items() if fnmatch.fnmatch(name, pattern)}
-        else:
-            folder, listed = url, storage.list_tree(url)
-    for kind in _KINDS:
-        names = sorted(name for name in listed if name.endswith(kind) and not name.startswith((".", "_")))
-        if names:
-            return {storage.join(folder, name): listed[name] for name in names}
-    raise UsageError(f"{url} holds no .tar or .parquet file; {_LAYOUTS}")
+def _remarks(contents: dict[str, TarContents]) -> Iterator[str]:
+    """What has to be told about the samples of tars, in a line for each kind."""
+    for number, name, begin, noun, rest in (
+        ("lonely_images", "first_image", "left out: ", "image", "without KEY.txt or KEY.json beside it"),
+        ("lonely_texts", "first_text", "left out: ", "text", "without an image beside it"),
+        ("repeated", "first_repeated", "", "pair", "with a key that occurs before in its tar; each occurrence is used"),
+    ):
+        having = [(file, getattr(content, name)) for file, content in contents.items() if getattr(content, number)]
+        if having:
+            total = sum(getattr(content, number) for content in contents.values())
+            file, key = having[0]
+            yield f"{begin}{plural(total, noun)} {rest}; the first is {key} in {file}"
+    apart = sum(content.apart for content in contents.values())
+    if apart:
+        yield (
+            f"of these, {apart:,} have their image and their text in different places of the tar; members of one key "
+            "have to stand side by side, as 'tar --sort=name' packs them"
+        )
 
 
 @contextlib.contextmanager
@@ -204,73 +220,40 @@ def _reading(url: str) -> Iterator[None]:
         yield
     except (UsageError, StorageError):
         raise
-    except (tarfile.TarError, EOFError, zlib.error, pa.ArrowException, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
         raise UsageError(
             f"{url} cannot be read: {error}. Training data has to be whole: get the file again, or leave it out"
         ) from error
 
 
-def _read_tar(piece: Piece) -> Iterator[CaptionedImage]:
-    for number, (key, members) in enumerate(_tar_pairs(piece.url, lambda n: piece.start <= n < piece.stop)):
-        if number >= piece.stop:
-            return
-        if number >= piece.start:
-            image = next(data for kind, data in members.items() if kind in _IMAGES)
-            texts = [members["txt"].decode(errors="replace")] if "txt" in members else _json_captions(members["json"])
-            yield CaptionedImage(f"{piece.url} {key}", image, _captions(texts))
-
-
-def _tar_pairs(url: str, wanted: Callable[[int], bool]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and members by kind of every pair in a tar. Members have content only if ``wanted(number)`` is true."""
-    number = 0
-    with storage.open_read(url) as source, tarfile.open(fileobj=source, mode=_mode(source)) as tar:
-        named = ((_MEMBER.fullmatch(member.name), member) for member in tar if member.isreg())
-        keyed = ((match[1], match[2].lower(), member) for match, member in named if match)
-        for key, group in groupby(keyed, key=lambda entry: entry[0]):
-            # Each member is read immediately, because a stream cannot go back.
-            members = {
-                kind: _content(tar, member) if wanted(number) else b""
-                for _, kind, member in group
-                if kind in _IMAGES or kind in ("txt", "json")
-            }
-            if _IMAGES & members.keys() and {"txt", "json"} & members.keys():
-                yield key, members
-                number += 1
-
-
-def _mode(source: BinaryIO) -> Literal["r:*", "r|*"]:
-    return "r:*" if source.seekable() else "r|*"
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, "a regular member has content"
-    data = file.read(MAX_REFERENCE_BYTES)
-    if len(data) < min(member.size, MAX_REFERENCE_BYTES):
-        raise tarfile.ReadError(f"{member.name} is cut short")
-    return data
-
-
-def _json_captions(data: bytes) -> Any:
+def _row(batch: pa.RecordBatch, row: int, name: str, image: str, captions: list[str]) -> CaptionedImage:
     try:
-        record = json.loads(data)
-    except ValueError:
-        return None
-    return (
-        next((record[name] for name in CAPTION_COLUMNS if name in record), None) if isinstance(record, dict) else None
-    )
-
-
-def _captions(value: Any) -> tuple[str, ...]:
-    """The captions in a value, which is a string, a struct with a string, or a list of these."""
-    if isinstance(value, str):
-        return (text,) if (text := value.strip()) else ()
-    if isinstance(value, dict):
-        return _captions(next((value[name] for name in _TEXT_FIELDS if name in value), None))
-    return tuple(text for item in value for text in _captions(item)) if isinstance(value, list | tuple) else ()
+        value = batch.column(image)[row].as_py()
+        texts = [batch.column(column)[row].as_py() for column in captions]
+    except ValueError as error:  # a text that is no UTF-8
+        return CaptionedImage(name, b"", (), f"its row cannot be read: {error}")
+    data = value.get("bytes") if isinstance(value, dict) else value
+    problem = ""
+    if not data:
+        path = value.get("path") if isinstance(value, dict) else None
+        problem = f"its image is not in the file, which names {path!r}" if path else "it has no image"
+    found, why = tar_samples.usable(texts)
+    return CaptionedImage(name, data or b"", found, problem or ("" if found else f"it has no caption: {why}"))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pt.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return pt.is_binary(kind) or pt.is_large_binary(kind)
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind)
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind) or pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+        return _holds_texts(kind.value_type)
+    if pt.is_struct(kind):
+        return any(field.name in tar_samples.TEXT_FIELDS and _holds_texts(field.type) for field in kind)
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vcf_batch import images, storage
 from vcf_batch.errors import RowError
-from vcf_batch.training.captions import CaptionedImage
+from vcf_batch.training.tar_samples import CaptionedImage
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 MAX_TRAINING_PIXELS = 64_000_000
@@ -56,11 +56,11 @@ class Towers:
         """Draw one of the captions, and decode and squash the image or find its tokens in the cache. Thread-safe.
 
         Raises:
-            RowError: the image is broken, or there is no caption.
+            RowError: the image is broken, there is no caption, or the pair has another problem.
             StorageError: the cache's storage failed.
         """
-        if not pair.captions:
-            raise RowError("there is no caption")
+        if pair.problem or not pair.captions:
+            raise RowError(pair.problem or "there is no caption")
         caption, image_id = rng.choice(pair.captions), hashlib.sha256(pair.image).hexdigest()
         tokens = self._cached(self.vision_id, image_id)
         image = self.pipeline.squash(images.decode(pair.image, MAX_TRAINING_PIXELS)) if tokens is None else None
@@ -105,7 +105,8 @@ class Towers:
         if self.cache is None:
             return None
         try:
-            return load(storage.read_bytes(self._url(tower, content)))["tokens"]
+            with storage.refusals_as_storage_errors():
+                return load(storage.read_bytes(self._url(tower, content)))["tokens"]
         except (FileNotFoundError, SafetensorError):  # The file is missing or damaged.
             return None
 

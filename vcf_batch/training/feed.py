@@ -2,12 +2,13 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
-from vcf_batch.errors import RowError, UsageError, redact
-from vcf_batch.training.captions import CaptionedData, CaptionedImage, Piece, cut
+from vcf_batch.errors import RowError, StorageError, UsageError, redact
+from vcf_batch.training.captions import CaptionedData, Piece, cut
+from vcf_batch.training.tar_samples import CaptionedImage
 
 T = TypeVar("T")
 
@@ -19,13 +20,13 @@ NOTED = 3
 
 
 class Feed(Generic[T]):
-    """One worker's batches of training examples.
+    """One worker's batches of training examples; use it with ``with``, which ends its threads.
 
     Args:
         data: the data set to read.
         pieces: the pairs to train on, the same for all workers.
         draw_example: makes an example from a pair and the pair's own random generator, in one of ``threads`` threads.
-            It raises RowError for a broken pair.
+            Whatever it raises is the pair's fault, except a StorageError and a lack of memory.
         rank, world: number of this worker from 0, and number of workers.
         seed: seed of all randomness.
         buffer: number of undecoded pairs that are shuffled at a time.
@@ -53,7 +54,13 @@ class Feed(Generic[T]):
         """Number of broken pairs met so far, up to the last batch that was returned."""
         self._notes = 0
 
-    def batches(self, epoch: int, size: int, first: int = 0) -> Iterator[list[T]]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.threads.shutdown(cancel_futures=True)
+
+    def batches(self, epoch: int, size: int, first: int = 0) -> Generator[list[T], None, None]:
         """Yield batches of ``size`` examples without end. When the worker's share is used up, it begins again.
 
         The order of the files changes from epoch to epoch. The next batch is made while the last one is used.
@@ -108,9 +115,13 @@ class Feed(Generic[T]):
             seen += 1
             try:
                 yield prepared.result()
-            except RowError as error:
+            except (StorageError, MemoryError):
+                raise
+            # An odd content makes a library raise nearly any exception.
+            except Exception as error:
                 broken += 1
-                reason = f"{redact(pair.name)}: {error}"
+                why = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
+                reason = f"{redact(pair.name)}: {why}"
                 if self._notes < NOTED:
                     self._notes += 1
                     self.note(f"left out: {reason}")

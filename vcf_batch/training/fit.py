@@ -1,21 +1,32 @@
 """One worker's part of a training: steps, validations and checkpoints. This module does not use ray."""
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from vcf_batch.training.alignment import Alignment, Trainer, summed
+from vcf_batch import storage
+from vcf_batch.errors import VcfBatchError
+from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
 from vcf_batch.training.features import Example, Towers
 from vcf_batch.training.feed import Feed
-from vcf_batch.training.training_job import ALIGNER, STATE, TrainingJob, describe, write_log
+from vcf_batch.training.training_job import (
+    ALIGNER,
+    CHECKPOINTS,
+    STATE,
+    TrainingJob,
+    checkpoint_name,
+    describe,
+    write_log,
+)
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.assembly import load
 
@@ -48,9 +59,10 @@ def fit(job: TrainingJob, place: Place, checkpoint: Path | None) -> None:
     Raises:
         UsageError: the models or the data cannot be used.
         StorageError: the storage failed.
-        VcfBatchError: the loss is no longer finite.
+        VcfBatchError: the training has diverged: a loss, a score or a weight is no longer finite.
     """
-    _Fit(job, place, checkpoint).run()
+    with _Fit(job, place, checkpoint) as fitting:
+        fitting.run()
 
 
 class _Fit:
@@ -71,9 +83,16 @@ class _Fit:
             self.rows = state.pop("rows")
             self.trainer.load_state_dict(state)
         self.batch = config.batch_size // place.world
+        with self._feed(job.validation_data, job.validation) as feed:
+            self.validation = feed.all()
         self.feed = self._feed(job.data, job.training)
-        self.validation = self._feed(job.validation_data, job.validation).all()
         self._begin_interval()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.feed.__exit__(*exc_info)
 
     def run(self) -> None:
         job, trainer = self.job, self.trainer
@@ -82,14 +101,31 @@ class _Fit:
             self._record()
         while trainer.steps_done < job.steps:
             epoch, done = divmod(trainer.steps_done, job.steps_per_epoch)
-            batches = self.feed.batches(epoch, self.batch, first=done)
-            for batch in islice(batches, job.steps_per_epoch - done):
-                losses = trainer.step(*self.towers.encode(batch))
-                self.losses = [total + loss.item() for total, loss in zip(self.losses, losses, strict=True)]
-                self.place.progress(trainer.steps_done * job.config.batch_size, self._broken())
-                if trainer.steps_done % every == 0 or trainer.steps_done == job.steps:
-                    self._record()
-                    self._checkpoint()
+            with contextlib.closing(self.feed.batches(epoch, self.batch, first=done)) as batches:
+                for batch in islice(batches, job.steps_per_epoch - done):
+                    self._step(batch)
+                    if trainer.steps_done % every == 0 or trainer.steps_done == job.steps:
+                        self._record()
+                        self._checkpoint()
+
+    def _step(self, batch: Sequence[Example]) -> None:
+        try:
+            losses = self.trainer.step(*self.towers.encode(batch))
+        except Diverged as error:
+            raise self._diverged(str(error)) from error
+        self.losses = [total + loss.item() for total, loss in zip(self.losses, losses, strict=True)]
+        self.place.progress(self.trainer.steps_done * self.job.config.batch_size, self._broken())
+
+    def _diverged(self, what: str) -> VcfBatchError:
+        """The error that ends a diverged training. It names the last checkpoint, whose validation was good."""
+        done = [int(row["step"]) for row in self.rows if row["step"]]
+        kept = "There is no checkpoint before it"
+        if done:
+            last = storage.join(self.job.config.out, CHECKPOINTS, checkpoint_name(done[-1]))
+            kept = f"The last good checkpoint is {last}, with the aligner in {ALIGNER}/"
+        return VcfBatchError(
+            f"the training has diverged: {what}. {kept}. Train with a lower --learning-rate into another --out"
+        )
 
     def _broken(self) -> int:
         return sum(row["broken_pairs"] for row in self.rows)
@@ -101,17 +137,18 @@ class _Fit:
         seconds = time.monotonic() - self.begin
         mean = [loss / self.place.world / steps if steps else None for loss in losses]
         batches = [self.validation[start : start + self.batch] for start in range(0, len(self.validation), self.batch)]
-        self.rows.append(
-            {
-                "step": trainer.steps_done,
-                "epoch": trainer.steps_done / self.job.steps_per_epoch,
-                "learning_rate": trainer.schedule.get_last_lr()[0],
-                **dict(zip(("loss", "info_nce", "reconstruction"), mean, strict=True)),
-                **trainer.validate(map(self.towers.encode, batches)),
-                "broken_pairs": int(broken),
-                "pairs_per_second": steps * self.job.config.batch_size / seconds,
-            }
-        )
+        row = {
+            "step": trainer.steps_done,
+            "epoch": trainer.steps_done / self.job.steps_per_epoch,
+            "learning_rate": trainer.schedule.get_last_lr()[0],
+            **dict(zip(("loss", "info_nce", "reconstruction"), mean, strict=True)),
+            **trainer.validate(map(self.towers.encode, batches)),
+            "broken_pairs": int(broken),
+            "pairs_per_second": steps * self.job.config.batch_size / seconds,
+        }
+        if wrong := trainer.not_finite(row):
+            raise self._diverged(f"{wrong} after step {trainer.steps_done:,}")
+        self.rows.append(row)
         if self.place.rank == 0:
             write_log(self.job.config.out, self.rows)
             self.place.note(describe(self.rows[-1], self.job.steps))

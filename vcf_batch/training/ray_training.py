@@ -6,6 +6,7 @@ the trained aligner, once, at the end of the training.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import threading
@@ -32,10 +33,8 @@ from vcf_batch.pool.signals import Signals
 from vcf_batch.setup.absolute_paths import absolute_output
 from vcf_batch.setup.claim import holds
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.training.training_job import ALIGNER, TrainingJob, read_log
+from vcf_batch.training.training_job import ALIGNER, CHECKPOINTS, TrainingJob, checkpoint_name, read_log
 
-CHECKPOINTS = "checkpoints"
-"""Name of Ray Train's folder in the output."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own record of the checkpoints in its folder."""
 
@@ -80,7 +79,7 @@ def run(config: TrainingConfig) -> TrainingSummary:
         UsageError: an option, a model or the data is wrong.
         RefusedError: the output holds another training, or another driver owns it.
         StorageError: the storage failed repeatedly.
-        VcfBatchError: workers failed repeatedly, or the loss is no longer finite.
+        VcfBatchError: workers failed repeatedly, or the training has diverged.
         Interrupted: Ctrl-C or SIGTERM; rerunning resumes.
     """
     begin = time.monotonic()
@@ -181,6 +180,8 @@ def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
     done = max((int(row["step"]) for row in read_log(config.out)), default=0)
     log.configure("text")
     with Progress(job.steps * config.batch_size, done * config.batch_size, sys.stderr) as progress:
+        for remark in job.remarks:
+            progress.note(remark, level=logging.WARNING)
         result = _watch(trainer, board, progress, job, held)
     best = result.get_best_checkpoint("validation_loss", "min")
     assert best is not None, "every training ends with a checkpoint"
@@ -254,7 +255,7 @@ def _work(settings: dict[str, Any]) -> None:
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(metrics, checkpoint, checkpoint_dir_name=f"step-{metrics['step']:08d}")
+        ray.train.report(metrics, checkpoint, checkpoint_dir_name=checkpoint_name(metrics["step"]))
 
     def progress(done: int, broken: int) -> None:
         nonlocal shown

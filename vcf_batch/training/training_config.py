@@ -4,6 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from vcf_batch.config import MAX_SEED
+from vcf_batch.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -47,10 +50,39 @@ class TrainingConfig:
     cpus_per_worker: int = 1
     address: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            # Written so, NaN is refused too.
+            if value is not None and not least <= value <= most:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is {value}; it must be a number from {least:g} to {most:g}"
+                )
+        if self.seed > MAX_SEED or self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; it must be a whole number from 0 to {MAX_SEED}")
+        for name in ("limit", "validation_pairs", "epochs", "batch_size", "validate_every", "shuffle_buffer"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MAX_COUNT:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is {value}; it must be a whole number from 1 to {MAX_COUNT:,}"
+                )
+
     def replace(self, **changes: Any) -> "TrainingConfig":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+
+MAX_COUNT = 10**12
+"""Largest number of pairs, steps or epochs."""
+
+_LIMITS = {
+    "learning_rate": (1e-12, 1.0),
+    "weight_decay": (0.0, 1e3),
+    "gradient_norm": (1e-12, 1e12),
+    "info_nce_weight": (0.0, 1e6),
+    "temperature": (1e-4, 1e3),
+}
+"""Smallest and largest values. Beyond them, steps of float32 vanish or overflow, whatever the data are."""
 
 NOT_TRAINED = frozenset(
     {

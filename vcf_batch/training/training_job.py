@@ -16,6 +16,9 @@ LOG = "log.csv"
 ALIGNER, STATE = "aligner", "state.pt"
 """Names in a checkpoint: the ImageAligner directory, and the file with the state to resume from."""
 
+CHECKPOINTS = "checkpoints"
+"""Name of the checkpoints' folder in the output."""
+
 VALIDATION_SHARE = 20
 """One of :data:`VALIDATION_SHARE` pairs is held out by default, and at most :data:`MAX_VALIDATION` pairs in all."""
 MAX_VALIDATION = 1000
@@ -66,6 +69,11 @@ class TrainingJob:
         return sum(map(len, self.training))
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What has to be told about the data, a line each."""
+        return tuple(dict.fromkeys((*self.data.remarks, *self.validation_data.remarks)))
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.pairs // self.config.batch_size
 
@@ -86,6 +94,11 @@ class TrainingJob:
         }
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's folder in :data:`CHECKPOINTS`."""
+    return f"step-{step:08d}"
+
+
 def read_log(out: str) -> list[dict[str, float]]:
     """The validations of a training so far, beginning with the one before its first step.
 
@@ -101,11 +114,12 @@ def read_log(out: str) -> list[dict[str, float]]:
 
 
 def describe(row: dict[str, Any], steps: int) -> str:
-    """One validation in one line of text."""
+    """One validation in one line of text, with the number of broken pairs before it, if there were any."""
+    broken = f"; {row['broken_pairs']:,} broken pairs left out before it" if row["broken_pairs"] else ""
     return (
         f"step {row['step']:,.0f} of {steps:,}: validation loss {row['validation_loss']:.4f} (InfoNCE "
         f"{row['validation_info_nce']:.4f}, reconstruction {row['validation_reconstruction']:.4f}), recall@1 "
-        f"{row['recall_at_1']:.1%}, recall@5 {row['recall_at_5']:.1%}"
+        f"{row['recall_at_1']:.1%}, recall@5 {row['recall_at_5']:.1%}{broken}"
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisi
 from transformers.utils import logging
 
 from vcf_batch import storage
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
@@ -75,7 +75,7 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
         dtype: data type of the weights that are written.
 
     Raises:
-        ModelError: a part is missing, or the parts do not fit each other.
+        ModelError: a part is missing, the parts do not fit each other, or weights of one are not finite.
         UsageError: ``out`` holds a model already.
         StorageError: the storage failed.
     """
@@ -86,6 +86,10 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
     with load_errors(f"the aligner {aligner}"):
         trained = ImageAligner.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipeline = load(parts, dtype, aligner=trained)
+    for part, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            name = f"the aligner {aligner}" if component is trained else f"the part {part} of {parts.base.name}"
+            _refuse_not_finite(component, name, dtype)
     base = fetch(parts.base)
     with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
         pipeline.save_pretrained(scratch)
@@ -98,6 +102,15 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
         # The index of the parts is uploaded last, so that half a model is never taken for a whole one.
         for file in sorted(files, key=lambda name: (name == MODEL_INDEX, name)):
             storage.upload(files[file], storage.join(out, file))
+
+
+def _refuse_not_finite(part: torch.nn.Module, name: str, dtype: torch.dtype) -> None:
+    for weight, value in part.named_parameters():
+        if not value.isfinite().all():
+            raise ModelError(
+                f"{name} has weights that are not finite: {weight}, in {dtype}. A training that diverged wrote them, "
+                "or they are too large for this precision: use another checkpoint, or --dtype float32"
+            )
 
 
 def forget_paths(folder: Path) -> None:
