@@ -33,7 +33,7 @@ OTHER: dict[str, Any] = {
     "strength": 0.5, "steps": 7, "guidance_scale": 3.0, "scheduler": "euler", "height": 64, "width": 72,
     "dtype": "float16", "negative_prompt": "blurry", "batch_size": 9, "shard_size": 10, "reference_root": ("s3://b",),
     "max_pixels": 5, "max_failed": 0.5, "judge": "org/clip", "lpips": "none", "lpips_weights": "folder",
-    "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2,
+    "long_prompts": "refuse", "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5, "cpus_per_worker": 2,
     "mark": False, "log_format": "json", "allow_smaller_batches": True, "profile": True, "stall_timeout": 60.0,
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
