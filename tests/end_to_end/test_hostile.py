@@ -30,7 +30,7 @@ from support import pictures, runs, web
 from vcf_batch.cli import main
 from vcf_batch.errors import ModelError
 from vcf_batch.images import limits
-from vcf_batch.manifest import references
+from vcf_batch.manifest import web_reading
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.setup import claim
@@ -57,7 +57,7 @@ def loaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Worker:
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, web.running() as address:
-        patch.setattr(references, "WEB_PAUSE_SECONDS", 0.0)
+        patch.setattr(web_reading, "PAUSE_SECONDS", 0.0)
         yield address
 
 

@@ -155,7 +155,6 @@ def _towers(job: TrainingJob, device: torch.device) -> Towers:
     for tower in (pipeline.text_encoder, pipeline.image_encoder):
         tower.requires_grad_(False).eval()
     encoder = parts.image_encoder or parts.base
-    names = [
-        f"{kind}-{config.dtype}-{model.identity[:16]}" for kind, model in (("image", encoder), ("text", parts.base))
-    ]
-    return Towers(pipeline.to(device), config.cache_features, *names)
+    image_id, text_id = (f"{config.dtype}-{model.identity[:16]}" for model in (encoder, parts.base))
+    # Earlier versions cached tokens of pixels that were not converted to sRGB.
+    return Towers(pipeline.to(device), config.cache_features, f"image-{image_id}-srgb", f"text-{text_id}")
