@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vcf_batch import storage
-from vcf_batch.errors import StorageError, printable, redact
+from vcf_batch.errors import StorageError, printable, redact_name
 from vcf_batch.output import sample_records, shards
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import Draw, Reference, Row, Sample, Scores, Shard, Status
@@ -214,10 +214,10 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
     assert table["prompt"].to_pylist() == [s.row.prompt for s in samples]
     assert table["seed"].to_pylist() == [s.row.seed for s in samples]
     assert table["strength"].to_pylist() == [s.settings["strength"] for s in samples]
-    uris = [[one.uri and redact(one.uri) for one in s.row.references] for s in samples]
+    uris = [[one.uri and redact_name(one.uri) for one in s.row.references] for s in samples]
     assert table["reference"].to_pylist() == [(some or None) if is_list else (some or [None])[0] for some in uris]
     negatives = [s.row.negative_reference for s in samples]
-    assert table["negative_reference"].to_pylist() == [one and redact(str(one.uri)) for one in negatives]
+    assert table["negative_reference"].to_pylist() == [one and redact_name(str(one.uri)) for one in negatives]
 
     successes = [s for s in samples if s.status == "success"]
     assert [one["__key__"] for one in in_tar] == [s.row.key for s in successes]

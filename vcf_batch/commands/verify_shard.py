@@ -148,7 +148,10 @@ def _check_columns(output: Output, name: str, found: pa.Schema) -> None:
 def _check_row(output: Output, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
     """Compare a row of the parquet with what the manifest and the run's settings say."""
     assert output.manifest
-    said = sample_records.of_manifest(row, output.manifest.carried_schema.names, output.manifest.reference_is_list)
+    manifest = output.manifest
+    said = sample_records.of_manifest(
+        row, manifest.carried_schema.names, manifest.reference_is_list, manifest.reference_is_web
+    )
     said |= settings_of(checked(row, output.config), output.config)
     attempts = record["attempts"] or [{"seed": row.seed}]
     if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:

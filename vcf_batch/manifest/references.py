@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from vcf_batch import images, storage
-from vcf_batch.errors import RowError, StorageError, UsageError, VcfBatchError, redact
+from vcf_batch.errors import RowError, StorageError, UsageError, VcfBatchError, redact_name
 from vcf_batch.manifest import web_reading
 from vcf_batch.records import Reference
 
@@ -259,5 +259,5 @@ def _named(reference: Reference) -> str:
 
 def _shown(url: str) -> str:
     """A URI as messages show it: quoted, without credentials, of bounded length."""
-    text = redact(url)
+    text = redact_name(url)
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

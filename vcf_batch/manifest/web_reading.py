@@ -16,7 +16,7 @@ from typing import IO, Any
 import idna
 
 from vcf_batch import __version__
-from vcf_batch.errors import RowError, StorageError, redact
+from vcf_batch.errors import RowError, StorageError, redact_name
 
 TRIES = 3
 PAUSE_SECONDS = 1.0
@@ -166,7 +166,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if self._refused(newurl):
-            raise RowError(f"reference {self._shown} redirects to {redact(newurl)[:200]!r}, where none may come from")
+            raise RowError(
+                f"reference {self._shown} redirects to {redact_name(newurl)[:200]!r}, where none may come from"
+            )
         return super().redirect_request(req, fp, code, msg, headers, _quoted(parse(newurl)[2]))
 
 

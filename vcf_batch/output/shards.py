@@ -69,14 +69,21 @@ class ShardWriter:
         image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
         carried_schema: see :func:`vcf_batch.output.sample_records.schema`.
         reference_is_list: see :func:`vcf_batch.output.sample_records.schema`.
+        reference_is_web: see :func:`vcf_batch.output.sample_records.of_manifest`.
     """
 
     def __init__(
-        self, scratch_dir: str, shard: Shard, image_format: str, carried_schema: pa.Schema, reference_is_list: bool
+        self,
+        scratch_dir: str,
+        shard: Shard,
+        image_format: str,
+        carried_schema: pa.Schema,
+        reference_is_list: bool,
+        reference_is_web: bool = False,
     ) -> None:
         self._shard = shard
         self._image_format = image_format
-        self._reference_is_list = reference_is_list
+        self._reference_is_list, self._reference_is_web = reference_is_list, reference_is_web
         self._schema = sample_records.schema(carried_schema, reference_is_list)
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
@@ -131,7 +138,7 @@ class ShardWriter:
             raise ValueError(f"sample {sample.row.key}: status {sample.status} with image {sample.image is not None}")
         if sample.status != "success" and not sample.error_message:
             raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
-        record = sample_records.record_of(sample, self._carried, self._reference_is_list)
+        record = sample_records.record_of(sample, self._carried, self._reference_is_list, self._reference_is_web)
         self._sums.add(sample.status, record)
         self._added += 1
         self._pending.append(record)
