@@ -57,7 +57,7 @@ def loaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Worker:
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, web.running() as address:
-        patch.setattr(web_reading, "PAUSE_SECONDS", 0.0)
+        patch.setattr(web_reading, "WEB_PAUSE_SECONDS", 0.0)
         yield address
 
 

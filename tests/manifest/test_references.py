@@ -288,7 +288,7 @@ def test_storage_trouble_passes_through(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(web_reading, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(web_reading, "WEB_PAUSE_SECONDS", 0.0)
     with web.running() as address:
         yield address
 
@@ -434,7 +434,7 @@ def test_hosts_of_other_letters_are_asked_for_as_browsers_do(
         looked_up.append(name.decode() if isinstance(name, bytes) else str(name))
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
-    monkeypatch.setattr(web_reading, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(web_reading, "WEB_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     monkeypatch.setenv("no_proxy", "*")
     for root in (f"http://{host}", f"http://{asked}{':8080' * (':8080' in host)}"):
@@ -515,7 +515,7 @@ def test_trouble_of_the_system_is_not_the_rows(base: Path, monkeypatch: pytest.M
 
 
 def test_a_server_that_drips_is_given_up(base: Path, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_reading, "TOTAL_SECONDS", -1.0)
+    monkeypatch.setattr(web_reading, "WEB_TOTAL_SECONDS", -1.0)
     with pytest.raises(StorageError, match="not complete"):
         reader(base, site).read(Reference(uri=f"{site}/refs/a.png"))
 

@@ -1,8 +1,8 @@
 """Colours: pixels are converted from the ICC profile of their file to sRGB, with the perceptual intent of LittleCMS.
 
 A profile whose colours are those of sRGB changes nothing: with the relative colorimetric intent and black point
-compensation, no colour of :data:`_PROBE` moves by more than :data:`SAME`. Profiles of other makes and versions of sRGB
-move by 1 of 255 at most, those of other spaces by 16 and more.
+compensation, no colour of :data:`_PROBE` moves by more than :data:`SAME_COLOUR`. Profiles of other makes and versions
+of sRGB move by 1 of 255 at most, those of other spaces by 16 and more.
 
 A profile may come from anyone, so LittleCMS sees only what is needed of it, and only after its sizes are checked.
 """
@@ -22,7 +22,7 @@ from vcf_batch.errors import NodeError
 MAX_PROFILE_BYTES = 8 * 2**20
 """Largest profile that is used. Those of printing presses, which are the largest, have about 3 MB."""
 
-SAME = 2
+SAME_COLOUR = 2
 """Largest difference, of 255, between a colour in a profile and the same numbers in sRGB that counts as none."""
 
 _CLASSES = {b"mntr", b"scnr", b"prtr", b"spac"}
@@ -117,7 +117,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
         moved = colorimetric.apply(Image.fromarray(probe[..., 0] if of_pixels == "L" else probe))
-        if np.abs(np.asarray(moved, np.int16) - probe).max() <= SAME:
+        if np.abs(np.asarray(moved, np.int16) - probe).max() <= SAME_COLOUR:
             return None
     return ImageCms.ImageCmsTransform(source, target, of_pixels, mode, ImageCms.Intent.PERCEPTUAL)
 

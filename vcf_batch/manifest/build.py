@@ -1,6 +1,5 @@
 """The builder of manifests: prompts x references x seeds in, Parquet out."""
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.pairing import pairs
+from vcf_batch.storage import scratch
 
 _BUILD_ROWS = 65_536
 _BUILD_SCHEMA = pa.schema([("prompt", pa.string()), ("reference", pa.string()), ("seed", pa.int64())])
@@ -61,8 +61,8 @@ def build(
             f"{most:,} different rows"
         )
     pairs_at = pairs(pairing, len(texts), len(choices), pairing_seed)
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-manifest-") as scratch:
-        path = Path(scratch) / "manifest.parquet"
+    with scratch.temporary(f"a manifest of {rows:,} rows") as folder:
+        path = Path(folder) / "manifest.parquet"
         with pq.ParquetWriter(path, _BUILD_SCHEMA, compression="zstd") as writer:
             for start in range(0, rows, _BUILD_ROWS):
                 pair, seed = np.divmod(np.arange(start, min(start + _BUILD_ROWS, rows)), seeds)

@@ -73,7 +73,7 @@ class ReferenceReader:
             raise UsageError(f"the manifest's folder {_shown(base)} cannot hold references: {error}") from error
         if place.scheme in _BUCKET_SCHEMES:
             place = _Place(place.scheme, place.host, (), f"{place.scheme}://{place.host}")
-        if place.scheme not in web_reading.PORTS:
+        if place.scheme not in web_reading.WEB_PORTS:
             self._roots.insert(0, place)
 
     def policy_error(self, reference: Reference) -> str | None:
@@ -132,7 +132,7 @@ class ReferenceReader:
         except ValueError as error:
             raise RowError(f"reference {shown} is not a usable path or URL: {error}") from error
         root = self._root_of(place)
-        if place.scheme not in ("", *web_reading.PORTS) and not place.segments:
+        if place.scheme not in ("", *web_reading.WEB_PORTS) and not place.segments:
             raise RowError(f"reference {shown} names a bucket or server, not a file in it")
         if root is None:
             leads = "" if place.url == uri else f" (it leads to {_shown(place.url)})"
@@ -153,7 +153,7 @@ class ReferenceReader:
 
     def _fetch(self, place: _Place, root: _Place, shown: str) -> bytes:
         try:
-            if place.scheme in web_reading.PORTS:
+            if place.scheme in web_reading.WEB_PORTS:
                 data = web_reading.fetch(place.url, MAX_REFERENCE_BYTES, shown, self._refuses)
             else:
                 data = storage.read_bytes(place.url, MAX_REFERENCE_BYTES + 1, None if place.scheme else root.url)
@@ -211,7 +211,7 @@ def _place(url: str) -> _Place:
             raise ValueError("its links are changed while they are followed") from error
         return _Place("", "", tuple(part for part in path.split("/") if part), path)
     scheme, rest = match[1].lower(), url[match.end() :]
-    if scheme in web_reading.PORTS:
+    if scheme in web_reading.WEB_PORTS:
         return _Place(scheme, *web_reading.parse(url))
     if "::" in url:
         raise ValueError("chained URLs ('::') are not followed")

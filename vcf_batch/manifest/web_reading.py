@@ -18,14 +18,14 @@ import idna
 from vcf_batch import __version__
 from vcf_batch.errors import RowError, StorageError, redact_name
 
-TRIES = 3
-PAUSE_SECONDS = 1.0
-TIMEOUT_SECONDS = 20.0
+WEB_TRIES = 3
+WEB_PAUSE_SECONDS = 1.0
+WEB_TIMEOUT_SECONDS = 20.0
 """Longest wait for a web server's next bytes."""
-TOTAL_SECONDS = 120.0
+WEB_TOTAL_SECONDS = 120.0
 """Longest time for one file, all tries together: a server that sends single bytes cannot hold up a worker."""
 
-PORTS = {"http": 80, "https": 443}
+WEB_PORTS = {"http": 80, "https": 443}
 _BUSY = frozenset({408, 425, 429})
 """HTTP statuses that are retried, like all statuses from 500 on."""
 _PATH = "".join(sorted(set(string.punctuation) - set('"<>`{}^')))
@@ -49,12 +49,12 @@ def fetch(url: str, limit: int, shown: str, refused: Callable[[str], bool]) -> b
         RowError: the server refuses, redirects to where no file may come from, or sends what cannot be unpacked.
         StorageError: the server or the network failed in every try.
     """
-    deadline = time.monotonic() + TOTAL_SECONDS
+    deadline = time.monotonic() + WEB_TOTAL_SECONDS
     opener = urllib.request.build_opener(_Redirects(refused, shown), _Web(deadline))
     request = urllib.request.Request(_quoted(url), headers={"User-Agent": f"vcf-batch/{__version__}"})
-    for number in range(1, TRIES + 1):
+    for number in range(1, WEB_TRIES + 1):
         try:
-            with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
+            with opener.open(request, timeout=WEB_TIMEOUT_SECONDS) as response:
                 return _unpacked(_read_all(response, limit), response.headers.get("Content-Encoding", ""), limit, shown)
         except urllib.error.HTTPError as error:
             error.close()
@@ -68,9 +68,9 @@ def fetch(url: str, limit: int, shown: str, refused: Callable[[str], bool]) -> b
             raise RowError(f"reference {shown} is not, or leads to, a usable web address: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             trouble = f"{type(error).__name__}: {error}"
-        if number == TRIES or time.monotonic() > deadline:
+        if number == WEB_TRIES or time.monotonic() > deadline:
             break
-        time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
+        time.sleep(WEB_PAUSE_SECONDS * 2 ** (number - 1))
     raise StorageError(f"cannot read reference {shown} after {number} tries: {trouble}")
 
 
@@ -94,7 +94,7 @@ def parse(url: str) -> tuple[str, tuple[str, ...], str]:
     if (not netloc.isascii() or "%" in netloc) and not netloc.startswith("["):
         name = _ascii_host(urllib.parse.unquote(name, errors="strict"))
         netloc = name if parts.port is None else f"{name}:{parts.port}"
-    host = f"{name}:{PORTS[parts.scheme] if parts.port is None else parts.port}"
+    host = f"{name}:{WEB_PORTS[parts.scheme] if parts.port is None else parts.port}"
     address = urllib.parse.urlunsplit(parts._replace(netloc=netloc, fragment=""))
     return host, tuple(segments), address
 
@@ -186,8 +186,8 @@ class _UntilDeadline(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int | None:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"not complete after {TOTAL_SECONDS:g} s")
-        self._connection.settimeout(min(left, TIMEOUT_SECONDS))
+            raise TimeoutError(f"not complete after {WEB_TOTAL_SECONDS:g} s")
+        self._connection.settimeout(min(left, WEB_TIMEOUT_SECONDS))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:

@@ -1,6 +1,5 @@
 """One worker's part of a training: steps, validations and checkpoints. This module does not use ray."""
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
 from vcf_batch.training.features import Example, Towers
@@ -126,7 +126,7 @@ class _Fit:
         if self.place.rank > 0:
             self.place.report(self.rows[-1], None)
             return
-        with tempfile.TemporaryDirectory(prefix="vcf-batch-") as folder:
+        with scratch.temporary("a checkpoint") as folder:
             self.towers.pipeline.aligner.save_pretrained(Path(folder, ALIGNER))
             torch.save(self.trainer.state_dict() | {"rows": self.rows}, Path(folder, STATE))
             self.place.report(self.rows[-1], Path(folder))
