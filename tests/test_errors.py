@@ -75,6 +75,8 @@ def test_secrets_in_urls_are_removed(text: str, redacted: str) -> None:
         ("webhdfs://host/a?op=OPEN&delegation=secret", "webhdfs://host/a?..."),
         ("https://host/a.png?", "https://host/a.png?"),
         ("C:\\q?x=1.png", "C:\\q?x=1.png"),
+        ("a.png?x=1&X-Amz-Signature=secret", "a.png?..."),
+        ("s3://bucket/a.png%3FX-Goog-Credential%3Dsecret", "s3://bucket/a.png%3F..."),
     ],
 )
 def test_only_web_addresses_lose_their_queries(name: str, shown: str) -> None:

@@ -43,6 +43,7 @@ _SECRET = re.compile(
     r"[\w.-]{0,40}(?:=|%(?:25)*3D)",
     re.IGNORECASE,
 )
+_PRESIGNED = re.compile(r"X-[a-z]{2,8}-(?:Signature|Credential|Security-Token)(?:=|%(?:25)*3D)", re.IGNORECASE)
 _SESSION = re.compile(r"(;jsessionid=)(?:[^\s'\"]|['\"](?=\w))+", re.IGNORECASE)
 
 
@@ -50,7 +51,7 @@ def redact_name(name: str, is_web: bool = False) -> str:
     """One path or URL without its secrets, and otherwise whole, so that different names stay different.
 
     Passwords are removed from every URL; queries, fragments and parameters of paths from http and https, and from
-    schemes that are not known. Anywhere else they are part of the name.
+    schemes that are not known. Anywhere else they are part of the name, unless they are those of a presigned address.
 
     Args:
         name: nothing but a path or a URL.
@@ -58,7 +59,7 @@ def redact_name(name: str, is_web: bool = False) -> str:
     """
     text = _without_users(name)
     begin = 0
-    if not is_web or _SCHEME.match(text):
+    if (not is_web or _SCHEME.match(text)) and not _PRESIGNED.search(text):
         strict = (each for each in _SCHEME.finditer(text) if each[1].lower() not in _OBJECT_STORES | _FILES)
         begin = next((each.end() for each in strict), len(text))
     found = _MARK.search(text, begin)

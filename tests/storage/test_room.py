@@ -31,7 +31,7 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def told(folder: Path, needed: str, prefix: str = "") -> str:
     inner = rf"/{prefix}\w+" if prefix else ""
-    return rf"is full: {needed} are needed in {re.escape(str(folder))}{inner}, and 2,730 are free"
+    return rf"No space left .*: {needed} are needed in {re.escape(str(folder))}{inner}, and 2,730 are free"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="Linux alone has such a file")

@@ -53,7 +53,6 @@ _OTHERS = (
     (128, b"DICM", "a DICOM picture", _CONVERT),
     (0, b"FUJIFILMCCD-RAW", "a camera's raw picture", _CONVERT),
     (0, b"%PDF-", "a PDF document", "convert a page of it with 'pdftoppm -png IN OUT'"),
-    (0, b"%!PS", "a PostScript document", _SHOT),
     (0, b"\x1a\x45\xdf\xa3", "a film (Matroska or WebM)", _FRAME),
     (8, b"AVI ", "a film (AVI)", _FRAME),
     (0, b"\x93NUMPY", "a NumPy array", "save it with PIL.Image.fromarray(ARRAY).save('OUT.png')"),
@@ -104,8 +103,10 @@ def not_readable(data: bytes, error: Exception) -> str:
         error: what checking, opening or decoding it raised.
     """
     name = _name(data)
-    # For an unknown file Pillow's message contains a memory address, and so differs every time.
-    reason = _reason(data, name) if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = str(error)
+    if isinstance(error, UnidentifiedImageError):
+        # Its message contains a memory address, and so differs every time.
+        reason = hidden if _UNSUPPORTED.match(hidden := _reason(data, name)) else ""
     if name == "TIFF" and (told := tiff.unsupported(data, opened=not _UNSUPPORTED.match(reason))):
         return f"the image cannot be read because it is a TIFF of {told}; convert it with 'magick IN -depth 8 OUT.png'"
     if name and _UNSUPPORTED.match(reason):

@@ -32,4 +32,4 @@ def told(folder: str, needed: int | None) -> str:
     except OSError:
         free = "none is free"
     wanted = "more bytes than there are" if needed is None else f"{needed:,} bytes"
-    return f"the disk, or your share of it, is full: {wanted} are needed in {folder}, and {free}"
+    return f"No space left on the disk, or in your share of it: {wanted} are needed in {folder}, and {free}"
