@@ -417,6 +417,18 @@ def test_an_abandoned_shard_leaves_no_files(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_names_that_are_no_web_address_are_recorded_as_they_are(tmp_path: Path) -> None:
+    """Two files stay two files in the column; what follows a ``?`` may be secret on the web alone."""
+    names = ["q?x=1.png", "q?x=2.png", "s3://bucket/q?x=3.png", "http://host/q?x=4.png"]
+    samples = [success(number) for number in range(len(names))]
+    samples = [
+        dataclasses.replace(each, row=dataclasses.replace(each.row, references=(Reference(name),)))
+        for each, name in zip(samples, names, strict=True)
+    ]
+    found = pq.read_table(write(tmp_path, samples).parquet)["reference"].to_pylist()
+    assert found == [*names[:3], "http://host/q?..."]
+
+
 def test_a_full_scratch_disk_is_a_storage_error(tmp_path: Path) -> None:
     """Trouble of storage fails the attempt, never the row."""
     os.symlink("/dev/full", tmp_path / "00000.tar")

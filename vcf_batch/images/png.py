@@ -50,7 +50,7 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     Returns:
         The file, and its profile: empty if it cannot be read, None if there is none.
     """
-    at, texts, profile = len(PNG_START), 0, None
+    at, texts, packed = len(PNG_START), 0, None
     parts = [PNG_START]
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -59,15 +59,16 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes | None]:
             break
         keep = kind != b"iCCP"
         if kind == b"iCCP":
-            method, stream = (rest := data[at + 8 : stop - 4].partition(b"\0")[2])[:1], rest[1:]
-            profile = _expanded(stream, MAX_PROFILE_BYTES) if method == b"\0" else b""
+            packed = data[at + 8 : stop - 4].partition(b"\0")[2]
         elif kind in (b"tEXt", *_COMPRESSED):
             texts += length
             keep = texts <= _MAX_TEXTS and (kind == b"tEXt" or _is_short(kind, data[at + 8 : stop - 4]))
         if keep:
             parts.append(data[at:stop])
         at = stop
-    return b"".join([*parts, _END]), profile
+    if packed is not None:  # the last one, as Pillow takes it; each may expand to megabytes
+        packed = _expanded(packed[1:], MAX_PROFILE_BYTES) if packed[:1] == b"\0" else b""
+    return b"".join([*parts, _END]), packed
 
 
 def _is_short(kind: bytes, body: bytes) -> bool:
