@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch.errors import RowError, redact
+from vcf_batch.errors import RowError, redact, redact_name
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,10 @@ from vcf_batch.errors import RowError, redact
         ("https://h/a.png: over 5; shrink it", "https://h/a.png: over 5; shrink it"),
         ("/data/a#1 100% ok?;.png", "/data/a#1 100% ok?;.png"),
         ("file:///data/a#1;b=c%23?.png", "file:///data/a#1;b=c%23?.png"),
+        ("reference 'q?x=1.png' is not there", "reference 'q?x=1.png' is not there"),
+        ("'/data/q?x=1.png' and 's3://bucket/q?x=2.png#n=3'", "'/data/q?x=1.png' and 's3://bucket/q?x=2.png#n=3'"),
+        ("sftp://me:secret@host/q?x=1.png", "sftp://host/q?x=1.png"),
+        ("Max retries exceeded: /a?x=1&X-Amz-Signature=secret", "Max retries exceeded: /a?..."),
         ("/plain/path@home", "/plain/path@home"),
         ("at 10:30 to me@home: a/b:c", "at 10:30 to me@home: a/b:c"),
     ],
@@ -50,6 +54,47 @@ from vcf_batch.errors import RowError, redact
 def test_secrets_in_urls_are_removed(text: str, redacted: str) -> None:
     assert redact(text) == redacted
     assert str(RowError(text)) == redacted
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("q?x=1.png", "q?x=1.png"),
+        ("q?token=1.png", "q?token=1.png"),
+        ("a#b;c=1 d?e%3Ff=2.png", "a#b;c=1 d?e%3Ff=2.png"),
+        ("/data/q?key=1.png", "/data/q?key=1.png"),
+        ("file:///data/q?x=1.png", "file:///data/q?x=1.png"),
+        ("s3://bucket/q?x=1.png#sig=2", "s3://bucket/q?x=1.png#sig=2"),
+        ("s3://key:secret@bucket/q?x=1.png", "s3://bucket/q?x=1.png"),
+        ("sftp://me:secret@host/q?x=1.png", "sftp://host/q?x=1.png"),
+        ("http://host/q?x=1.png", "http://host/q?..."),
+        ("HTTPS://me:secret@host/my photo.png?sig=a b", "HTTPS://host/my photo.png?..."),
+        ("https://host/a;jsessionid=secret/b.png", "https://host/a;..."),
+        ("zip://a?x=1.png::https://host/a.zip?secret", "zip://a?..."),
+        ("simplecache::https://host/a.zip#secret", "simplecache::https://host/a.zip#..."),
+        ("webhdfs://host/a?op=OPEN&delegation=secret", "webhdfs://host/a?..."),
+        ("https://host/a.png?", "https://host/a.png?"),
+        ("C:\\q?x=1.png", "C:\\q?x=1.png"),
+        ("a.png?x=1&X-Amz-Signature=secret", "a.png?..."),
+        ("s3://bucket/a.png%3FX-Goog-Credential%3Dsecret", "s3://bucket/a.png%3F..."),
+    ],
+)
+def test_only_web_addresses_lose_their_queries(name: str, shown: str) -> None:
+    """Names that are no web address stay as they are, and so stay different; passwords go from every URL."""
+    assert redact_name(name) == shown
+
+
+def test_a_relative_name_beside_a_manifest_on_the_web_is_a_web_address() -> None:
+    """It loses its query there, and there alone."""
+    assert redact_name("q?sig=secret", is_web=True) == "q?..."
+    assert redact_name("s3://bucket/q?x=1.png", is_web=True) == "s3://bucket/q?x=1.png"
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=3))
+def test_names_without_a_scheme_are_never_changed(parts: list[str]) -> None:
+    """Whatever is in them."""
+    name = "/".join(parts).replace("://", "_")
+    assert redact_name(name) == name
 
 
 SECRET = "S3cRetT0ken"
@@ -86,6 +131,7 @@ def test_a_secret_is_shown_nowhere(url: str, sentence: str) -> None:
     """Wherever in a URL a secret stands, no message, record or page has it: they all show what is left of the URL."""
     text = sentence.format(url, url)
     assert SECRET not in redact(text)
+    assert SECRET not in redact_name(url)
     assert redact(redact(text)) == redact(text)
     assert SECRET not in str(RowError(text))
 
@@ -103,6 +149,7 @@ def test_a_long_reference_takes_no_time(text: str) -> None:
     """References may have 100,000 bytes, and each is redacted."""
     begin = time.process_time()
     redact(text)
+    redact_name(text)
     assert time.process_time() - begin < 2
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from vcf_batch.errors import ModelError, UsageError, redact
+from vcf_batch.errors import ModelError, UsageError, redact_name
 
 FUSIONS = ("naive", "concat", "cross_attention")
 UNCONDITIONALS = ("zeros", "blank", "negative")
@@ -405,7 +405,7 @@ def fingerprint_fields(
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
     # The roots decide which rows fail, in any order. The fields are published, so credentials are left out.
-    fields["reference_root"] = sorted(map(redact, config.reference_root))
+    fields["reference_root"] = sorted(map(redact_name, config.reference_root))
     ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
     ids["safety_checker"] = safety_checker
     fields |= {f"{name}_id": identity for name, identity in ids.items()}

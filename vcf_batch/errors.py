@@ -29,23 +29,49 @@ import re
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 _SPACE, _PORT = re.compile(r"\s"), re.compile(r"\d+/")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "memory", "hf"})
-_FILES = frozenset({"file", "local"})
+_FILES = frozenset({"file", "local", "ftp", "ftps", "sftp", "ssh", "hdfs", "smb"})
+"""Schemes whose names are paths: they know no queries."""
 # A quotation mark ends an address, unless the address goes on behind it.
 _WORD = re.compile(r"(?:[^\s'\"]|['\"](?=\w))+")
 _WORDS = re.compile(r"(?:[^\n'\"]|['\"](?=\w))*")
 # What begins a query, a fragment or a parameter of a path: written out, or encoded once or more.
 _MARK = re.compile(r"[?#;]|%(?:25)*(?:3F|23|3B)", re.IGNORECASE)
 _QUERY = re.compile(r"\?|%(?:25)*3F", re.IGNORECASE)
-_EQUALS = re.compile(r"=|%(?:25)*3D", re.IGNORECASE)
+# Names of parameters that hold secrets, as presigned addresses and services have them.
+_SECRET = re.compile(
+    r"(?:sig|token|secret|key|pass|pwd|auth|cred|session|jwt|ticket|policy|expires|x-amz|x-goog|accessid)"
+    r"[\w.-]{0,40}(?:=|%(?:25)*3D)",
+    re.IGNORECASE,
+)
+_PRESIGNED = re.compile(r"X-[a-z]{2,8}-(?:Signature|Credential|Security-Token)(?:=|%(?:25)*3D)", re.IGNORECASE)
 _SESSION = re.compile(r"(;jsessionid=)(?:[^\s'\"]|['\"](?=\w))+", re.IGNORECASE)
+
+
+def redact_name(name: str, is_web: bool = False) -> str:
+    """One path or URL without its secrets, and otherwise whole, so that different names stay different.
+
+    Passwords are removed from every URL; queries, fragments and parameters of paths from http and https, and from
+    schemes that are not known. Anywhere else they are part of the name, unless they are those of a presigned address.
+
+    Args:
+        name: nothing but a path or a URL.
+        is_web: whether a name without a scheme is one of a web server.
+    """
+    text = _without_users(name)
+    begin = 0
+    if (not is_web or _SCHEME.match(text)) and not _PRESIGNED.search(text):
+        strict = (each for each in _SCHEME.finditer(text) if each[1].lower() not in _OBJECT_STORES | _FILES)
+        begin = next((each.end() for each in strict), len(text))
+    found = _MARK.search(text, begin)
+    return text[: found.end()] + "..." if found and found.end() < len(text) else text
 
 
 def redact(text: str) -> str:
     """``text`` without the secrets of every URL in it: user names, passwords, queries, fragments, parameters of paths.
 
-    Names of object stores may have ``?``, ``#`` and ``;`` in them. There, what follows is removed only if it looks like
-    ``name=value``. Names of local files keep theirs: of them, and of relative ones, only a query ``?name=value`` is
-    removed.
+    Names of object stores may have ``?``, ``#`` and ``;`` in them. There, what follows is removed only if it has a
+    parameter that is named like a secret, as ``sig=``. Names of local files keep theirs: of them, and of relative ones,
+    only a query with such a parameter is removed. Where nothing but a name is shown, :func:`redact_name` is exact.
     """
     # References may be relative, and libraries often name the path alone.
     text = _SESSION.sub(r"\1...", _cut(_without_users(text), _QUERY, bare=False))
@@ -70,12 +96,12 @@ def _cut(text: str, mark: re.Pattern[str], bare: bool) -> str:
     Args:
         text: words between spaces.
         mark: what may begin a secret.
-        bare: whether a secret may stand without ``name=``.
+        bare: whether a secret may have any name, or none.
     """
 
     def shortened(word: re.Match[str]) -> str:
         found = mark.search(word[0])
-        if not found or not (found.end() < len(word[0]) if bare else _EQUALS.search(word[0], found.end())):
+        if not found or not (found.end() < len(word[0]) if bare else _SECRET.search(word[0], found.end())):
             return word[0]
         return word[0][: found.end()] + "..."
 

@@ -30,7 +30,7 @@ from support import pictures, runs, web
 from vcf_batch.cli import main
 from vcf_batch.errors import ModelError
 from vcf_batch.images import limits
-from vcf_batch.manifest import references
+from vcf_batch.manifest import web_reading
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.setup import claim
@@ -57,7 +57,7 @@ def loaded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Worker:
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, web.running() as address:
-        patch.setattr(references, "WEB_PAUSE_SECONDS", 0.0)
+        patch.setattr(web_reading, "WEB_PAUSE_SECONDS", 0.0)
         yield address
 
 
@@ -80,8 +80,8 @@ ROTATED[0x0112] = 6
 PICTURES: dict[str, tuple[bytes, str | None]] = {
     "empty.png": (b"", "'empty.png': the image file is empty (0 bytes)"),
     "garbage.png": (bytes(range(1, 200)), "the file of 199 bytes is not an image in one of JPEG, PNG"),
-    "page.png": (b"<!DOCTYPE html><html><body>404</body></html>", "the file is a web page or XML text, not an image"),
-    "drawing.svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "the file is an SVG drawing"),
+    "page.png": (b"<!DOCTYPE html><html><body>404</body></html>", "it is a web page or XML text; replace it"),
+    "drawing.svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "it is an SVG drawing; draw it"),
     "pointer.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "fetch it with 'git lfs pull'"),
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not an image in one of"),
     "jpeg-truncated.jpg": (JPEG[:-200], "damaged or truncated JPEG file of"),
@@ -159,7 +159,7 @@ PLACES: dict[str, str | None] = {
     "{site}/refs/to-file": "the web server answers 302, not 200",
     "{site}/refs/status-403": "the web server answers 403, not 200",
     "{site}/refs/gone.png": "does not exist",
-    "{site}/refs/page.png": "the file is a web page or XML text, not an image",
+    "{site}/refs/page.png": "it is a web page or XML text; replace it",
 }
 """Where a reference is said to be, and the row's error."""
 

@@ -57,11 +57,11 @@ def test_what_is_left_out_is_counted_by_reason_and_named(tmp_path: Path, monkeyp
     found = find(str(write(tmp_path, files)), str(tmp_path / "m.parquet"))
     assert found.uris == ["a.png"]
     assert found.told() == [
-        "skipped: 1 files (Git LFS pointer; fetch the images with 'git lfs pull'): pointer.png",
-        "skipped: 1 files (HEIC; save them as JPEG or PNG): real.jpg",
+        "skipped: 1 files (a Git LFS pointer, not the image it stands for; fetch it with 'git lfs pull'): pointer.png",
+        "skipped: 1 files (a HEIC picture; convert it with 'heif-convert IN OUT.png'): real.jpg",
+        "skipped: 1 files (a camera's raw picture; convert it with 'magick IN OUT.png'): camera.NEF",
         "skipped: 1 files (empty): empty.png",
         "skipped: 5 files (no image): drawing.svg, line\\nbreak, more.txt, ...",
-        "skipped: 1 files (raw photograph; save them as JPEG or PNG): camera.NEF",
     ]
 
 

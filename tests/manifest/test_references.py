@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import socket
 import socketserver
 import threading
 import time
@@ -19,7 +20,7 @@ from PIL import Image
 
 from support import web
 from vcf_batch.errors import RowError, StorageError, UsageError
-from vcf_batch.manifest import references
+from vcf_batch.manifest import references, web_reading
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.records import Reference
 
@@ -287,7 +288,7 @@ def test_storage_trouble_passes_through(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(references, "WEB_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(web_reading, "WEB_PAUSE_SECONDS", 0.0)
     with web.running() as address:
         yield address
 
@@ -367,8 +368,154 @@ def test_an_unreachable_server_is_storage_trouble(base: Path, site: str) -> None
         reader(base, gone).read(Reference(uri=f"{gone}/a.png"))
 
 
+REDIRECTED = {
+    "to-broken": "http://[::1/x",
+    "to-port": "http://127.0.0.1:99999999/x",
+    "to-letters": "http://\u043f\u0440.\u0440\u0444/x",
+}
+
+
+@pytest.mark.parametrize("name", REDIRECTED)
+def test_a_redirect_to_no_address_fails_the_row(base: Path, site: str, name: str) -> None:
+    """What a server answers is the row's trouble, and kills no worker."""
+    with pytest.raises(RowError, match=f"refs/{name}"):
+        reader(base, site).read(Reference(uri=f"{site}/refs/{name}"))
+
+
+@pytest.mark.parametrize("name", ["gzip.png", "gzip-said-only.png"])
+def test_a_file_that_is_sent_as_gzip_is_unpacked(base: Path, site: str, name: str) -> None:
+    """Some servers pack what they are asked not to, or say so of files that are not packed."""
+    data = web.picture()
+    reference = Reference(uri=f"{site}/refs/{name}", sha256=hashlib.sha256(data).hexdigest())
+    assert pixel(reader(base, site).read(reference)) == web.PIXEL
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gzip-bomb.png", "larger than the limit of 1000000 bytes"),
+        ("gzip-cut.png", "a gzip stream that is cut off"),
+        ("gzip-damaged.png", "a damaged gzip stream"),
+        ("brotli.png", "with the Content-Encoding 'br'; let it send the file as it is"),
+    ],
+)
+def test_what_cannot_be_unpacked_fails_the_row(
+    base: Path, site: str, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", 1_000_000)
+    with pytest.raises(RowError, match=message):
+        reader(base, site).read(Reference(uri=f"{site}/refs/{name}"))
+
+
+def test_an_address_is_sent_as_browsers_send_it(base: Path, site: str) -> None:
+    """Paths and queries are encoded as UTF-8, each with the characters that browsers encode there, and none twice."""
+    with pytest.raises(RowError, match="does not exist"):
+        reader(base, site).read(Reference(uri=f"{site}/a b/\u00e9%20<{{'}}>[1]|?q=\u00e9 '<>{{}}&r=%2B+#part"))
+    assert web.Site.hits == ["/a%20b/%C3%A9%20%3C%7B'%7D%3E[1]|?q=%C3%A9%20%27%3C%3E{}&r=%2B+"]
+
+
+@pytest.mark.parametrize(
+    ("host", "asked"),
+    [
+        ("\u043f\u0440\u0438\u043c\u0435\u0440.\u0440\u0444", "xn--e1afmkfd.xn--p1ai"),
+        ("stra\u00dfe.de", "xn--strae-oqa.de"),
+        ("\u30c6\u30b9\u30c8\u3002jp:8080", "xn--zckzah.jp"),
+        ("my_host.M\u00dcNCHEN.de", "my_host.xn--mnchen-3ya.de"),
+        ("%D0%BF%D1%80.de", "xn--o1ac.de"),
+    ],
+)
+def test_hosts_of_other_letters_are_asked_for_as_browsers_do(
+    base: Path, monkeypatch: pytest.MonkeyPatch, host: str, asked: str
+) -> None:
+    """A root may be spelled either way. Without a network, it is the network's trouble, which a later try may pass."""
+    looked_up: list[str] = []
+
+    def offline(name: object, *_: object, **__: object) -> None:
+        looked_up.append(name.decode() if isinstance(name, bytes) else str(name))
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(web_reading, "WEB_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setenv("no_proxy", "*")
+    for root in (f"http://{host}", f"http://{asked}{':8080' * (':8080' in host)}"):
+        with pytest.raises(StorageError, match="after 3 tries: URLError"):
+            reader(base, root).read(Reference(uri=f"http://{host}/a.png"))
+    assert set(looked_up) == {asked}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "a..b",
+        "x" * 64 + ".de",
+        "\u00fc" * 70,
+        "\u200d\u00fc.de",
+        "xn--\u00fc.de",
+        "\u00fc.de%2Fa",
+        "%ff.de",
+        "\u00fc\uff0fa.de",
+    ],
+)
+def test_a_host_that_is_none_fails_the_row(base: Path, host: str) -> None:
+    """The row is named at once; the address is neither tried again nor on another worker."""
+    uri = f"http://{host}/a.png"
+    try:
+        both = reader(base, f"http://{host}")
+    except UsageError:
+        both = reader(base, "http://other.invalid")
+    with pytest.raises(RowError, match="usable"):
+        both.read(Reference(uri=uri))
+
+
+@pytest.mark.parametrize("error", [OverflowError("odd"), RecursionError("deep"), TypeError("driver"), KeyError("k")])
+def test_whatever_reading_raises_is_the_rows(base: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Nothing that reading a reference can raise leaves the row: its message has the class of the error."""
+
+    def broken(*_: object) -> bytes:
+        raise error
+
+    local, reference = reader(base), Reference(uri="refs/a.png")
+    for place in ("read_bytes", "is_local"):
+        with monkeypatch.context() as patch:
+            patch.setattr(references.storage, place, broken)
+            with pytest.raises(RowError, match=rf"refs/a.png' cannot be read: {type(error).__name__}: "):
+                local.read(reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(references.storage, "is_local", broken)
+        assert type(error).__name__ in (local.policy_error(reference) or "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(1)])
+def test_what_concerns_the_process_is_not_the_rows(
+    base: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Memory that runs out, Ctrl-C and an exit of the process pass through."""
+
+    def broken(*_: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(references.storage, "read_bytes", broken)
+    with pytest.raises(type(error)):
+        reader(base).read(Reference(uri="refs/a.png"))
+    monkeypatch.setattr(references.images, "decode", broken)
+    with pytest.raises(type(error)):
+        reader(base).read(Reference(data=png()))
+
+
+def test_trouble_of_the_system_is_not_the_rows(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trouble of storage, network or a node fails the attempt, never the row: a machine may run out of open files."""
+
+    def exhausted(*_: object) -> str:
+        raise OSError(24, "Too many open files")
+
+    broken = reader(base)
+    monkeypatch.setattr(references.os.path, "realpath", exhausted)
+    with pytest.raises(StorageError, match="Too many open files"):
+        broken.read(Reference(uri="refs/a.png"))
+
+
 def test_a_server_that_drips_is_given_up(base: Path, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "WEB_TOTAL_SECONDS", -1.0)
+    monkeypatch.setattr(web_reading, "WEB_TOTAL_SECONDS", -1.0)
     with pytest.raises(StorageError, match="not complete"):
         reader(base, site).read(Reference(uri=f"{site}/refs/a.png"))
 

@@ -1,5 +1,6 @@
 """A web site on this machine, with pictures, and with what web servers do to those who ask for them."""
 
+import gzip
 import io
 import socketserver
 import threading
@@ -22,6 +23,17 @@ def picture() -> bytes:
     return buffer.getvalue()
 
 
+_PACKED = {
+    "/refs/gzip.png": ("gzip", gzip.compress(picture())),
+    "/refs/gzip-said-only.png": ("gzip", picture()),
+    "/refs/gzip-bomb.png": ("GZIP", gzip.compress(bytes(10**7))),
+    "/refs/gzip-cut.png": ("x-gzip", gzip.compress(picture())[:-12]),
+    "/refs/gzip-damaged.png": ("gzip", gzip.compress(picture())[:20] + bytes(60)),
+    "/refs/brotli.png": ("br", b"packed"),
+}
+"""Encoding and body of files that the server packs although it is asked not to."""
+
+
 class Site(BaseHTTPRequestHandler):
     """``/refs/`` is what tests allow references from; ``/private/`` and the same server by another name are not."""
 
@@ -42,6 +54,9 @@ class Site(BaseHTTPRequestHandler):
             self._answer(200, picture()) if self.hits.count(self.path) > 1 else self._answer(503, b"")
         elif path == "/refs/short.png":
             self._answer(200, picture()[:40], length=len(picture()))
+        elif path in _PACKED:
+            packing, body = _PACKED[path]
+            self._answer(200, body, packing=packing)
         elif path == "/refs/drip.png":
             self._drip()
         elif path.startswith("/refs/to-"):
@@ -51,6 +66,9 @@ class Site(BaseHTTPRequestHandler):
                 "host": self.elsewhere,
                 "file": "file:///etc/hosts",
                 "metadata": "http://169.254.169.254/latest/meta-data/",
+                "broken": "http://[::1/x",
+                "port": "http://127.0.0.1:99999999/x",
+                "letters": "http://\u043f\u0440.\u0440\u0444/x".encode().decode("latin-1"),
             }
             self.send_response(302)
             self.send_header("Location", targets[path.rpartition("-")[2]])
@@ -58,8 +76,10 @@ class Site(BaseHTTPRequestHandler):
         else:
             self._answer(404, b"no")
 
-    def _answer(self, status: int, body: bytes, length: int | None = None) -> None:
+    def _answer(self, status: int, body: bytes, length: int | None = None, packing: str | None = None) -> None:
         self.send_response(status)
+        if packing:
+            self.send_header("Content-Encoding", packing)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)

@@ -194,6 +194,7 @@ def test_the_cache_changes_nothing(plan: Plan, tmp_path: Path) -> None:
         rows.append(reports.rows[-1])
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert [name[:13] for name in names] == ["image-float32", "text-float32-"]
+    assert names[0].endswith("-srgb"), "tokens of pixels that were not converted are not used"
     assert [row["validation_loss"] for row in rows[1:]] == pytest.approx([rows[0]["validation_loss"]] * 2, rel=1e-5)
 
 

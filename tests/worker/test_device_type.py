@@ -121,7 +121,7 @@ def test_a_cpu_is_described_with_all_that_its_bytes_depend_on() -> None:
     assert json.loads(json.dumps(told)) == told == device_type.describe("cpu", torch.float32, 2, "cpu", False)
     assert (told["threads"], told["attention"]) == (2, "cpu")
     assert told["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
-    assert {"torch", "pyarrow", "Pillow", "zlib", "vcf_batch"} <= told["versions"].keys()
+    assert {"torch", "pyarrow", "Pillow", "zlib", "littlecms2", "vcf_batch"} <= told["versions"].keys()
     compiled = device_type.describe("cpu", torch.float32, 2, "cpu", True)
     assert compiled["versions"].keys() - told["versions"].keys() == {"compiler"}
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
+from vcf_batch.storage import scratch
 from vcf_batch.worker import in_process
 
 PLANNED_ROWS = 1000
@@ -248,16 +248,16 @@ def _calibrated(job: Job) -> Measurement:
     """Load a worker in this process, let it write a small shard into scratch, and time the rows that do not fail."""
     count = min(CALIBRATION_BATCHES * cast(int, job.config.batch_size), job.manifest.num_rows)
     shard = ShardPlan(job.manifest.num_rows, count)[0]
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
+    with scratch.temporary("a small shard") as folder:
         begin = time.perf_counter()
-        loaded = in_process.load(job, scratch)
+        loaded = in_process.load(job, folder)
         load_seconds = time.perf_counter() - begin
         from vcf_batch.worker import calibration  # brings torch
 
         made = loaded.run(ShardTask(shard, last_attempt=True), "calibration")
         assert made  # it is no trial
         receipt, staged = made
-        written = pq.read_table(os.path.join(scratch, staged["parquet"]), columns=["status", "error_message"])
+        written = pq.read_table(os.path.join(folder, staged["parquet"]), columns=["status", "error_message"])
         rows = [
             row
             for row, status in zip(

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import itertools
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
+from vcf_batch.storage import scratch
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
@@ -79,8 +79,8 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
         UsageError: a sweep, the manifest or the model cannot be used, or there would be too many samples.
         VcfBatchError: the storage or the network failed.
     """
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-        config = absolute_paths.absolute(config.replace(output=scratch, limit=min(rows, config.limit or rows)))
+    with scratch.temporary("the pictures") as folder:
+        config = absolute_paths.absolute(config.replace(output=folder, limit=min(rows, config.limit or rows)))
         config = in_process.settled(config)
         columns = [TEXT_ONLY_COLUMN, *variants(sweeps, config)]
         manifest = manifest_check.open_checked(config, None)
@@ -90,7 +90,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
                 "less, or show fewer --rows"
             )
         job = defaults.settle(config, manifest, run_models.resolve(config))
-        components = in_process.load(job, scratch).components
+        components = in_process.load(job, folder).components
         shown = [checked(row, job.config) for row in manifest.rows(0, manifest.num_rows, config.seed)]
         samples = _generated(components, [_changed(row, column) for row in shown for column in columns])
     heads = [["reference"], ["text only"], *(_label(column) for column in columns[1:])]

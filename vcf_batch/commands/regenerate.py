@@ -8,7 +8,6 @@ versions are those in the receipt's ``device``, its bytes are the same. Other de
 import dataclasses
 import itertools
 import random
-import tempfile
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Shard
 from vcf_batch.setup import claim, defaults, run_models
 from vcf_batch.setup.shard_task import ShardTask
+from vcf_batch.storage import scratch
 from vcf_batch.worker import in_process
 from vcf_batch.worker.worker import Worker
 
@@ -52,14 +52,14 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
     """
     compared = same = 0
     largest, differing = 0.0, ""
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-        worker = _load(output, scratch)
+    with scratch.temporary("shards to compare") as folder:
+        worker = _load(output, folder)
         device = worker.components.device.description
         for receipt, places in _chosen(output, count, seed):
             shard = receipt.shard
             exact = receipt.sampled_at_once is None and receipt.device == device
             differing = differing or differences(receipt.device, device)
-            for key, there, here in _pairs(output, worker, scratch, shard, places, exact):
+            for key, there, here in _pairs(output, worker, folder, shard, places, exact):
                 if isinstance(here, str):
                     yield Finding(shard.name, f"{key} cannot be drawn again: {here}", kind="note")
                     continue
@@ -76,13 +76,13 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
     yield Finding("samples", told, kind="note")
 
 
-def _load(output: Output, scratch: str) -> Worker:
-    """A worker with the settings of the output's run. It writes into ``scratch``."""
+def _load(output: Output, folder: str) -> Worker:
+    """A worker with the settings of the output's run. It writes into ``folder``."""
     config = output.config
     job = defaults.settle(config, output.need_manifest(), run_models.resolve(config))
     claim.claim(job, publish=False)  # Refuses an output of another run.
     gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
-    return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), scratch)
+    return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), folder)
 
 
 def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, list[int]]]:
@@ -99,7 +99,7 @@ def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, li
 
 
 def _pairs(
-    output: Output, worker: Worker, scratch: str, shard: Shard, places: list[int], exact: bool
+    output: Output, worker: Worker, folder: str, shard: Shard, places: list[int], exact: bool
 ) -> Iterator[tuple[str, bytes, bytes | str]]:
     """Key of each chosen sample, its committed image, and the regenerated image or the reason why there is none."""
     committed = shards.file_url(output.url, shard, "parquet")
@@ -109,7 +109,7 @@ def _pairs(
     made = worker.run(ShardTask(shard, last_attempt=True, verdicts=others), shard.name)
     assert made  # it is no trial
     _, staged = made
-    tar, parquet = (storage.join(scratch, staged[kind]) for kind in ("tar", "parquet"))
+    tar, parquet = (storage.join(folder, staged[kind]) for kind in ("tar", "parquet"))
     image = output.config.image_format
     redrawn: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
     errors = _by_key(parquet, "error_message")
@@ -118,7 +118,7 @@ def _pairs(
         # Rounding may move a score over a gate's limit, so that another draw passes here.
         other = "another of its draws passes the gates here"
         redrawn |= {key: other for key in redrawn if seeds_there[key] != seeds_here[key]}
-    commits.discard(scratch, staged)
+    commits.discard(folder, staged)
     for place, sample in enumerate(shards.read_samples(shards.file_url(output.url, shard, "tar"))):
         if place in places:
             key = sample["__key__"]

@@ -154,7 +154,9 @@ def _check_columns(manifest: Manifest | None, name: str, found: pa.Schema) -> No
 
 def _check_row(config: RunConfig, manifest: Manifest, row: Row, record: Mapping[str, Any], schema: pa.Schema) -> None:
     """Compare a row of the parquet with what the manifest and the run's settings say."""
-    said = sample_records.of_manifest(row, manifest.carried_schema.names, manifest.reference_is_list)
+    said = sample_records.of_manifest(
+        row, manifest.carried_schema.names, manifest.reference_is_list, manifest.reference_is_web
+    )
     said |= settings_of(checked(row, config), config)
     attempts = record["attempts"] or [{"seed": row.seed}]
     if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:

@@ -1,27 +1,27 @@
 """Images: decode within bounds, orient, resize, convert ranges, encode.
 
 Pixels have three ranges in this project, and only this module converts them: ``uint8`` (files, PIL), ``[0, 1]`` (the
-pipeline's output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]``, sRGB as stored; ICC profiles
-are not applied.
+pipeline's output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]`` in sRGB: pixels of a file
+with an ICC profile are converted, and those of any other file are taken as they are.
 """
 
 import contextlib
+import hashlib
 import io
 import threading
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from vcf_batch.errors import RowError
-from vcf_batch.images import bounds, limits
+from vcf_batch.errors import RowError, VcfBatchError
+from vcf_batch.images import bounds, colours, jpeg, kinds, limits, png
+from vcf_batch.images.kinds import FORMATS as FORMATS
 from vcf_batch.images.limits import LARGE_PIXELS
-from vcf_batch.images.signatures import LFS_POINTER, READ, SVG, XML, kind_of
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""File formats of references. The list is closed because Pillow also reads EPS, and EPS starts Ghostscript."""
 
 _LARGE = threading.Semaphore(2)
+
+_GREYS = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
 
 _ORIENTATION_TAG = 0x0112
 
@@ -42,48 +42,49 @@ _ENCODERS: dict[str, dict[str, object]] = {
 }
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
+def decode(data: bytes, max_pixels: int, name: str = "an image") -> Image.Image:
     """Decode an image file to plain RGB.
 
-    EXIF orientation is applied, transparency is composed over white, 16-bit greys are rounded to 8 bits, CMYK and
-    palettes are converted, and the first frame of an animation is taken. Pixels are counted from the header, before
-    anything is decoded. Pillow's own limit, ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179 million), holds even if
-    ``max_pixels`` is larger.
+    EXIF orientation is applied, an ICC profile is converted to sRGB, transparency is composed over white, 16-bit greys
+    are rounded to 8 bits, CMYK and palettes are converted, and the first frame of an animation is taken. Pixels are
+    counted from the header, before anything is decoded. Pillow's own limit, ``2 * PIL.Image.MAX_IMAGE_PIXELS`` (179
+    million), holds even if ``max_pixels`` is larger.
+
+    A file that is whole but for its end, or has longer metadata than Pillow reads, is decoded too.
 
     Args:
         data: the whole file, in one of :data:`FORMATS`.
         max_pixels: largest width times height.
+        name: the file, for the log.
 
     Returns:
         An ``RGB`` image that owns its pixels and carries no metadata.
 
     Raises:
-        RowError: the file is empty, damaged, truncated, too large, or not an image.
+        RowError: the file is empty, damaged, truncated, too large, of a kind that is not read, or not an image.
+        NodeError: the file has an ICC profile, and Pillow has no LittleCMS on this machine.
     """
     if not data:
         raise RowError("the image file is empty (0 bytes)")
-    try:
-        bounds.check(data, max_pixels)
-    except ValueError as error:
-        raise RowError(_not_readable(data, error)) from error
+    kinds.refuse_others(data)
     # A damaged file makes Pillow raise nearly any exception. All but MemoryError are the file's fault.
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except MemoryError:
+        bounds.check(data, max_pixels)
+        if data.startswith(b"\xff\xd8") and jpeg.lacks_end(data):
+            raise ValueError("it has no end, and not all of its pixels")
+        return _decoded(data, max_pixels, name)
+    except (MemoryError, VcfBatchError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError(f"the image is larger than Pillow decodes: {error}; shrink it") from error
     except Exception as error:
-        raise RowError(_not_readable(data, error)) from error
-    limits.check_size(image.size, max_pixels)
+        cause = error
     try:
-        with image, _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-            image.load()
-            return _to_rgb(_oriented(image))
-    except (MemoryError, RowError):
+        return _mended(data, max_pixels, name)
+    except (MemoryError, VcfBatchError):
         raise
-    except Exception as error:
-        raise RowError(_not_readable(data, error)) from error
+    except Exception:
+        raise RowError(kinds.not_readable(data, cause)) from cause
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -151,6 +152,49 @@ def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return array
 
 
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    limits.check_size(image.size, max_pixels)
+    return image
+
+
+def _bounded(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+    return _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext()
+
+
+def _decoded(data: bytes, max_pixels: int, name: str, profile: bytes | None = None) -> Image.Image:
+    """Decode a file, with its own profile if none is given."""
+    image = _opened(data, max_pixels)
+    with image, _bounded(image):
+        image.load()
+        own = image.info.get("icc_profile") if profile is None else profile
+        return _to_rgb(_oriented(image), own, name)
+
+
+def _mended(data: bytes, max_pixels: int, name: str) -> Image.Image:
+    """Decode a file again without what Pillow stumbles over, if its pixels are all there.
+
+    Raises:
+        ValueError: the file is not of such a kind.
+        Exception: the file is damaged.
+    """
+    if data.startswith(png.PNG_START):
+        lean, profile = png.without_metadata(data)
+        return _decoded(lean, max_pixels, name, profile)
+    if data.startswith(b"\xff\xd8"):
+        whole, *others = jpeg.with_end(data)
+        pixels = _sum_of_pixels(whole, max_pixels)
+        if all(_sum_of_pixels(other, max_pixels) == pixels for other in others):
+            return _decoded(whole, max_pixels, name)
+    raise ValueError("the file cannot be mended")
+
+
+def _sum_of_pixels(data: bytes, max_pixels: int) -> bytes:
+    image = _opened(data, max_pixels)
+    with image, _bounded(image):
+        return hashlib.sha256(image.tobytes()).digest()
+
+
 def _oriented(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
@@ -159,34 +203,27 @@ def _oriented(image: Image.Image) -> Image.Image:
     return image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
         raise RowError(
-            f"the image has 32-bit {'integer' if image.mode == 'I' else 'floating-point'} pixels, whose range is "
-            "unknown; convert it to 8 or 16 bits"
+            f"the image cannot be read because it has 32-bit {'integer' if image.mode == 'I' else 'floating-point'} "
+            "pixels, whose range is unknown; convert it to 8 or 16 bits"
         )
+    is_grey = image.mode in _GREYS
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    elif image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        rgb = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    else:
-        # An RGB image is copied, too, so that the caller's image has no open file behind it.
-        rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile is not None:
+        image = colours.to_srgb(image, profile, is_grey, name)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # An RGB image is copied, too, so that the caller's image has no open file behind it.
+    rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
     rgb.info.clear()
     return rgb
-
-
-def _not_readable(data: bytes, error: Exception) -> str:
-    # For an unknown file Pillow's message contains a memory address, and so differs every time.
-    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-    kind = kind_of(data)
-    if kind in READ:
-        return f"the image is a damaged or truncated {kind} file of {len(data)} bytes{reason}; replace it"
-    if kind == LFS_POINTER:
-        return "the file is a Git LFS pointer, not the image it stands for; fetch it with 'git lfs pull'"
-    if kind in (SVG, XML):
-        what = "an SVG drawing" if kind == SVG else "a web page or XML text"
-        return f"the file is {what}, not an image in one of {', '.join(FORMATS)}"
-    return f"the file of {len(data)} bytes is not an image in one of {', '.join(FORMATS)}"

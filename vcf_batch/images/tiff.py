@@ -1,7 +1,7 @@
-"""Bounds of TIFF files: their strips and tiles, read from their fields."""
+"""Bounds of TIFF files, their strips and tiles, read from their fields; and what kinds of them are not decoded."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from vcf_batch.errors import RowError
 from vcf_batch.images.limits import LARGE_PIXELS, MAX_PIECES, PADDING, check_size
@@ -14,6 +14,24 @@ _MAX_TIFF_FIELDS = 4096
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes of a value of each type."""
+_BITS, _COMPRESSION, _SAMPLE_FORMAT = 258, 259, 339
+_DECODED = {*range(1, 9), 32771, 32773, 32809, 32946, 34676, 34677, 34925, 50000}
+"""Compressions that Pillow decodes."""
+_COMPRESSIONS = {
+    9: "JBIG",
+    10: "JBIG",
+    33003: "JPEG 2000",
+    33005: "JPEG 2000",
+    34661: "JBIG",
+    34712: "JPEG 2000",
+    34713: "Nikon's raw format",
+    34887: "LERC",
+    34892: "lossy JPEG of DNG",
+    50001: "WebP",
+    50002: "JPEG XL",
+    52546: "JPEG XL",
+}
+_NUMBERS = {1: "unsigned integers", 2: "signed integers", 3: "floating-point numbers"}
 _WIDTH, _HEIGHT, _SAMPLES, _ROWS, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 277, 278, 284, 322, 323
 _OFFSETS = {273, 324}
 _BYTE_COUNTS = {279, 325}
@@ -30,7 +48,7 @@ def check_tiff(data: bytes, max_pixels: int) -> None:
     if data[:4] not in TIFF_STARTS:
         raise RowError("the image is a BigTIFF in big-endian order, which is not read; save it as a PNG, JPEG or WebP")
     order = ">" if data.startswith(b"MM") else "<"
-    fields = dict(_tiff_fields(data, order))
+    fields = dict(_tiff_fields(data, order, _TIFF_FIELDS))
     one = {tag: values[0] for tag, values in fields.items() if tag not in _OFFSETS | _BYTE_COUNTS}
     if min(one.values(), default=0) < 0 or _WIDTH not in one or _HEIGHT not in one:
         raise ValueError("its width and height are not given")
@@ -69,8 +87,31 @@ def _too_many(count: int) -> RowError:
     return RowError(f"the image is a TIFF of {count} strips or tiles, over the limit of {MAX_PIECES}; save it anew")
 
 
-def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Yield the fields of the first directory that bound the work, as tag and values."""
+def unsupported(data: bytes, opened: bool) -> str | None:
+    """What makes a file one that is not decoded, as "JPEG 2000 compression"; None if it does not look like one.
+
+    Args:
+        data: a file that was not decoded.
+        opened: whether Pillow knows how its pixels are stored.
+    """
+    try:
+        order = ">" if data.startswith(b"MM") else "<"
+        fields = dict(_tiff_fields(data, order, {_BITS, _COMPRESSION, _SAMPLES, _SAMPLE_FORMAT}))
+    except (RowError, ValueError, OverflowError, struct.error, IndexError):
+        return None
+    (compression,) = fields.get(_COMPRESSION, (1,))[:1]
+    if compression not in _DECODED:
+        return f"{_COMPRESSIONS.get(compression, f'number {compression}')} compression"
+    if opened:
+        return None
+    (samples,), bits = fields.get(_SAMPLES, (1,))[:1], fields.get(_BITS, (1,))
+    numbers = _NUMBERS.get(fields.get(_SAMPLE_FORMAT, (1,))[0], "numbers of an unknown kind")
+    sizes = " or ".join(map(str, sorted(set(bits[:8]))))
+    return f"{samples} {'sample' if samples == 1 else 'samples'} a pixel, which are {numbers} of {sizes} bits"
+
+
+def _tiff_fields(data: bytes, order: str, wanted: Set[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Yield the wanted fields of the first directory, as tag and values."""
     big = data[2] == 43
     (position,) = struct.unpack_from(order + "Q", data, 8) if big else struct.unpack_from(order + "I", data, 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, position)
@@ -93,7 +134,7 @@ def _tiff_fields(data: bytes, order: str) -> Iterator[tuple[int, tuple[int, ...]
                     f"the image is a TIFF whose fields have more than twice the {len(data)} bytes of the file; "
                     "save it anew without its metadata"
                 )
-        if tag not in _TIFF_FIELDS:
+        if tag not in wanted:
             continue
         # Of a repeated field, one reader may take the first and another one the last.
         if tag in seen or kind not in _TIFF_INTEGERS or not number:

@@ -1,6 +1,5 @@
 """The builder of manifests: prompts x references in, Parquet out."""
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.pairing import pairs
+from vcf_batch.storage import scratch
 
 _BUILD_ROWS = 65_536
 _BUILD_BYTES = 64 << 20
@@ -91,8 +91,8 @@ def build(
     pairs_at = pairs(pairing, len(texts), len(choices), pairing_seed)
     schema = _COLUMNS.append(_SEED) if has_seeds else _COLUMNS
     step = max(min(_BUILD_ROWS, _BUILD_BYTES // pc.max(pc.binary_length(texts)).as_py()), 1)
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-manifest-") as scratch:
-        path = Path(scratch) / "manifest.parquet"
+    with scratch.temporary(f"a manifest of {rows:,} rows") as folder:
+        path = Path(folder) / "manifest.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for start in range(0, rows, step):
                 pair, seed = np.divmod(np.arange(start, min(start + step, rows)), images)

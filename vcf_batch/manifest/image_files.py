@@ -9,7 +9,7 @@ from itertools import islice
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
 from vcf_batch.images import FORMATS
-from vcf_batch.images.signatures import LFS_POINTER, READ, START_BYTES, SVG, XML, kind_of
+from vcf_batch.images.kinds import RAW, START_BYTES, SVG, XML, kind_of
 
 _THREADS = 32
 """Files whose first bytes are read at a time. On object stores each one is a request of some 20 ms."""
@@ -18,18 +18,6 @@ NAMES_SHOWN = 3
 
 _RAW = (".3fr", ".arw", ".cr2", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".nef", ".nrw", ".pef", ".sr2", ".srw")
 """Suffixes of photographs as cameras store them. They are TIFF files, and what is read of one may be its thumbnail."""
-
-
-_REMEDIES = {
-    "no image": "",
-    "empty": "",
-    LFS_POINTER: "fetch the images with 'git lfs pull'",
-    "name is not UTF-8": "rename them",
-    "permission denied": "check their permissions",
-    "gone meanwhile": "",
-}
-"""What helps against each reason. Against any other one, which is a format that is not read, :data:`_SAVE` does."""
-_SAVE = "save them as JPEG or PNG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +33,8 @@ class ImageFiles:
         """Lines for people: for each reason the number of files, a remedy and the first names."""
         lines = []
         for reason, names in self.skipped.items():
-            remedy = _REMEDIES.get(reason, _SAVE)
             more = ", ..." if len(names) > NAMES_SHOWN else ""
-            lines.append(
-                f"skipped: {len(names):,} files ({reason}{remedy and f'; {remedy}'}): "
-                f"{', '.join(names[:NAMES_SHOWN])}{more}"
-            )
+            lines.append(f"skipped: {len(names):,} files ({reason}): {', '.join(names[:NAMES_SHOWN])}{more}")
         return lines
 
 
@@ -109,22 +93,20 @@ def _obstacle(folder: str, name: str, size: int) -> str | None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "name is not UTF-8"
+        return "name is not UTF-8; rename them"
     url = storage.join(folder, name)
     try:
         start = storage.read_start(url, START_BYTES) if size else storage.read_bytes(url, START_BYTES)
     except PermissionError:
-        return "permission denied"
+        return "permission denied; check their permissions"
     except (FileNotFoundError, storage.NotAFileError):
         return "gone meanwhile"
     kind = kind_of(start)
-    if kind == "TIFF" and name.lower().endswith(_RAW):
-        return "raw photograph"
-    if kind in READ:
-        return None
+    if kind and kind.name == "TIFF" and name.lower().endswith(_RAW):
+        kind = RAW
     if kind in (None, SVG, XML):
         return "no image" if start else "empty"
-    return kind
+    return f"{kind.name}; {kind.remedy}" if kind.remedy else None
 
 
 def _shown(name: str) -> str:

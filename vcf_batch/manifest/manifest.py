@@ -138,6 +138,11 @@ class Manifest:
         )
 
     @property
+    def reference_is_web(self) -> bool:
+        """Whether relative references are on a web server, so that what follows a ``?`` may be secret."""
+        return self.base.lower().startswith(("http://", "https://"))
+
+    @property
     def versions(self) -> dict[str, FileVersion]:
         """The files by name, for ``known`` of :meth:`open`."""
         return {

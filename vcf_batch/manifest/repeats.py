@@ -4,7 +4,6 @@ Ids are compared by 128 bits of hash: two different ids of a manifest have equal
 The hashes are spread over files in local scratch, and then the files are read one by one.
 """
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+
+from vcf_batch.storage import scratch
 
 ROWS_PER_PARTITION = 500_000
 MAX_PARTITIONS = 256
@@ -45,11 +46,16 @@ class RepeatFinder:
 
     def __init__(self, expected: int) -> None:
         self._count = min(max(-(-expected // ROWS_PER_PARTITION), 1), MAX_PARTITIONS)
-        self._scratch = tempfile.TemporaryDirectory(prefix="vcf-batch-ids-")
+        self._scratch = scratch.temporary(f"the hashes of {expected:,} ids", expected * _RECORD.itemsize)
         self._pending: list[np.ndarray] = []
         self._pending_rows = 0
 
     def __enter__(self) -> Self:
+        """Make the scratch folder.
+
+        Raises:
+            StorageError: it cannot be made. Within the block: its disk is full.
+        """
         self._folder = Path(self._scratch.__enter__())
         return self
 
@@ -94,7 +100,8 @@ class RepeatFinder:
         for partition, part in enumerate(np.split(records, stops[:-1])):
             if len(part):
                 with self._path(partition).open("ab") as file:
-                    part.tofile(file)
+                    # Not tofile, which does not tell why it could not write.
+                    file.write(part.view(np.uint8).data)
 
     def _repeats_in(self, partition: int, most: int) -> Iterator[tuple[int, list[Repeat]]]:
         """Yield the repeats of one partition by chunks. Memory holds its distinct ids and one chunk."""

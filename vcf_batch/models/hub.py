@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models.model_files import refuse_code, select
+from vcf_batch.storage import room, scratch
 
 
 def commit_of(name: str, revision: str | None) -> str:
@@ -35,7 +35,7 @@ def read(name: str, commit: str, file: str) -> bytes:
         FileNotFoundError: the model has no such file.
         ModelError: the hub cannot be reached.
     """
-    with _errors(name, commit, ModelError), tempfile.TemporaryDirectory(prefix="vcf-batch-hub-") as folder:
+    with _errors(name, commit, ModelError), scratch.temporary(file) as folder:
         from huggingface_hub import errors, hf_hub_download
 
         try:
@@ -48,7 +48,7 @@ def fill(name: str, commit: str, folder: str) -> None:
     """Download the files of a model; files that are in the folder already stay.
 
     Raises:
-        StorageError: the hub cannot be reached.
+        StorageError: the hub cannot be reached, or the disk is full.
         ModelError: the hub no longer offers the model.
     """
     with _errors(name, commit, StorageError):
@@ -56,7 +56,15 @@ def fill(name: str, commit: str, folder: str) -> None:
 
         info = HfApi().model_info(name, revision=commit)
         files = select(name, {file.rfilename: 0 for file in info.siblings or []})
-        snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(files))
+        try:
+            snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(files))
+        except OSError as error:
+            if not room.is_full(error):
+                raise
+            raise StorageError(
+                f"cannot download {name}: {room.told(folder, None)}. Make room there, or set VCF_BATCH_CACHE to a "
+                "folder on a larger disk."
+            ) from error
 
 
 @contextlib.contextmanager
@@ -66,7 +74,7 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
 
     try:
         yield
-    except (ModelError, ImportError, FileNotFoundError):
+    except (ModelError, StorageError, ImportError, FileNotFoundError):
         raise
     except errors.GatedRepoError as error:
         raise ModelError(

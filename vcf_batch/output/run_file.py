@@ -11,7 +11,7 @@ from typing import Any
 
 from vcf_batch import __version__, storage
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, fingerprint
-from vcf_batch.errors import RefusedError, StorageError, redact
+from vcf_batch.errors import RefusedError, StorageError, redact_name
 from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.output import commits
 
@@ -136,7 +136,7 @@ def open_manifest(config: RunConfig, record: RunRecord | None) -> Manifest:
         record: the record that is in the output; None if there is none.
     """
     known: Mapping[str, FileVersion] = {}
-    if record and redact(config.manifest) == record.manifest.url:
+    if record and redact_name(config.manifest) == record.manifest.url:
         known = record.manifest.files
     return Manifest.open(config.manifest, config.limit, known=known)
 

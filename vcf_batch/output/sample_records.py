@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vcf_batch.errors import printable, redact
+from vcf_batch.errors import printable, redact_name
 from vcf_batch.output.row_json import finite
 from vcf_batch.output_columns import COLUMNS, SETTINGS
 from vcf_batch.records import SCORES, Draw, Objective, Row, Sample, Scores
@@ -35,16 +35,19 @@ def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
     )
 
 
-def record_of(sample: Sample, carried: Iterable[str], reference_is_list: bool) -> dict[str, Any]:
+def record_of(
+    sample: Sample, carried: Iterable[str], reference_is_list: bool, reference_is_web: bool = False
+) -> dict[str, Any]:
     """The row of a sample, by its columns. Scores that are not finite are null.
 
     Args:
         sample: of a row of the manifest.
         carried: names of the carried columns.
         reference_is_list: see :func:`schema`.
+        reference_is_web: see :func:`of_manifest`.
     """
     return {
-        **of_manifest(sample.row, carried, reference_is_list),
+        **of_manifest(sample.row, carried, reference_is_list, reference_is_web),
         "status": sample.status,
         "error_message": sample.error_message and printable(sample.error_message),
         **{name: sample.settings.get(name) for name in SETTINGS},
@@ -62,20 +65,27 @@ def record_of(sample: Sample, carried: Iterable[str], reference_is_list: bool) -
     }
 
 
-def of_manifest(row: Row, carried: Iterable[str], reference_is_list: bool) -> dict[str, Any]:
+def of_manifest(
+    row: Row, carried: Iterable[str], reference_is_list: bool, reference_is_web: bool = False
+) -> dict[str, Any]:
     """The columns that the manifest alone decides, for one row. References are named without their secrets.
 
     Args:
         carried: names of the carried columns.
         reference_is_list: see :func:`schema`.
+        reference_is_web: see :attr:`vcf_batch.manifest.manifest.Manifest.reference_is_web`.
     """
-    uris = [reference.uri and redact(reference.uri) for reference in row.references]
-    negative = row.negative_reference and row.negative_reference.uri
+
+    def named(uri: str | None) -> str | None:
+        return uri and redact_name(uri, reference_is_web)
+
+    uris = [named(reference.uri) for reference in row.references]
+    negative = row.negative_reference.uri if row.negative_reference else None
     return {
         "key": row.key,
         "prompt": row.prompt,
         "reference": (uris or None) if reference_is_list else next(iter(uris), None),
-        "negative_reference": negative and redact(negative),
+        "negative_reference": named(negative),
         **{name: row.carried.get(name) for name in carried},
     }
 

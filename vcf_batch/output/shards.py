@@ -30,7 +30,7 @@ from vcf_batch.output.receipts import FILE_SUFFIXES
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.records import FileEntry, Sample, Shard, Status
-from vcf_batch.storage import tar
+from vcf_batch.storage import room, tar
 
 ROWS_PER_GROUP = 1024
 """Rows of a row group of the parquet."""
@@ -72,22 +72,37 @@ class ShardWriter:
         image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
         carried_schema: see :func:`vcf_batch.output.sample_records.schema`.
         reference_is_list: see :func:`vcf_batch.output.sample_records.schema`.
+        reference_is_web: see :func:`vcf_batch.output.sample_records.of_manifest`.
+
+    Raises:
+        StorageError: the scratch cannot be written.
     """
 
     def __init__(
-        self, scratch_dir: str, shard: Shard, image_format: str, carried_schema: pa.Schema, reference_is_list: bool
+        self,
+        scratch_dir: str,
+        shard: Shard,
+        image_format: str,
+        carried_schema: pa.Schema,
+        reference_is_list: bool,
+        reference_is_web: bool = False,
     ) -> None:
         self._shard = shard
         self._image_format = image_format
-        self._reference_is_list = reference_is_list
+        self._reference_is_list, self._reference_is_web = reference_is_list, reference_is_web
         self._schema = sample_records.schema(carried_schema, reference_is_list)
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0
         self._sums = ShardSums()
         self._finished = False
-        os.makedirs(scratch_dir, exist_ok=True)
+        self._scratch_dir = scratch_dir
         self._paths = {kind: os.path.join(scratch_dir, shard.name + suffix) for kind, suffix in FILE_SUFFIXES.items()}
+        with self._writing():
+            self._open()
+
+    def _open(self) -> None:
+        os.makedirs(self._scratch_dir, exist_ok=True)
         # PAX equals USTAR but for names over 100 characters, which keys may have.
         self._tar = tarfile.open(self._paths["tar"], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._parquet = pq.ParquetWriter(
@@ -134,7 +149,7 @@ class ShardWriter:
             raise ValueError(f"sample {sample.row.key}: status {sample.status} with image {sample.image is not None}")
         if sample.status != "success" and not sample.error_message:
             raise ValueError(f"sample {sample.row.key} is {sample.status} without an error_message")
-        record = sample_records.record_of(sample, self._carried, self._reference_is_list)
+        record = sample_records.record_of(sample, self._carried, self._reference_is_list, self._reference_is_web)
         self._sums.add(sample.status, record)
         self._added += 1
         self._pending.append(record)
@@ -180,10 +195,17 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
+            full = room.is_full(error)
+            reason = room.told(self._scratch_dir, self._estimated_bytes()) if full else error
             raise StorageError(
-                f"cannot write the scratch files of shard {self._shard.name}: {error}. "
+                f"cannot write the scratch files of shard {self._shard.name}: {reason}. "
                 "Check that there is room, or set TMPDIR to a larger disk."
             ) from error
+
+    def _estimated_bytes(self) -> int:
+        """Number of bytes of the whole shard, if the rows to come are as large as those that were written."""
+        done = sum(os.path.getsize(path) for path in self._paths.values() if os.path.exists(path))
+        return done * len(self._shard) // max(self._added, 1)
 
     def _add_member(self, key: str, extension: str, data: bytes) -> None:
         member = tarfile.TarInfo(f"{key}.{extension}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vcf_batch import __version__, sharding
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of
-from vcf_batch.errors import RefusedError, redact
+from vcf_batch.errors import RefusedError, redact, redact_name
 from vcf_batch.manifest import appended
 from vcf_batch.output import commits, receipts, run_file
 from vcf_batch.output.run_file import RecordedManifest, RunRecord
@@ -169,7 +169,7 @@ def record_of(job: Job) -> RunRecord:
         fields=job.fields,
         config={name: _redacted(value) for name, value in job.config.to_dict().items()},
         manifest=RecordedManifest(
-            redact(job.manifest.url), job.manifest.identity, job.manifest.num_rows, job.manifest.versions
+            redact_name(job.manifest.url), job.manifest.identity, job.manifest.num_rows, job.manifest.versions
         ),
         models=job.models.describe(job.guided),
         shards=len(job.shards),

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from vcf_batch.errors import StorageError, redact
 from vcf_batch.records import FileEntry
-from vcf_batch.storage import local
+from vcf_batch.storage import local, room
 from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import checksum
 from vcf_batch.storage.paths import as_local_path, is_local
@@ -221,9 +221,9 @@ def download(url: str, local_path: str) -> None:
         try:
             local.publish(local_path, fill, create=False)
         except OSError as error:
-            if error is of_url or may_pass(error):
+            if (error is of_url and not room.is_full(error)) or may_pass(error):
                 raise
-            raise translated("write", local_path, error, 1, ()) from error
+            raise translated("write", local_path, error, 1, (), announced or None) from error
 
     retried("download", url, fetch)
 

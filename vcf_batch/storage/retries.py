@@ -5,12 +5,15 @@ raises the error that :mod:`vcf_batch.storage` lists for it, with credentials re
 """
 
 import errno
+import os
 import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from vcf_batch.errors import StorageError, VcfBatchError, redact
+from vcf_batch.storage import room
+from vcf_batch.storage.paths import as_local_path, is_local
 
 TRIES = 6
 """Most tries of one request, the first included: enough if one call in five fails."""
@@ -66,7 +69,9 @@ READING: Kinds = (FileNotFoundError, PermissionError, NotAFileError)
 MOVING: Kinds = (FileNotFoundError,)
 
 
-def retried(action: str, url: str, call: Callable[[], Result], stay: Kinds = READING) -> Result:
+def retried(
+    action: str, url: str, call: Callable[[], Result], stay: Kinds = READING, needed: int | None = None
+) -> Result:
     """Run ``call``, repeat it while its failure may pass, then raise the error listed in :mod:`vcf_batch.storage`.
 
     Args:
@@ -74,6 +79,7 @@ def retried(action: str, url: str, call: Callable[[], Result], stay: Kinds = REA
         url: the file or folder, for the message.
         call: the request; called without arguments.
         stay: types of error that the caller can act on; all others become a StorageError.
+        needed: number of bytes that are written; None if it is not known.
     """
     begin = time.monotonic()
     number = 0
@@ -89,7 +95,7 @@ def retried(action: str, url: str, call: Callable[[], Result], stay: Kinds = REA
             pause = PAUSE_SECONDS * 3 ** (number - 1) * (0.5 + _jitter.random())
             last = number == TRIES or time.monotonic() - begin + pause > RETRY_SECONDS
             if last or not may_pass(cause):
-                told = translated(action, url, cause, number, stay)
+                told = translated(action, url, cause, number, stay, needed)
                 if told is error:
                     raise
                 raise told from error
@@ -126,7 +132,9 @@ def may_pass(error: Exception) -> bool:
     )
 
 
-def translated(action: str, url: str, error: Exception, tries: int, stay: Kinds) -> Exception:
+def translated(
+    action: str, url: str, error: Exception, tries: int, stay: Kinds, needed: int | None = None
+) -> Exception:
     """The error that :mod:`vcf_batch.storage` lists for ``error``; ``error`` itself if it is a mistake in the code."""
     if isinstance(error, (VcfBatchError, *_MISTAKES)):
         return error
@@ -144,6 +152,9 @@ def translated(action: str, url: str, error: Exception, tries: int, stay: Kinds)
         known = FileNotFoundError(errno.ENOENT, f"no such file (HTTP {status})" if status else "no such file", where)
     if isinstance(known, stay):
         return known
+    if is_local(url) and room.is_full(error):
+        state = room.told(os.path.dirname(as_local_path(url)), needed)
+        return StorageError(f"cannot {action} {where}: {state}. Make room there, or name a folder on a larger disk.")
     tried = f" after {tries} tries" if tries > 1 else ""
     remedy = "credentials and permissions" if refused else "that the storage is reachable, exists and has room"
     return StorageError(f"cannot {action} {where}{tried}: {reason}. Check {remedy}.")

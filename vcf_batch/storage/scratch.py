@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vcf_batch.errors import StorageError
+from vcf_batch.errors import StorageError, VcfBatchError
+from vcf_batch.storage import room
 
 _PREFIX = "vcf-batch-scratch-"
 _OWNER = "owner"
@@ -31,10 +32,58 @@ def folder() -> Iterator[str]:
             fcntl.flock(owner, fcntl.LOCK_EX)
             os.rename(owner.name, os.path.join(path, _OWNER))  # so that nobody sees it unlocked
         except OSError as error:
-            raise StorageError(
-                f"cannot make a scratch folder: {error}. Set TMPDIR to a folder that can be written and has room."
-            ) from error
+            raise _not_made(error) from error
         yield path
+
+
+@contextlib.contextmanager
+def temporary(what: str, needed: int | None = None) -> Iterator[str]:
+    """Create a folder for files of this process alone, and remove it at the end of the block.
+
+    Args:
+        what: the files, for the message.
+        needed: number of bytes that are written; None if it is not known.
+
+    Raises:
+        StorageError: the folder cannot be made, or its disk is full.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="vcf-batch-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _not_made(error) from error
+    with made as path, writing(what, path, needed):
+        yield path
+
+
+@contextlib.contextmanager
+def writing(what: str, path: str, needed: int | None = None) -> Iterator[None]:
+    """Tell of a full disk in the block in full: the folder, the bytes that are needed and free, and the remedy.
+
+    Args:
+        what: the files that are written, for the message.
+        path: the scratch folder.
+        needed: number of bytes that are written; None if it is not known.
+
+    Raises:
+        StorageError: the disk is full. Other errors pass.
+    """
+    try:
+        yield
+    except VcfBatchError:
+        raise
+    except Exception as error:
+        if not room.is_full(error):
+            raise
+        raise StorageError(
+            f"cannot write {what}: {room.told(path, needed)}. Make room there, or set TMPDIR to a folder on a larger "
+            "disk."
+        ) from error
+
+
+def _not_made(error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot make a scratch folder: {error}. Set TMPDIR to a folder that can be written and has room."
+    )
 
 
 def clean() -> None:

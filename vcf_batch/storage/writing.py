@@ -1,5 +1,6 @@
 """Publishing files whole, moving and removing them."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def publish_bytes(url: str, data: bytes, create: bool = False) -> None:
         fs.pipe_file(path, data, **({"mode": "create"} if create else {}))
 
     try:
-        retried("write", url, publish, (FileExistsError,) if create else ())
+        retried("write", url, publish, (FileExistsError,) if create else (), len(data))
     except FileExistsError as error:
         # An earlier try may have written the file, and only the answer was lost.
         if tries == 1 or _content(url) != data:
@@ -83,7 +84,10 @@ def upload(local_path: str, url: str, note_progress: Callable[[], None] = lambda
         if arrived != sent:
             raise ConnectionError(f"{arrived} of {sent} bytes arrived")
 
-    retried("upload", url, put, ())
+    needed: int | None = None
+    with contextlib.suppress(OSError):  # whoever cannot read the file learns it when it is copied
+        needed = os.path.getsize(local_path)
+    retried("upload", url, put, (), needed)
 
 
 def move(source: str, target: str, version: str | None = None) -> None:

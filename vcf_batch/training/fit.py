@@ -1,7 +1,6 @@
 """One worker's part of a training: steps, validations and checkpoints. This module does not use ray."""
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from vcf_batch import storage
 from vcf_batch.errors import VcfBatchError
+from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
 from vcf_batch.training.features import Example, Towers
@@ -163,7 +163,7 @@ class _Fit:
         if self.place.rank > 0:
             self.place.report(self.rows[-1], None)
             return
-        with tempfile.TemporaryDirectory(prefix="vcf-batch-") as folder:
+        with scratch.temporary("a checkpoint") as folder:
             self.towers.pipeline.aligner.save_pretrained(Path(folder, ALIGNER))
             torch.save(self.trainer.state_dict() | {"rows": self.rows}, Path(folder, STATE))
             self.place.report(self.rows[-1], Path(folder))
@@ -192,7 +192,6 @@ def _towers(job: TrainingJob, device: torch.device) -> Towers:
     for tower in (pipeline.text_encoder, pipeline.image_encoder):
         tower.requires_grad_(False).eval()
     encoder = parts.image_encoder or parts.base
-    names = [
-        f"{kind}-{config.dtype}-{model.identity[:16]}" for kind, model in (("image", encoder), ("text", parts.base))
-    ]
-    return Towers(pipeline.to(device), config.cache_features, *names)
+    image_id, text_id = (f"{config.dtype}-{model.identity[:16]}" for model in (encoder, parts.base))
+    # Earlier versions cached tokens of pixels that were not converted to sRGB.
+    return Towers(pipeline.to(device), config.cache_features, f"image-{image_id}-srgb", f"text-{text_id}")

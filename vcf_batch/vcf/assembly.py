@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.storage import scratch
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.parts import MODEL_INDEX, Parts
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -91,10 +91,14 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
             name = f"the aligner {aligner}" if component is trained else f"the part {part} of {parts.base.name}"
             _refuse_not_finite(component, name, dtype)
     base = fetch(parts.base)
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as scratch:
-        pipeline.save_pretrained(scratch)
-        forget_paths(Path(scratch))
-        files = {file: os.path.join(scratch, file) for file in storage.list_tree(scratch)}
+    networks = (each for each in pipeline.components.values() if isinstance(each, torch.nn.Module))
+    weights = (tensor for network in networks for tensor in network.state_dict().values())
+    with scratch.temporary(
+        "the assembled model", sum(each.numel() * each.element_size() for each in weights)
+    ) as folder:
+        pipeline.save_pretrained(folder)
+        forget_paths(Path(folder))
+        files = {file: os.path.join(folder, file) for file in storage.list_tree(folder)}
         # Copy models that are not part of the pipeline: the judge and the probe of the tiny family.
         for file in model_files.chosen(list(storage.list_tree(base))):
             if "/" in file and file.split("/")[0] not in pipeline.config:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vcf_batch import storage
+from vcf_batch.storage import scratch
 
 
 class Clock:
@@ -88,7 +88,7 @@ class Profile(Clock):
         """
         if self._left > 0:
             self._profiler.stop()
-        with tempfile.TemporaryDirectory(prefix="vcf-batch-profile-") as folder:
+        with scratch.temporary("a profile") as folder:
             trace = os.path.join(folder, "trace.json")
             self._profiler.export_chrome_trace(trace)
             storage.upload(trace, self._url)

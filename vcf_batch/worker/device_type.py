@@ -22,8 +22,8 @@ import vcf_batch
 CONTENT_PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "pyarrow", "Pillow")
 """Packages that compute, encode or write what is in an output."""
 
-CODECS = ("zlib", "zlib_ng", "libjpeg_turbo", "webp", "avif")
-"""Libraries that Pillow was built with, each decoding references or encoding images."""
+CODECS = ("zlib", "zlib_ng", "libjpeg_turbo", "webp", "avif", "littlecms2")
+"""Libraries that Pillow was built with: each decodes references, converts their colours or encodes images."""
 
 ENVIRONMENT = ("ONEDNN_", "DNNL_", "MKL_", "FBGEMM_", "TORCH_MKLDNN_", "OMP_THREAD_LIMIT", "OMP_DYNAMIC")
 """Beginnings of environment variables by which libraries choose their kernels on a CPU."""

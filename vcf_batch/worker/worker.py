@@ -223,7 +223,12 @@ class Worker:
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
                 manifest = self.manifest
                 with shards.ShardWriter(
-                    folder, task.shard, config.image_format, manifest.carried_schema, manifest.reference_is_list
+                    folder,
+                    task.shard,
+                    config.image_format,
+                    manifest.carried_schema,
+                    manifest.reference_is_list,
+                    manifest.reference_is_web,
                 ) as writer:
 
                     def add(sample: Sample) -> None:
