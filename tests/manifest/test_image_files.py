@@ -71,7 +71,7 @@ def test_a_name_that_is_not_utf_8_is_left_out_and_named(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
         file.write(runs.png(0))
     found = find(str(tmp_path), str(tmp_path / "m.parquet"))
-    assert (found.uris, found.skipped) == (["a.png"], {"name is not UTF-8": ["caf\\xe9.png"]})
+    assert (found.uris, found.skipped) == (["a.png"], {"name is not UTF-8; rename them": ["caf\\xe9.png"]})
     assert found.told() == ["skipped: 1 files (name is not UTF-8; rename them): caf\\xe9.png"]
 
 
@@ -102,7 +102,10 @@ def test_a_file_that_may_not_be_read_costs_no_other_one(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(storage, "read_start", read)
     found = find(str(tmp_path), str(tmp_path / "m.parquet"))
-    assert (found.uris, found.skipped) == (["c"], {"gone meanwhile": ["b"], "permission denied": ["a"]})
+    assert (found.uris, found.skipped) == (
+        ["c"],
+        {"gone meanwhile": ["b"], "permission denied; check their permissions": ["a"]},
+    )
     errors["c"] = StorageError("down")
     with pytest.raises(StorageError, match="down"):
         find(str(tmp_path), str(tmp_path / "m.parquet"))
