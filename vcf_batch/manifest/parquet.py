@@ -5,6 +5,7 @@ Statistics and sizes of columns are never read: damaged ones make pyarrow end th
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -18,6 +19,7 @@ import pyarrow.types as pt
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, RefusedError, StorageError
 from vcf_batch.manifest import contents
+from vcf_batch.manifest.footer import Encodings, encodings, wide_integers
 
 MAX_COLUMNS = 1000
 """Most columns of a file, counting every field of a struct."""
@@ -29,8 +31,11 @@ _LONG_BYTES = 1 << 16
 """Longest text of a dictionary column that is decoded; a column with a longer text stays a dictionary."""
 _MOST_ALIKE = 16
 """Largest size of a batch, in units of :data:`BATCH_BYTES`, if every text were the longest of its dictionary."""
+_STEP_BYTES = 8 * BATCH_BYTES
+"""Largest size of a step, if every text of an expanding encoding were as long as its column."""
 _BUFFER_BYTES = 4 << 20
 _TAIL_BYTES = 1 << 16
+_UNSUPPORTED = re.compile(r"not (yet )?implemented|not supported|unsupported|not built|unknown encoding", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,6 +54,7 @@ class ParquetFile:
     """Version of the file when it was opened; None if the storage keeps none."""
     sha256: str = ""
     """See :func:`vcf_batch.manifest.contents.sha256`."""
+    encodings: Encodings = field(default=Encodings(), repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -60,10 +66,13 @@ class ParquetFile:
         """Yield the manifest's rows ``start`` to ``stop - 1`` that lie in this file, as (first row's number, batch).
 
         A dictionary column with very long texts stays a dictionary: a few bytes of indices could become a column of
-        any size.
+        any size. Delta encodings are read in steps so small that no such column fills the memory.
+
+        Args:
+            columns: names of columns, or the paths of their leaves, such as ``reference.path``.
 
         Raises:
-            ManifestError: the file is damaged.
+            ManifestError: the file is damaged, or Arrow cannot read it.
             RefusedError: the file has changed since it was opened. It is looked at before and after reading.
             StorageError: the storage failed.
         """
@@ -81,7 +90,7 @@ class ParquetFile:
                         "change during a run"
                     )
                 self._check_stays()
-                for batch in _read(source, groups, columns, most_rows):
+                for batch in _read(source, groups, columns, most_rows, self.encodings):
                     low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                     if low < high:
                         yield self.first_row + position + low, batch.slice(low, high - low)
@@ -92,8 +101,19 @@ class ParquetFile:
         except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
             raise StorageError(f"this node cannot read the manifest's file {self.url}: {error}") from error
         except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{self.url} is damaged: {_first_line(error)}") from error
+            raise _unreadable(self.url, error, "is damaged", self._first_unreadable(groups, columns)) from error
         raise ManifestError(f"{self.url} is damaged: it ends after {position} of {self.num_rows} rows")
+
+    def _first_unreadable(self, groups: Sequence[int], columns: Sequence[str]) -> str | None:
+        """The first of the columns that cannot be read; None if each can be read alone."""
+        with storage.open_read(self.url) as source:
+            for column in columns:
+                try:
+                    for _ in _read(source, groups, [column], 1, self.encodings):
+                        break
+                except (pa.ArrowException, OSError):
+                    return column
+        return None
 
     def _check_stays(self) -> None:
         """Check that the file is the one that was opened. It is hashed again only if its version is another one."""
@@ -164,12 +184,20 @@ def parse_footer(url: str, size: int, footer: bytes, first_row: int) -> tuple[Pa
         if min(rows, default=0) < 0:
             raise ManifestError(f"{url} has a damaged footer: a row group of {min(rows)} rows")
         _ = parsed.schema_arrow.names  # fails if a name is not UTF-8
-        return ParquetFile(url, size, first_row, np.cumsum(rows, dtype=np.int64)), parsed.schema_arrow
+        stops, found = np.cumsum(rows, dtype=np.int64), encodings(footer)
+        return ParquetFile(url, size, first_row, stops, encodings=found), parsed.schema_arrow
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{url} has a damaged footer: {_first_line(error)}") from error
+        if "more than 64 bits" in str(error) and (wide := wide_integers(footer)):
+            raise ManifestError(
+                f"{url} cannot be read because column {' or '.join(map(repr, wide))} has integers of more than 64 "
+                "bits, which pyarrow does not support; convert it to a 64-bit integer, a decimal or a string"
+            ) from error
+        raise _unreadable(url, error, "has a damaged footer") from error
 
 
-def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_rows: int) -> Iterator[pa.RecordBatch]:
+def _read(
+    source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_rows: int, encoded: Encodings
+) -> Iterator[pa.RecordBatch]:
     metadata = pq.read_metadata(source)
 
     def read(groups: Sequence[int], rows: int, dictionaries: list[str]) -> Iterator[pa.RecordBatch]:
@@ -184,7 +212,8 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
         )
         return parquet.iter_batches(batch_size=rows, row_groups=groups, columns=[*columns], use_threads=False)
 
-    flat = [path for path in (metadata.schema.column(n).path for n in range(metadata.num_columns)) if path in columns]
+    paths = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
+    flat = [path for path in paths if path in columns and path not in encoded.delta]
     longest = dict.fromkeys(flat, 0)
     width = 1.0
     for group in groups:
@@ -195,7 +224,35 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
             longest = {name: max(length, _longest_text(first[name])) for name, length in longest.items()}
     dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES]
     width = max(width, sum(length for length in longest.values() if length <= _LONG_BYTES) / _MOST_ALIKE)
-    yield from read(groups, int(min(max(BATCH_BYTES / width, 1), most_rows)), dictionaries)
+    rows = int(min(max(BATCH_BYTES / width, 1), most_rows))
+    of_a_row = sum(most for path, most in encoded.expanding.items() if _belongs(path, columns))
+    step = max(min(rows, _STEP_BYTES // max(of_a_row, 1)), 1)
+    batches = read(groups, step, dictionaries)
+    yield from _resized(batches, rows) if step < rows else batches
+
+
+def _resized(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches of at most ``rows`` rows and about :data:`BATCH_BYTES` that hold the rows of ``batches``."""
+    held: list[pa.RecordBatch] = []
+    held_rows = held_bytes = 0
+    for batch in batches:
+        size = batch.nbytes
+        if held and (held_rows + len(batch) > rows or held_bytes + size > BATCH_BYTES):
+            yield pa.concat_batches(held)
+            held, held_rows, held_bytes = [], 0, 0
+        if size > BATCH_BYTES:
+            part = max(len(batch) * BATCH_BYTES // size, 1)
+            yield from (batch.slice(at, part) for at in range(0, len(batch), part))
+        else:
+            held.append(batch)
+            held_rows, held_bytes = held_rows + len(batch), held_bytes + size
+    if held:
+        yield pa.concat_batches(held)
+
+
+def _belongs(path: str, columns: Sequence[str]) -> bool:
+    """Whether a leaf belongs to one of the columns."""
+    return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
 def _longest_text(column: pa.Array) -> int:
@@ -203,6 +260,18 @@ def _longest_text(column: pa.Array) -> int:
     if not pt.is_dictionary(column.type) or not pt.is_string(column.type.value_type):
         return 0
     return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+
+
+def _unreadable(url: str, error: BaseException, otherwise: str, column: str | None = None) -> ManifestError:
+    """The refusal of a file that Arrow fails to read: for a part that Arrow lacks, or else as damaged."""
+    line = _first_line(error)
+    if not (isinstance(error, pa.ArrowNotImplementedError) or _UNSUPPORTED.search(line)):
+        return ManifestError(f"{url} {otherwise}: {line}")
+    what = f"column {column!r} of {url}" if column else url
+    return ManifestError(
+        f"{what} cannot be read because pyarrow {pa.__version__} does not support it ({line}); convert it with the "
+        "tool that wrote it to another type, encoding or compression, such as snappy"
+    )
 
 
 def _first_line(error: BaseException) -> str:
