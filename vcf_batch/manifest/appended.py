@@ -20,7 +20,14 @@ def obstacle(fields: Mapping[str, Any], manifest: Manifest, files: Mapping[str, 
     Raises:
         ManifestError, StorageError: the manifest cannot be read.
     """
-    before = Manifest.open(manifest.url, fields["limit"], until=fields["manifest_id"], known=manifest.versions)
+    before = Manifest.open(
+        manifest.url,
+        fields["limit"],
+        until=fields["manifest_id"],
+        known=manifest.versions,
+        mapped=manifest.mapped,
+        carry=manifest.carry,
+    )
     if before.identity != fields["manifest_id"]:
         return (
             "The existing files have changed, or a new file comes before one of them: "

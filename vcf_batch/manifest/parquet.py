@@ -61,7 +61,7 @@ class ParquetFile:
         return int(self.group_stops[-1]) if len(self.group_stops) else 0
 
     def batches(
-        self, start: int, stop: int, columns: Sequence[str], most_rows: int
+        self, start: int, stop: int, columns: Sequence[str], most_rows: int, without_bytes: bool = False
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield the manifest's rows ``start`` to ``stop - 1`` that lie in this file, as (first row's number, batch).
 
@@ -69,7 +69,9 @@ class ParquetFile:
         any size. Delta encodings are read in steps so small that no such column fills the memory.
 
         Args:
-            columns: names of columns, or the paths of their leaves, such as ``reference.path``.
+            columns: names of columns.
+            most_rows: most rows of a batch.
+            without_bytes: leave out fields that hold bytes, and columns of nothing else.
 
         Raises:
             ManifestError: the file is damaged, or Arrow cannot read it.
@@ -90,7 +92,7 @@ class ParquetFile:
                         "change during a run"
                     )
                 self._check_stays()
-                for batch in _read(source, groups, columns, most_rows, self.encodings):
+                for batch in _read(source, groups, columns, most_rows, self.encodings, without_bytes):
                     low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                     if low < high:
                         yield self.first_row + position + low, batch.slice(low, high - low)
@@ -196,7 +198,12 @@ def parse_footer(url: str, size: int, footer: bytes, first_row: int) -> tuple[Pa
 
 
 def _read(
-    source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_rows: int, encoded: Encodings
+    source: BinaryIO,
+    groups: Sequence[int],
+    columns: Sequence[str],
+    most_rows: int,
+    encoded: Encodings,
+    without_bytes: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     metadata = pq.read_metadata(source)
 
@@ -212,8 +219,10 @@ def _read(
         )
         return parquet.iter_batches(batch_size=rows, row_groups=groups, columns=[*columns], use_threads=False)
 
-    paths = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
-    flat = [path for path in paths if path in columns and path not in encoded.delta]
+    leaves = [metadata.schema.column(n) for n in range(metadata.num_columns)]
+    flat = [leaf.path for leaf in leaves if leaf.path in columns and leaf.path not in encoded.delta]
+    if without_bytes:
+        columns = [leaf.path for leaf in leaves if _belongs(leaf.path, columns) and not _is_bytes(leaf)]
     longest = dict.fromkeys(flat, 0)
     width = 1.0
     for group in groups:
@@ -248,6 +257,10 @@ def _resized(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Record
             held_rows, held_bytes = held_rows + len(batch), held_bytes + size
     if held:
         yield pa.concat_batches(held)
+
+
+def _is_bytes(leaf: pq.ColumnSchema) -> bool:
+    return leaf.physical_type.endswith("BYTE_ARRAY") and leaf.logical_type.type == "NONE"
 
 
 def _belongs(path: str, columns: Sequence[str]) -> bool:
