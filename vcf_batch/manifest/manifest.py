@@ -5,6 +5,7 @@ manifests/README.md describes its contract for users.
 
 import dataclasses
 import hashlib
+import posixpath
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from vcf_batch.records import Row
 
 _ROWS_PER_READ = 256
 _FOOTER_THREADS = 16
+_MOST_LISTED = 10_000
+"""Most files that are looked at to tell what to name instead of a folder."""
+_SHOWN = 3
 _HASH_THREADS = 4
 """Number of files that are hashed at the same time. Drivers of object stores read tens of megabytes ahead of each."""
 
@@ -245,11 +249,33 @@ def _discover(url: str) -> tuple[str, list[str]]:
         storage.size(url)
         return storage.parent(url), [storage.name(url)]
     except FileNotFoundError as error:
+        # On object stores a folder with nothing but folders is no more than a prefix.
+        if advice := _layout(url):
+            raise ManifestError(f"{url} holds no file named *.parquet; {advice}") from error
         raise ManifestError(f"{url} does not exist; {rule}") from error
     except PermissionError as error:
         raise ManifestError(f"{url} may not be read: {error}") from error
     except storage.NotAFileError as error:
-        raise ManifestError(f"{url} holds no file named *.parquet; {rule}") from error
+        raise ManifestError(f"{url} holds no file named *.parquet; {_layout(url) or rule}") from error
+
+
+def _layout(url: str) -> str | None:
+    """What to name instead of a folder whose rows lie elsewhere in it, in words; None if there are none."""
+    found = sorted(storage.list_some(url, _MOST_LISTED))
+    if tables := [name for name in found if name.endswith(".arrow")]:
+        folder = storage.join(url, posixpath.dirname(tables[0]))
+        return (
+            f"it has Arrow files, as datasets' save_to_disk writes them: write them as Parquet, with "
+            f"datasets.load_from_disk({folder!r}).to_parquet('manifest.parquet')"
+        )
+    folders = [*dict.fromkeys(posixpath.dirname(name) for name in found if name.endswith(".parquet"))]
+    folders = [each for each in folders if not any(part.startswith((".", "_")) for part in each.split("/"))]
+    if not folders:
+        return None
+    places = " or ".join(storage.join(url, each) for each in folders[:_SHOWN]) + (" or ..." * (len(folders) > _SHOWN))
+    if "=" in folders[0]:
+        return f"folders such as {folders[0]} are partitions, whose names are not read as columns: name one, {places}"
+    return f"its sub-folders do: name {places}"
 
 
 def _footer(url: str) -> tuple[storage.Stamp | None, int, bytes]:

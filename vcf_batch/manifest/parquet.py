@@ -35,6 +35,7 @@ _STEP_BYTES = 8 * BATCH_BYTES
 """Largest size of a step, if every text of an expanding encoding were as long as its column."""
 _BUFFER_BYTES = 4 << 20
 _TAIL_BYTES = 1 << 16
+_OTHERS = {".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON Lines", ".arrow": "Arrow file", ".orc": "ORC"}
 _UNSUPPORTED = re.compile(r"not (yet )?implemented|not supported|unsupported|not built|unknown encoding", re.IGNORECASE)
 
 
@@ -159,7 +160,9 @@ def read_footer(url: str) -> tuple[int, bytes]:
             if tail[-4:] == b"PARE":
                 raise ManifestError(f"{url} is encrypted; write it without Parquet encryption")
             if tail[-4:] != b"PAR1" or needed > size:
-                raise ManifestError(f"{url} is not a Parquet file, or is cut short ({size} bytes)")
+                kind = next((kind for suffix, kind in _OTHERS.items() if url.lower().endswith(suffix)), None)
+                hint = f"; write the {kind} as Parquet, with pandas or DuckDB for example" if kind else ""
+                raise ManifestError(f"{url} is not a Parquet file, or is cut short ({size} bytes){hint}")
             if needed > len(tail):
                 source.seek(size - needed)
                 tail = source.read(needed)
