@@ -128,7 +128,7 @@ def test_rows_with_a_reference_are_counted_without_reading_images(
 ) -> None:
     """The pass that checks ids counts rows with a prompt, reference, seed and id; bytes of images are not read."""
     opened = Manifest.open(write(tmp_path / "m.parquet", reference=references, seed=pa.array([None, 3], pa.int64())))
-    for _, batch in opened._batches(["prompt", "reference"], 0, 2, 10, without_bytes=True):
+    for _, batch in opened._batches(["prompt", "reference"], 0, 2, 10, counting=True):
         assert "bytes" not in str(batch.schema)
     assert opened.check().having == {"prompt": 2, "reference": having, "sample_id": 0, "seed": 1}
 

@@ -50,8 +50,8 @@ def check(manifest: "Manifest") -> Census:
     has_ids = "sample_id" in columns
     census = Census(total, dict.fromkeys(OPTIONS, 0))
     with RepeatFinder(total) as finder:
-        for first_row, batch in manifest._batches(columns, 0, total, _ROWS_PER_CHECK, without_bytes=True):
-            prompts = batch["prompt"]
+        for first_row, batch in manifest._batches(columns, 0, total, _ROWS_PER_CHECK, counting=True):
+            prompts = _large(batch["prompt"])
             findings.add("prompt", "null", first_row, pc.is_null(prompts))
             findings.add("prompt", "empty", first_row, _each(_blank, prompts))
             census.weighted += pc.sum(_each(_weighted, prompts)).as_py() or 0
@@ -60,7 +60,7 @@ def check(manifest: "Manifest") -> Census:
                 here = _having(batch[name], manifest.embeds) if name in batch.schema.names else None
                 census.having[name] = None if before is None or here is None else before + here
             if has_ids:
-                ids = batch["sample_id"]
+                ids = _large(batch["sample_id"])
                 findings.add("sample_id", "null", first_row, pc.is_null(ids))
                 findings.add("sample_id", "unsafe", first_row, _each(_unsafe, ids), ids)
                 if not findings.of("sample_id"):
@@ -147,6 +147,11 @@ class _Findings:
 def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
     """Results of ``judge`` for each text; each distinct text of a dictionary is judged once."""
     return judge(texts.dictionary).take(texts.indices) if pa.types.is_dictionary(texts.type) else judge(texts)
+
+
+def _large(texts: pa.Array) -> pa.Array:
+    """Texts as large_string, or as a dictionary of them."""
+    return texts if pt.is_dictionary(texts.type) else texts.cast(pa.large_string())
 
 
 def _binary(texts: pa.Array) -> pa.Array:

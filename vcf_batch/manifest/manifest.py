@@ -215,13 +215,13 @@ class Manifest:
         return f"row {row - file.first_row} of {storage.name(file.url)}"
 
     def _batches(
-        self, columns: Sequence[str], start: int, stop: int, most: int, without_bytes: bool = False
+        self, columns: Sequence[str], start: int, stop: int, most: int, counting: bool = False
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield the rows ``start`` to ``stop - 1`` as (first row's number, batch); see :meth:`ParquetFile.batches`."""
         meanings = {column: name for name, column in self.mapped.items()}
         wanted = [self.mapped.get(name, name) for name in columns]
         for file in self._files:
-            for first_row, batch in file.batches(start, stop, wanted, most, without_bytes):
+            for first_row, batch in file.batches(start, stop, wanted, most, counting):
                 if meanings:
                     batch = batch.rename_columns([meanings.get(name, name) for name in batch.schema.names])
                 yield first_row, batch

@@ -27,6 +27,8 @@ MAX_COLUMNS = 1000
 BATCH_BYTES = 32 << 20
 """Approximate size of a batch, from the mean size of a row in its row groups. A batch has at least one row."""
 
+_SMALL_DICTIONARY = 1 << 19
+"""Bytes below which a dictionary holds every text of its column. Writers give up a larger one, and then write texts."""
 _LONG_BYTES = 1 << 16
 """Longest text of a dictionary column that is decoded; a column with a longer text stays a dictionary."""
 _MOST_ALIKE = 16
@@ -62,7 +64,7 @@ class ParquetFile:
         return int(self.group_stops[-1]) if len(self.group_stops) else 0
 
     def batches(
-        self, start: int, stop: int, columns: Sequence[str], most_rows: int, without_bytes: bool = False
+        self, start: int, stop: int, columns: Sequence[str], most_rows: int, counting: bool = False
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield the manifest's rows ``start`` to ``stop - 1`` that lie in this file, as (first row's number, batch).
 
@@ -72,7 +74,7 @@ class ParquetFile:
         Args:
             columns: names of columns.
             most_rows: most rows of a batch.
-            without_bytes: leave out fields that hold bytes, and columns of nothing else.
+            counting: leave out fields that hold bytes, and columns of nothing else; keep small dictionaries as such.
 
         Raises:
             ManifestError: the file is damaged, or Arrow cannot read it.
@@ -93,7 +95,7 @@ class ParquetFile:
                         "change during a run"
                     )
                 self._check_stays()
-                for batch in _read(source, groups, columns, most_rows, self.encodings, without_bytes):
+                for batch in _read(source, groups, columns, most_rows, self.encodings, counting):
                     low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                     if low < high:
                         yield self.first_row + position + low, batch.slice(low, high - low)
@@ -206,7 +208,7 @@ def _read(
     columns: Sequence[str],
     most_rows: int,
     encoded: Encodings,
-    without_bytes: bool = False,
+    counting: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     metadata = pq.read_metadata(source)
 
@@ -224,9 +226,9 @@ def _read(
 
     leaves = [metadata.schema.column(n) for n in range(metadata.num_columns)]
     flat = [leaf.path for leaf in leaves if leaf.path in columns and leaf.path not in encoded.delta]
-    if without_bytes:
+    if counting:
         columns = [leaf.path for leaf in leaves if _belongs(leaf.path, columns) and not _is_bytes(leaf)]
-    longest = dict.fromkeys(flat, 0)
+    longest, small = dict.fromkeys(flat, 0), {*flat}
     width = 1.0
     for group in groups:
         described = metadata.row_group(group)
@@ -234,7 +236,8 @@ def _read(
         # Reading a group's first row reads its whole dictionary.
         for first in itertools.islice(read([group], 1, flat), 1):
             longest = {name: max(length, _longest_text(first[name])) for name, length in longest.items()}
-    dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES]
+            small &= {name for name in small if _has_small_dictionary(first[name])}
+    dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES or (counting and name in small)]
     width = max(width, sum(length for length in longest.values() if length <= _LONG_BYTES) / _MOST_ALIKE)
     rows = int(min(max(BATCH_BYTES / width, 1), most_rows))
     of_a_row = sum(most for path, most in encoded.expanding.items() if _belongs(path, columns))
@@ -276,6 +279,11 @@ def _longest_text(column: pa.Array) -> int:
     if not pt.is_dictionary(column.type) or not pt.is_string(column.type.value_type):
         return 0
     return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+
+
+def _has_small_dictionary(column: pa.Array) -> bool:
+    """Whether a column, of which one row is read, has a dictionary so small that all its texts are in it."""
+    return pt.is_dictionary(column.type) and len(column.dictionary) > 1 and column.dictionary.nbytes < _SMALL_DICTIONARY
 
 
 def _unreadable(url: str, error: BaseException, otherwise: str, column: str | None = None) -> ManifestError:
