@@ -24,16 +24,15 @@ def obstacle(
     Raises:
         ManifestError, StorageError: the manifest cannot be read.
     """
-    same_limit = fields["limit"] == limit
     before = Manifest.open(
         manifest.url,
         fields["limit"],
         until=fields["manifest_id"],
-        known=manifest.versions if same_limit else {},
+        known=manifest.versions,
         mapped=manifest.mapped,
         carry=manifest.carry,
     )
-    if not same_limit and not before.is_whole:
+    if fields["limit"] != limit and not before.is_whole:
         return "The run that is there used only the first rows of its manifest, so it keeps its limit."
     if manifest.num_rows < before.num_rows:
         return f"The run that is there has {before.num_rows} rows, and this one {manifest.num_rows}."
