@@ -77,6 +77,18 @@ def test_uuids_are_carried_as_text_at_any_depth(tmp_path: Path) -> None:
     ]
 
 
+def test_uuids_are_ids(tmp_path: Path) -> None:
+    """A column of UUIDs may be the ids of samples, as their text. Prompts are no UUIDs."""
+    ids = [uuid.uuid4(), uuid.uuid4()]
+    column = pa.array([each.bytes for each in [*ids, ids[0]]], pa.uuid())
+    found = opened(tmp_path / "m", column)
+    assert [row.key for row in Manifest.open(found.url, 2, mapped={"sample_id": "x"}).rows(0, 2, 0)] == [*map(str, ids)]
+    with pytest.raises(ManifestError, match=rf"column 'x': 1 row is repeated .*'{ids[0]}'"):
+        Manifest.open(found.url, mapped={"sample_id": "x"}).check()
+    with pytest.raises(ManifestError, match=r"'x' is extension<arrow\.uuid>; it must be string"):
+        Manifest.open(found.url, mapped={"reference": "x"})
+
+
 def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
     images = pa.array([{"bytes": b"1", "path": None}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     assert opened(tmp_path / "image", images).left_out == {"x": "it holds images"}

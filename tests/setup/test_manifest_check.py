@@ -58,7 +58,7 @@ def test_the_first_lines_of_a_run_tell_what_is_read_carried_and_left_out(
         "'caption', 'reference' from 'image', 'sample_id' from 'uid', 'seed' from 'noise'",
         "carried: text (not read as 'prompt'), at (nanoseconds become microseconds)",
         "left out: raw (it holds bytes)",
-        "weights: 1 prompts have a weight such as (word:1.2), which is taken literally: it is text like any other",
+        "weights: 1 prompt has a weight such as (word:1.2), which is taken literally: it is text like any other",
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO, "vcf_batch"):

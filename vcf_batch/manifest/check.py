@@ -151,6 +151,8 @@ def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
 
 def _large(texts: pa.Array) -> pa.Array:
     """Texts as large_string, or as a dictionary of them."""
+    if isinstance(texts.type, pa.UuidType):
+        return pa.array([value and str(value) for value in texts.to_pylist()], pa.large_string())
     return texts if pt.is_dictionary(texts.type) else texts.cast(pa.large_string())
 
 

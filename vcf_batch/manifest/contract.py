@@ -222,7 +222,7 @@ def _hashed(references: tuple[Reference, ...], values: Mapping[str, Any], column
 
 def _expected_type(name: str, kind: pa.DataType) -> str | None:
     """The required type of a column, in words; None if ``kind`` is right."""
-    kind = plain(kind, of_uuid=pa.binary(16))
+    kind = plain(kind, of_uuid=pa.string() if name == "sample_id" else pa.binary(16))
     if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "negative_reference_sha256", "fusion"):
         return None if is_text(kind) else "string"
     if name in ("seed", "pno_steps"):

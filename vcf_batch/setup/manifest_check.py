@@ -77,10 +77,11 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
         left = (f"{name} ({reason})" for name, reason in manifest.left_out.items())
         yield "left out", cut(", ".join(left), _MOST_WORDS)
     if census and census.weighted:
+        prompts = "prompt has" if census.weighted == 1 else "prompts have"
         yield (
             "weights",
-            f"{census.weighted:,} prompts have a weight such as (word:1.2), which is taken literally: it is text like "
-            "any other",
+            f"{census.weighted:,} {prompts} a weight such as (word:1.2), which is taken literally: it is text like any "
+            "other",
         )
 
 
