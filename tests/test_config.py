@@ -42,6 +42,8 @@ OTHER: dict[str, Any] = {
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
     "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True, "one_device_type": True,
     "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2},
+    "prompt_column": "caption", "reference_column": "image", "id_column": "uid", "seed_column": "noise",
+    "carry": ("Seed",),
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -90,6 +92,18 @@ def test_fingerprint_is_the_same_everywhere() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert printed == fingerprint(fields)
+
+
+def test_a_run_without_other_names_of_columns_is_the_run_of_before() -> None:
+    """Names of columns are left out of the fingerprint while they are those of the contract, given or not."""
+    assert config(prompt_column="prompt", id_column="sample_id") == config()
+    assert (
+        not {"prompt_column", "reference_column", "id_column", "seed_column"}
+        & fingerprint_fields(config(), **IDENTITIES).keys()
+    )
+    assert config(id_column="uid", prompt_column="caption").columns == {"prompt": "caption", "sample_id": "uid"}
+    with pytest.raises(UsageError, match="'x' is named for 2 meanings"):
+        config(prompt_column="x", reference_column="x")
 
 
 def test_a_number_has_one_spelling() -> None:

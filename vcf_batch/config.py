@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -186,6 +187,15 @@ class RunConfig:
     """Mark every image as synthetic, with its settings: :mod:`vcf_batch.output.marking`."""
     seed: int = 0
     limit: int | None = None
+    prompt_column: str | None = None
+    """The manifest's column that is read as ``prompt``; None is the one of that name."""
+    reference_column: str | None = None
+    id_column: str | None = None
+    """The column that is read as ``sample_id``."""
+    seed_column: str | None = None
+    carry: tuple[str, ...] = ()
+    """Columns that are carried through though their names suggest another meaning. They are refused without it, so it
+    changes no output."""
     num_workers: int | None = None
     """Number of workers. None is one for each GPU of the cluster, or one for ``cpus_per_worker`` CPUs where it has
     none."""
@@ -214,7 +224,12 @@ class RunConfig:
     option: :func:`vcf_batch.setup.defaults.settle` fills it in where ``strength`` was left open."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reference_root", tuple(self.reference_root))
+        for name in ("reference_root", "carry"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        # One spelling of what is read anyway.
+        for name, column in _MAPPED.items():
+            if getattr(self, column) == name:
+                object.__setattr__(self, column, None)
         # One spelling of a number, as 5 and 5.0 would be two fingerprints.
         for field in dataclasses.fields(self):
             if field.type in (float, float | None) and getattr(self, field.name) is not None:
@@ -281,6 +296,9 @@ class RunConfig:
         _between("max_pixels", self.max_pixels, 1, MAX_PIXELS)
         _between("max_failed", self.max_failed, 0, 1)
         _between("limit", self.limit, 1, None)
+        for column, count in Counter(self.columns.values()).items():
+            if count > 1:
+                raise UsageError(f"column {column!r} is named for {count} meanings; give each its own column")
         _between("num_workers", self.num_workers, 1, None)
         _between("gpus_per_worker", self.gpus_per_worker, 0, 16)
         _between("cpus_per_worker", self.cpus_per_worker, 1, 1024)
@@ -300,6 +318,11 @@ class RunConfig:
     def sampling(self) -> Sampling:
         """The settings of :class:`Sampling`."""
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The manifest's columns that are read in place of others, by the names of those: ``{"prompt": "caption"}``."""
+        return {name: column for name, field in _MAPPED.items() if (column := getattr(self, field)) is not None}
 
     @property
     def gates(self) -> dict[str, float]:
@@ -340,12 +363,20 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
-        return dataclasses.asdict(self) | {"reference_root": list(self.reference_root)}
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in ("reference_root", "carry")}
 
     def replace(self, **changes: Any) -> "RunConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
+
+_MAPPED = {
+    "prompt": "prompt_column",
+    "reference": "reference_column",
+    "sample_id": "id_column",
+    "seed": "seed_column",
+}
+"""Settings that name a column of the manifest, by the column that it is read as."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2  # aliases can make a few lines of YAML very deep and wide
@@ -373,12 +404,18 @@ NOT_CONTENT = frozenset(
         "address",
         "max_failed",
         "log_format",
+        "carry",
     }
 )
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {}
+ADDED_SETTINGS: dict[str, Any] = {
+    "prompt_column": None,
+    "reference_column": None,
+    "id_column": None,
+    "seed_column": None,
+}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.

@@ -15,8 +15,9 @@ from vcf_batch.cli import main
 from vcf_batch.commands import plan
 from vcf_batch.commands.plan import Forecast, Measurement
 from vcf_batch.config import RunConfig
+from vcf_batch.errors import ManifestError
 from vcf_batch.output import lease
-from vcf_batch.setup import claim
+from vcf_batch.setup import claim, manifest_check
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +161,28 @@ def test_an_output_in_the_manifests_folder_is_told(tmp_path: Path, model: Path) 
     runs.write_manifest(tmp_path, 4)
     found = plan.look(config(tmp_path, model).replace(output=str(tmp_path)), calibrate=False)
     assert "is the manifest's own folder" in str(found.problems[0])
+
+
+def test_unsafe_ids_are_told_alike_by_plan_and_generate(tmp_path: Path, model: Path) -> None:
+    """All of them are counted, with the rule, and told once."""
+    ids = ["a b", "ok", "../c", *(f"id {number}" for number in range(7))]
+    manifest = runs.write_manifest(tmp_path, 10, {"sample_id": ids})
+    with pytest.raises(ManifestError) as refused:
+        manifest_check.open_checked(config(tmp_path, model), None)
+    planned = call(tmp_path, model)
+    assert planned.exit_code == 2
+    assert str(refused.value) in planned.output and planned.output.count("refused: ") == 1
+    assert "9 rows are unsafe (an id is 1 to 128 of the characters A-Z a-z 0-9 _ -)" in planned.output
+    assert "rows      10" in planned.output, "what is known is planned all the same"
+    assert str(manifest.parent) in planned.output
+
+
+def test_a_plan_tells_what_is_read_and_what_is_carried(tmp_path: Path, model: Path) -> None:
+    runs.write_manifest(tmp_path, 10, {"image": [b"1"] * 10, "seed": [1] * 10})
+    planned = call(tmp_path, model)
+    assert "  columns   10 rows: 10 with prompt, 8 with reference, none with sample_id, 10 with seed" in planned.output
+    assert "  carried   label\n" in planned.output
+    assert "  left out  image (it holds bytes)\n" in planned.output
+    found = json.loads(call(tmp_path, model, "--json").stdout)
+    assert found["rows_having"] == {"prompt": 10, "reference": 8, "sample_id": 0, "seed": 10}
+    assert found["columns"]["carried"] == "label"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vcf_batch.errors import ManifestError, RowError
 from vcf_batch.manifest import contract
+from vcf_batch.manifest.carried import carried_schema
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import Reference, Row
 from vcf_batch.sharding import derive_seed
@@ -28,7 +29,7 @@ def rows(**columns: Any) -> list[Row]:
     table = pa.table(
         {name: column if isinstance(column, pa.Array) else pa.array(column) for name, column in columns.items()}
     )
-    carried = contract.carried_schema({"m.parquet": table.schema})
+    carried = carried_schema({"m.parquet": table.schema})
     used = [name for name in table.column_names if name in contract.MANIFEST_COLUMNS or name in carried.names]
     return contract.parse_rows(table.select(used).to_batches()[0], 0, 7, carried)
 
@@ -126,23 +127,23 @@ def test_files_must_agree() -> None:
     lists = first.set(2, pa.field("reference", pa.list_(pa.string())))
     with pytest.raises(ManifestError, match=r"'reference' is a list, but in a\.parquet a single reference"):
         contract.check_schema("b.parquet", lists, "a.parquet", first)
-    assert contract.carried_schema(
+    assert carried_schema(
         {"a": first, "b": first.set(1, pa.field("note", pa.int64())), "c": first.set(1, pa.field("note", pa.null()))}
     ) == pa.schema({"note": pa.int64()})
     with pytest.raises(ManifestError, match=r"b\.parquet has columns of other types"):
-        contract.carried_schema({"a.parquet": first, "b.parquet": first.set(1, pa.field("note", pa.string()))})
+        carried_schema({"a.parquet": first, "b.parquet": first.set(1, pa.field("note", pa.string()))})
 
 
 def test_image_bytes_are_not_carried() -> None:
     schema = pa.schema(
         {
-            "prompt": pa.string(), "hash": pa.binary(8), "photo": IMAGE, "photos": pa.list_(IMAGE), "id": pa.uuid(),
+            "prompt": pa.string(), "hash": pa.binary(8), "photo": IMAGE, "photos": pa.list_(IMAGE),
             "note": pa.dictionary(pa.int8(), pa.string()), "at": pa.timestamp("ns", "UTC"),
             "box": pa.list_(pa.float32()),
         },
         metadata={"huggingface": "{}"},
     )  # fmt: skip
-    assert contract.carried_schema({"m": schema}).equals(
+    assert carried_schema({"m": schema}).equals(
         pa.schema({"note": pa.string(), "at": pa.timestamp("us", "UTC"), "box": pa.list_(pa.float32())}),
         check_metadata=True,
     )
@@ -158,7 +159,7 @@ def test_what_is_carried_is_plain_within_lists_and_structs_too() -> None:
         "map": (pa.map_(pa.string(), pa.list_(pa.duration("ns"))), [[("a", [1000])], None]),
     }
     schema = pa.schema({"prompt": pa.string()} | {name: kind for name, (kind, _) in nested.items()})
-    carried = contract.carried_schema({"m": schema})
+    carried = carried_schema({"m": schema})
     assert [str(kind) for kind in carried.types] == [
         "fixed_size_list<item: string>[2]",
         "list<item: string>",

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -325,6 +326,29 @@ def test_a_manifest_travels_to_workers_small(folder: Path) -> None:
     pickled = pickle.dumps(opened)
     assert len(pickled) < 4000
     assert pickle.loads(pickled).rows(8, 12, 0) == opened.rows(8, 12, 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (["data/train-0.parquet", "README.md"], "its sub-folders do: name {}/data$"),
+        (
+            ["split=test/0.parquet", "split=train/0.parquet"],
+            "split=test are partitions, .* name one, {}/split=test or {}/",
+        ),
+        (["data-0.arrow", "state.json"], r"datasets\.load_from_disk\('{}'\)\.to_parquet"),
+        (["dataset_dict.json", "train/data-0.arrow"], r"datasets\.load_from_disk\('{}/train'\)\.to_parquet"),
+        (["notes.txt", "_temporary/0.parquet"], "a manifest is a Parquet file"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused_with_the_path_that_works(
+    tmp_path: Path, files: list[str], advice: str
+) -> None:
+    for url in (str(tmp_path / "m"), f"memory://{tmp_path.name}"):
+        for name in files:
+            storage.publish_bytes(storage.join(url, name), b"x")
+        with pytest.raises(ManifestError, match=advice.replace("{}", re.escape(url))):
+            Manifest.open(url)
 
 
 def test_limit_uses_and_checks_the_first_rows_only(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Parquet in bounded memory, and without a crash, whatever its footer says."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +11,9 @@ import pytest
 from vcf_batch.errors import ManifestError
 from vcf_batch.manifest import contract, parquet
 from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.records import Row
+
+WRITTEN = Path(__file__).parents[1] / "data" / "manifests"
 
 
 @pytest.mark.parametrize("length", [5, 100_000, 4_000_000])
@@ -47,3 +52,60 @@ def test_a_damaged_footer_never_ends_the_process(tmp_path: Path) -> None:
             outcomes.add(str(error).partition(str(path))[2][:40])
     assert any("it ends after 0 of" in outcome for outcome in outcomes), "a footer that promises rows is found out"
     assert len(outcomes) > 3
+
+
+TEXT_ENCODINGS = ("PLAIN", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY")
+COMPRESSIONS = ("none", "snappy", "gzip", "zstd", "lz4", "brotli")
+
+
+def encoded(path: Path, table: pa.Table, encoding: str, **options: Any) -> str:
+    """Write a table whose texts all have one encoding."""
+    texts = [
+        name for name in ("prompt", "sample_id", "reference.list.element") if name.split(".")[0] in table.schema.names
+    ]
+    kind = {} if encoding == "RLE_DICTIONARY" else {"column_encoding": dict.fromkeys(texts, encoding)}
+    pq.write_table(table, path, use_dictionary=encoding == "RLE_DICTIONARY", **kind, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("encoding", TEXT_ENCODINGS)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+def test_every_encoding_is_read_in_every_compression(tmp_path: Path, encoding: str, kind: pa.DataType) -> None:
+    """Every encoding that pyarrow reads is read, flat and in lists, with any compression and version of pages."""
+    texts = [f"a long common beginning {number}" for number in range(300)]
+    lists = pa.array([[text, "b.png"] if text[-1] != "7" else None for text in texts], pa.list_(pa.string()))
+    table = pa.table({"prompt": pa.array(texts, kind), "reference": lists, "sample_id": [f"k-{n}" for n in range(300)]})
+    expected: list[Row] = []
+    for compression, pages in itertools.product(COMPRESSIONS, ("1.0", "2.0")):
+        options = {"compression": compression, "data_page_version": pages, "row_group_size": 110}
+        opened = Manifest.open(encoded(tmp_path / f"{compression}.parquet", table, encoding, **options))
+        opened.check()
+        found = opened.rows(0, 300, 0)
+        assert [row.prompt for row in found] == texts
+        expected = expected or found
+        assert found == expected
+
+
+@pytest.mark.parametrize(("length", "rows"), [(5, 30_000), (30_000, 8_000), (2_000_000, 50)])
+def test_delta_encoded_texts_fit_in_memory(tmp_path: Path, length: int, rows: int) -> None:
+    """A text may name what it shares with the one before, so a few kilobytes of a file may stand for gigabytes."""
+    table = pa.table({"prompt": pa.array(["x" * length] * rows)})
+    opened = Manifest.open(encoded(tmp_path / "m.parquet", table, "DELTA_BYTE_ARRAY"))
+    before = pa.total_allocated_bytes()
+    for _, batch in opened._batches(["prompt"], 0, opened.num_rows, 65_536):
+        assert batch.nbytes < parquet.BATCH_BYTES + length
+        assert pa.total_allocated_bytes() - before < 10 * parquet.BATCH_BYTES
+    assert len(opened.rows(rows - 1, rows, 0)) == 1
+
+
+def test_what_arrow_does_not_support_is_not_called_damaged(tmp_path: Path) -> None:
+    """The file or column is named, with what to convert it to."""
+    with pytest.raises(ManifestError, match=r"polars_int128\.parquet cannot be read because column 'big' has integers"):
+        Manifest.open(str(WRITTEN / "unread" / "polars_int128.parquet"))
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"prompt": ["a"], "label": ["b"]}), path, compression="gzip")
+    data = path.read_bytes()
+    assert data.count(b"\x05label\x15\x04") == 1
+    path.write_bytes(data.replace(b"\x05label\x15\x04", b"\x05label\x15\x06"))  # LZO in place of gzip
+    with pytest.raises(ManifestError, match=r"column 'label' of .*m\.parquet cannot be read because .*; convert it"):
+        Manifest.open(str(path)).rows(0, 1, 0)

@@ -319,6 +319,30 @@ def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job]
         claim.claim(settle(manifest=str(folder), shard_size=4, seed=1))
 
 
+def test_a_limit_of_all_rows_is_the_run_without_a_limit(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """Either resumes the other. When the manifest grows, the run goes on without the limit, or ends with it."""
+    whole, limited = settle(shard_size=8), settle(shard_size=8, limit=40)
+    assert whole.fingerprint == limited.fingerprint == settle(shard_size=8, limit=99).fingerprint
+    assert limited.config.limit is None
+    folder = tmp_path / "many"
+    runs.write_manifest(folder, 8).rename(folder / "1.parquet")
+    first = settle(manifest=str(folder), shard_size=4, limit=8)
+    claim.claim(first)
+    commit_a_shard(first)
+    assert claim.claim(settle(manifest=str(folder), shard_size=4)) == ()
+    runs.write_manifest(folder, 6).rename(folder / "2.parquet")
+    for limit in (8, None):
+        (tmp_path / "out" / "run.json").write_text(json.dumps(claim.record_of(first).to_document()))
+        later = settle(manifest=str(folder), shard_size=4, limit=limit)
+        assert later.manifest.num_rows == (limit or 14)
+        assert claim.claim(later) == (first.fingerprint,)
+    (tmp_path / "out" / "run.json").write_text(json.dumps(claim.record_of(first).to_document()))
+    with pytest.raises(
+        RefusedError, match=r"limit: nothing there, 4 now\nThe run that is there has 8 rows, and this one 4"
+    ):
+        claim.claim(settle(manifest=str(folder), shard_size=4, limit=4))
+
+
 def test_a_manifest_edited_in_place_is_refused(settle: Callable[..., Job], tmp_path: Path) -> None:
     """A manifest of which one prompt is another, of the same length, is another run: the refusal names the file."""
     path = tmp_path / "in" / "manifest.parquet"

@@ -244,7 +244,24 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "seed", int, "Seed of the run. A row without a seed of its own derives one from it and its sample_id.  [default: 0]"
 )
-@_option("limit", int, "Use only the first ROWS rows of the manifest.", metavar="ROWS")
+@_option(
+    "limit",
+    int,
+    "Use only the first ROWS rows of the manifest. If it has no more, the run is the one without a limit.",
+    metavar="ROWS",
+)
+@_option("prompt-column", str, "Column of MANIFEST to read as 'prompt'.  [default: prompt]", metavar="NAME")
+@_option("reference-column", str, "Column of MANIFEST to read as 'reference'.  [default: reference]", metavar="NAME")
+@_option("id-column", str, "Column of MANIFEST to read as 'sample_id'.  [default: sample_id]", metavar="NAME")
+@_option("seed-column", str, "Column of MANIFEST to read as 'seed'.  [default: seed]", metavar="NAME")
+@_option(
+    "carry",
+    str,
+    "Column of MANIFEST to carry through to the outputs although its name is like that of a column that is read, such "
+    "as 'Seed' or, without a column 'reference', 'image'. Such a column is refused otherwise. Repeatable.",
+    multiple=True,
+    metavar="NAME",
+)
 @_option(
     "num-workers",
     _CountOrAuto(),

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.progress import duration, plural
-from vcf_batch.errors import RefusedError, UsageError, VcfBatchError, redact
+from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
+from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.prompt_tokens import count_tokens, read_tokenizer
 from vcf_batch.output import lease, progress_file, run_file
@@ -68,6 +69,11 @@ class Forecast:
     """Whether the run would measure the batch size; here it is :data:`vcf_batch.worker.in_process.BATCH_SIZE`."""
     rows_done: int = 0
     shards_done: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    """What is read of the manifest and what is not: see :func:`vcf_batch.setup.manifest_check.told`."""
+    rows_having: dict[str, int | None] | None = None
+    """Rows with a value in each column that is read: see :class:`vcf_batch.manifest.check.Census`. None where the rows
+    are not counted, because the run is resumed."""
     measurement: Measurement | None = None
     """The speed by the receipts that are there, else by a calibration; None where there is neither."""
 
@@ -113,6 +119,8 @@ class Forecast:
             "problems": [str(problem) for problem in self.problems],
             "doomed_rows": self.doomed,
             "long_prompts": {"max_tokens": self.max_tokens, "rows": self.long_prompts},
+            "columns": self.columns,
+            "rows_having": self.rows_having,
             **self.figures(price),
             "measurement": self.measurement and vars(self.measurement),
         }
@@ -120,6 +128,7 @@ class Forecast:
     def told(self, price: float | None) -> str:
         """The forecast in lines for people. For ``price`` see :meth:`figures`."""
         lines = [f"{redact(self.output)}: nothing is written yet, this is a plan"]
+        lines += [f"  {name:<10}{text}" for name, text in self.columns.items()]
         if figures := self.figures(price):
             lines += [f"  {name:<10}{text}" for name, text in self._lines(figures)]
         lines += [f"  would fail: {row}" for row in self.doomed[:SHOWN_ROWS]]
@@ -176,7 +185,9 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         try:
             return step()
         except VcfBatchError as error:
-            if str(error) not in map(str, forecast.problems):  # run.json is read twice
+            # Rows that break the contract are told once, all of them; a later step stumbles over the first.
+            broken = isinstance(error, ManifestError) and any(isinstance(it, ManifestError) for it in forecast.problems)
+            if not broken and str(error) not in map(str, forecast.problems):  # run.json is read twice
                 forecast.problems.append(error)
 
     absolute = collect(lambda: absolute_paths.absolute(config))
@@ -192,15 +203,17 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     collect(lambda: _refuse_owner(config.output))
     manifest = collect(lambda: run_file.open_manifest(config, record))
     if manifest is not None:
-        for check in manifest_check.checks(manifest, config, record):
-            collect(check)
+        found = [collect(check) for check in manifest_check.checks(manifest, config, record)]
+        census = next((each for each in found if isinstance(each, Census)), None)
+        forecast.columns = dict(manifest_check.told(manifest, census))
+        forecast.rows_having = census.having if census else None
     models = collect(lambda: run_models.resolve(config))
     if manifest is None or models is None:
         return forecast
     job = forecast.job = collect(lambda: defaults.settle(config, manifest, models))
     if job is None:
         return forecast
-    first = [*_first_rows(job)]
+    first = collect(lambda: [*_first_rows(job)]) or []
     forecast.doomed = [f"{row.key}: {reason}" for row, reason in first if reason]
     if tokenizer := collect(lambda: read_tokenizer(models.pipeline)):
         counts = count_tokens(tokenizer, [row.prompt for row, _ in first])

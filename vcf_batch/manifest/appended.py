@@ -7,20 +7,35 @@ from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.sharding import ShardPlan
 
 
-def obstacle(fields: Mapping[str, Any], manifest: Manifest, files: Mapping[str, FileVersion]) -> str | None:
+def obstacle(
+    fields: Mapping[str, Any], manifest: Manifest, files: Mapping[str, FileVersion], limit: int | None
+) -> str | None:
     """The reason why a run cannot continue with its manifest as it is now; None if it can.
 
-    A run can continue if rows are only appended, and if the shards of its rows stay the same.
+    A run can continue if rows are only appended, and if the shards of its rows stay the same. Its limit may differ if
+    the run used all rows that there were.
 
     Args:
         fields: the values that the run's fingerprint covers.
         manifest: the manifest as it is now.
         files: the files of the run's manifest, by name.
+        limit: the limit now.
 
     Raises:
         ManifestError, StorageError: the manifest cannot be read.
     """
-    before = Manifest.open(manifest.url, fields["limit"], until=fields["manifest_id"], known=manifest.versions)
+    before = Manifest.open(
+        manifest.url,
+        fields["limit"],
+        until=fields["manifest_id"],
+        known=manifest.versions,
+        mapped=manifest.mapped,
+        carry=manifest.carry,
+    )
+    if fields["limit"] != limit and not before.is_whole:
+        return "The run that is there used only the first rows of its manifest, so it keeps its limit."
+    if manifest.num_rows < before.num_rows:
+        return f"The run that is there has {before.num_rows} rows, and this one {manifest.num_rows}."
     if before.identity != fields["manifest_id"]:
         return (
             "The existing files have changed, or a new file comes before one of them: "

@@ -5,23 +5,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from vcf_batch import output_columns, sharding
 from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEED, MAX_STRENGTH, reference_shares
-from vcf_batch.errors import ManifestError, RowError, UsageError, redact
+from vcf_batch.errors import ManifestError, RowError, UsageError
+from vcf_batch.manifest import carried as carrying
+from vcf_batch.manifest import columns as naming
+from vcf_batch.manifest.carried import is_image, is_list, is_number, is_text, plain
+from vcf_batch.manifest.columns import HASH_COLUMNS, MANIFEST_COLUMNS, cut, shown
 from vcf_batch.records import OVERRIDES, Reference, Row
-
-MANIFEST_COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
-"""Columns with a meaning for the run; every other column is carried through to the outputs."""
-
-HASH_COLUMNS = {"reference_sha256": "reference", "negative_reference_sha256": "negative_reference"}
-"""Columns with the hashes of the images in another column. They are carried through, too."""
 
 MAX_TEXT_BYTES = 100_000
 """Longest prompt, negative prompt or reference; a longer one fails its row."""
@@ -34,39 +32,44 @@ _SHA256 = re.compile("[0-9A-Fa-f]{64}")
 
 _NUMBERS = {"guidance_scale": MAX_GUIDANCE_SCALE, "strength": MAX_STRENGTH, "fusion_lo": 1.0, "fusion_hi": 1.0}
 """Numeric overrides, and the largest value of each; the smallest is 0."""
-_NO_VALUE = (ValueError, OverflowError, pa.ArrowException)
-"""Errors that Arrow raises for a value without a counterpart in Python."""
-_LIGHT_BYTES = 1 << 16
 _PROBLEMS_SHOWN = 10
 _REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"
 
 
-def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa.Schema) -> None:
+def check_schema(
+    file: str,
+    schema: pa.Schema,
+    first_file: str,
+    first_schema: pa.Schema,
+    mapped: Mapping[str, str] = MappingProxyType({}),
+    carry: Sequence[str] = (),
+) -> None:
     """Check one file's columns against the contract, and against the manifest's first file.
+
+    Args:
+        mapped, carry: see :func:`vcf_batch.manifest.columns.problems`.
 
     Raises:
         ManifestError: one error that lists every problem, with file, column, actual and required type.
     """
     names = schema.names
     problems = [f"column {shown(name)} occurs {count} times" for name, count in Counter(names).items() if count > 1]
-    if "prompt" not in names:
-        alike = [name for name in names if name.strip().lower() == "prompt"]
-        problems.append(
-            f"column 'prompt' is missing; rename {alike[0]!r}"
-            if alike
-            else f"column 'prompt' is missing; the file has: {_cut(', '.join(names)) or 'no columns'}"
-        )
+    problems += naming.problems(names, mapped, carry)
+    meanings = {column: name for name, column in mapped.items()}
     for field in schema:
-        name, is_ours = shown(field.name), field.name in MANIFEST_COLUMNS
-        if expected := _expected_type(field.name, field.type):
-            problems.append(f"column {name} is {_cut(str(field.type))}; it must be {expected}")
+        meaning = meanings.get(field.name, field.name)
+        name, is_ours = shown(field.name), meaning in MANIFEST_COLUMNS
+        if expected := _expected_type(meaning, field.type):
+            problems.append(f"column {name} is {cut(str(field.type))}; it must be {expected}")
         elif not is_ours and field.name in output_columns.COLUMNS:
             problems.append(f"column {name} would collide with the output's own; rename it")
-        elif not is_ours and (obstacle := _not_carried(_plain(field.type))):
+        elif not is_ours and (obstacle := carrying.not_carried(plain(field.type))):
             problems.append(
                 f"column {name} {obstacle}, which cannot be carried through; change its type or leave it out"
             )
+    references = mapped.get("reference", "reference")
     for name, column in HASH_COLUMNS.items():
+        column = mapped.get(column, column)
         if not problems and name in names and column in names:
             kinds = [_reference_kind(schema.field(each).type) for each in (name, column)]
             if "null" not in kinds and kinds[0] != kinds[1]:
@@ -77,10 +80,12 @@ def check_schema(file: str, schema: pa.Schema, first_file: str, first_schema: pa
     for name in sorted(set(first_schema.names) ^ set(names)):
         here, there = (file, first_file) if name in names else (first_file, file)
         problems.append(f"column {shown(name)} is in {here} but not in {there}; all files need the same columns")
-    if not problems and "reference" in names:
-        kinds = [_reference_kind(each.field("reference").type) for each in (schema, first_schema)]
+    if not problems and references in names:
+        kinds = [_reference_kind(each.field(references).type) for each in (schema, first_schema)]
         if "null" not in kinds and kinds[0] != kinds[1]:
-            problems.append(f"column 'reference' is a {kinds[0]}, but in {first_file} a {kinds[1]}; make them the same")
+            problems.append(
+                f"column {references!r} is a {kinds[0]}, but in {first_file} a {kinds[1]}; make them the same"
+            )
     if problems:
         more = [f"and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
         lines = [f"\n  {line}" for line in problems[:_PROBLEMS_SHOWN] + more]
@@ -92,31 +97,9 @@ def has_reference_lists(schema: pa.Schema) -> bool:
     return "reference" in schema.names and _reference_kind(schema.field("reference").type) == "list"
 
 
-def carried_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
-    """The columns repeated in the outputs, with their types there.
-
-    Columns that hold bytes are left out. Dictionaries, views and extension types become their plain values, and
-    nanoseconds become microseconds, also within lists and structs. Metadata is dropped. If a column's types differ
-    between files, the outputs have a wider type that holds both.
-
-    Args:
-        schemas: schema of each file, checked, by file name.
-
-    Raises:
-        ManifestError: no type holds a column of two files.
-    """
-    merged: pa.Schema | None = None
-    for file, schema in schemas.items():
-        fields = [pa.field(field.name, _plain(field.type)) for field in schema if field.name not in MANIFEST_COLUMNS]
-        carried = pa.schema([field for field in fields if not _holds_bytes(field.type)])
-        try:
-            merged = carried if merged is None else pa.unify_schemas([merged, carried], promote_options="permissive")
-        except pa.ArrowTypeError as error:
-            raise ManifestError(
-                f"{file} has columns of other types than the files before it: {error}. Write all files with "
-                "the same types"
-            ) from error
-    return merged or pa.schema([])
+def has_embedded_references(schema: pa.Schema) -> bool:
+    """Whether rows of a checked schema may have references as bytes."""
+    return "reference" in schema.names and carrying.holds_bytes(schema.field("reference").type)
 
 
 def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa.Schema) -> list[Row]:
@@ -126,23 +109,23 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
         batch: the manifest's columns among :data:`MANIFEST_COLUMNS`, and the columns of ``carried``.
         first_row: number of the first row in the manifest.
         run_seed: seed of the run; rows without a seed derive theirs from it.
-        carried: see :func:`carried_schema`.
+        carried: see :func:`vcf_batch.manifest.carried.carried_schema`.
 
     Raises:
         ManifestError: a sample id is null or not safe.
     """
-    weights = sum((_sizes(batch[name]) for name in carried.names), np.zeros(batch.num_rows, np.int64))
+    weights = sum((carrying.sizes(batch[name]) for name in carried.names), np.zeros(batch.num_rows, np.int64))
     too_heavy = np.flatnonzero(weights > MAX_CARRIED_BYTES).tolist()
     errors = {at: f"the carried columns have {weights[at]} bytes; the limit is {MAX_CARRIED_BYTES}" for at in too_heavy}
     columns: dict[str, list[Any]] = {}
     kinds = dict(zip(carried.names, carried.types, strict=True))
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        kind, left_out = kinds.get(name, _plain(column.type)), too_heavy
+        kind, left_out = kinds.get(name, plain(column.type)), too_heavy
         if name not in kinds:
-            sizes = _sizes(column) if _is_text(kind) else np.zeros(0)
-            left_out = np.flatnonzero(sizes > MAX_TEXT_BYTES).tolist()
-            errors = {at: f"{name} has {sizes[at]} bytes; the limit is {MAX_TEXT_BYTES}" for at in left_out} | errors
-        columns[name] = _values(name, column, kind, frozenset(left_out), errors)
+            lengths = carrying.sizes(column) if is_text(kind) else np.zeros(0)
+            left_out = np.flatnonzero(lengths > MAX_TEXT_BYTES).tolist()
+            errors = {at: f"{name} has {lengths[at]} bytes; the limit is {MAX_TEXT_BYTES}" for at in left_out} | errors
+        columns[name] = carrying.values(name, column, kind, frozenset(left_out), errors)
     rows = []
     for at in range(batch.num_rows):
         values = {name: column[at] for name, column in columns.items()}
@@ -237,20 +220,11 @@ def _hashed(references: tuple[Reference, ...], values: Mapping[str, Any], column
     )
 
 
-def shown(value: Any) -> str:
-    """A value as error messages show it: redacted, and at most 60 characters."""
-    return _cut(redact(repr(value.decode(errors="replace") if isinstance(value, bytes) else value)), 60)
-
-
-def _cut(text: str, length: int = 200) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
 def _expected_type(name: str, kind: pa.DataType) -> str | None:
     """The required type of a column, in words; None if ``kind`` is right."""
-    kind = _plain(kind)
+    kind = plain(kind, of_uuid=pa.string() if name == "sample_id" else pa.binary(16))
     if name in ("prompt", "sample_id", "negative_prompt", "negative_reference", "negative_reference_sha256", "fusion"):
-        return None if _is_text(kind) else "string"
+        return None if is_text(kind) else "string"
     if name in ("seed", "pno_steps"):
         return (
             None
@@ -258,135 +232,22 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
             else "int64 (in pandas, 'Int64' keeps integers beside nulls)"
         )
     if name in ("guidance_scale", "strength", "fusion_lo", "fusion_hi"):
-        return None if _is_number(kind) else "a number, such as float64"
+        return None if is_number(kind) else "a number, such as float64"
     if name == "reference_weights":
-        numbers = _is_list(kind) and _is_number(_plain(kind.value_type))
+        numbers = is_list(kind) and is_number(plain(kind.value_type))
         return None if numbers or pt.is_null(kind) else "a list of numbers, such as list<double>"
     if name == "reference_sha256":
-        return None if _is_text(_plain(kind.value_type if _is_list(kind) else kind)) else "string, or list<string>"
+        return None if is_text(plain(kind.value_type if is_list(kind) else kind)) else "string, or list<string>"
     if name == "reference":
-        item = kind.value_type if _is_list(kind) else kind
-        return None if _is_text(_plain(item)) or _is_image(item) else _REFERENCE_TYPES
+        item = kind.value_type if is_list(kind) else kind
+        return None if is_text(plain(item)) or is_image(item) else _REFERENCE_TYPES
     return None
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of a column's values without their encoding, at the resolution of Python's dates (microseconds)."""
-    if pt.is_dictionary(kind):
-        return _plain(kind.value_type)
-    if isinstance(kind, pa.BaseExtensionType):
-        return _plain(kind.storage_type)
-    if pt.is_timestamp(kind) and kind.unit == "ns":
-        return pa.timestamp("us", kind.tz)
-    if pt.is_duration(kind) and kind.unit == "ns":
-        return pa.duration("us")
-    if pt.is_time64(kind):
-        return pa.time64("us")
-    if pt.is_string_view(kind):
-        return pa.string()
-    if pt.is_struct(kind):
-        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
-    if pt.is_map(kind):
-        return pa.map_(_plain(kind.key_type), _plain(kind.item_type))
-    if _is_list(kind):
-        item = kind.value_field.with_type(_plain(kind.value_type))
-        if pt.is_fixed_size_list(kind):
-            return pa.list_(item, kind.list_size)
-        return pa.large_list(item) if pt.is_large_list(kind) or pt.is_large_list_view(kind) else pa.list_(item)
-    return kind
-
-
-def _not_carried(kind: pa.DataType) -> str | None:
-    """The reason why values of a plain type cannot become Python values, in words; None if they can."""
-    if pt.is_timestamp(kind) and kind.tz:
-        try:
-            pa.scalar(0, kind).as_py()
-        except _NO_VALUE:
-            return f"is in the unknown time zone {shown(kind.tz)}"
-    if pt.is_struct(kind) and len({field.name for field in kind}) < kind.num_fields:
-        return "has a struct with two fields of one name"
-    return next(filter(None, (_not_carried(kind.field(index).type) for index in range(kind.num_fields))), None)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pt.is_floating(kind) or pt.is_integer(kind) or pt.is_null(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    checks = (pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_list_view, pt.is_large_list_view)
-    return any(check(kind) for check in checks)
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    """Whether a type is ``struct<bytes, path>``, or a struct of one of the two fields alone."""
-    if not pt.is_struct(kind):
-        return False
-    fields = {kind.field(index).name: _plain(kind.field(index).type) for index in range(kind.num_fields)}
-    data, path = fields.pop("bytes", pa.null()), fields.pop("path", pa.null())
-    return not fields and (pt.is_null(data) or _is_binary(data)) and _is_text(path)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    checks = (pt.is_binary, pt.is_large_binary, pt.is_fixed_size_binary, pt.is_binary_view)
-    return any(check(kind) for check in checks)
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    kind = _plain(kind)
-    return _is_binary(kind) or any(_holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
-
-
 def _reference_kind(kind: pa.DataType) -> str:
-    if _is_list(_plain(kind)):
+    if is_list(plain(kind)):
         return "list"
-    return "null" if pt.is_null(_plain(kind)) else "single reference"
-
-
-def _sizes(column: pa.Array) -> np.ndarray:
-    """Approximate number of bytes of each value; 0 for every value of a small column."""
-    if pt.is_dictionary(column.type):
-        # Not decoded: a dictionary turns a few bytes of indices into values of any length.
-        return _filled(pc.take(pa.array(_sizes(column.dictionary)), column.indices))
-    if _is_text(column.type) and not pt.is_null(column.type):
-        return _filled(pc.binary_length(column.cast(pa.large_binary())))
-    if column.nbytes <= _LIGHT_BYTES:
-        return np.zeros(len(column), np.int64)
-    return np.array([column.slice(at, 1).nbytes for at in range(len(column))], np.int64)
-
-
-def _filled(numbers: pa.Array) -> np.ndarray:
-    return numbers.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _values(
-    name: str, column: pa.Array, kind: pa.DataType, left_out: frozenset[int], errors: dict[int, str]
-) -> list[Any]:
-    """The column's values of type ``kind`` as Python objects, with None at the positions in ``left_out``.
-
-    A value without a counterpart in Python (text that is not UTF-8, a date out of range) becomes None, too, and adds an
-    error for its row to ``errors``.
-    """
-
-    def python(part: pa.Array) -> list[Any]:
-        return (part if part.type == kind else part.cast(kind, safe=False)).to_pylist()
-
-    if not left_out:
-        try:
-            return python(column)
-        except _NO_VALUE:
-            pass
-    values: list[Any] = [None] * len(column)
-    for at in range(len(column)):
-        if at not in left_out:
-            try:
-                (values[at],) = python(column.slice(at, 1))
-            except _NO_VALUE as error:
-                errors.setdefault(at, f"{name} cannot be read: {error}")
-    return values
+    return "null" if pt.is_null(plain(kind)) else "single reference"
 
 
 def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, Any]:

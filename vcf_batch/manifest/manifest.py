@@ -5,37 +5,31 @@ manifests/README.md describes its contract for users.
 
 import dataclasses
 import hashlib
-import itertools
+import posixpath
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, StorageError
 from vcf_batch.manifest import contents, parquet
-from vcf_batch.manifest.contract import (
-    MANIFEST_COLUMNS,
-    SAFE_ID,
-    carried_schema,
-    check_schema,
-    has_reference_lists,
-    parse_rows,
-    shown,
-)
+from vcf_batch.manifest.carried import carried_schema, changes, left_out
+from vcf_batch.manifest.check import Census, check
+from vcf_batch.manifest.columns import MANIFEST_COLUMNS, other_name_of
+from vcf_batch.manifest.contract import check_schema, has_embedded_references, has_reference_lists, parse_rows
 from vcf_batch.manifest.parquet import ParquetFile
-from vcf_batch.manifest.repeats import RepeatFinder
 from vcf_batch.records import Row
 
-_SHOWN = 5
 _ROWS_PER_READ = 256
-_ROWS_PER_CHECK = 65_536
 _FOOTER_THREADS = 16
+_MOST_LISTED = 10_000
+"""Most files that are looked at to tell what to name instead of a folder."""
+_SHOWN = 3
 _HASH_THREADS = 4
 """Number of files that are hashed at the same time. Drivers of object stores read tens of megabytes ahead of each."""
 
@@ -72,9 +66,19 @@ class Manifest:
     """The columns repeated in the outputs, with their types there."""
     reference_is_list: bool
     """Whether rows may have several references."""
+    embeds: bool
+    """Whether references may be embedded as bytes."""
+    mapped: Mapping[str, str]
+    """Name in the files of each column that has another one there, by its name among :data:`columns.OPTIONS`."""
+    carry: tuple[str, ...]
+    """Columns that are carried on purpose, see :meth:`open`."""
+    left_out: Mapping[str, str]
+    """Columns that are not carried, each with the reason."""
+    remarks: Mapping[str, str]
+    """Carried columns that are worth a word, each with it."""
     _files: tuple[ParquetFile, ...] = field(repr=False)
     _columns: tuple[str, ...] = field(repr=False)
-    """The manifest's columns among :data:`contract.MANIFEST_COLUMNS`."""
+    """The manifest's columns among :data:`columns.MANIFEST_COLUMNS`."""
 
     @classmethod
     def open(
@@ -83,6 +87,8 @@ class Manifest:
         limit: int | None = None,
         until: str | None = None,
         known: Mapping[str, FileVersion] = MappingProxyType({}),
+        mapped: Mapping[str, str] = MappingProxyType({}),
+        carry: Sequence[str] = (),
     ) -> "Manifest":
         """Open a Parquet file, or the ``.parquet`` files in a folder; local or any fsspec URL.
 
@@ -94,6 +100,8 @@ class Manifest:
             until: an identity; use only the first files if they have this identity together.
             known: files of this very manifest by name, opened before. Those of the same size and stamp, with the same
                 row groups in use, are not hashed again.
+            mapped: name of the column to read in place of each of these columns of the contract.
+            carry: columns to carry through though their names suggest another meaning.
 
         Raises:
             ManifestError: there is no such file, it is not Parquet, it has no rows, or columns break the contract.
@@ -125,14 +133,25 @@ class Manifest:
         if not rows:
             raise ManifestError(f"{url} has no rows; there is nothing to generate")
         for name, schema in schemas.items():
-            check_schema(name, schema, names[0], schemas[names[0]])
+            check_schema(name, schema, names[0], schemas[names[0]], mapped, carry)
+        meanings = {column: name for name, column in mapped.items()}
+        schemas = {
+            file: pa.schema([field.with_name(meanings.get(field.name, field.name)) for field in schema])
+            for file, schema in schemas.items()
+        }
+        carried = carried_schema(schemas)
         return cls(
             url=url,
             base=base,
             num_rows=rows if limit is None else min(rows, limit),
             identity=digest.hexdigest(),
-            carried_schema=carried_schema(schemas),
+            carried_schema=carried,
             reference_is_list=any(map(has_reference_lists, schemas.values())),
+            embeds=any(map(has_embedded_references, schemas.values())),
+            mapped=dict(mapped),
+            carry=tuple(carry),
+            left_out=left_out(schemas),
+            remarks=_remarks(carried, schemas),
             _files=tuple(files),
             _columns=tuple(name for name in MANIFEST_COLUMNS if name in schemas[names[0]].names),
         )
@@ -141,6 +160,11 @@ class Manifest:
     def reference_is_web(self) -> bool:
         """Whether relative references are on a web server, so that what follows a ``?`` may be secret."""
         return self.base.lower().startswith(("http://", "https://"))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows of the files are in use."""
+        return self.num_rows == sum(file.num_rows for file in self._files)
 
     @property
     def versions(self) -> dict[str, FileVersion]:
@@ -152,33 +176,14 @@ class Manifest:
             for file in self._files
         }
 
-    def check(self) -> None:
-        """Read every row once and refuse empty prompts and missing, unsafe or repeated ids.
-
-        Memory is bounded; hashes of the ids go through local scratch (24 bytes each). A mistake that concerns one row
-        alone, such as an override out of range, is not refused here: it becomes the :attr:`Row.error` of its row.
+    def check(self) -> Census:
+        """Read every row once, count what rows have, and refuse what :func:`vcf_batch.manifest.check.check` names.
 
         Raises:
             ManifestError: one error with each column, the number of wrong rows, and the places of the first ones.
             StorageError: the storage failed.
         """
-        findings = _Findings(self)
-        has_ids = "sample_id" in self._columns
-        columns = ["prompt", "sample_id"] if has_ids else ["prompt"]
-        with RepeatFinder(self.num_rows) as finder:
-            for first_row, batch in self._batches(columns, 0, self.num_rows, _ROWS_PER_CHECK):
-                prompts = batch["prompt"]
-                findings.add("prompt", "null", first_row, pc.is_null(prompts))
-                findings.add("prompt", "empty", first_row, _each(_blank, prompts))
-                if has_ids:
-                    ids = batch["sample_id"]
-                    findings.add("sample_id", "null", first_row, pc.is_null(ids))
-                    findings.add("sample_id", "unsafe", first_row, _each(_unsafe, ids), ids)
-                    if not findings.of("sample_id"):
-                        finder.add(_binary(ids), first_row)
-            if has_ids and not findings.of("sample_id"):
-                findings.add_repeats(finder)
-        findings.raise_if_any()
+        return check(self)
 
     def has_any(self, column: str) -> bool:
         """Whether any row in use has a value in this column. Reads up to the first such row.
@@ -215,9 +220,27 @@ class Manifest:
         return f"row {row - file.first_row} of {storage.name(file.url)}"
 
     def _batches(
-        self, columns: Sequence[str], start: int, stop: int, most: int
+        self, columns: Sequence[str], start: int, stop: int, most: int, counting: bool = False
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        return itertools.chain.from_iterable(file.batches(start, stop, columns, most) for file in self._files)
+        """Yield the rows ``start`` to ``stop - 1`` as (first row's number, batch); see :meth:`ParquetFile.batches`."""
+        meanings = {column: name for name, column in self.mapped.items()}
+        wanted = [self.mapped.get(name, name) for name in columns]
+        for file in self._files:
+            for first_row, batch in file.batches(start, stop, wanted, most, counting):
+                if meanings:
+                    batch = batch.rename_columns([meanings.get(name, name) for name in batch.schema.names])
+                yield first_row, batch
+
+
+def _remarks(carried: pa.Schema, schemas: Mapping[str, pa.Schema]) -> dict[str, str]:
+    """See :attr:`Manifest.remarks`."""
+    remarks = {}
+    for name in carried.names:
+        changed = next(filter(None, (changes(schema.field(name).type) for schema in schemas.values())), None)
+        meant = other_name_of(name)
+        if remark := changed or (meant and f"not read as {meant!r}"):
+            remarks[name] = remark
+    return remarks
 
 
 def _discover(url: str) -> tuple[str, list[str]]:
@@ -231,11 +254,33 @@ def _discover(url: str) -> tuple[str, list[str]]:
         storage.size(url)
         return storage.parent(url), [storage.name(url)]
     except FileNotFoundError as error:
+        # On object stores a folder with nothing but folders is no more than a prefix.
+        if advice := _layout(url):
+            raise ManifestError(f"{url} holds no file named *.parquet; {advice}") from error
         raise ManifestError(f"{url} does not exist; {rule}") from error
     except PermissionError as error:
         raise ManifestError(f"{url} may not be read: {error}") from error
     except storage.NotAFileError as error:
-        raise ManifestError(f"{url} holds no file named *.parquet; {rule}") from error
+        raise ManifestError(f"{url} holds no file named *.parquet; {_layout(url) or rule}") from error
+
+
+def _layout(url: str) -> str | None:
+    """What to name instead of a folder whose rows lie elsewhere in it, in words; None if there are none."""
+    found = sorted(storage.list_some(url, _MOST_LISTED))
+    if tables := [name for name in found if name.endswith(".arrow")]:
+        folder = storage.join(url, posixpath.dirname(tables[0]))
+        return (
+            f"it has Arrow files, as datasets' save_to_disk writes them: write them as Parquet, with "
+            f"datasets.load_from_disk({folder!r}).to_parquet('manifest.parquet')"
+        )
+    folders = [*dict.fromkeys(posixpath.dirname(name) for name in found if name.endswith(".parquet"))]
+    folders = [each for each in folders if not any(part.startswith((".", "_")) for part in each.split("/"))]
+    if not folders:
+        return None
+    places = " or ".join(storage.join(url, each) for each in folders[:_SHOWN]) + (" or ..." * (len(folders) > _SHOWN))
+    if "=" in folders[0]:
+        return f"folders such as {folders[0]} are partitions, whose names are not read as columns: name one, {places}"
+    return f"its sub-folders do: name {places}"
 
 
 def _footer(url: str) -> tuple[storage.Stamp | None, int, bytes]:
@@ -288,84 +333,3 @@ def _holds_any(column: pa.Array) -> bool:
     if pa.types.is_struct(column.type):
         return any(map(_holds_any, column.flatten()))
     return _holds_any(column.flatten()) if pa.types.is_nested(column.type) else column.null_count < len(column)
-
-
-class _Findings:
-    """Number of wrong rows for each column and complaint, and the places of the first ones."""
-
-    _REMEDIES: Mapping[str, str] = {
-        "null": "every row needs a value",
-        "empty": "every row needs a prompt",
-        "unsafe": "an id is 1 to 128 of the characters A-Z a-z 0-9 _ -",
-        "repeated": "every id must be unique",
-    }
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._counts: dict[tuple[str, str], int] = {}
-        self._examples: dict[tuple[str, str], list[str]] = {}
-
-    def of(self, column: str) -> bool:
-        return any(name == column for name, _ in self._counts)
-
-    def add(
-        self, column: str, complaint: str, first_row: int, offends: pa.Array, values: pa.Array | None = None
-    ) -> None:
-        """Record the rows that are true in ``offends``, one boolean per row from ``first_row`` on; null is false."""
-        positions = np.flatnonzero(offends.fill_null(False).to_numpy(zero_copy_only=False))
-        if not len(positions):
-            return
-        examples = []
-        for position in positions[:_SHOWN].tolist():
-            value = "" if values is None else f" ({shown(_binary(values.slice(position, 1))[0].as_py())})"
-            examples.append(self._manifest.locate(first_row + position) + value)
-        self._record(column, complaint, len(positions), examples)
-
-    def add_repeats(self, finder: RepeatFinder) -> None:
-        count, repeats = finder.repeats(_SHOWN)
-        locate = self._manifest.locate
-        if count:
-            ids = [self._manifest.rows(repeat.row, repeat.row + 1, run_seed=0)[0].key for repeat in repeats]
-            examples = [
-                f"{locate(repeat.row)} ({key!r}, as {locate(repeat.first)})"
-                for key, repeat in zip(ids, repeats, strict=True)
-            ]
-            self._record("sample_id", "repeated", count, examples)
-
-    def raise_if_any(self) -> None:
-        if not self._counts:
-            return
-        lines = []
-        for (column, complaint), count in self._counts.items():
-            first = "; ".join(self._examples[column, complaint])
-            rows = "1 row is" if count == 1 else f"{count} rows are"
-            lines.append(f"  column {column!r}: {rows} {complaint} ({self._REMEDIES[complaint]}), first: {first}")
-        raise ManifestError(f"{self._manifest.url} breaks the manifest contract:\n" + "\n".join(lines))
-
-    def _record(self, column: str, complaint: str, count: int, examples: list[str]) -> None:
-        about = (column, complaint)
-        self._counts[about] = self._counts.get(about, 0) + count
-        self._examples[about] = (self._examples.get(about, []) + examples)[:_SHOWN]
-
-
-def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
-    """Results of ``judge`` for each text; each distinct text of a dictionary is judged once."""
-    return judge(texts.dictionary).take(texts.indices) if pa.types.is_dictionary(texts.type) else judge(texts)
-
-
-def _binary(texts: pa.Array) -> pa.Array:
-    """Texts as large_binary, however the file encodes them."""
-    return texts.cast(pa.large_string()).cast(pa.large_binary())
-
-
-def _unsafe(ids: pa.Array) -> pa.Array:
-    return pc.invert(pc.match_substring_regex(_binary(ids), rf"\A{SAFE_ID}\z"))
-
-
-def _blank(texts: pa.Array) -> pa.Array:
-    texts = texts.cast(pa.large_string())
-    try:
-        return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
-    except pa.ArrowInvalid:
-        # A text that is not UTF-8 fails its row later. Here the batch is checked for ASCII white space instead.
-        return pc.invert(pc.match_substring_regex(_binary(texts), r"[^\s]"))

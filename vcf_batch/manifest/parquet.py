@@ -5,6 +5,7 @@ Statistics and sizes of columns are never read: damaged ones make pyarrow end th
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -18,6 +19,7 @@ import pyarrow.types as pt
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, RefusedError, StorageError
 from vcf_batch.manifest import contents
+from vcf_batch.manifest.footer import Encodings, encodings, wide_integers
 
 MAX_COLUMNS = 1000
 """Most columns of a file, counting every field of a struct."""
@@ -25,12 +27,18 @@ MAX_COLUMNS = 1000
 BATCH_BYTES = 32 << 20
 """Approximate size of a batch, from the mean size of a row in its row groups. A batch has at least one row."""
 
+_SMALL_DICTIONARY = 1 << 19
+"""Bytes below which a dictionary holds every text of its column. Writers give up a larger one, and then write texts."""
 _LONG_BYTES = 1 << 16
 """Longest text of a dictionary column that is decoded; a column with a longer text stays a dictionary."""
 _MOST_ALIKE = 16
 """Largest size of a batch, in units of :data:`BATCH_BYTES`, if every text were the longest of its dictionary."""
+_STEP_BYTES = 8 * BATCH_BYTES
+"""Largest size of a step, if every text of an expanding encoding were as long as its column."""
 _BUFFER_BYTES = 4 << 20
 _TAIL_BYTES = 1 << 16
+_OTHERS = {".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON Lines", ".arrow": "Arrow file", ".orc": "ORC"}
+_UNSUPPORTED = re.compile(r"not (yet )?implemented|not supported|unsupported|not built|unknown encoding", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,21 +57,27 @@ class ParquetFile:
     """Version of the file when it was opened; None if the storage keeps none."""
     sha256: str = ""
     """See :func:`vcf_batch.manifest.contents.sha256`."""
+    encodings: Encodings = field(default=Encodings(), repr=False)
 
     @property
     def num_rows(self) -> int:
         return int(self.group_stops[-1]) if len(self.group_stops) else 0
 
     def batches(
-        self, start: int, stop: int, columns: Sequence[str], most_rows: int
+        self, start: int, stop: int, columns: Sequence[str], most_rows: int, counting: bool = False
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield the manifest's rows ``start`` to ``stop - 1`` that lie in this file, as (first row's number, batch).
 
         A dictionary column with very long texts stays a dictionary: a few bytes of indices could become a column of
-        any size.
+        any size. Delta encodings are read in steps so small that no such column fills the memory.
+
+        Args:
+            columns: names of columns.
+            most_rows: most rows of a batch.
+            counting: leave out fields that hold bytes, and columns of nothing else; keep small dictionaries as such.
 
         Raises:
-            ManifestError: the file is damaged.
+            ManifestError: the file is damaged, or Arrow cannot read it.
             RefusedError: the file has changed since it was opened. It is looked at before and after reading.
             StorageError: the storage failed.
         """
@@ -81,7 +95,7 @@ class ParquetFile:
                         "change during a run"
                     )
                 self._check_stays()
-                for batch in _read(source, groups, columns, most_rows):
+                for batch in _read(source, groups, columns, most_rows, self.encodings, counting):
                     low, high = max(start - position, 0), min(stop - position, batch.num_rows)
                     if low < high:
                         yield self.first_row + position + low, batch.slice(low, high - low)
@@ -92,8 +106,19 @@ class ParquetFile:
         except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
             raise StorageError(f"this node cannot read the manifest's file {self.url}: {error}") from error
         except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{self.url} is damaged: {_first_line(error)}") from error
+            raise _unreadable(self.url, error, "is damaged", self._first_unreadable(groups, columns)) from error
         raise ManifestError(f"{self.url} is damaged: it ends after {position} of {self.num_rows} rows")
+
+    def _first_unreadable(self, groups: Sequence[int], columns: Sequence[str]) -> str | None:
+        """The first of the columns that cannot be read; None if each can be read alone."""
+        with storage.open_read(self.url) as source:
+            for column in columns:
+                try:
+                    for _ in _read(source, groups, [column], 1, self.encodings):
+                        break
+                except (pa.ArrowException, OSError):
+                    return column
+        return None
 
     def _check_stays(self) -> None:
         """Check that the file is the one that was opened. It is hashed again only if its version is another one."""
@@ -137,7 +162,9 @@ def read_footer(url: str) -> tuple[int, bytes]:
             if tail[-4:] == b"PARE":
                 raise ManifestError(f"{url} is encrypted; write it without Parquet encryption")
             if tail[-4:] != b"PAR1" or needed > size:
-                raise ManifestError(f"{url} is not a Parquet file, or is cut short ({size} bytes)")
+                kind = next((kind for suffix, kind in _OTHERS.items() if url.lower().endswith(suffix)), None)
+                hint = f"; write the {kind} as Parquet, with pandas or DuckDB for example" if kind else ""
+                raise ManifestError(f"{url} is not a Parquet file, or is cut short ({size} bytes){hint}")
             if needed > len(tail):
                 source.seek(size - needed)
                 tail = source.read(needed)
@@ -164,12 +191,25 @@ def parse_footer(url: str, size: int, footer: bytes, first_row: int) -> tuple[Pa
         if min(rows, default=0) < 0:
             raise ManifestError(f"{url} has a damaged footer: a row group of {min(rows)} rows")
         _ = parsed.schema_arrow.names  # fails if a name is not UTF-8
-        return ParquetFile(url, size, first_row, np.cumsum(rows, dtype=np.int64)), parsed.schema_arrow
+        stops, found = np.cumsum(rows, dtype=np.int64), encodings(footer)
+        return ParquetFile(url, size, first_row, stops, encodings=found), parsed.schema_arrow
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{url} has a damaged footer: {_first_line(error)}") from error
+        if "more than 64 bits" in str(error) and (wide := wide_integers(footer)):
+            raise ManifestError(
+                f"{url} cannot be read because column {' or '.join(map(repr, wide))} has integers of more than 64 "
+                "bits, which pyarrow does not support; convert it to a 64-bit integer, a decimal or a string"
+            ) from error
+        raise _unreadable(url, error, "has a damaged footer") from error
 
 
-def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_rows: int) -> Iterator[pa.RecordBatch]:
+def _read(
+    source: BinaryIO,
+    groups: Sequence[int],
+    columns: Sequence[str],
+    most_rows: int,
+    encoded: Encodings,
+    counting: bool = False,
+) -> Iterator[pa.RecordBatch]:
     metadata = pq.read_metadata(source)
 
     def read(groups: Sequence[int], rows: int, dictionaries: list[str]) -> Iterator[pa.RecordBatch]:
@@ -184,8 +224,11 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
         )
         return parquet.iter_batches(batch_size=rows, row_groups=groups, columns=[*columns], use_threads=False)
 
-    flat = [path for path in (metadata.schema.column(n).path for n in range(metadata.num_columns)) if path in columns]
-    longest = dict.fromkeys(flat, 0)
+    leaves = [metadata.schema.column(n) for n in range(metadata.num_columns)]
+    flat = [leaf.path for leaf in leaves if leaf.path in columns and leaf.path not in encoded.delta]
+    if counting:
+        columns = [leaf.path for leaf in leaves if _belongs(leaf.path, columns) and not _is_bytes(leaf)]
+    longest, small = dict.fromkeys(flat, 0), {*flat}
     width = 1.0
     for group in groups:
         described = metadata.row_group(group)
@@ -193,9 +236,42 @@ def _read(source: BinaryIO, groups: Sequence[int], columns: Sequence[str], most_
         # Reading a group's first row reads its whole dictionary.
         for first in itertools.islice(read([group], 1, flat), 1):
             longest = {name: max(length, _longest_text(first[name])) for name, length in longest.items()}
-    dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES]
+            small &= {name for name in small if _has_small_dictionary(first[name])}
+    dictionaries = [name for name, length in longest.items() if length > _LONG_BYTES or (counting and name in small)]
     width = max(width, sum(length for length in longest.values() if length <= _LONG_BYTES) / _MOST_ALIKE)
-    yield from read(groups, int(min(max(BATCH_BYTES / width, 1), most_rows)), dictionaries)
+    rows = int(min(max(BATCH_BYTES / width, 1), most_rows))
+    of_a_row = sum(most for path, most in encoded.expanding.items() if _belongs(path, columns))
+    step = max(min(rows, _STEP_BYTES // max(of_a_row, 1)), 1)
+    batches = read(groups, step, dictionaries)
+    yield from _resized(batches, rows) if step < rows else batches
+
+
+def _resized(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches of at most ``rows`` rows and about :data:`BATCH_BYTES` that hold the rows of ``batches``."""
+    held: list[pa.RecordBatch] = []
+    held_rows = held_bytes = 0
+    for batch in batches:
+        size = batch.nbytes
+        if held and (held_rows + len(batch) > rows or held_bytes + size > BATCH_BYTES):
+            yield pa.concat_batches(held)
+            held, held_rows, held_bytes = [], 0, 0
+        if size > BATCH_BYTES:
+            part = max(len(batch) * BATCH_BYTES // size, 1)
+            yield from (batch.slice(at, part) for at in range(0, len(batch), part))
+        else:
+            held.append(batch)
+            held_rows, held_bytes = held_rows + len(batch), held_bytes + size
+    if held:
+        yield pa.concat_batches(held)
+
+
+def _is_bytes(leaf: pq.ColumnSchema) -> bool:
+    return leaf.physical_type.endswith("BYTE_ARRAY") and leaf.logical_type.type == "NONE"
+
+
+def _belongs(path: str, columns: Sequence[str]) -> bool:
+    """Whether a leaf belongs to one of the columns."""
+    return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
 def _longest_text(column: pa.Array) -> int:
@@ -203,6 +279,23 @@ def _longest_text(column: pa.Array) -> int:
     if not pt.is_dictionary(column.type) or not pt.is_string(column.type.value_type):
         return 0
     return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+
+
+def _has_small_dictionary(column: pa.Array) -> bool:
+    """Whether a column, of which one row is read, has a dictionary so small that all its texts are in it."""
+    return pt.is_dictionary(column.type) and len(column.dictionary) > 1 and column.dictionary.nbytes < _SMALL_DICTIONARY
+
+
+def _unreadable(url: str, error: BaseException, otherwise: str, column: str | None = None) -> ManifestError:
+    """The refusal of a file that Arrow fails to read: for a part that Arrow lacks, or else as damaged."""
+    line = _first_line(error)
+    if not (isinstance(error, pa.ArrowNotImplementedError) or _UNSUPPORTED.search(line)):
+        return ManifestError(f"{url} {otherwise}: {line}")
+    what = f"column {column!r} of {url}" if column else url
+    return ManifestError(
+        f"{what} cannot be read because pyarrow {pa.__version__} does not support it ({line}); convert it with the "
+        "tool that wrote it to another type, encoding or compression, such as snappy"
+    )
 
 
 def _first_line(error: BaseException) -> str:

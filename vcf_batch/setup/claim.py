@@ -19,8 +19,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow")
 
 
 Obstacle = Callable[[Mapping[str, Any]], str | None]
-"""Function that takes the fields of a run that differs in its manifest alone. It gives the reason why that run cannot
-be extended to this one; None if it can."""
+"""Function that takes the fields of a run that differs in its manifest or its limit alone. It gives the reason why that
+run cannot be extended to this one; None if it can."""
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
@@ -70,7 +70,9 @@ def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda
         None if there is None else there.fields,
         record.fields,
         begun=begun,
-        obstacle=lambda fields: appended.obstacle(fields, job.manifest, there.manifest.files if there else {}),
+        obstacle=lambda fields: appended.obstacle(
+            fields, job.manifest, there.manifest.files if there else {}, record.fields["limit"]
+        ),
         version=None if there is None else there.versions.get("vcf_batch"),
     ):
         assert there is not None
@@ -123,14 +125,14 @@ def _refuse_another(
     """Refuse any run but a longer version of the one that is there."""
     names = sorted(there.keys() | fields.keys())
     differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
-    if "limit" in differing:
-        # The identity covers the rows in use: those of another limit have another one.
-        differing = [name for name in differing if name != "manifest_id"]
     reason = ""
-    if obstacle and differing == ["manifest_id"]:
+    if obstacle and {*differing} <= {"manifest_id", "limit"}:
         if (why := obstacle(there)) is None:
             return
         reason = why + " "
+    if "limit" in differing:
+        # The identity covers the rows in use: those of another limit have another one.
+        differing = [name for name in differing if name != "manifest_id"]
     lines = "".join(_difference(name, there, fields) for name in differing)
     if version not in (None, __version__) and all(_is_of_one_version(name, there) for name in differing):
         raise RefusedError(

@@ -125,6 +125,8 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         step = cast(int, config.batch_size) * seconds / cast(int, config.steps)
         silent = COMPILING_SECONDS if config.compile else SILENT_SECONDS
         config = config.replace(stall_timeout=max(silent, SILENT_STEPS * step))
+    if manifest.is_whole:
+        config = config.replace(limit=None)  # which is the same run
     fields = fingerprint_fields(
         config,
         manifest=manifest.identity,

@@ -1,15 +1,22 @@
 """The checks of a run's manifest: it keeps its contract, lies apart from the output, and its references may be read."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
+from vcf_batch.manifest.check import Census
+from vcf_batch.manifest.columns import cut, shown
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import run_file
 from vcf_batch.output.run_file import RunRecord
+
+_MOST_WORDS = 600
+"""Most characters of a list of columns."""
+_log = logging.getLogger(__name__)
 
 POLICY_ROWS = 1000
 """Number of rows at the manifest's start whose references are checked against the allowed places before models load."""
@@ -31,20 +38,56 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
             become a part of the manifest or the model.
     """
     manifest = run_file.open_manifest(config, record)
-    for check in checks(manifest, config, record):
-        check()
+    found = [check() for check in checks(manifest, config, record)]
+    census = next((each for each in found if isinstance(each, Census)), None)
+    for name, words in told(manifest, census):
+        _log.info("%s: %s", name, words)
     return manifest
 
 
-def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], object]]:
-    """The checks that :func:`open_checked` runs, in order. Each raises on failure."""
+def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], Census | None]]:
+    """The checks that :func:`open_checked` runs, in order. Each raises on failure; one of them counts."""
     fields = record.fields if record else {}
-    known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, config.limit)
+    limit = None if manifest.is_whole else config.limit
+    known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, limit)
     return [
         lambda: _check_output(manifest, config),
         *([] if known else [manifest.check]),
         lambda: _check_policy(manifest, config),
     ]
+
+
+def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]:
+    """Yield what is read of a manifest and what is not, as pairs of a short name and words.
+
+    Args:
+        census: the numbers of rows; None where they are not counted again, because the run is resumed.
+    """
+    places = [f"{name!r} from {shown(column)}" for name, column in manifest.mapped.items()]
+    read = [f"reads {', '.join(places)}"] if places else []
+    if census:
+        counts = ", ".join(f"{_count(census, name)} {name}" for name in census.having)
+        read.insert(0, f"{census.rows:,} rows: {counts}")
+    if read:
+        yield "columns", "; ".join(read)
+    if names := manifest.carried_schema.names:
+        remarks = {name: f" ({remark})" for name, remark in manifest.remarks.items()}
+        yield "carried", cut(", ".join(name + remarks.get(name, "") for name in names), _MOST_WORDS)
+    if manifest.left_out:
+        left = (f"{name} ({reason})" for name, reason in manifest.left_out.items())
+        yield "left out", cut(", ".join(left), _MOST_WORDS)
+    if census and census.weighted:
+        prompts = "prompt has" if census.weighted == 1 else "prompts have"
+        yield (
+            "weights",
+            f"{census.weighted:,} {prompts} a weight such as (word:1.2), which is taken literally: it is text like any "
+            "other",
+        )
+
+
+def _count(census: Census, name: str) -> str:
+    count = census.having[name]
+    return "uncounted embedded images as" if count is None else f"{count:,} with" if count else "none with"
 
 
 def _check_output(manifest: Manifest, config: RunConfig) -> None:

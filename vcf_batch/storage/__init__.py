@@ -25,7 +25,7 @@ Errors, the same on every storage, with credentials removed from their messages:
 """
 
 from vcf_batch.storage.arrow import arrow_filesystem
-from vcf_batch.storage.listing import list_checksums, list_files, list_tree
+from vcf_batch.storage.listing import list_checksums, list_files, list_some, list_tree
 from vcf_batch.storage.paths import absolute, is_local, join, name, parent
 from vcf_batch.storage.reading import (
     Stamp,
@@ -58,6 +58,7 @@ __all__ = [
     "join",
     "list_checksums",
     "list_files",
+    "list_some",
     "list_tree",
     "modified",
     "move",

@@ -1,5 +1,6 @@
 """Listing of folders, at any depth, never from a cache."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,17 @@ def list_tree(url: str) -> dict[str, int]:
     if is_local(url):
         return _local_listing(url, local.tree)
     return {file: int(entry["size"] or 0) for file, entry in _walk(url)}
+
+
+def list_some(url: str, most: int) -> list[str]:
+    """Relative paths of at most ``most`` files under a folder, at any depth; ``[]`` if there is no such folder.
+
+    Raises:
+        PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    if is_local(url):
+        return list(_local_listing(url, lambda folder: itertools.islice(local.tree(folder), most)))
+    return [file for file, _ in itertools.islice(_walk(url), most)]
 
 
 def list_checksums(url: str) -> dict[str, tuple[int, str | None]]:
