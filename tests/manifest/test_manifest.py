@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, RefusedError, StorageError
-from vcf_batch.manifest import contents, parquet, repeats
+from vcf_batch.manifest import check, contents, parquet
 from vcf_batch.manifest import manifest as reader
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import Reference
@@ -381,7 +381,7 @@ def test_check_names_file_column_and_first_offending_rows(tmp_path: Path) -> Non
 
 def test_check_names_both_rows_of_a_repeated_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniqueness of ids is checked in bounded memory: through hash partitions, also across files."""
-    monkeypatch.setattr(repeats, "ROWS_PER_PARTITION", 10)
+    monkeypatch.setattr(check, "ROWS_PER_PARTITION", 10)
     write(tmp_path / "a.parquet", 5, **numbered(0, 60))
     write(tmp_path / "b.parquet", 5, **numbered(57, 90))
     with pytest.raises(ManifestError) as refused:

@@ -13,7 +13,7 @@ import pytest
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, UsageError
-from vcf_batch.manifest.repeats import RepeatFinder
+from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import shards
 from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Row, Sample, Shard

@@ -16,7 +16,7 @@ import pyarrow as pa
 from vcf_batch import storage
 from vcf_batch.commands.verify_shard import check_shard
 from vcf_batch.errors import DamageFound, Unfinished
-from vcf_batch.manifest.repeats import RepeatFinder
+from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import commits, progress_file, receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import file_name, side_by_side

@@ -19,7 +19,7 @@ import pyarrow.types as pt
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, RefusedError, StorageError
 from vcf_batch.manifest import contents
-from vcf_batch.manifest.footer import Encodings, encodings, wide_integers
+from vcf_batch.manifest.contents import Encodings, encodings, wide_integers
 
 MAX_COLUMNS = 1000
 """Most columns of a file, counting every field of a struct."""

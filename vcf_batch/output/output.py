@@ -8,9 +8,8 @@ from typing import Any, cast
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
-from vcf_batch.manifest import appended
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.output import receipts, run_file
+from vcf_batch.output import appended, receipts, run_file
 from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.run_file import AnotherVersion, RunRecord
 from vcf_batch.records import Row

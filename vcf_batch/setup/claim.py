@@ -9,8 +9,7 @@ from typing import Any
 from vcf_batch import __version__, sharding
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of
 from vcf_batch.errors import RefusedError, redact, redact_name
-from vcf_batch.manifest import appended
-from vcf_batch.output import commits, receipts, run_file
+from vcf_batch.output import appended, commits, receipts, run_file
 from vcf_batch.output.run_file import RecordedManifest, RunRecord
 from vcf_batch.setup.job import Job
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch.manifest import appended
 from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.output import appended
 from vcf_batch.sharding import ShardPlan
 
 
