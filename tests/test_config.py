@@ -94,13 +94,9 @@ def test_fingerprint_is_the_same_everywhere() -> None:
     assert printed == fingerprint(fields)
 
 
-def test_a_run_without_other_names_of_columns_is_the_run_of_before() -> None:
-    """Names of columns are left out of the fingerprint while they are those of the contract, given or not."""
+def test_a_column_may_be_named_by_its_own_name() -> None:
+    """Names of columns that are those of the contract make no other run."""
     assert config(prompt_column="prompt", id_column="sample_id") == config()
-    assert (
-        not {"prompt_column", "reference_column", "id_column", "seed_column"}
-        & fingerprint_fields(config(), **IDENTITIES).keys()
-    )
     assert config(id_column="uid", prompt_column="caption").columns == {"prompt": "caption", "sample_id": "uid"}
     with pytest.raises(UsageError, match="'x' is named for 2 meanings"):
         config(prompt_column="x", reference_column="x")

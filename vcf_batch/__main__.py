@@ -1,5 +1,8 @@
 """``python -m vcf_batch``: the same command as ``vcf-batch``, whose entry point is here, as is that of ``jobs/``."""
 
+import io
+import sys
+
 from vcf_batch import ending
 
 
@@ -12,6 +15,9 @@ def main(module: str = "vcf_batch.cli", name: str = "main", prog_name: str | Non
         prog_name: name of the program in help texts; None is that of the script.
     """
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name in a message must not end a run
         ending.install()
         ending.finish(_exit_code(module, name, prog_name))
     except KeyboardInterrupt:

@@ -180,8 +180,8 @@ class RunConfig:
     best_by: str = "clip_score"
     """Score that decides which attempt at a rejected row is recorded."""
     long_prompts: str = "truncate"
-    """What becomes of a row whose prompt has more tokens than the text encoder takes: one of :data:`LONG_PROMPTS`.
-    ``truncate`` cuts off the rest, ``refuse`` fails the row."""
+    """What becomes of a row whose prompt or negative prompt has more tokens than the text encoder takes: one of
+    :data:`LONG_PROMPTS`. ``truncate`` cuts off the rest, ``refuse`` fails the row."""
     image_format: str = "png"
     mark: bool = True
     """Mark every image as synthetic, with its settings: :mod:`vcf_batch.output.marking`."""
@@ -410,12 +410,7 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {
-    "prompt_column": None,
-    "reference_column": None,
-    "id_column": None,
-    "seed_column": None,
-}
+ADDED_SETTINGS: dict[str, Any] = {}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.

@@ -56,7 +56,8 @@ _TABLE = (
         "prompt_truncated",
         pa.bool_(),
         "result",
-        "Whether the end of the prompt was cut off, because the text encoder takes fewer tokens.",
+        "Whether the end of the prompt or of the negative prompt was cut off, because the text encoder takes fewer "
+        "tokens. Null where the row failed.",
     ),
     Column("negative_prompt", _TEXT, "setting", "The text that the image was not to show."),
     Column("fusion", _TEXT, "setting", "How references joined the prompt: `concat`, `naive` or `cross_attention`."),

@@ -153,7 +153,8 @@ class Sample:
     prompt_tokens: int | None = None
     """Number of the prompt's tokens, begin and end included; None if nobody has counted them."""
     prompt_truncated: bool | None = None
-    """Whether the text encoder got the first of these tokens only; None if nobody has counted them."""
+    """Whether the end of the prompt or of the negative prompt was cut off; None if nobody has looked, or the row has
+    failed."""
     triplet: Mapping[str, bytes] = field(default_factory=dict)
     """The other images of the sample in the same format, by :data:`TRIPLET`, in a run with triplets."""
 

@@ -1,6 +1,7 @@
 """The command line: options, files of options, exit codes."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -255,3 +256,16 @@ def test_a_job_is_its_command(job: str, tmp_path: Path) -> None:
     told = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert told.stdout.startswith(f"Usage: jobs/{job}.py")
     assert cast(str, COMMANDS[name].help).splitlines()[0] in told.stdout
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(tmp_path: Path) -> None:
+    """It is written with escapes, whatever the encoding of standard output is."""
+    (tmp_path / "prompts.txt").write_text("a cat")
+    result = subprocess.run(
+        [sys.executable, "-m", "vcf_batch", "manifest", str(tmp_path / "neu😀.parquet"), "--prompts", "prompts.txt"],
+        cwd=tmp_path,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"neu\\U0001f600.parquet: 1 rows" in result.stdout

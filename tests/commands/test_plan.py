@@ -152,9 +152,9 @@ def test_long_prompts_are_counted_before_the_run(tmp_path: Path, model: Path) ->
     found = plan.look(config(tmp_path, model), calibrate=False)
     assert found.long_prompts == 1
     assert found.to_dict(None)["long_prompts"] == {"max_tokens": found.max_tokens, "rows": 1}
-    told = f"1 of the first 4 have more than {found.max_tokens} tokens and are cut off there (--long-prompts)"
+    told = f"1 of the first 4 rows have prompts of more than {found.max_tokens} tokens, which are cut off there"
     assert told in found.told(None)
-    assert "tokens and fail" in call(tmp_path, model, "--long-prompts", "refuse").output
+    assert f"the prompt has {202} tokens" in call(tmp_path, model, "--long-prompts", "refuse").output
 
 
 def test_an_output_in_the_manifests_folder_is_told(tmp_path: Path, model: Path) -> None:

@@ -13,7 +13,7 @@ from vcf_batch.driver.failing_shard import PAUSES
 from vcf_batch.driver.fault import Failure, Fault
 from vcf_batch.driver.loop import ANSWER_SECONDS
 from vcf_batch.driver.quarantine import FAILURES
-from vcf_batch.driver.workers import MAX_BACKOFF_SECONDS, START_ATTEMPTS
+from vcf_batch.driver.workers import CAPACITY_SECONDS, MAX_BACKOFF_SECONDS, START_ATTEMPTS
 from vcf_batch.errors import NodeError, RefusedError, StorageError, UsageError, VcfBatchError
 from vcf_batch.output import commits
 
@@ -331,7 +331,7 @@ def test_where_nodes_of_another_type_alone_are_left_the_run_waits_and_says_so(si
     simulation.run()
     check_whole(simulation)
     told = simulation.told("no_worker_ready")
-    assert told and "1 of the nodes are left out (--one-device-type): their devices are older GPU (type" in told[0]
+    assert told and "devices of 1 node are not used (--one-device-type): they are older GPU (type" in told[0]
     assert "Rerun without --one-device-type" in told[0]
     early = simulate(nodes=(A, B), num_workers=None, one_device_type=True)
     early.cluster.devices = {B: "older GPU"}
@@ -365,6 +365,20 @@ def test_a_run_of_one_device_type_uses_the_devices_of_that_type_on_a_mixed_node(
     assert len(workers) >= 3, "both devices worked, and the one whose worker died worked again"
     assert len(resumed.told("other_device_type")) == 1
     assert not resumed.told("no_worker_ready")
+
+
+def test_a_mixed_node_that_joins_is_used_where_it_can_be(simulate: Simulate) -> None:
+    """A worker may load there before the cluster's room is looked at again."""
+    simulation = simulate(nodes=(A,), num_workers=1)
+    simulation.cluster.at(LOAD_SECONDS + 1.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
+    with pytest.raises(RefusedError):
+        simulation.run()
+    resumed = simulation.again(one_device_type=True, nodes={}, num_workers=1)
+    resumed.cluster.mixed = {B: ["older GPU", "simulated"]}
+    resumed.cluster.at(CAPACITY_SECONDS + 1.0, lambda: resumed.cluster.add_node(B, 2))
+    resumed.run()
+    check_whole(resumed)
+    assert {receipt.device["type"] for receipt in resumed.committed.values()} == {"simulated"}
 
 
 def test_a_node_that_cannot_compute_as_required_costs_the_run_that_node_alone(simulate: Simulate) -> None:

@@ -33,6 +33,8 @@ def opened(folder: Path, *columns: Any) -> Manifest:
         (pa.uint64(), pa.int64(), "int64"),
         (pa.uint64(), pa.float64(), "double"),
         (pa.decimal128(10, 2), pa.float64(), "double"),
+        (pa.int64(), pa.decimal128(3, 2), "decimal"),
+        (pa.int8(), pa.decimal128(3, 1), "decimal"),
         (pa.list_(pa.int64()), pa.list_(pa.float64()), "list"),
         (pa.struct({"a": pa.int64()}), pa.struct({"a": pa.float64()}), "struct"),
         (pa.map_(pa.string(), pa.int64()), pa.map_(pa.string(), pa.float64()), "map"),

@@ -97,7 +97,6 @@ def test_columns_of_any_name_are_read(tmp_path: Path) -> None:
 def test_wrong_names_of_columns_are_named(tmp_path: Path) -> None:
     url = write(tmp_path / "m.parquet", reference=["a", "b"], photo=["c", "d"], uid=["a b", "c"], n=[1, 2])
     for mapped, message in (
-        ({"reference": "photo"}, "'reference' is there, and --reference-column reads 'photo' in its place"),
         ({"prompt": "gone"}, "column 'gone' of --prompt-column is missing; the file has: prompt, reference, photo"),
         ({"sample_id": "n"}, "column 'n' is int64; it must be string"),
     ):
@@ -105,6 +104,37 @@ def test_wrong_names_of_columns_are_named(tmp_path: Path) -> None:
             Manifest.open(url, mapped=mapped)
     with pytest.raises(ManifestError, match=r"column 'uid': 1 row is unsafe"):
         Manifest.open(url, mapped={"sample_id": "uid"}).check()
+
+
+def test_a_column_that_another_one_is_read_in_place_of_is_left_out_and_told(tmp_path: Path) -> None:
+    """A manifest may have a prompt and a caption, and either may be read."""
+    url = write(tmp_path / "m.parquet", prompt=["p", "q"], caption=["a", "b"], note=["x", "y"])
+    opened = Manifest.open(url, mapped={"prompt": "caption"})
+    assert [row.prompt for row in opened.rows(0, 2, 0)] == ["a", "b"]
+    assert opened.carried_schema.names == ["note"]
+    assert opened.left_out == {"prompt": "--prompt-column reads 'caption' in its place"}
+    with pytest.raises(ManifestError, match="'prompt' of --carry has the name of a column that the outputs have"):
+        Manifest.open(url, mapped={"prompt": "caption"}, carry=["prompt"])
+
+
+@pytest.mark.parametrize("name", ["Status", "KEY", "Sha256"])
+def test_a_carried_column_is_not_taken_for_one_of_the_outputs(tmp_path: Path, name: str) -> None:
+    """DuckDB and others do not heed case. --carry carries it on purpose."""
+    url = write(tmp_path / "m.parquet", **{name: ["1", "2"]})
+    with pytest.raises(ManifestError, match=f"column '{name}' would be taken for the output's own"):
+        Manifest.open(url)
+    assert Manifest.open(url, carry=[name]).carried_schema.names == [name]
+
+
+@pytest.mark.parametrize("name", ["b.PARQUET", "b.pq", "b.parquet.zst", "b.Parquet"])
+def test_files_that_may_belong_to_a_manifest_are_not_passed_over(tmp_path: Path, name: str) -> None:
+    """A folder with files of other endings is refused with their names; what Spark adds is not among them."""
+    write(tmp_path / "a.parquet")
+    (tmp_path / ".a.parquet.crc").touch()
+    assert Manifest.open(str(tmp_path)).num_rows == 2
+    write(tmp_path / name)
+    with pytest.raises(ManifestError, match=f"1 files such as '{name}', which are not read: rename"):
+        Manifest.open(str(tmp_path))
 
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

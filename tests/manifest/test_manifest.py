@@ -308,6 +308,35 @@ def test_an_edit_of_equal_size_and_date_is_noticed(tmp_path: Path, monkeypatch: 
     assert Manifest.open(url, known=opened.versions).identity != opened.identity
 
 
+@pytest.mark.parametrize("name", ["sample_id", "batch"])
+def test_the_identity_covers_uuids(tmp_path: Path, name: str) -> None:
+    """They are stored as bytes, as images may be, but are ids or carried."""
+
+    def identity(order: list[int]) -> str:
+        uuids = pa.array([bytes([number]) * 16 for number in order], pa.uuid())
+        pq.write_table(pa.table({"prompt": ["a", "b"], name: uuids}), tmp_path / "m.parquet", compression="none")
+        return Manifest.open(str(tmp_path / "m.parquet")).identity
+
+    assert len({identity([1, 2]), identity([2, 1]), identity([1, 3])}) == 3
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its footer and its contents, by one of equal size."""
+    url = write(tmp_path / "m.parquet", prompt=["a", "b"])
+    other = Path(write(tmp_path / "other.parquet", prompt=["a", "c"]))
+    sha256 = contents.sha256
+
+    def replacing(*given: Any) -> str:
+        if other.exists():
+            os.utime(other, (1e9, 1e9))
+            other.replace(url)
+        return sha256(*given)
+
+    monkeypatch.setattr(contents, "sha256", replacing)
+    with pytest.raises(ManifestError, match="was written while it was read"):
+        Manifest.open(url)
+
+
 def test_a_hash_over_fewer_rows_is_not_taken_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit, the row groups of a file that are hashed depend on the files before it."""
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10)

@@ -234,8 +234,7 @@ def test_a_run_of_a_later_version_is_read_where_its_settings_are_known(settle: C
         Output(job.config.output)
 
 
-def test_what_a_record_says_of_files_may_be_less_or_more(settle: Callable[..., Job], tmp_path: Path) -> None:
-    """A record that names no files makes the next start hash them; what a later version adds to a file is not read."""
+def test_what_a_later_version_says_of_files_is_not_read(settle: Callable[..., Job], tmp_path: Path) -> None:
     job = settle()
     claim.claim(job)
     path = tmp_path / "out" / "run.json"
@@ -245,11 +244,6 @@ def test_what_a_record_says_of_files_may_be_less_or_more(settle: Callable[..., J
     path.write_text(json.dumps(document))
     there = run_file.read(job.config.output)
     assert there and there.manifest.files == job.manifest.versions
-    del document["manifest"]["files"]
-    path.write_text(json.dumps(document))
-    there = run_file.read(job.config.output)
-    assert there and there.manifest.files == {}
-    claim.claim(settle())
 
 
 def test_the_record_is_written_and_read_in_one_place(settle: Callable[..., Job], tmp_path: Path) -> None:

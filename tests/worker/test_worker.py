@@ -154,6 +154,22 @@ def test_prompts_beyond_the_text_encoders_length_are_told_and_cut_off(loaded: Wo
     assert receipt.truncated == 2
 
 
+def test_negative_prompts_are_cut_off_likewise_and_rows_that_failed_are_not_counted(
+    loaded: Worker, tmp_path: Path
+) -> None:
+    long = "a " * loaded.components.pipeline.max_tokens
+    columns: dict[str, list[Any]] = {"prompt": ["a", long, "a"], "negative_prompt": [long, "", ""]}
+    columns["reference"] = [None, "gone.png", None]
+    receipt = commit(another(loaded, runs.write_manifest(tmp_path / "in", 3, columns), tmp_path / "out"))
+    rows = runs.rows_of(tmp_path / "out")
+    assert [(row["status"], row["prompt_truncated"]) for row in rows] == [
+        ("success", True),
+        ("failed", None),
+        ("success", False),
+    ]
+    assert receipt.truncated == 1
+
+
 def test_prompts_beyond_the_text_encoders_length_are_refused_on_request(loaded: Worker, tmp_path: Path) -> None:
     """So are negative prompts, and the rows beside them have the bytes that they have without such rows."""
     most = loaded.components.pipeline.max_tokens
@@ -166,7 +182,7 @@ def test_prompts_beyond_the_text_encoders_length_are_refused_on_request(loaded: 
     assert [row["status"] for row in rows] == ["success", "failed", "failed", "success"]
     for row, name in ((rows[1], "prompt"), (rows[2], "negative prompt")):
         assert row["error_message"].startswith(f"the {name} has {most + 1} tokens, and the text encoder takes {most}:")
-    assert [row["prompt_truncated"] for row in rows] == [False] * 4
+    assert [row["prompt_truncated"] for row in rows] == [False, None, None, False]
     assert (rows[0], rows[3]) == (cut[0], cut[3])
     assert receipt.truncated == 0
 

@@ -13,10 +13,11 @@ from vcf_batch.errors import UsageError, redact
 from vcf_batch.manifest.pairing import PAIRINGS
 
 PROMPTS_HELP = (
-    "Text file in UTF-8, one prompt a line. Or a column of a table: .csv or .tsv with a header, .jsonl, or Parquet."
+    "The prompts: a text with one prompt a line, or a table, which is .csv or .tsv with a header, .jsonl, .ndjson, "
+    ".json or Parquet. Texts are UTF-8, or have a byte order mark."
 )
 REFERENCES_HELP = "Folder of reference images, found by their first bytes, whatever their names."
-COLUMN_HELP = "Column of --prompts that holds the prompts, if it is a table.  [default: prompt]"
+COLUMN_HELP = "The column with the prompts, where --prompts names a table.  [default: prompt]"
 
 
 @click.command(cls=Command)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import mimetypes
+import os
 import shlex
 import traceback
 from collections.abc import Callable, Mapping
@@ -156,6 +156,15 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
         hand_on(config.output, push)
 
 
+_ENDINGS = {
+    ".png": "image/png",
+    **dict.fromkeys((".html", ".htm"), "text/html"),
+    **dict.fromkeys((".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".svg", ".pdf"), "another"),
+    **dict.fromkeys((".txt", ".md", ".json", ".csv", ".parquet", ".zip", ".gz", ".tar"), "another"),
+}
+"""Kinds of files by their endings. A name with any other ending is taken as it is."""
+
+
 def check_ending(option: str, target: str, kind: str) -> None:
     """Refuse a file's name whose ending says that it is of another kind than the one that is written.
 
@@ -167,8 +176,8 @@ def check_ending(option: str, target: str, kind: str) -> None:
     Raises:
         UsageError: the ending is that of another kind.
     """
-    found, compressed = mimetypes.guess_type(storage.name(target), strict=False)
-    if compressed or found not in (None, kind):
+    found = _ENDINGS.get(os.path.splitext(storage.name(target))[1].lower(), kind)
+    if found != kind:
         what, ending = ("a PNG", ".png") if kind == "image/png" else ("an HTML page", ".html")
         raise UsageError(f"{option} {redact(target)}: what is written is {what}; give it a name that ends in {ending}")
 

@@ -227,8 +227,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "long-prompts",
     click.Choice(settings.LONG_PROMPTS),
-    "What to do with a prompt of more tokens than the text encoder takes, 77 for Stable Diffusion: truncate cuts off "
-    "the rest and marks the row, refuse fails the row.  [default: truncate]",
+    "What to do with a prompt or negative prompt of more tokens than the text encoder takes, 77 for Stable Diffusion: "
+    "truncate cuts off the rest and marks the row, refuse fails the row.  [default: truncate]",
 )
 @_option(
     "image-format",
@@ -247,7 +247,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "limit",
     int,
-    "Use only the first ROWS rows of the manifest. If it has no more, the run is the one without a limit.",
+    "Use only the first ROWS rows of the manifest. If it has no more, this changes nothing.",
     metavar="ROWS",
 )
 @_option("prompt-column", str, "Column of MANIFEST to read as 'prompt'.  [default: prompt]", metavar="NAME")
@@ -257,8 +257,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "carry",
     str,
-    "Column of MANIFEST to carry through to the outputs although its name is like that of a column that is read, such "
-    "as 'Seed' or, without a column 'reference', 'image'. Such a column is refused otherwise. Repeatable.",
+    "Column of MANIFEST to carry through to the outputs. Without this, a column is refused whose name looks like that "
+    "of a column that is read, such as 'Negative-Prompt', or 'image' where there is no 'reference'. Repeatable.",
     multiple=True,
     metavar="NAME",
 )

@@ -14,7 +14,7 @@ from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.references import ReferenceReader
-from vcf_batch.models.prompt_tokens import count_tokens, read_tokenizer
+from vcf_batch.models.prompt_tokens import read_tokenizer, text_lengths
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
@@ -62,7 +62,7 @@ class Forecast:
     max_tokens: int = 0
     """Number of tokens that the text encoder takes of a prompt; 0 where that is not known."""
     long_prompts: int = 0
-    """Number of prompts of more tokens among the first :data:`PLANNED_ROWS`."""
+    """Number of rows with a prompt or negative prompt of more tokens, among the first :data:`PLANNED_ROWS`."""
     guessed_shard_size: bool = False
     """Whether the shard size comes from a guess of the device's speed. Nothing else here is guessed."""
     open_batch_size: bool = False
@@ -143,8 +143,8 @@ class Forecast:
         if self.long_prompts:
             first = min(PLANNED_ROWS, figures["rows"])
             fate = "fail" if self.job and self.job.config.long_prompts == "refuse" else "are cut off there"
-            told = f"{self.long_prompts:,} of the first {first:,} have more than {self.max_tokens} tokens and {fate}"
-            yield "prompts", f"{told} (--long-prompts)"
+            told = f"{self.long_prompts:,} of the first {first:,} rows have prompts of more than {self.max_tokens}"
+            yield "prompts", f"{told} tokens, which {fate} (--long-prompts)"
         yield (
             "shards",
             f"{figures['shards']:,} of {figures['shard_size']:,} rows{guess}; {figures['shards_done']:,} done",
@@ -214,11 +214,14 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     if job is None:
         return forecast
     first = collect(lambda: [*_first_rows(job)]) or []
-    forecast.doomed = [f"{row.key}: {reason}" for row, reason in first if reason]
     if tokenizer := collect(lambda: read_tokenizer(models.pipeline)):
-        counts = count_tokens(tokenizer, [row.prompt for row, _ in first])
         forecast.max_tokens = int(tokenizer.model_max_length)
-        forecast.long_prompts = sum(count > forecast.max_tokens for count in counts)
+        lengths = text_lengths(tokenizer, [row for row, _ in first], job.config)
+        long = [found.excess(forecast.max_tokens) for found in lengths]
+        forecast.long_prompts = sum(reason is not None for reason in long)
+        if job.config.long_prompts == "refuse":
+            first = [(row, reason or too_long) for (row, reason), too_long in zip(first, long, strict=True)]
+    forecast.doomed = [f"{row.key}: {reason}" for row, reason in first if reason]
     extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()
     if extends is not None:

@@ -55,29 +55,18 @@ class DeviceTypes:
             return None
         other = next(iter(self._known), None)
         self._known[name] = device
-        return None if self._one or other is None else f"{name} and {other} ({self._difference(name, other)})"
+        return None if self._one or other is None else f"{name} and {other} ({differences(device, self._known[other])})"
 
-    def refused(self, device: Mapping[str, Any]) -> str:
-        """Take note of a device that the run does not use, and tell why, in words."""
+    def meet(self, device: Mapping[str, Any]) -> None:
+        """Take note of a device that the run does not use."""
         self._known.setdefault(device_type(device), device)
-        return self._refused([device_type(device)])
 
-    def _refused(self, names: Iterable[str]) -> str:
-        told = (f"{name} ({self._difference(name, self.chosen)})" for name in names)
+    def refused(self, names: Iterable[str]) -> str:
+        """Why devices of some types, all of them met, are not used, in words."""
+        assert self.chosen is not None
+        kept = self._known[self.chosen]
+        told = (f"{name} ({differences(self._known[name], kept)})" for name in sorted({*names}))
         return f"{', '.join(told)}; the run keeps to {self.chosen}"
-
-    def _difference(self, name: str, other: str | None) -> str:
-        return differences(self._known[name], self._known.get(other or "", {}))
-
-    @property
-    def waiting(self) -> str:
-        """What else a run without a ready worker waits for, in words; empty if no node is left out."""
-        if not self.left_out:
-            return ""
-        return (
-            f"; {len(self.left_out)} of the nodes are left out (--one-device-type): their devices are "
-            f"{self._refused(sorted({*self.left_out.values()}))}. Rerun without --one-device-type to use them"
-        )
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

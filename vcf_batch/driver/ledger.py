@@ -51,7 +51,7 @@ class Summary:
         new = self.rows - self.resumed_rows
         rate = f", {new / self.seconds:.2f} samples a second" if new and self.seconds else ""
         resumed = f" ({self.resumed_rows:,} of them were there before)" if self.resumed_rows else ""
-        cut = f"; {told_truncated(self.truncated)}" if self.truncated else ""
+        cut = f"; cut off: {told_truncated(self.truncated)}" if self.truncated else ""
         return f"{redact(self.output)}: {self.rows:,} rows{resumed}: {counts}; {duration(self.seconds)}{rate}{cut}"
 
 

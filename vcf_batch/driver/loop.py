@@ -281,7 +281,7 @@ class Loop:
         elif now - self._ready_at >= WAITING_SECONDS:
             self._ready_at = now
             self._progress.note(
-                f"no worker is ready yet; {self._cluster.describe()}{self._types.waiting}",
+                f"no worker is ready yet; {self._cluster.describe()}{self._workers.waiting}",
                 "no_worker_ready",
                 logging.WARNING,
             )

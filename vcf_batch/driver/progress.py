@@ -93,9 +93,9 @@ def _outcome(failed: int, workers: int, means: Mapping[str, float]) -> str:
 
 def plural(count: int, noun: str) -> str:
     """A count and its noun, in the singular or the plural."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def told_truncated(count: int) -> str:
     """What is told of prompts that were cut off at the length of the text encoder."""
-    return f"{plural(count, 'prompt')} cut off at the length of the text encoder"
+    return f"prompts of {plural(count, 'row')}, at the length of the text encoder"

@@ -8,6 +8,7 @@ from typing import Literal
 from vcf_batch.driver.cluster import Cluster, Heartbeat, Loaded, Request, WorkerHandle
 from vcf_batch.driver.device_types import DeviceTypes
 from vcf_batch.driver.fault import Fault, Stalled
+from vcf_batch.driver.progress import plural
 from vcf_batch.driver.quarantine import FAILURES, Quarantine, Work
 from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.errors import StorageError, VcfBatchError
@@ -159,6 +160,17 @@ class Workers:
             self.ask(worker, "heartbeat")
 
     @property
+    def waiting(self) -> str:
+        """What else a run without a ready worker waits for, in words; empty if every device may be used."""
+        unused = self._types.left_out | {worker.node: worker.device_type for worker in self._unused}
+        if not unused:
+            return ""
+        return (
+            f"; devices of {plural(len(unused), 'node')} are not used (--one-device-type): they are "
+            f"{self._types.refused(unused.values())}. Rerun without --one-device-type to use them"
+        )
+
+    @property
     def _used(self) -> int:
         return len(self._all) - len(self._unused)
 
@@ -194,19 +206,23 @@ class Workers:
 
     def _set_unused(self, worker: WorkerHandle, answer: Loaded) -> None:
         """Leave a worker's node out. On a mixed node, keep the worker without work until all devices are known."""
-        node, reason = worker.node, self._types.refused(answer.device)
+        self._types.meet(answer.device)
+        node = worker.node
         mixed = answer.node_is_mixed or any(
             other.node == node and other.device_type == self._types.chosen for other in self._all
         )
         if not any(other.node == node for other in self._unused):
             self._note(
-                f"a device of node {node} is not used (--one-device-type): it is {reason}",
+                f"a device of node {node} is not used (--one-device-type): it is "
+                f"{self._types.refused([worker.device_type])}",
                 "other_device_type",
                 logging.WARNING,
                 node=node,
             )
         self._unused[worker] = None
         unused = [other for other in self._unused if other.node == node]
+        if node not in self._room:  # it has joined since
+            self._room = self._cluster.room()
         if not mixed or len(unused) >= self._room.get(node, 0):
             self._types.left_out[node] = worker.device_type
             self._capacity_until = float("-inf")

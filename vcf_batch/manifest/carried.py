@@ -19,6 +19,9 @@ _TEXT, _UUID = pa.string(), pa.binary(16)
 _MANTISSA = {16: 11, 32: 24, 64: 53}
 """Bits of whole numbers that a floating-point type holds exactly, by its width."""
 
+_DIGITS = {8: 3, 16: 5, 32: 10, 64: 19}
+"""Decimal digits of the largest whole number, by its bits; ``uint64`` has one more."""
+
 
 def carried_schema(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
     """The columns repeated in the outputs, with their types there.
@@ -113,6 +116,8 @@ def loses(kind: pa.DataType, wide: pa.DataType) -> bool:
         return pt.is_decimal(kind)
     if pt.is_integer(wide) and pt.is_integer(kind):
         return kind.bit_width - pt.is_signed_integer(kind) > wide.bit_width - pt.is_signed_integer(wide)
+    if pt.is_decimal(wide) and pt.is_integer(kind):
+        return wide.precision - wide.scale < _DIGITS[kind.bit_width] + pt.is_uint64(kind)
     if pt.is_struct(wide) and pt.is_struct(kind):
         return any(loses(field.type, wide.field(field.name).type) for field in kind)
     return wide.num_fields == kind.num_fields > 0 and any(

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from vcf_batch.errors import ManifestError
+from vcf_batch.manifest.carried import is_list
 from vcf_batch.manifest.columns import OPTIONS, shown
 from vcf_batch.manifest.contract import SAFE_ID
 from vcf_batch.storage import scratch
@@ -95,7 +96,7 @@ def _having(column: pa.Array, embeds: bool) -> int:
         column: a column without fields that hold bytes.
         embeds: whether it has such fields, so that an image without a path may be there.
     """
-    if pt.is_list(column.type) or pt.is_large_list(column.type) or pt.is_fixed_size_list(column.type):
+    if is_list(column.type):
         return pc.sum(pc.greater(pc.list_value_length(column), 0)).as_py() or 0
     if pt.is_struct(column.type) and not embeds:
         return len(column) - column.flatten()[0].null_count

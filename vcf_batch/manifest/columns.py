@@ -39,8 +39,8 @@ meant is absent."""
 
 
 def _spelling(name: str) -> str:
-    """What variants of a name have in common: neither case, nor blanks, ``_`` and ``-``."""
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    """What variants of a name have in common: neither case, nor blanks, ``_`` and ``-``, nor what nobody sees."""
+    return re.sub(r"[\s_\u200b\ufeff-]+", "", name).casefold()
 
 
 _KNOWN = {_spelling(name): name for name in (*MANIFEST_COLUMNS, *HASH_COLUMNS)}
@@ -70,16 +70,14 @@ def problems(names: Sequence[str], mapped: Mapping[str, str], carry: Collection[
     for name, column in mapped.items():
         if column not in names:
             yield f"column {shown(column)} of {OPTIONS[name]} is missing; the file has: {listed(names)}"
-        elif name in names and name not in read:
-            yield (
-                f"column {name!r} is there, and {OPTIONS[name]} reads {shown(column)} in its place: leave out the "
-                "option, or that column"
-            )
     for name in carry:
         if name not in names:
             yield f"column {shown(name)} of --carry is missing; the file has: {listed(names)}"
-        elif name in read:
-            yield f"column {shown(name)} of --carry is read by the run, which cannot carry it too; leave out the option"
+        elif name in read or name in MANIFEST_COLUMNS:
+            yield (
+                f"column {shown(name)} of --carry has the name of a column that the outputs have already; rename it, "
+                "or leave out the option"
+            )
     without_prompt = "prompt" not in mapped and "prompt" not in names
     if without_prompt:
         alike = [name for name in names if variant_of(name) == "prompt"]

@@ -17,10 +17,10 @@ import pyarrow.types as pt
 
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError
+from vcf_batch.manifest.carried import is_binary
 
 _CHUNK_BYTES = 4 << 20
 _ROW_GROUPS, _COLUMNS, _METADATA, _BYTES, _FIRST_PAGE, _DICTIONARY = 4, 1, 3, 7, 9, 11
-"""Numbers of the fields that are used, in ``FileMetaData``, ``RowGroup``, ``ColumnChunk`` and ``ColumnMetaData``."""
 _SCHEMA, _GROUP_ROWS = 2, 3
 _KIND, _ENCODINGS, _PATH, _VALUES, _UNPACKED = 1, 2, 3, 5, 6
 _LENGTH, _NAME, _CONVERTED, _LOGICAL = 2, 4, 6, 10
@@ -78,12 +78,13 @@ def _image_bytes(schema: pa.Schema) -> list[bool]:
 def _leaves(kind: pa.DataType) -> list[bool]:
     if pt.is_dictionary(kind):
         return _leaves(kind.value_type)
+    if isinstance(kind, pa.UuidType):
+        return [False]  # it is carried, as text
     if isinstance(kind, pa.BaseExtensionType):
         return _leaves(kind.storage_type)
     if pt.is_nested(kind):
         return [leaf for index in range(kind.num_fields) for leaf in _leaves(kind.field(index).type)]
-    checks = (pt.is_binary, pt.is_large_binary, pt.is_fixed_size_binary, pt.is_binary_view)
-    return [any(check(kind) for check in checks)]
+    return [is_binary(kind)]
 
 
 def _ranges(url: str, size: int, footer: bytes, used: int, left_out: Sequence[bool]) -> list[tuple[int, int]]:
@@ -115,7 +116,7 @@ def _ranges(url: str, size: int, footer: bytes, used: int, left_out: Sequence[bo
                 ranges.append((start, end))
         if sum(end - start for start, end in ranges) > size:
             raise ValueError("columns that overlap")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except _ERRORS as error:
         raise ManifestError(f"{url} has a damaged footer: {error or type(error).__name__}") from error
     return ranges
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -36,6 +37,10 @@ _PROBLEMS_SHOWN = 10
 _REFERENCE_TYPES = "string, struct<bytes: binary, path: string>, or a list of either"
 
 
+_OTHER_CASE = {name.casefold(): name for name in output_columns.COLUMNS if name not in MANIFEST_COLUMNS}
+"""Names of columns of the outputs alone, by how readers see them that do not heed case."""
+
+
 def check_schema(
     file: str,
     schema: pa.Schema,
@@ -57,12 +62,19 @@ def check_schema(
     problems += naming.problems(names, mapped, carry)
     meanings = {column: name for name, column in mapped.items()}
     for field in schema:
+        if mapped.get(field.name, field.name) != field.name:
+            continue  # another column is read in its place
         meaning = meanings.get(field.name, field.name)
         name, is_ours = shown(field.name), meaning in MANIFEST_COLUMNS
         if expected := _expected_type(meaning, field.type):
             problems.append(f"column {name} is {cut(str(field.type))}; it must be {expected}")
         elif not is_ours and field.name in output_columns.COLUMNS:
             problems.append(f"column {name} would collide with the output's own; rename it")
+        elif not is_ours and field.name not in carry and (own := _OTHER_CASE.get(field.name.casefold())):
+            problems.append(
+                f"column {name} would be taken for the output's own {own!r} by readers that do not heed case, such as "
+                f"DuckDB; rename it, or give --carry {shlex.quote(field.name)}"
+            )
         elif not is_ours and (obstacle := carrying.not_carried(plain(field.type))):
             problems.append(
                 f"column {name} {obstacle}, which cannot be carried through; change its type or leave it out"

@@ -1,7 +1,7 @@
 """The images below a folder, found by what their first bytes say and not by their names."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +18,9 @@ NAMES_SHOWN = 3
 
 _RAW = (".3fr", ".arw", ".cr2", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".nef", ".nrw", ".pef", ".sr2", ".srw")
 """Suffixes of photographs as cameras store them. They are TIFF files, and what is read of one may be its thumbnail."""
+
+
+_LINK = "a link to a folder or to nothing, or no file; name the folder itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def find(folder: str, manifest: str) -> ImageFiles:
     base = storage.parent(manifest).rstrip("/") + "/"
     sizes = _listed(folder)
     uris: list[str] = []
-    skipped: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {_LINK: [*map(_shown, _unfollowed(folder))]} if storage.is_local(folder) else {}
     names = (name for name in sorted(sizes) if storage.join(folder, name) != manifest)
     with ThreadPoolExecutor(_THREADS, "images") as threads:
         while some := list(islice(names, _FILES_AT_ONCE)):
@@ -65,11 +68,24 @@ def find(folder: str, manifest: str) -> ImageFiles:
                     uris.append(storage.join(folder, name).removeprefix(base))
                 else:
                     skipped.setdefault(reason, []).append(_shown(name))
-    found = ImageFiles(uris, dict(sorted(skipped.items())))
+    found = ImageFiles(uris, {reason: names for reason, names in sorted(skipped.items()) if names})
     if not uris:
-        files = "\n  ".join(["", *found.told()]) if skipped else " It is empty."
+        files = "\n  ".join(["", *found.told()]) if found.skipped else " It is empty."
         raise UsageError(f"the folder of references {folder} holds no image ({', '.join(FORMATS)}).{files}")
     return found
+
+
+def _unfollowed(folder: str) -> Iterator[str]:
+    """Names of links to folders, links to nothing, pipes and devices below a local folder."""
+    for place, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            path = os.path.join(place, name)
+            if (
+                (os.path.islink(path) and not os.path.isfile(path))
+                or not os.path.exists(path)
+                or not (os.path.isfile(path) or os.path.isdir(path))
+            ):
+                yield os.path.relpath(path, folder)
 
 
 def _listed(folder: str) -> dict[str, int]:

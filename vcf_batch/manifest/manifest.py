@@ -6,6 +6,7 @@ manifests/README.md describes its contract for users.
 import dataclasses
 import hashlib
 import posixpath
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from vcf_batch.errors import ManifestError, StorageError
 from vcf_batch.manifest import contents, parquet
 from vcf_batch.manifest.carried import carried_schema, changes, left_out
 from vcf_batch.manifest.check import Census, check
-from vcf_batch.manifest.columns import MANIFEST_COLUMNS, other_name_of
+from vcf_batch.manifest.columns import MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
 from vcf_batch.manifest.contract import check_schema, has_embedded_references, has_reference_lists, parse_rows
 from vcf_batch.manifest.parquet import ParquetFile
 from vcf_batch.records import Row
@@ -135,8 +136,19 @@ class Manifest:
         for name, schema in schemas.items():
             check_schema(name, schema, names[0], schemas[names[0]], mapped, carry)
         meanings = {column: name for name, column in mapped.items()}
+        shadowed = {
+            name: f"{OPTIONS[name]} reads {shown(column)} in its place"
+            for name, column in mapped.items()
+            if name != column and any(name in schema.names for schema in schemas.values())
+        }
         schemas = {
-            file: pa.schema([field.with_name(meanings.get(field.name, field.name)) for field in schema])
+            file: pa.schema(
+                [
+                    field.with_name(meanings.get(field.name, field.name))
+                    for field in schema
+                    if field.name not in shadowed
+                ]
+            )
             for file, schema in schemas.items()
         }
         carried = carried_schema(schemas)
@@ -150,7 +162,7 @@ class Manifest:
             embeds=any(map(has_embedded_references, schemas.values())),
             mapped=dict(mapped),
             carry=tuple(carry),
-            left_out=left_out(schemas),
+            left_out=left_out(schemas) | shadowed,
             remarks=_remarks(carried, schemas),
             _files=tuple(files),
             _columns=tuple(name for name in MANIFEST_COLUMNS if name in schemas[names[0]].names),
@@ -243,12 +255,24 @@ def _remarks(carried: pa.Schema, schemas: Mapping[str, pa.Schema]) -> dict[str, 
     return remarks
 
 
+_ALIKE = re.compile(r"\.(?!parquet$)(?!.*\.crc$)(?i:pq|parq|parquet(\.\w+)?)$")
+"""Names that others give to Parquet files."""
+_PATTERN = re.compile(r"[*?{\[]")
+
+
 def _discover(url: str) -> tuple[str, list[str]]:
     """The manifest's folder, and the sorted names of its files."""
     rule = "a manifest is a Parquet file, or a folder with .parquet files directly in it"
     try:
         listed = storage.list_files(url)
         names = sorted(name for name in listed if name.endswith(".parquet") and not name.startswith((".", "_")))
+        alike = sorted(name for name in listed if _ALIKE.search(name) and not name.startswith((".", "_")))
+        if alike:
+            places = f"{len(alike):,} files such as {alike[0]!r}"
+            raise ManifestError(
+                f"{url} holds {places}, which are not read: rename those that belong to the manifest so that they end "
+                "in .parquet, and move the others away"
+            )
         if names:
             return url, names
         storage.size(url)
@@ -257,6 +281,8 @@ def _discover(url: str) -> tuple[str, list[str]]:
         # On object stores a folder with nothing but folders is no more than a prefix.
         if advice := _layout(url):
             raise ManifestError(f"{url} holds no file named *.parquet; {advice}") from error
+        if _PATTERN.search(storage.name(url)):
+            raise ManifestError(f"{url} does not exist; patterns are not expanded: name the folder") from error
         raise ManifestError(f"{url} does not exist; {rule}") from error
     except PermissionError as error:
         raise ManifestError(f"{url} may not be read: {error}") from error
@@ -313,7 +339,11 @@ def _hashed(
             sha256 = read()
             now = storage.stamp(file.url)
             # A web server may name one version by several ETags.
-            same = not (now and file.stamp) or now.text == file.stamp.text or read() == sha256
+            same = (
+                not (now and file.stamp)
+                or now.text == file.stamp.text
+                or (parquet.read_footer(file.url) == (file.size, footer) and read() == sha256)
+            )
         except (FileNotFoundError, PermissionError, storage.NotAFileError) as error:
             raise StorageError(f"{file.url} can no longer be read: {error}") from error
         if not same:

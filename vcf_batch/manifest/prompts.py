@@ -86,13 +86,18 @@ def _lines(url: str) -> Iterator[str]:
     rest, count = "", 0
     for text in _decoded(url):
         *lines, rest = (rest + text).split("\n")
-        for line in lines:
+        for number, line in enumerate(lines, count + 1):
+            _check_length(url, number, line)
             yield line.removeprefix("\ufeff") + "\n"
         count += len(lines)
-        if len(rest) > MAX_LINE:
-            raise UsageError(f"line {count + 1} of {url} has more than {MAX_LINE:,} characters; is it a text?")
+        _check_length(url, count + 1, rest)
     if rest := rest.removeprefix("\ufeff"):
         yield rest
+
+
+def _check_length(url: str, number: int, line: str) -> None:
+    if len(line) > MAX_LINE:
+        raise UsageError(f"line {number} of {url} has more than {MAX_LINE:,} characters; is it a text?")
 
 
 def _decoded(url: str) -> Iterator[str]:

@@ -1,31 +1,55 @@
 """The tokens of prompts, counted as the text encoder of a model gets them."""
 
-import tempfile
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vcf_batch.config import RunConfig
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.resolution import ResolvedModel, read_file
+from vcf_batch.records import Row
+from vcf_batch.row_settings import settings_of
+from vcf_batch.storage import scratch
 
 _TOKENIZER = "tokenizer"
-_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.json", "merges.txt")
+_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+)
 _MAX_BYTES = 1 << 26
 
 
-def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Number of tokens of each prompt, begin and end included.
+class TextLengths(NamedTuple):
+    """Numbers of tokens of the texts of a row, begin and end included."""
+
+    prompt: int
+    negative_prompt: int
+
+    def excess(self, most: int) -> str | None:
+        """What is too long for a text encoder that takes ``most`` tokens, in words; None if nothing is."""
+        for name, count in self._asdict().items():
+            if count > most:
+                return (
+                    f"the {name.replace('_', ' ')} has {count} tokens, and the text encoder takes {most}: shorten it, "
+                    "or leave --long-prompts at truncate"
+                )
+        return None
+
+
+def text_lengths(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list[TextLengths]:
+    """The lengths of the texts of each row.
 
     Args:
         tokenizer: the ``CLIPTokenizer`` of a model, whose text encoder takes ``tokenizer.model_max_length`` tokens.
-        prompts: any number; equal ones are counted once.
+        rows: any number; equal texts are counted once.
+        config: the run, with every default settled.
     """
-    distinct = [*dict.fromkeys(prompts)]
-    if not distinct:
-        return []
-    tokens = tokenizer(distinct, truncation=False, padding=False)["input_ids"]
-    lengths = dict(zip(distinct, map(len, tokens), strict=True))
-    return [lengths[prompt] for prompt in prompts]
+    pairs = [(row.prompt, settings_of(row, config)["negative_prompt"]) for row in rows]
+    texts = [*dict.fromkeys(itertools.chain.from_iterable(pairs))]
+    tokens = tokenizer(texts, truncation=False, padding=False)["input_ids"] if texts else []
+    lengths = dict(zip(texts, map(len, tokens), strict=True))
+    return [TextLengths(lengths[prompt], lengths[negative]) for prompt, negative in pairs]
 
 
 def read_tokenizer(model: ResolvedModel) -> Any:
@@ -38,7 +62,7 @@ def read_tokenizer(model: ResolvedModel) -> Any:
     from transformers import CLIPTokenizer, logging  # takes a second, which nobody else should wait for
 
     logging.set_verbosity_error()  # that a prompt is long is what it is asked for
-    with tempfile.TemporaryDirectory(prefix="vcf-batch-") as folder:
+    with scratch.temporary("a tokenizer") as folder:
         for name in _FILES:
             if (data := read_file(model, f"{_TOKENIZER}/{name}", _MAX_BYTES)) is not None:
                 Path(folder, name).write_bytes(data)

@@ -84,7 +84,7 @@ class RunRecord:
                 str(manifest["url"]),
                 str(manifest["identity"]),
                 _count(manifest, "rows"),
-                {str(name): _file_version(file) for name, file in manifest.get("files", {}).items()},
+                {str(name): _file_version(file) for name, file in _mapping(manifest, "files").items()},
             ),
             models=_mapping(document, "models"),
             shards=_count(document, "shards"),
@@ -275,7 +275,7 @@ def check_stays(output: str, name: str) -> None:
 
 def _file_version(file: Mapping[str, Any]) -> FileVersion:
     stamp = None if file["stamp"] is None else str(file["stamp"])
-    return FileVersion(int(file["size"]), stamp, int(file.get("groups", 0)), str(file["sha256"]))
+    return FileVersion(int(file["size"]), stamp, int(file["groups"]), str(file["sha256"]))
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 
 import ray
@@ -17,6 +18,9 @@ STARTS = 2
 
 MAX_TMPDIR_BYTES = 39
 """Longest TMPDIR below which the names of Ray's sockets, 68 bytes more, keep Linux's limit of 107."""
+
+LEAST_BYTES = 100 << 20
+"""Room in Ray's folder below which a start that fails is told with it."""
 
 _TIMED_OUT = "timed out during startup"
 """Ray's words for that, in an exception without a class of its own."""
@@ -36,6 +40,15 @@ def _own_sigterm() -> Iterator[None]:
         yield
     finally:
         ray._private.utils.set_sigterm_handler = take
+
+
+def _full_disk() -> str:
+    """What is told if Ray's folder has hardly any room; else empty."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with contextlib.suppress(OSError):
+        if (free := shutil.disk_usage(folder).free) < LEAST_BYTES:
+            return f". {folder}, where Ray keeps its files, has {free:,} bytes free: name another folder in RAY_TMPDIR"
+    return ""
 
 
 def _use_short_folder() -> None:
@@ -76,7 +89,7 @@ def cluster(address: str | None) -> Iterator[None]:
         except ConnectionError as error:  # Ray writes to standard error alone that a token was missing or wrong.
             raise UsageError(f"{refused}: {error}. {_TOKEN}") from error
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"{refused}: {error}") from error
+            raise UsageError(f"{refused}: {error}{_full_disk()}") from error
         except OSError as error:
             raise UsageError(
                 f"Ray cannot start on this machine: {error}. It keeps its token below HOME and its other files below "

@@ -11,6 +11,7 @@ import yaml
 
 from vcf_batch import __version__, storage
 from vcf_batch.config import GATES, RunConfig
+from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
@@ -128,7 +129,7 @@ def _missing(found: Figures, output: Output) -> str:
     unfinished = output.plan.num_rows - found.rows - damaged
     left = f" {damaged:,} more are in damaged shards." if damaged else ""
     left += f" {unfinished:,} more are not generated yet." if unfinished else ""
-    left += f" {found.truncated:,} prompts were cut off at the length of the text encoder." if found.truncated else ""
+    left += f" Cut off: {told_truncated(found.truncated)}." if found.truncated else ""
     return f"Without an image: {failed:,} rows that failed, {rejected:,} that were rejected.{left}"
 
 

@@ -160,7 +160,7 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
         "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
     }
     if found.truncated:
-        run["prompts"] = told_truncated(found.truncated)
+        run["cut off"] = told_truncated(found.truncated)
     if found.intervals.end > 0:
         run["last shard"] = datetime.fromtimestamp(found.intervals.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
     models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record.models.items() if model}

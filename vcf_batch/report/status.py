@@ -100,7 +100,7 @@ class Status:
             ("fusion", f"{self.fusion}, strength {self.strength:g}"),
         ]
         if totals.truncated:
-            lines.append(("prompts", told_truncated(totals.truncated)))
+            lines.append(("cut off", told_truncated(totals.truncated)))
         if totals.rate:
             left = f"; {duration(self.seconds_left)} left at this rate" if self.seconds_left else ""
             lines.append(

@@ -87,7 +87,7 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
 
 def _count(census: Census, name: str) -> str:
     count = census.having[name]
-    return "uncounted embedded images as" if count is None else f"{count:,} with" if count else "none with"
+    return "not counted:" if count is None else f"{count:,} with" if count else "none with"
 
 
 def _check_output(manifest: Manifest, config: RunConfig) -> None:

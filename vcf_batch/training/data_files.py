@@ -18,7 +18,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 """Endings of the names of tars, in small letters. How a tar is compressed is seen by its first bytes."""
 PARQUETS = (".parquet",)
 LAYOUTS = (
-    "training data is WebDataset tars (KEY.jpg|jpeg|png|webp with KEY.txt or KEY.json; .tar, .tar.gz, .tar.bz2 or "
+    "training data are WebDataset tars (KEY.jpg|jpeg|png|webp with KEY.txt or KEY.json; .tar, .tar.gz, .tar.bz2 or "
     ".tar.xz) or Parquet files (a column of images and one of captions), named by a file, a folder, braces such as "
     "{00000..00031}.tar, or a pattern of *, ? and [0-9]"
 )
@@ -63,7 +63,7 @@ def find(url: str) -> Found:
         OSError, StorageError: the storage failed.
     """
     if url.startswith("pipe:"):
-        raise UsageError(f"{url} is a command, and none is run: name the files themselves, at any URL. {LAYOUTS}")
+        raise UsageError(f"{url} is a command, and none is run: name the files themselves, at any URL; {LAYOUTS}")
     url = storage.absolute(url)
     # A name may hold braces: what exists is meant.
     if not _BRACES.search(url) or (not url.startswith(_WEB) and storage.exists(url)):

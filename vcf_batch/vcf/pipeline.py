@@ -24,7 +24,6 @@ from vcf_batch.config import (
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
-from vcf_batch.models.prompt_tokens import count_tokens
 from vcf_batch.vcf.aligner import ImageAligner, squash
 from vcf_batch.vcf.attention import Kernel, TokenBiasAttention, accept_token_bias
 from vcf_batch.vcf.compilation import compile_forward
@@ -170,12 +169,6 @@ class VCFPipeline(StableDiffusionPipeline):
         device = self._execution_device
         batches = [list(prompts[start : start + ENCODE_BATCH]) for start in range(0, len(prompts), ENCODE_BATCH)]
         return torch.cat([self.encode_prompt(batch, device, 1, False)[0] for batch in batches])
-
-    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Number of tokens of each prompt, begin and end included; the text encoder gets the first
-        :attr:`max_tokens` of them.
-        """
-        return count_tokens(self.tokenizer, prompts)
 
     @property
     def max_tokens(self) -> int:

@@ -20,6 +20,7 @@ from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors
+from vcf_batch.models.prompt_tokens import text_lengths
 from vcf_batch.output import commits, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
@@ -218,7 +219,11 @@ class Worker:
                 with clock("read_manifest"):
                     read = self.manifest.rows(task.shard.start, task.shard.stop, config.seed)
                     rows = [checked(row, config) for row in read]
-                tokens = components.pipeline.count_tokens([row.prompt for row in rows])
+                lengths = text_lengths(components.pipeline.tokenizer, rows, config)
+                too_long = [found.excess(components.pipeline.max_tokens) for found in lengths]
+                if config.long_prompts == "refuse":
+                    told = zip(rows, too_long, strict=True)
+                    rows = [row if row.error else dataclasses.replace(row, error=error) for row, error in told]
                 # A kept sample is asked for only if its row is not decided otherwise.
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
                 manifest = self.manifest
@@ -232,9 +237,10 @@ class Worker:
                 ) as writer:
 
                     def add(sample: Sample) -> None:
-                        count = tokens[sample.row.number - task.shard.start]
-                        cut = count > components.pipeline.max_tokens and config.long_prompts == "truncate"
-                        writer.add(dataclasses.replace(sample, prompt_tokens=count, prompt_truncated=cut))
+                        place = sample.row.number - task.shard.start
+                        cut = None if sample.status == "failed" else too_long[place] is not None
+                        tokens = lengths[place].prompt
+                        writer.add(dataclasses.replace(sample, prompt_tokens=tokens, prompt_truncated=cut))
 
                     Generation(
                         components,
@@ -250,25 +256,11 @@ class Worker:
         finally:
             del self._under_way[attempt_id]
 
-    def _too_long(self, row: Row) -> str | None:
-        """The reason why a row is refused for the length of its texts; None if it is not."""
-        pipeline, config = self.components.pipeline, self.components.config
-        if config.long_prompts != "refuse":
-            return None
-        texts = {"prompt": row.prompt, "negative prompt": settings_of(row, config)["negative_prompt"]}
-        for name, count in zip(texts, pipeline.count_tokens([*texts.values()]), strict=True):
-            if count > pipeline.max_tokens:
-                return (
-                    f"the {name} has {count} tokens, and the text encoder takes {pipeline.max_tokens}: shorten it, or "
-                    "leave --long-prompts at truncate"
-                )
-        return None
-
     def _decided(self, task: ShardTask, rows: Sequence[Row]) -> dict[int, Sample]:
         """Samples of the rows that fail or are rejected without being generated, by row number."""
         config, verdicts, decided = self.components.config, task.not_generated, {}
         for row in rows:
-            if error := verdicts.get(row.number) or row.error or self._too_long(row):
+            if error := verdicts.get(row.number) or row.error:
                 decided[row.number] = Sample(row, "failed", settings_of(row, config), error_message=error)
             elif config.triplets and not row.references:
                 decided[row.number] = Sample(row, "rejected", settings_of(row, config), error_message=NO_REFERENCE)
