@@ -65,6 +65,20 @@ def test_what_is_left_out_is_counted_by_reason_and_named(tmp_path: Path, monkeyp
     ]
 
 
+def test_links_that_are_not_followed_are_told(tmp_path: Path) -> None:
+    """A link to a folder, one to nothing, and a pipe. A link to an image is an image."""
+    write(tmp_path / "refs", {"a.png": runs.png(0)})
+    write(tmp_path / "other", {"b.png": runs.png(1)})
+    (tmp_path / "refs" / "folder").symlink_to(tmp_path / "other")
+    (tmp_path / "refs" / "gone").symlink_to(tmp_path / "nothing")
+    (tmp_path / "refs" / "image").symlink_to(tmp_path / "other" / "b.png")
+    os.mkfifo(tmp_path / "refs" / "pipe")
+    found = find(str(tmp_path / "refs"), str(tmp_path / "m.parquet"))
+    assert found.uris == ["refs/a.png", "refs/image"]
+    (told,) = found.told()
+    assert "3 files (a link to a folder or to nothing, or no file; name the folder itself): folder, gone, pipe" in told
+
+
 def test_a_name_that_is_not_utf_8_is_left_out_and_named(tmp_path: Path) -> None:
     """A manifest cannot have such a name, and the other files are found."""
     write(tmp_path, {"a.png": runs.png(0)})

@@ -80,11 +80,8 @@ def _unfollowed(folder: str) -> Iterator[str]:
     for place, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
             path = os.path.join(place, name)
-            if (
-                (os.path.islink(path) and not os.path.isfile(path))
-                or not os.path.exists(path)
-                or not (os.path.isfile(path) or os.path.isdir(path))
-            ):
+            is_folder, is_file = os.path.isdir(path), os.path.isfile(path)
+            if (is_folder and os.path.islink(path)) or not (is_folder or is_file):
                 yield os.path.relpath(path, folder)
 
 
