@@ -33,7 +33,7 @@ from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
-from vcf_batch.pool import nodes
+from vcf_batch.pool import launch, nodes
 from vcf_batch.setup.job import Job
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +256,11 @@ def test_a_driver_that_lost_the_output_before_its_nodes_are_checked_is_refused(
         pool.run(configure(tmp_path / "out", num_workers=1))
 
 
-def test_a_finished_run_does_nothing_again(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
+def test_a_finished_run_does_nothing_again(
+    undisturbed: Path, configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes nothing, and does not wait for Ray to start."""
+    monkeypatch.setattr(launch, "cluster", lambda _: pytest.fail("Ray was started"))
     before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
     summary = pool.run(configure(undisturbed, num_workers=1))
     assert summary.resumed_rows == ROWS
@@ -303,8 +307,11 @@ def test_a_repaired_output_is_what_an_undisturbed_run_writes(
     assert runs.data_files(tmp_path / "out") == runs.data_files(undisturbed)
 
 
-def test_another_run_in_the_output_is_refused(undisturbed: Path, configure: Callable[..., RunConfig]) -> None:
-    """A different fingerprint in the same output is refused with both values shown."""
+def test_another_run_in_the_output_is_refused(
+    undisturbed: Path, configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A different fingerprint in the same output is refused with both values shown, before Ray is started."""
+    monkeypatch.setattr(launch, "cluster", lambda _: pytest.fail("Ray was started"))
     with pytest.raises(RefusedError, match=r"seed: 0 there, 7 now(.|\n)*steps: 4 there, 5 now"):
         pool.run(configure(undisturbed, seed=7, steps=5))
 

@@ -1,5 +1,6 @@
 """A run from its command to its summary: settled, claimed, driven on a Ray cluster, counted."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -52,9 +53,18 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
         config = claim.resume(config, record)
         manifest = manifest_check.open_checked(config, record)
         models = run_models.resolve(config)
-        with cluster(config.address):
-            signals.install()  # again, because ray.init takes SIGTERM for itself
-            config = with_batch_size(nodes.with_gpus(config), manifest, models)
+        with contextlib.ExitStack() as connected:
+
+            def connect() -> None:
+                connected.enter_context(cluster(config.address))
+                signals.install()  # again, because ray.init takes SIGTERM for itself
+
+            # A run that is there has settled what the cluster decides. Ray, which takes seconds to start, can wait
+            # until it is known that something is left to do.
+            later = record is not None and None not in (config.gpus_per_worker, config.batch_size)
+            if not later:
+                connect()
+                config = with_batch_size(nodes.with_gpus(config), manifest, models)
             job = defaults.settle(config, manifest, models)
             signals.hold()
             with lease.hold(job.config.output) as held:
@@ -66,21 +76,28 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
                 job = dataclasses.replace(job, redo=choose_redo())
                 ledger = Ledger(job)
                 if ledger.left:
-                    if config.profile:
-                        job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
-                    bar = None if config.log_format == "json" else sys.stderr
-                    with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
-                        try:
-                            nodes.check(job)
-                            loop_on(RayCluster(job, signals.check), job, held, ledger, progress).run()
-                        except UsageError:
-                            # Nodes do not see the lease of a driver that has lost it either, which is no wrong use.
-                            held.confirm()
-                            raise
+                    if later:
+                        connect()
+                    _drive(job, held, ledger, signals)
                     held.confirm()
                     run_file.check_stays(job.config.output, job.fingerprint)
                     commits.clean(job.config.output, held.confirm)
     return ledger.summary(time.monotonic() - begin)
+
+
+def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> None:
+    """Generate what is left, on the cluster that this process is connected to."""
+    if job.config.profile:
+        job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
+    bar = None if job.config.log_format == "json" else sys.stderr
+    with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
+        try:
+            nodes.check(job)
+            loop_on(RayCluster(job, signals.check), job, held, ledger, progress).run()
+        except UsageError:
+            # Nodes do not see the lease of a driver that has lost it either, which is no wrong use.
+            held.confirm()
+            raise
 
 
 def loop_on(on_ray: RayCluster, job: Job, held: lease.Lease, ledger: Ledger, progress: Progress) -> Loop:

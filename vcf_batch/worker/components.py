@@ -1,6 +1,8 @@
 """The components of a worker: its models, and the reader of its references."""
 
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from vcf_batch.config import RunConfig
@@ -10,6 +12,9 @@ from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
 from vcf_batch.worker.device import Device
+
+ENCODERS = 4
+"""Most threads that encode images. At 768 pixels one takes an eighth of a second for a PNG."""
 
 
 @dataclass(frozen=True)
@@ -31,3 +36,7 @@ class Components:
     """The checker that flags images; None in a run without one."""
     sampling: threading.Lock = field(default_factory=threading.Lock)
     """The lock that a shard holds while it is sampled."""
+    encoders: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(min(ENCODERS, len(os.sched_getaffinity(0))), "encode")
+    )
+    """Threads that convert and encode the images of a batch. Encoding holds no lock of Python."""

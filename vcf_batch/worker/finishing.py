@@ -81,31 +81,42 @@ class Finisher:
 
     def _judge(self, batch: Batch, targets: Targets, sampled: Tensor) -> None:
         """Score one draw of a batch, and encode the rows that get no other."""
-        faults, pixels = _pixels(sampled)
-        twin_faults, twins = (faults, []) if batch.twins is None else _pixels(batch.twins)
+        faults, pixels = self._pixels(sampled)
+        twin_faults, twins = (faults, []) if batch.twins is None else self._pixels(batch.twins)
         with self._clock("score"):
             scores = self._scorer.score(targets, pixels, twins)
             flags = self._flags(pixels, twins)
         with self._clock("encode"):
+            decided: dict[int, Sample] = {}
             for place, position in enumerate(batch.positions):
-                if position not in batch.draws:
-                    continue
-                fault = faults[place] or twin_faults[place]
-                sample = self._outcome(batch, place, scores[place], flags[place], fault)
-                if sample is None:
-                    continue
-                if sample.status == "success":
-                    height, width, _ = pixels[place].shape
-                    sample = dataclasses.replace(
-                        sample,
-                        image=self._encoded(sample, pixels[place]),
-                        triplet=self._triplet(batch, place, sample, twins[place]) if twins else {},
-                        width=width,
-                        height=height,
-                        phash=images.perceptual_hash(pixels[place]),
-                    )
-                self._finished[position] = sample
-                del batch.draws[position]
+                if position in batch.draws:
+                    fault = faults[place] or twin_faults[place]
+                    if sample := self._outcome(batch, place, scores[place], flags[place], fault):
+                        decided[place] = sample
+
+            def complete(place: int) -> Sample:
+                twin = twins[place] if twins else None
+                return self._complete(batch, place, decided[place], pixels[place], twin)
+
+            for place, sample in zip(decided, self._components.encoders.map(complete, decided), strict=True):
+                self._finished[batch.positions[place]] = sample
+                del batch.draws[batch.positions[place]]
+
+    def _complete(
+        self, batch: Batch, place: int, sample: Sample, pixels: NDArray[np.uint8], twin: NDArray[np.uint8] | None
+    ) -> Sample:
+        """The outcome of a row with its images, encoded. Threads do this for several rows at once."""
+        if sample.status != "success":
+            return sample
+        height, width, _ = pixels.shape
+        return dataclasses.replace(
+            sample,
+            image=self._encoded(sample, pixels),
+            triplet={} if twin is None else self._triplet(batch, place, sample, twin),
+            width=width,
+            height=height,
+            phash=images.perceptual_hash(pixels),
+        )
 
     def _write_finished(self) -> None:
         """Write the samples up to the first row that has none yet."""
@@ -163,17 +174,17 @@ class Finisher:
         style = images.encode(np.asarray(reference), self._config.image_format)
         return dict(zip(TRIPLET, (self._encoded(text_only, twin), style), strict=True))
 
+    def _pixels(self, sampled: Tensor) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
+        """The fault of each image, None if it has none, and the images as uint8 ``[H, W, 3]``.
 
-def _pixels(sampled: Tensor) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
-    """The fault of each image, None if it has none, and the images as uint8 ``[H, W, 3]``.
-
-    Args:
-        sampled: float32 ``[B, 3, H, W]`` in [0, 1].
-    """
-    finite = sampled.isfinite().flatten(1).all(1).tolist()
-    pixels = [images.from_unit(image) for image in sampled.nan_to_num().permute(0, 2, 3, 1).numpy()]
-    faults = [
-        NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
-        for is_finite, image in zip(finite, pixels, strict=True)
-    ]
-    return faults, pixels
+        Args:
+            sampled: float32 ``[B, 3, H, W]`` in [0, 1].
+        """
+        finite = sampled.isfinite().flatten(1).all(1).tolist()
+        units = sampled.nan_to_num().permute(0, 2, 3, 1).numpy()
+        pixels = [*self._components.encoders.map(images.from_unit, units)]
+        faults = [
+            NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
+            for is_finite, image in zip(finite, pixels, strict=True)
+        ]
+        return faults, pixels
