@@ -1,11 +1,15 @@
 """Captioned data sets as they are found: tars of img2dataset, Parquet files of the Hub, and what is wrong with them."""
 
+import contextlib
+import gzip
 import io
 import json
 import random
 import re
 import tarfile
+import threading
 from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from support import runs
 from support.captioned import texts, write_captioned, write_tar
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
+from vcf_batch.storage import tar as tar_reading
 from vcf_batch.training import tar_samples
 from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.tar_samples import CaptionedImage
@@ -109,6 +114,56 @@ def test_a_stream_that_does_not_seek(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = (tmp_path / "00000.tar").read_bytes()
     monkeypatch.setattr(storage, "open_read", lambda url: Stream(content))
     assert texts(read(tmp_path)) == ["0.0", "0.1", "0.2"]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2"])
+@pytest.mark.parametrize("how", ["ranges", "streams", "chunked", "x-gzip", "gzip"])
+def test_a_web_server_that_streams(how: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tars, packed or not, are read from servers without ranges, which fsspec says can seek and which cannot."""
+    monkeypatch.setenv("no_proxy", "*")
+    mode = "w" if suffix == "tar" else f"w:{suffix[4:]}"
+    members: dict[str, bytes | str] = {f"{n}.{k}": f"{k} {n} " * 900 for n in range(4) for k in ("jpg", "txt")}
+    content = write_tar(tmp_path / f"x.{suffix}", members, mode).read_bytes()
+    handler = type("Handler", (Streaming,), {"how": how, "content": content})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        assert len(read(f"http://127.0.0.1:{site.server_port}/x.{suffix}")) == 4
+        with storage.open_read(f"http://127.0.0.1:{site.server_port}/x.{suffix}") as file:
+            if suffix == "tar":
+                assert [member.name for member in tar_reading.members(file)] == list(members)
+        site.shutdown()
+
+
+class Streaming(BaseHTTPRequestHandler):
+    """One file, sent as ``how`` says, whatever is asked for."""
+
+    protocol_version = "HTTP/1.1"
+    how: str
+    content: bytes
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        body = gzip.compress(self.content) if self.how == "gzip" else self.content
+        self.send_response(200)
+        if "gzip" in self.how:
+            self.send_header("Content-Encoding", self.how)
+        if self.how == "streams":
+            self.send_header("Accept-Ranges", "none")
+        if self.how == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:700], body[700:]) if part)
+            body += b"0\r\n\r\n"
+        else:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 IMAGES = [{"bytes": b"a", "path": "a.jpg"}, {"bytes": b"b", "path": None}]

@@ -12,6 +12,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from vcf_batch.errors import StorageError
+from vcf_batch.storage.resilient_file import ResilientFile
+
 BLOCK = 512
 """Bytes of a header, and unit of all sizes."""
 MAX_EXTENSION_BYTES = 1 << 20
@@ -89,13 +92,27 @@ def members(file: BinaryIO) -> Iterator[Member]:
         place.skip_to(start + _padded(size), f"within {name}")
 
 
+def seeks(file: BinaryIO) -> bool:
+    """Whether a file of which nothing has been read can seek. It stays where it is."""
+    if not file.seekable():
+        return False
+    # fsspec's file of a web server that streams says that it can seek, and cannot.
+    if isinstance(file, ResilientFile):
+        try:
+            file.seek(1)
+            file.seek(0)
+        except StorageError:
+            return False
+    return True
+
+
 class _Position:
     """A file with the number of bytes that were read or skipped."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.at = file, 0
-        self._origin = file.tell() if (seekable := file.seekable()) else 0
-        self._seekable = seekable
+        self._seekable = seeks(file)
+        self._origin = file.tell() if self._seekable else 0
 
     def read(self, count: int) -> bytes:
         data = b""

@@ -148,8 +148,9 @@ def _pair(name: str, members: dict[str, tuple[int, bytes]]) -> CaptionedImage:
 def _opened(url: str) -> Iterator[BinaryIO]:
     """Open a tar, and decompress it if its first bytes say that it is compressed."""
     with storage.open_read(url) as source:
+        seeks = tar.seeks(source)
         head = source.read(6)
-        if source.seekable():
+        if seeks:
             source.seek(0)
             whole = source
         else:
