@@ -168,6 +168,17 @@ def test_a_validation_that_is_not_finite_is_not_published(
     assert not reports.rows and [row["step"] for row in read_log(task.config.out)] == [0]
 
 
+def test_a_broken_validation_pair_ends_a_training_only_if_no_other_is_left(plan: Plan, tmp_path: Path) -> None:
+    """Beside a good one it is left out; alone, it is told as what it is."""
+    write_tar(tmp_path / "held.tar", {"a.png": b"broken", "a.txt": "a", "b.png": runs.png(1), "b.txt": "b"})
+    settings = {"validation_data": str(tmp_path / "held.tar"), "epochs": 1}
+    reports = Reports(tmp_path / "checkpoint")
+    fit(plan(**settings, validation_pairs=2), reports.place, None)
+    assert reports.rows[-1]["validation_pairs"] == 1
+    with pytest.raises(UsageError, match=r"none of the 1 validation pairs in \S*held.tar can be used; raise --valid"):
+        fit(plan(**settings, validation_pairs=1), reports.place, None)
+
+
 def test_the_threads_of_the_data_end_with_the_training(plan: Plan, tmp_path: Path) -> None:
     before = threading.active_count()
     fit(plan(epochs=1), Reports(tmp_path / "checkpoint").place, None)

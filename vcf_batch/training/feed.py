@@ -12,9 +12,13 @@ from vcf_batch.training.tar_samples import CaptionedImage
 
 T = TypeVar("T")
 
+_VALIDATION = "validation"
+
 PREPARED_AHEAD = 64
 MOST_IS_BROKEN_AFTER = 32
 """Number of broken pairs after which a worker may stop a pass because most of its data is broken."""
+FEWEST_BROKEN = 16
+"""Fewest broken pairs of a whole share that end a training as most of it: a share may be a single pair."""
 NOTED = 3
 """Number of broken pairs that are named."""
 
@@ -71,7 +75,7 @@ class Feed(Generic[T]):
             first: number of batches to skip at the start of the epoch.
 
         Raises:
-            UsageError: most pairs are broken, or a file is damaged.
+            UsageError: most pairs are broken, or all of a share, or a file is damaged.
             StorageError: the storage failed.
         """
         with ThreadPoolExecutor(1) as behind:
@@ -89,12 +93,13 @@ class Feed(Generic[T]):
                 following.cancel()
 
     def all(self) -> list[T]:
-        """Every usable example of the worker's share, once and in order.
+        """Every usable example of the worker's share of the validation, once and in order; none if all are broken.
 
         Raises:
-            UsageError, StorageError: as in :meth:`batches`.
+            UsageError: most pairs are broken, or a file is damaged.
+            StorageError: the storage failed.
         """
-        examples = list(self._examples(self.data.read(self._share(self.pieces)), "validation"))
+        examples = list(self._examples(self.data.read(self._share(self.pieces)), _VALIDATION))
         self.broken += examples.count(None)
         return [example for example in examples if example is not None]
 
@@ -110,7 +115,8 @@ class Feed(Generic[T]):
 
     def _examples(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[T | None]:
         """Yield the examples of one pass, and None for each broken pair."""
-        seen, broken = 0, 0
+        seen, broken, reason = 0, 0, ""
+        kind = "validation pairs" if epoch == _VALIDATION else "pairs"
         for pair, prepared in self._ahead(pairs, epoch):
             seen += 1
             try:
@@ -126,10 +132,12 @@ class Feed(Generic[T]):
                     self._notes += 1
                     self.note(f"left out: {reason}")
                 if broken > MOST_IS_BROKEN_AFTER and 2 * broken > seen:
-                    raise _mostly_broken(broken, seen, reason) from error
+                    raise _mostly_broken(broken, seen, kind, reason) from error
                 yield None
-        if 2 * broken > seen:
-            raise _mostly_broken(broken, seen, reason)
+        # Without any example, a share would begin again for ever. Of a validation, other workers may have the rest.
+        nothing = broken == seen and epoch != _VALIDATION
+        if nothing or (broken >= FEWEST_BROKEN and 2 * broken > seen):
+            raise _mostly_broken(broken, seen, kind, reason)
 
     def _ahead(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[tuple[CaptionedImage, "Future[T]"]]:
         """Yield each pair with the future of its example. :data:`PREPARED_AHEAD` examples are made ahead."""
@@ -142,8 +150,9 @@ class Feed(Generic[T]):
         yield from waiting
 
 
-def _mostly_broken(broken: int, seen: int, reason: str) -> UsageError:
-    return UsageError(f"{broken:,} of the first {seen:,} pairs cannot be used, more than half; the last: {reason}")
+def _mostly_broken(broken: int, seen: int, kind: str, reason: str) -> UsageError:
+    share = "all of this worker's share so far" if broken == seen else "more than half"
+    return UsageError(f"{broken:,} of the first {seen:,} {kind} cannot be used, {share}; the last: {reason}")
 
 
 def shuffled(items: Iterator[T], buffer: int, rng: random.Random) -> Iterator[T]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vcf_batch import storage
-from vcf_batch.errors import VcfBatchError
+from vcf_batch.errors import UsageError, VcfBatchError, redact
 from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
@@ -85,6 +85,12 @@ class _Fit:
         self.batch = config.batch_size // place.world
         with self._feed(job.validation_data, job.validation) as feed:
             self.validation = feed.all()
+        if not any(summed([float(len(self.validation))], place.device)):
+            held_out, url = sum(map(len, job.validation)), job.validation_data.url
+            raise UsageError(
+                f"none of the {held_out:,} validation pairs in {redact(url)} can be used; raise --validation-pairs, or "
+                "name others with --validation-data"
+            )
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
 
