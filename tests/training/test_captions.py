@@ -397,6 +397,17 @@ def test_what_is_left_out_of_tars_is_counted_and_named(tmp_path: Path) -> None:
     ]
 
 
+def test_members_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    """A key ends at the first dot, as in WebDataset, so a.v1.png is of the kind v1.png; hidden files are nobody's."""
+    members: dict[str, bytes | str] = {"x/\udcff.v1.png": b"a", "x/\udcff.v1.txt": "a", "._c.jpg": b"", "README": "r"}
+    data = CaptionedData.open(str(write_tar(tmp_path / "x.tar", members | {"d.jpg": b"d", "d.txt": "d"})))
+    (told,) = data.remarks
+    assert told.startswith("left out: 3 members of a kind that is not read: KEY is what stands before the first dot")
+    assert re.search(r"; the first is x/\\udcff.v1.png in \S*x.tar$", told)
+    told = refusal(write_tar(tmp_path / "y.tar", {"a.v1.png": b"a", "a.v1.txt": "a"}))
+    assert "holds no image with a caption" in told and "2 members of a kind" in told and "a.v1.png" in told
+
+
 def test_tars_sorted_by_type_are_told_so(tmp_path: Path) -> None:
     """All images first and then all texts is no sample at all; the remedy is named."""
     write_tar(tmp_path / "x.tar", {f"{n}.{kind}": "x" for kind in ("jpg", "txt") for n in range(3)})

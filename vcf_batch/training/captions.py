@@ -33,6 +33,9 @@ _THREADS = 8
 _ROWS_PER_READ = 16
 _BUFFER_BYTES = 1 << 20
 _NAMED = 3
+_UNREAD = (
+    "of a kind that is not read: KEY is what stands before the first dot of a name, and the kind is what follows it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +202,14 @@ def _remarks(contents: dict[str, TarContents]) -> Iterator[str]:
         ("lonely_images", "first_image", "left out: ", "image", "without KEY.txt or KEY.json beside it"),
         ("lonely_texts", "first_text", "left out: ", "text", "without an image beside it"),
         ("repeated", "first_repeated", "", "pair", "with a key that occurs before in its tar; each occurrence is used"),
+        ("unread", "first_unread", "left out: ", "member", _UNREAD),
     ):
         having = [(file, getattr(content, name)) for file, content in contents.items() if getattr(content, number)]
         if having:
             total = sum(getattr(content, number) for content in contents.values())
             file, key = having[0]
-            yield f"{begin}{plural(total, noun)} {rest}; the first is {key} in {file}"
+            line = f"{begin}{plural(total, noun)} {rest}; the first is {key} in {file}"
+            yield line.encode(errors="backslashreplace").decode()
     apart = sum(content.apart for content in contents.values())
     if apart:
         yield (

@@ -73,6 +73,9 @@ class TarContents:
     first_repeated: str = ""
     apart: int = 0
     """Number of images and texts with one key that do not stand side by side."""
+    unread: int = 0
+    """Number of files of kinds that are not read, hidden ones aside."""
+    first_unread: str = ""
 
 
 def count(url: str) -> TarContents:
@@ -84,8 +87,14 @@ def count(url: str) -> TarContents:
     """
     contents = TarContents()
     seen: dict[int, int] = {}
+
+    def passed_over(member: Member) -> None:
+        if member.is_file and not member.name.rpartition("/")[2].startswith("."):
+            contents.unread += 1
+            contents.first_unread = contents.first_unread or member.name
+
     with _opened(url) as file:
-        for key, kinds in _groups(file):
+        for key, kinds in _groups(file, passed_over=passed_over):
             has = bool(_IMAGES & kinds.keys()) + 2 * bool(_CAPTIONS & kinds.keys())
             before = seen.get(hash(key), 0)
             seen[hash(key)] = before | has
@@ -180,7 +189,9 @@ class _Rejoined:
 
 
 def _groups(
-    file: BinaryIO, wanted: Callable[[int], bool] = lambda number: False
+    file: BinaryIO,
+    wanted: Callable[[int], bool] = lambda number: False,
+    passed_over: Callable[[Member], None] = lambda member: None,
 ) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
     """Yield key and members of each sample: kind to size and content.
 
@@ -188,6 +199,7 @@ def _groups(
 
     Args:
         wanted: tells whether the contents of a pair are read, by its number.
+        passed_over: called with each member that is no part of a sample.
     """
     key: str | None = None
     group: dict[str, tuple[int, bytes]] = {}
@@ -195,6 +207,7 @@ def _groups(
     for member in tar.members(file):
         match = _MEMBER.fullmatch(member.name) if member.is_file else None
         if match is None or (kind := match[2].lower()) not in _IMAGES | _CAPTIONS:
+            passed_over(member)
             continue
         if key is not None and (match[1] != key or kind in group):
             yield key, group
