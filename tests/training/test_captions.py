@@ -408,6 +408,22 @@ def test_members_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None
     assert "holds no image with a caption" in told and "2 members of a kind" in told and "a.v1.png" in told
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_are_counted_and_named_with_the_remedy(kind: bytes, tmp_path: Path) -> None:
+    """A link has no content of its own: its pair is told, and so is how to pack the file itself."""
+    write_tar(tmp_path / "x.tar", {"a.jpg": b"a", "a.txt": "a"})
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        for name in ("b.jpg", "b.txt"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a" + name[1:]
+            tar.addfile(link)
+    data = CaptionedData.open(str(tmp_path / "x.tar"))
+    assert len(data) == 1
+    (told,) = data.remarks
+    assert told.startswith("left out: 2 links in the place of a file; ") and "--hard-dereference" in told
+    assert re.search(r"; the first is b.jpg in \S*x.tar$", told)
+
+
 def test_tars_sorted_by_type_are_told_so(tmp_path: Path) -> None:
     """All images first and then all texts is no sample at all; the remedy is named."""
     write_tar(tmp_path / "x.tar", {f"{n}.{kind}": "x" for kind in ("jpg", "txt") for n in range(3)})

@@ -23,6 +23,7 @@ MAX_EXTENSION_BYTES = 1 << 20
 _ZEROS = bytes(BLOCK)
 _CHUNK = 1 << 20
 _FILES = b"0\x007"
+_LINKS = b"12"
 _WITHOUT_CONTENT = b"123456"
 _LONG_NAME, _LONG_LINK, _OWN_HEADER, _GLOBAL_HEADER, _SPARSE = b"L", b"K", b"xX", b"g", b"S"
 _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
@@ -31,8 +32,11 @@ _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 class Member:
     """A member of a tar. Its content can be read once, before the next member is asked for."""
 
-    def __init__(self, file: "_Position", name: str, size: int, is_file: bool) -> None:
-        self._file, self.name, self.size, self.is_file = file, name, size, is_file
+    def __init__(self, file: "_Position", name: str, size: int, kind: bytes) -> None:
+        self._file, self.name, self.size = file, name, size
+        self.is_file = kind in _FILES and not name.endswith("/")
+        self.is_link = kind in _LINKS
+        """Whether it only names a file, by a hard or symbolic link."""
 
     def read(self, limit: int | None = None) -> bytes:
         """The content, or its first ``limit`` bytes. A member that is no plain file has none.
@@ -88,7 +92,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
             size = 0
         name = named.get("path") or _name(header)
         start = place.at
-        yield Member(place, name, size, kind in _FILES and not name.endswith("/"))
+        yield Member(place, name, size, kind)
         place.skip_to(start + _padded(size), f"within {name}")
 
 

@@ -33,6 +33,7 @@ _THREADS = 8
 _ROWS_PER_READ = 16
 _BUFFER_BYTES = 1 << 20
 _NAMED = 3
+_LINKS = "in the place of a file; pack the files themselves, as 'tar -h --hard-dereference' does"
 _UNREAD = (
     "of a kind that is not read: KEY is what stands before the first dot of a name, and the kind is what follows it"
 )
@@ -203,6 +204,7 @@ def _remarks(contents: dict[str, TarContents]) -> Iterator[str]:
         ("lonely_texts", "first_text", "left out: ", "text", "without an image beside it"),
         ("repeated", "first_repeated", "", "pair", "with a key that occurs before in its tar; each occurrence is used"),
         ("unread", "first_unread", "left out: ", "member", _UNREAD),
+        ("links", "first_link", "left out: ", "link", _LINKS),
     ):
         having = [(file, getattr(content, name)) for file, content in contents.items() if getattr(content, number)]
         if having:

@@ -76,6 +76,9 @@ class TarContents:
     unread: int = 0
     """Number of files of kinds that are not read, hidden ones aside."""
     first_unread: str = ""
+    links: int = 0
+    """Number of hard and symbolic links."""
+    first_link: str = ""
 
 
 def count(url: str) -> TarContents:
@@ -92,6 +95,9 @@ def count(url: str) -> TarContents:
         if member.is_file and not member.name.rpartition("/")[2].startswith("."):
             contents.unread += 1
             contents.first_unread = contents.first_unread or member.name
+        elif member.is_link:
+            contents.links += 1
+            contents.first_link = contents.first_link or member.name
 
     with _opened(url) as file:
         for key, kinds in _groups(file, passed_over=passed_over):
