@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -443,6 +444,25 @@ def test_odd_rows_of_parquet_are_left_out_alone(tmp_path: Path) -> None:
     assert [pair.name.rpartition("/")[2] for pair in odd] == [f"x.parquet row {row}" for row in (1, 2, 3)]
     for pair, reason in zip(odd, ("cannot be read", "not in the file, which names 'c.jpg'", "no image"), strict=True):
         assert reason in pair.problem
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.list_(pa.string(), 2), pa.list_view(pa.string()),
+        pa.large_list_view(pa.string_view()), pa.list_(pa.dictionary(pa.int32(), pa.string())),
+        pa.list_view(pa.struct({"raw": pa.string()})),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lists_of_texts_may_be_of_any_kind(kind: pa.DataType, tmp_path: Path) -> None:
+    """Every list of Arrow; a hash beside the image, of bytes of one length, is no image."""
+    pairs = [("one", "two"), ("three", "four")]
+    structs = pt.is_struct(kind.value_type)
+    column = pa.array([[{"raw": text} if structs else text for text in pair] for pair in pairs], kind)
+    hashes = pa.array([b"0" * 16] * 2, pa.binary(16))
+    pq.write_table(pa.table({"hash": hashes, "image": [b"a", b"b"], "captions": column}), tmp_path / "x.parquet")
+    assert [(pair.image, pair.captions) for pair in read(tmp_path)] == list(zip((b"a", b"b"), pairs, strict=True))
 
 
 @pytest.mark.parametrize("option", ["image_column", "caption_column"])
