@@ -97,6 +97,26 @@ def test_data_that_is_mostly_broken_ends_the_training(tmp_path: Path, data: Capt
             worker.all()
 
 
+def test_a_broken_pair_is_named_once_and_counts_once_in_an_epoch(data: CaptionedData) -> None:
+    """Although a share that is used up begins again, and every epoch meets the pair."""
+
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
+        if pair.captions[0] in ("0.0", "3.5"):
+            raise RowError("it is broken")
+        return pair.captions[0]
+
+    notes: list[str] = []
+    with feed(data, draw_example, note=notes.append) as worker:
+        for epoch in range(3):
+            with contextlib.closing(worker.batches(epoch, 11)) as batches:
+                assert [len(batch) for batch in islice(batches, 6)] == [11] * 6
+            assert worker.broken == 2 * (epoch + 1)
+    assert sorted(note.rpartition("/")[2] for note in notes) == [
+        "00000.tar 00: it is broken",
+        "00003.tar 35: it is broken",
+    ]
+
+
 def test_a_few_broken_pairs_end_no_training(data: CaptionedData) -> None:
     """Workers judge their shares alone, and one of a few pairs says nothing of the data: all other pairs are used."""
 

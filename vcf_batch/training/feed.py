@@ -1,5 +1,6 @@
 """Batches of training examples: each worker's share of an epoch, shuffled and prepared ahead, without broken pairs."""
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ MOST_IS_BROKEN_AFTER = 32
 FEWEST_BROKEN = 16
 """Fewest broken pairs of a whole share that end a training as most of it: a share may be a single pair."""
 NOTED = 3
-"""Number of broken pairs that are named."""
+"""Number of broken pairs that are named, each once."""
 
 
 class Feed(Generic[T]):
@@ -55,8 +56,8 @@ class Feed(Generic[T]):
         self.rank, self.world, self.seed, self.buffer, self.note = rank, world, seed, buffer, note
         self.threads = ThreadPoolExecutor(threads)
         self.broken = 0
-        """Number of broken pairs met so far, up to the last batch that was returned."""
-        self._notes = 0
+        """Number of broken pairs met so far, up to the last batch that was returned. Each counts once in an epoch."""
+        self._noted = set[str]()
 
     def __enter__(self) -> Self:
         return self
@@ -110,8 +111,10 @@ class Feed(Generic[T]):
     def _endless(self, epoch: int) -> Iterator[T | None]:
         order = random.Random(f"{self.seed}/{epoch}").sample(self.pieces, len(self.pieces))
         share, rng = self._share(order), random.Random(f"{self.seed}/{epoch}/{self.rank}")
-        while True:
-            yield from self._examples(shuffled(self.data.read(share), self.buffer, rng), epoch)
+        for number in itertools.count():
+            examples = self._examples(shuffled(self.data.read(share), self.buffer, rng), epoch)
+            # The first pass has told of the broken pairs.
+            yield from examples if number == 0 else (example for example in examples if example is not None)
 
     def _examples(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[T | None]:
         """Yield the examples of one pass, and None for each broken pair."""
@@ -128,8 +131,8 @@ class Feed(Generic[T]):
                 broken += 1
                 why = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
                 reason = f"{redact(pair.name)}: {why}"
-                if self._notes < NOTED:
-                    self._notes += 1
+                if pair.name not in self._noted and len(self._noted) < NOTED:
+                    self._noted.add(pair.name)
                     self.note(f"left out: {reason}")
                 if broken > MOST_IS_BROKEN_AFTER and 2 * broken > seen:
                     raise _mostly_broken(broken, seen, kind, reason) from error

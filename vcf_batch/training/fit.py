@@ -93,6 +93,8 @@ class _Fit:
             )
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
+        # The first validation counts its own broken pairs. The rows of a checkpoint have done so.
+        self.first_broken -= 0 if self.rows else feed.broken
 
     def __enter__(self) -> Self:
         return self
