@@ -1,5 +1,6 @@
 """A whole training without a cluster: planning, learning, the log, going on from a checkpoint."""
 
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -166,6 +167,35 @@ def test_a_validation_that_is_not_finite_is_not_published(
     with pytest.raises(VcfBatchError, match=r"diverged: .* after step 1"):
         fit(task, reports.place, None)
     assert not reports.rows and [row["step"] for row in read_log(task.config.out)] == [0]
+
+
+@pytest.mark.parametrize("where", ["validation", "step"])
+def test_towers_that_are_not_finite_are_not_blamed_on_the_learning_rate(
+    where: str, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step is done nothing has been trained: towers and dtype are named instead."""
+    encode = fitting.Towers.encode
+
+    def encoding(towers: fitting.Towers, batch: Any) -> Any:
+        vision, text = encode(towers, batch)
+        return vision.float() * float("nan"), text
+
+    if where == "validation":
+        monkeypatch.setattr(fitting.Towers, "encode", encoding)
+    else:
+        record = fitting._Fit._record
+
+        def recording(self: Any) -> None:
+            record(self)
+            monkeypatch.setattr(fitting.Towers, "encode", encoding)
+
+        monkeypatch.setattr(fitting._Fit, "_record", recording)
+    with pytest.raises(VcfBatchError) as caught:
+        fit(plan(), Reports(tmp_path / "checkpoint").place, None)
+    told = str(caught.value)
+    assert re.match(r"the training cannot begin: \S.* is nan .*, before anything is trained\. The towers", told)
+    assert "--dtype float32 does not hold: use other models" in told and "--learning-rate" not in told
+    assert caught.value.exit_code == 1
 
 
 def test_a_broken_validation_pair_ends_a_training_only_if_no_other_is_left(plan: Plan, tmp_path: Path) -> None:

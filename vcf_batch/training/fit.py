@@ -125,7 +125,17 @@ class _Fit:
         self.place.progress(self.trainer.steps_done * self.job.config.batch_size, self._broken())
 
     def _diverged(self, what: str) -> VcfBatchError:
-        """The error that ends a diverged training. It names the last checkpoint, whose validation was good."""
+        """The error that ends a diverged training. It names the last checkpoint, whose validation was good.
+
+        Before the first step is done, no learning rate has had an effect, and the frozen towers are to blame.
+        """
+        if not self.trainer.steps_done:
+            dtype = self.job.config.dtype
+            remedy = "use other models" if dtype == "float32" else "use --dtype float32, or other models"
+            return VcfBatchError(
+                f"the training cannot begin: {what}, before anything is trained. The towers give numbers that are not "
+                f"finite, or that --dtype {dtype} does not hold: {remedy}"
+            )
         done = [int(row["step"]) for row in self.rows if row["step"]]
         kept = "There is no checkpoint before it"
         if done:
