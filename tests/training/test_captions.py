@@ -1,17 +1,22 @@
 """Captioned data sets as they are found: tars of img2dataset, Parquet files of the Hub, and what is wrong with them."""
 
+import contextlib
+import gzip
 import io
 import json
 import random
 import re
 import tarfile
+import threading
 from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +25,7 @@ from support import runs
 from support.captioned import texts, write_captioned, write_tar
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
+from vcf_batch.storage import tar as tar_reading
 from vcf_batch.training import tar_samples
 from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.tar_samples import CaptionedImage
@@ -109,6 +115,56 @@ def test_a_stream_that_does_not_seek(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = (tmp_path / "00000.tar").read_bytes()
     monkeypatch.setattr(storage, "open_read", lambda url: Stream(content))
     assert texts(read(tmp_path)) == ["0.0", "0.1", "0.2"]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2"])
+@pytest.mark.parametrize("how", ["ranges", "streams", "chunked", "x-gzip", "gzip"])
+def test_a_web_server_that_streams(how: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tars, packed or not, are read from servers without ranges, which fsspec says can seek and which cannot."""
+    monkeypatch.setenv("no_proxy", "*")
+    mode = "w" if suffix == "tar" else f"w:{suffix[4:]}"
+    members: dict[str, bytes | str] = {f"{n}.{k}": f"{k} {n} " * 900 for n in range(4) for k in ("jpg", "txt")}
+    content = write_tar(tmp_path / f"x.{suffix}", members, mode).read_bytes()
+    handler = type("Handler", (Streaming,), {"how": how, "content": content})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        assert len(read(f"http://127.0.0.1:{site.server_port}/x.{suffix}")) == 4
+        with storage.open_read(f"http://127.0.0.1:{site.server_port}/x.{suffix}") as file:
+            if suffix == "tar":
+                assert [member.name for member in tar_reading.members(file)] == list(members)
+        site.shutdown()
+
+
+class Streaming(BaseHTTPRequestHandler):
+    """One file, sent as ``how`` says, whatever is asked for."""
+
+    protocol_version = "HTTP/1.1"
+    how: str
+    content: bytes
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        body = gzip.compress(self.content) if self.how == "gzip" else self.content
+        self.send_response(200)
+        if "gzip" in self.how:
+            self.send_header("Content-Encoding", self.how)
+        if self.how == "streams":
+            self.send_header("Accept-Ranges", "none")
+        if self.how == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:700], body[700:]) if part)
+            body += b"0\r\n\r\n"
+        else:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 IMAGES = [{"bytes": b"a", "path": "a.jpg"}, {"bytes": b"b", "path": None}]
@@ -342,6 +398,33 @@ def test_what_is_left_out_of_tars_is_counted_and_named(tmp_path: Path) -> None:
     ]
 
 
+def test_members_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    """A key ends at the first dot, as in WebDataset, so a.v1.png is of the kind v1.png; hidden files are nobody's."""
+    members: dict[str, bytes | str] = {"x/\udcff.v1.png": b"a", "x/\udcff.v1.txt": "a", "._c.jpg": b"", "README": "r"}
+    data = CaptionedData.open(str(write_tar(tmp_path / "x.tar", members | {"d.jpg": b"d", "d.txt": "d"})))
+    (told,) = data.remarks
+    assert told.startswith("left out: 3 members of a kind that is not read: KEY is what stands before the first dot")
+    assert re.search(r"; the first is x/\\udcff.v1.png in \S*x.tar$", told)
+    told = refusal(write_tar(tmp_path / "y.tar", {"a.v1.png": b"a", "a.v1.txt": "a"}))
+    assert "holds no image with a caption" in told and "2 members of a kind" in told and "a.v1.png" in told
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_are_counted_and_named_with_the_remedy(kind: bytes, tmp_path: Path) -> None:
+    """A link has no content of its own: its pair is told, and so is how to pack the file itself."""
+    write_tar(tmp_path / "x.tar", {"a.jpg": b"a", "a.txt": "a"})
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        for name in ("b.jpg", "b.txt"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a" + name[1:]
+            tar.addfile(link)
+    data = CaptionedData.open(str(tmp_path / "x.tar"))
+    assert len(data) == 1
+    (told,) = data.remarks
+    assert told.startswith("left out: 2 links in the place of a file; ") and "--hard-dereference" in told
+    assert re.search(r"; the first is b.jpg in \S*x.tar$", told)
+
+
 def test_tars_sorted_by_type_are_told_so(tmp_path: Path) -> None:
     """All images first and then all texts is no sample at all; the remedy is named."""
     write_tar(tmp_path / "x.tar", {f"{n}.{kind}": "x" for kind in ("jpg", "txt") for n in range(3)})
@@ -361,6 +444,25 @@ def test_odd_rows_of_parquet_are_left_out_alone(tmp_path: Path) -> None:
     assert [pair.name.rpartition("/")[2] for pair in odd] == [f"x.parquet row {row}" for row in (1, 2, 3)]
     for pair, reason in zip(odd, ("cannot be read", "not in the file, which names 'c.jpg'", "no image"), strict=True):
         assert reason in pair.problem
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.list_(pa.string(), 2), pa.list_view(pa.string()),
+        pa.large_list_view(pa.string_view()), pa.list_(pa.dictionary(pa.int32(), pa.string())),
+        pa.list_view(pa.struct({"raw": pa.string()})),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lists_of_texts_may_be_of_any_kind(kind: pa.DataType, tmp_path: Path) -> None:
+    """Every list of Arrow; a hash beside the image, of bytes of one length, is no image."""
+    pairs = [("one", "two"), ("three", "four")]
+    structs = pt.is_struct(kind.value_type)
+    column = pa.array([[{"raw": text} if structs else text for text in pair] for pair in pairs], kind)
+    hashes = pa.array([b"0" * 16] * 2, pa.binary(16))
+    pq.write_table(pa.table({"hash": hashes, "image": [b"a", b"b"], "captions": column}), tmp_path / "x.parquet")
+    assert [(pair.image, pair.captions) for pair in read(tmp_path)] == list(zip((b"a", b"b"), pairs, strict=True))
 
 
 @pytest.mark.parametrize("option", ["image_column", "caption_column"])

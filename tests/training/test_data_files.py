@@ -1,6 +1,7 @@
 """Which files a name stands for: braces, patterns, folders, outputs of this project, and what is none of these."""
 
 import functools
+import json
 import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import runs
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.output.run_file import AnotherVersion
 from vcf_batch.training.data_files import braces, file_name, find, is_tar
 
 
@@ -125,6 +127,36 @@ def test_of_an_output_the_committed_tars_are_read(tmp_path: Path) -> None:
     assert found(out / "00001.tar") == ["out/00001.tar"], "what is named itself is meant"
     (out / "00000.tar").write_bytes(b"cut")
     assert "has 1 damaged shards, the first 00000: " in refusal(out)
+
+
+@pytest.mark.parametrize("content", ['{"lr": 1}', "no JSON", "", '{"fields": 1}', "[]"])
+def test_a_run_json_of_somebody_makes_no_output(content: str, tmp_path: Path) -> None:
+    """img2dataset names its files as this project does; a run.json beside them may be anything."""
+    folder = files(tmp_path / "data", "00000.tar", "00001.tar", "00000_stats.json", "00000.parquet")
+    (folder / "00000_stats.json").write_text('{"count": 10, "successes": 10, "status_dict": {"success": 10}}')
+    (folder / "run.json").write_text(content)
+    assert found(folder) == ["00000.tar", "00001.tar"]
+    assert not find(str(folder)).remarks
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"layout": 4, "fingerprint": "a', b"\0" * 100])
+def test_a_damaged_run_json_is_never_somebody_s(damage: bytes, tmp_path: Path) -> None:
+    """What is committed is not known then, and tars that are not committed are never read unasked."""
+    out = Path(runs.write_output(runs.write_manifest(tmp_path / "in", 4), tmp_path / "data" / "out", 4).config.output)
+    (out / "run.json").write_bytes(damage)
+    with pytest.raises(DamageFound):
+        find(str(out))
+
+
+def test_an_output_of_another_version_is_refused_with_what_reads_it(tmp_path: Path) -> None:
+    """A folder of another layout is not read as a folder of tars; its message names the pattern that does."""
+    out = Path(runs.write_output(runs.write_manifest(tmp_path / "in", 4), tmp_path / "data" / "out", 4).config.output)
+    (out / "run.json").write_text(json.dumps(json.loads((out / "run.json").read_text()) | {"layout": 3}))
+    with pytest.raises(
+        AnotherVersion, match=r"has layout 3, .*\. The pattern '(\S*/out/\*\.tar)' reads its tars"
+    ) as told:
+        find(str(tmp_path / "data"))
+    assert found(re.search(r"pattern '(.*)'", str(told.value))[1]) == ["out/00000.tar"]  # type: ignore[index]
 
 
 def test_web_addresses_are_named_one_by_one_or_by_braces(tmp_path: Path) -> None:

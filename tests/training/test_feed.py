@@ -90,8 +90,58 @@ def test_data_that_is_mostly_broken_ends_the_training(tmp_path: Path, data: Capt
     with pytest.raises(UsageError, match=r"24 of the first 24 pairs cannot be used, .*: the image file is empty"):
         next(feed(data, draw_example).batches(0, 2))
     large = CaptionedData.open(str(write_captioned(tmp_path / "large", files=1, pairs=300)))
-    with pytest.raises(UsageError, match="33 of the first 33 pairs cannot be used"):
-        feed(large, draw_example).all()
+    with feed(large, draw_example) as worker:
+        with pytest.raises(UsageError, match="33 of the first 33 pairs cannot be used"):
+            next(worker.batches(0, 2))
+        with pytest.raises(UsageError, match="33 of the first 33 validation pairs cannot be used"):
+            worker.all()
+
+
+def test_a_broken_pair_is_named_once_and_counts_once_in_an_epoch(data: CaptionedData) -> None:
+    """Although a share that is used up begins again, and every epoch meets the pair."""
+
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
+        if pair.captions[0] in ("0.0", "3.5"):
+            raise RowError("it is broken")
+        return pair.captions[0]
+
+    notes: list[str] = []
+    with feed(data, draw_example, note=notes.append) as worker:
+        for epoch in range(3):
+            with contextlib.closing(worker.batches(epoch, 11)) as batches:
+                assert [len(batch) for batch in islice(batches, 6)] == [11] * 6
+            assert worker.broken == 2 * (epoch + 1)
+    assert sorted(note.rpartition("/")[2] for note in notes) == [
+        "00000.tar 00: it is broken",
+        "00003.tar 35: it is broken",
+    ]
+
+
+def test_a_few_broken_pairs_end_no_training(data: CaptionedData) -> None:
+    """Workers judge their shares alone, and one of a few pairs says nothing of the data: all other pairs are used."""
+
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
+        if pair.captions[0] in ("0.0", "0.1", "0.2"):
+            raise RowError("it is broken")
+        return pair.captions[0]
+
+    for rank in range(8):
+        with feed(data, draw_example, rank=rank, world=8) as worker:
+            assert len(worker.all()) == (3 if rank else 0)
+    for rank in range(5):
+        with feed(data, draw_example, rank=rank, world=5) as worker:
+            assert len(next(worker.batches(0, 4))) == 4
+
+
+def test_a_share_of_which_all_is_broken_does_not_begin_again_for_ever(data: CaptionedData) -> None:
+    """However few pairs it has: there is nothing to train on."""
+
+    def draw_example(pair: CaptionedImage, rng: random.Random) -> str:
+        raise RowError("it is broken")
+
+    told = "3 of the first 3 pairs cannot be used, all of this worker's share"
+    with feed(data, draw_example, rank=0, world=8) as worker, pytest.raises(UsageError, match=told):
+        next(worker.batches(0, 2))
 
 
 def test_each_pair_has_randomness_of_its_own(data: CaptionedData) -> None:
@@ -126,9 +176,9 @@ def test_nothing_of_a_pair_s_content_ends_the_training(data: CaptionedData) -> N
 
 
 def test_its_threads_end_with_it(data: CaptionedData) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with feed(data) as worker:
         with contextlib.closing(worker.batches(0, 4)) as batches:
             next(batches)
-        assert threading.active_count() > before
-    assert threading.active_count() == before
+        assert set(threading.enumerate()) - before
+    assert not set(threading.enumerate()) - before

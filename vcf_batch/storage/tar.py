@@ -12,6 +12,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from vcf_batch.errors import StorageError
+from vcf_batch.storage.resilient_file import ResilientFile
+
 BLOCK = 512
 """Bytes of a header, and unit of all sizes."""
 MAX_EXTENSION_BYTES = 1 << 20
@@ -20,6 +23,7 @@ MAX_EXTENSION_BYTES = 1 << 20
 _ZEROS = bytes(BLOCK)
 _CHUNK = 1 << 20
 _FILES = b"0\x007"
+_LINKS = b"12"
 _WITHOUT_CONTENT = b"123456"
 _LONG_NAME, _LONG_LINK, _OWN_HEADER, _GLOBAL_HEADER, _SPARSE = b"L", b"K", b"xX", b"g", b"S"
 _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
@@ -28,8 +32,11 @@ _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 class Member:
     """A member of a tar. Its content can be read once, before the next member is asked for."""
 
-    def __init__(self, file: "_Position", name: str, size: int, is_file: bool) -> None:
-        self._file, self.name, self.size, self.is_file = file, name, size, is_file
+    def __init__(self, file: "_Position", name: str, size: int, kind: bytes) -> None:
+        self._file, self.name, self.size = file, name, size
+        self.is_file = kind in _FILES and not name.endswith("/")
+        self.is_link = kind in _LINKS
+        """Whether it only names a file, by a hard or symbolic link."""
 
     def read(self, limit: int | None = None) -> bytes:
         """The content, or its first ``limit`` bytes. A member that is no plain file has none.
@@ -85,8 +92,22 @@ def members(file: BinaryIO) -> Iterator[Member]:
             size = 0
         name = named.get("path") or _name(header)
         start = place.at
-        yield Member(place, name, size, kind in _FILES and not name.endswith("/"))
+        yield Member(place, name, size, kind)
         place.skip_to(start + _padded(size), f"within {name}")
+
+
+def seeks(file: BinaryIO) -> bool:
+    """Whether a file of which nothing has been read can seek. It stays where it is."""
+    if not file.seekable():
+        return False
+    # fsspec's file of a web server that streams says that it can seek, and cannot.
+    if isinstance(file, ResilientFile):
+        try:
+            file.seek(1)
+            file.seek(0)
+        except StorageError:
+            return False
+    return True
 
 
 class _Position:
@@ -94,8 +115,8 @@ class _Position:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.at = file, 0
-        self._origin = file.tell() if (seekable := file.seekable()) else 0
-        self._seekable = seekable
+        self._seekable = seeks(file)
+        self._origin = file.tell() if self._seekable else 0
 
     def read(self, count: int) -> bytes:
         data = b""

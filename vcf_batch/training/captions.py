@@ -24,6 +24,7 @@ import pyarrow.types as pt
 from vcf_batch import storage
 from vcf_batch.driver.progress import plural
 from vcf_batch.errors import StorageError, UsageError
+from vcf_batch.manifest.carried import is_binary, is_list, is_text
 from vcf_batch.training import data_files, tar_samples
 from vcf_batch.training.data_files import LAYOUTS
 from vcf_batch.training.tar_samples import CAPTION_COLUMNS, CaptionedImage, TarContents
@@ -33,6 +34,10 @@ _THREADS = 8
 _ROWS_PER_READ = 16
 _BUFFER_BYTES = 1 << 20
 _NAMED = 3
+_LINKS = "in the place of a file; pack the files themselves, as 'tar -h --hard-dereference' does"
+_UNREAD = (
+    "of a kind that is not read: KEY is what stands before the first dot of a name, and the kind is what follows it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +204,15 @@ def _remarks(contents: dict[str, TarContents]) -> Iterator[str]:
         ("lonely_images", "first_image", "left out: ", "image", "without KEY.txt or KEY.json beside it"),
         ("lonely_texts", "first_text", "left out: ", "text", "without an image beside it"),
         ("repeated", "first_repeated", "", "pair", "with a key that occurs before in its tar; each occurrence is used"),
+        ("unread", "first_unread", "left out: ", "member", _UNREAD),
+        ("links", "first_link", "left out: ", "link", _LINKS),
     ):
         having = [(file, getattr(content, name)) for file, content in contents.items() if getattr(content, number)]
         if having:
             total = sum(getattr(content, number) for content in contents.values())
             file, key = having[0]
-            yield f"{begin}{plural(total, noun)} {rest}; the first is {key} in {file}"
+            line = f"{begin}{plural(total, noun)} {rest}; the first is {key} in {file}"
+            yield line.encode(errors="backslashreplace").decode()
     apart = sum(content.apart for content in contents.values())
     if apart:
         yield (
@@ -243,17 +251,14 @@ def _row(batch: pa.RecordBatch, row: int, name: str, image: str, captions: list[
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pt.is_struct(kind):
-        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
-    return _is_binary(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind)
+        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+    # Bytes of one length are hashes or UUIDs.
+    return is_binary(kind) and not pt.is_fixed_size_binary(kind)
 
 
 def _holds_texts(kind: pa.DataType) -> bool:
-    if pt.is_dictionary(kind) or pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+    if pt.is_dictionary(kind) or is_list(kind):
         return _holds_texts(kind.value_type)
     if pt.is_struct(kind):
         return any(field.name in tar_samples.TEXT_FIELDS and _holds_texts(field.type) for field in kind)
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
+    return is_text(kind)

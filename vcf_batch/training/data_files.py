@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from vcf_batch import storage
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.output import receipts, run_file
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
+from vcf_batch.output.run_file import AnotherVersion
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 """Endings of the names of tars, in small letters. How a tar is compressed is seen by its first bytes."""
@@ -29,6 +30,8 @@ _UNREAD = (".tar.zst", ".tar.lz4", ".tar.lzma", ".tar.z", ".zip", ".7z", ".rar",
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)(?:\.\.(\d+))?|([A-Za-z])\.\.([A-Za-z])|([^{}]*,[^{}]*))\}")
 _MAGIC = re.compile(r"[*?\[]")
 _WEB = ("http://", "https://")
+_FINGERPRINT = b'"fingerprint"'
+"""What the records and receipts of every version of this project have, and no file of img2dataset."""
 _THREADS = 8
 
 
@@ -161,9 +164,15 @@ def _in_folder(url: str) -> tuple[dict[str, int], list[str]]:
     for file in sorted(name for name in tree if storage.name(name) == run_file.RUN_FILE_NAME):
         folder = file.rpartition("/")[0]
         output = storage.join(url, folder) if folder else url
-        if not receipts.files_found(output):
-            continue  # of a training, or of somebody else
-        committed, left_out = _committed(output)
+        try:
+            if not _holds_run(output):
+                continue
+            committed, left_out = _committed(output)
+        except AnotherVersion as error:
+            pattern = storage.join(output, "*.tar")
+            raise AnotherVersion(
+                f"{error}. The pattern '{pattern}' reads its tars, whether committed or not"
+            ) from error
         remarks += left_out
         inside = f"{folder}/" if folder else ""
         tree = {
@@ -172,6 +181,32 @@ def _in_folder(url: str) -> tuple[dict[str, int], list[str]]:
             if not name.startswith(inside) or (inside + storage.name(name) == name and storage.name(name) in committed)
         }
     return {name: size for name, size in tree.items() if not re.search(r"(^|/)[._]", name)}, remarks
+
+
+def _holds_run(url: str) -> bool:
+    """Whether a folder's ``run.json`` is that of a run of this project, whole or damaged.
+
+    Any other file of this name is of a training or somebody's, and tells nothing of the tars beside it.
+
+    Raises:
+        AnotherVersion: it is of a run of another layout.
+        StorageError: the storage failed.
+    """
+    shards = receipts.files_found(url)
+    if not shards:
+        return False
+    try:
+        there = run_file.read_document(url)
+    except AnotherVersion:
+        raise
+    except RefusedError:
+        there = None
+    if there is not None:
+        return "manifest" in there
+    # A record that is damaged, or that its driver left empty, is known by its own or a receipt's fingerprint.
+    stats = [name + receipts.RECEIPT_SUFFIX for name, files in shards.items() if receipts.RECEIPT_SUFFIX in files]
+    own = storage.read_bytes(storage.join(url, run_file.RUN_FILE_NAME), limit=run_file.MAX_RUN_FILE_BYTES)
+    return any(_FINGERPRINT in data for data in (own, *(storage.read_bytes(storage.join(url, f)) for f in stats[:1])))
 
 
 def _committed(url: str) -> tuple[set[str], list[str]]:

@@ -1,5 +1,6 @@
 """Batches of training examples: each worker's share of an epoch, shuffled and prepared ahead, without broken pairs."""
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,11 +13,15 @@ from vcf_batch.training.tar_samples import CaptionedImage
 
 T = TypeVar("T")
 
+_VALIDATION = "validation"
+
 PREPARED_AHEAD = 64
 MOST_IS_BROKEN_AFTER = 32
 """Number of broken pairs after which a worker may stop a pass because most of its data is broken."""
+FEWEST_BROKEN = 16
+"""Fewest broken pairs of a whole share that end a training as most of it: a share may be a single pair."""
 NOTED = 3
-"""Number of broken pairs that are named."""
+"""Number of broken pairs that are named, each once."""
 
 
 class Feed(Generic[T]):
@@ -51,8 +56,8 @@ class Feed(Generic[T]):
         self.rank, self.world, self.seed, self.buffer, self.note = rank, world, seed, buffer, note
         self.threads = ThreadPoolExecutor(threads)
         self.broken = 0
-        """Number of broken pairs met so far, up to the last batch that was returned."""
-        self._notes = 0
+        """Number of broken pairs met so far, up to the last batch that was returned. Each counts once in an epoch."""
+        self._noted = set[str]()
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +76,7 @@ class Feed(Generic[T]):
             first: number of batches to skip at the start of the epoch.
 
         Raises:
-            UsageError: most pairs are broken, or a file is damaged.
+            UsageError: most pairs are broken, or all of a share, or a file is damaged.
             StorageError: the storage failed.
         """
         with ThreadPoolExecutor(1) as behind:
@@ -89,12 +94,13 @@ class Feed(Generic[T]):
                 following.cancel()
 
     def all(self) -> list[T]:
-        """Every usable example of the worker's share, once and in order.
+        """Every usable example of the worker's share of the validation, once and in order; none if all are broken.
 
         Raises:
-            UsageError, StorageError: as in :meth:`batches`.
+            UsageError: most pairs are broken, or a file is damaged.
+            StorageError: the storage failed.
         """
-        examples = list(self._examples(self.data.read(self._share(self.pieces)), "validation"))
+        examples = list(self._examples(self.data.read(self._share(self.pieces)), _VALIDATION))
         self.broken += examples.count(None)
         return [example for example in examples if example is not None]
 
@@ -105,12 +111,15 @@ class Feed(Generic[T]):
     def _endless(self, epoch: int) -> Iterator[T | None]:
         order = random.Random(f"{self.seed}/{epoch}").sample(self.pieces, len(self.pieces))
         share, rng = self._share(order), random.Random(f"{self.seed}/{epoch}/{self.rank}")
-        while True:
-            yield from self._examples(shuffled(self.data.read(share), self.buffer, rng), epoch)
+        for number in itertools.count():
+            examples = self._examples(shuffled(self.data.read(share), self.buffer, rng), epoch)
+            # The first pass has told of the broken pairs.
+            yield from examples if number == 0 else (example for example in examples if example is not None)
 
     def _examples(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[T | None]:
         """Yield the examples of one pass, and None for each broken pair."""
-        seen, broken = 0, 0
+        seen, broken, reason = 0, 0, ""
+        kind = "validation pairs" if epoch == _VALIDATION else "pairs"
         for pair, prepared in self._ahead(pairs, epoch):
             seen += 1
             try:
@@ -122,14 +131,16 @@ class Feed(Generic[T]):
                 broken += 1
                 why = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
                 reason = f"{redact(pair.name)}: {why}"
-                if self._notes < NOTED:
-                    self._notes += 1
+                if pair.name not in self._noted and len(self._noted) < NOTED:
+                    self._noted.add(pair.name)
                     self.note(f"left out: {reason}")
                 if broken > MOST_IS_BROKEN_AFTER and 2 * broken > seen:
-                    raise _mostly_broken(broken, seen, reason) from error
+                    raise _mostly_broken(broken, seen, kind, reason) from error
                 yield None
-        if 2 * broken > seen:
-            raise _mostly_broken(broken, seen, reason)
+        # Without any example, a share would begin again for ever. Of a validation, other workers may have the rest.
+        nothing = broken == seen and epoch != _VALIDATION
+        if nothing or (broken >= FEWEST_BROKEN and 2 * broken > seen):
+            raise _mostly_broken(broken, seen, kind, reason)
 
     def _ahead(self, pairs: Iterator[CaptionedImage], epoch: object) -> Iterator[tuple[CaptionedImage, "Future[T]"]]:
         """Yield each pair with the future of its example. :data:`PREPARED_AHEAD` examples are made ahead."""
@@ -142,8 +153,9 @@ class Feed(Generic[T]):
         yield from waiting
 
 
-def _mostly_broken(broken: int, seen: int, reason: str) -> UsageError:
-    return UsageError(f"{broken:,} of the first {seen:,} pairs cannot be used, more than half; the last: {reason}")
+def _mostly_broken(broken: int, seen: int, kind: str, reason: str) -> UsageError:
+    share = "all of this worker's share so far" if broken == seen else "more than half"
+    return UsageError(f"{broken:,} of the first {seen:,} {kind} cannot be used, {share}; the last: {reason}")
 
 
 def shuffled(items: Iterator[T], buffer: int, rng: random.Random) -> Iterator[T]:

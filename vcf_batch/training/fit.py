@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vcf_batch import storage
-from vcf_batch.errors import VcfBatchError
+from vcf_batch.errors import UsageError, VcfBatchError, redact
 from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
@@ -85,8 +85,16 @@ class _Fit:
         self.batch = config.batch_size // place.world
         with self._feed(job.validation_data, job.validation) as feed:
             self.validation = feed.all()
+        if not any(summed([float(len(self.validation))], place.device)):
+            held_out, url = sum(map(len, job.validation)), job.validation_data.url
+            raise UsageError(
+                f"none of the {held_out:,} validation pairs in {redact(url)} can be used; raise --validation-pairs, or "
+                "name others with --validation-data"
+            )
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
+        # The first validation counts its own broken pairs. The rows of a checkpoint have done so.
+        self.first_broken -= 0 if self.rows else feed.broken
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +125,17 @@ class _Fit:
         self.place.progress(self.trainer.steps_done * self.job.config.batch_size, self._broken())
 
     def _diverged(self, what: str) -> VcfBatchError:
-        """The error that ends a diverged training. It names the last checkpoint, whose validation was good."""
+        """The error that ends a diverged training. It names the last checkpoint, whose validation was good.
+
+        Before the first step is done, no learning rate has had an effect, and the frozen towers are to blame.
+        """
+        if not self.trainer.steps_done:
+            dtype = self.job.config.dtype
+            remedy = "use other models" if dtype == "float32" else "use --dtype float32, or other models"
+            return VcfBatchError(
+                f"the training cannot begin: {what}, before anything is trained. The towers give numbers that are not "
+                f"finite, or that --dtype {dtype} does not hold: {remedy}"
+            )
         done = [int(row["step"]) for row in self.rows if row["step"]]
         kept = "There is no checkpoint before it"
         if done:

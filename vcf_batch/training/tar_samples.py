@@ -73,6 +73,12 @@ class TarContents:
     first_repeated: str = ""
     apart: int = 0
     """Number of images and texts with one key that do not stand side by side."""
+    unread: int = 0
+    """Number of files of kinds that are not read, hidden ones aside."""
+    first_unread: str = ""
+    links: int = 0
+    """Number of hard and symbolic links."""
+    first_link: str = ""
 
 
 def count(url: str) -> TarContents:
@@ -84,8 +90,17 @@ def count(url: str) -> TarContents:
     """
     contents = TarContents()
     seen: dict[int, int] = {}
+
+    def passed_over(member: Member) -> None:
+        if member.is_file and not member.name.rpartition("/")[2].startswith("."):
+            contents.unread += 1
+            contents.first_unread = contents.first_unread or member.name
+        elif member.is_link:
+            contents.links += 1
+            contents.first_link = contents.first_link or member.name
+
     with _opened(url) as file:
-        for key, kinds in _groups(file):
+        for key, kinds in _groups(file, passed_over=passed_over):
             has = bool(_IMAGES & kinds.keys()) + 2 * bool(_CAPTIONS & kinds.keys())
             before = seen.get(hash(key), 0)
             seen[hash(key)] = before | has
@@ -148,8 +163,9 @@ def _pair(name: str, members: dict[str, tuple[int, bytes]]) -> CaptionedImage:
 def _opened(url: str) -> Iterator[BinaryIO]:
     """Open a tar, and decompress it if its first bytes say that it is compressed."""
     with storage.open_read(url) as source:
+        seeks = tar.seeks(source)
         head = source.read(6)
-        if source.seekable():
+        if seeks:
             source.seek(0)
             whole = source
         else:
@@ -179,7 +195,9 @@ class _Rejoined:
 
 
 def _groups(
-    file: BinaryIO, wanted: Callable[[int], bool] = lambda number: False
+    file: BinaryIO,
+    wanted: Callable[[int], bool] = lambda number: False,
+    passed_over: Callable[[Member], None] = lambda member: None,
 ) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
     """Yield key and members of each sample: kind to size and content.
 
@@ -187,6 +205,7 @@ def _groups(
 
     Args:
         wanted: tells whether the contents of a pair are read, by its number.
+        passed_over: called with each member that is no part of a sample.
     """
     key: str | None = None
     group: dict[str, tuple[int, bytes]] = {}
@@ -194,6 +213,7 @@ def _groups(
     for member in tar.members(file):
         match = _MEMBER.fullmatch(member.name) if member.is_file else None
         if match is None or (kind := match[2].lower()) not in _IMAGES | _CAPTIONS:
+            passed_over(member)
             continue
         if key is not None and (match[1] != key or kind in group):
             yield key, group
