@@ -56,4 +56,4 @@ def test_a_run_takes_every_name(where: str, tmp_path: Path, s3: str) -> None:
         shutil.rmtree(temporary)
     rows = [sample["json"] for name in ("00000", "00001") for sample in shards.read_samples(f"{output}/{name}.tar")]
     assert [row["reference"] for row in rows] == [*REFERENCES]
-    assert all(row["lpips"] is not None for row in rows)
+    assert all(row["clip_reference"] is not None for row in rows)

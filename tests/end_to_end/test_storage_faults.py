@@ -182,7 +182,7 @@ def test_a_local_disk_that_fills_up_and_one_that_is_read_only(
 
     filler = threading.Thread(target=fill)
     filler.start()
-    with pytest.raises(StorageError, match=r"No space left on device(.|\n)*room(.|\n)*rerun the same command"):
+    with pytest.raises(StorageError, match=r"No space left on the disk(.|\n)*room(.|\n)*rerun the same command"):
         generate(str(output))
     filler.join()
     assert all(undisturbed[name] == data for name, data in runs.data_files(output).items())

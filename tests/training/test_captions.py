@@ -231,9 +231,9 @@ def refusal(url: object, **columns: Any) -> str:
 
 def test_what_is_no_captioned_data_is_refused(tmp_path: Path) -> None:
     for name in ("nowhere", "nowhere.tar"):
-        assert f"{name}: there is no such file or folder; training data is" in refusal(tmp_path / name)
+        assert f"{name}: there is no such file or folder; training data are" in refusal(tmp_path / name)
     write_tar(tmp_path / "a" / "0.tar", {"0.txt": "no image"})
-    assert "holds no image with a caption; training data is" in refusal(tmp_path / "a")
+    assert "holds no image with a caption; training data are" in refusal(tmp_path / "a")
     pq.write_table(pa.table({"prompt": ["x"], "id": [1]}), tmp_path / "x.parquet")
     assert "no column of images; name it with --image-column. Its columns: prompt, id" in refusal(
         tmp_path / "x.parquet"

@@ -112,7 +112,7 @@ def test_what_is_not_supported_is_named_with_what_is(name: str, message: str, tm
     files(tmp_path / "data", "images/0.jpg", "images/1.jpg", "images/0.txt", "a.tar.zst", "a.csv")
     (tmp_path / "data" / "empty").mkdir()
     told = refusal(name if name.startswith("pipe:") else tmp_path / "data" / name)
-    assert message in told and "training data is WebDataset tars" in told
+    assert message in told and "training data are WebDataset tars" in told
 
 
 def test_of_an_output_the_committed_tars_are_read(tmp_path: Path) -> None:
