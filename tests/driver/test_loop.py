@@ -291,6 +291,15 @@ def test_several_device_types_are_said_once(simulate: Simulate) -> None:
     assert {receipt.device["type"] for receipt in simulation.committed.values()} == {"simulated", "older GPU"}
 
 
+def half_done(simulate: Simulate) -> Simulation:
+    """A run on one node whose driver lost the output after its second shard."""
+    simulation = simulate(nodes=(A,), num_workers=1)
+    simulation.cluster.at(LOAD_SECONDS + 2.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
+    with pytest.raises(RefusedError):
+        simulation.run()
+    return simulation
+
+
 def test_a_run_of_one_device_type_leaves_other_nodes_out(simulate: Simulate) -> None:
     """The first worker that loads decides; a node of another type gets no further worker, and is named once."""
     simulation = simulate(nodes=(A, B), num_workers=None, one_device_type=True)
@@ -307,10 +316,7 @@ def test_a_run_of_one_device_type_leaves_other_nodes_out(simulate: Simulate) -> 
 
 def test_a_resumed_run_of_one_device_type_keeps_to_the_outputs(simulate: Simulate) -> None:
     """Whichever worker loads first, and without the option the user is told that the output has another type."""
-    simulation = simulate(nodes=(A,), num_workers=1)
-    simulation.cluster.at(LOAD_SECONDS + 2.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
-    with pytest.raises(RefusedError):
-        simulation.run()
+    simulation = half_done(simulate)
     begun = {*simulation.committed}
     assert 0 < len(begun) < ROWS // SHARD_SIZE
     resumed = simulation.again(one_device_type=True, nodes={B: 1, A: 1})
@@ -346,10 +352,7 @@ def test_a_run_of_one_device_type_uses_the_devices_of_that_type_on_a_mixed_node(
     simulate: Simulate, num_workers: int | None
 ) -> None:
     """A worker of another type holds its device, so that the next worker gets another one; a death changes nothing."""
-    simulation = simulate(nodes=(A,), num_workers=1)
-    simulation.cluster.at(LOAD_SECONDS + 1.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
-    with pytest.raises(RefusedError):
-        simulation.run()
+    simulation = half_done(simulate)
     resumed = simulation.again(one_device_type=True, nodes={A: 3}, num_workers=num_workers)
     resumed.cluster.mixed = {A: ["older GPU", "simulated", "simulated"]}
 
@@ -369,10 +372,7 @@ def test_a_run_of_one_device_type_uses_the_devices_of_that_type_on_a_mixed_node(
 
 def test_a_mixed_node_that_joins_is_used_where_it_can_be(simulate: Simulate) -> None:
     """A worker may load there before the cluster's room is looked at again."""
-    simulation = simulate(nodes=(A,), num_workers=1)
-    simulation.cluster.at(LOAD_SECONDS + 1.5 * SHARD_SECONDS, lambda: setattr(simulation.held, "lost", LOST))
-    with pytest.raises(RefusedError):
-        simulation.run()
+    simulation = half_done(simulate)
     resumed = simulation.again(one_device_type=True, nodes={}, num_workers=1)
     resumed.cluster.mixed = {B: ["older GPU", "simulated"]}
     resumed.cluster.at(CAPACITY_SECONDS + 1.0, lambda: resumed.cluster.add_node(B, 2))
