@@ -88,8 +88,8 @@ class _Fit:
         if not any(summed([float(len(self.validation))], place.device)):
             held_out, last = f"{sum(map(len, job.validation)):,}", feed.last_broken or "in another worker's share"
             raise UsageError(
-                f"{held_out} of the first {held_out} validation pairs cannot be used, more than half; the last: {last}. "
-                "If the others are whole, raise --validation-pairs, or name some with --validation-data"
+                f"{held_out} of the first {held_out} validation pairs cannot be used, more than half; the last: {last}"
+                ". If the others are whole, raise --validation-pairs, or name some with --validation-data"
             )
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
