@@ -117,7 +117,9 @@ def test_data_that_cannot_be_used_ends_the_training_at_once(cluster: None, model
     members = {f"{number}.{kind}": b"x" for number in range(40) for kind in ("jpg", "txt")}
     result = call(training(model, write_tar(tmp_path / "x.tar", members), tmp_path / "out"))
     assert result.exit_code == 2, result.output
-    assert re.search(r"of the first \d+ pairs cannot be used, more than half; the last: .*x\.tar", result.output)
+    assert re.search(
+        r"of the first \d+ validation pairs cannot be used, more than half; the last: .*x\.tar", result.output
+    )
     assert "Traceback" not in result.output
 
 

@@ -57,6 +57,8 @@ class Feed(Generic[T]):
         self.threads = ThreadPoolExecutor(threads)
         self.broken = 0
         """Number of broken pairs met so far, up to the last batch that was returned. Each counts once in an epoch."""
+        self.last_broken = ""
+        """Name and fault of the last broken pair."""
         self._noted = set[str]()
 
     def __enter__(self) -> Self:
@@ -130,7 +132,7 @@ class Feed(Generic[T]):
             except Exception as error:
                 broken += 1
                 why = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
-                reason = f"{redact(pair.name)}: {why}"
+                self.last_broken = reason = f"{redact(pair.name)}: {why}"
                 if pair.name not in self._noted and len(self._noted) < NOTED:
                     self._noted.add(pair.name)
                     self.note(f"left out: {reason}")
@@ -154,8 +156,7 @@ class Feed(Generic[T]):
 
 
 def _mostly_broken(broken: int, seen: int, kind: str, reason: str) -> UsageError:
-    share = "all of this worker's share so far" if broken == seen else "more than half"
-    return UsageError(f"{broken:,} of the first {seen:,} {kind} cannot be used, {share}; the last: {reason}")
+    return UsageError(f"{broken:,} of the first {seen:,} {kind} cannot be used, more than half; the last: {reason}")
 
 
 def shuffled(items: Iterator[T], buffer: int, rng: random.Random) -> Iterator[T]:

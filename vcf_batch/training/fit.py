@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vcf_batch import storage
-from vcf_batch.errors import UsageError, VcfBatchError, redact
+from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
 from vcf_batch.training.captions import CaptionedData, Piece
@@ -86,10 +86,10 @@ class _Fit:
         with self._feed(job.validation_data, job.validation) as feed:
             self.validation = feed.all()
         if not any(summed([float(len(self.validation))], place.device)):
-            held_out, url = sum(map(len, job.validation)), job.validation_data.url
+            held_out, last = f"{sum(map(len, job.validation)):,}", feed.last_broken or "in another worker's share"
             raise UsageError(
-                f"none of the {held_out:,} validation pairs in {redact(url)} can be used; raise --validation-pairs, or "
-                "name others with --validation-data"
+                f"{held_out} of the first {held_out} validation pairs cannot be used, more than half; the last: {last}"
+                ". If the others are whole, raise --validation-pairs, or name some with --validation-data"
             )
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
