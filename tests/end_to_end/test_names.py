@@ -45,7 +45,8 @@ def test_a_run_takes_every_name(where: str, tmp_path: Path, s3: str) -> None:
             "RAY_AUTH_MODE": "disabled",
             "VCF_BATCH_CACHE": f"{local}/cache",
         }
-        for words in ([*command, "--shard-size=4", "--batch-size=2", *settings], ["verify", output]):
+        settings += ["--shard-size=4", "--batch-size=2", "--address=local"]
+        for words in ([*command, *settings], ["verify", output]):
             subprocess.run(
                 [sys.executable, "-m", "vcf_batch", *words],
                 check=True,
