@@ -227,7 +227,7 @@ class RunConfig:
         for name in ("reference_root", "carry"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         # One spelling of what is read anyway.
-        for name, column in _MAPPED.items():
+        for name, column in COLUMN_SETTINGS.items():
             if getattr(self, column) == name:
                 object.__setattr__(self, column, None)
         # One spelling of a number, as 5 and 5.0 would be two fingerprints.
@@ -322,7 +322,7 @@ class RunConfig:
     @property
     def columns(self) -> dict[str, str]:
         """The manifest's columns that are read in place of others, by the names of those: ``{"prompt": "caption"}``."""
-        return {name: column for name, field in _MAPPED.items() if (column := getattr(self, field)) is not None}
+        return {name: column for name, field in COLUMN_SETTINGS.items() if (column := getattr(self, field)) is not None}
 
     @property
     def gates(self) -> dict[str, float]:
@@ -370,7 +370,7 @@ class RunConfig:
         return dataclasses.replace(self, **changes)
 
 
-_MAPPED = {
+COLUMN_SETTINGS = {
     "prompt": "prompt_column",
     "reference": "reference_column",
     "sample_id": "id_column",

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
-from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.prompt_tokens import read_tokenizer, text_lengths
 from vcf_batch.output import lease, progress_file, run_file
@@ -204,7 +203,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     manifest = collect(lambda: run_file.open_manifest(config, record))
     if manifest is not None:
         found = [collect(check) for check in manifest_check.checks(manifest, config, record)]
-        census = next((each for each in found if isinstance(each, Census)), None)
+        census = manifest_check.census_of(found)
         forecast.columns = dict(manifest_check.told(manifest, census))
         forecast.rows_having = census.having if census else None
     models = collect(lambda: run_models.resolve(config))

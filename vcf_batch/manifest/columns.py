@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from vcf_batch.config import COLUMN_SETTINGS
 from vcf_batch.errors import redact
 from vcf_batch.records import OVERRIDES
 
@@ -14,12 +15,7 @@ MANIFEST_COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "s
 HASH_COLUMNS = {"reference_sha256": "reference", "negative_reference_sha256": "negative_reference"}
 """Columns with the hashes of the images in another column. They are carried through, too."""
 
-OPTIONS = {
-    "prompt": "--prompt-column",
-    "reference": "--reference-column",
-    "sample_id": "--id-column",
-    "seed": "--seed-column",
-}
+OPTIONS = {name: f"--{setting.replace('_', '-')}" for name, setting in COLUMN_SETTINGS.items()}
 """Options that name the column to read in place of one of the run's."""
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {

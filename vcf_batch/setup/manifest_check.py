@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
@@ -39,7 +39,7 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
     """
     manifest = run_file.open_manifest(config, record)
     found = [check() for check in checks(manifest, config, record)]
-    census = next((each for each in found if isinstance(each, Census)), None)
+    census = census_of(found)
     for name, words in told(manifest, census):
         _log.info("%s: %s", name, words)
     return manifest
@@ -55,6 +55,11 @@ def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> l
         *([] if known else [manifest.check]),
         lambda: _check_policy(manifest, config),
     ]
+
+
+def census_of(found: Iterable[Census | None]) -> Census | None:
+    """The count among what the checks have found; None if rows are not counted again, or the counting failed."""
+    return next(filter(None, found), None)
 
 
 def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]:
