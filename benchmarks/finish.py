@@ -30,6 +30,7 @@ from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Sample
 from vcf_batch.setup import absolute_paths, defaults, run_models
 from vcf_batch.worker import batches, in_process
+from vcf_batch.worker.batches import Pictures
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import ENCODERS
 from vcf_batch.worker.finishing import Finisher
@@ -85,7 +86,7 @@ def main(rounds: int) -> None:
             with ThreadPoolExecutor(threads) as encoders:
                 components = dataclasses.replace(worker.components, encoders=encoders)
                 (batch,) = batches.cut(rows, BATCH)
-                batch.pictures, batch.images, batch.objectives = pictures, sampled, [None] * BATCH
+                batch.pictures, batch.images, batch.objectives = pictures, Pictures(sampled), [None] * BATCH
                 Finisher(components, rows, written.append, clock).finish(batch)
             return written
 

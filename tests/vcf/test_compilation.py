@@ -1,15 +1,18 @@
 """Compiled networks draw what the others draw."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from support import runs
 from support.tiny_models import build_pipeline
 from vcf_batch import images
 from vcf_batch.config import MAX_PIXELS, Sampling
+from vcf_batch.vcf import compilation
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -48,3 +51,33 @@ def test_gradients_are_those_of_networks_that_are_not_compiled() -> None:
     eager, compiled = (gradients(build_pipeline().set_up("cpu", compiled)) for compiled in (False, True))
     assert all(gradient.any() for gradient in eager)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_small_batches_are_recorded_once_a_kind_and_replayed_with_their_own_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With another bias, noise, step and text; larger batches and gradients are left alone. (A CUDA graph needs a GPU:
+    here the recording is the work itself.)"""
+    recordings = []
+
+    def record(work: compilation.Work) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+        recordings.append(work)
+        outputs = work()
+
+        def replay() -> None:
+            for output, made in zip(outputs, work(), strict=True):
+                output.copy_(made)
+
+        return replay, outputs
+
+    monkeypatch.setattr(compilation, "record", record)
+    plain, replayed = build_pipeline(), build_pipeline()
+    compilation.replay_small_batches(replayed.unet)
+    picture = Image.new("RGB", (8, 8), "red")
+    for number, strength in enumerate((1.0, 0.5, 1.0)):
+        drawn = [each.generate(["a cat"], [picture], strength=strength, seeds=[number]) for each in (plain, replayed)]
+        assert torch.equal(*drawn)
+    assert len(recordings) == 2  # with and without a bias
+    texts = ["a cat", "a dog", "a red cat"]
+    assert torch.equal(*(each.generate(texts, seeds=[1, 2, 3]) for each in (plain, replayed)))
+    assert len(recordings) == 2

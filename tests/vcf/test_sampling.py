@@ -112,14 +112,15 @@ def on_meta(**sampling: Any) -> Callable[[], torch.Tensor]:
 
 
 class Transfers(TorchDispatchMode):
-    """Counts copies from the CPU to the device."""
+    """Counts copies from the CPU to the device, and those that would wait for the device."""
 
-    count = 0
+    count = waits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default:
-            self.count += args[0].device.type == "cpu" and result.device.type == "meta"
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and result.device.type == "meta":
+            self.count += 1
+            self.waits += not (kwargs or {}).get("non_blocking")
         return result
 
 
@@ -133,6 +134,21 @@ def test_no_step_waits_for_the_device(scheduler: str) -> None:
             assert run().device.type == "meta"
         counts.append(transfers.count)
     assert 0 < counts[0] == counts[1] <= 8
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_nothing_waits_for_the_device_before_the_images_are_needed(fusion: str, image: Image.Image) -> None:
+    """From prompts and references to images, each copy to the device is queued: the next batch can be queued too."""
+    pipeline = build_pipeline().to("meta")
+    with Transfers() as transfers:
+        text, tokens = pipeline.encode_prompts(["a red cat", "a dog"]), pipeline.encode_references([image])
+        fusions = [Fusion([tokens[0]], fusion, strength=0.5, lo=0.3), Fusion([tokens[0]], fusion)]
+        sampling = Sampling(steps=4, eta=0.5)
+        images = pipeline.generate_from_tokens(
+            text, pipeline.encode_prompts(["", "ugly"]), fusions, seeds=[1, 2], guidance_scale=[4, 2], sampling=sampling
+        )
+    assert images.shape == (2, 3, 16, 16) and images.device.type == "meta"
+    assert transfers.count and not transfers.waits
 
 
 def test_a_step_that_is_not_guided_takes_half_the_operations() -> None:

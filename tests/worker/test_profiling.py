@@ -27,5 +27,5 @@ def test_a_trace_shows_the_phases_of_a_shard_and_changes_no_byte(
     events = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert {"read_manifest", "read_references", "sample", "score", "encode", "write"} <= {*ranges}
-    assert ranges.count("sample") == 3
+    assert ranges.count("wait_for_scores") == 3
     assert {"aten::conv2d", "aten::addmm"} <= {event["name"] for event in events}

@@ -207,9 +207,10 @@ def assemble(
     from vcf_batch.vcf.quiet import quiet
 
     quiet()
-    from vcf_batch.vcf import assembly, parts  # bring what would warn
+    from vcf_batch.models.parts import Parts
+    from vcf_batch.vcf import assembly  # brings what would warn
 
-    found = parts.Parts.resolve(base, revision, image_encoder, image_encoder_revision)
+    found = Parts.resolve(base, revision, image_encoder, image_encoder_revision)
     assembly.assemble(found, aligner, out, getattr(torch, dtype))
     written = redact(storage.absolute(out))
     tell(written, {"model": written}, as_json)

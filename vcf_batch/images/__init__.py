@@ -99,11 +99,6 @@ def to_unit(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
     return _pixels(image).astype(np.float32) / np.float32(255)
 
 
-def to_signed(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Convert uint8 ``[H, W, 3]`` or an RGB image to float32 ``[H, W, 3]`` in [-1, 1]."""
-    return to_unit(image) * np.float32(2) - np.float32(1)
-
-
 def from_unit(array: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Convert finite floats ``[H, W, 3]`` in [0, 1] to the nearest uint8; values outside are clipped."""
     return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)

@@ -79,7 +79,7 @@ class ClipJudge:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """L2-normalised embeddings, float32 ``[B, D]`` on the CPU. Text beyond the model's length is cut off.
+        """L2-normalised embeddings, float32 ``[B, D]`` on the judge's device. Text beyond the model's length is cut.
 
         All texts are padded to the model's length. Padding to the longest text would make the last bits of an embedding
         depend on the other texts.
@@ -99,12 +99,12 @@ class ClipJudge:
             features = self.model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
-            parts.append(_normalised(features.pooler_output))
+            parts.append(F.normalize(features.pooler_output, dim=-1))
         return torch.cat(parts) if parts else self._nothing()
 
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
-        """L2-normalised embeddings, float32 ``[B, D]`` on the CPU.
+        """L2-normalised embeddings, float32 ``[B, D]`` on the judge's device.
 
         Args:
             pictures: ``B`` RGB images or uint8 arrays ``[H, W, 3]`` of any sizes.
@@ -114,7 +114,7 @@ class ClipJudge:
             chunk = [self._trimmed(_rgb(picture)) for picture in pictures[start : start + _CHUNK]]
             pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
             features = self.model.get_image_features(pixel_values=pixels.to(self.device))
-            parts.append(_normalised(features.pooler_output))
+            parts.append(F.normalize(features.pooler_output, dim=-1))
         return torch.cat(parts) if parts else self._nothing()
 
     @torch.inference_mode()
@@ -128,14 +128,14 @@ class ClipJudge:
             pictures: ``B`` uint8 arrays ``[H, W, 3]``.
 
         Returns:
-            Tokens of the last layer, float32 ``[B, P, D]`` on the CPU.
+            Tokens of the last layer, float32 ``[B, P, D]`` on the judge's device.
         """
         parts = []
         for start in range(0, len(pictures), _CHUNK):
             pixels = self.processor([*map(_rgb, pictures[start : start + _CHUNK])], return_tensors="pt")["pixel_values"]
             tokens = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 1:]
             deviation, mean = torch.std_mean(tokens, dim=1, correction=0, keepdim=True)
-            parts.append(((tokens - mean) / (deviation + _EPS)).cpu())
+            parts.append((tokens - mean) / (deviation + _EPS))
         return torch.cat(parts)
 
     def _trimmed(self, image: Image.Image) -> Image.Image:
@@ -147,7 +147,7 @@ class ClipJudge:
         return image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
 
     def _nothing(self) -> Tensor:
-        return torch.empty(0, self.model.config.projection_dim)
+        return torch.empty(0, self.model.config.projection_dim, device=self.device)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -169,7 +169,3 @@ def content_alignment(a: Tensor, b: Tensor) -> Tensor:
 
 def _rgb(picture: Image.Image | NDArray[np.uint8]) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-
-
-def _normalised(features: Tensor) -> Tensor:
-    return F.normalize(features, dim=-1).cpu()

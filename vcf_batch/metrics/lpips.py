@@ -55,7 +55,7 @@ class PerceptualDistance:
 
         Returns:
             Distances (0 for equal images, larger for less similar ones) and style similarities (1 for equal channel
-            statistics, nearer 0 for less similar ones), both float32 ``[B]`` on the CPU.
+            statistics, nearer 0 for less similar ones), both float32 ``[B]`` on the network's device.
 
         Raises:
             ValueError: the shapes differ, are not images, or are too small for the network.
@@ -69,7 +69,7 @@ class PerceptualDistance:
             difference = (_unit(map_a) - _unit(map_b)).square()
             total += (difference * weight[:, None, None]).sum(dim=1).mean(dim=(1, 2))
             similar += _style_similarity(map_a, map_b) / len(maps_a)
-        return total.cpu(), similar.cpu()
+        return total, similar
 
 
 class LPIPS(PerceptualDistance):

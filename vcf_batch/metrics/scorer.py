@@ -25,6 +25,9 @@ WAITING_BYTES = 1 << 28
 """Most bytes of references that wait to be embedded. Beyond it, those that wait longest are embedded before they are
 needed."""
 
+OF_REFERENCES = ("clip_reference", "lpips", "style_similarity")
+"""Scores that an output has for each of its references."""
+
 _PIXELS_AT_ONCE = 2**20
 """Most pixels of one perceptual forward pass, so that VGG16's feature maps stay near 2 GB for any batch size."""
 
@@ -132,23 +135,21 @@ class Scorer:
         if len(outputs) != len(targets.shares):
             raise ValueError(f"{len(outputs)} outputs, targets of {len(targets.shares)}")
         pictures = self.judge.embed_images(outputs)
-        cosines: list[float] = []
+        found = {"clip_score": cosine(pictures, targets.texts)}
         if targets.references:
             known = torch.stack([entry.embedding for entry in targets.references])
-            cosines = cosine(pictures[targets.owners], known).tolist()
-        distances, similarities = self._compared([outputs[owner] for owner in targets.owners], targets)
-        alignments: list[float | None] = [None] * len(outputs)
+            found["clip_reference"] = cosine(pictures[targets.owners], known)
+            if self.perceptual is not None:
+                shown = [outputs[owner] for owner in targets.owners]
+                found["lpips"], found["style_similarity"] = self._compared(self.perceptual, shown, targets)
         if twins:
             layouts, twin_layouts = self.judge.embed_layouts([*outputs, *twins]).split(len(outputs))
-            alignments = content_alignment(layouts, twin_layouts).tolist()
-        columns = (
-            cosine(pictures, targets.texts).tolist(),
-            _means(cosines, targets.shares),
-            _means(distances, targets.shares),
-            alignments,
-            _means(similarities, targets.shares),
-        )
-        return [Scores(*values) for values in zip(*columns, strict=True)]
+            found["content_alignment"] = content_alignment(layouts, twin_layouts)
+        # All scores are read at once, because each reading waits for the device.
+        read = torch.cat([*found.values()]).cpu().split([*map(len, found.values())])
+        columns = {name: values.tolist() for name, values in zip(found, read, strict=True)}
+        columns |= {name: _means(columns[name], targets.shares) for name in OF_REFERENCES if name in columns}
+        return [Scores(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
     def _text_passes(self, prompts: Sequence[str]) -> list[ForwardPass[str, str, Tensor]]:
         new = {prompt: prompt for prompt in prompts if prompt not in self._texts}
@@ -180,32 +181,29 @@ class Scorer:
                 own.make()
                 excess -= held[number]
 
-    def _compared(self, outputs: Sequence[NDArray[np.uint8]], targets: Targets) -> tuple[list[float], list[float]]:
-        """Perceptual distances and style similarities between each output and the reference at its position.
-
-        Both lists are empty without a perceptual network.
-        """
-        if self.perceptual is None or not outputs:
-            return [], []
+    def _compared(
+        self, perceptual: PerceptualDistance, outputs: Sequence[NDArray[np.uint8]], targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        """Perceptual distance and style similarity of each output and the reference at its position, ``[R]`` each."""
         height, width, _ = outputs[0].shape
         for image, entry in zip(targets.pictures, targets.references, strict=True):
             if (width, height) not in entry.resized:
                 entry.resized[width, height] = np.asarray(images.resize(image, width, height))
         step = max(1, _PIXELS_AT_ONCE // (height * width))
-        distances: list[float] = []
-        similarities: list[float] = []
+        parts = []
         for start in range(0, len(outputs), step):
             part = slice(start, start + step)
             resized = [entry.resized[width, height] for entry in targets.references[part]]
-            distance, similarity = self.perceptual.compare(_signed(outputs[part]), _signed(resized))
-            distances += distance.tolist()
-            similarities += similarity.tolist()
-        return distances, similarities
+            shown = (_signed(pictures, perceptual.device) for pictures in (outputs[part], resized))
+            parts.append(perceptual.compare(*shown))
+        distances, similarities = zip(*parts, strict=True)
+        return torch.cat(distances), torch.cat(similarities)
 
 
-def _signed(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Convert ``B`` uint8 arrays ``[H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1]."""
-    return torch.from_numpy(np.stack([images.to_signed(picture) for picture in pictures])).permute(0, 3, 1, 2)
+def _signed(pictures: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    """Convert ``B`` uint8 arrays ``[H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1], on a device."""
+    # The device gets the bytes, and makes the four times larger floats itself.
+    return (torch.from_numpy(np.stack(pictures)).to(device).float() / 255 * 2 - 1).permute(0, 3, 1, 2)
 
 
 def _digest(image: Image.Image) -> bytes:
@@ -220,8 +218,8 @@ def _means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[f
     """Weighted mean of each output's values; None for an output without values.
 
     Args:
-        values: values of all outputs, output by output. An empty list gives None for every output.
+        values: values of all outputs, output by output.
         shares: for each output, the weights of its values; they sum to 1.
     """
     following = iter(values)
-    return [math.fsum(share * next(following) for share in own) if own and values else None for own in shares]
+    return [math.fsum(share * next(following) for share in own) if own else None for own in shares]

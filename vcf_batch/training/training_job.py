@@ -8,9 +8,9 @@ from typing import Any
 
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
+from vcf_batch.models.parts import Parts
 from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.training_config import NOT_TRAINED, TrainingConfig
-from vcf_batch.vcf.parts import Parts
 
 LOG = "log.csv"
 ALIGNER, STATE = "aligner", "state.pt"

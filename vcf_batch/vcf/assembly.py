@@ -14,9 +14,9 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.parts import MODEL_INDEX, Parts
 from vcf_batch.storage import scratch
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.parts import MODEL_INDEX, Parts
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 

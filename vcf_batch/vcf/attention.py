@@ -74,23 +74,34 @@ class TokenBiasAttention(AttnProcessor2_0):
         Returns:
             ``[B, Q, D]``.
         """
+        bias = attention_mask
         if encoder_hidden_states is not None and token_bias is not None:
-            attention_mask = token_bias.to(hidden_states.dtype)
+            bias = token_bias.to(hidden_states.dtype)
+        if not _is_plain(attn, hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, bias, temb)
         tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if self.kernel and attention_mask is None and not torch.is_grad_enabled() and _is_plain(attn, hidden_states):
-            parts = (attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens))
-            query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
-            attended = self.kernel(query, key, value).transpose(1, 2).flatten(2)
-            return attn.to_out[1](attn.to_out[0](attended))
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        parts = (attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens))
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+        if self.kernel and bias is None and not torch.is_grad_enabled() and _is_for_kernel(query.shape[-1]):
+            attended = self.kernel(query, key, value)
+        else:
+            mask = None if bias is None else bias[:, None]  # one for all heads
+            attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
 def _is_plain(attn: Attention, hidden_states: Tensor) -> bool:
-    """Whether a layer does nothing besides its projections, and a kernel of its own takes its head dimension."""
+    """Whether a layer does nothing besides its projections, as those of Stable Diffusion's transformer blocks.
+
+    diffusers also divides their results by 1, which costs a pass over memory.
+    """
     norms = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     plain = not any(norms) and not attn.residual_connection and attn.rescale_output_factor == 1
-    head_dim = attn.inner_dim // attn.heads
-    return plain and hidden_states.ndim == 3 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+    return plain and hidden_states.ndim == 3
+
+
+def _is_for_kernel(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def accept_token_bias(unet: UNet2DConditionModel) -> None:

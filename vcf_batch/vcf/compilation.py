@@ -1,9 +1,12 @@
 """Compile networks with ``torch.compile``, so that every process gets the same kernels for the same shapes."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 MAX_SHAPES = 256
 """Largest number of input kinds for which one network is compiled. One kind more raises an error; the network is
@@ -31,3 +34,69 @@ def compile_forward(network: nn.Module) -> None:
             return forward(*args, **kwargs)
 
     network.forward = compiled  # type: ignore[method-assign]
+
+
+REPLAYED_ROWS = 4
+"""Most rows of a call that is recorded: 2 samples with both sides of the guidance. Above, the kernels take longer than
+their launches."""
+
+Work = Callable[[], tuple[Tensor, ...]]
+
+
+def replay_small_batches(network: nn.Module) -> None:
+    """Record each kind of small call of a network as a CUDA graph, and replay it, in place of its ``forward``.
+
+    A call of the UNet launches hundreds of kernels. For one or two samples the launches take longer than the kernels,
+    and a graph has one launch. It holds the same kernels, so the bits are the same. Calls with gradients are not
+    recorded. The first argument has the rows; the network returns a tuple of tensors.
+
+    Nothing of this has run on a GPU.
+    """
+    plain = network.forward
+    recorded: dict[Any, tuple[list[Tensor], Callable[[], None], tuple[Tensor, ...]]] = {}
+
+    def replayed(sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        leaves, spec = pytree.tree_flatten(((sample, *args), kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch.is_grad_enabled() or len(sample) > REPLAYED_ROWS:
+            return plain(sample, *args, **kwargs)
+        settings = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        kind = (str(spec), *settings, *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors))
+        if kind not in recorded:
+            own = [tensor.clone() for tensor in tensors]
+            following = iter(own)
+            own_args, own_kwargs = pytree.tree_unflatten(
+                [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+            )
+            recorded[kind] = (own, *record(lambda: plain(*own_args, **own_kwargs)))
+        inputs, replay, outputs = recorded[kind]
+        for mine, given in zip(inputs, tensors, strict=True):
+            mine.copy_(given)
+        replay()
+        return tuple(output.clone() for output in outputs)
+
+    network.forward = replayed  # type: ignore[method-assign]
+
+
+def record(work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Record the kernels of a work as a CUDA graph.
+
+    Returns:
+        A function that launches the kernels again, and the tensors that they write.
+    """
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        work()  # what happens once, such as compiling and looking for kernels, cannot be recorded
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads go on using the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        outputs = work()
+    return graph.replay, outputs
+
+
+@functools.cache
+def _pool() -> Any:
+    """Memory that all graphs share, as one is replayed at a time and its outputs are copied at once."""
+    return torch.cuda.graph_pool_handle()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vcf_batch.config import FUSIONS, reference_shares
 from vcf_batch.errors import UsageError
+from vcf_batch.vcf.upload import upload
 
 
 def fuse(
@@ -125,7 +126,7 @@ class Fusion:
             return text, torch.zeros(len(text))
         image = torch.cat([image for image, _ in used]).to(text.device)
         weights = torch.cat([torch.full([len(image)], share) for image, share in used])
-        tokens = fuse(text[None], image[None], self.mode, self.strength, weights[None].to(text.device))[0]
+        tokens = fuse(text[None], image[None], self.mode, self.strength, upload(weights[None], text.device))[0]
         bias = torch.zeros(len(tokens))
         if self.mode == "concat":
             bias[len(text) :] = (self.strength * weights).log()
@@ -152,7 +153,8 @@ class Side:
             return self.text, torch.zeros(self.text.shape[:2])
         fused = torch.tensor(inside)[:, None]
         text, bias = _padded(self.text, torch.zeros(self.text.shape[:2]), self.tokens.shape[1])
-        return torch.where(fused[..., None].to(text.device), self.tokens, text), torch.where(fused, self.bias, bias)
+        tokens = torch.where(upload(fused[..., None], text.device), self.tokens, text)
+        return tokens, torch.where(fused, self.bias, bias)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Conditioning:
         sides = [side.select(inside) for side in ([self.negative, self.positive] if guided else [self.positive])]
         tokens = torch.cat([tokens for tokens, _ in sides])
         bias = torch.cat([bias for _, bias in sides])[:, None]
-        return tokens, bias.to(tokens.device) if bias.any() else None
+        return tokens, upload(bias, tokens.device) if bias.any() else None
 
 
 def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fusion]) -> Conditioning:

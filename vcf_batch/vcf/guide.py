@@ -1,5 +1,6 @@
 """The PNO guide: the CLIP whose image embedding prompt-noise optimisation follows (docs/method.md, section 5)."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -121,11 +122,17 @@ def bicubic(images: Tensor, size: int) -> Tensor:
     Returns:
         ``[B, 3, size, size]``.
     """
-    rows, columns = (
-        F.interpolate(torch.eye(edge)[None, None], (size, edge), mode="bicubic", antialias=True)[0, 0].to(images)
-        for edge in images.shape[2:]
-    )
+    rows, columns = (_weights(edge, size, images.device, images.dtype) for edge in images.shape[2:])
     return rows @ images @ columns.T
+
+
+@functools.lru_cache
+@torch.inference_mode(False)
+@torch.no_grad()
+def _weights(edge: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights ``[size, edge]`` of each pixel of an edge in each pixel of the resized one."""
+    spread = F.interpolate(torch.eye(edge)[None, None], (size, edge), mode="bicubic", antialias=True)[0, 0]
+    return spread.to(device, dtype)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -25,10 +26,13 @@ from vcf_batch.config import (
 )
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
-from vcf_batch.vcf.attention import Kernel, TokenBiasAttention, accept_token_bias
-from vcf_batch.vcf.compilation import compile_forward
+from vcf_batch.vcf.attention import Kernel, TokenBiasAttention
+from vcf_batch.vcf.compilation import compile_forward, replay_small_batches
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.sampling import denoise, recomputed
+from vcf_batch.vcf.upload import upload
+
+_log = logging.getLogger(__name__)
 
 References = Image.Image | Sequence[Image.Image] | None
 """The references of one prompt: one image, several, or None for text only."""
@@ -137,7 +141,8 @@ class VCFPipeline(StableDiffusionPipeline):
 
         Args:
             device: ``cuda`` or ``cpu``.
-            compiled: compile UNet and VAE decoder when they are first called, and for each new shape.
+            compiled: compile UNet and VAE decoder when they are first called, and for each new shape; on a GPU, also
+                record the UNet's calls for batches of one or two.
             attention: kernel of the UNet's attention where no gradients flow; None is torch's own choice.
         """
         self.set_progress_bar_config(disable=True)
@@ -148,17 +153,19 @@ class VCFPipeline(StableDiffusionPipeline):
             # Tensor cores take channels last, and get a copy otherwise. On CPUs it was measured to make no difference.
             for network in (self.unet, self.vae):
                 network.to(memory_format=torch.channels_last)
-        if attention:
-            self.unet.set_attn_processor(TokenBiasAttention(attention))
+        self.unet.set_attn_processor(TokenBiasAttention(attention))
         if compiled:
-            accept_token_bias(self.unet)
             for network in (self.unet, self.vae.decoder):
                 compile_forward(network)
+            if device == "cuda":
+                replay_small_batches(self.unet)
         return self
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text tokens of prompts or negative prompts, exactly as ``encode_prompt`` of diffusers gives them.
+
+        That method would wait for the device.
 
         Args:
             prompts: one or more; what exceeds :attr:`max_tokens` is cut off with a warning.
@@ -166,9 +173,17 @@ class VCFPipeline(StableDiffusionPipeline):
         Returns:
             ``[B, T, Dt]`` on the pipeline's device, in the text encoder's dtype.
         """
-        device = self._execution_device
-        batches = [list(prompts[start : start + ENCODE_BATCH]) for start in range(0, len(prompts), ENCODE_BATCH)]
-        return torch.cat([self.encode_prompt(batch, device, 1, False)[0] for batch in batches])
+        parts, device = [], self._execution_device
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            texts = self.maybe_convert_prompt(list(prompts[start : start + ENCODE_BATCH]), self.tokenizer)
+            lengths = map(len, self.tokenizer(texts, verbose=False).input_ids)
+            if too_long := sum(length > self.max_tokens for length in lengths):
+                _log.warning("%d prompts have more than %d tokens, and the rest is cut off", too_long, self.max_tokens)
+            tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+            mask = upload(tokens.attention_mask, device) if masked else None
+            parts.append(self.text_encoder(upload(tokens.input_ids, device), attention_mask=mask)[0])
+        return torch.cat(parts)
 
     @property
     def max_tokens(self) -> int:
@@ -206,7 +221,7 @@ class VCFPipeline(StableDiffusionPipeline):
         for start in range(0, len(images), ENCODE_BATCH):
             batch = images[start : start + ENCODE_BATCH]
             pixels = self.aligner.preprocess(batch, tower.config.image_size, *statistics)
-            pixels = pixels.to(self._execution_device, tower.dtype)
+            pixels = upload(pixels, self._execution_device).to(tower.dtype)
             hidden_states.append(tower(pixels, output_hidden_states=True).hidden_states[-2])
         return torch.cat(hidden_states)
 
@@ -266,7 +281,7 @@ class VCFPipeline(StableDiffusionPipeline):
         noise = [
             torch.stack([torch.randn(shape, generator=generator) for _ in range(1 + added)]) for generator in generators
         ]
-        return torch.stack(noise).to(self._execution_device)
+        return upload(torch.stack(noise), self._execution_device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, a few at a time. Differentiable, one at a time and without keeping activations.
@@ -330,16 +345,16 @@ class VCFPipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def generate_from_tokens(self, *args: Any, **settings: Any) -> Tensor:
-        """Generate images from the arguments of :meth:`prepare`.
+        """Generate images from the arguments of :meth:`prepare`. Nothing waits for the device.
 
         Returns:
-            float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
+            float32 ``[B, 3, H, W]`` in [0, 1] on the pipeline's device.
 
         Raises:
             UsageError: a value outside its limits, or a sequence of the wrong length.
         """
         sample, noise, conditioning = self.prepare(*args, **settings)
-        return sample(noise, conditioning).cpu()
+        return sample(noise, conditioning)
 
     @torch.no_grad()
     def generate(
@@ -434,7 +449,7 @@ class VCFPipeline(StableDiffusionPipeline):
             seeds=seeds,
             guidance_scale=guidance_scale,
             sampling=Sampling(**sampling),
-        )
+        ).cpu()
 
     def __call__(
         self,

@@ -16,6 +16,7 @@ from vcf_batch.models.schedule import PINNED, SCHEDULER_CONFIG, check_schedule
 from vcf_batch.vcf.attention import accept_token_bias
 from vcf_batch.vcf.deep_cache import DeepCache
 from vcf_batch.vcf.fusion import Conditioning
+from vcf_batch.vcf.upload import upload
 
 _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -118,7 +119,7 @@ def denoise(
     """Denoise with classifier-free guidance, both sides in one UNet call.
 
     Latents, guidance and scheduler are float32 whatever the UNet's dtype. Where gradients flow, the activations of one
-    step at a time are in memory: they are computed again, not kept. No step waits for the device: the scheduler's
+    step at a time are in memory: they are computed again, not kept. Nothing waits for the device: the scheduler's
     coefficients are numbers on the CPU, and nothing is read back.
 
     Args:
@@ -142,14 +143,14 @@ def denoise(
     assert sampling.steps is not None
     set_steps(scheduler, sampling.steps, sampling.eta)
     limit = scheduler.config.num_train_timesteps
-    scale = torch.tensor(guidance_scale, dtype=torch.float32, device=noise.device).reshape(-1, 1, 1, 1)
+    scale = upload(torch.tensor(guidance_scale, dtype=torch.float32), noise.device).reshape(-1, 1, 1, 1)
     any_guided = any(value != 1 for value in guidance_scale)
     initial, *added = noise.float().unbind(1)
     latents = initial * scheduler.init_noise_sigma
     selected: tuple[tuple[bool, ...], bool] | None = None
     was_inside: bool | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
-    timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True)
+    timesteps = zip(scheduler.timesteps, upload(scheduler.timesteps, noise.device), strict=True)
     with DeepCache(unet, sampling.deep_cache) as cache:
         for number, (cpu_timestep, timestep) in enumerate(timesteps):
             time = cpu_timestep.item() / (limit - 1)

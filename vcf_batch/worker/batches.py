@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -40,6 +43,33 @@ def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
     ]
 
 
+class Pictures:
+    """Sampled images as 8-bit pixels, on their way to the CPU. Sampling does not wait for their arrival.
+
+    Args:
+        images: ``[B, 3, H, W]`` in [0, 1], NaN where a value is not finite.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        finite = images.isfinite().flatten(1).all(1)
+        # As images.from_unit does it; where the images are, because a quarter of the bytes is then copied.
+        pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        self._finite, self._pixels = (tensor.to("cpu", non_blocking=True) for tensor in (finite, pixels))
+        self._arrived = torch.cuda.Event() if images.is_cuda else None
+        if self._arrived:
+            self._arrived.record()
+
+    def wait(self) -> None:
+        """Wait until the images are sampled and have arrived."""
+        if self._arrived:
+            self._arrived.synchronize()
+
+    def arrived(self) -> tuple[list[bool], list[NDArray[np.uint8]]]:
+        """Whether all values of each image are finite, and the images, uint8 ``[H, W, 3]`` each. Waits for them."""
+        self.wait()
+        return self._finite.tolist(), [*self._pixels.numpy()]
+
+
 @dataclass
 class Batch:
     """Rows of a shard that are sampled together. A *place* is a row's place in the batch, from 0."""
@@ -64,10 +94,10 @@ class Batch:
     """Number of the draw that ``images`` has or gets, from 0."""
     draws: dict[int, list[Sample]] = field(default_factory=dict)
     """Samples of the draws so far, by position, for each row that may get another draw."""
-    images: Tensor | None = None
-    """The images of the draw, float32 ``[B, 3, H, W]`` in [0, 1]; None before sampling, or if every row failed."""
-    twins: Tensor | None = None
-    """Images of the prompts alone from the same noise, shaped like ``images``; only in a run with triplets."""
+    images: Pictures | None = None
+    """The images of the draw; None before sampling, or if every row failed."""
+    twins: Pictures | None = None
+    """Images of the prompts alone from the same noise; only in a run with triplets."""
     objectives: Sequence[Objective | None] = ()
     """The course of prompt-noise optimisation of each row, once sampled; None for a row without it."""
 

@@ -97,7 +97,7 @@ class Profile(Clock):
     def __call__(self, phase: str) -> Iterator[None]:
         with super().__call__(phase):
             yield
-        if phase == "sample":
+        if phase == "wait_for_scores":
             self._left -= 1
             if not self._left:
                 self._profiler.stop()

@@ -1,9 +1,11 @@
 """The device of a worker, on whose type a run's bytes depend besides its fingerprint."""
 
+import contextlib
 import functools
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,8 @@ class Device:
     """Kernel of attention: see :func:`vcf_batch.vcf.attention.choose_kernel`; ``cpu`` on a CPU."""
     compiled: bool
     """Whether networks are compiled."""
+    stream: torch.cuda.Stream | None = None
+    """Queue of the work that is done beside the sampling; None on a CPU."""
 
     @classmethod
     def set_up(cls, config: RunConfig) -> "Device":
@@ -63,13 +67,21 @@ class Device:
         # Filling fresh memory costs time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         attention = pin_kernel(dtype) if kind == "cuda" else "cpu"
-        device = cls(kind, dtype, config.cpus_per_worker, attention, config.compile)
+        stream = torch.cuda.Stream(priority=-1) if kind == "cuda" else None  # what is short goes first
+        device = cls(kind, dtype, config.cpus_per_worker, attention, config.compile, stream)
         device.use_threads()
         return device
 
     def use_threads(self) -> None:
         """Set the number of CPU threads for the calling thread: OpenMP keeps it per thread."""
         torch.set_num_threads(self.threads)
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """Context in which the calling thread's work on a GPU runs beside the sampling and waits for itself alone.
+
+        By default all threads share one queue, and whoever reads a result back waits for all that is queued.
+        """
+        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
 
     @property
     def attention_kernel(self) -> Kernel | None:

@@ -7,14 +7,13 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vcf_batch import images, sharding
 from vcf_batch.metrics.scorer import Targets
 from vcf_batch.output import marking
 from vcf_batch.records import TRIPLET, Sample, Scores
 from vcf_batch.worker import gates
-from vcf_batch.worker.batches import Batch
+from vcf_batch.worker.batches import Batch, Pictures
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.shard_rows import ShardRows
@@ -79,10 +78,10 @@ class Finisher:
         weights = [self._rows.settings[position]["reference_weights"] for position in batch.positions]
         return self._scorer.targets(prompts, batch.pictures, weights)
 
-    def _judge(self, batch: Batch, targets: Targets, sampled: Tensor) -> None:
+    def _judge(self, batch: Batch, targets: Targets, sampled: Pictures) -> None:
         """Score one draw of a batch, and encode the rows that get no other."""
-        faults, pixels = self._pixels(sampled)
-        twin_faults, twins = (faults, []) if batch.twins is None else self._pixels(batch.twins)
+        faults, pixels = _with_faults(sampled)
+        twin_faults, twins = (faults, []) if batch.twins is None else _with_faults(batch.twins)
         with self._clock("score"):
             scores = self._scorer.score(targets, pixels, twins)
             flags = self._flags(pixels, twins)
@@ -174,17 +173,12 @@ class Finisher:
         style = images.encode(np.asarray(reference), self._config.image_format)
         return dict(zip(TRIPLET, (self._encoded(text_only, twin), style), strict=True))
 
-    def _pixels(self, sampled: Tensor) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
-        """The fault of each image, None if it has none, and the images as uint8 ``[H, W, 3]``.
 
-        Args:
-            sampled: float32 ``[B, 3, H, W]`` in [0, 1].
-        """
-        finite = sampled.isfinite().flatten(1).all(1).tolist()
-        units = sampled.nan_to_num().permute(0, 2, 3, 1).numpy()
-        pixels = [*self._components.encoders.map(images.from_unit, units)]
-        faults = [
-            NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
-            for is_finite, image in zip(finite, pixels, strict=True)
-        ]
-        return faults, pixels
+def _with_faults(sampled: Pictures) -> tuple[list[str | None], list[NDArray[np.uint8]]]:
+    """The fault of each image, None if it has none, and the images, uint8 ``[H, W, 3]`` each."""
+    finite, pixels = sampled.arrived()
+    faults = [
+        NOT_FINITE if not is_finite else ONE_COLOUR if (image == image[0, 0]).all() else None
+        for is_finite, image in zip(finite, pixels, strict=True)
+    ]
+    return faults, pixels

@@ -24,7 +24,7 @@ from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.worker import batches
-from vcf_batch.worker.batches import Batch
+from vcf_batch.worker.batches import Batch, Pictures
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.finishing import Finisher
@@ -131,11 +131,18 @@ class Generation:
             thread.shutdown(cancel_futures=True)
 
     def _finish(self, thread: ThreadPoolExecutor, batch: Batch) -> None:
-        self.behind.append((batch, thread.submit(self.finisher.finish, batch)))
+        self.behind.append((batch, thread.submit(self._finish_beside, batch)))
+
+    def _finish_beside(self, batch: Batch) -> bool:
+        with self.components.device.beside():
+            return self.finisher.finish(batch)
 
     def _take_first(self, thread: ThreadPoolExecutor) -> None:
         """Wait until the first sampled batch is scored; then release it, or sample its next draw."""
         batch, finishing = self.behind.popleft()
+        if batch.images is not None:
+            with self.clock("sample"):  # a GPU may have its last steps to do
+                batch.images.wait()
         with self.clock("wait_for_scores"):
             is_done = finishing.result()
         if is_done:
@@ -176,11 +183,11 @@ class Generation:
         starts = range(0, len(batch.positions), self.sampled_at_once)
         parts = [slice(start, start + self.sampled_at_once) for start in starts]
         sampled = [self._generate(batch, part) for part in parts]
-        batch.images = torch.cat([pictures for pictures, _ in sampled])
+        batch.images = Pictures(torch.cat([pictures for pictures, _ in sampled]))
         batch.objectives = [objective for _, objectives in sampled for objective in objectives]
         if self.config.triplets:
             # Twins are sampled apart, so that the images have the bytes and take the memory of a run without twins.
-            batch.twins = torch.cat([self._generate_twins(batch, part) for part in parts])
+            batch.twins = Pictures(torch.cat([self._generate_twins(batch, part) for part in parts]))
 
     def _generate(self, batch: Batch, part: slice) -> tuple[Tensor, list[Objective | None]]:
         """Sample some rows of a batch.
@@ -231,7 +238,7 @@ class Generation:
             lr_noise=self.config.pno_lr_noise,
             gamma=self.config.pno_gamma,
         )
-        return found.cpu(), [*course]
+        return found, [*course]
 
     def _fusion(self, position: int, image_tokens: Mapping[Reference, Tensor]) -> Fusion:
         """Fusion of a row, with its references' tokens ``[N, Dt]``."""
