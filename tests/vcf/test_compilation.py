@@ -60,7 +60,7 @@ def test_small_batches_are_recorded_once_a_kind_and_replayed_with_their_own_inpu
     here the recording is the work itself.)"""
     recordings = []
 
-    def record(work: compilation.Work) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+    def record(work: compilation.Computation) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
         recordings.append(work)
         outputs = work()
 

@@ -40,7 +40,7 @@ REPLAYED_ROWS = 4
 """Most rows of a call that is recorded: 2 samples with both sides of the guidance. Above, the kernels take longer than
 their launches."""
 
-Work = Callable[[], tuple[Tensor, ...]]
+Computation = Callable[[], tuple[Tensor, ...]]
 
 
 def replay_small_batches(network: nn.Module) -> None:
@@ -78,7 +78,7 @@ def replay_small_batches(network: nn.Module) -> None:
     network.forward = replayed  # type: ignore[method-assign]
 
 
-def record(work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+def record(work: Computation) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """Record the kernels of a work as a CUDA graph.
 
     Returns:
