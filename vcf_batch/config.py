@@ -15,7 +15,11 @@ import yaml
 
 from vcf_batch.errors import ModelError, UsageError, redact_name
 
-FUSIONS = ("naive", "concat", "cross_attention")
+ALIGNED_FUSIONS = ("naive", "concat", "cross_attention")
+"""Fusions of the tokens that an aligner gives: the paper's."""
+IP_ADAPTER = "ip_adapter"
+"""The fusion by the published weights of an IP-Adapter, which needs no aligner."""
+FUSIONS = (*ALIGNED_FUSIONS, IP_ADAPTER)
 UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
@@ -36,8 +40,9 @@ GATES: Mapping[str, str] = {
 
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 9.0
-DEFAULT_STRENGTHS: Mapping[str, float] = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3}
-"""Defaults for a model that recommends nothing (``default_...`` in its model_index.json). Strengths are the paper's."""
+DEFAULT_STRENGTHS: Mapping[str, float] = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3, "ip_adapter": 1.0}
+"""Defaults for a model that recommends nothing (``default_...`` in its model_index.json). Strengths are the paper's;
+that of ``ip_adapter`` is diffusers'."""
 
 REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """Parts that a model needs for references, besides Stable Diffusion's own parts."""

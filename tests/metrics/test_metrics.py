@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from vcf_batch import storage
+from vcf_batch import images, storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.metrics import scorer as scorer_module
 from vcf_batch.metrics.clip_score import ClipJudge, cosine
@@ -128,7 +128,7 @@ def test_very_long_images_cost_no_memory(judge: ClipJudge, size: tuple[int, int]
     image = Image.fromarray(rows if size[1] > size[0] else rows.transpose(1, 0, 2).copy())
     middle = Image.new("RGB", (32, 32), (127, 127, 127))
     assert float(cosine(judge.embed_images([image]), judge.embed_images([middle]))) > 0.99
-    assert max(judge._trimmed(image).size) == 8 * min(size)
+    assert max(images.trimmed(image).size) == 8 * min(size)
 
 
 def test_cosine_is_raw() -> None:

@@ -18,11 +18,11 @@ from vcf_batch.errors import ModelError, UsageError, VcfBatchError
 from vcf_batch.models.parts import Parts
 from vcf_batch.training import fit as fitting
 from vcf_batch.training.alignment import Trainer
+from vcf_batch.training.assembly import assemble, load
 from vcf_batch.training.fit import Place, fit
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.training.training_job import ALIGNER, STATE, TrainingJob, read_log
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.assembly import assemble, load
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 PAIRS = 48

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcf_batch.config import DEFAULT_STRENGTHS, FUSIONS
+from vcf_batch.config import ALIGNED_FUSIONS, DEFAULT_STRENGTHS
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.fusion import Fusion, condition, fuse
 
@@ -29,7 +29,7 @@ def test_equals_the_authors(mode: str, name: str) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(
-    mode=st.sampled_from(FUSIONS),
+    mode=st.sampled_from(ALIGNED_FUSIONS),
     batch=st.integers(1, 4),
     text=st.integers(1, 6),
     image=st.integers(1, 6),
@@ -80,13 +80,13 @@ def test_weights_of_concat_are_shares_of_its_strength() -> None:
     torch.testing.assert_close(bias.exp(), torch.cat([torch.ones(len(text)), torch.full([len(image)], 0.8)]))
 
 
-@pytest.mark.parametrize("mode", FUSIONS)
+@pytest.mark.parametrize("mode", ALIGNED_FUSIONS)
 def test_keeps_the_dtype_of_the_text(mode: str) -> None:
     fused = fuse(golden("txt").bfloat16(), golden("img"), mode, DEFAULT_STRENGTHS[mode])
     assert fused.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("mode", FUSIONS)
+@pytest.mark.parametrize("mode", ALIGNED_FUSIONS)
 def test_is_differentiable(mode: str) -> None:
     text, image = golden("txt").requires_grad_(), golden("img").requires_grad_()
     fuse(text, image, mode, DEFAULT_STRENGTHS[mode]).square().sum().backward()
@@ -103,7 +103,7 @@ def test_no_bias_where_none_is_needed() -> None:
     text, image = golden("txt")[:2], list(golden("img")[:2])
 
     def bias(*fusions: Fusion) -> torch.Tensor | None:
-        return condition(text, text, fusions).select((True, True), guided=True)[1]
+        return condition(text, text, fusions).select((True, True), guided=True)[1].get("token_bias")
 
     assert bias(Fusion(image[:1]), Fusion(image[1:])) is None
     assert bias(Fusion(image, "naive", 0.3), Fusion(image[:1], "cross_attention")) is None
@@ -115,11 +115,12 @@ def test_bias_and_padding() -> None:
     text, image = golden("txt")[:2], golden("img")[0]
     length = text.shape[1]
     conditioning = condition(text, text, [Fusion([image], strength=0.5), Fusion()])
-    tokens, bias = conditioning.select((True, True), guided=True)
+    tokens, settings = conditioning.select((True, True), guided=True)
+    bias = settings["token_bias"]
     assert tokens.shape == (4, length + len(image), image.shape[1])
     assert torch.equal(tokens[2, length:], image)
     assert not tokens[:2, length:].any()
-    assert bias is not None and bias.shape == (4, 1, length + len(image))
+    assert bias.shape == (4, 1, length + len(image))
     assert not bias[:, :, :length].any()
     torch.testing.assert_close(bias[::2, 0, length:], torch.full((2, len(image)), 0.5).log())
     assert bias[1::2, 0, length:].isneginf().all()
@@ -131,8 +132,9 @@ def test_samples_out_of_their_range_are_text_alone() -> None:
     conditioning = condition(text, -text, [Fusion([image], "naive", lo=0.2, hi=0.5), Fusion([image], lo=0.5)])
     found = {time: conditioning.inside(time) for time in (0.1, 0.2, 0.5, 0.6)}
     assert found == {0.1: (False, False), 0.2: (True, False), 0.5: (True, True), 0.6: (False, True)}
-    length, (tokens, bias) = text.shape[1], conditioning.select((False, True), guided=True)
+    length, (tokens, settings) = text.shape[1], conditioning.select((False, True), guided=True)
+    bias = settings["token_bias"]
     assert torch.equal(tokens[2, :length], text[0]) and torch.equal(tokens[3, length:], image)
-    assert bias is not None and bias[::2, 0, length:].isneginf().all() and not bias[1::2].any()
-    tokens, bias = conditioning.select((False, False), guided=True)
-    assert torch.equal(tokens, torch.cat([-text, text])) and bias is None
+    assert bias[::2, 0, length:].isneginf().all() and not bias[1::2].any()
+    tokens, settings = conditioning.select((False, False), guided=True)
+    assert torch.equal(tokens, torch.cat([-text, text])) and not settings

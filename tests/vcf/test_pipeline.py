@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 
 from support.tiny_models import IMAGE_TOKENS, TEXT_WIDTH, VISION_WIDTH, build_pipeline
-from vcf_batch.config import FUSIONS, SCHEDULERS
+from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS
 from vcf_batch.config import IMAGE_TOKENS as IMAGE_TOKEN_CHOICES
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner
@@ -193,7 +193,7 @@ def test_bfloat16_is_close_to_float32(epsilon: VCFPipeline, images: list[Image.I
 # Strength, references, guidance
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_strength_0_is_exactly_text_only(pipeline: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
     text_only = pipeline.generate(["a red cat"], seeds=[7])
     fused = pipeline.generate(["a red cat"], [images[0]], seeds=[7], fusion=fusion, strength=0)
@@ -210,7 +210,7 @@ def test_text_only_row_beside_concat_rows_is_text_only(pipeline: VCFPipeline, im
     torch.testing.assert_close(batch[2:], text_only, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_reference_and_strength_show_in_the_image(
     pipeline: VCFPipeline, images: list[Image.Image], fusion: str
 ) -> None:
@@ -242,7 +242,7 @@ def test_strength_scales_the_softmax_mass_of_image_tokens(pipeline: VCFPipeline,
     torch.testing.assert_close(doubled, as_tensor(twice), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_order_of_references_does_not_matter(pipeline: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
     forward = pipeline.generate(["a red cat"], [images], seeds=[7], fusion=fusion)
     backward = pipeline.generate(["a red cat"], [images[::-1]], seeds=[7], fusion=fusion)
@@ -256,7 +256,7 @@ def knobs(pipeline: VCFPipeline, images: Any, **settings: Any) -> torch.Tensor:
     return pipeline.generate(["a red cat"], [images], seeds=[7], **settings)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_equal_references_equal_one(
     epsilon: VCFPipeline, images: list[Image.Image], fusion: str, strength: float | None
@@ -268,7 +268,7 @@ def test_equal_references_equal_one(
         torch.testing.assert_close(twice, one, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_weight_0_leaves_a_reference_out(epsilon: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
     first = knobs(epsilon, images[0], fusion=fusion)
     # Not to the last bit: the image encoder has seen two images at once.
@@ -281,7 +281,7 @@ def test_weight_0_leaves_a_reference_out(epsilon: VCFPipeline, images: list[Imag
     assert (even - first).abs().max() > 0.005
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_guidance_leads_nowhere_where_both_sides_are_the_same(
     epsilon: VCFPipeline, images: list[Image.Image], fusion: str
 ) -> None:
@@ -291,7 +291,7 @@ def test_guidance_leads_nowhere_where_both_sides_are_the_same(
     torch.testing.assert_close(same, unguided, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_what_the_unconditional_side_may_be(epsilon: VCFPipeline, images: list[Image.Image], fusion: str) -> None:
     def generate(**settings: Any) -> torch.Tensor:
         return knobs(epsilon, images[0], fusion=fusion, strength=0.9, **settings)
@@ -454,9 +454,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 
 def test_default_strength_is_for_concat(images: list[Image.Image]) -> None:
     pipeline = build_pipeline()
-    assert [pipeline.resolve_strength(fusion, None) for fusion in FUSIONS] == [0.3, 1.0, 0.3]
+    assert [pipeline.resolve_strength(fusion, None) for fusion in ALIGNED_FUSIONS] == [0.3, 1.0, 0.3]
     pipeline.register_to_config(default_strength=0.1)
-    assert [pipeline.resolve_strength(fusion, None) for fusion in FUSIONS] == [0.3, 0.1, 0.3]
+    assert [pipeline.resolve_strength(fusion, None) for fusion in ALIGNED_FUSIONS] == [0.3, 0.1, 0.3]
     assert pipeline.resolve_strength("concat", 0.0) == 0.0
     given = pipeline.generate(["a cat"], [images[0]], seeds=[1], strength=0.1)
     assert torch.equal(pipeline.generate(["a cat"], [images[0]], seeds=[1]), given)

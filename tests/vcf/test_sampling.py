@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, build_pipeline
-from vcf_batch.config import FUSIONS, SCHEDULERS, Sampling
+from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS, Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -136,7 +136,7 @@ def test_no_step_waits_for_the_device(scheduler: str) -> None:
     assert 0 < counts[0] == counts[1] <= 8
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_nothing_waits_for_the_device_before_the_images_are_needed(fusion: str, image: Image.Image) -> None:
     """From prompts and references to images, each copy to the device is queued: the next batch can be queued too."""
     pipeline = build_pipeline().to("meta")
@@ -163,7 +163,7 @@ def test_a_step_that_is_not_guided_takes_half_the_operations() -> None:
     assert operations(guidance_lo=1.0) == whole // 2
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALIGNED_FUSIONS)
 def test_the_whole_range_is_no_range_and_an_empty_one_is_text_only(
     epsilon: VCFPipeline, image: Image.Image, fusion: str
 ) -> None:

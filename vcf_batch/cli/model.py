@@ -208,7 +208,7 @@ def assemble(
 
     quiet()
     from vcf_batch.models.parts import Parts
-    from vcf_batch.vcf import assembly  # brings what would warn
+    from vcf_batch.training import assembly  # brings what would warn
 
     found = Parts.resolve(base, revision, image_encoder, image_encoder_revision)
     assembly.assemble(found, aligner, out, getattr(torch, dtype))

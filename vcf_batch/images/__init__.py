@@ -1,8 +1,7 @@
 """Images: decode within bounds, orient, resize, convert ranges, encode.
 
-Pixels have three ranges in this project, and only this module converts them: ``uint8`` (files, PIL), ``[0, 1]`` (the
-pipeline's output) and ``[-1, 1]`` (the perceptual distance). All arrays are ``[H, W, 3]`` in sRGB: pixels of a file
-with an ICC profile are converted, and those of any other file are taken as they are.
+Pixels are ``uint8`` (files, PIL) or in ``[0, 1]`` (the pipeline's output). All arrays are ``[H, W, 3]`` in sRGB: pixels
+of a file with an ICC profile are converted, and those of any other file are taken as they are.
 """
 
 import contextlib
@@ -20,6 +19,9 @@ from vcf_batch.images.kinds import FORMATS as FORMATS
 from vcf_batch.images.limits import LARGE_PIXELS
 
 _LARGE = threading.Semaphore(2)
+
+LONGEST_ASPECT = 8
+"""Largest ratio of sides that :func:`trimmed` leaves. At width 224 a 1 x 30000 image has 1.5 G pixels."""
 
 _GREYS = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -102,6 +104,15 @@ def to_unit(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
 def from_unit(array: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Convert finite floats ``[H, W, 3]`` in [0, 1] to the nearest uint8; values outside are clipped."""
     return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+
+
+def trimmed(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, for a model that crops to the middle anyway; any other image unchanged."""
+    limit = LONGEST_ASPECT * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    left, top = ((side - limit) // 2 if side > limit else 0 for side in image.size)
+    return image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
 
 
 def perceptual_hash(image: NDArray[np.uint8]) -> str:

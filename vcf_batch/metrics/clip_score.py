@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from vcf_batch import images
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
 
@@ -17,9 +18,6 @@ _CHUNK = 64
 """Most inputs of one forward pass, so that a batch with many references causes no memory peak."""
 
 _EPS = 1e-5
-
-_LONGEST_ASPECT = 8
-"""Largest ratio of sides; a longer side is trimmed. Resizing a 1 x 30000 image to width 224 would give 1.5 G pixels."""
 
 
 class ClipJudge:
@@ -111,7 +109,9 @@ class ClipJudge:
         """
         parts = []
         for start in range(0, len(pictures), _CHUNK):
-            chunk = [self._trimmed(_rgb(picture)) for picture in pictures[start : start + _CHUNK]]
+            chunk = [*map(_rgb, pictures[start : start + _CHUNK])]
+            if self.processor.do_center_crop:
+                chunk = [*map(images.trimmed, chunk)]
             pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
             features = self.model.get_image_features(pixel_values=pixels.to(self.device))
             parts.append(F.normalize(features.pooler_output, dim=-1))
@@ -137,14 +137,6 @@ class ClipJudge:
             deviation, mean = torch.std_mean(tokens, dim=1, correction=0, keepdim=True)
             parts.append((tokens - mean) / (deviation + _EPS))
         return torch.cat(parts)
-
-    def _trimmed(self, image: Image.Image) -> Image.Image:
-        """The middle of a very long image (the centre crop drops the rest anyway); any other image unchanged."""
-        limit = _LONGEST_ASPECT * min(image.size)
-        if not self.processor.do_center_crop or max(image.size) <= limit:
-            return image
-        left, top = ((side - limit) // 2 if side > limit else 0 for side in image.size)
-        return image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
 
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.model.config.projection_dim, device=self.device)

@@ -7,7 +7,7 @@ loaders read them with ``weights_only``. Code in a pickle or in a repository nev
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vcf_batch.errors import ModelError
@@ -90,6 +90,14 @@ def refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) 
                 f"{where} wants to run code of its own ({wanted!r} in {file}), which is never done; "
                 "use a model of diffusers' and transformers' own classes"
             )
+
+
+def forget_paths(folder: Path) -> None:
+    """Delete the paths of the machine that saved a model from the model's configuration files."""
+    for file in (*folder.glob("*.json"), *folder.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _code_named_in(config: Any, is_index: bool) -> Iterator[str]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
+from vcf_batch.models.model_files import forget_paths
 from vcf_batch.tiny import networks, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, Probe, attribute_losses
 from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
 from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
-from vcf_batch.vcf.assembly import forget_paths
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPES = {

@@ -15,6 +15,7 @@ from vcf_batch import storage
 from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
+from vcf_batch.training.assembly import load
 from vcf_batch.training.captions import CaptionedData, Piece
 from vcf_batch.training.features import Example, Towers
 from vcf_batch.training.feed import Feed
@@ -28,7 +29,6 @@ from vcf_batch.training.training_job import (
     write_log,
 )
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.assembly import load
 
 
 @dataclass(frozen=True)

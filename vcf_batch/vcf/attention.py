@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
 from vcf_batch.errors import NodeError
@@ -37,8 +37,8 @@ FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 dtype, mask and gradients only; each is deterministic under ``use_deterministic_algorithms``."""
 
 
-class TokenBiasAttention(AttnProcessor2_0):
-    """Scaled dot-product attention whose cross-attention takes an additive bias per token.
+class TokenBiasAttention(nn.Module):
+    """Scaled dot-product attention whose cross-attention takes a bias per token, and the tokens of an IP-Adapter.
 
     The UNet's own ``encoder_attention_mask`` cannot carry the bias: it turns a mask ``m`` into ``(1 - m) * -10000`` in
     the model's dtype, and bfloat16 rounds such values too coarsely.
@@ -46,11 +46,14 @@ class TokenBiasAttention(AttnProcessor2_0):
     Args:
         kernel: computes attention without a bias where no gradients flow and the head dimension is a multiple of 8, at
             most :data:`MAX_HEAD_DIM`; torch's own choice computes the rest. None leaves everything to that choice.
+        to_k_ip, to_v_ip: keys and values of the adapter's tokens in this layer; None without an adapter.
     """
 
-    def __init__(self, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, kernel: Kernel | None = None, to_k_ip: nn.Linear | None = None, to_v_ip: nn.Linear | None = None
+    ) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.kernel, self.to_k_ip, self.to_v_ip = kernel, to_k_ip, to_v_ip
 
     def __call__(
         self,
@@ -60,34 +63,51 @@ class TokenBiasAttention(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         token_bias: Tensor | None = None,
+        ip_tokens: Tensor | None = None,
+        ip_bias: Tensor | None = None,
+        ip_strength: Tensor | None = None,
     ) -> Tensor:
         """Compute the attention.
 
         Args:
             attn: the attention layer.
             hidden_states: queries, ``[B, Q, D]``.
-            encoder_hidden_states: tokens, ``[B, S, Dt]``; None in self-attention, which ignores the bias.
+            encoder_hidden_states: tokens, ``[B, S, Dt]``; None in self-attention, which ignores what follows.
             attention_mask: diffusers' own mask, used if there is no bias.
             temb: time embedding.
             token_bias: ``[B, 1, S]``, added to the logits of every query and head; ``-inf`` hides a token.
+            ip_tokens: tokens of an IP-Adapter, ``[B, M, Dt]``.
+            ip_bias: ``[B, 1, M]``, added to the logits of those tokens.
+            ip_strength: ``[B, 1, 1]``, the factor of what those tokens give. 0 is exactly the text alone.
 
         Returns:
             ``[B, Q, D]``.
         """
-        bias = attention_mask
-        if encoder_hidden_states is not None and token_bias is not None:
+        bias, is_cross = attention_mask, encoder_hidden_states is not None
+        if is_cross and token_bias is not None:
             bias = token_bias.to(hidden_states.dtype)
         if not _is_plain(attn, hidden_states):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, bias, temb)
+            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, bias, temb)
         tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        parts = (attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens))
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+        query = _heads(attn.to_q(hidden_states), attn)
+        attended = self._attend(query, _heads(attn.to_k(tokens), attn), _heads(attn.to_v(tokens), attn), bias)
+        if is_cross and ip_tokens is not None and ip_strength is not None and self.to_k_ip and self.to_v_ip:
+            key, value = _heads(self.to_k_ip(ip_tokens), attn), _heads(self.to_v_ip(ip_tokens), attn)
+            attended = attended + ip_strength * self._attend(query, key, value, ip_bias)
+        return attn.to_out[1](attn.to_out[0](attended))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1, L]`` or none, and the heads side by side."""
         if self.kernel and bias is None and not torch.is_grad_enabled() and _is_for_kernel(query.shape[-1]):
             attended = self.kernel(query, key, value)
         else:
             mask = None if bias is None else bias[:, None]  # one for all heads
             attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
-        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+        return attended.transpose(1, 2).flatten(2)
+
+
+def _heads(tokens: Tensor, attn: Attention) -> Tensor:
+    return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def _is_plain(attn: Attention, hidden_states: Tensor) -> bool:
@@ -108,6 +128,13 @@ def accept_token_bias(unet: UNet2DConditionModel) -> None:
     """Make a UNet use ``cross_attention_kwargs={"token_bias": ...}``. Other processors drop the bias with a warning."""
     if not all(isinstance(processor, TokenBiasAttention) for processor in unet.attn_processors.values()):
         unet.set_attn_processor(TokenBiasAttention())
+
+
+def use_kernel(unet: UNet2DConditionModel, kernel: Kernel | None) -> None:
+    """Make a UNet's attention use a kernel; an IP-Adapter stays."""
+    accept_token_bias(unet)
+    for processor in unet.attn_processors.values():
+        processor.kernel = kernel
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fusion: how aligned image tokens join the text tokens (docs/method.md, sections 4 and 8)."""
+"""Fusion: how image tokens join the text tokens (docs/method.md, sections 4 and 8)."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vcf_batch.config import FUSIONS, reference_shares
+from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, reference_shares
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.upload import upload
 
@@ -27,7 +27,7 @@ def fuse(
     Args:
         text_tokens: ``[B, T, Dt]``.
         image_tokens: aligned, ``[B, N, Dt]``; the tokens of several references stand one after the other.
-        mode: ``naive``, ``concat`` or ``cross_attention``.
+        mode: one of :data:`vcf_batch.config.ALIGNED_FUSIONS`.
         strength: the weight ``a`` of the image part; 0 is text only. ``concat`` returns the same tokens at every
             strength: its strength is a bias on the attention logits of the image tokens, and callers pass the bias on
             beside the tokens.
@@ -40,7 +40,7 @@ def fuse(
     Raises:
         UsageError: ``mode`` is unknown.
     """
-    _check_mode(mode)
+    _check_mode(mode, ALIGNED_FUSIONS)
     if mode == "concat":
         return torch.cat([text_tokens, image_tokens.to(text_tokens.dtype)], dim=1)
     text, image = text_tokens.float(), image_tokens.float()
@@ -49,9 +49,9 @@ def fuse(
     return torch.lerp(text, mixed.expand_as(text), strength).to(text_tokens.dtype)
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in FUSIONS:
-        raise UsageError(f"fusion is {mode!r}; it must be one of {', '.join(FUSIONS)}")
+def _check_mode(mode: str, known: Sequence[str]) -> None:
+    if mode not in known:
+        raise UsageError(f"fusion is {mode!r}; it must be one of {', '.join(known)}")
 
 
 def _mean(image: Tensor, weights: Tensor) -> Tensor:
@@ -81,22 +81,24 @@ class Fusion:
     """
 
     image_tokens: Sequence[Tensor] = ()
-    """Aligned image tokens, ``[N, Dt]`` for each reference. An empty sequence is text only."""
+    """Aligned image tokens, or those of the IP-Adapter: ``[N, Dt]`` for each reference. An empty sequence is text
+    only."""
     mode: str = "concat"
     strength: float = 1.0
     """Weight of the references; 0 is text only, on the unconditional side too."""
     weights: Sequence[float] | None = None
     """Relative weights, one per reference; None is equal weights. A reference of weight 0 is left out."""
     unconditional: Tensor | None = None
-    """``[N, Dt]``: aligned image tokens, fused with the unconditional side in the same way. None follows the authors:
-    ``concat`` gets zeros in place of image tokens, the other modes fuse nothing."""
+    """``[N, Dt]``: image tokens, fused with the unconditional side in the same way. None follows the authors:
+    ``concat`` gets zeros in place of image tokens, the other modes fuse nothing. (IP-Adapters have tokens for it:
+    :meth:`vcf_batch.vcf.ip_adapter.IPAdapter.nothing`.)"""
     lo: float = 0.0
     """Start of the fusion range; 1 is pure noise. Steps with ``lo <= t / 999 <= hi`` use the fused tokens, the others
     use text alone."""
     hi: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_mode(self.mode)
+        _check_mode(self.mode, FUSIONS)
         if not 0 <= self.strength < math.inf:
             raise UsageError(f"strength is {self.strength}; it must be a number of 0 or more")
         if not 0 <= self.lo <= self.hi <= 1:
@@ -122,7 +124,7 @@ class Fusion:
 
     def _fuse(self, text: Tensor, images: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
         used = [(image, share) for image, share in zip(images, shares, strict=True) if share > 0]
-        if not used or not self.strength:
+        if not used or not self.strength or self.mode == IP_ADAPTER:
             return text, torch.zeros(len(text))
         image = torch.cat([image for image, _ in used]).to(text.device)
         weights = torch.cat([torch.full([len(image)], share) for image, share in used])
@@ -131,6 +133,63 @@ class Fusion:
         if self.mode == "concat":
             bias[len(text) :] = (self.strength * weights).log()
         return tokens, bias
+
+    def positive_prompt(self) -> "ImagePrompt | None":
+        """What the IP-Adapter adds on the prompt's side; None without an adapter or without effect."""
+        return self._prompt(self.image_tokens, reference_shares(self.weights, len(self.image_tokens)))
+
+    def negative_prompt(self) -> "ImagePrompt | None":
+        """What the IP-Adapter adds on the unconditional side; None without an adapter or without effect."""
+        if self.unconditional is None:
+            return None
+        # As many as on the other side: repeated tokens change nothing, and padding would need a bias.
+        count = max(1, sum(share > 0 for share in reference_shares(self.weights, len(self.image_tokens))))
+        return self._prompt([self.unconditional] * count, [1 / count] * count)
+
+    def _prompt(self, images: Sequence[Tensor], shares: Sequence[float]) -> "ImagePrompt | None":
+        used = [(image, share) for image, share in zip(images, shares, strict=True) if share > 0]
+        if self.mode != IP_ADAPTER or not self.strength or not used:
+            return None
+        # Equal weights give no bias, which would keep the fastest kernels away.
+        bias = torch.cat([torch.full([len(image)], share * len(used)) for image, share in used]).log()
+        return ImagePrompt(torch.cat([image for image, _ in used]), bias, self.strength)
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """The tokens of an IP-Adapter for one side of one sample."""
+
+    tokens: Tensor
+    """``[M, Dt]``, those of several references one after the other."""
+    bias: Tensor
+    """float32 ``[M]`` on the CPU, added to their logits: the logarithm of each reference's weight beside the others."""
+    strength: float
+    """Factor of what attention to them gives, above 0."""
+
+
+@dataclass(frozen=True)
+class ImagePrompts:
+    """The tokens of an IP-Adapter for one side of a batch."""
+
+    tokens: Tensor
+    """``[B, M, Dt]``, padded with zeros. M is 0 if no sample has any."""
+    bias: Tensor
+    """float32 ``[B, M]`` on the CPU, ``-inf`` on padding. Samples without tokens have 0 throughout, so that their
+    attention is finite."""
+    strength: Tensor
+    """float32 ``[B]`` on the CPU; 0 for samples without tokens."""
+
+    @classmethod
+    def of(cls, samples: Sequence[ImagePrompt | None], text_tokens: Tensor) -> "ImagePrompts":
+        """Put the tokens of all samples into one batch, in the dtype and on the device of the text tokens."""
+        longest = max((len(each.tokens) for each in samples if each), default=0)
+        nothing = text_tokens.new_zeros(longest, text_tokens.shape[-1]), torch.zeros(longest)
+        padded = [_padded(each.tokens.to(text_tokens), each.bias, longest) if each else nothing for each in samples]
+        return cls(
+            torch.stack([tokens for tokens, _ in padded]),
+            torch.stack([bias for _, bias in padded]),
+            torch.tensor([each.strength if each else 0.0 for each in samples]),
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +203,8 @@ class Side:
     the image tokens of ``concat``, ``-inf`` on padding."""
     text: Tensor
     """``[B, T, Dt]``: the tokens used in steps outside a sample's fusion range."""
+    prompts: ImagePrompts
+    """The tokens of an IP-Adapter."""
 
     def select(self, inside: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Tokens and bias of a step in which the samples marked with True are fused and the others are text alone."""
@@ -170,18 +231,31 @@ class Conditioning:
         """For each sample, whether it is fused at ``time`` (t / 999)."""
         return tuple(lo <= time <= hi for lo, hi in self.ranges)
 
-    def select(self, inside: Sequence[bool], guided: bool) -> tuple[Tensor, Tensor | None]:
+    def select(self, inside: Sequence[bool], guided: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The UNet's input in a step in which the samples marked with True are fused.
 
         Returns:
-            Tokens ``[B, S, Dt]``, or ``[2B, S, Dt]`` with the unconditional side first if ``guided``; and the bias on
-            their attention logits, float32 ``[B or 2B, 1, S]``. The bias is None if all of it is 0, so that attention
-            takes its fastest path.
+            Tokens ``[B, S, Dt]``, or ``[2B, S, Dt]`` with the unconditional side first if ``guided``; and further
+            arguments of :class:`vcf_batch.vcf.attention.TokenBiasAttention` with as many rows. What would change
+            nothing is left out, so that attention takes its fastest path.
         """
-        sides = [side.select(inside) for side in ([self.negative, self.positive] if guided else [self.positive])]
+        used = [self.negative, self.positive] if guided else [self.positive]
+        sides = [side.select(inside) for side in used]
         tokens = torch.cat([tokens for tokens, _ in sides])
-        bias = torch.cat([bias for _, bias in sides])[:, None]
-        return tokens, upload(bias, tokens.device) if bias.any() else None
+        bias = torch.cat([bias for _, bias in sides])
+        settings = {"token_bias": upload(bias[:, None], tokens.device)} if bias.any() else {}
+        fused = torch.tensor(inside)
+        strength = torch.cat([side.prompts.strength * fused for side in used])
+        if strength.any():
+            longest = max(side.prompts.tokens.shape[1] for side in used)
+            prompts = [_padded(side.prompts.tokens, side.prompts.bias, longest) for side in used]
+            settings["ip_tokens"] = torch.cat([own for own, _ in prompts])
+            settings["ip_strength"] = upload(strength[:, None, None], tokens.device)
+            # A sample without tokens of its own has no logit to hide.
+            ip_bias = torch.cat([own for _, own in prompts]).where(strength[:, None] > 0, 0)
+            if ip_bias.any():
+                settings["ip_bias"] = upload(ip_bias[:, None], tokens.device)
+        return tokens, settings
 
 
 def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fusion]) -> Conditioning:
@@ -198,16 +272,17 @@ def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fu
     positive = [fusion.positive(text) for fusion, text in zip(fusions, text_tokens, strict=True)]
     negative = [fusion.negative(text) for fusion, text in zip(fusions, negative_tokens, strict=True)]
     longest = max(len(tokens) for tokens, _ in positive + negative)
+
+    def side(samples: Sequence[tuple[Tensor, Tensor]], text: Tensor, prompts: Sequence[ImagePrompt | None]) -> Side:
+        padded = [_padded(tokens, bias, longest) for tokens, bias in samples]
+        tokens, bias = (torch.stack([each[part] for each in padded]) for part in (0, 1))
+        return Side(tokens, bias, text, ImagePrompts.of(prompts, text))
+
     return Conditioning(
-        _side(positive, text_tokens, longest),
-        _side(negative, negative_tokens, longest),
+        side(positive, text_tokens, [fusion.positive_prompt() for fusion in fusions]),
+        side(negative, negative_tokens, [fusion.negative_prompt() for fusion in fusions]),
         [(fusion.lo, fusion.hi) for fusion in fusions],
     )
-
-
-def _side(samples: Sequence[tuple[Tensor, Tensor]], text_tokens: Tensor, length: int) -> Side:
-    padded = [_padded(tokens, bias, length) for tokens, bias in samples]
-    return Side(torch.stack([tokens for tokens, _ in padded]), torch.stack([bias for _, bias in padded]), text_tokens)
 
 
 def _padded(tokens: Tensor, bias: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
@@ -19,6 +18,7 @@ from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     FUSIONS,
+    IP_ADAPTER,
     REFERENCE_PARTS,
     UNCONDITIONALS,
     Sampling,
@@ -26,9 +26,10 @@ from vcf_batch.config import (
 )
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner, squash
-from vcf_batch.vcf.attention import Kernel, TokenBiasAttention
+from vcf_batch.vcf.attention import Kernel, use_kernel
 from vcf_batch.vcf.compilation import compile_forward, replay_small_batches
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
+from vcf_batch.vcf.ip_adapter import IPAdapter, load_ip_adapter
 from vcf_batch.vcf.sampling import denoise, recomputed
 from vcf_batch.vcf.upload import upload
 
@@ -73,6 +74,9 @@ class VCFPipeline(StableDiffusionPipeline):
     Raises:
         ModelError: aligner, vision tower and UNet do not fit each other, or there is a safety checker.
     """
+
+    ip_adapter: IPAdapter | None = None
+    """The IP-Adapter of :meth:`use_ip_adapter`. It is no part of the model, and not saved with it."""
 
     _optional_components: ClassVar[list[str]] = [*StableDiffusionPipeline._optional_components, "aligner"]
     model_cpu_offload_seq = "text_encoder->image_encoder->aligner->unet->vae"
@@ -149,17 +153,31 @@ class VCFPipeline(StableDiffusionPipeline):
         for network in (self.unet, self.vae):
             network.requires_grad_(False)  # gradients pass through them, on the way to conditioning and noise
         self.to(device)
+        if self.ip_adapter is not None:
+            self.ip_adapter.to(device)
         if device == "cuda":
             # Tensor cores take channels last, and get a copy otherwise. On CPUs it was measured to make no difference.
             for network in (self.unet, self.vae):
                 network.to(memory_format=torch.channels_last)
-        self.unet.set_attn_processor(TokenBiasAttention(attention))
+        use_kernel(self.unet, attention)
         if compiled:
             for network in (self.unet, self.vae.decoder):
                 compile_forward(network)
             if device == "cuda":
                 replay_small_batches(self.unet)
         return self
+
+    def use_ip_adapter(self, weights: str, encoder: str) -> None:
+        """Load an IP-Adapter, so that ``fusion="ip_adapter"`` can be asked for.
+
+        Args:
+            weights: file in the published layout, ``.safetensors`` or ``.bin``.
+            encoder: folder of the CLIP vision tower that the adapter was trained with.
+
+        Raises:
+            ModelError: the file is no IP-Adapter, or does not fit the model or the encoder.
+        """
+        self.ip_adapter = load_ip_adapter(weights, encoder, self.unet)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -191,20 +209,25 @@ class VCFPipeline(StableDiffusionPipeline):
         return int(self.tokenizer.model_max_length)
 
     @torch.no_grad()
-    def encode_references(self, images: Sequence[Image.Image], image_tokens: str | None = None) -> Tensor:
-        """Aligned image tokens of reference images (docs/method.md, sections 1 and 2).
+    def encode_references(
+        self, images: Sequence[Image.Image], image_tokens: str | None = None, *, adapted: bool = False
+    ) -> Tensor:
+        """Image tokens of reference images: the aligner's (docs/method.md, sections 1 and 2), or an IP-Adapter's.
 
         Args:
             images: one or more, of any size.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
+            adapted: give the IP-Adapter's tokens, for the fusion ``ip_adapter``.
 
         Returns:
-            ``[B, N, Dt]`` on the pipeline's device, in the aligner's dtype.
+            ``[B, N, Dt]`` on the pipeline's device, in the dtype of aligner or adapter.
 
         Raises:
-            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`.
+            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`, or the adapter.
             UsageError: no such choice of image tokens.
         """
+        if adapted:
+            return self.adapter.encode(images)
         self._require_reference_parts()
         tokens = self.aligner.select_tokens(self.vision_tokens(images), image_tokens)
         return self.aligner(tokens.to(self.aligner.dtype))
@@ -225,16 +248,29 @@ class VCFPipeline(StableDiffusionPipeline):
             hidden_states.append(tower(pixels, output_hidden_states=True).hidden_states[-2])
         return torch.cat(hidden_states)
 
-    def squash(self, image: Image.Image) -> Image.Image:
+    def squash(self, image: Image.Image, *, adapted: bool = False) -> Image.Image:
         """The first step of :meth:`encode_references`, which is costly for a large image.
 
         Doing it twice changes nothing, and any thread may do it.
 
         Raises:
-            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`.
+            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`, or the adapter.
         """
+        if adapted:
+            return self.adapter.prepare(image)
         self._require_reference_parts()
         return squash(image, self.image_encoder.config.image_size)
+
+    @property
+    def adapter(self) -> IPAdapter:
+        """The IP-Adapter.
+
+        Raises:
+            ModelError: there is none.
+        """
+        if self.ip_adapter is None:
+            raise ModelError("the fusion is ip_adapter, but no IP-Adapter is loaded: call use_ip_adapter first")
+        return self.ip_adapter
 
     def _require_reference_parts(self) -> None:
         for name in REFERENCE_PARTS:
@@ -382,7 +418,7 @@ class VCFPipeline(StableDiffusionPipeline):
             references: for each prompt one image, several, or None for text only. None is text only throughout.
             seeds: one per prompt.
             negative_prompts: texts that the images should not show.
-            fusion: ``concat``, ``naive`` or ``cross_attention``.
+            fusion: ``concat``, ``naive``, ``cross_attention``, or ``ip_adapter`` after :meth:`use_ip_adapter`.
             strength: 0 is text only; None is the default of model and fusion.
             fusion_lo, fusion_hi: the part of the schedule in which references are used, as fractions of t / 999
                 (1 is pure noise), both ends included.
@@ -390,6 +426,7 @@ class VCFPipeline(StableDiffusionPipeline):
             negative_references: images that the results should not look like; the unconditional side has them.
             unconditional: image tokens of that side for a prompt with references and no negative one: ``zeros`` as the
                 authors do, or those of a ``blank`` image. ``negative`` is ``zeros``, and requires negative references.
+                ``ip_adapter`` has the tokens of an embedding of zeros for ``zeros``.
             image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
             guidance_scale: 1 is no guidance; None is the model's default.
             sampling: fields of :class:`vcf_batch.config.Sampling`, each for all prompts.
@@ -422,21 +459,31 @@ class VCFPipeline(StableDiffusionPipeline):
             BLANK if negative is None and own and unconditional == "blank" else negative
             for own, negative in zip(images, avoided, strict=True)
         ]
-        distinct = {id(image): image for image in [*itertools.chain(*images), *paddings] if image is not None}
-        aligned: dict[int, Tensor] = {}
-        if distinct:
-            aligned.update(zip(distinct, self.encode_references(list(distinct.values()), image_tokens), strict=True))
         modes = _per_sample("fusion", fusion, count)
+        encoded: dict[tuple[bool, int], Tensor] = {}
+        for adapted in (False, True):
+            own = [number for number in range(count) if (modes[number] == IP_ADAPTER) == adapted]
+            shown = [image for number in own for image in (*images[number], paddings[number]) if image is not None]
+            distinct = {id(image): image for image in shown}
+            if distinct:
+                tokens = self.encode_references([*distinct.values()], image_tokens, adapted=adapted)
+                encoded |= {(adapted, key): each for key, each in zip(distinct, tokens, strict=True)}
+
+        def unconditional_of(number: int) -> Tensor | None:
+            if paddings[number] is not None:
+                return encoded[modes[number] == IP_ADAPTER, id(paddings[number])]
+            return self.adapter.nothing() if modes[number] == IP_ADAPTER and images[number] else None
+
         strengths = _per_sample("strength", strength, count)
         weights = _per_sample("reference_weights", reference_weights, count)
         lows, highs = _per_sample("fusion_lo", fusion_lo, count), _per_sample("fusion_hi", fusion_hi, count)
         fusions = [
             Fusion(
-                [aligned[id(image)] for image in images[i]],
+                [encoded[modes[i] == IP_ADAPTER, id(image)] for image in images[i]],
                 modes[i],
                 self.resolve_strength(modes[i], strengths[i]),
                 weights[i],
-                None if paddings[i] is None else aligned[id(paddings[i])],
+                unconditional_of(i),
                 lows[i],
                 highs[i],
             )

@@ -75,7 +75,7 @@ def optimize(
 
     Args:
         sample, noise, conditioning: a batch of B samples, as :meth:`VCFPipeline.prepare` returns it. The noise of every
-            denoising step and the fused tokens of the conditioning are optimised.
+            denoising step, the fused tokens of the conditioning and the tokens of an IP-Adapter are optimised.
         guide: the CLIP to follow; never the judge.
         targets: ``[B, D]``, the guide's embedding of each reference, or the weighted mean of several.
         seeds: one per sample, for the regulariser's permutations.
@@ -86,10 +86,16 @@ def optimize(
     Returns:
         For each sample the image with the lowest loss, float32 ``[B, 3, H, W]`` in [0, 1], and a summary of its losses.
     """
-    tokens = conditioning.positive.tokens.detach().float().clone().requires_grad_()
+    positive = conditioning.positive
+    tokens, adapted = (
+        own.detach().float().clone().requires_grad_() for own in (positive.tokens, positive.prompts.tokens)
+    )
     noise = noise.detach().clone().requires_grad_()
-    conditioning = dataclasses.replace(conditioning, positive=dataclasses.replace(conditioning.positive, tokens=tokens))
-    optimizer = torch.optim.AdamW([{"params": [tokens], "lr": lr_conditioning}, {"params": [noise], "lr": lr_noise}])
+    prompts = dataclasses.replace(positive.prompts, tokens=adapted)
+    positive = dataclasses.replace(positive, tokens=tokens, prompts=prompts)
+    conditioning = dataclasses.replace(conditioning, positive=positive)
+    learnt = [tokens, adapted] if prompts.strength.any() else [tokens]
+    optimizer = torch.optim.AdamW([{"params": learnt, "lr": lr_conditioning}, {"params": [noise], "lr": lr_noise}])
     generators = [torch.Generator().manual_seed(PERMUTATION_SEED + seed) for seed in seeds]
     running = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
     taken = torch.zeros_like(running, dtype=torch.int32)
@@ -107,8 +113,8 @@ def optimize(
         best_images = torch.where(better[:, None, None, None], images.detach(), best_images)
         if step == steps or not running.any():
             break
-        distance.sum().backward(inputs=[tokens, noise])
-        running &= _clip([tokens, noise], running)
+        distance.sum().backward(inputs=[*learnt, noise])
+        running &= _clip([*learnt, noise], running)
         optimizer.step()
         optimizer.zero_grad()
     course = zip(first.tolist(), best.tolist(), taken.tolist(), (~running).tolist(), strict=True)

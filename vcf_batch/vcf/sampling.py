@@ -160,11 +160,11 @@ def denoise(
             cache.begin_step(number, is_new_batch=inside != was_inside)
             was_inside = inside
             if selected != (selected := (conditioning.inside(time), guided)):
-                tokens, bias = conditioning.select(*selected)
+                tokens, settings = conditioning.select(*selected)
                 tokens, attention = tokens.to(unet.dtype), None
-                if bias is not None:
+                if settings:
                     accept_token_bias(unet)
-                    attention = {"token_bias": bias.to(unet.dtype)}
+                    attention = {name: value.to(unet.dtype) for name, value in settings.items()}
             scaled = scheduler.scale_model_input(latents, cpu_timestep).to(unet.dtype)
             predict = functools.partial(
                 unet, encoder_hidden_states=tokens, cross_attention_kwargs=attention, return_dict=False

@@ -17,8 +17,8 @@ from vcf_batch import storage
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import resolution
 from vcf_batch.models.parts import Parts
+from vcf_batch.training.assembly import assemble, load
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.assembly import assemble, load
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 WIDTHS = {"sd15": 24, "sd21": 32}

@@ -1,6 +1,5 @@
 """Combine Stable Diffusion, an image encoder and an aligner, in memory or in one directory."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:
         "the assembled model", sum(each.numel() * each.element_size() for each in weights)
     ) as folder:
         pipeline.save_pretrained(folder)
-        forget_paths(Path(folder))
+        model_files.forget_paths(Path(folder))
         files = {file: os.path.join(folder, file) for file in storage.list_tree(folder)}
         # Copy models that are not part of the pipeline: the judge and the probe of the tiny family.
         for file in model_files.chosen(list(storage.list_tree(base))):
@@ -115,11 +114,3 @@ def _refuse_not_finite(part: torch.nn.Module, name: str, dtype: torch.dtype) -> 
                 f"{name} has weights that are not finite: {weight}, in {dtype}. A training that diverged wrote them, "
                 "or they are too large for this precision: use another checkpoint, or --dtype float32"
             )
-
-
-def forget_paths(folder: Path) -> None:
-    """Delete the paths of the machine that saved a model from the model's configuration files."""
-    for file in (*folder.glob("*.json"), *folder.glob("*/config.json")):
-        config = json.loads(file.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
