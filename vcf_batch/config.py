@@ -119,6 +119,10 @@ class RunConfig:
     """Start of the part of the schedule that uses references, as a fraction; 1 is pure noise. It ends at
     ``fusion_hi``."""
     fusion_hi: float = 1.0
+    ip_adapter: str | None = None
+    """Weights of an IP-Adapter, for the fusion ``ip_adapter``: :func:`vcf_batch.models.adapters.resolve_adapter`."""
+    image_encoder: str | None = None
+    """The CLIP vision tower that the IP-Adapter was trained with. None is the folder ``image_encoder`` beside it."""
     unconditional: str = "zeros"
     """Image tokens of the unconditional side of the guidance, in rows without a negative reference: ``zeros``, or the
     tokens of a ``blank`` image. ``negative`` is ``zeros``, and requires a manifest with negative references."""
@@ -245,6 +249,16 @@ class RunConfig:
                 if isinstance(text, str) and ("\0" in text or (not text and name != "negative_prompt")):
                     raise UsageError(f"{name} is {text!r}; give a value without NUL characters, or leave it out")
         _choice("fusion", self.fusion, FUSIONS)
+        if self.fusion == IP_ADAPTER and self.ip_adapter is None:
+            raise UsageError(
+                "fusion is ip_adapter, but no IP-Adapter is named: name its weights with --ip-adapter, such as "
+                "h94/IP-Adapter:models/ip-adapter_sd15.safetensors"
+            )
+        if self.image_encoder is not None and self.ip_adapter is None:
+            raise UsageError(
+                f"image_encoder is {_SHORT.repr(self.image_encoder)}, which is for an IP-Adapter: name its weights "
+                "with --ip-adapter, or leave it out"
+            )
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
             _choice("image_tokens", self.image_tokens, IMAGE_TOKENS)
@@ -399,6 +413,8 @@ NOT_CONTENT = frozenset(
         "judge",
         "pno_guide",
         "safety_checker",
+        "ip_adapter",
+        "image_encoder",
         "lpips_weights",
         "num_workers",
         "gpus_per_worker",
@@ -432,19 +448,20 @@ def fingerprint_fields(
     lpips: str,
     pno_guide: str | None,
     safety_checker: str | None,
+    ip_adapter: str | None,
 ) -> dict[str, Any]:
     """The settings and identities that change a run's content or layout, as plain JSON types.
 
     Args:
         config: the run, with every default resolved (no ``auto``, no None where the model decides).
-        manifest, model, judge, lpips, pno_guide, safety_checker: exact identities: hashes or revisions, not names.
-            The guide is None where nothing is guided.
+        manifest, model, judge, lpips, pno_guide, safety_checker, ip_adapter: exact identities: hashes or revisions,
+            not names. The guide is None where nothing is guided.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
     # The roots decide which rows fail, in any order. The fields are published, so credentials are left out.
     fields["reference_root"] = sorted(map(redact_name, config.reference_root))
     ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
-    ids["safety_checker"] = safety_checker
+    ids |= {"safety_checker": safety_checker, "ip_adapter": ip_adapter}
     fields |= {f"{name}_id": identity for name, identity in ids.items()}
     as_before = {name for name, value in ADDED_SETTINGS.items() if fields[name] == value}
     return {name: value for name, value in fields.items() if name not in as_before}

@@ -60,7 +60,12 @@ _TABLE = (
         "tokens. Null where the row failed.",
     ),
     Column("negative_prompt", _TEXT, "setting", "The text that the image was not to show."),
-    Column("fusion", _TEXT, "setting", "How references joined the prompt: `concat`, `naive` or `cross_attention`."),
+    Column(
+        "fusion",
+        _TEXT,
+        "setting",
+        "How references joined the prompt: `concat`, `naive`, `cross_attention` or `ip_adapter`.",
+    ),
     Column("strength", _NUMBER, "setting", "The weight of the references. 0 means text only."),
     Column(
         "fusion_lo",

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from vcf_batch.config import RunConfig, reference_shares
+from vcf_batch.config import IP_ADAPTER, RunConfig, reference_shares
 from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Row
 
@@ -44,11 +44,12 @@ def _unconditional(row: Row, config: RunConfig) -> str:
 
 def checked(row: Row, config: RunConfig) -> Row:
     """The row, with an error if its own settings contradict the run's."""
-    used = settings_of(row, config)
-    if used["fusion_lo"] <= used["fusion_hi"]:
-        return row
-    return dataclasses.replace(
-        row,
-        error=f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; "
-        "set both in the row, the lower one first",
-    )
+    used, error = settings_of(row, config), None
+    if used["fusion_lo"] > used["fusion_hi"]:
+        error = (
+            f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; set both in the "
+            "row, the lower one first"
+        )
+    elif used["fusion"] == IP_ADAPTER and config.ip_adapter is None:
+        error = "fusion is ip_adapter, but the run has no IP-Adapter; name its weights with --ip-adapter"
+    return dataclasses.replace(row, error=error) if error else row

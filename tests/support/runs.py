@@ -96,6 +96,7 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
         lpips="none",
         pno_guide=None,
         safety_checker=None,
+        ip_adapter=None,
     )
     job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
     claim.claim(job)

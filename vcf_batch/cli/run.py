@@ -41,14 +41,28 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "fusion",
     click.Choice(settings.FUSIONS),
-    "How the reference joins the prompt: beside it as extra tokens (concat), averaged into it (naive), or attended to "
-    "(cross_attention).  [default: concat]",
+    "How the reference joins the prompt: beside it as extra tokens (concat), averaged into it (naive), attended to "
+    "(cross_attention), or by the published weights of an IP-Adapter (ip_adapter).  [default: concat]",
+)
+@_option(
+    "ip-adapter",
+    str,
+    "Weights of an IP-Adapter for --fusion ip_adapter: a file, or a Hub id, folder or URL with ':' and the file in it, "
+    "such as h94/IP-Adapter:models/ip-adapter_sd15.safetensors.",
+    metavar="WEIGHTS",
+)
+@_option(
+    "image-encoder",
+    str,
+    "The CLIP that the IP-Adapter was trained with: a directory, a Hub id or a URL.  [default: the folder "
+    "'image_encoder' beside the weights]",
+    metavar="MODEL",
 )
 @_option(
     "strength",
     float,
     "Weight of the reference; 0 ignores it. A given weight applies to every fusion.  [default: the model's "
-    "recommendation for concat, else 1; 0.3 for the other fusions]",
+    "recommendation for concat, else 1; 1 for ip_adapter, 0.3 for the other fusions]",
 )
 @_option(
     "fusion-lo",

@@ -26,7 +26,7 @@ def fetch(model: ResolvedModel) -> str:
     marker of a complete download is written last.
 
     Returns:
-        A local folder.
+        A local folder; a file for a model that is one file.
 
     Raises:
         ModelError: the model is missing on this node, or is not the resolved one.
@@ -34,22 +34,23 @@ def fetch(model: ResolvedModel) -> str:
     """
     if model.kind in ("tiny", "directory"):
         folder = tiny_folder() if model.kind == "tiny" else model.location
-        if (found := folder_identity(folder)) != model.identity:
+        if (found := folder_identity(folder, model.within)) != model.identity:
             raise ModelError(
                 f"{folder} on this node holds another model ({found[:12]}) than on the node that started the run "
                 f"({model.identity[:12]}); put the model on shared storage, or give its URL"
             )
-        return folder
-    if model.kind == "url":
-        return _cached(model, lambda folder: _fill_from_url(model, folder))
-    return _cached(model, lambda folder: hub.fill(model.location, model.identity, folder))
+    elif model.kind == "url":
+        folder = _cached(model, lambda folder: _fill_from_url(model, folder))
+    else:
+        folder = _cached(model, lambda folder: hub.fill(model.location, model.identity, folder, model.within))
+    return os.path.join(folder, model.within) if model.within else folder
 
 
 def _fill_from_url(model: ResolvedModel, folder: str) -> None:
     for leftover in Path(folder).rglob(".tmp-*"):
         leftover.unlink()
     try:
-        files, identity = url_files(model.location)
+        files, identity = url_files(model.location, model.within)
         if identity != model.identity:
             raise ModelError(f"the model at {model.location} has changed since the run was started; start it again")
 
@@ -75,7 +76,8 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
 
     cache = cache_folder()
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", storage.name(model.location))[:40]
-    unique = hashlib.sha256(f"{model.kind}\0{model.location}\0{model.identity}".encode()).hexdigest()[:16]
+    key = "\0".join(filter(None, (model.kind, model.location, model.identity, model.within)))
+    unique = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = os.path.join(cache, "models", f"{readable}-{unique}")
     # The system releases the lock of a killed process; the next process completes its download.
     lock = FileLock(f"{folder}.lock")
@@ -89,7 +91,7 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
     try:
         if not _is_complete(folder):
             fill(folder)
-            files = select(folder, storage.list_tree(folder))
+            files = select(folder, storage.list_tree(folder), model.within)
             refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
             storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
     finally:

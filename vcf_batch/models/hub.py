@@ -10,8 +10,13 @@ from vcf_batch.models.model_files import refuse_code, select
 from vcf_batch.storage import room, scratch
 
 
-def commit_of(name: str, revision: str | None) -> str:
+def commit_of(name: str, revision: str | None, within: str = "") -> str:
     """The commit of a model's revision; revision None is its main branch.
+
+    Args:
+        name: the Hub id.
+        revision: branch, tag or commit.
+        within: a folder or file of the repository that alone counts; empty for all.
 
     Raises:
         ModelError: there is no such model, it may not be loaded, or the hub cannot be reached.
@@ -23,7 +28,7 @@ def commit_of(name: str, revision: str | None) -> str:
     commit = info.sha
     assert commit, "the hub names the commit of every model"
     where = f"{name} on the Hub"
-    selected = select(where, {file.rfilename: 0 for file in info.siblings or []})
+    selected = select(where, {file.rfilename: 0 for file in info.siblings or []}, within)
     refuse_code(where, list(selected), lambda file: read(name, commit, file))
     return commit
 
@@ -44,7 +49,7 @@ def read(name: str, commit: str, file: str) -> bytes:
             raise FileNotFoundError(file) from error
 
 
-def fill(name: str, commit: str, folder: str) -> None:
+def fill(name: str, commit: str, folder: str, within: str = "") -> None:
     """Download the files of a model; files that are in the folder already stay.
 
     Raises:
@@ -55,7 +60,7 @@ def fill(name: str, commit: str, folder: str) -> None:
         from huggingface_hub import HfApi, snapshot_download
 
         info = HfApi().model_info(name, revision=commit)
-        files = select(name, {file.rfilename: 0 for file in info.siblings or []})
+        files = select(name, {file.rfilename: 0 for file in info.siblings or []}, within)
         try:
             snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(files))
         except OSError as error:

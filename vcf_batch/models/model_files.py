@@ -12,8 +12,8 @@ from typing import Any
 
 from vcf_batch.errors import ModelError
 
-_WEIGHTS = (".safetensors", ".bin")
-_SUFFIXES = (*_WEIGHTS, ".json", ".txt")
+WEIGHTS = (".safetensors", ".bin")
+_SUFFIXES = (*WEIGHTS, ".json", ".txt")
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 _CONFIGS = ("config.json", "model_index.json")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
@@ -44,18 +44,29 @@ def chosen(files: Sequence[str]) -> list[str]:
         for file in plain
         if not (_VARIANT.search(file) and _VARIANT.sub("", file) in present)
         and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
-        and not (is_pipeline and "/" not in file and file.endswith(_WEIGHTS))
+        and not (is_pipeline and "/" not in file and file.endswith(WEIGHTS))
     )
 
 
-def select(where: str, files: Mapping[str, int]) -> dict[str, int]:
+def select(where: str, files: Mapping[str, int], within: str = "") -> dict[str, int]:
     """The model's files (path to size) among all ``files`` of a folder or repository.
 
+    Args:
+        where: the folder or repository, for messages.
+        files: all files.
+        within: a folder that alone counts, or a single file of weights; empty for all.
+
     Raises:
-        ModelError: the weights are missing, or exist only as pickles.
+        ModelError: the weights are missing, or exist only as pickles; or there is no ``within``.
     """
+    if within:
+        files = {file: size for file, size in files.items() if f"{file}/".startswith(f"{within}/")}
+        if not files:
+            raise ModelError(f"{where} has no {within}")
+        if list(files) == [within]:
+            return dict(files)
     selected = chosen(list(files))
-    weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(_WEIGHTS)}
+    weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(WEIGHTS)}
     components = {str(PurePosixPath(file).parent) for file in selected if PurePosixPath(file).name == "config.json"}
     pickles = sorted(file for file in files if file.endswith(_PICKLES))
     unsafe = [file for file in pickles if str(PurePosixPath(file).parent) in components - weights]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vcf_batch import storage
 from vcf_batch.errors import ModelError
 from vcf_batch.models import hub
-from vcf_batch.models.model_files import refuse_code, select
+from vcf_batch.models.model_files import WEIGHTS, refuse_code, select
 
 TINY = "tiny"
 
@@ -44,14 +44,17 @@ class ResolvedModel:
     identity: str
     """The commit of a Hub model, else the hex SHA-256 over the names and contents of the model's files. For a URL,
     the store's sizes and checksums stand for the contents, if it keeps checksums."""
+    within: str = ""
+    """A folder, or a single file of weights, that alone counts at the location; empty for all."""
 
 
-def resolve(name: str, revision: str | None = None) -> ResolvedModel:
+def resolve(name: str, revision: str | None = None, within: str = "") -> ResolvedModel:
     """Find a model and its exact version. Contents of folders are hashed, which takes about a second per gigabyte.
 
     Args:
         name: ``tiny``, a local folder, a Hub id such as ``org/model``, or the URL of a folder, such as ``s3://...``.
         revision: branch, tag or commit of a Hub id; None is its main branch.
+        within: see :attr:`ResolvedModel.within`.
 
     Raises:
         ModelError: there is no such model, it exists as pickles only, it wants to run code of its own, or the hub
@@ -63,13 +66,13 @@ def resolve(name: str, revision: str | None = None) -> ResolvedModel:
         return ResolvedModel(name, "tiny", TINY, folder_identity(tiny_folder()))
     if not storage.is_local(name):
         _no_revision(name, revision)
-        return ResolvedModel(name, "url", name, _url_identity(name))
+        return ResolvedModel(name, "url", name, _url_identity(name, within), within)
     folder = storage.absolute(name)
     if storage.exists(folder):
         _no_revision(name, revision)
-        return ResolvedModel(name, "directory", folder, folder_identity(folder))
+        return ResolvedModel(name, "directory", folder, folder_identity(folder, within), within)
     if _HUB_ID.fullmatch(name):
-        return ResolvedModel(name, "hub", name, hub.commit_of(name, revision))
+        return ResolvedModel(name, "hub", name, hub.commit_of(name, revision, within), within)
     if name in PRESETS:
         raise ModelError(
             f"{name!r} is a preset to train an aligner for, and no model to generate with yet: train the aligner with "
@@ -115,6 +118,7 @@ def read_file(model: ResolvedModel, file: str, limit: int) -> bytes | None:
         StorageError: the storage failed.
     """
     try:
+        file = f"{model.within}/{file}" if model.within else file
         if model.kind == "hub":
             return hub.read(model.location, model.identity, file)
         folder = tiny_folder() if model.kind == "tiny" else model.location
@@ -139,8 +143,8 @@ def _combine(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def folder_identity(folder: str) -> str:
-    """The :attr:`ResolvedModel.identity` of a local folder.
+def folder_identity(folder: str, within: str = "") -> str:
+    """The :attr:`ResolvedModel.identity` of a local folder, or of what is within it.
 
     Raises:
         ModelError: there is no model in it, or one that may not be loaded.
@@ -149,7 +153,7 @@ def folder_identity(folder: str) -> str:
     files = storage.list_tree(folder)
     if not files:
         raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
-    selected = select(folder, files)
+    selected = select(folder, files, within)
     refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
     return _content_identity(folder, list(selected))
 
@@ -160,22 +164,25 @@ def _content_identity(place: str, files: Sequence[str]) -> str:
     return _combine({file: entry.sha256 for file, entry in zip(files, entries, strict=True)})
 
 
-def _url_identity(url: str) -> str:
+def _url_identity(url: str, within: str) -> str:
     try:
-        return url_files(url)[1]
+        return url_files(url, within)[1]
     except (FileNotFoundError, PermissionError) as error:
         raise ModelError(f"the model at {url} cannot be read: {error}") from error
 
 
-def url_files(url: str) -> tuple[dict[str, int], str]:
+def url_files(url: str, within: str = "") -> tuple[dict[str, int], str]:
     """The model's files at a URL with their sizes, and the model's :attr:`ResolvedModel.identity`.
 
     Raises:
         ModelError: there is no model, or one that may not be loaded.
         FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
+    if url.startswith(("http://", "https://")) and within.endswith(WEIGHTS):  # which cannot be listed
+        entry = storage.digest(storage.join(url, within))
+        return {within: entry.size}, _combine({within: entry.sha256})
     found = storage.list_checksums(url)
-    files = select(url, {file: size for file, (size, _) in found.items()})
+    files = select(url, {file: size for file, (size, _) in found.items()}, within)
     refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
     if all(found[file][1] for file in files):
         return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})

@@ -7,6 +7,7 @@ from vcf_batch import sharding
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
+    IP_ADAPTER,
     REFERENCE_PARTS,
     RunConfig,
     default_strengths,
@@ -78,10 +79,12 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, config.model)
     # model_index.json gives the library and the class of each part, or two nulls.
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
-    if lacking and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
+    aligned = config.fusion != IP_ADAPTER or manifest.has_any("fusion")
+    if lacking and aligned and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
         raise ModelError(
-            f"{config.model} has no {lacking[0]}, and rows of the manifest have references: use a "
-            "model with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
+            f"{config.model} has no {lacking[0]}, and rows of the manifest have references: use the published weights "
+            "of an IP-Adapter for it (--fusion ip_adapter --ip-adapter WEIGHTS, and no column 'fusion'), or a model "
+            "with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
         )
     if config.unconditional == "negative" and not manifest.has_any("negative_reference"):
         raise UsageError(
@@ -135,6 +138,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         lpips=resolved.lpips_identity,
         pno_guide=resolved.guide_identity if guided else None,
         safety_checker=resolved.safety_identity,
+        ip_adapter=resolved.ip_adapter_identity,
     )
     fields["lpips"] = resolved.lpips
     if on_gpu:
@@ -162,6 +166,11 @@ def _check_unet(model: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
     """Check the guide before its weights are loaded; workers compare the weights of guide and judge."""
+    if resolved.pno_guide is None and not any(index.get(OWN_GUIDE) or ()):
+        raise ModelError(
+            f"{resolved.pipeline.name} has no image encoder of its own to guide prompt-noise optimisation: name a CLIP "
+            "with --pno-guide"
+        )
     if resolved.pno_guide is None and "Projection" not in index[OWN_GUIDE][1]:
         raise ModelError(
             f"the image encoder of {resolved.pipeline.name} is a {index[OWN_GUIDE][1]}, whose images "

@@ -7,7 +7,7 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, redact
-from vcf_batch.models import resolution
+from vcf_batch.models import adapters, resolution
 from vcf_batch.models.resolution import ResolvedModel
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
@@ -34,6 +34,10 @@ class Models:
     """The CLIP that prompt-noise optimisation follows; None is the pipeline's own image encoder."""
     safety_checker: ResolvedModel | None = None
     """The safety checker; None is no checker, and the pipeline itself stands for its own."""
+    ip_adapter: ResolvedModel | None = None
+    """The weights of an IP-Adapter; None without one."""
+    image_encoder: ResolvedModel | None = None
+    """The image encoder of the IP-Adapter."""
 
     @property
     def judge_identity(self) -> str:
@@ -49,6 +53,12 @@ class Models:
             return f"{self.pipeline.identity}/{OWN_SAFETY}"
         return self.safety_checker.identity if self.safety_checker else None
 
+    @property
+    def ip_adapter_identity(self) -> str | None:
+        if self.ip_adapter is None or self.image_encoder is None:
+            return None
+        return " ".join(f"{own.identity}/{own.within}" for own in (self.ip_adapter, self.image_encoder))
+
     def describe(self, guided: bool) -> dict[str, Any]:
         """Name and version of the model, of the PNO guide if there is one, and of the source of each score."""
         own = redact(self.pipeline.name)
@@ -63,6 +73,8 @@ class Models:
             "clip_reference": judge,
             "lpips": None if self.lpips == "none" else lpips,
             "pno_guide": guide if guided else None,
+            "ip_adapter": self.ip_adapter
+            and {"name": redact(self.ip_adapter.name), "identity": self.ip_adapter_identity},
             "nsfw": self.safety_checker
             and {"name": redact(self.safety_checker.name), "identity": self.safety_identity},
         }
@@ -77,6 +89,7 @@ def resolve(config: RunConfig) -> Models:
     pipeline = resolution.resolve(config.model, config.revision)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
+    adapter = None if config.ip_adapter is None else adapters.resolve_adapter(config.ip_adapter)
     lpips, source = config.lpips, config.lpips_weights
     if lpips == "auto":
         lpips = "alex" if source else TINY_PERCEPTUAL if own_probe else "none"
@@ -95,7 +108,15 @@ def resolve(config: RunConfig) -> Models:
         lpips_source=source if lpips in ("alex", "vgg") else None,
         pno_guide=None if config.pno_guide is None else resolution.resolve(config.pno_guide),
         safety_checker=_resolve_safety(config, pipeline),
+        ip_adapter=adapter,
+        image_encoder=adapter and _resolve_encoder(config, adapter),
     )
+
+
+def _resolve_encoder(config: RunConfig, adapter: ResolvedModel) -> ResolvedModel:
+    if config.image_encoder is None:
+        return adapters.encoder_beside(adapter)
+    return resolution.resolve(config.image_encoder)
 
 
 def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel | None:

@@ -11,20 +11,27 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import sharding
+from vcf_batch.config import IP_ADAPTER
 from vcf_batch.metrics.scorer import Targets
 from vcf_batch.records import Objective, Reference, Row, Sample
 from vcf_batch.worker.shard_rows import ShardRows
 
+Sight = tuple[bool, Reference]
+"""A reference as an encoder sees it: the IP-Adapter's (True), or the aligner's."""
 
-def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int]:
-    """Number of PNO updates, and of references among the conditioning tokens: rows share a batch if both are equal.
+
+def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Number of PNO updates, and of references whose tokens lengthen the conditioning, or have attention of their own.
+
+    Rows share a batch if all three are equal.
 
     Args:
         row: a row of a shard.
         used: its settings.
     """
     pictures = max(len(row.references), int(row.negative_reference is not None))
-    return used["pno_steps"], pictures if used["fusion"] == "concat" else 0
+    lengthens, apart = (pictures if used["fusion"] == fusion else 0 for fusion in ("concat", IP_ADAPTER))
+    return used["pno_steps"], lengthens, apart
 
 
 def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
@@ -86,8 +93,8 @@ class Batch:
     """Reasons of the rows that fail, by position."""
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
     """Tokens ``[T, Dt]`` of each prompt and negative prompt."""
-    image_tokens: dict[Reference, Tensor] = field(default_factory=dict)
-    """Aligned tokens ``[N, Dt]`` of each reference."""
+    image_tokens: dict[Sight, Tensor] = field(default_factory=dict)
+    """Tokens ``[N, Dt]`` of each reference, as the fusions of its rows take it."""
     targets: Targets | None = None
     """Targets that the images are scored against; None before the first draw is scored."""
     draw: int = 0
@@ -104,3 +111,13 @@ class Batch:
     def distinct_references(self) -> list[Reference]:
         """Each reference of the batch once, in the order of the rows."""
         return list(dict.fromkeys(reference for own in self.references for reference in own))
+
+    def sights(self, settings: Sequence[Mapping[str, Any]]) -> list[Sight]:
+        """Each reference of the batch once for each encoder that its rows need, in the order of the rows.
+
+        Args:
+            settings: the settings of all rows of the shard.
+        """
+        adapted = [settings[position]["fusion"] == IP_ADAPTER for position in self.positions]
+        pairs = zip(adapted, self.references, strict=True)
+        return list(dict.fromkeys((own, reference) for own, references in pairs for reference in references))

@@ -17,14 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import sharding
+from vcf_batch.config import IP_ADAPTER
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.models.forward_pass import ForwardPass, outputs
-from vcf_batch.records import Objective, Reference, Sample
+from vcf_batch.records import Objective, Sample
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.worker import batches
-from vcf_batch.worker.batches import Batch, Pictures
+from vcf_batch.worker.batches import Batch, Pictures, Sight
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.finishing import Finisher
@@ -118,7 +119,8 @@ class Generation:
                     with self.clock("sample"):
                         texts, references = self._texts(batch), self.references.passes(batch)
                         if self._has_work(batch):
-                            batch.text_tokens, batch.image_tokens = outputs(texts), outputs(references)
+                            batch.text_tokens = outputs(texts)
+                            batch.image_tokens = {sight: own[sight[1]] for sight, own in references.items()}
                             self._sample(batch)
                     while len(self.behind) >= BATCHES_BEHIND:
                         self._take_first(thread)
@@ -240,16 +242,16 @@ class Generation:
         )
         return found, [*course]
 
-    def _fusion(self, position: int, image_tokens: Mapping[Reference, Tensor]) -> Fusion:
+    def _fusion(self, position: int, image_tokens: Mapping[Sight, Tensor]) -> Fusion:
         """Fusion of a row, with its references' tokens ``[N, Dt]``."""
         row, used = self.rows[position], self.settings[position]
-        unconditional = None
+        adapted, unconditional = used["fusion"] == IP_ADAPTER, None
         if row.negative_reference is not None:
-            unconditional = image_tokens[row.negative_reference]
-        elif row.references and used["unconditional"] == "blank":
-            unconditional = self.references.blank
+            unconditional = image_tokens[adapted, row.negative_reference]
+        elif row.references:
+            unconditional = self.references.unconditional(used["unconditional"], adapted)
         return Fusion(
-            image_tokens=[image_tokens[reference] for reference in row.references],
+            image_tokens=[image_tokens[adapted, reference] for reference in row.references],
             mode=used["fusion"],
             strength=used["strength"],
             weights=used["reference_weights"],

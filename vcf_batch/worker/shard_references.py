@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, cast
 
 from PIL import Image
@@ -13,7 +13,7 @@ from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.models.forward_pass import ForwardPass
 from vcf_batch.records import Reference
 from vcf_batch.vcf.pipeline import BLANK
-from vcf_batch.worker.batches import Batch
+from vcf_batch.worker.batches import Batch, Sight
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.shard_rows import ShardRows
@@ -35,16 +35,18 @@ class _Entry:
     """Number of batches that need the reference and are not finished."""
     holders: int = 0
     """Number of batches that need the image now: they are read ahead, sampled or being finished."""
-    reading: "Future[tuple[Image.Image, Image.Image]] | None" = None
+    adapted: set[bool] = field(default_factory=set)
+    """The encoders that its rows need: the IP-Adapter's (True), the aligner's (False)."""
+    reading: "Future[tuple[Image.Image, dict[bool, Image.Image]]] | None" = None
     """The read under way, which gives ``image`` and ``squashed``."""
     image: Image.Image | None = None
     """The decoded image; None before it is read, and after it is dropped."""
-    squashed: Image.Image | None = None
-    """The image as the model takes it; None once :attr:`encoding` has it."""
+    squashed: dict[bool, Image.Image] = field(default_factory=dict)
+    """The image as each encoder takes it, until its pass has it."""
     error: str | None = None
     """Reason why the rows of the reference fail."""
-    encoding: ForwardPass[Reference, Image.Image, Tensor] | None = None
-    """The pass that gives the aligned tokens, ``[N, Dt]``."""
+    encodings: dict[bool, ForwardPass[Reference, Image.Image, Tensor]] = field(default_factory=dict)
+    """The passes that give the tokens ``[N, Dt]``, by encoder."""
 
     def wait(self, blamed: type[VcfBatchError] | tuple[type[VcfBatchError], ...]) -> None:
         """Wait for the read under way, if there is one.
@@ -62,7 +64,7 @@ class _Entry:
                 self.error = str(error)
                 # A plain image stands in, so that the batch keeps its shape. No two are equal, so that none are merged.
                 self.image = Image.new("RGB", (64, 64), (self.number % 256, self.number // 256 % 256, 128))
-                self.squashed = self.image
+                self.squashed = dict.fromkeys(self.adapted, self.image)
             self.reading = None
 
 
@@ -84,10 +86,13 @@ class ShardReferences:
         self._components, self._rows, self._clock = components, rows, clock
         self._blamed = (RowError, StorageError) if last_attempt else RowError
         self._entries: dict[Reference, _Entry] = {}
+        self._unconditional: dict[tuple[str, bool], Tensor | None] = {}
         for batch in batches:
             for reference in batch.distinct_references():
                 entry = self._entries.setdefault(reference, _Entry(len(self._entries)))
                 entry.batches_left += 1
+            for adapted, reference in batch.sights(rows.settings):
+                self._entries[reference].adapted.add(adapted)
 
     def __enter__(self) -> Self:
         self._readers = ThreadPoolExecutor(REFERENCE_READERS, "references")
@@ -104,11 +109,12 @@ class ShardReferences:
             if entry.image is None and entry.reading is None:
                 entry.reading = self._readers.submit(self._read_one, reference)
 
-    def _read_one(self, reference: Reference) -> tuple[Image.Image, Image.Image]:
-        """Image of a reference, and its squashed form for the model. Runs in a thread beside the sampling."""
+    def _read_one(self, reference: Reference) -> tuple[Image.Image, dict[bool, Image.Image]]:
+        """Image of a reference, and its form for each encoder. Runs in a thread beside the sampling."""
         with self._clock("read_references"):
             image = self._components.references.read(reference)
-            return image, self._components.pipeline.squash(image)
+            squash, needed = self._components.pipeline.squash, self._entries[reference].adapted
+            return image, {adapted: squash(image, adapted=adapted) for adapted in sorted(needed)}
 
     def collect(self, batch: Batch) -> None:
         """Wait for the batch's references; fill in its ``pictures``, and the ``errors`` of rows that fail.
@@ -126,27 +132,40 @@ class ShardReferences:
             if error:
                 batch.errors[position] = error
 
-    def passes(self, batch: Batch) -> dict[Reference, ForwardPass[Reference, Image.Image, Tensor]]:
-        """The passes of the batch's references, which give aligned tokens ``[N, Dt]``.
+    def passes(self, batch: Batch) -> dict[Sight, ForwardPass[Reference, Image.Image, Tensor]]:
+        """The passes of the batch's references, which give the tokens ``[N, Dt]``.
 
-        Each reference is in one pass of the shard.
+        Each reference is in one pass of the shard for each encoder.
         """
-        wanted = {reference: self._entries[reference] for reference in batch.distinct_references()}
-        new = {reference: entry for reference, entry in wanted.items() if entry.encoding is None}
-        encoding = ForwardPass({key: cast(Image.Image, entry.squashed) for key, entry in new.items()}, self._encoded)
-        for entry in new.values():
-            entry.encoding = encoding
-        for entry in wanted.values():
-            entry.squashed = None
-        return {reference: cast(ForwardPass, entry.encoding) for reference, entry in wanted.items()}
+        wanted = batch.sights(self._rows.settings)
+        for adapted in (False, True):
+            entries = {key: self._entries[key] for own, key in wanted if own == adapted}
+            new = {key: entry for key, entry in entries.items() if adapted not in entry.encodings}
+            encode = functools.partial(self._encoded, adapted=adapted)
+            encoding = ForwardPass({key: entry.squashed[adapted] for key, entry in new.items()}, encode)
+            for entry in new.values():
+                entry.encodings[adapted] = encoding
+            for entry in entries.values():
+                entry.squashed.pop(adapted, None)
+        return {(adapted, key): self._entries[key].encodings[adapted] for adapted, key in wanted}
 
-    @functools.cached_property
-    def blank(self) -> Tensor:
-        """Aligned tokens ``[N, Dt]`` of the blank image."""
-        return self._encoded([BLANK])[0]
+    def unconditional(self, choice: str, adapted: bool) -> Tensor | None:
+        """Tokens ``[N, Dt]`` of the unconditional side in rows without a negative reference; None for none.
 
-    def _encoded(self, pictures: list[Image.Image]) -> Tensor:
-        return self._components.pipeline.encode_references(pictures, self._components.config.image_tokens)
+        Args:
+            choice: ``blank``, or anything else for the encoder's own zeros.
+            adapted: whether the IP-Adapter's are asked for.
+        """
+        if (choice, adapted) not in self._unconditional:
+            tokens = self._components.pipeline.adapter.nothing() if adapted else None
+            if choice == "blank":
+                tokens = self._encoded([BLANK], adapted=adapted)[0]
+            self._unconditional[choice, adapted] = tokens
+        return self._unconditional[choice, adapted]
+
+    def _encoded(self, pictures: list[Image.Image], *, adapted: bool) -> Tensor:
+        pipeline, config = self._components.pipeline, self._components.config
+        return pipeline.encode_references(pictures, config.image_tokens, adapted=adapted)
 
     def release(self, batch: Batch) -> None:
         """Release the references that no later batch needs, and images beyond :data:`PICTURE_BYTES`."""

@@ -62,7 +62,7 @@ def load(job: Job) -> "Worker":
     device = Device.set_up(config)
     folder = fetch(models.pipeline)
     judge_folder = os.path.join(folder, OWN_JUDGE) if models.judge is None else fetch(models.judge)
-    pipeline = _load_pipeline(folder, device, config.compile)
+    pipeline = _load_pipeline(folder, models, device)
     scorer = Scorer(
         ClipJudge.from_pretrained(judge_folder, device=device.kind), _load_perceptual(models, folder, device)
     )
@@ -77,10 +77,12 @@ def load(job: Job) -> "Worker":
     return Worker(components, manifest, job.fingerprint, job.profiled)
 
 
-def _load_pipeline(folder: str, device: Device, compiled: bool) -> VCFPipeline:
+def _load_pipeline(folder: str, models: Models, device: Device) -> VCFPipeline:
     with load_errors(f"the model in {folder}"):
         pipeline = VCFPipeline.from_pretrained(folder, dtype=device.dtype, local_files_only=True)
-    return pipeline.set_up(device.kind, compiled, device.attention_kernel)
+    if models.ip_adapter is not None and models.image_encoder is not None:
+        pipeline.use_ip_adapter(fetch(models.ip_adapter), fetch(models.image_encoder))
+    return pipeline.set_up(device.kind, device.compiled, device.attention_kernel)
 
 
 def _load_guide(models: Models, pipeline: VCFPipeline, device: Device) -> Guide:

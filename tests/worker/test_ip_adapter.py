@@ -1,0 +1,139 @@
+"""Runs with an IP-Adapter, on a tiny Stable Diffusion 1.5 in its published layout, which has no aligner."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from diffusers import UNet2DConditionModel
+
+from support import ip_adapters, runs, sd_layouts
+from vcf_batch import images
+from vcf_batch.config import MAX_PIXELS
+from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.output.kept_samples import KeptSamples
+
+pytestmark = pytest.mark.usefixtures("restored_torch")
+
+ROWS: dict[str, list[Any]] = {
+    "reference": [
+        ["reference0.png"],
+        ["reference1.png", "reference2.png"],
+        [],
+        ["reference1.png"],
+        ["reference0.png"],
+        ["reference2.png", "reference0.png"],
+    ],
+    "strength": [1.0, 0.6, 1.0, 0.0, 0.4, 0.8],
+    "reference_weights": [None, [2.0, 1.0], None, None, None, None],
+    "fusion_hi": [1.0, 1.0, 1.0, 1.0, 0.6, 1.0],
+    "negative_reference": [None, None, None, None, "reference1.png", None],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Stable Diffusion, a judge, and the repository of the adapters beside it."""
+    folder = tmp_path_factory.mktemp("hub")
+    sd_layouts.save_sd15(folder / "sd15")
+    unet = UNet2DConditionModel.from_pretrained(folder / "sd15" / "unet")
+    models = folder / "IP-Adapter" / "models"
+    ip_adapters.save_adapter(models / "ip-adapter_sd15.safetensors", unet)
+    ip_adapters.save_adapter(models / "ip-adapter-plus_sd15.bin", unet, "plus")
+    ip_adapters.save_encoder(models / "image_encoder")
+    sd_layouts.save_clip(folder / "judge")
+    return folder
+
+
+def options(model: Path, **changes: Any) -> dict[str, Any]:
+    adapter = f"{model / 'IP-Adapter'}:models/ip-adapter_sd15.safetensors"
+    given = {"fusion": "ip_adapter", "ip_adapter": adapter, "judge": str(model / "judge"), "lpips": "none"}
+    return given | {"steps": 2, "batch_size": 2, "shard_size": 8} | changes
+
+
+def test_a_run_without_an_aligner_draws_each_row_in_its_own_way(model: Path, tmp_path: Path) -> None:
+    """References, strengths, weights, ranges and negative references by row; the samples do not depend on the batch."""
+    manifest = runs.write_manifest(tmp_path / "in", 6, ROWS)
+    drawn = {}
+    for size in (2, 1):
+        output = runs.generate(manifest, tmp_path / f"{size}", model / "sd15", **options(model, batch_size=size))
+        members = runs.Files(output, "00000").members
+        drawn[size] = [images.to_unit(images.decode(data, MAX_PIXELS)) for name, data in members if "png" in name]
+        rows = runs.rows_of(output)
+        assert [row["status"] for row in rows] == ["success"] * 6
+        assert {row["fusion"] for row in rows} == {"ip_adapter"} and rows[0]["clip_reference"] is not None
+    for together, alone in zip(drawn[2], drawn[1], strict=True):
+        assert np.abs(together - alone).max() <= 1 / 255
+    identity = runs.settled(manifest, tmp_path / "x", model / "sd15", **options(model)).fields["ip_adapter_id"]
+    other = options(model, ip_adapter=str(model / "IP-Adapter" / "models" / "ip-adapter-plus_sd15.bin"))
+    assert runs.settled(manifest, tmp_path / "x", model / "sd15", **other).fields["ip_adapter_id"] != identity
+
+
+def test_a_repaired_row_has_the_bytes_of_an_undisturbed_run(model: Path, tmp_path: Path) -> None:
+    manifest = runs.write_manifest(tmp_path / "in", 6, ROWS)
+    job = runs.settled(manifest, tmp_path / "out", model / "sd15", **options(model))
+    loaded = runs.load(manifest, tmp_path / "out", model / "sd15", **options(model))
+    runs.commit(loaded)
+    whole = runs.data_files(tmp_path / "out")
+    shard = job.shards[0]
+    kept = KeptSamples(job.config, job.manifest, shard, bytes([0, 1, 0, 0, 1, 0]))
+    runs.commit(loaded, 2, kept)
+    assert runs.data_files(tmp_path / "out") == whole
+
+
+def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_path: Path) -> None:
+    """And prompt-noise optimisation follows the reference through either's tokens."""
+    folder = runs.save_model(tmp_path / "model")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    ip_adapters.save_adapter(tmp_path / "adapter" / "x.safetensors", unet, "plus")
+    ip_adapters.save_encoder(tmp_path / "adapter" / "image_encoder")
+    columns: dict[str, list[Any]] = {
+        "fusion": ["concat", "ip_adapter", "naive", "ip_adapter"],
+        "pno_steps": [0, 0, 1, 1],
+    }
+    columns["reference"] = ["reference0.png"] * 4
+    manifest = runs.write_manifest(tmp_path / "in", 4, columns)
+    output = runs.generate(manifest, tmp_path / "out", folder, ip_adapter=str(tmp_path / "adapter"), steps=2)
+    rows = runs.rows_of(output)
+    assert [row["status"] for row in rows] == ["success"] * 4
+    assert [row["fusion"] for row in rows] == columns["fusion"]
+    assert len({row["sha256"] for row in rows}) == 4
+    assert rows[3]["pno_objective_end"] <= rows[3]["pno_objective_start"]
+    without = runs.generate(manifest, tmp_path / "without", folder, steps=2)
+    found = pq.read_table(without / "00000.parquet").to_pylist()
+    assert [row["status"] for row in found] == ["success", "failed", "success", "failed"]
+    assert "the run has no IP-Adapter; name its weights with --ip-adapter" in found[1]["error_message"]
+    assert found[0]["sha256"] == rows[0]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"ip_adapter": None}, UsageError, "fusion is ip_adapter, but no IP-Adapter is named"),
+        ({"ip_adapter": None, "fusion": "concat", "image_encoder": "x"}, UsageError, "image_encoder is 'x', which is"),
+        ({"fusion": "concat"}, ModelError, "has no aligner, .*: use the published weights of an IP-Adapter"),
+        (
+            {"ip_adapter": "h94/IP-Adapter"},
+            ModelError,
+            "no file and no folder here; for a model on the Hub, name the f",
+        ),
+        ({"ip_adapter": "{hub}/IP-Adapter"}, ModelError, r"holds 2 files of weights \(.*\); name the one"),
+        ({"ip_adapter": "{hub}/IP-Adapter:models/x.safetensors"}, ModelError, "IP-Adapter has no models/x.safetensors"),
+        (
+            {"ip_adapter": "{hub}/sd15/unet/diffusion_pytorch_model.safetensors"},
+            ModelError,
+            "image_encoder .*--image-enc",
+        ),
+        ({"image_encoder": "{hub}/nowhere"}, ModelError, "is not a folder here"),
+        ({"pno_steps": 1}, ModelError, "no image encoder of its own to guide .*--pno-guide"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_worker_starts(
+    model: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    manifest = runs.write_manifest(tmp_path / "in", 2)
+    told = {name: value.format(hub=model) if isinstance(value, str) else value for name, value in changes.items()}
+    with pytest.raises(error, match=message):
+        runs.settled(manifest, tmp_path / "out", model / "sd15", **options(model, **told))
+    assert not (tmp_path / "out").exists()
