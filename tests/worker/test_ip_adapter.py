@@ -99,7 +99,7 @@ def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_p
     assert [row["status"] for row in rows] == ["success"] * 4
     assert [row["fusion"] for row in rows] == columns["fusion"]
     assert len({row["sha256"] for row in rows}) == 4
-    assert rows[3]["pno_objective_end"] <= rows[3]["pno_objective_start"]
+    assert rows[3]["pno_objective"] is not None
     without = runs.generate(manifest, tmp_path / "without", folder, steps=2)
     found = pq.read_table(without / "00000.parquet").to_pylist()
     assert [row["status"] for row in found] == ["success", "failed", "success", "failed"]
