@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,12 @@ def around(
 class FaultyActor(actor.Actor):
     """A worker that obeys. Tests put it in the place of the pool's own."""
 
-    def __init__(self, job: Job) -> None:
-        folder = orders(job.config.manifest)
+    def __init__(self, environment: Mapping[str, str], job: Sequence["ray.ObjectRef[Job]"]) -> None:
+        super().__init__(environment, job)
+        folder = orders(self._job.config.manifest)
         if (folder / f"no-init-on-{ray.get_runtime_context().get_node_id()}").exists():
             act("fail")
         obey(folder, "init")
-        super().__init__(job)
 
     def load(self) -> Loaded:
         folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()

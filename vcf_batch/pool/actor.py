@@ -1,47 +1,63 @@
-"""A worker in a process of its own, on some node of a Ray cluster."""
+"""A worker in a process of its own, on some node of a Ray cluster.
+
+This module and what it imports bring nothing that reads the environment when it is loaded, such as numpy or torch:
+Ray imports it before the constructor sets the environment.
+"""
 
 import functools
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from vcf_batch.driver.cluster import Heartbeat, Loaded
-from vcf_batch.output.kept_samples import KeptSamples
-from vcf_batch.output.receipts import Receipt
-from vcf_batch.records import RowMask
-from vcf_batch.setup import storage_check
-from vcf_batch.setup.job import Job
-from vcf_batch.setup.shard_task import ShardTask
+if TYPE_CHECKING:
+    from vcf_batch.driver.cluster import Heartbeat, Loaded
+    from vcf_batch.output.receipts import Receipt
+    from vcf_batch.records import RowMask
+    from vcf_batch.setup.job import Job
+    from vcf_batch.setup.shard_task import ShardTask
 
 
 class Actor:
     """Process that holds a :class:`vcf_batch.worker.worker.Worker` once it is loaded.
 
+    Ray runs actors in processes that have run nothing before, so the environment can be set here. A ``runtime_env``
+    would be slower: it lets Ray start another process than the ones that wait.
+
     Args:
-        job: the run.
+        environment: variables to set, whatever their values were.
+        job: the run, as a reference in a sequence: Ray would unpickle it before this constructor is called.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, environment: Mapping[str, str], job: Sequence["ray.ObjectRef[Job]"]) -> None:
+        os.environ.update(environment)
+        self._job = ray.get(job[0])
         self._worker: Any = None
 
     @ray.method(concurrency_group="heartbeats")
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> "Heartbeat":
         """Return the node and the progress of this worker, also while it works on shards."""
+        from vcf_batch.driver.cluster import Heartbeat
+
         progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
         return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
-    def load(self) -> Loaded:
+    def load(self) -> "Loaded":
         """Check that this node sees the storage, load the worker, and return its device."""
+        from vcf_batch.driver.cluster import Loaded
+        from vcf_batch.setup import storage_check
+
         storage_check.check_storage(self._job)
-        # Imported here, because the driver needs no torch.
-        from vcf_batch.worker import device_type, worker
+        from vcf_batch.worker import device_type, worker  # takes seconds
 
         self._worker = worker.load(self._job)
         return Loaded(self._worker.components.device.description, device_type.is_mixed())
 
     @ray.method(concurrency_group="shards")
-    def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> tuple[Receipt, dict[str, str]] | None:
+    def run(
+        self, task: "ShardTask", attempt_id: str, redo: "RowMask | None"
+    ) -> "tuple[Receipt, dict[str, str]] | None":
         """Do a task, and return the receipt and the staged files, or None after a trial.
 
         Args:
@@ -50,6 +66,8 @@ class Actor:
             redo: mask of the rows that are generated, see
                 :class:`vcf_batch.output.kept_samples.KeptSamples`; None for all.
         """
+        from vcf_batch.output.kept_samples import KeptSamples
+
         note_progress = functools.partial(self._worker.note_progress, attempt_id)
         kept = KeptSamples(self._job.config, self._job.manifest, task.shard, redo, note_progress)
         return self._worker.run(task, attempt_id, kept)

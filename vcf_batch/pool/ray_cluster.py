@@ -36,7 +36,6 @@ class RayCluster:
             max_task_retries=0,
             num_cpus=self._config.cpus_per_worker,
             num_gpus=self._config.gpus_per_worker,
-            runtime_env={"env_vars": environment(self._config)},
             concurrency_groups={"heartbeats": 1, "shards": SHARDS_AT_ONCE},
         )(Actor)
 
@@ -52,7 +51,7 @@ class RayCluster:
 
     def start(self, left_out: Sequence[str]) -> Any:
         options = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}} if left_out else {}
-        return self.actor_class.options(**options).remote(self._job_ref)
+        return self.actor_class.options(**options).remote(environment(self._config), [self._job_ref])
 
     def send(self, request: Request) -> Hashable:
         method = getattr(request.worker.process, request.method)
