@@ -42,6 +42,7 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.pool import launch
 from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.setup import claim, defaults, manifest_check, run_models
+from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
 PROCESSES = 2
@@ -67,7 +68,7 @@ class Player:
     async def heartbeat(self, worker: int) -> Heartbeat:
         return Heartbeat(ray.get_runtime_context().get_node_id(), {}, {})
 
-    async def load(self, worker: int) -> Loaded:
+    async def load(self, worker: int, job: Job) -> Loaded:
         return Loaded({})
 
     async def run(self, worker: int, task: ShardTask, attempt_id: str, redo: None) -> tuple[Receipt, dict[str, str]]:

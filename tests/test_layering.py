@@ -118,15 +118,17 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
     [
         (("worker.worker", "training.fit"), {"ray"}),
         (("training.ray_training",), {"diffusers", "transformers"}),
-        (("pool",), {"torch"}),
+        (("pool.launch",), {"torch"}),
+        (("pool.actor",), {"torch", "numpy", "pyarrow"}),
         (("cli",), {"pyarrow", "duckdb", "PIL"}),
         (("metrics.scorer", "metrics.lpips", "commands.evaluate"), {"ray", "diffusers"}),
     ],
-    ids=["worker", "training", "pool", "cli", "scores"],
+    ids=["worker", "training", "pool", "actor", "cli", "scores"],
 )
 def test_what_a_process_does_not_need_is_not_imported(modules: tuple[str, ...], left_out: set[str]) -> None:
     """A worker and a training in one process need no ray, the driver no torch and no models' library, scores no
-    diffusers, a help text none of what reads tables and pictures."""
+    diffusers, a help text none of what reads tables and pictures. An actor brings nothing that reads the environment
+    before it is set."""
     assert not loaded(*(f"vcf_batch.{module}" for module in modules)) & left_out
 
 

@@ -1,15 +1,16 @@
 """A worker in a process of its own, on some node of a Ray cluster.
 
-This module and what it imports bring nothing that reads the environment when it is loaded, such as numpy or torch:
-Ray imports it before the constructor sets the environment.
+Libraries such as numpy and torch read the environment when they are loaded. So this module brings none of them: the
+constructor sets the environment first.
 """
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
+
+from vcf_batch.setup.environment import environment
 
 if TYPE_CHECKING:
     from vcf_batch.driver.cluster import Heartbeat, Loaded
@@ -22,17 +23,14 @@ if TYPE_CHECKING:
 class Actor:
     """Process that holds a :class:`vcf_batch.worker.worker.Worker` once it is loaded.
 
-    Ray runs actors in processes that have run nothing before, so the environment can be set here. A ``runtime_env``
-    would be slower: it lets Ray start another process than the ones that wait.
-
-    Args:
-        environment: variables to set, whatever their values were.
-        job: the run, as a reference in a sequence: Ray would unpickle it before this constructor is called.
+    Ray runs an actor in a process that has run nothing before, so the environment can be set here. With a
+    ``runtime_env`` Ray would start another process than the ones that wait. The constructor has no arguments, because
+    Ray loads pyarrow and numpy to unpickle any.
     """
 
-    def __init__(self, environment: Mapping[str, str], job: Sequence["ray.ObjectRef[Job]"]) -> None:
-        os.environ.update(environment)
-        self._job = ray.get(job[0])
+    def __init__(self) -> None:
+        os.environ.update(environment(int(ray.get_runtime_context().get_assigned_resources()["CPU"])))
+        self._job: Any = None
         self._worker: Any = None
 
     @ray.method(concurrency_group="heartbeats")
@@ -43,15 +41,19 @@ class Actor:
         progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
         return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
-    def load(self) -> "Loaded":
-        """Check that this node sees the storage, load the worker, and return its device."""
+    def load(self, job: "Job") -> "Loaded":
+        """Check that this node sees the storage, load the worker, and return its device.
+
+        Args:
+            job: the run.
+        """
         from vcf_batch.driver.cluster import Loaded
         from vcf_batch.setup import storage_check
 
-        storage_check.check_storage(self._job)
+        storage_check.check_storage(job)
         from vcf_batch.worker import device_type, worker  # takes seconds
 
-        self._worker = worker.load(self._job)
+        self._job, self._worker = job, worker.load(job)
         return Loaded(self._worker.components.device.description, device_type.is_mixed())
 
     @ray.method(concurrency_group="shards")

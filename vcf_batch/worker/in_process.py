@@ -5,7 +5,8 @@ import os
 from typing import TYPE_CHECKING
 
 from vcf_batch.config import RunConfig
-from vcf_batch.setup.job import Job, environment
+from vcf_batch.setup.environment import environment
+from vcf_batch.setup.job import Job
 
 if TYPE_CHECKING:
     from vcf_batch.worker.worker import Worker
@@ -38,7 +39,7 @@ def load(job: Job, scratch: str) -> "Worker":
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.worker.load`.
     """
-    os.environ.update(environment(job.config))
+    os.environ.update(environment(job.config.cpus_per_worker))
     from vcf_batch.worker import worker  # brings torch, which reads the environment
 
     return worker.load(dataclasses.replace(job, config=job.config.replace(output=scratch)))
