@@ -4,8 +4,11 @@ Libraries such as numpy and torch read the environment when they are loaded. So 
 constructor sets the environment first.
 """
 
+import contextlib
 import functools
+import gc
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,6 +21,17 @@ if TYPE_CHECKING:
     from vcf_batch.records import RowMask
     from vcf_batch.setup.job import Job
     from vcf_batch.setup.shard_task import ShardTask
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python from looking for garbage: imports and models make a million objects that stay, now and afterwards."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Actor:
@@ -41,6 +55,7 @@ class Actor:
         progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
         return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
+    @_nothing_collected()
     def load(self, job: "Job") -> "Loaded":
         """Check that this node sees the storage, load the worker, and return its device.
 
