@@ -1,8 +1,8 @@
 """Measure what commands take to start, beside another version: ``python benchmarks/start.py --other CHECKOUT``.
 
 Each command is a process of its own; the two versions take turns. The manifest has one batch of rows without references
-on the model ``tiny``, and Ray is a new local one with one worker. The first sample is there when the receipt of its shard
-is: sampled in ten steps, scored and committed.
+on the model ``tiny``, and Ray is a new local one with one worker. The first sample counts from when the receipt of its
+shard is there: it is sampled in ten steps, scored and committed.
 """
 
 import os
@@ -25,15 +25,20 @@ WORKS = ("--help", "plan", "first sample", "whole run", "nothing left to do", "r
 
 def start(tree: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start the command of a checkout."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-m", "vcf_batch", *arguments], env=environment, **silent)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "vcf_batch", *arguments],  # -P: not of the folder where this is run
+        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def seconds(tree: Path, *arguments: str, code: int = 0) -> float:
     """Seconds that a command takes, which has to end with an exit code."""
     begin = time.perf_counter()
-    assert start(tree, *arguments).wait() == code, arguments
+    process = start(tree, *arguments)
+    _, told = process.communicate()
+    assert process.returncode == code, told.decode()
     return time.perf_counter() - begin
 
 
@@ -44,10 +49,11 @@ def measure(tree: Path, manifest: str, output: Path) -> Mapping[str, float]:
     found = {"--help": seconds(tree, "--help"), "plan": seconds(tree, "plan", *settings)}
     begin, process = time.perf_counter(), start(tree, *run)
     while not (output / "00000_stats.json").exists():
-        assert process.poll() is None, run
+        assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.01)
     found["first sample"] = time.perf_counter() - begin
-    assert process.wait() == 0, run
+    _, told = process.communicate()
+    assert process.returncode == 0, told.decode()
     found["whole run"] = time.perf_counter() - begin
     found["nothing left to do"] = seconds(tree, *run)
     return found | {"refused": seconds(tree, *run, "--seed", "1", code=4)}
@@ -60,7 +66,8 @@ def measure(tree: Path, manifest: str, output: Path) -> Mapping[str, float]:
 @click.option("--rounds", default=3, show_default=True)
 def main(other: Path, rounds: int) -> None:
     """Print the median seconds of both versions, and their ratios."""
-    trees, found = {"other": other.resolve(), "this": HERE}, {"other": [], "this": []}
+    trees = {"other": other.resolve(strict=True), "this": HERE}
+    found: dict[str, list[Mapping[str, float]]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory(prefix="vcf-batch-start-") as folder:
         manifest = str(Path(folder) / "manifest.parquet")
         pq.write_table(pa.table({"prompt": [f"a red disc {number}" for number in range(ROWS)]}), manifest)
