@@ -26,7 +26,8 @@ WORKS = ("--help", "plan", "first sample", "whole run", "nothing left to do", "r
 def start(tree: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start the command of a checkout."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "vcf_batch", *arguments],  # -P: not of the folder where this is run
+        [sys.executable, "-m", "vcf_batch", *arguments],
+        cwd="/",  # in a checkout, Ray's workers would import that one's package
         env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
