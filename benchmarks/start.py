@@ -75,6 +75,7 @@ def main(other: Path, rounds: int) -> None:
         for number in range(rounds + 1):
             for name, tree in trees.items():
                 taken = measure(tree, manifest, Path(folder) / f"{name}-{number}")
+                click.echo(f"{name}: " + ", ".join(f"{work} {taken[work]:.2f}" for work in WORKS), err=True)
                 if number:  # The first round warms up.
                     found[name].append(taken)
     click.echo("| work | other, s | this, s | this / other |\n|---|---|---|---|")

@@ -46,7 +46,7 @@ def output(run: tuple[Path, set[str]]) -> Path:
 def test_the_driver_of_a_run_imports_nothing_that_workers_need(run: tuple[Path, set[str]]) -> None:
     """No torch and no library of models, which take seconds; nor any other large library."""
     _, modules = run
-    assert {"ray", "pyarrow", "vcf_batch.pool.launch"} <= modules
+    assert {"ray", "pyarrow", "vcf_batch.pool.ray_cluster"} <= modules
     unused = {"torch", "transformers", "tokenizers", "diffusers", "pandas", "pyarrow.dataset", "ray.data", "duckdb"}
     assert not modules & unused
 

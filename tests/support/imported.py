@@ -6,7 +6,7 @@ import sys
 
 
 def by(*arguments: str, code: int = 0) -> set[str]:
-    """Full names of the modules that the real command imports.
+    """Full names of the modules that the real command imports by a statement.
 
     Args:
         arguments: of ``vcf-batch``.
