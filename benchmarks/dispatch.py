@@ -11,6 +11,7 @@ that end at different times. The measurement starts after all workers have begun
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import random
@@ -140,6 +141,7 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Lo
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
             claim.claim(job)
+            job = dataclasses.replace(job, token=held.token)
             cluster, players = RayCluster(job), Players(output, seconds)
             cluster.actor_class = players
             loop = launch.loop_on(cluster, job, held, Ledger(job), progress)
