@@ -124,7 +124,7 @@ def ray_data(actors: int, blocks: int, manifest: str, output: str) -> None:
     import ray
 
     # One CPU more than the actors have: they keep theirs, and without another one no row would ever be read.
-    ray.init(num_cpus=actors + 1, include_dashboard=False)
+    ray.init("local", num_cpus=actors + 1, include_dashboard=False)
     rows = ray.data.read_parquet(manifest)
     if blocks:
         rows = rows.repartition(blocks)
