@@ -57,6 +57,8 @@ class Cost:
     """Seconds from the start until the first batch was sampled and, where scores are made, scored."""
     memory: float
     """Peak of the memory of all its processes, in MiB."""
+    others: float
+    """Processors that other work took on average. Unless it is near 0, ``processor`` alone means something."""
 
 
 def program(name: str, *options: str) -> Command:
@@ -96,6 +98,12 @@ def is_begun(output: Path, scratch: Path) -> bool:
     return (output / FIRST).exists() or any(tar.stat().st_size for tar in scratch.glob("vcf-batch-scratch-*/**/*.tar"))
 
 
+def busy_seconds() -> float:
+    """Processor time that all processes of the machine have used since it started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
 def run(command: Command, manifest: Path, folder: Path) -> Cost:
     """Run a contender in a folder, and watch its processes.
 
@@ -116,7 +124,7 @@ def run(command: Command, manifest: Path, folder: Path) -> Cost:
         "TMPDIR": str(scratch),
     }
     used: dict[psutil.Process, float] = {}
-    begin, first, memory, looked = time.monotonic(), 0.0, 0.0, 0.0
+    begin, first, memory, looked, busy = time.monotonic(), 0.0, 0.0, 0.0, busy_seconds()
     with open(folder / "log", "w") as log:
         root = psutil.Popen(command(str(manifest), str(output)), env=environment, stdout=log, stderr=subprocess.STDOUT)
         while True:
@@ -141,7 +149,9 @@ def run(command: Command, manifest: Path, folder: Path) -> Cost:
         raise click.ClickException(
             f"{' '.join(root.args)} ended with {root.returncode}:\n{(folder / 'log').read_text()[-4000:]}"
         )
-    return Cost(time.monotonic() - begin, sum(used.values()), first, memory)
+    seconds, processor = time.monotonic() - begin, sum(used.values())
+    others = max(0.0, busy_seconds() - busy - processor) / seconds
+    return Cost(seconds, processor, first, memory, others)
 
 
 def rows_of(output: Path) -> Rows:
@@ -173,21 +183,21 @@ def compare(name: str, found: Rows, expected: Rows, rows: int) -> str:
 
 
 def table(rows: int, costs: Mapping[str, Sequence[Cost]]) -> list[str]:
-    """The rows of the table of what the contenders took, with medians. All but memory are relative to the loop."""
+    """The rows of the table of what the contenders took, with medians. Times are relative to the loop."""
+
+    def columns(cost: Cost) -> tuple[float, ...]:
+        rest = cost.seconds - cost.first
+        return cost.seconds, cost.first, rest, cost.processor, cost.memory, cost.others
+
     medians = {
-        name: [
-            statistics.median(values)
-            for values in zip(
-                *((cost.seconds, cost.first, cost.seconds - cost.first, cost.processor, cost.memory) for cost in own),
-                strict=True,
-            )
-        ]
+        name: [statistics.median(values) for values in zip(*map(columns, own), strict=True)]
         for name, own in costs.items()
     }
     lines = []
     for name, values in medians.items():
-        ratios = " | ".join(f"{own / loop:.2f}" for own, loop in zip(values[:-1], medians[LOOP], strict=False))
-        lines.append(f"| {rows:,} | {name} | {ratios} | {values[-1]:,.0f} |")
+        *measured, memory, others = values
+        ratios = " | ".join(f"{own / loop:.2f}" for own, loop in zip(measured, medians[LOOP], strict=False))
+        lines.append(f"| {rows:,} | {name} | {ratios} | {memory:,.0f} | {others:.1f} |")
     return lines
 
 
@@ -222,8 +232,8 @@ def main(sizes: Sequence[int], rounds: int, only: Sequence[str]) -> None:
         equal += [compare(name, found, written[LOOP], rows) for name, found in written.items()]
     print(f"`tiny`, text only, CLIP scores, {STEPS} steps, batches of {BATCH}, 1 thread a worker, rounds: {rounds}\n")
     print(
-        "| rows | what | wall clock | first batch | after it | processor | peak memory, MiB |\n"
-        "|---|---|---|---|---|---|---|"
+        "| rows | what | wall clock | first batch | after it | processor | peak memory, MiB | others' processors |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     print(*taken, sep="\n")
     print("\n| rows | what | images equal to the loop's, bit for bit | scores |\n|---|---|---|---|")

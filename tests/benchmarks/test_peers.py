@@ -18,6 +18,6 @@ def test_every_contender_writes_the_same_images_and_scores(monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     rows = [line for line in result.stdout.splitlines() if line.startswith("| 16 |")]
     taken, equal = rows[:6], rows[6:]
-    assert all(row.count("|") == 8 for row in taken)
+    assert all(row.count("|") == 9 for row in taken)
     assert len(equal) == 5
     assert all(row.endswith("| 16 | 16 |") for row in equal)
