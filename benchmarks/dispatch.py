@@ -11,6 +11,7 @@ that end at different times. The measurement starts after all workers have begun
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import random
@@ -42,6 +43,7 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.pool import launch
 from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.setup import claim, defaults, manifest_check, run_models
+from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
 PROCESSES = 2
@@ -67,7 +69,7 @@ class Player:
     async def heartbeat(self, worker: int) -> Heartbeat:
         return Heartbeat(ray.get_runtime_context().get_node_id(), {}, {})
 
-    async def load(self, worker: int) -> Loaded:
+    async def load(self, worker: int, job: Job) -> Loaded:
         return Loaded({})
 
     async def run(self, worker: int, task: ShardTask, attempt_id: str, redo: None) -> tuple[Receipt, dict[str, str]]:
@@ -139,6 +141,7 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Lo
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
             claim.claim(job)
+            job = dataclasses.replace(job, token=held.token)
             cluster, players = RayCluster(job), Players(output, seconds)
             cluster.actor_class = players
             loop = launch.loop_on(cluster, job, held, Ledger(job), progress)

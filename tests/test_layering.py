@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from support import imported
+
 PACKAGE = Path(__file__).parent.parent / "vcf_batch"
+DEMO = PACKAGE.parent / "manifests" / "demo.parquet"
 
 LAYERS = (
     ("cli",),
@@ -118,16 +121,38 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
     [
         (("worker.worker", "training.fit"), {"ray"}),
         (("training.ray_training",), {"diffusers", "transformers"}),
-        (("pool",), {"torch"}),
+        (("pool.launch",), {"torch"}),
+        (("pool.actor",), {"torch", "numpy", "pyarrow"}),
         (("cli",), {"pyarrow", "duckdb", "PIL"}),
         (("metrics.scorer", "metrics.lpips", "commands.evaluate"), {"ray", "diffusers"}),
     ],
-    ids=["worker", "training", "pool", "cli", "scores"],
+    ids=["worker", "training", "pool", "actor", "cli", "scores"],
 )
 def test_what_a_process_does_not_need_is_not_imported(modules: tuple[str, ...], left_out: set[str]) -> None:
     """A worker and a training in one process need no ray, the driver no torch and no models' library, scores no
-    diffusers, a help text none of what reads tables and pictures."""
+    diffusers, a help text none of what reads tables and pictures. An actor brings nothing that reads the environment
+    before it is set."""
     assert not loaded(*(f"vcf_batch.{module}" for module in modules)) & left_out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "left_out"),
+    [
+        (("--help",), 0, {"numpy", "pyarrow", "ray", "torch"}),
+        (("generate", "--help"), 0, {"numpy", "pyarrow", "ray", "torch"}),
+        (("plan", str(DEMO), "OUTPUT"), 0, {"ray", "torch", "diffusers", "pandas"}),
+        (("status", "OUTPUT"), 2, {"ray", "torch", "transformers", "diffusers", "pandas", "PIL"}),
+        (("verify", "OUTPUT"), 2, {"ray", "torch", "transformers", "diffusers", "pandas"}),
+        (("generate", str(DEMO), "OUTPUT", "--max-failed", "7"), 2, {"ray", "torch", "pyarrow"}),
+    ],
+    ids=["help", "help of generate", "plan", "status", "verify", "refused option"],
+)
+def test_what_a_command_does_not_use_is_not_imported(
+    arguments: tuple[str, ...], code: int, left_out: set[str], tmp_path: Path
+) -> None:
+    """A plan needs no torch, though it tells of GPUs; and no command needs Ray that starts no worker."""
+    paths = [str(tmp_path / "out") if argument == "OUTPUT" else argument for argument in arguments]
+    assert not imported.by(*paths, code=code) & left_out
 
 
 def test_class_names_are_unique() -> None:

@@ -27,6 +27,7 @@ LONG_PROMPTS = ("truncate", "refuse")
 IMAGE_FORMATS = ("png", "webp", "jpg")
 LOG_FORMATS = ("text", "json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAIRINGS = ("cross", "random", "balanced")
 LPIPS_NETWORKS = ("auto", "alex", "vgg", "none")
 
 GATES: Mapping[str, str] = {

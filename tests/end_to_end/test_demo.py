@@ -15,6 +15,7 @@ import webdataset
 from datasets import load_dataset
 from PIL import Image
 
+from support import imported
 from vcf_batch.models import resolution
 from vcf_batch.tiny import measure, world
 from vcf_batch.tiny.probe import Probe
@@ -28,15 +29,26 @@ MEBIBYTE = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight demo rows in two shards, and the contact sheet."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """Eight demo rows in two shards and the contact sheet; and the modules that the driver of their run imported."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    for arguments in (
-        ["generate", str(DEMO), str(folder), *SIZE],
-        ["report", str(folder), "--png", str(folder / "contact_sheet.png")],
-    ):
-        subprocess.run([sys.executable, "-m", "vcf_batch", *arguments], check=True)
-    return folder
+    modules = imported.by("generate", str(DEMO), str(folder), *SIZE)
+    sheet = ["report", str(folder), "--png", str(folder / "contact_sheet.png")]
+    subprocess.run([sys.executable, "-m", "vcf_batch", *sheet], check=True)
+    return folder, modules
+
+
+@pytest.fixture(scope="module")
+def output(run: tuple[Path, set[str]]) -> Path:
+    return run[0]
+
+
+def test_the_driver_of_a_run_imports_nothing_that_workers_need(run: tuple[Path, set[str]]) -> None:
+    """No torch and no library of models, which take seconds; nor any other large library."""
+    _, modules = run
+    assert {"ray", "pyarrow", "vcf_batch.pool.ray_cluster"} <= modules
+    unused = {"torch", "transformers", "tokenizers", "diffusers", "pandas", "pyarrow.dataset", "ray.data", "duckdb"}
+    assert not modules & unused
 
 
 def test_every_demo_row_has_an_image_a_prompt_and_three_scores(output: Path) -> None:

@@ -75,7 +75,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def configure(cluster: Cluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     """Runs over a manifest of this test's own, whose workers obey orders beside it."""
-    monkeypatch.setattr(ray_cluster, "Actor", faults.FaultyActor)
+    monkeypatch.setattr(ray_cluster, "Actor", faults.faulty_actor(str(tmp_path / "in" / "manifest.parquet")))
     monkeypatch.setattr(failing_shard, "PAUSES", (0.1, 0.2))
 
     def build(output: str = "out", columns: dict[str, list[Any]] | None = None, **options: Any) -> RunConfig:

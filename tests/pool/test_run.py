@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from vcf_batch.commands.repair import Repair
 from vcf_batch.config import RunConfig
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.progress import Progress
+from vcf_batch.driver.workers import Workers
 from vcf_batch.errors import ModelError, RefusedError, StorageError, UsageError
 from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.pool import launch, nodes
+from vcf_batch.setup import storage_check
 from vcf_batch.setup.job import Job
 
 ROOT = Path(__file__).parents[2]
@@ -245,15 +248,42 @@ def test_a_driver_that_lost_the_output_before_its_nodes_are_checked_is_refused(
     configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its nodes do not see its lease any more. That is no wrong option: exit code 4, not 2."""
-    check = nodes.check
+    check = nodes.StorageCheck
 
-    def late(job: Job) -> None:
+    def late(job: Job) -> nodes.StorageCheck:
         (tmp_path / "out" / lease.LEASE_NAME).write_text('{"pid": 4711, "host": "far"}')
-        check(job)
+        return check(job)
 
-    monkeypatch.setattr(nodes, "check", late)
+    monkeypatch.setattr(nodes, "StorageCheck", late)
     with pytest.raises(RefusedError, match=r"process 4711 on far.* took over"):
         pool.run(configure(tmp_path / "out", num_workers=1))
+
+
+def test_no_shard_is_begun_before_all_nodes_are_known_to_see_the_storage(
+    configure: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on nodes that do not share the output is refused, also if a worker of another node has loaded before that
+    is known. Nothing is generated, and no worker is left."""
+    output, ready, bad = tmp_path / "out", tmp_path / "ready", ray.nodes()[-1]["NodeID"]
+
+    def check(job: Job) -> None:
+        if ray.get_runtime_context().get_node_id() == bad:
+            while not ready.exists():
+                time.sleep(0.05)
+            raise UsageError("node far does not see the output")
+
+    monkeypatch.setattr(storage_check, "check_storage", check)
+    loaded = Workers.loaded
+
+    def note(workers: Workers, *answer: Any) -> bool:
+        ready.touch()
+        return loaded(workers, *answer)
+
+    monkeypatch.setattr(Workers, "loaded", note)
+    with pytest.raises(UsageError, match="node far does not see the output"):
+        pool.run(configure(output))
+    assert not [*output.glob("0*"), *output.glob("_staging/*")]
+    runs.wait_for(lambda: ray.available_resources().get("CPU") == 3)
 
 
 def test_a_finished_run_does_nothing_again(

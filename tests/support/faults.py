@@ -34,7 +34,7 @@ DRIVER_PHASES = ("commit", "first file", "both files", "receipt")
 def orders(manifest: str) -> Path:
     """The folder of orders to those who work on a manifest; made if there is none."""
     folder = Path(manifest).parent / "orders"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -103,69 +103,74 @@ def around(
     setattr(owner, name, wrapped)
 
 
-class FaultyActor(actor.Actor):
-    """A worker that obeys. Tests put it in the place of the pool's own."""
+def faulty_actor(manifest: str) -> type[actor.Actor]:
+    """A worker that obeys the orders beside a manifest. Tests put it in the place of the pool's own."""
+    folder = orders(manifest)
 
-    def __init__(self, job: Job) -> None:
-        folder = orders(job.config.manifest)
-        if (folder / f"no-init-on-{ray.get_runtime_context().get_node_id()}").exists():
-            act("fail")
-        obey(folder, "init")
-        super().__init__(job)
+    class FaultyActor(actor.Actor):
+        """A worker that obeys."""
 
-    def load(self) -> Loaded:
-        folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
-        if (folder / "pids").exists():
-            (folder / "pids" / str(os.getpid())).touch()
-        if (folder / f"no-load-on-{node}").exists():
-            raise StorageError("this node loads nothing, as ordered")
-        obey(folder, "load")
-        loaded = super().load()
+        def __init__(self) -> None:
+            if (folder / f"no-init-on-{ray.get_runtime_context().get_node_id()}").exists():
+                act("fail")
+            obey(folder, "init")
+            super().__init__()
 
-        from vcf_batch.output import commits, shards
+        def load(self, job: Job) -> Loaded:
+            node = ray.get_runtime_context().get_node_id()
+            if (folder / "pids").exists():
+                (folder / "pids" / str(os.getpid())).touch()
+            if (folder / f"no-load-on-{node}").exists():
+                raise StorageError("this node loads nothing, as ordered")
+            obey(folder, "load")
+            loaded = super().load(job)
 
-        def sampling(*_: Any, seeds: Sequence[int], **__: Any) -> None:
-            obey(folder, "sample")
-            limit = folder / "rows-in-memory"
-            if limit.exists() and len(seeds) > int(limit.read_text()):
-                import torch
+            from vcf_batch.output import commits, shards
 
-                raise torch.OutOfMemoryError("CUDA out of memory, as ordered")
+            def sampling(*_: Any, seeds: Sequence[int], **__: Any) -> None:
+                obey(folder, "sample")
+                limit = folder / "rows-in-memory"
+                if limit.exists() and len(seeds) > int(limit.read_text()):
+                    import torch
 
-        def encoding(prompts: Sequence[str]) -> None:
-            for prompt in prompts:
-                act(prompt.partition(" ")[0])
+                    raise torch.OutOfMemoryError("CUDA out of memory, as ordered")
 
-        def phase(name: str) -> Callable[..., None]:
-            return lambda *_, **__: obey(folder, name)
+            def encoding(prompts: Sequence[str]) -> None:
+                for prompt in prompts:
+                    act(prompt.partition(" ")[0])
 
-        def staging(*_: Any) -> None:
-            obey(folder, "stage")
-            while (folder / "tickets-only").exists() and not taken(folder / "ticket"):
-                for attempt_id in self._worker.progress:
-                    self._worker.note_progress(attempt_id)  # it does not hang
-                time.sleep(0.05)
+            def phase(name: str) -> Callable[..., None]:
+                return lambda *_, **__: obey(folder, name)
+
+            def staging(*_: Any) -> None:
                 obey(folder, "stage")
-                obey(folder, "wait")
+                while (folder / "tickets-only").exists() and not taken(folder / "ticket"):
+                    for attempt_id in self._worker.progress:
+                        self._worker.note_progress(attempt_id)  # it does not hang
+                    time.sleep(0.05)
+                    obey(folder, "stage")
+                    obey(folder, "wait")
 
-        components = self._worker.components
-        around(components.pipeline, "generate_from_tokens", sampling)
-        around(components.pipeline, "encode_prompts", encoding)
-        around(type(components.scorer), "score", phase("score"))
-        around(shards.ShardWriter, "add", phase("tar"))
-        around(shards.ShardWriter, "finish", phase("parquet"))
-        around(commits, "stage", staging, phase("staged"))
-        return loaded
+            components = self._worker.components
+            around(components.pipeline, "generate_from_tokens", sampling)
+            around(components.pipeline, "encode_prompts", encoding)
+            around(type(components.scorer), "score", phase("score"))
+            around(shards.ShardWriter, "add", phase("tar"))
+            around(shards.ShardWriter, "finish", phase("parquet"))
+            around(commits, "stage", staging, phase("staged"))
+            return loaded
 
-    @ray.method(concurrency_group="shards")
-    def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> Any:
-        folder, node = orders(self._job.config.manifest), ray.get_runtime_context().get_node_id()
-        if (folder / f"no-run-on-{node}").exists():
-            act("fail")
-        while (folder / "hold").exists():
-            time.sleep(0.05)
-        obey(folder, "run")
-        return super().run(task, attempt_id, redo)  # type: ignore[operator]
+        @ray.method(concurrency_group="shards")
+        def run(self, task: ShardTask, attempt_id: str, redo: RowMask | None) -> Any:
+            node = ray.get_runtime_context().get_node_id()
+            if (folder / f"no-run-on-{node}").exists():
+                act("fail")
+            while (folder / "hold").exists():
+                time.sleep(0.05)
+            obey(folder, "run")
+            return super().run(task, attempt_id, redo)  # type: ignore[operator]
+
+    return FaultyActor
 
 
 def drive() -> None:
@@ -186,7 +191,7 @@ def drive() -> None:
     around(loop.Loop, "run", begin)
     # As many attempts as it takes: where all workers are struck all the time, no row is to blame.
     failing_shard.PAUSES = failing_shard.LOSS_PAUSES = (0.2,) * 1000
-    ray_cluster.Actor = FaultyActor  # type: ignore[misc]
+    ray_cluster.Actor = faulty_actor(sys.argv[2])  # type: ignore[misc]
     __main__.main()
 
 

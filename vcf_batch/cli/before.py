@@ -9,8 +9,8 @@ import click
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, check_ending, debug_option, json_option, run_config, tell
 from vcf_batch.cli.run import generate
+from vcf_batch.config import PAIRINGS
 from vcf_batch.errors import UsageError, redact
-from vcf_batch.manifest.pairing import PAIRINGS
 
 PROMPTS_HELP = (
     "The prompts: a text with one prompt a line, or a table, which is .csv or .tsv with a header, .jsonl, .ndjson, "

@@ -125,9 +125,9 @@ class _Findings:
         self, column: str, complaint: str, first_row: int, offends: pa.Array, values: pa.Array | None = None
     ) -> None:
         """Record the rows that are true in ``offends``, one boolean per row from ``first_row`` on; null is false."""
-        positions = np.flatnonzero(offends.fill_null(False).to_numpy(zero_copy_only=False))
-        if not len(positions):
+        if not pc.any(offends).as_py():
             return
+        positions = np.flatnonzero(offends.fill_null(False).to_numpy(zero_copy_only=False))
         examples = []
         for position in positions[:_SHOWN].tolist():
             value = "" if values is None else f" ({shown(_binary(values.slice(position, 1))[0].as_py())})"
@@ -186,7 +186,8 @@ def _unsafe(ids: pa.Array) -> pa.Array:
 def _blank(texts: pa.Array) -> pa.Array:
     texts = texts.cast(pa.large_string())
     try:
-        return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+        # Lengths are not compared with a number: pyarrow loads pandas to make a scalar.
+        return pc.or_(pc.invert(pc.binary_length(texts).cast(pa.bool_())), pc.utf8_is_space(texts))
     except pa.ArrowInvalid:
         # A text that is not UTF-8 fails its row later. Here the batch is checked for ASCII white space instead.
         return pc.invert(pc.match_substring_regex(_binary(texts), r"[^\s]"))

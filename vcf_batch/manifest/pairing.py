@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-PAIRINGS = ("cross", "random", "balanced")
-
 Pairs = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Function from pair numbers, ``[n]`` int64 from 0 on, to the indices of their prompts and references, ``[n]`` each."""
 

@@ -10,7 +10,24 @@ there are fresh shards for all, another one to read ahead. So an actor that wait
 device does not wait between two shards.
 """
 
-from vcf_batch.pool.connection import cluster
-from vcf_batch.pool.launch import ChooseRedo, run
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vcf_batch.pool.connection import cluster
+    from vcf_batch.pool.launch import ChooseRedo, run
+
+_HOMES = {
+    "ChooseRedo": "vcf_batch.pool.launch",
+    "cluster": "vcf_batch.pool.connection",
+    "run": "vcf_batch.pool.launch",
+}
 
 __all__ = ["ChooseRedo", "cluster", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name. Its module is loaded when it is first used, as an actor's process needs none of the driver's."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

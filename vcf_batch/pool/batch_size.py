@@ -11,7 +11,8 @@ from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.pool import nodes, ray_errors
 from vcf_batch.setup import defaults
-from vcf_batch.setup.job import Job, environment
+from vcf_batch.setup.environment import environment
+from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def with_batch_size(config: RunConfig, manifest: Manifest, models: Models) -> Ru
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker or 0,
         max_retries=2,  # when a machine goes away
-        runtime_env={"env_vars": environment(config)},
+        runtime_env={"env_vars": environment(config.cpus_per_worker)},
     )(_fastest)
     answer = measure.remote(job, limit)
     while not ray.wait([answer], timeout=WAITING_SECONDS)[0]:

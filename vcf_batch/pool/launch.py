@@ -92,7 +92,6 @@ def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> Non
     bar = None if job.config.log_format == "json" else sys.stderr
     with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
         try:
-            nodes.check(job)
             loop_on(RayCluster(job, signals.check), job, held, ledger, progress).run()
         except UsageError:
             # Nodes do not see the lease of a driver that has lost it either, which is no wrong use.

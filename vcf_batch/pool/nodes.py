@@ -54,25 +54,35 @@ def describe(config: RunConfig) -> str:
     )
 
 
-def check(job: Job) -> None:
-    """Let every node that can hold a worker prove that it sees the run's storage.
+class StorageCheck:
+    """Check that every node that can hold a worker sees the run's storage. It goes on beside the start of workers.
 
-    Raises:
-        UsageError: a node does not.
+    Args:
+        job: the run.
     """
-    look = ray.remote(num_cpus=0, max_retries=0)(storage_check.check_storage)
-    asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(job)
-        for node, workers in room(job.config).items()
-        if workers
-    ]
-    for answer in ray.wait(asked, num_returns=len(asked), timeout=CHECK_SECONDS)[0] if asked else []:
-        try:
-            ray.get(answer)
-        except RayError as error:
-            # Other errors may pass, such as a node that leaves: a worker that starts there checks again.
-            if isinstance(cause := ray_errors.cause(error), UsageError):
-                raise cause from error
+
+    def __init__(self, job: Job) -> None:
+        look = ray.remote(num_cpus=0, max_retries=0)(storage_check.check_storage)
+        self._asked = [
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(job)
+            for node, workers in room(job.config).items()
+            if workers
+        ]
+
+    def finish(self) -> None:
+        """Wait for the nodes, :data:`CHECK_SECONDS` at most; another call does nothing.
+
+        Raises:
+            UsageError: a node does not see the storage.
+        """
+        asked, self._asked = self._asked, []
+        for answer in ray.wait(asked, num_returns=len(asked), timeout=CHECK_SECONDS)[0] if asked else []:
+            try:
+                ray.get(answer)
+            except RayError as error:
+                # Other errors may pass, such as a node that leaves: a worker that starts there checks again.
+                if isinstance(cause := ray_errors.cause(error), UsageError):
+                    raise cause from error
 
 
 def _room_on(node: dict[str, Any], config: RunConfig) -> int:

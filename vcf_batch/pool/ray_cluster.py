@@ -14,11 +14,13 @@ from vcf_batch.driver.loop import SHARDS_AT_ONCE
 from vcf_batch.pool import nodes
 from vcf_batch.pool.actor import Actor
 from vcf_batch.pool.ray_errors import address, fault_of
-from vcf_batch.setup.job import Job, environment
+from vcf_batch.setup.job import Job
 
 
 class RayCluster:
     """The Ray cluster that this process is connected to, and its actors.
+
+    No actor gets a shard before all nodes are known to see the run's storage: then :meth:`send` raises UsageError.
 
     Args:
         job: the run that actors work on.
@@ -30,13 +32,13 @@ class RayCluster:
         self._config, self._redo = job.config, job.redo
         # The redo masks grow with the manifest, so each task carries its own.
         self._job_ref = ray.put(dataclasses.replace(job, redo={}))
+        self._storage_check = nodes.StorageCheck(job)
         remote: Any = ray.remote  # the type hints of Ray leave out concurrency groups
         self.actor_class = remote(
             max_restarts=0,
             max_task_retries=0,
             num_cpus=self._config.cpus_per_worker,
             num_gpus=self._config.gpus_per_worker,
-            runtime_env={"env_vars": environment(self._config)},
             concurrency_groups={"heartbeats": 1, "shards": SHARDS_AT_ONCE},
         )(Actor)
 
@@ -52,12 +54,15 @@ class RayCluster:
 
     def start(self, left_out: Sequence[str]) -> Any:
         options = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}} if left_out else {}
-        return self.actor_class.options(**options).remote(self._job_ref)
+        return self.actor_class.options(**options).remote()
 
     def send(self, request: Request) -> Hashable:
         method = getattr(request.worker.process, request.method)
+        if request.method == "load":
+            return method.remote(self._job_ref)
         if request.task is None:
             return method.remote()
+        self._storage_check.finish()
         return method.remote(request.task, request.attempt_id, self._redo.get(request.task.shard.index))
 
     def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:

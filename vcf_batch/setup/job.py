@@ -55,12 +55,3 @@ class Job:
 def is_guided(config: RunConfig, manifest: Manifest) -> bool:
     """Whether a row may be brought closer to its reference by prompt-noise optimisation."""
     return (config.pno_steps > 0 or manifest.has_any("pno_steps")) and manifest.has_any("reference")
-
-
-def environment(config: RunConfig) -> dict[str, str]:
-    """Environment of a worker: fixed threads, and cuBLAS workspaces that keep its sums in order."""
-    return {
-        "OMP_NUM_THREADS": str(config.cpus_per_worker),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "TOKENIZERS_PARALLELISM": "false",
-    }

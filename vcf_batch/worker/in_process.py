@@ -1,11 +1,16 @@
 """A worker in this process, for a calibration or a preview, which need no cluster. No Ray here."""
 
+import contextlib
+import ctypes
 import dataclasses
+import importlib.util
 import os
+import runpy
 from typing import TYPE_CHECKING
 
 from vcf_batch.config import RunConfig
-from vcf_batch.setup.job import Job, environment
+from vcf_batch.setup.environment import environment
+from vcf_batch.setup.job import Job
 
 if TYPE_CHECKING:
     from vcf_batch.worker.worker import Worker
@@ -14,17 +19,36 @@ BATCH_SIZE = 8
 """Batch size that is used instead of a measured one."""
 
 
-def _gpus() -> float:
-    """GPUs of a worker on this machine: 1 where there is one, else 0."""
-    import torch  # imported here, because planning needs it for nothing else
+def has_gpu() -> bool:
+    """Whether torch can use a GPU of this machine: what ``torch.cuda.is_available()`` says, without importing torch.
 
-    return 1.0 if torch.cuda.is_available() else 0.0
+    CUDA's driver is asked as torch asks it, so ``CUDA_VISIBLE_DEVICES`` counts. Never run on a GPU so far.
+    """
+    found = importlib.util.find_spec("torch")
+    assert found and found.origin, "torch is a dependency"
+    built = runpy.run_path(os.path.join(os.path.dirname(found.origin), "version.py"))
+    if built.get("hip"):
+        import torch  # takes seconds
+
+        return torch.cuda.is_available()
+    return bool(built["cuda"]) and _cuda_devices(int(built["cuda"].partition(".")[0])) > 0
+
+
+def _cuda_devices(runtime: int) -> int:
+    """Number of GPUs that CUDA's driver has for this process; 0 if it is too old for a runtime of a major version."""
+    version, count = ctypes.c_int(), ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuDriverGetVersion(ctypes.byref(version)) or driver.cuInit(0)
+        if not failed and version.value // 1000 >= runtime and not driver.cuDeviceGetCount(ctypes.byref(count)):
+            return count.value
+    return 0
 
 
 def settled(config: RunConfig) -> RunConfig:
     """Fill in what a cluster would decide: GPUs from this machine, and a fixed batch size instead of a measured one."""
     if config.gpus_per_worker is None:
-        config = config.replace(gpus_per_worker=_gpus())
+        config = config.replace(gpus_per_worker=float(has_gpu()))
     return config.replace(batch_size=BATCH_SIZE) if config.batch_size is None else config
 
 
@@ -38,7 +62,7 @@ def load(job: Job, scratch: str) -> "Worker":
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.worker.load`.
     """
-    os.environ.update(environment(job.config))
+    os.environ.update(environment(job.config.cpus_per_worker))
     from vcf_batch.worker import worker  # brings torch, which reads the environment
 
     return worker.load(dataclasses.replace(job, config=job.config.replace(output=scratch)))
