@@ -19,6 +19,9 @@ from vcf_batch.errors import ModelError, UsageError
 INFO_NCE_TEMPERATURE = 0.07
 INFO_NCE_WEIGHT = 0.2
 
+ENCODE_BATCH = 32
+"""Most texts or images of one forward pass of an encoder."""
+
 
 class ImageAligner(ModelMixin, ConfigMixin):
     """A network that maps vision-tower tokens to the space of the text tokens, and the only trained part of VCF.

@@ -22,10 +22,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from vcf_batch import images
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.vcf.aligner import ENCODE_BATCH
 from vcf_batch.vcf.attention import TokenBiasAttention
 from vcf_batch.vcf.upload import upload
-
-ENCODE_BATCH = 32
 
 _PLUS_LAYERS = 4
 """Number of layers of the resampler of IP-Adapter Plus, in every published file and in diffusers."""

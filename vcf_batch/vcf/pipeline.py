@@ -25,7 +25,7 @@ from vcf_batch.config import (
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
-from vcf_batch.vcf.aligner import ImageAligner, squash
+from vcf_batch.vcf.aligner import ENCODE_BATCH, ImageAligner, squash
 from vcf_batch.vcf.attention import Kernel, use_kernel
 from vcf_batch.vcf.compilation import compile_forward, replay_small_batches
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
@@ -44,7 +44,6 @@ BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
 Sampler = Callable[[Tensor, Conditioning], Tensor]
 """Function that makes images of noise and conditioning."""
 
-ENCODE_BATCH = 32
 DECODE_BATCH = 8
 
 
