@@ -1,4 +1,4 @@
-"""The demo manifest on a tiny Stable Diffusion 1.5 in its published layout, by each kind of fusion, killed and resumed."""
+"""The demo manifest on a tiny Stable Diffusion 1.5 in its published layout, by three fusions, killed and resumed."""
 
 import os
 import signal
