@@ -21,8 +21,6 @@ from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker.device import Device
 
-FEW = 10
-"""Number of denoising steps for comparisons of output."""
 SCALE = 9.0
 ASSUMED = 0.6
 """Seconds that an image is assumed to take until one has been measured."""
@@ -47,6 +45,8 @@ class Bench:
         self.batch = 3 if smoke else 8
         self.sizes = (1, 2, 4, 5) if smoke else (1, 16, 32, 64)
         """Batch sizes that are measured besides :attr:`batch`."""
+        self.few = 4 if smoke else 10
+        """Number of denoising steps for comparisons of output."""
         self.few_steps = (1, 2) if smoke else (5, 20)
         """Numbers of denoising steps that are measured besides the usual one."""
         self.config = RunConfig(
@@ -214,10 +214,10 @@ class Bench:
         return self.per_image[name]
 
     def time_from_few(self, batch: int) -> float:
-        """Seconds per image of all steps, reckoned from 2 and :data:`FEW` steps: every step takes the same time."""
+        """Seconds per image of all steps, reckoned from 2 and :attr:`few` steps: every step takes the same time."""
         self.draw(batch, 2)
-        short, long = (seconds(functools.partial(self.draw, batch, steps), 1) for steps in (2, FEW))
-        return (short + (self.shapes.steps - 2) * (long - short) / (FEW - 2)) / batch
+        short, long = (seconds(functools.partial(self.draw, batch, steps), 1) for steps in (2, self.few))
+        return (short + (self.shapes.steps - 2) * (long - short) / (self.few - 2)) / batch
 
     def inputs(self, batch: int, steps: int) -> tuple[Any, torch.Tensor, Any]:
         """The result of :meth:`VCFPipeline.prepare` for ``batch`` samples."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_bench import FEW, Bench
+from gpu_bench import Bench
 from gpu_kernels import rate
 from gpu_record import Figure, below
 from gpu_sampling import BATCH_GOAL, MUST, ONE
@@ -21,7 +21,7 @@ Figures = Iterator[Figure]
 def batch(bench: Bench) -> Figures:
     """Measure compiled networks: the first start, sampling, and a start with the cache on disk."""
     number = bench.batch
-    plain = bench.draw(number, FEW)
+    plain = bench.draw(number, bench.few)
     with bench.compiled():
         _, cold = bench.timed(lambda: bench.draw(number, 1))
         yield Figure(f"compiled, batch {number}: s to the first images, new", f"{cold:.0f}", values={"value": cold})
@@ -32,14 +32,14 @@ def batch(bench: Bench) -> Figures:
             ratio = stock / took
             what = f"compiled, with references, against stock diffusers in batches of {number}"
             yield Figure(what, f"{ratio:.2f}", values={"value": ratio})
-        drawn = bench.draw(number, FEW)
+        drawn = bench.draw(number, bench.few)
         change = (drawn - plain).abs().mean().item()
         yield below("compiled against not: mean difference of images in [0, 1]", change, 0.01, required=True)
         torch.compiler.reset()
         _, warm = bench.timed(lambda: bench.draw(number, 1))
         what = f"compiled, batch {number}: s to the first images, from the cache on disk"
         yield Figure(what, f"{warm:.0f}", values={"value": warm})
-        same = torch.equal(drawn, bench.draw(number, FEW))
+        same = torch.equal(drawn, bench.draw(number, bench.few))
         yield Figure("compiled, new and from the cache: the same bits", "yes" if same else "no", "yes", same, True)
 
 
@@ -127,16 +127,16 @@ def _with(rounded: tuple[Tensor, Tensor], weight: Tensor, columns: Tensor) -> tu
 def eight_bit_linears(bench: Bench) -> Figures:
     """Measure the UNet with linear layers in 8 bits: its error, and the time."""
     unet = bench.pipeline.unet
-    plain, images = bench.predict(unet), bench.draw(bench.batch, FEW)
+    plain, images = bench.predict(unet), bench.draw(bench.batch, bench.few)
     with _in_eight_bits(unet) as count:
         error = ((bench.predict(unet) - plain).norm() / plain.norm()).item()
         what = f"{count} linear layers in 8 bits: error of the UNet relative to bfloat16"
         yield Figure(what, f"{error:.4f}", values={"value": error})
-        change = (bench.draw(bench.batch, FEW) - images).abs().mean().item()
-        what = f"the same: mean difference of images in [0, 1], {FEW} steps"
+        change = (bench.draw(bench.batch, bench.few) - images).abs().mean().item()
+        what = f"the same: mean difference of images in [0, 1], {bench.few} steps"
         yield Figure(what, f"{change:.4f}", values={"value": change})
         took = bench.time_from_few(bench.batch)
-        what = f"the same, batch {bench.batch}: s/image, from 2 and {FEW} steps"
+        what = f"the same, batch {bench.batch}: s/image, from 2 and {bench.few} steps"
         yield Figure(what, f"{took:.3f}", values={"value": took})
 
 
@@ -145,7 +145,7 @@ def eight_bit_compiled(bench: Bench) -> Figures:
     with _in_eight_bits(bench.pipeline.unet), bench.compiled():
         _, cold = bench.timed(lambda: bench.draw(bench.batch, 1))
         took = bench.time_from_few(bench.batch)
-    what = f"linear layers in 8 bits, compiled, batch {bench.batch}: s/image, from 2 and {FEW} steps"
+    what = f"linear layers in 8 bits, compiled, batch {bench.batch}: s/image, from 2 and {bench.few} steps"
     yield Figure(what, f"{took:.3f}", values={"value": took, "cold": cold})
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import full_size
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from gpu_bench import Bench
 from gpu_record import Figure
@@ -19,14 +17,8 @@ from measure import between, marked_sampling
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch import sharding
-from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.lpips import LPIPS, Backbone
 from vcf_batch.metrics.scorer import Scorer
-from vcf_batch.setup.shard_task import ShardTask
-from vcf_batch.worker.components import Components
-from vcf_batch.worker.worker import Worker
 
 CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 """Channels of the feature maps that LPIPS compares."""
@@ -50,6 +42,17 @@ def job(
         network: backbone of LPIPS.
         batches: number of batches of a shard.
     """
+    # Only these measurements need pyarrow, so that the others can do without it.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from vcf_batch import sharding
+    from vcf_batch.manifest.manifest import Manifest
+    from vcf_batch.manifest.references import ReferenceReader
+    from vcf_batch.setup.shard_task import ShardTask
+    from vcf_batch.worker.components import Components
+    from vcf_batch.worker.worker import Worker
+
     batch, steps = bench.batch, min(steps or bench.shapes.steps, bench.shapes.steps)
     bare = bench.per_image.get("eager/rule")
     if bare is None or (scheduler, steps) != ("ddim", bench.shapes.steps):

@@ -8,7 +8,7 @@ from typing import Any
 import full_size
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from gpu_bench import FEW, SCALE, Bench
+from gpu_bench import SCALE, Bench
 from gpu_kernels import clocks
 from gpu_record import Figure, below
 from measure import between, mark, peak_memory, seconds
@@ -59,7 +59,7 @@ def networks(bench: Bench) -> Figures:
 def images(bench: Bench) -> Figures:
     """Compare images with those of the pipeline as it is loaded."""
     plain = _plain(bench)
-    change = (bench.draw(2, FEW) - bench.draw(2, FEW, pipeline=plain)).abs().mean().item()
+    change = (bench.draw(2, bench.few) - bench.draw(2, bench.few, pipeline=plain)).abs().mean().item()
     bench.drop("plain")
     yield below("images of both: mean difference in [0, 1]", change, 0.01, required=True)
     same = torch.equal(bench.draw(bench.batch, 2), bench.draw(bench.batch, 2))
@@ -68,8 +68,8 @@ def images(bench: Bench) -> Figures:
 
 def waits(bench: Bench) -> Figures:
     """Count how often sampling waits for the device."""
-    counts = [_waits(bench, steps) for steps in (2, FEW)]
-    what = f"waits for the device in 2 and in {FEW} steps"
+    counts = [_waits(bench, steps) for steps in (2, bench.few)]
+    what = f"waits for the device in 2 and in {bench.few} steps"
     yield Figure(what, str(counts), "equal", counts[0] == counts[1], required=True, values={"counts": counts})
 
 
@@ -145,7 +145,7 @@ def sizes(bench: Bench, size: int) -> Figures:
         if batch == 1:
             took, what = bench.time("batches/1", 1), "sampling, batch 1: s/image"
         else:
-            took, what = bench.time_from_few(batch), f"sampling, batch {batch}: s/image, from 2 and {FEW} steps"
+            took, what = bench.time_from_few(batch), f"sampling, batch {batch}: s/image, from 2 and {bench.few} steps"
     except torch.OutOfMemoryError as error:
         yield Figure(f"sampling, batch {batch}: s/image", "out of memory", values={"reason": str(error)[:300]})
         return

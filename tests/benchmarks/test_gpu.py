@@ -15,12 +15,14 @@ pytestmark = pytest.mark.usefixtures("restored_torch")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMPILED = ("compiled/batch", "compiled/single", "fp8/compiled")
+REPEATED = ("job/dpm-webp", "job/dpm-png-vgg", "job/ddim-webp", "pno/5", "pno/20", "batches/32", "batches/64")
+"""Measurements that differ from another one in a number or a name only."""
 
 
 @pytest.fixture(autouse=True)
 def _as_a_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # restored afterwards
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "compiled"))  # restored afterwards
 
 
 def run(*options: str) -> Result:
@@ -55,13 +57,18 @@ def names() -> list[str]:
 
 
 def test_every_row_can_be_measured(tmp_path: Path) -> None:
-    """All but the compiled networks: each has a value and the seconds it took, on the table and in the JSON."""
-    rows = measured(tmp_path, [name for name in names() if name not in COMPILED])
+    """All but compiled networks and repetitions: each has a value and its seconds, on the table and in the JSON."""
+    rows = measured(tmp_path, [name for name in names() if name not in COMPILED + REPEATED])
     assert all(row["shown"] and row["seconds"] >= 0 and row["error"] is None for row in rows)
     kernels = [row["values"]["name"] for row in rows if row["what"].startswith("kernel ")]
     assert len(kernels) == 20
     about = json.loads((tmp_path / "gpu.json").read_text())
     assert about["versions"]["torch"] and about["command"] and about["failed"] == []
+
+
+@pytest.mark.slow
+def test_repeated_rows_can_be_measured(tmp_path: Path) -> None:
+    assert len(measured(tmp_path, [name for name in names() if name in REPEATED])) == 15
 
 
 @pytest.mark.slow
