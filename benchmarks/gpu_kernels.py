@@ -74,10 +74,12 @@ def device(bench: Bench) -> Iterator[Figure]:
         yield Figure("device", shown, values=values)
     found_clocks = clocks()
     yield Figure("clocks, idle", ", ".join(found_clocks.values()) or NO_GPU, values=found_clocks)
-    shown = bench.device.attention
+    chosen = bench.device.attention
     if bench.device_failure:
         raise bench.device_failure
-    yield Figure("attention by the rule", shown, values=dict(bench.device.description))
+    yield Figure("attention by the rule", chosen)
+    described = dict(bench.device.description)
+    yield Figure("device of a receipt", described["type"], values=described)
 
 
 def matmul(bench: Bench) -> Iterator[Figure]:

@@ -141,6 +141,8 @@ def sizes(bench: Bench, size: int) -> Figures:
     """Measure another batch size. That it does not fit into the memory is an answer too."""
     batch = bench.sizes[size]
     goal = {"goal": f"<= {ONE:g}", "limit": ONE} if batch == 1 else {"goal": BATCH_GOAL, "limit": MUST}
+    if bench.kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
         if batch == 1:
             took, what = bench.time("batches/1", 1), "sampling, batch 1: s/image"
