@@ -10,14 +10,12 @@ of a shard's time.
 
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
-from unittest import mock
+from typing import cast
 
 import click
-from measure import alternate
+from measure import alternate, between, marked_sampling
 from PIL import Image
 
 from vcf_batch import sharding
@@ -31,24 +29,12 @@ from vcf_batch.worker.worker import Worker
 
 def idle_between(loaded: Worker, shards: Sequence[Shard], at_once: int) -> float:
     """Time without sampling between two shards, divided by the time in which the second shard is sampled."""
-    sampled: list[tuple[float, float]] = []
-    generate = loaded.components.pipeline.generate_from_tokens
-
-    def timed(*args: Any, **settings: Any) -> Any:
-        begin = time.perf_counter()
-        pictures = generate(*args, **settings)
-        sampled.append((begin, time.perf_counter()))
-        return pictures
-
-    with (
-        mock.patch.object(loaded.components.pipeline, "generate_from_tokens", timed),
-        ThreadPoolExecutor(at_once) as threads,
-    ):
+    with marked_sampling(loaded.components.pipeline) as sampled, ThreadPoolExecutor(at_once) as threads:
         for future in [threads.submit(loaded.run, ShardTask(shard), f"benchmark-{shard.name}") for shard in shards]:
             future.result()
     batches = len(sampled) // 2
     (_, first_ends), (second_begins, _), (_, second_ends) = sampled[batches - 1], sampled[batches], sampled[-1]
-    return (second_begins - first_ends) / (second_ends - second_begins)
+    return between(first_ends, second_begins) / between(second_begins, second_ends)
 
 
 @click.command()

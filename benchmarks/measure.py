@@ -1,12 +1,14 @@
 """Measurements of time and memory for the benchmarks."""
 
+import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -28,16 +30,58 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def _once(work: Callable[[], Any]) -> float:
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        work()
-        return time.perf_counter() - begin
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begun.record()
+    begun = mark()
     work()
-    ended.record()
-    ended.synchronize()
-    return begun.elapsed_time(ended) / 1000
+    return between(begun, mark())
+
+
+def mark() -> Any:
+    """The present moment, for :func:`between`: on a GPU that at which the work queued so far is done."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first: Any, second: Any) -> float:
+    """Seconds between two moments of :func:`mark`. Waits for the second."""
+    if isinstance(second, float):
+        return second - float(first)
+    second.synchronize()
+    return float(first.elapsed_time(second)) / 1000
+
+
+@contextlib.contextmanager
+def marked_sampling(pipeline: Any, images: Tensor | None = None) -> Iterator[list[tuple[Any, Any]]]:
+    """Within the block the beginning and the end of every sampling of a pipeline are noted.
+
+    Args:
+        pipeline: the :class:`vcf_batch.vcf.pipeline.VCFPipeline`, whose ``prepare`` is wrapped.
+        images: what is returned in the place of the sampled images, ``[N, 3, H, W]`` on their device.
+
+    Yields:
+        The moments, as :func:`mark` gives them, in the order of the samplings.
+    """
+    moments: list[tuple[Any, Any]] = []
+    prepare = pipeline.prepare
+
+    def prepared(*args: Any, **inputs: Any) -> tuple[Any, Tensor, Any]:
+        sample, noise, conditioning = prepare(*args, **inputs)
+
+        def marked(*given: Any) -> Tensor:
+            begin = mark()
+            found: Tensor = sample(*given)
+            moments.append((begin, mark()))
+            return found if images is None else images[: len(found)].clone()
+
+        return marked, noise, conditioning
+
+    pipeline.prepare = prepared
+    try:
+        yield moments
+    finally:
+        del pipeline.prepare
 
 
 def peak_memory(work: Callable[[], Any]) -> float:
