@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from diffusers import UNet2DConditionModel
 
-from support import runs
+from support import ip_adapters, runs
 from vcf_batch.cli import main
 from vcf_batch.commands import evaluate
 from vcf_batch.config import RunConfig
@@ -110,6 +111,38 @@ def test_other_questions_do_not_mix_with_an_evaluation(model: Path, out: Path) -
     result = run(model, out, "--strength", 0.7)
     assert (result.exit_code, "belongs to an evaluation of other prompts" in result.output) == (4, True)
     assert (out / "manifest.parquet").read_bytes() == before
+
+
+def test_an_ip_adapter_is_a_method_with_and_without_an_aligner(model: Path, tmp_path: Path) -> None:
+    """It is compared with the fusions of an aligner, or on a model without one with text only."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    ip_adapters.save_adapter(tmp_path / "adapter" / "x.safetensors", unet)
+    ip_adapters.save_encoder(tmp_path / "adapter" / "image_encoder")
+    plain = shutil.copytree(model, tmp_path / "model")
+    index = json.loads((plain / "model_index.json").read_text())
+    (plain / "model_index.json").write_text(json.dumps(index | {"aligner": [None, None]}))
+    shutil.rmtree(plain / "aligner")
+    found = {}
+    for name, folder in (("vcf", model), ("plain", plain)):
+        config = RunConfig(
+            manifest=str(tmp_path / f"{name}.parquet"),
+            output=str(tmp_path / name),
+            model=str(folder),
+            ip_adapter=str(tmp_path / "adapter"),
+            steps=2,
+            gpus_per_worker=0,
+            shard_size=8,
+            **runs.SIZE,
+        )
+        config = evaluate.write_manifest(config, 1, 1, [0.5], 1, 0)
+        runs.run_here(config)
+        table = evaluate.tabulate(config)
+        lines = json.loads((tmp_path / "results.json").read_text())["methods"]
+        found[name] = [(line["method"], line["strength"]) for line in lines]
+        assert "IP-Adapter" in table
+    adapter = [("IP-Adapter", 0.5), ("IP-Adapter", 1.0)]
+    assert found["vcf"] == [*METHODS, *adapter]
+    assert found["plain"] == [("text only", 0.0), *adapter]
 
 
 def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:

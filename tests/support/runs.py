@@ -168,12 +168,18 @@ def commit(
 
 def generate(manifest: Path, output: Path, model: Path, **options: Any) -> Path:
     """A whole run in this process, shard by shard and without Ray: what no fault can happen to. Returns ``output``."""
-    job = settled(manifest, output, model, **options)
+    run_here(settled(manifest, output, model, **options).config)
+    return output
+
+
+def run_here(config: RunConfig) -> None:
+    """A whole run in this process, shard by shard and without Ray."""
+    config = absolute_paths.absolute(config)
+    job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
     claim.claim(job)
     loaded = worker.load(job)
     for shard in job.shards:
         commits.commit(job.config.output, *stage(loaded, ShardTask(shard), shard.name))
-    return output
 
 
 def data_files(output: Path) -> dict[str, bytes]:

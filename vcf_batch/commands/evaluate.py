@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from vcf_batch import images, storage
-from vcf_batch.config import MAX_PIXELS, RunConfig, default_strengths
+from vcf_batch.config import IP_ADAPTER, MAX_PIXELS, REFERENCE_PARTS, RunConfig, default_strengths
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
 from vcf_batch.models import resolution
@@ -37,6 +37,9 @@ from vcf_batch.setup.run_models import OWN_PROBE
 TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"
 """Three special methods: the baseline; PNO, run on the first samples only because it is slow; and ``concat`` on those
 same samples."""
+
+Method = tuple[str, str, float, int | None]
+"""Name, fusion, strength, and steps of prompt-noise optimisation."""
 
 Case = tuple[str, str, int]
 """Prompt, reference and seed. All methods sample the same cases."""
@@ -76,7 +79,7 @@ def write_manifest(
         pairs: pairs of prompt and reference, as :func:`crossed` returns them. For a model of the tiny family: the
             number of pairs to take from :func:`drawn`.
         seeds: number of samples of each pair and method.
-        sweep: strengths of ``concat`` in addition to the model's own strength.
+        sweep: strengths of ``concat`` and of an IP-Adapter in addition to their own strengths.
         pno_steps: steps of prompt-noise optimisation, at the model's own strength.
         pno_samples: number of samples, the first of all, that are optimised.
 
@@ -107,13 +110,23 @@ def write_manifest(
         )
     index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
     own = default_strengths(index.get("default_strength"))
-    methods = [
-        (TEXT_ONLY, "concat", 0.0, None),
-        ("naive", "naive", own["naive"], None),
-        ("cross-attention", "cross_attention", own["cross_attention"], None),
-        *(("concat", "concat", strength, None) for strength in sorted({*sweep, own["concat"]} - {0.0})),
-        (PNO, "concat", own["concat"], pno_steps),
-    ]
+    has_aligner = all(any(index.get(part) or ()) for part in REFERENCE_PARTS)
+    if not has_aligner and resolved.ip_adapter is not None:
+        config = config.replace(fusion=IP_ADAPTER)
+
+    def swept(name: str, fusion: str) -> list[Method]:
+        return [(name, fusion, strength, None) for strength in sorted({*sweep, own[fusion]} - {0.0})]
+
+    methods: list[Method] = [(TEXT_ONLY, config.fusion if not has_aligner else "concat", 0.0, None)]
+    if has_aligner:
+        methods += [
+            ("naive", "naive", own["naive"], None),
+            ("cross-attention", "cross_attention", own["cross_attention"], None),
+            *swept("concat", "concat"),
+            (PNO, "concat", own["concat"], pno_steps),
+        ]
+    if resolved.ip_adapter is not None:
+        methods += swept("IP-Adapter", IP_ADAPTER)
     cases = [(number * seeds + seed, pair) for number, pair in enumerate(pairs) for seed in range(seeds)]
     rows = [
         {**pair, "seed": seed, "method": name, "fusion": fusion, "strength": strength, "pno_steps": steps}
@@ -121,6 +134,8 @@ def write_manifest(
         for name, fusion, strength, steps in methods
         if name != PNO or seed < pno_samples
     ]
+    if not has_aligner:
+        rows = [{name: value for name, value in row.items() if name != "fusion"} for row in rows]
     _publish(config.manifest, rows)
     return config
 
