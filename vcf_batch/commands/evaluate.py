@@ -30,7 +30,7 @@ from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import Shard
 from vcf_batch.report import comparison
 from vcf_batch.report.comparison import RELATIVE, TABLE_SCORES, Line
-from vcf_batch.setup import run_models
+from vcf_batch.setup import default_model, run_models
 from vcf_batch.setup.absolute_paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
 
@@ -93,16 +93,20 @@ def write_manifest(
     for strength in sweep:
         config.replace(strength=strength)  # Checks the limits of a strength.
     config = absolute(config)
+    if not isinstance(pairs, int):
+        first = [pair["prompt"] for pair in pairs[: default_model.JUDGED_ROWS]]
+        default_model.check(config, run_file.read(config.output), lambda: first)
     resolved = run_models.resolve(config)
+    name = config.model or resolved.pipeline.name
     if isinstance(pairs, int):
         if resolution.read_config(resolved.pipeline, f"{OWN_PROBE}/config.json") is None:
-            raise UsageError(f"model {config.model!r} needs --prompts and --references; only 'tiny' brings its own")
+            raise UsageError(f"model {name!r} needs --prompts and --references; only 'tiny' brings its own")
         pairs = drawn(pairs)
     if not pairs:
         raise UsageError("there are no prompts: every line is blank")
     if resolved.lpips == "none":
         raise UsageError(
-            f"model {config.model!r} has no perceptual distance of its own to compare pictures with references: name "
+            f"model {name!r} has no perceptual distance of its own to compare pictures with references: name "
             "one with --lpips alex --lpips-weights URL"
         )
     index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
@@ -203,7 +207,7 @@ def _add_shown(rows: Sequence[dict[str, Any]], shard: Shard, config: RunConfig) 
     files = {sample["__key__"]: sample[config.image_format] for sample in shards.read_samples(tar)}
     pictures = (images.resize(images.decode(files[row["key"]], MAX_PIXELS), SIZE, SIZE) for row in rows)
     pixels = torch.from_numpy(np.stack([images.to_unit(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    folder = fetch(resolution.resolve(config.model, config.revision))
+    folder = fetch(resolution.resolve(config.model or resolution.TINY, config.revision))
     probe = Probe.from_pretrained(storage.join(folder, OWN_PROBE), dtype=torch.float32)
     shown = agreement(probe, pixels, compose(rows, seed=0))
     for number, row in enumerate(rows):

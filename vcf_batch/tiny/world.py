@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vcf_batch.models import embedded
+
 SIZE = 64
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond", "crescent", "arrow")
+SHAPES = embedded.SHAPES
 COLORS = {
     "red": (0.85, 0.13, 0.13),
     "orange": (0.97, 0.54, 0.08),
