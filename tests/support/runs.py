@@ -82,8 +82,9 @@ def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | N
     return folder / "manifest.parquet"
 
 
-def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = ()) -> Job:
-    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows."""
+def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = (), model: str = "m") -> Job:
+    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows.
+    ``model`` is the name in its record."""
     opened = Manifest.open(str(manifest))
     chosen = {"strength": 1.0, "steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
     settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
@@ -98,7 +99,7 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
         safety_checker=None,
         ip_adapter=None,
     )
-    job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
+    job = Job(config, opened, Models(ResolvedModel(model, "hub", model, "0" * 40), None, "none", "none"), fields)
     claim.claim(job)
     for shard in job.shards:
         commit_pictures(job, shard, failed)

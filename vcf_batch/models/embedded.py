@@ -28,3 +28,9 @@ def is_embedded(model: Mapping[str, Any]) -> bool:
         model: its ``name`` and ``identity``, as ``run.json`` has them.
     """
     return model.get("name") == TINY or model.get("identity") == folder_identity(tiny_folder())
+
+
+def told(model: Mapping[str, Any]) -> str:
+    """The name of a model of ``run.json``, for people; of the embedded one with what it is."""
+    name = str(model.get("name"))
+    return f"{name} ({EMBEDDED})" if is_embedded(model) else name
