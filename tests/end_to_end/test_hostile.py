@@ -376,7 +376,7 @@ def call(*arguments: object) -> Result:
 
 def refuse(tmp_path: Path, message: str, *arguments: object) -> Result:
     """The command is a mistake of the user's, who is told so; nothing is written."""
-    result = call("generate", *arguments, "--address", "local")
+    result = call("generate", "--model", "tiny", *arguments, "--address", "local")
     assert (result.exit_code, "Traceback" in result.output) == (2, False), result.output
     assert message in result.output
     assert "\x1b" not in result.output

@@ -23,7 +23,7 @@ from vcf_batch import images, storage
 from vcf_batch.config import MAX_PIXELS, RunConfig, default_strengths
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
-from vcf_batch.models import resolution
+from vcf_batch.models import embedded, resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.run_file import RunRecord
@@ -238,9 +238,10 @@ def _line(method: str, samples: Sequence[Mapping[str, Any]], base: Mapping[Case,
 def _caption(record: RunRecord, cases: Iterable[Case]) -> str:
     prompts, references, seeds = zip(*cases, strict=True)
     used, fields = record.models, record.fields
+    embedded_too = f" ({embedded.EMBEDDED})" if embedded.is_embedded(used["model"]) else ""
     return (
-        f"Model `{used['model']['name']}`, {fields['width']}x{fields['height']} pixels, {fields['steps']} steps of "
-        f"{fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; {len(set(prompts))} prompts, "
+        f"Model `{used['model']['name']}`{embedded_too}, {fields['width']}x{fields['height']} pixels, "
+        f"{fields['steps']} steps of {fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; {len(set(prompts))} prompts, "
         f"{len(set(references))} references, {len(seeds)} samples of each method. CLIP scores by "
         f"`{used['clip_score']['name']}`, LPIPS by `{used['lpips']['name']}`. In brackets: {LEVEL:.0%} intervals."
     )
