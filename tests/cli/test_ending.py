@@ -131,14 +131,5 @@ def test_a_finished_run_stays_finished(folder: Path, tmp_path: Path, delay: floa
 
 def generate(folder: Path, tmp_path: Path, *more: object) -> list[object]:
     """A run of the embedded model."""
-    arguments = [
-        folder / "in/manifest.parquet",
-        tmp_path / "out",
-        "--model",
-        "tiny",
-        "--address",
-        "local",
-        "--steps",
-        2,
-    ]
-    return ["-m", "vcf_batch", "generate", *arguments, "--shard-size", 2, "--num-workers", 1, *more]
+    arguments = [folder / "in/manifest.parquet", tmp_path / "out", "--model", "tiny", "--address", "local"]
+    return ["-m", "vcf_batch", "generate", *arguments, "--steps", 2, "--shard-size", 2, "--num-workers", 1, *more]

@@ -241,7 +241,8 @@ def _caption(record: RunRecord, cases: Iterable[Case]) -> str:
     embedded_too = f" ({embedded.EMBEDDED})" if embedded.is_embedded(used["model"]) else ""
     return (
         f"Model `{used['model']['name']}`{embedded_too}, {fields['width']}x{fields['height']} pixels, "
-        f"{fields['steps']} steps of {fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; {len(set(prompts))} prompts, "
+        f"{fields['steps']} steps of {fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; "
+        f"{len(set(prompts))} prompts, "
         f"{len(set(references))} references, {len(seeds)} samples of each method. CLIP scores by "
         f"`{used['clip_score']['name']}`, LPIPS by `{used['lpips']['name']}`. In brackets: {LEVEL:.0%} intervals."
     )
