@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --address local
+	$(BIN)/vcf-batch generate manifests/demo.parquet out/demo --model tiny --address local
 	$(BIN)/vcf-batch report out/demo --out out/demo/index.html --png out/demo/contact_sheet.png
 
 # Two processes, each with whole files in their order, and one thread: OpenMP's spin where they wait for a core.

@@ -137,7 +137,9 @@ def dispatch(num_shards: int, workers: int, seconds: float) -> Iterator[tuple[Lo
     with tempfile.TemporaryDirectory(prefix="vcf-batch-dispatch-") as folder:
         manifest, output = Path(folder) / "manifest.parquet", str(Path(folder) / "out")
         pq.write_table(pa.table({"prompt": ["a shard"] * num_shards}), manifest)
-        config = RunConfig(manifest=str(manifest), output=output, shard_size=1, num_workers=workers, gpus_per_worker=0)
+        config = RunConfig(
+            manifest=str(manifest), output=output, model="tiny", shard_size=1, num_workers=workers, gpus_per_worker=0
+        )
         job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
         with pool.cluster("local"), lease.hold(output) as held, Progress(num_shards, 0) as progress:
             claim.claim(job)

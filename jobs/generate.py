@@ -2,7 +2,8 @@
 
 ::
 
-    ray job submit --working-dir . -- python jobs/generate.py s3://bucket/manifest.parquet s3://bucket/output
+    ray job submit --working-dir . -- python jobs/generate.py s3://bucket/manifest.parquet s3://bucket/output \\
+        --model s3://bucket/model
 
 The output must be a URL or an absolute path on storage that every node shares; the job's working directory is a
 temporary copy.

@@ -225,7 +225,7 @@ def test_mapping_round_trip() -> None:
         ({"seed": True}, "seed is True; it must be a whole number"),
         ({"strength": "high"}, "strength is 'high'; it must be a number or null"),
         ({"model": 7}, "model is 7; it must be a text"),
-        ({"model": None}, "model is None; it must be a text"),
+        ({"fusion": None}, "fusion is None; it must be a text"),
         ({"reference_root": "s3://b"}, "reference_root is 's3://b'; it must be a list of texts"),
         ({"reference_root": ["s3://b", 7]}, r"reference_root is \['s3://b', 7\]; it must be a list of texts"),
     ],

@@ -110,7 +110,9 @@ class RunConfig:
 
     manifest: str
     output: str
-    model: str = "tiny"
+    model: str | None = None
+    """The model that generates: see :func:`vcf_batch.models.resolution.resolve`. None is the embedded ``tiny``, and
+    refuses a run with prompts that it cannot draw: :mod:`vcf_batch.setup.default_model`."""
     revision: str | None = None
     fusion: str = "concat"
     strength: float | None = None

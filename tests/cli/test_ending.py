@@ -63,7 +63,8 @@ def test_a_signal_while_a_command_starts_ends_it_with_its_code(
     """During imports, too: no traceback. A command that is faster has finished."""
     arguments: list[object] = ["verify", folder / "out"]
     if command != "verify":
-        arguments = ["generate", folder / "in/manifest.parquet", tmp_path / "new", "--address", "127.0.0.1:9"]
+        arguments = ["generate", folder / "in/manifest.parquet", tmp_path / "new", "--model", "tiny"]
+        arguments += ["--address", "127.0.0.1:9"]
     process = start(*([command, *arguments[1:]] if "/" in command else ["-m", "vcf_batch", *arguments]))
     time.sleep(delay)
     process.send_signal(number)
@@ -130,5 +131,5 @@ def test_a_finished_run_stays_finished(folder: Path, tmp_path: Path, delay: floa
 
 def generate(folder: Path, tmp_path: Path, *more: object) -> list[object]:
     """A run of the embedded model."""
-    arguments = [folder / "in/manifest.parquet", tmp_path / "out", "--address", "local", "--steps", 2]
-    return ["-m", "vcf_batch", "generate", *arguments, "--shard-size", 2, "--num-workers", 1, *more]
+    arguments = [folder / "in/manifest.parquet", tmp_path / "out", "--model", "tiny", "--address", "local"]
+    return ["-m", "vcf_batch", "generate", *arguments, "--steps", 2, "--shard-size", 2, "--num-workers", 1, *more]

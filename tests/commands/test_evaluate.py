@@ -160,6 +160,16 @@ def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:
         evaluate.write_manifest(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=2, sweep=[])
 
 
+def test_own_prompts_without_a_model_are_refused(tmp_path: Path) -> None:
+    """As by generate, and before the manifest is written. Prompts that name shapes are those of the embedded model."""
+    config = RunConfig(manifest=str(tmp_path / "manifest.parquet"), output=str(tmp_path / "samples"))
+    with pytest.raises(UsageError, match="cannot draw 2 of the first 2 prompts, such as 'a cat'"):
+        evaluate.write_manifest(config, evaluate.crossed(["a cat"], ["a.png", "b.png"]), seeds=1, sweep=[])
+    assert not list(tmp_path.iterdir())
+    evaluate.write_manifest(config, evaluate.crossed(["a star"], ["a.png", "b.png"]), seeds=1, sweep=[])
+    assert (tmp_path / "manifest.parquet").exists()
+
+
 def test_the_models_own_strength_is_among_those_of_concat(model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     index = json.loads((folder / "model_index.json").read_text()) | {"default_strength": 0.15}

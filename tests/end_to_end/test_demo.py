@@ -63,6 +63,13 @@ def test_every_demo_row_has_an_image_a_prompt_and_three_scores(output: Path) -> 
         assert all(isinstance(sample["json"][score], float) for score in ("clip_score", "clip_reference", "lpips"))
 
 
+def test_the_demo_needs_no_model_and_says_which_one_it_used(output: Path) -> None:
+    """Without --model, the embedded one draws what it knows, and whoever looks at the output is told."""
+    told = subprocess.run([sys.executable, "-m", "vcf_batch", "status", output], capture_output=True, text=True)
+    assert "  model     tiny (embedded test model)\n" in told.stdout
+    assert json.loads((output / "run.json").read_text())["config"]["model"] == "tiny"
+
+
 def test_the_references_change_the_picture(output: Path) -> None:
     """The first four rows share prompt and noise: text only, then three references."""
     samples = list(webdataset.WebDataset(str(output / "00000.tar"), shardshuffle=False))

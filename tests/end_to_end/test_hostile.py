@@ -388,7 +388,7 @@ def refuse(tmp_path: Path, message: str, *arguments: object) -> Result:
 def test_a_manifest_that_breaks_the_contract_refuses_the_run(tmp_path: Path, case: str) -> None:
     data, message = MANIFESTS[case]
     (tmp_path / "m.parquet").write_bytes(data)
-    refuse(tmp_path, message, tmp_path / "m.parquet", tmp_path / "out")
+    refuse(tmp_path, message, tmp_path / "m.parquet", tmp_path / "out", "--model", "tiny")
 
 
 def test_places_that_hold_no_manifest(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ SETTINGS: dict[str, str] = {
     "reference_root: ['']": "reference_root is ''; give a value without NUL characters, or leave it out",
     "model: ''": "model is ''; give a value",
     'judge: "a\\0b"': "judge is 'a\\x00b'; give a value without NUL characters",
-    "reference_root: ['https://user:secret@host/']": "--reference-root 'https://host/' is not a usable folder",
+    "model: tiny\nreference_root: ['https://me:secret@host']": "--reference-root 'https://host' is not a usable folder",
     "? [a, b]\n: c": "is not valid YAML in line 1: found unhashable key",
     "output: here\nwidht: 64": "unknown setting 'widht'; known are: manifest, output",
 }

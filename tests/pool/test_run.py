@@ -150,7 +150,16 @@ def test_a_killed_worker_costs_an_attempt_and_no_byte(
 
 def start_driver(config: RunConfig, address: str) -> subprocess.Popen[str]:
     """The command in a process of its own, once two shards are committed."""
-    arguments = [config.manifest, config.output, "--model", config.model, "--address", address, "--num-workers", "1"]
+    arguments = [
+        config.manifest,
+        config.output,
+        "--model",
+        str(config.model),
+        "--address",
+        address,
+        "--num-workers",
+        "1",
+    ]
     for name in ("shard_size", "batch_size", "height", "width"):
         arguments += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     output = Path(config.output)

@@ -61,6 +61,15 @@ def test_the_settings_are_those_that_were_used(text: str) -> None:
     assert "guidance_scale `5.0`, " in text
 
 
+def test_images_of_the_embedded_model_are_called_so(text: str, tmp_path: Path) -> None:
+    """Whoever finds such a dataset on the Hub reads that its images show shapes, whatever the prompts say."""
+    assert "embedded test model" not in text
+    runs.write_output(runs.write_manifest(tmp_path / "in", 4), tmp_path / "out", 4, model="tiny")
+    told = card.render(Output(str(tmp_path / "out")))
+    assert "Made by an embedded test model, which draws circle, square, triangle, " in told
+    assert "| model | `tiny` | " in told
+
+
 def test_a_selection_is_called_one(text: str, output: Path) -> None:
     """Scores of samples that passed gates are not those of the model."""
     assert "Selected" not in text

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import ImageDraw
 
 from support import runs
 from vcf_batch.config import RunConfig
@@ -68,6 +69,17 @@ def test_the_sheet_reads_no_further_than_it_shows(output: Path, monkeypatch: pyt
     monkeypatch.setattr(shards, "read_samples", noted)
     contact_sheet.contact_sheet(str(output), limit=2)
     assert len(read) <= 2
+
+
+@pytest.mark.parametrize(("model", "title"), [("m", "Model: m"), ("tiny", "Model: tiny (embedded test model)")])
+def test_the_first_line_names_the_model_and_the_embedded_one_by_what_it_is(
+    model: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, *_: drawn.append(text))
+    runs.write_output(runs.write_manifest(tmp_path / "in", 4), tmp_path / "out", 4, model=model)
+    contact_sheet.contact_sheet(str(tmp_path / "out"))
+    assert drawn[0] == title
 
 
 def test_an_output_without_a_shard_is_told(tmp_path: Path) -> None:

@@ -80,6 +80,15 @@ def test_the_page_names_the_strength_that_was_used(data: dict[str, Any]) -> None
     assert {sample["setting"] for sample in data["samples"]} == {"concat 1", "text only"}
 
 
+def test_the_page_names_the_model_and_the_embedded_one_by_what_it_is(data: dict[str, Any], tmp_path: Path) -> None:
+    """Below the heading, and among the models."""
+    assert (data["model"], data["configuration"]["Models"]["model"]) == ("m", f"m ({'0' * 16})")
+    runs.write_output(runs.write_manifest(tmp_path / "in", 4), tmp_path / "out", 4, model="tiny")
+    rendered = page.render(Output(str(tmp_path / "out")))
+    assert '"model":"tiny (embedded test model)"' in rendered
+    assert f'"model":"tiny ({"0" * 16}), embedded test model"' in rendered
+
+
 def test_prompts_are_never_markup(written: Path, data: dict[str, Any]) -> None:
     """The data stays inside its element, and no script but the page's own may run."""
     text = written.read_text()
@@ -149,6 +158,7 @@ def test_filter_and_sort_work_in_a_browser(written: Path) -> None:
         tab.press("ArrowRight")
         assert tab.evaluate("document.querySelector('[name=group]:checked').value") == "best"
         assert tab.evaluate(shown) == everything[:-9:-1]
+        assert tab.evaluate("document.querySelector('#model').textContent") == "by m"
         assert tab.evaluate("document.title") == "<b>out: vcf-batch report"
         assert tab.evaluate("document.querySelectorAll('svg rect').length") > 3
         assert tab.problems == []

@@ -91,6 +91,16 @@ def test_the_command_tells_people_and_programs(job: Job) -> None:
     assert record["device_busy"] == 0.75
 
 
+def test_the_model_is_told_and_the_embedded_one_by_what_it_is(job: Job, tmp_path: Path) -> None:
+    assert "  model     m\n" in str(status.read(job.config.output))
+    told = status.read(job.config.output).to_dict()
+    assert (told["model"], told["embedded_test_model"]) == ("m", False)
+    job = runs.write_output(runs.write_manifest(tmp_path / "x", 4), tmp_path / "y", 2, model="tiny")
+    assert "  model     tiny (embedded test model)\n" in str(status.read(job.config.output))
+    told = status.read(job.config.output).to_dict()
+    assert (told["model"], told["embedded_test_model"]) == ("tiny", True)
+
+
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     job = runs.write_output(runs.write_manifest(tmp_path / "in", 4), tmp_path / "out", 2)
     found = status.read(job.config.output)

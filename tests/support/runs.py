@@ -29,7 +29,7 @@ from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
-from vcf_batch.records import Objective, Sample, Scores
+from vcf_batch.records import Objective, Sample, Scores, Shard
 from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
 from vcf_batch.setup.job import Job
@@ -82,8 +82,9 @@ def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | N
     return folder / "manifest.parquet"
 
 
-def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = ()) -> Job:
-    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows."""
+def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = (), model: str = "m") -> Job:
+    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows.
+    ``model`` is the name in its record."""
     opened = Manifest.open(str(manifest))
     chosen = {"strength": 1.0, "steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
     settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
@@ -98,30 +99,36 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
         safety_checker=None,
         ip_adapter=None,
     )
-    job = Job(config, opened, Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none"), fields)
+    job = Job(config, opened, Models(ResolvedModel(model, "hub", model, "0" * 40), None, "none", "none"), fields)
     claim.claim(job)
     for shard in job.shards:
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            shards.ShardWriter(scratch, shard, "png", opened.carried_schema, opened.reference_is_list) as writer,
-        ):
-            for row in opened.rows(shard.start, shard.stop, config.seed):
-                used = settings_of(row, config)
-                if row.number in failed:
-                    writer.add(Sample(row, "failed", used, error_message="no"))
-                    continue
-                scores, objective = (
-                    Scores(row.number / 16, None, None),
-                    Objective(1.5, 0.5, row.number, row.number % 2 == 1),
-                )
-                picture = png(row.number, 32)
-                writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
-            files = writer.finish()
-            receipt = Receipt(
-                shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
-            )
-            commits.commit(config.output, receipt, commits.stage(files, config.output, shard, "attempt"))
+        commit_pictures(job, shard, failed)
     return job
+
+
+def commit_pictures(job: Job, shard: Shard, failed: Container[int] = ()) -> None:
+    """Commit a shard with random pictures and scores by row number, but for the failed rows."""
+    manifest = job.manifest
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        shards.ShardWriter(scratch, shard, "png", manifest.carried_schema, manifest.reference_is_list) as writer,
+    ):
+        for row in manifest.rows(shard.start, shard.stop, job.config.seed):
+            used = settings_of(row, job.config)
+            if row.number in failed:
+                writer.add(Sample(row, "failed", used, error_message="no"))
+                continue
+            scores, objective = (
+                Scores(row.number / 16, None, None),
+                Objective(1.5, 0.5, row.number, row.number % 2 == 1),
+            )
+            picture = png(row.number, 32)
+            writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
+        files = writer.finish()
+        receipt = Receipt(
+            shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
+        )
+        commits.commit(job.config.output, receipt, commits.stage(files, job.config.output, shard, "attempt"))
 
 
 def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:

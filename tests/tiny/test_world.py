@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vcf_batch.models.embedded import SHAPES
 from vcf_batch.tiny import world
 
 
@@ -71,7 +72,7 @@ def test_a_caption_never_says_what_it_was_not_told_to(named: set[str], seed: int
     scene = _SCENES.named(index)
     text = world.caption(scene, named, random.Random(seed))
     if "shape" not in named:
-        assert not set(text.replace(",", "").split()) & set(world.SHAPES)
+        assert not set(text.replace(",", "").split()) & set(SHAPES)
     if "color" not in named:
         said = {"gray" if word == "grey" else word for word in text.replace(",", "").split()} & set(world.COLORS)
         background = {scene["background"], scene["background2"]} if "background" in named else set()

@@ -33,8 +33,9 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "model",
     str,
-    "The model that generates: 'tiny' (embedded, 64 px), a pipeline directory, a Hugging Face Hub id, or a URL such as "
-    "s3://bucket/model.  [default: tiny]",
+    "The model that generates: a pipeline directory, a Hugging Face Hub id, a URL such as s3://bucket/model, or "
+    "'tiny', an embedded test model that draws ten shapes at 64 px.  [default: tiny if it can draw most of the first "
+    "1,000 prompts; else none, and the run is refused]",
     metavar="MODEL",
 )
 @_option("revision", str, "Branch, tag or commit of a Hub model. The run records the commit that it stands for.")

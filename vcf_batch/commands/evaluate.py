@@ -23,14 +23,14 @@ from vcf_batch import images, storage
 from vcf_batch.config import IP_ADAPTER, MAX_PIXELS, REFERENCE_PARTS, RunConfig, default_strengths
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
-from vcf_batch.models import resolution
+from vcf_batch.models import embedded, resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import Shard
 from vcf_batch.report import comparison
 from vcf_batch.report.comparison import RELATIVE, TABLE_SCORES, Line
-from vcf_batch.setup import run_models
+from vcf_batch.setup import default_model, run_models
 from vcf_batch.setup.absolute_paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
 
@@ -96,16 +96,20 @@ def write_manifest(
     for strength in sweep:
         config.replace(strength=strength)  # Checks the limits of a strength.
     config = absolute(config)
+    if not isinstance(pairs, int):
+        first = [pair["prompt"] for pair in pairs[: default_model.JUDGED_ROWS]]
+        default_model.check(config, run_file.read(config.output), lambda: first)
     resolved = run_models.resolve(config)
+    name = config.model or resolved.pipeline.name
     if isinstance(pairs, int):
         if resolution.read_config(resolved.pipeline, f"{OWN_PROBE}/config.json") is None:
-            raise UsageError(f"model {config.model!r} needs --prompts and --references; only 'tiny' brings its own")
+            raise UsageError(f"model {name!r} needs --prompts and --references; only 'tiny' brings its own")
         pairs = drawn(pairs)
     if not pairs:
         raise UsageError("there are no prompts: every line is blank")
     if resolved.lpips == "none":
         raise UsageError(
-            f"model {config.model!r} has no perceptual distance of its own to compare pictures with references: name "
+            f"model {name!r} has no perceptual distance of its own to compare pictures with references: name "
             "one with --lpips alex --lpips-weights URL"
         )
     index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
@@ -218,7 +222,7 @@ def _add_shown(rows: Sequence[dict[str, Any]], shard: Shard, config: RunConfig) 
     files = {sample["__key__"]: sample[config.image_format] for sample in shards.read_samples(tar)}
     pictures = (images.resize(images.decode(files[row["key"]], MAX_PIXELS), SIZE, SIZE) for row in rows)
     pixels = torch.from_numpy(np.stack([images.to_unit(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    folder = fetch(resolution.resolve(config.model, config.revision))
+    folder = fetch(resolution.resolve(config.model or resolution.TINY, config.revision))
     probe = Probe.from_pretrained(storage.join(folder, OWN_PROBE), dtype=torch.float32)
     shown = agreement(probe, pixels, compose(rows, seed=0))
     for number, row in enumerate(rows):
@@ -249,9 +253,11 @@ def _line(method: str, samples: Sequence[Mapping[str, Any]], base: Mapping[Case,
 def _caption(record: RunRecord, cases: Iterable[Case]) -> str:
     prompts, references, seeds = zip(*cases, strict=True)
     used, fields = record.models, record.fields
+    embedded_too = f" ({embedded.EMBEDDED})" if embedded.is_embedded(used["model"]) else ""
     return (
-        f"Model `{used['model']['name']}`, {fields['width']}x{fields['height']} pixels, {fields['steps']} steps of "
-        f"{fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; {len(set(prompts))} prompts, "
+        f"Model `{used['model']['name']}`{embedded_too}, {fields['width']}x{fields['height']} pixels, "
+        f"{fields['steps']} steps of {fields['scheduler']}, guidance scale {fields['guidance_scale']:g}; "
+        f"{len(set(prompts))} prompts, "
         f"{len(set(references))} references, {len(seeds)} samples of each method. CLIP scores by "
         f"`{used['clip_score']['name']}`, LPIPS by `{used['lpips']['name']}`. In brackets: {LEVEL:.0%} intervals."
     )

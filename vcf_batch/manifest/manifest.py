@@ -226,6 +226,16 @@ class Manifest:
         for first_row, batch in self._batches(wanted, start, stop, _ROWS_PER_READ):
             yield from parse_rows(batch, first_row, run_seed, self.carried_schema)
 
+    def prompts(self, stop: int) -> list[str]:
+        """The prompts of the rows before ``stop``, without those that cannot be used. No other column is read.
+
+        Raises:
+            ManifestError, RefusedError, StorageError: see :meth:`iter_rows`.
+        """
+        batches = self._batches(["prompt"], 0, min(stop, self.num_rows), _ROWS_PER_READ)
+        rows = (row for first_row, batch in batches for row in parse_rows(batch, first_row, 0, pa.schema([])))
+        return [row.prompt for row in rows if row.error is None]
+
     def locate(self, row: int) -> str:
         """Number of a row in its file, from 0, and the file's name, such as ``row 7 of part-2.parquet``."""
         file = next(file for file in reversed(self._files) if file.first_row <= row)

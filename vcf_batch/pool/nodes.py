@@ -26,7 +26,7 @@ def with_gpus(config: RunConfig) -> RunConfig:
         return config
     if ray.cluster_resources().get("GPU"):
         return config.replace(gpus_per_worker=1.0)
-    if config.model != TINY:
+    if config.model not in (None, TINY):
         _log.warning(
             "No node of the cluster has a GPU, so workers compute on CPUs. Where an autoscaler is still to add nodes "
             "with GPUs, give --gpus-per-worker 1."

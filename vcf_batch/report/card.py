@@ -13,6 +13,7 @@ from vcf_batch import __version__, storage
 from vcf_batch.config import GATES, RunConfig
 from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.models import embedded
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output_columns import COLUMNS, SETTINGS
@@ -78,7 +79,7 @@ def render(output: Output, licence: str | None = None) -> str:
         samples=f"{found.counts['success']:,}",
         size=f"{config.width} x {config.height}",
         rows=f"{output.plan.num_rows:,}",
-        missing=_missing(found, output) + _selected(config),
+        missing=_missing(found, output) + _selected(config) + _embedded(output),
         bytes=f"{found.bytes / 1e6:,.1f} MB",
         extension=config.image_format,
         triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
@@ -144,6 +145,14 @@ def _selected(config: RunConfig) -> str:
         return ""
     attempts = f"the first of up to {config.attempts} attempts at each row" if config.attempts > 1 else "images"
     return f"\n\nSelected: {attempts} with {' and '.join(gates)}. The scores below are those of the selection."
+
+
+def _embedded(output: Output) -> str:
+    """Text on the embedded model, which is no source of training data; empty where it was not used."""
+    if not embedded.is_embedded(output.record.models["model"]):
+        return ""
+    shapes = ", ".join(embedded.SHAPES)
+    return f"\n\nMade by an {embedded.EMBEDDED}, which draws {shapes}, and nothing else, whatever a prompt asks for."
 
 
 def _column(field: pa.Field) -> str:

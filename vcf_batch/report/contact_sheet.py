@@ -15,6 +15,7 @@ from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import DamageFound, RowError, StorageError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.models import embedded
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.records import Row, Shard
 from vcf_batch.report.figures import setting_of
@@ -44,6 +45,8 @@ class _Card:
 def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = MappingProxyType({})) -> Image.Image:
     """Draw the first samples of a run: reference beside output, one heading a prompt, method and scores below.
 
+    The first line names the model.
+
     Args:
         output: folder or URL of a run's output, finished or not.
         limit: most samples to draw.
@@ -67,9 +70,11 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
     heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]
     width = columns * (_CARD[0] + 2 * _GAP)
-    sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
+    title = f"Model: {embedded.told(record.models['model'])}"
+    sheet = Image.new("RGB", (width, sum(heights) + _LINE + 2 * _GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    top = _GAP
+    draw.text((_GAP, _GAP), _fit(title, font, width - 2 * _GAP), _INK, font)
+    top = _GAP + _LINE + _GAP
     for (prompt, group), height in zip(groups, heights, strict=True):
         draw.text((_GAP, top), _fit(prompt, font, width - 2 * _GAP), _INK, font)
         for place, card in enumerate(group):

@@ -53,6 +53,7 @@ function definitions(entries) {
 function showKeys() {
   $("name").textContent = data.name;
   $("address").textContent = data.address;
+  $("model").textContent = `by ${data.model}`;
   if (data.done < data.rows) {
     $("progress").hidden = false;
     $("bar").style.width = `${(100 * data.done) / data.rows}%`;

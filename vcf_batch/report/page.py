@@ -17,6 +17,7 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import redact
+from vcf_batch.models import embedded
 from vcf_batch.output.output import Output
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.report import figures, thumbnails
@@ -48,6 +49,7 @@ def render(output: Output) -> str:
     data = {
         "name": storage.name(output.url),
         "address": redact(output.url),
+        "model": embedded.told(output.record.models["model"]),
         "rows": output.plan.num_rows,
         "done": found.rows,
         "counts": found.counts,
@@ -164,6 +166,8 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
     if found.intervals.end > 0:
         run["last shard"] = datetime.fromtimestamp(found.intervals.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
     models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record.models.items() if model}
+    if embedded.is_embedded(record.models["model"]):
+        models["model"] += f", {embedded.EMBEDDED}"
     settings = {name: value for name, value in record.config.items() if value not in (None, "", [])}
     parts = {"Run": run, "Models": models, "Settings": settings, "Versions": record.versions}
     return {heading: {name: _text(value) for name, value in part.items()} for heading, part in parts.items()}

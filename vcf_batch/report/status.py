@@ -1,6 +1,7 @@
 """The status of a run, from its output alone: while it runs, after it ended, and after it died."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 
 from vcf_batch.driver.progress import duration, plural, told_truncated
 from vcf_batch.errors import redact
+from vcf_batch.models import embedded
 from vcf_batch.output import lease, progress_file
 from vcf_batch.output.lease import Owner
 from vcf_batch.output.output import Output
@@ -40,6 +42,8 @@ class Status:
     """Shards that have a receipt and do not exist, by name: what is wrong with each."""
     causes: list[Cause]
     """Causes for which rows of :attr:`RunSums.failing` have no sample, most frequent first."""
+    model: Mapping[str, Any]
+    """The model that generates: ``name`` and ``identity``, as ``run.json`` has them."""
     fusion: str
     """Fusion of rows without one of their own."""
     strength: float
@@ -59,6 +63,8 @@ class Status:
         return {
             "output": redact(self.output),
             "state": self.state,
+            "model": self.model.get("name"),
+            "embedded_test_model": embedded.is_embedded(self.model),
             "fusion": self.fusion,
             "strength": self.strength,
             "rows": {"total": self.rows, **{status: totals.counts[status] for status in STATUSES}},
@@ -97,6 +103,7 @@ class Status:
         totals = self.totals
         lines = [
             ("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES)),
+            ("model", embedded.told(self.model)),
             ("fusion", f"{self.fusion}, strength {self.strength:g}"),
         ]
         if totals.truncated:
@@ -153,6 +160,7 @@ def read(url: str) -> Status:
         set_aside=dict(told.set_aside) if left else {},
         damaged={name: why for name, why in told.damaged.items() if int(name) < num_shards},
         causes=_causes(output, [output.plan[index] for index in totals.failing]),
+        model=output.record.models["model"],
         fusion=output.config.fusion,
         strength=output.config.strength_of(output.config.fusion),
         owner=owner,

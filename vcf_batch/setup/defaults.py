@@ -66,23 +66,24 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     if config.batch_size is None:
         raise UsageError("the batch size is auto, which only a run on a cluster finds out: name a number")
     on_gpu = bool(config.gpus_per_worker)
+    model = config.model or resolved.pipeline.name
     index, unet, vae, aligner = (
         resolution.read_config(resolved.pipeline, file)
         for file in ("model_index.json", "unet/config.json", "vae/config.json", "aligner/config.json")
     )
     if not (index and unet and vae):
         raise ModelError(
-            f"{config.model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
+            f"{model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
             "unet/config.json and vae/config.json"
         )
-    _check_unet(config.model, unet, vae)
-    check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, config.model)
+    _check_unet(model, unet, vae)
+    check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, model)
     # model_index.json gives the library and the class of each part, or two nulls.
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
     aligned = config.fusion != IP_ADAPTER or manifest.has_any("fusion")
     if lacking and aligned and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
         raise ModelError(
-            f"{config.model} has no {lacking[0]}, and rows of the manifest have references: use the published weights "
+            f"{model} has no {lacking[0]}, and rows of the manifest have references: use the published weights "
             "of an IP-Adapter for it (--fusion ip_adapter --ip-adapter WEIGHTS, and no column 'fusion'), or a model "
             "with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the column 'reference'"
         )
@@ -100,7 +101,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     if guided:
         _check_guide(resolved, index)
     _check_quality(config, resolved, manifest)
-    with load_errors(f"the configuration of {config.model}"):
+    with load_errors(f"the configuration of {model}"):
         if config.strength is None:
             strengths = default_strengths(index.get("default_strength"))
             config = config.replace(strength=strengths[config.fusion], default_strengths=strengths)
@@ -108,6 +109,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         native_height, native_width = (native, native) if isinstance(native, int) else native
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         config = config.replace(
+            model=model,
             image_tokens=config.image_tokens or (aligner or {}).get("tokens"),
             steps=config.steps or index.get("default_steps", DEFAULT_STEPS),
             guidance_scale=(

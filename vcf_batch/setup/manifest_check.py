@@ -1,4 +1,5 @@
-"""The checks of a run's manifest: it keeps its contract, lies apart from the output, and its references may be read."""
+"""The checks of a run's manifest: it keeps its contract, lies apart from the output, its references may be read, and
+its prompts fit the default model."""
 
 import logging
 import os
@@ -11,8 +12,11 @@ from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.columns import cut, shown
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.models.embedded import EMBEDDED
+from vcf_batch.models.resolution import TINY
 from vcf_batch.output import run_file
 from vcf_batch.output.run_file import RunRecord
+from vcf_batch.setup import default_model
 
 _MOST_WORDS = 600
 """Most characters of a list of columns."""
@@ -34,14 +38,17 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
 
     Raises:
         ManifestError: the manifest breaks its contract.
-        UsageError: most of its first rows have references that may not be read, or the output is where its files would
-            become a part of the manifest or the model.
+        UsageError: most of its first rows have references that may not be read, or prompts that the default model
+            cannot draw where no model is named; or the output is where its files would become a part of the manifest
+            or the model.
     """
     manifest = run_file.open_manifest(config, record)
     found = [check() for check in checks(manifest, config, record)]
     census = census_of(found)
     for name, words in told(manifest, census):
         _log.info("%s: %s", name, words)
+    if config.model is None:
+        _log.info("model: %s, an %s, because none is named", TINY, EMBEDDED)
     return manifest
 
 
@@ -52,6 +59,8 @@ def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> l
     known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, limit)
     return [
         lambda: _check_output(manifest, config),
+        # Before all rows are read, which takes a while.
+        lambda: default_model.check(config, record, lambda: manifest.prompts(default_model.JUDGED_ROWS)),
         *([] if known else [manifest.check]),
         lambda: _check_policy(manifest, config),
     ]
@@ -102,7 +111,7 @@ def _check_output(manifest: Manifest, config: RunConfig) -> None:
             f"output {config.output} is the manifest's own folder, where the two would be taken for one; name another "
             "folder, or one in it"
         )
-    if os.path.isdir(config.model) and f"{output}/".startswith(f"{_real(config.model)}/"):
+    if config.model and os.path.isdir(config.model) and f"{output}/".startswith(f"{_real(config.model)}/"):
         raise UsageError(
             f"output {config.output} lies in the folder of the model, and its files would count as the model's; name "
             "another folder"

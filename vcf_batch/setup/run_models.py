@@ -86,7 +86,7 @@ def resolve(config: RunConfig) -> Models:
     Raises:
         ModelError: one of them is not there.
     """
-    pipeline = resolution.resolve(config.model, config.revision)
+    pipeline = resolution.resolve(config.model or resolution.TINY, config.revision)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
     adapter = None if config.ip_adapter is None else adapters.resolve_adapter(config.ip_adapter)
@@ -124,7 +124,7 @@ def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel
         return None if config.safety_checker is None else resolution.resolve(config.safety_checker)
     if resolution.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:
         raise ModelError(
-            f"{redact(config.model)} has no safety checker of its own: name one with --safety-checker, such as "
+            f"{redact(pipeline.name)} has no safety checker of its own: name one with --safety-checker, such as "
             "CompVis/stable-diffusion-safety-checker"
         )
     return pipeline

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vcf_batch.images import from_unit
+from vcf_batch.models.embedded import SHAPES
 from vcf_batch.tiny import world
 
 HELD_OUT = 990_000_000
@@ -30,11 +31,11 @@ def draw(count: int) -> list[PromptAndReference]:
     """Draw ``count`` held-out pairs. The prompt's shape is not the reference's, and its colour does not occur in it."""
     shown = world.sample_scenes(count, HELD_OUT + 1)
     generator = torch.Generator().manual_seed(HELD_OUT + 2)
-    other = torch.randint(1, len(world.SHAPES), (count,), generator=generator)
+    other = torch.randint(1, len(SHAPES), (count,), generator=generator)
     chances = torch.rand(count, len(world.COLORS), generator=generator)
     for name in ("color", "background", "background2"):
         chances.scatter_(1, shown.attributes[name][:, None], -1.0)
-    named = {"shape": (shown.attributes["shape"] + other) % len(world.SHAPES), "color": chances.argmax(dim=1)}
+    named = {"shape": (shown.attributes["shape"] + other) % len(SHAPES), "color": chances.argmax(dim=1)}
     wanted = world.Scenes({**shown.attributes, **named}, shown.seed)
     rng = random.Random(HELD_OUT + 1)
     pixels = from_unit(world.render(shown).permute(0, 2, 3, 1).numpy())

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vcf_batch.models.embedded import SHAPES
+
 SIZE = 64
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond", "crescent", "arrow")
 COLORS = {
     "red": (0.85, 0.13, 0.13),
     "orange": (0.97, 0.54, 0.08),
