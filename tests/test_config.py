@@ -26,6 +26,7 @@ IDENTITIES: dict[str, Any] = {
     "lpips": "p",
     "pno_guide": None,
     "safety_checker": None,
+    "ip_adapter": None,
 }
 
 OTHER: dict[str, Any] = {
@@ -41,9 +42,9 @@ OTHER: dict[str, Any] = {
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
     "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True, "one_device_type": True,
-    "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2},
+    "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2, "ip_adapter": 0.7},
     "prompt_column": "caption", "reference_column": "image", "id_column": "uid", "seed_column": "noise",
-    "carry": ("Seed",),
+    "carry": ("Seed",), "ip_adapter": "org/weights:x.safetensors", "image_encoder": "org/clip",
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -69,6 +70,7 @@ def test_fingerprint_covers_what_changes_content_or_layout(setting: str) -> None
         "best_by": {"min_clip_score": 0.1},
         "min_content_alignment": {"triplets": True},
         "default_strengths": {"strength": 0.4},
+        "image_encoder": {"ip_adapter": "w"},
     }
     plain = config(**needed.get(setting, {}))
     changed = plain.replace(**{setting: OTHER[setting]})
@@ -88,7 +90,7 @@ def test_fingerprint_is_the_same_everywhere() -> None:
     code = (
         "from vcf_batch.config import *; c = RunConfig(manifest='x', output='y');"
         "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p', pno_guide=None,"
-        "safety_checker=None)))"
+        "safety_checker=None, ip_adapter=None)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert printed == fingerprint(fields)

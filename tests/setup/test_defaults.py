@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from support import runs
 from vcf_batch import sharding
-from vcf_batch.config import FUSIONS, RunConfig
+from vcf_batch.config import ALIGNED_FUSIONS, DEFAULT_STRENGTHS, RunConfig
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.records import Row
 from vcf_batch.row_settings import settings_of
@@ -185,9 +185,9 @@ def test_strength_is_the_models_recommendation_else_the_papers(
     settle: Callable[..., Job], model: Path, tmp_path: Path
 ) -> None:
     """Settling gives every setting its value, strength included: from the same file as steps and guidance."""
-    assert [settle(fusion=fusion).config.strength for fusion in FUSIONS] == [0.3, 1.0, 0.3]
+    assert [settle(fusion=fusion).config.strength for fusion in ALIGNED_FUSIONS] == [0.3, 1.0, 0.3]
     own = recommending(model, tmp_path / "own", 0.1)
-    assert [settle(fusion=fusion, model=own).config.strength for fusion in FUSIONS] == [0.3, 0.1, 0.3]
+    assert [settle(fusion=fusion, model=own).config.strength for fusion in ALIGNED_FUSIONS] == [0.3, 0.1, 0.3]
     assert settle(model=own, strength=0.7).config.strength == 0.7
     assert settle(model=recommending(model, tmp_path / "none", 0)).config.strength == 0.0
     for wrong in (-1, math.nan, "much"):
@@ -219,6 +219,6 @@ def test_the_fingerprint_has_the_settled_strength(settle: Callable[..., Job], mo
     """Two runs have one fingerprint only if every row has the same strength in both."""
     job = settle()
     assert job.fields["strength"] == 1.0
-    assert job.fields["default_strengths"] == {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3}
+    assert job.fields["default_strengths"] == DEFAULT_STRENGTHS
     # Rows with a fusion of their own have another strength where one was given.
     assert settle(strength=1.0).fingerprint != job.fingerprint
