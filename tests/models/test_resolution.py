@@ -16,6 +16,7 @@ from vcf_batch import storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import _MARKER, CACHE_VARIABLE, fetch
+from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel, resolve
 
 FILES = {
@@ -89,7 +90,7 @@ def test_an_unknown_name_says_what_is_possible(name: str) -> None:
         resolve(name)
 
 
-@pytest.mark.parametrize("name", sorted(resolution.PRESETS))
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_no_model_before_it_is_assembled(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,8 @@ from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
 from vcf_batch.cli.run import generate
+from vcf_batch.commands import known_models
 from vcf_batch.errors import UsageError, printable, redact
-from vcf_batch.models.resolution import PRESETS, TINY
 from vcf_batch.training.training_config import TrainingConfig
 
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -59,32 +59,14 @@ def model() -> None:
 @json_option
 @debug_option
 def list_models(as_json: bool) -> None:
-    """List the models that are known by name.
+    """List the models and IP-Adapters that are known by name.
 
-    Each is listed with what it needs before it can generate. Besides these names, --model takes a pipeline directory, a
-    Hugging Face Hub id, or a URL.
+    Each is listed with its licence, its size where it is published, what it needs before it can generate, and whether
+    this node's cache has it. Besides these names, --model and --ip-adapter take directories, Hugging Face Hub ids and
+    URLs.
     """
-    tiny: dict[str, str | None] = {
-        "name": TINY,
-        "base": None,
-        "image_encoder": None,
-        "what": "embedded, 64 x 64 pixels; draws a small world of its own",
-        "needs": None,
-    }
-    presets: list[dict[str, str | None]] = [
-        {
-            "name": name,
-            "base": base,
-            "image_encoder": encoder,
-            "what": f"{base}, with an aligner that reads {encoder}",
-            "needs": f"an aligner: 'vcf-batch model train --model {name} --data URL --out ALIGNER' trains it, "
-            f"'vcf-batch model assemble --base {name} --aligner ALIGNER --out MODEL' puts the model together",
-        }
-        for name, (base, encoder) in PRESETS.items()
-    ]
-    models = [tiny, *presets]
-    words = (f"{each['name']}: {each['what']}\n  needs {each['needs'] or 'nothing else'}" for each in models)
-    tell("\n".join(words), {"models": models}, as_json)
+    models = known_models.describe()
+    tell(known_models.in_words(models), {"models": models}, as_json)
 
 
 @model.command(cls=Command)

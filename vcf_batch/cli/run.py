@@ -34,7 +34,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "model",
     str,
     "The model that generates: 'tiny' (embedded, 64 px), a pipeline directory, a Hugging Face Hub id, or a URL such as "
-    "s3://bucket/model.  [default: tiny]",
+    "s3://bucket/model; with --fusion ip_adapter also 'sd15'.  [default: tiny]",
     metavar="MODEL",
 )
 @_option("revision", str, "Branch, tag or commit of a Hub model. The run records the commit that it stands for.")
@@ -47,8 +47,9 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "ip-adapter",
     str,
-    "Weights of an IP-Adapter for --fusion ip_adapter: a file, or a Hub id, folder or URL with ':' and the file in it, "
-    "such as h94/IP-Adapter:models/ip-adapter_sd15.safetensors.",
+    "Weights of an IP-Adapter for --fusion ip_adapter: a name that 'vcf-batch model list' has, such as "
+    "ip-adapter-sd15; a file; or a Hub id, folder or URL with ':' and the file in it, such as "
+    "h94/IP-Adapter:models/ip-adapter_sd15.safetensors.",
     metavar="WEIGHTS",
 )
 @_option(

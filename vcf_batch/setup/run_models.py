@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config import IP_ADAPTER, RunConfig
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
+from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
@@ -86,7 +87,7 @@ def resolve(config: RunConfig) -> Models:
     Raises:
         ModelError: one of them is not there.
     """
-    pipeline = resolution.resolve(config.model, config.revision)
+    pipeline = _resolve_pipeline(config)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
     adapter = None if config.ip_adapter is None else adapters.resolve_adapter(config.ip_adapter)
@@ -111,6 +112,14 @@ def resolve(config: RunConfig) -> Models:
         ip_adapter=adapter,
         image_encoder=adapter and _resolve_encoder(config, adapter),
     )
+
+
+def _resolve_pipeline(config: RunConfig) -> ResolvedModel:
+    """The model that generates. A preset needs no aligner for an IP-Adapter, and then stands for its base."""
+    model = config.model
+    if config.fusion == IP_ADAPTER and model in PRESETS and not storage.exists(storage.absolute(model)):
+        model = PRESETS[model].base
+    return resolution.resolve(model, config.revision)
 
 
 def _resolve_encoder(config: RunConfig, adapter: ResolvedModel) -> ResolvedModel:
