@@ -8,11 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from diffusers import UNet2DConditionModel
 
-from support import ip_adapters, runs, sd_layouts
+from support import hub_server, ip_adapters, runs, sd_layouts
 from vcf_batch import images
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.cache import CACHE_VARIABLE
+from vcf_batch.models.names import ADAPTERS_ID, PRESETS
 from vcf_batch.output.kept_samples import KeptSamples
+from vcf_batch.setup.run_models import DEFAULT_JUDGE
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
 
@@ -80,6 +83,35 @@ def test_a_repaired_row_has_the_bytes_of_an_undisturbed_run(model: Path, tmp_pat
     kept = KeptSamples(job.config, job.manifest, shard, bytes([0, 1, 0, 0, 1, 0]))
     runs.commit(loaded, 2, kept)
     assert runs.data_files(tmp_path / "out") == whole
+
+
+def test_a_run_by_names_has_the_images_of_a_run_by_paths(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--model sd15 --ip-adapter ip-adapter-sd15`` find base, weights and encoder on the Hub, the judge there too."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    manifest = runs.write_manifest(tmp_path / "in", 6, ROWS)
+    by_path = runs.rows_of(runs.generate(manifest, tmp_path / "paths", model / "sd15", **options(model)))
+    with hub_server.running() as hub:
+        hub.repositories |= {
+            PRESETS["sd15"].base: model / "sd15",
+            ADAPTERS_ID: model / "IP-Adapter",
+            DEFAULT_JUDGE: model / "judge",
+        }
+        named = options(model, ip_adapter="ip-adapter-sd15", judge=None)
+        job = runs.settled(manifest, tmp_path / "names", Path("sd15"), **named)
+        by_name = runs.rows_of(runs.generate(manifest, tmp_path / "names", Path("sd15"), **named))
+        with pytest.raises(
+            ModelError, match=r"'sd15' is a preset.*\(--fusion ip_adapter --ip-adapter ip-adapter-sd15\)"
+        ):
+            runs.settled(manifest, tmp_path / "x", Path("sd15"), **options(model, fusion="concat"))
+    assert [row["sha256"] for row in by_name] == [row["sha256"] for row in by_path]
+    described = job.models.describe(guided=False)
+    assert described["model"] == {
+        "name": PRESETS["sd15"].base,
+        "identity": hub_server.commit_of(PRESETS["sd15"].base),
+    }
+    assert described["ip_adapter"]["name"] == "ip-adapter-sd15"
 
 
 def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_path: Path) -> None:

@@ -69,6 +69,34 @@ def list_models(as_json: bool) -> None:
     tell(known_models.in_words(models), {"models": models}, as_json)
 
 
+@model.command("fetch", cls=Command)
+@click.argument("name")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.  [default: the main branch]")
+@click.option(
+    "--to",
+    "target",
+    metavar="URL",
+    help="Copy the files on to this folder or bucket, for clusters without access to the Hub.  [default: this node's "
+    "cache alone]",
+)
+@json_option
+@debug_option
+def fetch_model(name: str, revision: str | None, target: str | None, as_json: bool) -> None:
+    """Fetch a model from the Hugging Face Hub, with all that it needs.
+
+    NAME is one that 'model list' has, a Hub id, or a Hub id with ':' and the file of an IP-Adapter. The folder or
+    bucket of --to can be given as --model or --ip-adapter as it is. Its file vcf_batch_model.json records the revision
+    and the SHA-256 of each file. Rerunning the same command resumes.
+    """
+    from vcf_batch.commands import fetch  # the Hub's client takes a moment
+
+    fetched = fetch.fetch(name, revision, target, lambda line: click.echo(printable(redact(line)), err=True))
+    places = [redact(place) for place in fetched.places]
+    found = f"{fetched.files} files, {fetch.told(fetched.size)}"
+    words = [f"{place}: {found}, {fetched.copied} of them copied" for place in places] if target else places
+    tell("\n".join(words), dataclasses.asdict(fetched) | {"places": places}, as_json)
+
+
 @model.command(cls=Command)
 @click.option(
     "--model",

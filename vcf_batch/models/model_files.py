@@ -12,6 +12,9 @@ from typing import Any
 
 from vcf_batch.errors import ModelError
 
+FETCH_RECORD = "vcf_batch_model.json"
+"""File beside a model that ``model fetch --to`` has copied: where it is from, and each file's SHA-256."""
+
 WEIGHTS = (".safetensors", ".bin")
 _SUFFIXES = (*WEIGHTS, ".json", ".txt")
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
@@ -24,9 +27,9 @@ _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 def chosen(files: Sequence[str]) -> list[str]:
     """The relative paths that make up a folder's model, sorted.
 
-    These are left out: other kinds of files, hidden files, names that would leave the folder, READMEs, half-precision
-    or training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the parts
-    of a diffusers folder, and the second copy of the weights in OpenCLIP's repositories.
+    These are left out: other kinds of files, hidden files, names that would leave the folder, READMEs, the record of a
+    fetch, half-precision or training variants beside the plain weights, ``.bin`` beside safetensors, single-file
+    checkpoints beside the parts of a diffusers folder, and the second copy of the weights in OpenCLIP's repositories.
     """
     plain = [
         file
@@ -35,6 +38,7 @@ def chosen(files: Sequence[str]) -> list[str]:
         and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
         and not PurePosixPath(file).name.upper().startswith("README")
         and not PurePosixPath(file).name.startswith("open_clip_")
+        and file != FETCH_RECORD
     ]
     present = set(plain)
     safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}
