@@ -42,8 +42,8 @@ def resolve_adapter(name: str, revision: str | None = None) -> ResolvedModel:
         return resolution.resolve(storage.parent(name) or ".", revision, within=storage.name(name))
     if storage.is_local(name) and not storage.exists(storage.absolute(name)):
         raise ModelError(
-            f"the IP-Adapter {name!r} is no file and no folder here, and no name that 'vcf-batch model list' has; for "
-            f"a model on the Hub, name the file too, as in {EXAMPLE}"
+            f"the IP-Adapter {name!r} is no file and no folder here; for a model on the Hub, name the file too, as in "
+            f"{EXAMPLE}, or give a name that 'vcf-batch model list' has, such as {next(iter(ADAPTERS))}"
         )
     files = [file for file in storage.list_tree(storage.absolute(name)) if _is_adapter(file)]
     if len(files) != 1:

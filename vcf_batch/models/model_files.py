@@ -5,6 +5,7 @@ loaders read them with ``weights_only``. Code in a pickle or in a repository nev
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -50,6 +51,16 @@ def chosen(files: Sequence[str]) -> list[str]:
         and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
         and not (is_pipeline and "/" not in file and file.endswith(WEIGHTS))
     )
+
+
+def lone_variant(folder: str) -> str | None:
+    """The variant, such as ``fp16``, of which alone a local folder has weights; None if it has plain ones, or none.
+
+    Loaders of diffusers and transformers look for plain weights unless a variant is named.
+    """
+    files = chosen(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = (_VARIANT.search(file) for file in files if file.endswith(WEIGHTS))
+    return next((variant[1] for variant in found if variant), None)
 
 
 def select(where: str, files: Mapping[str, int], within: str = "") -> dict[str, int]:
