@@ -124,7 +124,7 @@ def test_a_model_without_words_is_refused(model: Path, emptied: bool) -> None:
     shutil.rmtree(model / "tokenizer")
     if emptied:
         (model / "tokenizer").mkdir()
-    message = "tokenizer knows 2 tokens and no word, .* copy that folder, with vocab.json and merges.txt"
+    message = "tokenizer knows 2 tokens and no word, .* copy it, with vocab.json and merges.txt"
     with pytest.raises(ModelError, match=message):
         load(model)
     with pytest.raises(ModelError, match=message):

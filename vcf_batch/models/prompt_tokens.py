@@ -62,7 +62,7 @@ def refuse_without_words(tokenizer: Any) -> None:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(
             f"the model's tokenizer knows {len(tokenizer)} tokens and no word, as its folder {_TOKENIZER} is missing, "
-            "empty or cut short: copy that folder, with vocab.json and merges.txt, from the model that this one was made of"
+            "empty or cut short: copy it, with vocab.json and merges.txt, from the model that this one was made of"
         )
 
 
