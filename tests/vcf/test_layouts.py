@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionModelWithProjection
 
-from support import ip_adapters, sd_layouts
+from support import ip_adapters, runs, sd_layouts
 from vcf_batch.errors import ModelError
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.models import resolution
@@ -121,14 +121,19 @@ def test_prediction_is_the_checkpoint_s_own(model: Path) -> None:
 @pytest.mark.parametrize("emptied", [False, True], ids=["missing", "empty"])
 def test_a_model_without_words_is_refused(model: Path, emptied: bool) -> None:
     """transformers makes a tokenizer of two tokens of it, to which all prompts are equal."""
+    judge, manifest = sd_layouts.save_clip(model.parent / "judge"), runs.write_manifest(model.parent / "in", 1)
     shutil.rmtree(model / "tokenizer")
     if emptied:
         (model / "tokenizer").mkdir()
-    message = "tokenizer knows 2 tokens and no word, .* copy it, with vocab.json and merges.txt"
+    remedy = r"its folder tokenizer is missing, empty or cut short; copy it, with vocab\.json and merges\.txt"
+    message = f"tokenizer knows 2 tokens and no word, as {remedy}"
     with pytest.raises(ModelError, match=message):
         load(model)
     with pytest.raises(ModelError, match=message):
         read_tokenizer(resolution.resolve(str(model)))
+    with pytest.raises(ModelError, match=f"has no vocabulary: {remedy}"):
+        runs.settled(manifest, model.parent / "out", model, judge=str(judge))
+    assert not (model.parent / "out").exists()
 
 
 def test_encoders_load_from_a_variant_alone(sd15: Path, tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ _FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
 )
 _MAX_BYTES = 1 << 26
+_LACKING = (
+    f"its folder {_TOKENIZER} is missing, empty or cut short; copy it, with vocab.json and merges.txt, from the model "
+    "that this one was made of"
+)
 
 
 class TextLengths(NamedTuple):
@@ -60,10 +64,18 @@ def refuse_without_words(tokenizer: Any) -> None:
         ModelError: it is such a tokenizer, as transformers makes of a folder that is empty or missing.
     """
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(
-            f"the model's tokenizer knows {len(tokenizer)} tokens and no word, as its folder {_TOKENIZER} is missing, "
-            "empty or cut short: copy it, with vocab.json and merges.txt, from the model that this one was made of"
-        )
+        raise ModelError(f"the model's tokenizer knows {len(tokenizer)} tokens and no word, as {_LACKING}")
+
+
+def require_vocabulary(model: ResolvedModel) -> None:
+    """Refuse a model whose folder has no vocabulary, without loading its tokenizer.
+
+    Raises:
+        ModelError: there is none, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    if not any(read_file(model, f"{_TOKENIZER}/{name}", _MAX_BYTES) for name in ("vocab.json", "tokenizer.json")):
+        raise ModelError(f"{model.name} has no vocabulary: {_LACKING}")
 
 
 def read_tokenizer(model: ResolvedModel) -> Any:
