@@ -90,7 +90,9 @@ def test_a_name_fills_the_cache_once_and_the_list_says_so(hub: type[Hub]) -> Non
     assert cached == {"tiny", "sd15", "ip-adapter-sd15"}
     assert "ip-adapter-sd15: " in (words := call("list").stdout) and "; in this node's cache" in words
     hub.requests.clear()
+    Path(made["places"][0], ".model.json").unlink()  # as an older version leaves it
     assert call("fetch", "sd15").stdout == made["places"][0] + "\n"
+    assert [model["cached"] for model in document("list")["models"] if model["name"] == "sd15"] == [True]
     assert "diffusion_pytorch_model.safetensors" not in downloads(hub)
 
 

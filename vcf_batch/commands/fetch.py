@@ -69,7 +69,7 @@ def fetch(name: str, revision: str | None, target: str | None, tell: Callable[[s
     first = parts[0].model
     source = f"{first.location}:{first.within}" if first.within else first.location
     option = "--ip-adapter" if first.within else "--model" if _is_pipeline(first) else None
-    tell(f"{name} is {source} in revision {first.identity}")
+    tell(f"{'' if name == source else f'{name} is '}{source} in revision {first.identity}")
     origin = {"source": source, "revision": first.identity}
     if target is not None:
         target = storage.absolute(target)

@@ -20,7 +20,7 @@ from vcf_batch.models.resolution import FILE_THREADS, ResolvedModel, folder_iden
 CACHE_VARIABLE = "VCF_BATCH_CACHE"
 _MARKER = ".complete.json"
 _NAME = ".model.json"
-"""File that names the model of a folder, written before the marker."""
+"""File that names the model of a folder."""
 
 
 def fetch(model: ResolvedModel) -> str:
@@ -97,8 +97,9 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
             fill(folder)
             files = select(folder, storage.list_tree(folder), model.within)
             refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
-            storage.publish_bytes(os.path.join(folder, _NAME), json.dumps(dataclasses.asdict(model)).encode())
             storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
+        if not os.path.exists(name := os.path.join(folder, _NAME)):  # as versions before 0.2 left it
+            storage.publish_bytes(name, json.dumps(dataclasses.asdict(model)).encode())
     finally:
         lock.release()
     return folder
