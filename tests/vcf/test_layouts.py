@@ -111,7 +111,10 @@ def test_a_fine_tune_loads_and_is_another_model(model: Path, sd15: Path) -> None
 
 
 def test_prediction_is_the_checkpoint_s_own(model: Path) -> None:
-    """Epsilon for 1.5; v-prediction where the scheduler says so, also for a fine-tune of 1.5."""
+    """Epsilon for 1.5, v-prediction for 2.1 and where the scheduler of a fine-tune of 1.5 says so."""
+    sd21 = load(sd_layouts.save_sd21(model.parent / "sd21"))
+    assert sd21.scheduler.config.prediction_type == "v_prediction"
+    assert draw(model.parent / "sd21").isfinite().all()
     epsilon = draw(model)
     file = model / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
