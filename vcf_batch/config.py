@@ -255,7 +255,7 @@ class RunConfig:
         if self.fusion == IP_ADAPTER and self.ip_adapter is None:
             raise UsageError(
                 "fusion is ip_adapter, but no IP-Adapter is named: name its weights with --ip-adapter, such as "
-                "h94/IP-Adapter:models/ip-adapter_sd15.safetensors"
+                "ip-adapter-sd15 ('vcf-batch model list' has all names)"
             )
         if self.image_encoder is not None and self.ip_adapter is None:
             raise UsageError(

@@ -10,7 +10,9 @@ from PIL import Image
 
 from support import runs
 from vcf_batch.cli import main
-from vcf_batch.models.resolution import PRESETS, TINY
+from vcf_batch.models.cache import CACHE_VARIABLE
+from vcf_batch.models.names import ADAPTERS, ADAPTERS_ID, PRESETS
+from vcf_batch.models.resolution import TINY
 from vcf_batch.training import ray_training
 from vcf_batch.training.ray_training import TrainingSummary
 
@@ -79,18 +81,26 @@ def test_rows_of_a_report_are_those_of_the_picture(output: Path) -> None:
     assert (result.exit_code, "--rows 2 is the number of samples in the picture" in result.stderr) == (2, True)
 
 
-def test_models_are_listed_with_what_they_need() -> None:
-    """Every name of the one table, and how a preset becomes a model."""
+def test_models_are_listed_with_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name of the one table, its licence, how a preset becomes a model, and that the cache has none of them."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     words = call("model", "list").stdout
     models = {model["name"]: model for model in document("model", "list")["models"]}
-    assert models.keys() == {TINY, *PRESETS}
+    assert models.keys() == {TINY, *PRESETS, *ADAPTERS}
     assert models[TINY]["needs"] is None
-    for name, (base, encoder) in PRESETS.items():
+    assert {name for name, model in models.items() if model["cached"]} == {TINY}
+    for name, (base, encoder, licence, adapter) in PRESETS.items():
         assert (models[name]["base"], models[name]["image_encoder"]) == (base, encoder)
+        assert models[name]["licence"] == licence
+        assert adapter is None or f"--fusion ip_adapter --ip-adapter {adapter})" in models[name]["needs"]
         assert f"model train --model {name}" in models[name]["needs"]
         assert f"model assemble --base {name}" in models[name]["needs"]
+    for name, known in ADAPTERS.items():
+        assert models[name]["image_encoder"] == f"{ADAPTERS_ID}:{known.encoder}"
+        assert models[name]["gigabytes"] == known.gigabytes
+        assert models[name]["needs"].endswith(f"--model sd15 --fusion ip_adapter --ip-adapter {name}")
     for model in models.values():
-        assert f"{model['name']}: {model['what']}\n" in words
+        assert f"{model['name']}: {model['what']}\n  licence {model['licence']}; " in words
 
 
 def test_a_manifest_is_a_document(tmp_path: Path) -> None:

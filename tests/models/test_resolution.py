@@ -16,6 +16,7 @@ from vcf_batch import storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import _MARKER, CACHE_VARIABLE, fetch
+from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel, resolve
 
 FILES = {
@@ -89,7 +90,7 @@ def test_an_unknown_name_says_what_is_possible(name: str) -> None:
         resolve(name)
 
 
-@pytest.mark.parametrize("name", sorted(resolution.PRESETS))
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_no_model_before_it_is_assembled(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +300,7 @@ def test_an_unreachable_hub_says_what_to_do(setting: dict[str, str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     resolving, fetching = done.stdout.splitlines()
     assert resolving.startswith("ModelError cannot get org/model from the model hub")
-    assert "hf download org/model --local-dir FOLDER" in resolving
+    assert "vcf-batch model fetch org/model --to URL" in resolving
     assert "'tiny'" in resolving
     assert fetching.startswith("StorageError cannot get a/b from the model hub")
 
@@ -310,8 +311,8 @@ class FakeHub:
     files: dict[str, bytes] = FILES
     downloaded: list[str] = []  # noqa: RUF012
 
-    def model_info(self, name: str, revision: str | None = None) -> SimpleNamespace:
-        siblings = [SimpleNamespace(rfilename=file) for file in self.files]
+    def model_info(self, name: str, revision: str | None = None, files_metadata: bool = False) -> SimpleNamespace:
+        siblings = [SimpleNamespace(rfilename=file, size=len(data)) for file, data in self.files.items()]
         return SimpleNamespace(sha={None: "c" * 40, "c" * 40: "c" * 40, "v1": "d" * 40}[revision], siblings=siblings)
 
     @classmethod

@@ -8,11 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from diffusers import UNet2DConditionModel
 
-from support import ip_adapters, runs, sd_layouts
+from support import hub_server, ip_adapters, runs, sd_layouts
 from vcf_batch import images
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.cache import CACHE_VARIABLE
+from vcf_batch.models.names import ADAPTERS_ID, PRESETS
 from vcf_batch.output.kept_samples import KeptSamples
+from vcf_batch.setup.run_models import DEFAULT_JUDGE
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
 
@@ -52,14 +55,19 @@ def options(model: Path, **changes: Any) -> dict[str, Any]:
     return given | {"steps": 2, "batch_size": 2, "shard_size": 8} | changes
 
 
+def pictures(output: Path) -> list[Any]:
+    """The images of a run's first shard, in [0, 1]."""
+    members = runs.Files(output, "00000").members
+    return [images.to_unit(images.decode(data, MAX_PIXELS)) for name, data in members if "png" in name]
+
+
 def test_a_run_without_an_aligner_draws_each_row_in_its_own_way(model: Path, tmp_path: Path) -> None:
     """References, strengths, weights, ranges and negative references by row; the samples do not depend on the batch."""
     manifest = runs.write_manifest(tmp_path / "in", 6, ROWS)
     drawn = {}
     for size in (2, 1):
         output = runs.generate(manifest, tmp_path / f"{size}", model / "sd15", **options(model, batch_size=size))
-        members = runs.Files(output, "00000").members
-        drawn[size] = [images.to_unit(images.decode(data, MAX_PIXELS)) for name, data in members if "png" in name]
+        drawn[size] = pictures(output)
         rows = runs.rows_of(output)
         assert [row["status"] for row in rows] == ["success"] * 6
         assert {row["fusion"] for row in rows} == {"ip_adapter"} and rows[0]["clip_reference"] is not None
@@ -80,6 +88,36 @@ def test_a_repaired_row_has_the_bytes_of_an_undisturbed_run(model: Path, tmp_pat
     kept = KeptSamples(job.config, job.manifest, shard, bytes([0, 1, 0, 0, 1, 0]))
     runs.commit(loaded, 2, kept)
     assert runs.data_files(tmp_path / "out") == whole
+
+
+def test_a_run_by_names_has_the_images_of_a_run_by_paths(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--model sd15 --ip-adapter ip-adapter-sd15`` find base, weights and encoder on the Hub, the judge there too."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    manifest = runs.write_manifest(tmp_path / "in", 6, ROWS)
+    by_path = pictures(runs.generate(manifest, tmp_path / "paths", model / "sd15", **options(model)))
+    with hub_server.running() as hub:
+        hub.repositories |= {
+            PRESETS["sd15"].base: model / "sd15",
+            ADAPTERS_ID: model / "IP-Adapter",
+            DEFAULT_JUDGE: model / "judge",
+        }
+        named = options(model, ip_adapter="ip-adapter-sd15", judge=None)
+        job = runs.settled(manifest, tmp_path / "names", Path("sd15"), **named)
+        by_name = pictures(runs.generate(manifest, tmp_path / "names", Path("sd15"), **named))
+        with pytest.raises(
+            ModelError, match=r"'sd15' is a preset.*\(--fusion ip_adapter --ip-adapter ip-adapter-sd15\)"
+        ):
+            runs.settled(manifest, tmp_path / "x", Path("sd15"), **options(model, fusion="concat"))
+    assert len(by_path) == 6
+    np.testing.assert_array_equal(by_name, by_path)
+    described = job.models.describe(guided=False)
+    assert described["model"] == {
+        "name": PRESETS["sd15"].base,
+        "identity": hub_server.commit_of(PRESETS["sd15"].base),
+    }
+    assert described["ip_adapter"]["name"] == "ip-adapter-sd15"
 
 
 def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
 from vcf_batch.cli.run import generate
+from vcf_batch.commands import known_models
 from vcf_batch.errors import UsageError, printable, redact
-from vcf_batch.models.resolution import PRESETS, TINY
 from vcf_batch.training.training_config import TrainingConfig
 
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -59,32 +59,42 @@ def model() -> None:
 @json_option
 @debug_option
 def list_models(as_json: bool) -> None:
-    """List the models that are known by name.
+    """List the models and IP-Adapters that are known by name.
 
-    Each is listed with what it needs before it can generate. Besides these names, --model takes a pipeline directory, a
-    Hugging Face Hub id, or a URL.
+    Each is listed with its licence, its size where it is published, what it needs before it can generate, and whether
+    this node's cache has it. Besides these names, --model and --ip-adapter take directories, Hugging Face Hub ids and
+    URLs.
     """
-    tiny: dict[str, str | None] = {
-        "name": TINY,
-        "base": None,
-        "image_encoder": None,
-        "what": "embedded, 64 x 64 pixels; draws a small world of its own",
-        "needs": None,
-    }
-    presets: list[dict[str, str | None]] = [
-        {
-            "name": name,
-            "base": base,
-            "image_encoder": encoder,
-            "what": f"{base}, with an aligner that reads {encoder}",
-            "needs": f"an aligner: 'vcf-batch model train --model {name} --data URL --out ALIGNER' trains it, "
-            f"'vcf-batch model assemble --base {name} --aligner ALIGNER --out MODEL' puts the model together",
-        }
-        for name, (base, encoder) in PRESETS.items()
-    ]
-    models = [tiny, *presets]
-    words = (f"{each['name']}: {each['what']}\n  needs {each['needs'] or 'nothing else'}" for each in models)
-    tell("\n".join(words), {"models": models}, as_json)
+    models = known_models.describe()
+    tell(known_models.in_words(models), {"models": models}, as_json)
+
+
+@model.command("fetch", cls=Command)
+@click.argument("name")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.  [default: the main branch]")
+@click.option(
+    "--to",
+    "target",
+    metavar="URL",
+    help="Copy the files on to this folder or bucket, for clusters without access to the Hub.  [default: this node's "
+    "cache alone]",
+)
+@json_option
+@debug_option
+def fetch_model(name: str, revision: str | None, target: str | None, as_json: bool) -> None:
+    """Fetch a model from the Hugging Face Hub, with all that it needs.
+
+    NAME is one that 'model list' has, a Hub id, or a Hub id with ':' and the file of an IP-Adapter. The folder or
+    bucket of --to can be given as --model or --ip-adapter as it is. Its file vcf_batch_model.json records the revision
+    and the SHA-256 of each file. Rerunning the same command resumes.
+    """
+    from vcf_batch.commands import fetch  # the Hub's client takes a moment
+
+    fetched = fetch.fetch(name, revision, target, lambda line: click.echo(printable(redact(line)), err=True))
+    places = [redact(place) for place in fetched.places]
+    found = f"{fetched.files} files, {fetch.told(fetched.size)}"
+    words = [f"{place}: {found}, {fetched.copied} of them copied" for place in places] if target else places
+    tell("\n".join(words), dataclasses.asdict(fetched) | {"places": places}, as_json)
 
 
 @model.command(cls=Command)

@@ -33,9 +33,9 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "model",
     str,
-    "The model that generates: a pipeline directory, a Hugging Face Hub id, a URL such as s3://bucket/model, or "
-    "'tiny', an embedded test model that draws ten shapes at 64 px.  [default: tiny if it can draw most of the first "
-    "1,000 prompts; else none, and the run is refused]",
+    "The model that generates: a pipeline directory, a Hugging Face Hub id, a URL such as s3://bucket/model, with "
+    "--fusion ip_adapter also 'sd15', or 'tiny', an embedded test model that draws ten shapes at 64 px.  [default: tiny "
+    "if it can draw most of the first 1,000 prompts; else none, and the run is refused]",
     metavar="MODEL",
 )
 @_option("revision", str, "Branch, tag or commit of a Hub model. The run records the commit that it stands for.")
@@ -48,8 +48,9 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "ip-adapter",
     str,
-    "Weights of an IP-Adapter for --fusion ip_adapter: a file, or a Hub id, folder or URL with ':' and the file in it, "
-    "such as h94/IP-Adapter:models/ip-adapter_sd15.safetensors.",
+    "Weights of an IP-Adapter for --fusion ip_adapter: a name that 'vcf-batch model list' has, such as "
+    "ip-adapter-sd15; a file; or a Hub id, folder or URL with ':' and the file in it, such as "
+    "h94/IP-Adapter:models/ip-adapter_sd15.safetensors.",
     metavar="WEIGHTS",
 )
 @_option(

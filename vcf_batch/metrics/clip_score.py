@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from vcf_batch import images
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.model_files import lone_variant
 
 _CHUNK = 64
 """Most inputs of one forward pass, so that a batch with many references causes no memory peak."""
@@ -52,7 +53,9 @@ class ClipJudge:
             "name another with --judge"
         )
         with load_errors(f"the judge {path!r}", remedy):
-            model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            model, report = CLIPModel.from_pretrained(
+                path, dtype=torch.float32, variant=lone_variant(path), output_loading_info=True
+            )
             tokenizer = CLIPTokenizer.from_pretrained(path)
             processor = CLIPImageProcessorPil.from_pretrained(path)
         refuse_missing_weights(report, f"the judge {path!r}", "name a complete CLIP with --judge")

@@ -1,5 +1,6 @@
 """The published files of an IP-Adapter: one file of weights, and the image encoder beside it."""
 
+import dataclasses
 import re
 from pathlib import PurePosixPath
 
@@ -7,6 +8,7 @@ from vcf_batch import storage
 from vcf_batch.errors import ModelError
 from vcf_batch.models import resolution
 from vcf_batch.models.model_files import WEIGHTS
+from vcf_batch.models.names import ADAPTERS, ADAPTERS_ID
 from vcf_batch.models.resolution import ResolvedModel
 
 ENCODER = "image_encoder"
@@ -18,26 +20,30 @@ _WITH_FILE = re.compile(rf"(.+):([^:]+(?:{'|'.join(map(re.escape, WEIGHTS))}))")
 _HOST = re.compile(r"\w+://[^/]*")
 
 
-def resolve_adapter(name: str) -> ResolvedModel:
+def resolve_adapter(name: str, revision: str | None = None) -> ResolvedModel:
     """Find the weights of an IP-Adapter, in exactly one version.
 
     Args:
-        name: Hub id, folder or URL, followed by ``:`` and the path of the file in it; or the path or URL of the file;
-            or a folder or URL with one such file.
+        name: a name of :data:`vcf_batch.models.names.ADAPTERS`; or a Hub id, folder or URL, followed by ``:`` and the
+            path of the file in it; or the path or URL of the file; or a folder or URL with one such file.
+        revision: branch, tag or commit of a repository on the Hub; None is its main branch.
 
     Raises:
         ModelError: there is no such file, or several, or the hub cannot be reached.
         StorageError: the storage failed.
     """
+    if name in ADAPTERS and not storage.exists(storage.absolute(name)):
+        published = resolution.resolve(ADAPTERS_ID, revision, within=ADAPTERS[name].file)
+        return dataclasses.replace(published, name=name)
     found = _WITH_FILE.fullmatch(name)
     if found and not _HOST.fullmatch(found[1]):
-        return resolution.resolve(found[1], within=found[2])
+        return resolution.resolve(found[1], revision, within=found[2])
     if name.endswith(WEIGHTS):
-        return resolution.resolve(storage.parent(name) or ".", within=storage.name(name))
+        return resolution.resolve(storage.parent(name) or ".", revision, within=storage.name(name))
     if storage.is_local(name) and not storage.exists(storage.absolute(name)):
         raise ModelError(
             f"the IP-Adapter {name!r} is no file and no folder here; for a model on the Hub, name the file too, as in "
-            f"{EXAMPLE}"
+            f"{EXAMPLE}, or give a name that 'vcf-batch model list' has, such as {next(iter(ADAPTERS))}"
         )
     files = [file for file in storage.list_tree(storage.absolute(name)) if _is_adapter(file)]
     if len(files) != 1:
@@ -45,11 +51,18 @@ def resolve_adapter(name: str) -> ResolvedModel:
         raise ModelError(
             f"{name} holds {len(files)} files of weights ({shown}); name the one of the IP-Adapter, as in {name}:FILE"
         )
-    return resolution.resolve(name, within=files[0])
+    return resolution.resolve(name, revision, within=files[0])
 
 
 def _is_adapter(file: str) -> bool:
     return file.endswith(WEIGHTS) and ENCODER not in PurePosixPath(file).parts
+
+
+def encoder_folder(adapter: ResolvedModel) -> str:
+    """Path of the folder with the image encoder of an adapter, within its location."""
+    published = (each.encoder for each in ADAPTERS.values() if each.file == adapter.within)
+    beside = str(PurePosixPath(adapter.within).parent / ENCODER)
+    return next(published, beside) if adapter.location == ADAPTERS_ID else beside
 
 
 def encoder_beside(adapter: ResolvedModel) -> ResolvedModel:
@@ -59,7 +72,7 @@ def encoder_beside(adapter: ResolvedModel) -> ResolvedModel:
         ModelError: there is none.
         StorageError: the storage failed.
     """
-    folder = str(PurePosixPath(adapter.within).parent / ENCODER)
+    folder = encoder_folder(adapter)
     revision = adapter.identity if adapter.kind == "hub" else None
     try:
         return resolution.resolve(adapter.location, revision, within=folder)

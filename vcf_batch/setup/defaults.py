@@ -17,6 +17,7 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution
 from vcf_batch.models.loading import load_errors
+from vcf_batch.models.prompt_tokens import require_vocabulary
 from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
 from vcf_batch.setup.job import Job, is_guided
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
@@ -58,9 +59,9 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         resolved: the models of the run.
 
     Raises:
-        ModelError: the model says nothing about its UNet or VAE, or its UNet is of another kind, or the scheduler does
-            not sample as the model's own says; or it cannot take the references that the manifest has, or cannot guide,
-            or recommends a value that is no number or out of limits.
+        ModelError: the model says nothing about its UNet or VAE, its UNet is of another kind, its tokenizer has no
+            vocabulary, or the scheduler does not sample as the model's own says; or it cannot take the references that
+            the manifest has, or cannot guide, or recommends a value that is no number or out of limits.
         UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge.
     """
     if config.batch_size is None:
@@ -77,6 +78,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
             "unet/config.json and vae/config.json"
         )
     _check_unet(model, unet, vae)
+    require_vocabulary(resolved.pipeline)
     check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, model)
     # model_index.json gives the library and the class of each part, or two nulls.
     lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]

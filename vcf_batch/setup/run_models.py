@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config import IP_ADAPTER, RunConfig
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
+from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
@@ -86,7 +87,7 @@ def resolve(config: RunConfig) -> Models:
     Raises:
         ModelError: one of them is not there.
     """
-    pipeline = resolution.resolve(config.model or resolution.TINY, config.revision)
+    pipeline = _resolve_pipeline(config)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
     adapter = None if config.ip_adapter is None else adapters.resolve_adapter(config.ip_adapter)
@@ -102,7 +103,7 @@ def resolve(config: RunConfig) -> Models:
         identity = _lpips_identity(lpips, source)
     return Models(
         pipeline=pipeline,
-        judge=None if own_judge else resolution.resolve(config.judge or DEFAULT_JUDGE),
+        judge=None if own_judge else _resolve_judge(config),
         lpips=lpips,
         lpips_identity=identity,
         lpips_source=source if lpips in ("alex", "vgg") else None,
@@ -111,6 +112,26 @@ def resolve(config: RunConfig) -> Models:
         ip_adapter=adapter,
         image_encoder=adapter and _resolve_encoder(config, adapter),
     )
+
+
+def _resolve_pipeline(config: RunConfig) -> ResolvedModel:
+    """The model that generates. A preset needs no aligner for an IP-Adapter, and then stands for its base."""
+    model = config.model or resolution.TINY
+    if config.fusion == IP_ADAPTER and model in PRESETS and not storage.exists(storage.absolute(model)):
+        model = PRESETS[model].base
+    return resolution.resolve(model, config.revision)
+
+
+def _resolve_judge(config: RunConfig) -> ResolvedModel:
+    if config.judge is not None:
+        return resolution.resolve(config.judge)
+    try:
+        return resolution.resolve(DEFAULT_JUDGE)
+    except ModelError as error:
+        raise ModelError(
+            f"{redact(config.model)} has no CLIP of its own that scores, and the default one is not there ({error}); "
+            "name another with --judge"
+        ) from error
 
 
 def _resolve_encoder(config: RunConfig, adapter: ResolvedModel) -> ResolvedModel:

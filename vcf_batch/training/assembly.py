@@ -56,7 +56,12 @@ def _load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithPr
     logging.set_verbosity_error()  # Otherwise transformers warns of every weight of the text tower.
     try:
         tower, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            variant=model_files.lone_variant(folder),
+            local_files_only=True,
+            output_loading_info=True,
         )
     finally:
         logging.set_verbosity(verbosity)

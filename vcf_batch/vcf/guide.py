@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithPr
 from vcf_batch.config import reference_shares
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.model_files import lone_variant
 from vcf_batch.vcf.aligner import squash
 
 
@@ -48,7 +49,9 @@ class Guide:
             "--pno-guide"
         )
         with load_errors(f"the PNO guide {path!r}", remedy):
-            clip, report = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            clip, report = CLIPModel.from_pretrained(
+                path, dtype=torch.float32, variant=lone_variant(path), output_loading_info=True
+            )
             processor = CLIPImageProcessorPil.from_pretrained(path)
         refuse_missing_weights(report, f"the PNO guide {path!r}", "name a complete CLIP with --pno-guide")
         return cls(clip.to(device), processor.image_mean, processor.image_std)

@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from vcf_batch import images
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.model_files import lone_variant
 from vcf_batch.vcf.aligner import ENCODE_BATCH
 from vcf_batch.vcf.attention import TokenBiasAttention
 from vcf_batch.vcf.upload import upload
@@ -158,7 +159,7 @@ def _load_encoder(folder: str) -> tuple[CLIPVisionModelWithProjection, CLIPImage
     )
     with load_errors(f"the image encoder {folder!r}", remedy):
         tower, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, variant=lone_variant(folder), output_loading_info=True
         )
         # h94/IP-Adapter has no preprocessor_config.json; CLIP's own preprocessing is what its adapters saw.
         edge = tower.config.image_size

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from vcf_batch import storage
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -25,6 +28,9 @@ from vcf_batch.config import (
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models import model_files
+from vcf_batch.models.prompt_tokens import refuse_without_words
+from vcf_batch.storage import scratch
 from vcf_batch.vcf.aligner import ENCODE_BATCH, ImageAligner, squash
 from vcf_batch.vcf.attention import Kernel, use_kernel
 from vcf_batch.vcf.compilation import compile_forward, replay_small_batches
@@ -101,6 +107,8 @@ class VCFPipeline(StableDiffusionPipeline):
                 "VCFPipeline runs no safety checker; pass safety_checker=None and check its output instead"
             )
         default_strengths(default_strength)  # checks the limits
+        if tokenizer is not None:
+            refuse_without_words(tokenizer)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -135,9 +143,21 @@ class VCFPipeline(StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "VCFPipeline":
         """Load a saved VCFPipeline, or a plain Stable Diffusion model with the missing parts given as arguments.
 
-        Takes what ``DiffusionPipeline.from_pretrained`` takes; a safety checker is never loaded.
+        Takes what ``DiffusionPipeline.from_pretrained`` takes; a safety checker is never loaded. Parts that a folder
+        has in one variant alone, such as ``fp16``, are loaded from it.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, **{"safety_checker": None, **kwargs})
+        given, folder = {"safety_checker": None, **kwargs}, str(pretrained_model_name_or_path)
+        files = model_files.chosen([*storage.list_tree(folder)]) if os.path.isdir(folder) else []
+        parts = {str(PurePath(file).parent) for file in files if file.count("/") == 1}
+        variants = {each for part in parts - {*given} if (each := model_files.lone_variant(os.path.join(folder, part)))}
+        if not variants or "variant" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **given)
+        # Beside one part in a variant alone, another may have both; then the plain weights are the model's.
+        with scratch.temporary("the names of a model's files") as view:
+            for file in files:
+                os.makedirs(os.path.dirname(os.path.join(view, file)), exist_ok=True)
+                os.symlink(os.path.abspath(os.path.join(folder, file)), os.path.join(view, file))
+            return super().from_pretrained(view, variant=min(variants), **given)
 
     def set_up(self, device: str, compiled: bool = False, attention: Kernel | None = None) -> Self:
         """Get the networks ready to sample: frozen, on their device, in the layout that its convolutions want.

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.model_files import lone_variant
 
 # diffusers' checker logs that it returns black images, but its images are not used here.
 logging.getLogger(StableDiffusionSafetyChecker.__module__).setLevel(logging.ERROR)
@@ -42,7 +43,7 @@ class SafetyChecker:
         """
         with load_errors(f"the safety checker {path!r}", "; name another with --safety-checker"):
             model, report = StableDiffusionSafetyChecker.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                path, dtype=torch.float32, local_files_only=True, variant=lone_variant(path), output_loading_info=True
             )
         refuse_missing_weights(report, f"the safety checker {path!r}", "name a complete one with --safety-checker")
         return cls(model.to(device))
