@@ -52,10 +52,7 @@ def test_real_prompts_without_a_model_are_refused(
     assert ", ".join(SHAPES) in result.output
     assert "It cannot draw 9 of the first 12 prompts, such as 'a photo of a cat'." in result.output
     assert "--model MODEL" in result.output and "--model tiny " in result.output
-    assert (
-        "--model stable-diffusion-v1-5/stable-diffusion-v1-5 --fusion ip_adapter "
-        "--ip-adapter h94/IP-Adapter:models/ip-adapter_sd15.safetensors"
-    ) in result.output
+    assert ("--fusion ip_adapter --ip-adapter ip-adapter-sd15") in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -34,8 +34,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "model",
     str,
     "The model that generates: a pipeline directory, a Hugging Face Hub id, a URL such as s3://bucket/model, with "
-    "--fusion ip_adapter also 'sd15', or 'tiny', an embedded test model that draws ten shapes at 64 px.  [default: tiny "
-    "if it can draw most of the first 1,000 prompts; else none, and the run is refused]",
+    "--fusion ip_adapter also 'sd15', or 'tiny', an embedded test model that draws ten shapes at 64 px.  "
+    "[default: tiny if it can draw most of the first 1,000 prompts; else none, and the run is refused]",
     metavar="MODEL",
 )
 @_option("revision", str, "Branch, tag or commit of a Hub model. The run records the commit that it stands for.")

@@ -46,7 +46,7 @@ def check(config: RunConfig, record: RunRecord | None, prompts: Callable[[], Seq
             f"else: {', '.join(SHAPES)}. It cannot draw {len(unknown):,} of the first {len(first):,} prompts, such as "
             f"{cut(unknown[0], _EXAMPLE)!r}. Name a model:\n"
             "  --model MODEL  a folder, a URL such as s3://bucket/model, or a Hub id, such as\n"
-            "    --model stable-diffusion-v1-5/stable-diffusion-v1-5 --fusion ip_adapter "
-            "--ip-adapter h94/IP-Adapter:models/ip-adapter_sd15.safetensors\n"
+            "    --model stable-diffusion-v1-5/stable-diffusion-v1-5, which takes references with\n"
+            "    --fusion ip_adapter --ip-adapter ip-adapter-sd15\n"
             f"  --model {TINY}   to draw shapes all the same"
         )

@@ -103,7 +103,7 @@ def resolve(config: RunConfig) -> Models:
         identity = _lpips_identity(lpips, source)
     return Models(
         pipeline=pipeline,
-        judge=None if own_judge else _resolve_judge(config),
+        judge=None if own_judge else _resolve_judge(config, pipeline),
         lpips=lpips,
         lpips_identity=identity,
         lpips_source=source if lpips in ("alex", "vgg") else None,
@@ -122,14 +122,14 @@ def _resolve_pipeline(config: RunConfig) -> ResolvedModel:
     return resolution.resolve(model, config.revision)
 
 
-def _resolve_judge(config: RunConfig) -> ResolvedModel:
+def _resolve_judge(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel:
     if config.judge is not None:
         return resolution.resolve(config.judge)
     try:
         return resolution.resolve(DEFAULT_JUDGE)
     except ModelError as error:
         raise ModelError(
-            f"{redact(config.model)} has no CLIP of its own that scores, and the default one is not there ({error}); "
+            f"{redact(pipeline.name)} has no CLIP of its own that scores, and the default one is not there ({error}); "
             "name another with --judge"
         ) from error
 
