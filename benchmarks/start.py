@@ -71,7 +71,7 @@ def main(other: Path, rounds: int) -> None:
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory(prefix="vcf-batch-start-") as folder:
         manifest = str(Path(folder) / "manifest.parquet")
-        pq.write_table(pa.table({"prompt": [f"a red disc {number}" for number in range(ROWS)]}), manifest)
+        pq.write_table(pa.table({"prompt": [f"a red circle {number}" for number in range(ROWS)]}), manifest)
         for number in range(rounds + 1):
             for name, tree in trees.items():
                 taken = measure(tree, manifest, Path(folder) / f"{name}-{number}")

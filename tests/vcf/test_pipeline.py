@@ -370,9 +370,9 @@ def test_distinct_inputs_are_encoded_once(
         encoded.append(len(texts))
         return prompts(texts)
 
-    def counted_references(found: list[Image.Image], image_tokens: str | None) -> torch.Tensor:
+    def counted_references(found: list[Image.Image], image_tokens: str | None, **given: bool) -> torch.Tensor:
         encoded.append(len(found))
-        return references(found, image_tokens)
+        return references(found, image_tokens, **given)
 
     monkeypatch.setattr(epsilon, "encode_prompts", counted_prompts)
     monkeypatch.setattr(epsilon, "encode_references", counted_references)
