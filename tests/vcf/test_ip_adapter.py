@@ -13,11 +13,17 @@ from transformers import CLIPImageProcessor
 
 from support import ip_adapters
 from support.tiny_models import build_pipeline
+from vcf_batch.config import Sampling
 from vcf_batch.errors import ModelError
+from vcf_batch.records import Objective
+from vcf_batch.vcf import pno
+from vcf_batch.vcf.fusion import Conditioning, Fusion
+from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 STOCK = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 KINDS = tuple(ip_adapters.TOKENS)
+TWO_STEPS = Sampling(steps=2)
 
 
 def picture(seed: int, width: int = 21, height: int = 17) -> Image.Image:
@@ -199,3 +205,38 @@ def test_code_in_a_pickle_does_not_run(folder: Path, tmp_path: Path) -> None:
 def test_the_fusion_needs_an_adapter() -> None:
     with pytest.raises(ModelError, match="no IP-Adapter is loaded: call use_ip_adapter first"):
         build_pipeline().generate(["a cat"], [picture(0)], seeds=[1], fusion="ip_adapter")
+
+
+def optimized(pipeline: VCFPipeline, fusion: str, **settings: Any) -> tuple[list[torch.Tensor], Objective]:
+    """The tokens of each forward of prompt-noise optimisation, and its course."""
+    image, prompt = picture(0), pipeline.encode_prompts(["a red cat"])
+    tokens = pipeline.encode_references([image], adapted=fusion == "ip_adapter")
+    sample, noise, conditioning = pipeline.prepare(
+        prompt, pipeline.encode_prompts([""]), [Fusion([tokens[0]], fusion, **settings)], seeds=[7], sampling=TWO_STEPS
+    )
+    guide = Guide(pipeline.image_encoder, [0.5] * 3, [0.5] * 3)
+    seen = []
+
+    def watched(noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        seen.append(conditioning.positive.prompts.tokens.detach().clone())
+        return sample(noise, conditioning)
+
+    rates = {"lr_conditioning": 1e-2, "lr_noise": 1e-2, "gamma": 0.1}
+    targets = guide.targets([[image]], [None])
+    _, (course,) = pno.optimize(watched, noise, conditioning, guide, targets, seeds=[7], steps=2, **rates)
+    return seen, course
+
+
+def test_prompt_noise_optimisation_follows_the_reference_through_the_tokens_of_the_adapter(folder: Path) -> None:
+    seen, course = optimized(adapted(folder), "ip_adapter")
+    assert course.best < course.first and course.steps == 2
+    assert [torch.equal(tokens, seen[0]) for tokens in seen] == [True, False, False]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "ip_adapter"])
+def test_tokens_that_no_step_uses_are_not_followed(folder: Path, fusion: str) -> None:
+    """In a range between two steps only the noise is."""
+    pipeline = build_pipeline()
+    pipeline.use_ip_adapter(str(folder / "base.safetensors"), str(folder / "image_encoder"))
+    _, course = optimized(pipeline, fusion, lo=0.9, hi=0.95)
+    assert course.steps == 2

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -124,15 +123,15 @@ def optimize(
 def _clip(leaves: Sequence[Tensor], running: Tensor) -> Tensor:
     """Clip each sample's gradient over all ``leaves`` to a norm of at most :data:`MAX_GRADIENT_NORM`.
 
-    Samples that are not ``running``, and samples with a useless gradient, get a gradient of 0.
+    Leaves that no step has used have no gradient, and stay as they are. Samples that are not ``running``, and samples with a useless gradient, get a gradient of 0.
 
     Returns:
         Whether each sample's gradient is useful, bool ``[B]``.
     """
-    gradients = [cast(Tensor, leaf.grad) for leaf in leaves]
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for _, gradient in gradients]).norm(dim=0)
     useful = norms < EXPLODED
-    for leaf, gradient in zip(leaves, gradients, strict=True):
+    for leaf, gradient in gradients:
         shape = (-1, *[1] * (leaf.ndim - 1))
         clipped = gradient * (MAX_GRADIENT_NORM / norms.clamp(min=MAX_GRADIENT_NORM)).reshape(shape)
         leaf.grad = torch.where((running & useful).reshape(shape), clipped, 0)
