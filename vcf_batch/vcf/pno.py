@@ -123,7 +123,8 @@ def optimize(
 def _clip(leaves: Sequence[Tensor], running: Tensor) -> Tensor:
     """Clip each sample's gradient over all ``leaves`` to a norm of at most :data:`MAX_GRADIENT_NORM`.
 
-    Leaves that no step has used have no gradient, and stay as they are. Samples that are not ``running``, and samples with a useless gradient, get a gradient of 0.
+    Leaves that no step has used have no gradient, and stay as they are. Samples that are not ``running``, and samples
+    with a useless gradient, get a gradient of 0.
 
     Returns:
         Whether each sample's gradient is useful, bool ``[B]``.
