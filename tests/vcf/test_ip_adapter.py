@@ -168,6 +168,8 @@ def test_what_does_not_fit_is_refused_with_both_values(folder: Path, tmp_path: P
             pipeline.use_ip_adapter(str(tmp_path / "x.safetensors"), tower)
 
     refused({"lora_up.weight": torch.zeros(2)}, "is no IP-Adapter: it must hold tensors")
+    for wrong in (torch.tensor([torch.nan] * 32), torch.ones(32, dtype=torch.int64)):
+        refused(flat | {"image_proj.norm.weight": wrong}, r"no finite numbers: image_proj\.norm\.weight, torch\.")
     refused({key: value for key, value in flat.items() if ".1.to_k" not in key}, r"the first difference is 1\.to_k_ip")
     refused(flat | {"image_proj.norm.weight": torch.ones(7)}, "size mismatch")
     wide = {key: value.new_ones(value.shape[0], 48) if "_ip" in key else value for key, value in flat.items()}
@@ -240,3 +242,20 @@ def test_tokens_that_no_step_uses_are_not_followed(folder: Path, fusion: str) ->
     pipeline.use_ip_adapter(str(folder / "base.safetensors"), str(folder / "image_encoder"))
     _, course = optimized(pipeline, fusion, lo=0.9, hi=0.95)
     assert course.steps == 2
+
+
+def test_the_adapter_is_not_saved_with_the_model(folder: Path, tmp_path: Path) -> None:
+    pipeline = adapted(folder)
+    assert not [name for name in pipeline.unet.state_dict() if "_ip" in name]
+    pipeline.save_pretrained(tmp_path)
+    again = VCFPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(["a cat"], seeds=[1]), build_pipeline().generate(["a cat"], seeds=[1]))
+
+
+def test_an_adapter_that_is_loaded_later_uses_the_kernel_that_was_fixed(folder: Path) -> None:
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    pipeline = build_pipeline().set_up("cpu", attention=kernel)
+    pipeline.use_ip_adapter(str(folder / "base.safetensors"), str(folder / "image_encoder"))
+    assert {processor.kernel for processor in pipeline.unet.attn_processors.values()} == {kernel}

@@ -1,17 +1,22 @@
 """Runs with an IP-Adapter, on a tiny Stable Diffusion 1.5 in its published layout, which has no aligner."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
 from support import hub_server, ip_adapters, runs, sd_layouts
 from vcf_batch import images
+from vcf_batch.cli import main
 from vcf_batch.config import MAX_PIXELS
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models import resolution
+from vcf_batch.models.adapters import encoder_beside, resolve_adapter
 from vcf_batch.models.cache import CACHE_VARIABLE
 from vcf_batch.models.names import ADAPTERS_ID, PRESETS
 from vcf_batch.output.kept_samples import KeptSamples
@@ -106,10 +111,8 @@ def test_a_run_by_names_has_the_images_of_a_run_by_paths(
         named = options(model, ip_adapter="ip-adapter-sd15", judge=None)
         job = runs.settled(manifest, tmp_path / "names", Path("sd15"), **named)
         by_name = pictures(runs.generate(manifest, tmp_path / "names", Path("sd15"), **named))
-        with pytest.raises(
-            ModelError, match=r"'sd15' is a preset.*\(--fusion ip_adapter --ip-adapter ip-adapter-sd15\)"
-        ):
-            runs.settled(manifest, tmp_path / "x", Path("sd15"), **options(model, fusion="concat"))
+        with pytest.raises(ModelError, match=r"sd15 has no aligner.*--fusion ip_adapter --ip-adapter WEIGHTS"):
+            runs.settled(manifest, tmp_path / "x", Path("sd15"), **named | {"fusion": "concat"})
     assert len(by_path) == 6
     np.testing.assert_array_equal(by_name, by_path)
     described = job.models.describe(guided=False)
@@ -175,3 +178,40 @@ def test_what_cannot_run_is_refused_before_a_worker_starts(
     with pytest.raises(error, match=message):
         runs.settled(manifest, tmp_path / "out", model / "sd15", **options(model, **told))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_options_of_other_fusions_are_taken(model: Path, tmp_path: Path) -> None:
+    """Triplets, gates, DeepCache, another format; and what is regenerated from the output has its bytes."""
+    columns = {"reference": ["reference0.png", "reference1.png", "reference2.png"]}
+    manifest = runs.write_manifest(tmp_path / "in", 3, columns)
+    given = options(model, triplets=True, min_clip_score=-1.0, deep_cache=2, image_format="webp", steps=3)
+    output = runs.generate(manifest, tmp_path / "out", model / "sd15", **given)
+    rows = runs.rows_of(output)
+    assert [row["status"] for row in rows] == ["success"] * 3 and rows[0]["deep_cache"] == 2
+    assert all(row["content_alignment"] is not None for row in rows)
+    assert len([name for name, _ in runs.Files(output, "00000").members if name.endswith("webp")]) == 9
+    result = CliRunner().invoke(main, ["verify", str(output), "--regenerate", "2"])
+    assert result.exit_code == 0, result.output
+    moved = model.parent / "moved"
+    shutil.copytree(model / "IP-Adapter", moved)
+    weights = f"{moved}:models/ip-adapter_sd15.safetensors"
+    result = CliRunner().invoke(main, ["verify", str(output), "--regenerate", "1", "--ip-adapter", weights])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", ["{hub}/{file}", "local://{hub}/{file}", "local://{hub}:{file}"])
+def test_one_file_has_one_identity_by_whatever_name(model: Path, name: str) -> None:
+    """By path, by URL, and with a colon before the file."""
+    hub, file = model / "IP-Adapter", "models/ip-adapter_sd15.safetensors"
+    expected = resolve_adapter(f"{hub}:{file}")
+    found = resolve_adapter(name.format(hub=hub, file=file))
+    assert found.identity == expected.identity
+    assert encoder_beside(found).identity == encoder_beside(expected).identity
+
+
+@pytest.mark.parametrize("name", ["s3://nowhere/a.safetensors", "https://host:9000/a.bin"])
+def test_the_colon_of_a_scheme_or_a_port_is_not_before_a_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(resolution, "resolve", lambda *given, **more: asked.append((given[0], more)))
+    resolve_adapter(name)
+    assert asked == [(name.rpartition("/")[0], {"within": name.rpartition("/")[2]})]

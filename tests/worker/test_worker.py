@@ -474,9 +474,9 @@ def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monk
         texts.extend(prompts)
         return encode_prompts(prompts)
 
-    def note_references(pictures: Sequence[Any], image_tokens: str | None) -> torch.Tensor:
+    def note_references(pictures: Sequence[Any], image_tokens: str | None, **given: bool) -> torch.Tensor:
         counts.append(len(pictures))
-        return encode_references(pictures, image_tokens)
+        return encode_references(pictures, image_tokens, **given)
 
     monkeypatch.setattr(loaded.components.pipeline, "encode_prompts", note_prompts)
     monkeypatch.setattr(loaded.components.pipeline, "encode_references", note_references)
@@ -506,11 +506,11 @@ def test_reading_and_scoring_happen_beside_sampling(
     generate, score = loaded.components.pipeline.generate_from_tokens, Scorer.score
     squash = loaded.components.pipeline.squash
 
-    def squashed(image: Image.Image) -> Image.Image:
+    def squashed(image: Image.Image, **given: bool) -> Image.Image:
         assert threading.current_thread() is not threading.main_thread()
         if image.tobytes() == second.tobytes():
             second_read.set()
-        return squash(image)
+        return squash(image, **given)
 
     def sample(*args: Any, **settings: Any) -> torch.Tensor:
         sampled.append(len(sampled))

@@ -85,13 +85,15 @@ def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
 
 def moved_option(name: str) -> Callable[..., Any]:
     """An option for something that a run has used and that is elsewhere now."""
-    text = f"New place of the run's {name.replace('-', ' ')}, if it has moved since the run."
+    what = "IP-Adapter" if name == "ip-adapter" else name.replace("-", " ")
+    text = f"New place of the run's {what}, if it has moved since the run."
     return click.option(f"--{name}", metavar="URL", help=text)
 
 
 def moved(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options for everything that a run has used."""
-    for name in ("lpips-weights", "safety-checker", "pno-guide", "judge", "model", "manifest"):
+    weights = ("lpips-weights", "safety-checker", "pno-guide", "judge", "image-encoder", "ip-adapter")
+    for name in (*weights, "model", "manifest"):
         command = moved_option(name)(command)
     return command
 

@@ -16,7 +16,7 @@ from vcf_batch.errors import UsageError, printable, redact
 from vcf_batch.training.training_config import TrainingConfig
 
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Strengths of ``concat`` that are evaluated; 1 is the paper's."""
+"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated; 1 is the paper's."""
 
 _DECIDED = (
     "manifest",

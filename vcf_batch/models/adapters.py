@@ -16,7 +16,8 @@ ENCODER = "image_encoder"
 
 EXAMPLE = "h94/IP-Adapter:models/ip-adapter_sd15.safetensors"
 
-_WITH_FILE = re.compile(rf"(.+):([^:]+(?:{'|'.join(map(re.escape, WEIGHTS))}))")
+# The colon of a scheme has two slashes behind it, and that of a port only a host before it.
+_WITH_FILE = re.compile(rf"(.+):(?!//)([^:]+(?:{'|'.join(map(re.escape, WEIGHTS))}))")
 _HOST = re.compile(r"\w+://[^/]*")
 
 
@@ -35,12 +36,13 @@ def resolve_adapter(name: str, revision: str | None = None) -> ResolvedModel:
     if name in ADAPTERS and not storage.exists(storage.absolute(name)):
         published = resolution.resolve(ADAPTERS_ID, revision, within=ADAPTERS[name].file)
         return dataclasses.replace(published, name=name)
-    found = _WITH_FILE.fullmatch(name)
+    is_here = storage.is_local(name) and storage.exists(storage.absolute(name))
+    found = None if is_here else _WITH_FILE.fullmatch(name)
     if found and not _HOST.fullmatch(found[1]):
         return resolution.resolve(found[1], revision, within=found[2])
     if name.endswith(WEIGHTS):
         return resolution.resolve(storage.parent(name) or ".", revision, within=storage.name(name))
-    if storage.is_local(name) and not storage.exists(storage.absolute(name)):
+    if storage.is_local(name) and not is_here:
         raise ModelError(
             f"the IP-Adapter {name!r} is no file and no folder here; for a model on the Hub, name the file too, as in "
             f"{EXAMPLE}, or give a name that 'vcf-batch model list' has, such as {next(iter(ADAPTERS))}"

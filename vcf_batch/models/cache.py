@@ -98,7 +98,8 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
             files = select(folder, storage.list_tree(folder), model.within)
             refuse_code(folder, list(files), lambda file: Path(folder, file).read_bytes())
             storage.publish_bytes(os.path.join(folder, _MARKER), json.dumps(files, indent=2).encode())
-        if not os.path.exists(name := os.path.join(folder, _NAME)):  # as versions before 0.2 left it
+        # URLs may have credentials. Versions before 0.2 named no model.
+        if model.kind == "hub" and not os.path.exists(name := os.path.join(folder, _NAME)):
             storage.publish_bytes(name, json.dumps(dataclasses.asdict(model)).encode())
     finally:
         lock.release()
@@ -106,7 +107,7 @@ def _cached(model: ResolvedModel, fill: Callable[[str], None]) -> str:
 
 
 def kept() -> Iterator[ResolvedModel]:
-    """The models that this node's cache has, each complete, in no order."""
+    """The models of the Hub that this node's cache has, each complete, in no order."""
     for file in Path(cache_folder(), "models").glob(f"*/{_NAME}"):
         if _is_complete(str(file.parent)):
             with contextlib.suppress(OSError, ValueError, TypeError):  # a file that somebody changed names no model

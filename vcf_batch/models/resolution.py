@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vcf_batch import storage
@@ -152,13 +152,18 @@ def folder_identity(folder: str, within: str = "") -> str:
         raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
     selected = select(folder, files, within)
     refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
-    return _content_identity(folder, list(selected))
+    return _content_identity(folder, list(selected), within)
 
 
-def _content_identity(place: str, files: Sequence[str]) -> str:
+def _content_identity(place: str, files: Sequence[str], within: str) -> str:
     with ThreadPoolExecutor(FILE_THREADS) as threads:
         entries = threads.map(lambda file: storage.digest(storage.join(place, file)), files)
-    return _combine({file: entry.sha256 for file, entry in zip(files, entries, strict=True)})
+    return _combine({_inside(file, within): entry.sha256 for file, entry in zip(files, entries, strict=True)})
+
+
+def _inside(file: str, within: str) -> str:
+    """A file's name in the part of a model that counts, so that the part has one identity wherever it lies."""
+    return PurePosixPath(file).name if file == within else file.removeprefix(f"{within}/")
 
 
 def _url_identity(url: str, within: str) -> str:
@@ -177,10 +182,10 @@ def url_files(url: str, within: str = "") -> tuple[dict[str, int], str]:
     """
     if url.startswith(("http://", "https://")) and within.endswith(WEIGHTS):  # which cannot be listed
         entry = storage.digest(storage.join(url, within))
-        return {within: entry.size}, _combine({within: entry.sha256})
+        return {within: entry.size}, _combine({_inside(within, within): entry.sha256})
     found = storage.list_checksums(url)
     files = select(url, {file: size for file, (size, _) in found.items()}, within)
     refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
     if all(found[file][1] for file in files):
-        return files, _combine({file: f"{size} {found[file][1]}" for file, size in files.items()})
-    return files, _content_identity(url, list(files))
+        return files, _combine({_inside(file, within): f"{size} {found[file][1]}" for file, size in files.items()})
+    return files, _content_identity(url, list(files), within)

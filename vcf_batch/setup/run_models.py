@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.config import IP_ADAPTER, RunConfig
+from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
-from vcf_batch.models.names import PRESETS
+from vcf_batch.models.names import ADAPTERS, PRESETS
 from vcf_batch.models.resolution import ResolvedModel
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
@@ -58,7 +58,11 @@ class Models:
     def ip_adapter_identity(self) -> str | None:
         if self.ip_adapter is None or self.image_encoder is None:
             return None
-        return " ".join(f"{own.identity}/{own.within}" for own in (self.ip_adapter, self.image_encoder))
+        # A commit of the Hub covers every file of a repository.
+        return " ".join(
+            f"{own.identity}/{own.within}" if own.kind == "hub" else own.identity
+            for own in (self.ip_adapter, self.image_encoder)
+        )
 
     def describe(self, guided: bool) -> dict[str, Any]:
         """Name and version of the model, of the PNO guide if there is one, and of the source of each score."""
@@ -74,11 +78,16 @@ class Models:
             "clip_reference": judge,
             "lpips": None if self.lpips == "none" else lpips,
             "pno_guide": guide if guided else None,
-            "ip_adapter": self.ip_adapter
-            and {"name": redact(self.ip_adapter.name), "identity": self.ip_adapter_identity},
+            "ip_adapter": self.ip_adapter and {"name": _told(self.ip_adapter), "identity": self.ip_adapter_identity},
             "nsfw": self.safety_checker
             and {"name": redact(self.safety_checker.name), "identity": self.safety_identity},
         }
+
+
+def _told(adapter: ResolvedModel) -> str:
+    """The name of an adapter, with its file if the name does not tell it."""
+    name = redact(adapter.name)
+    return name if name in ADAPTERS or name.endswith(adapter.within) else f"{name}:{adapter.within}"
 
 
 def resolve(config: RunConfig) -> Models:
@@ -117,7 +126,7 @@ def resolve(config: RunConfig) -> Models:
 def _resolve_pipeline(config: RunConfig) -> ResolvedModel:
     """The model that generates. A preset needs no aligner for an IP-Adapter, and then stands for its base."""
     model = config.model or resolution.TINY
-    if config.fusion == IP_ADAPTER and model in PRESETS and not storage.exists(storage.absolute(model)):
+    if config.ip_adapter is not None and model in PRESETS and not storage.exists(storage.absolute(model)):
         model = PRESETS[model].base
     return resolution.resolve(model, config.revision)
 

@@ -37,7 +37,7 @@ FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 dtype, mask and gradients only; each is deterministic under ``use_deterministic_algorithms``."""
 
 
-class TokenBiasAttention(nn.Module):
+class TokenBiasAttention:
     """Scaled dot-product attention whose cross-attention takes a bias per token, and the tokens of an IP-Adapter.
 
     The UNet's own ``encoder_attention_mask`` cannot carry the bias: it turns a mask ``m`` into ``(1 - m) * -10000`` in
@@ -46,13 +46,13 @@ class TokenBiasAttention(nn.Module):
     Args:
         kernel: computes attention without a bias where no gradients flow and the head dimension is a multiple of 8, at
             most :data:`MAX_HEAD_DIM`; torch's own choice computes the rest. None leaves everything to that choice.
-        to_k_ip, to_v_ip: keys and values of the adapter's tokens in this layer; None without an adapter.
+        to_k_ip, to_v_ip: keys and values of the adapter's tokens in this layer; None without an adapter. They are no
+            part of the UNet, and not saved with it.
     """
 
     def __init__(
         self, kernel: Kernel | None = None, to_k_ip: nn.Linear | None = None, to_v_ip: nn.Linear | None = None
     ) -> None:
-        super().__init__()
         self.kernel, self.to_k_ip, self.to_v_ip = kernel, to_k_ip, to_v_ip
 
     def __call__(

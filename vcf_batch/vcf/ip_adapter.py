@@ -38,18 +38,23 @@ class IPAdapter:
         projection: diffusers' projection or resampler.
         encoder: the CLIP vision tower that the adapter was trained with.
         processor: preprocessing of that tower: the shorter edge resized, the middle cropped.
+        keys: keys and values of the UNet's cross-attention layers, which its attention processors use.
     """
 
     def __init__(
-        self, projection: nn.Module, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessorPil
+        self,
+        projection: nn.Module,
+        encoder: CLIPVisionModelWithProjection,
+        processor: CLIPImageProcessorPil,
+        keys: nn.ModuleList,
     ) -> None:
         self.projection = projection.eval().requires_grad_(False)
         self.encoder = encoder.eval().requires_grad_(False)
-        self.processor = processor
+        self.processor, self.keys = processor, keys
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "IPAdapter":
         """Move the networks to a device, and to a dtype if one is given."""
-        for network in (self.projection, self.encoder):
+        for network in (self.projection, self.encoder, self.keys):
             network.to(device=device, dtype=dtype)
         return self
 
@@ -119,8 +124,8 @@ def load_ip_adapter(weights: str, encoder: str, unet: UNet2DConditionModel) -> I
     tower, processor = _load_encoder(encoder)
     projection = _projection(parts["image_proj"], unet, what)
     _check_widths(projection, tower, unet, what, encoder)
-    _give_keys(unet, parts["ip_adapter"], what)
-    return IPAdapter(projection, tower, processor).to(unet.device, unet.dtype)
+    keys = _give_keys(unet, parts["ip_adapter"], what)
+    return IPAdapter(projection, tower, processor, keys).to(unet.device, unet.dtype)
 
 
 def _read(weights: str, what: str) -> dict[str, dict[str, Tensor]]:
@@ -140,6 +145,13 @@ def _read(weights: str, what: str) -> dict[str, dict[str, Tensor]]:
             f"{what} is no IP-Adapter: it must hold tensors image_proj.* and ip_adapter.*; name another file with "
             "--ip-adapter"
         )
+    for part, values in found.items():
+        for name, value in (values or {}).items():
+            if not (value.is_floating_point() and value.isfinite().all()):
+                raise ModelError(
+                    f"{what} has weights that are no finite numbers: {part}.{name}, {value.dtype}. It is damaged, "
+                    "or of a training that diverged: name another with --ip-adapter"
+                )
     return {part: dict(values or {}) for part, values in found.items()}
 
 
@@ -209,7 +221,7 @@ def _widths(projection: nn.Module) -> tuple[int, int]:
     return first.in_features, cast(nn.LayerNorm, projection.norm).normalized_shape[0]
 
 
-def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], what: str) -> None:
+def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], what: str) -> nn.ModuleList:
     """Replace the UNet's attention processors by such that have the adapter's keys and values.
 
     The file numbers all attention layers in diffusers' order. Cross-attention has the odd numbers.
@@ -222,9 +234,10 @@ def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], what: 
             f"{what} has keys for {len(tensors) // 2} layers, and the model's UNet has {len(wanted) // 2} of "
             f"cross-attention (the first difference is {odd[0]}); use an adapter for this family of models"
         )
-    processors = {}
+    processors, keys = {}, nn.ModuleList()
     for number, name in enumerate(names):
-        processors[name] = TokenBiasAttention()
+        kernel = getattr(unet.attn_processors[name], "kernel", None)
+        processors[name] = TokenBiasAttention(kernel)
         if number % 2:
             layer = unet.get_submodule(name.removesuffix(".processor"))
             key, value = (tensors[f"{number}.to_{kind}_ip.weight"] for kind in "kv")
@@ -234,11 +247,14 @@ def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], what: 
                         f"{what} has keys of shape {[*weight.shape]} for {name}, and the model's UNet needs "
                         f"{[*own.weight.shape]}; use an adapter for this family of models"
                     )
-            processors[name] = TokenBiasAttention(None, _linear(key, unet), _linear(value, unet))
+            linears = _linear(key), _linear(value)
+            keys.extend(linears)
+            processors[name] = TokenBiasAttention(kernel, *linears)
     unet.set_attn_processor(processors)
+    return keys
 
 
-def _linear(weight: Tensor, unet: UNet2DConditionModel) -> nn.Linear:
+def _linear(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.to(unet.device, unet.dtype), requires_grad=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer

@@ -189,6 +189,9 @@ class VCFPipeline(StableDiffusionPipeline):
     def use_ip_adapter(self, weights: str, encoder: str) -> None:
         """Load an IP-Adapter, so that ``fusion="ip_adapter"`` can be asked for.
 
+        Call it before :meth:`set_up`, or with the pipeline on its device and not compiled: the adapter is moved by
+        :meth:`set_up` alone.
+
         Args:
             weights: file in the published layout, ``.safetensors`` or ``.bin``.
             encoder: folder of the CLIP vision tower that the adapter was trained with.
