@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from support import hub_server
 from support.hub_server import Hub
+from support.runs import write_files
 from vcf_batch import storage
 from vcf_batch.cli import main
 from vcf_batch.commands import fetch
@@ -42,21 +43,14 @@ PUBLISHED = {
 }
 
 
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     with hub_server.running() as hub:
         hub.repositories |= {
-            SD15: write(tmp_path / "sd15", BASE),
-            ADAPTERS_ID: write(tmp_path / "adapters", PUBLISHED),
-            "org/clip": write(tmp_path / "clip", CLIP),
+            SD15: write_files(tmp_path / "sd15", BASE),
+            ADAPTERS_ID: write_files(tmp_path / "adapters", PUBLISHED),
+            "org/clip": write_files(tmp_path / "clip", CLIP),
         }
         yield hub
 
@@ -98,7 +92,7 @@ def test_a_name_fills_the_cache_once_and_the_list_says_so(hub: type[Hub]) -> Non
 
 def test_names_are_those_that_a_run_takes(hub: type[Hub]) -> None:
     """A run finds the weights of every name, with the image encoder that they were trained with."""
-    write(hub.repositories[ADAPTERS_ID], {each.file: b"x" for each in ADAPTERS.values()})
+    write_files(hub.repositories[ADAPTERS_ID], {each.file: b"x" for each in ADAPTERS.values()})
     for name, known in ADAPTERS.items():
         found = adapters.resolve_adapter(name)
         assert (found.name, found.location, found.within) == (name, ADAPTERS_ID, known.file)
@@ -171,7 +165,7 @@ def test_a_place_with_another_model_is_refused(hub: type[Hub], tmp_path: Path) -
     (tmp_path / "to" / "vcf_batch_model.json").write_text("{")
     refused = call("fetch", "sd15", "--to", tmp_path / "to")
     assert refused.exit_code == 2 and "vcf_batch_model.json that cannot be read" in refused.stderr
-    write(tmp_path / "else", {"text_encoder/model.safetensors": b"x"})
+    write_files(tmp_path / "else", {"text_encoder/model.safetensors": b"x"})
     refused = call("fetch", "sd15", "--to", tmp_path / "else")
     assert refused.exit_code == 2
     assert "other files that would count as the model's, such as text_encoder/model.safetensors" in refused.stderr

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
+from support.runs import write_files
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.models import model_files, resolution
@@ -28,10 +29,7 @@ FILES = {
 
 
 def write(folder: Path, files: dict[str, bytes]) -> str:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return str(folder)
+    return str(write_files(folder, files))
 
 
 def tree(folder: str) -> dict[str, bytes]:

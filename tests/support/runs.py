@@ -68,6 +68,14 @@ def png(seed: int, size: int = 24) -> bytes:
     return buffer.getvalue()
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write files into a folder, by their paths in it."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
 def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | None = None) -> Path:
     """A manifest over four prompts and three references; every fifth row is text only. ``columns`` replace or add."""
     folder.mkdir(parents=True, exist_ok=True)

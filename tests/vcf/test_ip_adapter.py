@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPModel
 
-from support import ip_adapters
+from support import ip_adapters, sd_layouts
 from support.tiny_models import build_pipeline
 from vcf_batch.config import Sampling
 from vcf_batch.errors import ModelError
@@ -193,6 +193,17 @@ def test_what_does_not_fit_is_refused_with_both_values(folder: Path, tmp_path: P
     refused(flat, "the image encoder", str(tmp_path / "nowhere"))
 
 
+def test_the_encoder_may_be_a_clip_with_its_text_tower(folder: Path, tmp_path: Path) -> None:
+    """As most are published: it gives what its vision tower alone gives."""
+    both = sd_layouts.save_clip(tmp_path / "clip", width=ip_adapters.HIDDEN)
+    pipeline = build_pipeline()
+    pipeline.use_ip_adapter(str(folder / "plus.safetensors"), str(both))
+    expected = CLIPModel.from_pretrained(both)
+    pixels = torch.rand(1, 3, 224, 224)
+    found = pipeline.adapter.encoder(pixels).image_embeds
+    torch.testing.assert_close(found, expected.get_image_features(pixels).pooler_output)
+
+
 def test_code_in_a_pickle_does_not_run(folder: Path, tmp_path: Path) -> None:
     class Code:
         def __reduce__(self) -> Any:
@@ -220,7 +231,7 @@ def optimized(pipeline: VCFPipeline, fusion: str, **settings: Any) -> tuple[list
     seen = []
 
     def watched(noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        seen.append(conditioning.positive.prompts.tokens.detach().clone())
+        seen.append(conditioning.positive.image_prompts.tokens.detach().clone())
         return sample(noise, conditioning)
 
     rates = {"lr_conditioning": 1e-2, "lr_noise": 1e-2, "gamma": 0.1}

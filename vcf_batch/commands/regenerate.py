@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from vcf_batch import images, storage
 from vcf_batch.commands.verify import Finding
@@ -81,7 +80,7 @@ def _load(output: Output, folder: str) -> Worker:
     config = output.config
     job = defaults.settle(config, output.need_manifest(), run_models.resolve(config))
     claim.claim(job, publish=False)  # Refuses an output of another run.
-    gpus = config.gpus_per_worker if torch.cuda.is_available() else 0.0
+    gpus = config.gpus_per_worker if in_process.has_gpu() else 0.0
     return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), folder)
 
 

@@ -20,7 +20,7 @@ from vcf_batch.images.limits import LARGE_PIXELS
 
 _LARGE = threading.Semaphore(2)
 
-LONGEST_ASPECT = 8
+_LONGEST_ASPECT = 8
 """Largest ratio of sides that :func:`trimmed` leaves. At width 224 a 1 x 30000 image has 1.5 G pixels."""
 
 _GREYS = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
@@ -108,7 +108,7 @@ def from_unit(array: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 def trimmed(image: Image.Image) -> Image.Image:
     """The middle of a very long image, for a model that crops to the middle anyway; any other image unchanged."""
-    limit = LONGEST_ASPECT * min(image.size)
+    limit = _LONGEST_ASPECT * min(image.size)
     if max(image.size) <= limit:
         return image
     left, top = ((side - limit) // 2 if side > limit else 0 for side in image.size)

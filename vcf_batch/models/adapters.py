@@ -14,8 +14,6 @@ from vcf_batch.models.resolution import ResolvedModel
 ENCODER = "image_encoder"
 """Folder of the image encoder beside the weights, as ``h94/IP-Adapter`` has it."""
 
-EXAMPLE = "h94/IP-Adapter:models/ip-adapter_sd15.safetensors"
-
 # The colon of a scheme has two slashes behind it, and that of a port only a host before it.
 _WITH_FILE = re.compile(rf"(.+):(?!//)([^:]+(?:{'|'.join(map(re.escape, WEIGHTS))}))")
 _HOST = re.compile(r"\w+://[^/]*")
@@ -33,19 +31,20 @@ def resolve_adapter(name: str, revision: str | None = None) -> ResolvedModel:
         ModelError: there is no such file, or several, or the hub cannot be reached.
         StorageError: the storage failed.
     """
-    if name in ADAPTERS and not storage.exists(storage.absolute(name)):
+    is_here = storage.is_local(name) and storage.exists(storage.absolute(name))
+    if name in ADAPTERS and not is_here:
         published = resolution.resolve(ADAPTERS_ID, revision, within=ADAPTERS[name].file)
         return dataclasses.replace(published, name=name)
-    is_here = storage.is_local(name) and storage.exists(storage.absolute(name))
     found = None if is_here else _WITH_FILE.fullmatch(name)
     if found and not _HOST.fullmatch(found[1]):
         return resolution.resolve(found[1], revision, within=found[2])
     if name.endswith(WEIGHTS):
         return resolution.resolve(storage.parent(name) or ".", revision, within=storage.name(name))
     if storage.is_local(name) and not is_here:
+        example, first = next(iter(ADAPTERS.items()))
         raise ModelError(
             f"the IP-Adapter {name!r} is no file and no folder here; for a model on the Hub, name the file too, as in "
-            f"{EXAMPLE}, or give a name that 'vcf-batch model list' has, such as {next(iter(ADAPTERS))}"
+            f"{ADAPTERS_ID}:{first.file}, or give a name that 'vcf-batch model list' has, such as {example}"
         )
     files = [file for file in storage.list_tree(storage.absolute(name)) if _is_adapter(file)]
     if len(files) != 1:
@@ -60,7 +59,7 @@ def _is_adapter(file: str) -> bool:
     return file.endswith(WEIGHTS) and ENCODER not in PurePosixPath(file).parts
 
 
-def encoder_folder(adapter: ResolvedModel) -> str:
+def _encoder_folder(adapter: ResolvedModel) -> str:
     """Path of the folder with the image encoder of an adapter, within its location."""
     published = (each.encoder for each in ADAPTERS.values() if each.file == adapter.within)
     beside = str(PurePosixPath(adapter.within).parent / ENCODER)
@@ -74,7 +73,7 @@ def encoder_beside(adapter: ResolvedModel) -> ResolvedModel:
         ModelError: there is none.
         StorageError: the storage failed.
     """
-    folder = encoder_folder(adapter)
+    folder = _encoder_folder(adapter)
     revision = adapter.identity if adapter.kind == "hub" else None
     try:
         return resolution.resolve(adapter.location, revision, within=folder)

@@ -1,5 +1,6 @@
-"""The embedded model ``tiny`` in words: what it is, what it can draw, and which runs used it. No weights are read."""
+"""The embedded model ``tiny`` in words: what it is, what it can draw, and which runs used it."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,13 @@ def is_embedded(model: Mapping[str, Any]) -> bool:
     Args:
         model: its ``name`` and ``identity``, as ``run.json`` has them.
     """
-    return model.get("name") == TINY or model.get("identity") == folder_identity(tiny_folder())
+    return model.get("name") == TINY or model.get("identity") == _identity(tiny_folder())
+
+
+@functools.cache
+def _identity(folder: str) -> str:
+    """The identity of the embedded model. Its weights are hashed once in a process."""
+    return folder_identity(folder)
 
 
 def told(model: Mapping[str, Any]) -> str:

@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
-from transformers.utils import logging
+from transformers import CLIPImageProcessorPil
 
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import fetch
-from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.loading import load_errors
 from vcf_batch.models.parts import MODEL_INDEX, Parts
 from vcf_batch.storage import scratch
-from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.aligner import ImageAligner, load_vision_tower
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 
@@ -35,38 +34,10 @@ def load(parts: Parts, dtype: torch.dtype, **components: Any) -> VCFPipeline:
     if parts.image_encoder is not None:
         encoder = fetch(parts.image_encoder)
         with load_errors(f"the image encoder {parts.image_encoder.name}"):
-            components["image_encoder"] = _load_vision_tower(encoder, dtype)
+            components["image_encoder"] = load_vision_tower(encoder, dtype)
             components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(encoder, local_files_only=True)
     with load_errors(f"the model {parts.base.name}"):
         return VCFPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
-
-
-def _load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
-    """Load the vision tower of a CLIP, from a checkpoint with or without the text tower.
-
-    Raises:
-        ModelError: the checkpoint lacks weights of the vision tower.
-    """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if isinstance(config, CLIPConfig):
-        # A checkpoint of both towers stores their common projection width outside the towers' own configurations.
-        config, width = config.vision_config, config.projection_dim
-        config.projection_dim = width
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # Otherwise transformers warns of every weight of the text tower.
-    try:
-        tower, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            variant=model_files.lone_variant(folder),
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    refuse_missing_weights(report, f"the image encoder in {folder}", "name a CLIP, or its vision tower with projection")
-    return tower
 
 
 def assemble(parts: Parts, aligner: str, out: str, dtype: torch.dtype) -> None:

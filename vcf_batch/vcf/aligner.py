@@ -12,9 +12,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoConfig, CLIPConfig, CLIPVisionModelWithProjection
+from transformers.utils import logging
 
 from vcf_batch.config import IMAGE_TOKENS
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.loading import refuse_missing_weights
+from vcf_batch.models.model_files import lone_variant
 
 INFO_NCE_TEMPERATURE = 0.07
 INFO_NCE_WEIGHT = 0.2
@@ -190,3 +194,36 @@ def alignment_loss(
     """
     contrastive = info_nce_loss(image_tokens, text_tokens, temperature)
     return weight * contrastive + reconstruction_loss(image_tokens, text_tokens)
+
+
+def load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+    """Load the vision tower of a CLIP, from a checkpoint with or without the text tower.
+
+    Args:
+        folder: local folder in transformers' layout.
+        dtype: number type of the weights.
+
+    Raises:
+        ModelError: the checkpoint lacks weights of the vision tower.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if isinstance(config, CLIPConfig):
+        # A checkpoint of both towers stores their common projection width outside the towers' own configurations.
+        config, width = config.vision_config, config.projection_dim
+        config.projection_dim = width
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # Otherwise transformers warns of every weight of the text tower.
+    try:
+        tower, report = CLIPVisionModelWithProjection.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            variant=lone_variant(folder),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    remedy = "name a CLIP, or its vision tower with projection, with --image-encoder"
+    refuse_missing_weights(report, f"the image encoder in {folder}", remedy)
+    return tower

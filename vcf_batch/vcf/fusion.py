@@ -134,11 +134,11 @@ class Fusion:
             bias[len(text) :] = (self.strength * weights).log()
         return tokens, bias
 
-    def positive_prompt(self) -> "ImagePrompt | None":
+    def positive_image_prompt(self) -> "ImagePrompt | None":
         """What the IP-Adapter adds on the prompt's side; None without an adapter or without effect."""
         return self._prompt(self.image_tokens, reference_shares(self.weights, len(self.image_tokens)))
 
-    def negative_prompt(self) -> "ImagePrompt | None":
+    def negative_image_prompt(self) -> "ImagePrompt | None":
         """What the IP-Adapter adds on the unconditional side; None without an adapter or without effect."""
         if self.unconditional is None:
             return None
@@ -180,11 +180,16 @@ class ImagePrompts:
     """float32 ``[B]`` on the CPU; 0 for samples without tokens."""
 
     @classmethod
-    def of(cls, samples: Sequence[ImagePrompt | None], text_tokens: Tensor) -> "ImagePrompts":
-        """Put the tokens of all samples into one batch, in the dtype and on the device of the text tokens."""
-        longest = max((len(each.tokens) for each in samples if each), default=0)
-        nothing = text_tokens.new_zeros(longest, text_tokens.shape[-1]), torch.zeros(longest)
-        padded = [_padded(each.tokens.to(text_tokens), each.bias, longest) if each else nothing for each in samples]
+    def of(cls, samples: Sequence[ImagePrompt | None], text_tokens: Tensor, length: int) -> "ImagePrompts":
+        """Put the tokens of all samples into one batch, in the dtype and on the device of the text tokens.
+
+        Args:
+            samples: the tokens of each sample.
+            text_tokens: ``[B, T, Dt]``.
+            length: M, at least the largest number of tokens.
+        """
+        nothing = text_tokens.new_zeros(length, text_tokens.shape[-1]), torch.zeros(length)
+        padded = [_padded(each.tokens.to(text_tokens), each.bias, length) if each else nothing for each in samples]
         return cls(
             torch.stack([tokens for tokens, _ in padded]),
             torch.stack([bias for _, bias in padded]),
@@ -203,7 +208,7 @@ class Side:
     the image tokens of ``concat``, ``-inf`` on padding."""
     text: Tensor
     """``[B, T, Dt]``: the tokens used in steps outside a sample's fusion range."""
-    prompts: ImagePrompts
+    image_prompts: ImagePrompts
     """The tokens of an IP-Adapter."""
 
     def select(self, inside: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -245,14 +250,12 @@ class Conditioning:
         bias = torch.cat([bias for _, bias in sides])
         settings = {"token_bias": upload(bias[:, None], tokens.device)} if bias.any() else {}
         fused = torch.tensor(inside)
-        strength = torch.cat([side.prompts.strength * fused for side in used])
+        strength = torch.cat([side.image_prompts.strength * fused for side in used])
         if strength.any():
-            longest = max(side.prompts.tokens.shape[1] for side in used)
-            prompts = [_padded(side.prompts.tokens, side.prompts.bias, longest) for side in used]
-            settings["ip_tokens"] = torch.cat([own for own, _ in prompts])
+            settings["ip_tokens"] = torch.cat([side.image_prompts.tokens for side in used])
             settings["ip_strength"] = upload(strength[:, None, None], tokens.device)
-            # A sample without tokens of its own has no logit to hide.
-            ip_bias = torch.cat([own for _, own in prompts]).where(strength[:, None] > 0, 0)
+            # What samples that are text alone attend to does not count.
+            ip_bias = torch.cat([side.image_prompts.bias for side in used]).where(strength[:, None] > 0, 0)
             if ip_bias.any():
                 settings["ip_bias"] = upload(ip_bias[:, None], tokens.device)
         return tokens, settings
@@ -273,14 +276,18 @@ def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fu
     negative = [fusion.negative(text) for fusion, text in zip(fusions, negative_tokens, strict=True)]
     longest = max(len(tokens) for tokens, _ in positive + negative)
 
-    def side(samples: Sequence[tuple[Tensor, Tensor]], text: Tensor, prompts: Sequence[ImagePrompt | None]) -> Side:
+    prompts = [fusion.positive_image_prompt() for fusion in fusions]
+    avoided = [fusion.negative_image_prompt() for fusion in fusions]
+    most = max((len(each.tokens) for each in (*prompts, *avoided) if each), default=0)
+
+    def side(samples: Sequence[tuple[Tensor, Tensor]], text: Tensor, own: Sequence[ImagePrompt | None]) -> Side:
         padded = [_padded(tokens, bias, longest) for tokens, bias in samples]
         tokens, bias = (torch.stack([each[part] for each in padded]) for part in (0, 1))
-        return Side(tokens, bias, text, ImagePrompts.of(prompts, text))
+        return Side(tokens, bias, text, ImagePrompts.of(own, text, most))
 
     return Conditioning(
-        side(positive, text_tokens, [fusion.positive_prompt() for fusion in fusions]),
-        side(negative, negative_tokens, [fusion.negative_prompt() for fusion in fusions]),
+        side(positive, text_tokens, prompts),
+        side(negative, negative_tokens, avoided),
         [(fusion.lo, fusion.hi) for fusion in fusions],
     )
 

@@ -21,9 +21,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from vcf_batch import images
 from vcf_batch.errors import ModelError
-from vcf_batch.models.loading import load_errors, refuse_missing_weights
-from vcf_batch.models.model_files import lone_variant
-from vcf_batch.vcf.aligner import ENCODE_BATCH
+from vcf_batch.models.loading import load_errors
+from vcf_batch.vcf.aligner import ENCODE_BATCH, load_vision_tower
 from vcf_batch.vcf.attention import TokenBiasAttention
 from vcf_batch.vcf.upload import upload
 
@@ -170,9 +169,7 @@ def _load_encoder(folder: str) -> tuple[CLIPVisionModelWithProjection, CLIPImage
         ". It must hold a CLIP vision tower with projection in transformers' layout; name another with --image-encoder"
     )
     with load_errors(f"the image encoder {folder!r}", remedy):
-        tower, report = CLIPVisionModelWithProjection.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, variant=lone_variant(folder), output_loading_info=True
-        )
+        tower = load_vision_tower(folder, torch.float32)
         # h94/IP-Adapter has no preprocessor_config.json; CLIP's own preprocessing is what its adapters saw.
         edge = tower.config.image_size
         own = Path(folder, "preprocessor_config.json").exists()
@@ -181,7 +178,6 @@ def _load_encoder(folder: str) -> tuple[CLIPVisionModelWithProjection, CLIPImage
             if own
             else CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=edge)
         )
-    refuse_missing_weights(report, f"the image encoder {folder!r}", "name a complete one with --image-encoder")
     return tower, processor
 
 

@@ -482,9 +482,10 @@ class VCFPipeline(StableDiffusionPipeline):
             for own, negative in zip(images, avoided, strict=True)
         ]
         modes = _per_sample("fusion", fusion, count)
+        by_adapter = [mode == IP_ADAPTER for mode in modes]
         encoded: dict[tuple[bool, int], Tensor] = {}
-        for adapted in (False, True):
-            own = [number for number in range(count) if (modes[number] == IP_ADAPTER) == adapted]
+        for adapted in sorted({*by_adapter}):
+            own = [number for number in range(count) if by_adapter[number] == adapted]
             shown = [image for number in own for image in (*images[number], paddings[number]) if image is not None]
             distinct = {id(image): image for image in shown}
             if distinct:
@@ -493,15 +494,15 @@ class VCFPipeline(StableDiffusionPipeline):
 
         def unconditional_of(number: int) -> Tensor | None:
             if paddings[number] is not None:
-                return encoded[modes[number] == IP_ADAPTER, id(paddings[number])]
-            return self.adapter.nothing() if modes[number] == IP_ADAPTER and images[number] else None
+                return encoded[by_adapter[number], id(paddings[number])]
+            return self.adapter.nothing() if by_adapter[number] and images[number] else None
 
         strengths = _per_sample("strength", strength, count)
         weights = _per_sample("reference_weights", reference_weights, count)
         lows, highs = _per_sample("fusion_lo", fusion_lo, count), _per_sample("fusion_hi", fusion_hi, count)
         fusions = [
             Fusion(
-                [encoded[modes[i] == IP_ADAPTER, id(image)] for image in images[i]],
+                [encoded[by_adapter[i], id(image)] for image in images[i]],
                 modes[i],
                 self.resolve_strength(modes[i], strengths[i]),
                 weights[i],

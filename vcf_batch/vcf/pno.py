@@ -87,11 +87,11 @@ def optimize(
     """
     positive = conditioning.positive
     tokens, adapted = (
-        own.detach().float().clone().requires_grad_() for own in (positive.tokens, positive.prompts.tokens)
+        own.detach().float().clone().requires_grad_() for own in (positive.tokens, positive.image_prompts.tokens)
     )
     noise = noise.detach().clone().requires_grad_()
-    prompts = dataclasses.replace(positive.prompts, tokens=adapted)
-    positive = dataclasses.replace(positive, tokens=tokens, prompts=prompts)
+    prompts = dataclasses.replace(positive.image_prompts, tokens=adapted)
+    positive = dataclasses.replace(positive, tokens=tokens, image_prompts=prompts)
     conditioning = dataclasses.replace(conditioning, positive=positive)
     learnt = [tokens, adapted] if prompts.strength.any() else [tokens]
     optimizer = torch.optim.AdamW([{"params": learnt, "lr": lr_conditioning}, {"params": [noise], "lr": lr_noise}])
