@@ -29,7 +29,7 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         "fusion_lo": float(own.get("fusion_lo", config.fusion_lo)),
         "fusion_hi": float(own.get("fusion_hi", config.fusion_hi)),
         "unconditional": _unconditional(row, config),
-        "image_tokens": config.image_tokens,
+        "image_tokens": None if fusion == IP_ADAPTER else config.image_tokens,
         "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
         **{name: value for name, value in vars(sampling).items() if name in SETTINGS},
         "pno_steps": pno_steps,
@@ -50,6 +50,4 @@ def checked(row: Row, config: RunConfig) -> Row:
             f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; set both in the "
             "row, the lower one first"
         )
-    elif used["fusion"] == IP_ADAPTER and config.ip_adapter is None:
-        error = "fusion is ip_adapter, but the run has no IP-Adapter; name its weights with --ip-adapter"
     return dataclasses.replace(row, error=error) if error else row

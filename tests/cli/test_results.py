@@ -89,9 +89,9 @@ def test_models_are_listed_with_what_they_need(tmp_path: Path, monkeypatch: pyte
     assert models.keys() == {TINY, *PRESETS, *ADAPTERS}
     assert models[TINY]["needs"] is None
     assert {name for name, model in models.items() if model["cached"]} == {TINY}
-    for name, (base, encoder, licence, adapter) in PRESETS.items():
+    for name, (base, encoder, licence, gigabytes, adapter) in PRESETS.items():
         assert (models[name]["base"], models[name]["image_encoder"]) == (base, encoder)
-        assert models[name]["licence"] == licence
+        assert (models[name]["licence"], models[name]["gigabytes"]) == (licence, gigabytes)
         assert adapter is None or f"--fusion ip_adapter --ip-adapter {adapter})" in models[name]["needs"]
         assert f"model train --model {name}" in models[name]["needs"]
         assert f"model assemble --base {name}" in models[name]["needs"]

@@ -238,4 +238,4 @@ def test_progress_goes_to_standard_error(hub: type[Hub], tmp_path: Path) -> None
     lines = [line for line in result.stderr.splitlines() if line.startswith(("sd15 is", SD15)) or " of " in line]
     assert lines[0] == f"sd15 is {SD15} in revision {hub_server.commit_of(SD15)}"
     assert lines[-1] == f"{len(KEPT)} of {len(KEPT)}: {KEPT[-1]}, 0.00 MB, copied"
-    assert fetch.told(3_440_000_000) == "3.44 GB"
+    assert fetch.size_in_words(3_440_000_000) == "3.44 GB"

@@ -14,7 +14,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import RefusedError
 from vcf_batch.output import commits
 from vcf_batch.output.output import Output
-from vcf_batch.setup import claim, defaults, manifest_check, run_models
+from vcf_batch.setup import claim
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
 from vcf_batch.worker.device import Device
@@ -33,7 +33,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {**runs.SIZE, "gpus_per_worker": 0, "shard_size": 6, "batch_size": 4}
     model = runs.save_model(folder / "model")
     config = RunConfig(manifest=str(manifest), output=str(folder / "out"), model=str(model), **settings)
-    job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+    job = runs.settle(config)
     claim.claim(job)
     loaded = worker.load(job)
     for shard in job.shards:

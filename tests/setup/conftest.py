@@ -9,7 +9,7 @@ import pytest
 from support import runs
 from vcf_batch.config import RunConfig
 from vcf_batch.output import run_file
-from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
+from vcf_batch.setup import absolute_paths, claim
 from vcf_batch.setup.job import Job
 
 
@@ -32,6 +32,6 @@ def settle(model: Path, tmp_path: Path) -> Callable[..., Job]:
         config = absolute_paths.absolute(RunConfig(**{**settings, **runs.SIZE, **options}))
         record = run_file.read(config.output)
         config = claim.resume(config, record)
-        return defaults.settle(config, manifest_check.open_checked(config, record), run_models.resolve(config))
+        return runs.settle(config, record)
 
     return build

@@ -126,6 +126,8 @@ def running() -> Iterator[type[Hub]]:
             patch.setattr(Hub, name, type(getattr(Hub, name))())
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield Hub
-        server.shutdown()
-        thread.join()
+        try:
+            yield Hub
+        finally:
+            server.shutdown()
+            thread.join()

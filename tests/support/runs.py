@@ -29,10 +29,11 @@ from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
+from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import Objective, Sample, Scores, Shard
 from vcf_batch.row_settings import settings_of
-from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
-from vcf_batch.setup.job import Job
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
+from vcf_batch.setup.job import Job, fusions_of
 from vcf_batch.setup.run_models import Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
@@ -144,8 +145,14 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
     config = RunConfig(
         manifest=str(manifest), output=str(output), model=str(model), gpus_per_worker=0, **SIZE, **options
     )
-    config = absolute_paths.absolute(config)
-    return defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+    return settle(absolute_paths.absolute(config))
+
+
+def settle(config: RunConfig, record: RunRecord | None = None) -> Job:
+    """A run with absolute paths, checked and settled as the driver does it."""
+    opened, models = manifest_check.open_checked(config, record), run_models.resolve(config)
+    model_check.check(config, opened, models, fusions_of(config, opened))
+    return defaults.settle(config, opened, models)
 
 
 def load(manifest: Path, output: Path, model: Path, **options: Any) -> Worker:
@@ -189,8 +196,7 @@ def generate(manifest: Path, output: Path, model: Path, **options: Any) -> Path:
 
 def run_here(config: RunConfig) -> None:
     """A whole run in this process, shard by shard and without Ray."""
-    config = absolute_paths.absolute(config)
-    job = defaults.settle(config, manifest_check.open_checked(config, None), run_models.resolve(config))
+    job = settle(absolute_paths.absolute(config))
     claim.claim(job)
     loaded = worker.load(job)
     for shard in job.shards:

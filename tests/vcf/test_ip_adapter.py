@@ -167,13 +167,22 @@ def test_what_does_not_fit_is_refused_with_both_values(folder: Path, tmp_path: P
         with pytest.raises(ModelError, match=message):
             pipeline.use_ip_adapter(str(tmp_path / "x.safetensors"), tower)
 
-    refused({"lora_up.weight": torch.zeros(2)}, "is no IP-Adapter: it must hold tensors")
+    refused(
+        {"lora_up.weight": torch.zeros(2)},
+        "is no IP-Adapter: it must .* the first of its 1 is lora_up.weight",
+    )
     for wrong in (torch.tensor([torch.nan] * 32), torch.ones(32, dtype=torch.int64)):
         refused(flat | {"image_proj.norm.weight": wrong}, r"no finite numbers: image_proj\.norm\.weight, torch\.")
-    refused({key: value for key, value in flat.items() if ".1.to_k" not in key}, r"the first difference is 1\.to_k_ip")
-    refused(flat | {"image_proj.norm.weight": torch.ones(7)}, "size mismatch")
+    refused(
+        {key: value for key, value in flat.items() if ".1.to_k" not in key},
+        r"for the 7 cross-attention .* lack 1 tensors, such as 1\.to_k_ip",
+    )
+    refused(flat | {"image_proj.norm.bias": torch.ones(7)}, r"have shape \[7\] in norm.bias, which must be \[32\]")
+    refused(flat | {"image_proj.norm.weight": torch.ones(7)}, "gives tokens of width 7, but .* on width 32; published")
+    refused(flat | {"ip_adapter.0.to_q_lora.weight": torch.ones(7)}, r"have 1 that do not belong there, such as 0.to_q")
+    refused({name: value for name, value in flat.items() if "bias" not in name}, "of its projection lack 2 tensors")
     wide = {key: value.new_ones(value.shape[0], 48) if "_ip" in key else value for key, value in flat.items()}
-    refused(wide, r"has keys of shape \[16, 48\].*needs \[16, 32\]")
+    refused(wide, r"have shape \[16, 48\] in 1.to_k_ip.weight, which must be \[16, 32\]")
     other = {key: value for key, value in flat.items() if "image_proj" not in key}
     refused(
         other

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+import ray
+import safetensors.torch
+import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
@@ -111,7 +113,7 @@ def test_a_run_by_names_has_the_images_of_a_run_by_paths(
         named = options(model, ip_adapter="ip-adapter-sd15", judge=None)
         job = runs.settled(manifest, tmp_path / "names", Path("sd15"), **named)
         by_name = pictures(runs.generate(manifest, tmp_path / "names", Path("sd15"), **named))
-        with pytest.raises(ModelError, match=r"sd15 has no aligner.*--fusion ip_adapter --ip-adapter WEIGHTS"):
+        with pytest.raises(UsageError, match=r"ip_adapter is ip-adapter-sd15, but no row uses it, as fusion is concat"):
             runs.settled(manifest, tmp_path / "x", Path("sd15"), **named | {"fusion": "concat"})
     assert len(by_path) == 6
     np.testing.assert_array_equal(by_name, by_path)
@@ -141,11 +143,9 @@ def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_p
     assert [row["fusion"] for row in rows] == columns["fusion"]
     assert len({row["sha256"] for row in rows}) == 4
     assert rows[3]["pno_objective"] is not None
-    without = runs.generate(manifest, tmp_path / "without", folder, steps=2)
-    found = pq.read_table(without / "00000.parquet").to_pylist()
-    assert [row["status"] for row in found] == ["success", "failed", "success", "failed"]
-    assert "the run has no IP-Adapter; name its weights with --ip-adapter" in found[1]["error_message"]
-    assert found[0]["sha256"] == rows[0]["sha256"]
+    assert [row["image_tokens"] for row in rows] == ["all", None, "all", None]
+    with pytest.raises(UsageError, match="have ip_adapter in the column 'fusion', but no IP-Adapter is named"):
+        runs.settled(manifest, tmp_path / "without", folder, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +153,30 @@ def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_p
     [
         ({"ip_adapter": None}, UsageError, "fusion is ip_adapter, but no IP-Adapter is named"),
         ({"ip_adapter": None, "fusion": "concat", "image_encoder": "x"}, UsageError, "image_encoder is 'x', which is"),
-        ({"fusion": "concat"}, ModelError, "has no aligner, .*: use the published weights of an IP-Adapter"),
+        ({"fusion": "concat"}, UsageError, "but no row uses it, as fusion is concat: add --fusion ip_adapter"),
+        (
+            {"fusion": "naive", "ip_adapter": None},
+            ModelError,
+            "no aligner, which the fusion naive needs, .*: use the published weights of an IP-Adapter",
+        ),
+        ({"image_tokens": "cls"}, UsageError, "image_tokens is cls, which is about the tokens of an aligner"),
         (
             {"ip_adapter": "h94/IP-Adapter"},
             ModelError,
             "no file and no folder here; for a model on the Hub, name the f",
         ),
         ({"ip_adapter": "{hub}/IP-Adapter"}, ModelError, r"holds 2 files of weights \(.*\); name the one"),
-        ({"ip_adapter": "{hub}/IP-Adapter:models/x.safetensors"}, ModelError, "IP-Adapter has no models/x.safetensors"),
+        (
+            {"ip_adapter": "{hub}/IP-Adapter:models/x.safetensors"},
+            ModelError,
+            "no models/x.safetensors; .* has are models/im",
+        ),
         (
             {"ip_adapter": "{hub}/sd15/unet/diffusion_pytorch_model.safetensors"},
             ModelError,
             "image_encoder .*--image-enc",
         ),
-        ({"image_encoder": "{hub}/nowhere"}, ModelError, "is not a folder here"),
+        ({"image_encoder": "{hub}/nowhere"}, ModelError, "is not a folder here.*; name another with --image-encoder"),
         ({"pno_steps": 1}, ModelError, "no image encoder of its own to guide .*--pno-guide"),
     ],
 )
@@ -177,6 +187,76 @@ def test_what_cannot_run_is_refused_before_a_worker_starts(
     told = {name: value.format(hub=model) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(error, match=message):
         runs.settled(manifest, tmp_path / "out", model / "sd15", **options(model, **told))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_column_of_fusions_decides_whether_an_aligner_is_needed(model: Path, tmp_path: Path) -> None:
+    """Rows that all name ip_adapter need none, whatever --fusion says; one that names concat does."""
+    columns: dict[str, list[Any]] = {"reference": ["reference0.png"] * 3, "fusion": ["ip_adapter"] * 3}
+    manifest = runs.write_manifest(tmp_path / "in", 3, columns)
+    given = options(model, fusion="concat")
+    output = runs.generate(manifest, tmp_path / "out", model / "sd15", **given)
+    assert [row["status"] for row in runs.rows_of(output)] == ["success"] * 3
+    mixed = runs.write_manifest(tmp_path / "mixed", 3, columns | {"fusion": ["ip_adapter", "concat", "ip_adapter"]})
+    with pytest.raises(ModelError, match="has no aligner, which the fusion concat needs"):
+        runs.settled(mixed, tmp_path / "x", model / "sd15", **given)
+
+
+def wrong_files(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Path, str]]:
+    """Files that are no adapters for a UNet, with what is said of each."""
+    tensors = safetensors.torch.load_file(ip_adapters.save_adapter(folder / "good.safetensors", unet))
+    data = (folder / "good.safetensors").read_bytes()
+    wide = UNet2DConditionModel.from_config({**unet.config, "cross_attention_dim": 48})
+
+    def save(name: str, changes: dict[str, torch.Tensor], *without: str) -> Path:
+        kept = {each: tensor for each, tensor in tensors.items() if each not in without}
+        safetensors.torch.save_file(kept | changes, folder / f"{name}.safetensors")
+        return folder / f"{name}.safetensors"
+
+    def write(name: str, content: bytes) -> Path:
+        (folder / f"{name}.safetensors").write_bytes(content)
+        return folder / f"{name}.safetensors"
+
+    return {
+        "of another family": (
+            ip_adapters.save_adapter(folder / "sd21.safetensors", wide),
+            "gives tokens of width 48, but the model's UNet is conditioned on width 24; published ones are for Stable",
+        ),
+        "for another encoder": (
+            save("encoder", {"image_proj.proj.weight": torch.zeros(4 * 24, 20)}),
+            f"reads embeddings of width 20, but the image encoder {folder / 'image_encoder'} gives width 24; name the",
+        ),
+        "for faces": (save("face", {"image_proj.perceiver_resampler.x": torch.zeros(1)}), "is a FaceID adapter"),
+        "with LoRA": (save("lora", {"ip_adapter.0.to_q_lora.down": torch.zeros(1)}), "1 that do not belong there"),
+        "without a layer": (save("part", {}, "ip_adapter.1.to_k_ip.weight"), "lack 1 tensors, such as 1.to_k_ip"),
+        "of another kind": (save("other", {}, *(name for name in tensors if "proj" in name)), "is no IP-Adapter"),
+        "cut off": (write("cut", data[:-9]), f"must have {len(data):,} bytes, and it has {len(data) - 9:,}"),
+        "cut in its header": (write("header", data[:60]), "is damaged or no safetensors file"),
+        "empty": (write("empty", b""), "is damaged or no safetensors file"),
+        "a web page": (write("page", b"<!doctype html><html>Sign in</html>"), "is damaged or no safetensors file"),
+        "a pickle": (write("pickle", b"PK\x03\x04" + b"\0" * 99), "is damaged or no safetensors file"),
+    }
+
+
+@pytest.mark.parametrize("place", ["folder", "URL"])
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``generate`` and ``plan`` tell from the header of the file, with exit code 2, and no Ray starts."""
+    monkeypatch.setattr(ray, "init", pytest.fail)
+    manifest = runs.write_manifest(tmp_path / "in", 2)
+    folder = tmp_path / "adapters"
+    ip_adapters.save_encoder(folder / "image_encoder")
+    unet = UNet2DConditionModel.from_pretrained(model / "sd15" / "unet")
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options(model).items() if name != "ip_adapter"]
+    given += [f"--model={model / 'sd15'}", "--gpus-per-worker=0"]
+    for kind, (file, message) in wrong_files(folder, unet).items():
+        adapter = str(file) if place == "folder" else file.as_uri().replace("file://", "local://")
+        for command in ("generate", "plan"):
+            told = [command, str(manifest), str(tmp_path / "out"), *given, f"--ip-adapter={adapter}"]
+            result = CliRunner().invoke(main, told)
+            assert result.exit_code == 2, (kind, result.output)
+            assert message in result.output.replace("local://", ""), (kind, result.output)
     assert not (tmp_path / "out").exists()
 
 

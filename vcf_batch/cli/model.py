@@ -92,7 +92,7 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 
     fetched = fetch.fetch(name, revision, target, lambda line: click.echo(printable(redact(line)), err=True))
     places = [redact(place) for place in fetched.places]
-    found = f"{fetched.files} files, {fetch.told(fetched.size)}"
+    found = f"{fetched.files} files, {fetch.size_in_words(fetched.size)}"
     words = [f"{place}: {found}, {fetched.copied} of them copied" for place in places] if target else places
     tell("\n".join(words), dataclasses.asdict(fetched) | {"places": places}, as_json)
 

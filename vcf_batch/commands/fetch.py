@@ -102,13 +102,13 @@ def fetch(name: str, revision: str | None, target: str | None, tell: Callable[[s
         if not is_there:
             storage.upload(path, url)
             copied += 1
-        tell(f"{number} of {len(files)}: {file}, {told(entry.size)}, {'was there' if is_there else 'copied'}")
+        tell(f"{number} of {len(files)}: {file}, {size_in_words(entry.size)}, {'was there' if is_there else 'copied'}")
     document = {"name": name, **origin, "files": {file: asdict(entry) for file, entry in entries.items()}}
     storage.publish_bytes(storage.join(target, FETCH_RECORD), json.dumps(document, indent=2).encode())
     return Fetched(name, source, first.identity, (target,), option, len(files), size, copied)
 
 
-def told(size: int) -> str:
+def size_in_words(size: int) -> str:
     """A size in bytes, in words."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
@@ -116,6 +116,8 @@ def told(size: int) -> str:
 def _parts(name: str, revision: str | None) -> list[_Part]:
     if name == TINY:
         raise UsageError(f"{TINY!r} is embedded in this package, so there is nothing to fetch: --model {TINY} takes it")
+    if not name.strip():
+        raise UsageError(f"the name is {name!r}; give a name of 'vcf-batch model list', or a Hub id")
     base, _, file = name.partition(":")
     if not storage.is_local(name) or storage.exists(storage.absolute(base)):
         raise UsageError(

@@ -11,8 +11,9 @@ from vcf_batch.models.resolution import TINY
 def describe() -> list[dict[str, Any]]:
     """One entry per name, tiny first.
 
-    ``kind`` is ``model`` or ``ip_adapter``, ``gigabytes`` the published size (None where it is not known), ``needs``
-    the way to generate with it, and ``cached`` whether this node's cache has all of it, in any revision.
+    ``kind`` is ``model`` or ``ip_adapter``. ``gigabytes`` is the size of a model's weights as 32-bit numbers, or the
+    published size of an adapter and its encoder; None where it is not known. ``needs`` is the way to generate with it,
+    and ``cached`` whether this node's cache has all of it, in any revision.
     """
     kept = {(model.location, model.within) for model in cache.kept() if model.kind == "hub"}
     tiny = {
@@ -34,7 +35,7 @@ def describe() -> list[dict[str, Any]]:
             "image_encoder": preset.image_encoder,
             "what": f"{preset.base}, with an aligner that reads {preset.image_encoder}",
             "licence": preset.licence,
-            "gigabytes": None,
+            "gigabytes": preset.gigabytes,
             "needs": _either(name, preset.ip_adapter)
             + f"an aligner: 'vcf-batch model train --model {name} --data URL --out ALIGNER' trains it, "
             f"'vcf-batch model assemble --base {name} --aligner ALIGNER --out MODEL' puts the model together",
@@ -69,7 +70,8 @@ def in_words(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _facts(model: Mapping[str, Any]) -> list[str]:
-    size = [] if model["gigabytes"] is None else [f"{model['gigabytes']:g} GB with its image encoder"]
+    of = "as 32-bit numbers" if model["kind"] == "model" else "with its image encoder"
+    size = [] if model["gigabytes"] is None else [f"{model['gigabytes']:g} GB {of}"]
     here = "embedded" if model["name"] == TINY else "in this node's cache"
     return [f"licence {model['licence']}", *size, here if model["cached"] else f"not {here}"]
 

@@ -18,8 +18,8 @@ from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
-from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
-from vcf_batch.setup.job import Job
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
+from vcf_batch.setup.job import Job, fusions_of
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
 from vcf_batch.storage import scratch
@@ -209,7 +209,12 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     models = collect(lambda: run_models.resolve(config))
     if manifest is None or models is None:
         return forecast
-    job = forecast.job = collect(lambda: defaults.settle(config, manifest, models))
+
+    def settle() -> Job:
+        model_check.check(config, manifest, models, fusions_of(config, manifest))
+        return defaults.settle(config, manifest, models)
+
+    job = forecast.job = collect(settle)
     if job is None:
         return forecast
     first = collect(lambda: [*_first_rows(job)]) or []

@@ -13,7 +13,8 @@ from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked, settings_of
-from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
+from vcf_batch.setup import absolute_paths, defaults, manifest_check, model_check, run_models
+from vcf_batch.setup.job import fusions_of
 from vcf_batch.storage import scratch
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
@@ -89,7 +90,10 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
                 f"{manifest.num_rows} rows in {len(columns)} columns are more than {MAX_SAMPLES:,} samples; sweep "
                 "less, or show fewer --rows"
             )
-        job = defaults.settle(config, manifest, run_models.resolve(config))
+        models = run_models.resolve(config)
+        swept = {str(column["fusion"]) for column in columns if "fusion" in column}
+        model_check.check(config, manifest, models, fusions_of(config, manifest) | swept)
+        job = defaults.settle(config, manifest, models)
         components = in_process.load(job, folder).components
         shown = [checked(row, job.config) for row in manifest.rows(0, manifest.num_rows, config.seed)]
         samples = _generated(components, [_changed(row, column) for row in shown for column in columns])

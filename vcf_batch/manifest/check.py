@@ -69,7 +69,7 @@ def check(manifest: "Manifest") -> Census:
     census = Census(total, dict.fromkeys(OPTIONS, 0))
     with RepeatFinder(total) as finder:
         for first_row, batch in manifest._batches(columns, 0, total, _ROWS_PER_CHECK, counting=True):
-            prompts = _large(batch["prompt"])
+            prompts = large_texts(batch["prompt"])
             findings.add("prompt", "null", first_row, pc.is_null(prompts))
             findings.add("prompt", "empty", first_row, _each(_blank, prompts))
             census.weighted += pc.sum(_each(_weighted, prompts)).as_py() or 0
@@ -78,7 +78,7 @@ def check(manifest: "Manifest") -> Census:
                 here = _having(batch[name], manifest.embeds) if name in batch.schema.names else None
                 census.having[name] = None if before is None or here is None else before + here
             if has_ids:
-                ids = _large(batch["sample_id"])
+                ids = large_texts(batch["sample_id"])
                 findings.add("sample_id", "null", first_row, pc.is_null(ids))
                 findings.add("sample_id", "unsafe", first_row, _each(_unsafe, ids), ids)
                 if not findings.of("sample_id"):
@@ -167,7 +167,7 @@ def _each(judge: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:
     return judge(texts.dictionary).take(texts.indices) if pa.types.is_dictionary(texts.type) else judge(texts)
 
 
-def _large(texts: pa.Array) -> pa.Array:
+def large_texts(texts: pa.Array) -> pa.Array:
     """Texts as large_string, or as a dictionary of them."""
     if isinstance(texts.type, pa.UuidType):
         return pa.array([value and str(value) for value in texts.to_pylist()], pa.large_string())

@@ -8,25 +8,27 @@ import hashlib
 import posixpath
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, StorageError
 from vcf_batch.manifest import contents, parquet
 from vcf_batch.manifest.carried import carried_schema, changes, left_out
-from vcf_batch.manifest.check import Census, check
+from vcf_batch.manifest.check import Census, check, large_texts
 from vcf_batch.manifest.columns import MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
 from vcf_batch.manifest.contract import check_schema, has_embedded_references, has_reference_lists, parse_rows
 from vcf_batch.manifest.parquet import ParquetFile
 from vcf_batch.records import Row
 
 _ROWS_PER_READ = 256
+_TEXTS_PER_READ = 65_536
 _FOOTER_THREADS = 16
 _MOST_LISTED = 10_000
 """Most files that are looked at to tell what to name instead of a folder."""
@@ -205,6 +207,22 @@ class Manifest:
         """
         batches = self._batches([column], 0, self.num_rows, _ROWS_PER_READ) if column in self._columns else ()
         return any(_holds_any(batch[column]) for _, batch in batches)
+
+    def values(self, column: str, among: Collection[str | None]) -> set[str | None]:
+        """Those of some texts that rows in use have in a column; None stands for no value. Reads until all are found.
+
+        Raises:
+            ManifestError, StorageError: see :meth:`iter_rows`.
+        """
+        if column not in self._columns:
+            return {value for value in among if value is None}
+        found: set[str | None] = set()
+        for _, batch in self._batches([column], 0, self.num_rows, _TEXTS_PER_READ):
+            has = column in batch.schema.names
+            found |= {*among}.intersection(pc.unique(large_texts(batch[column])).to_pylist() if has else [None])
+            if len(found) == len(among):
+                break
+        return found
 
     def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
         """Rows ``start`` to ``stop`` (excluded); see :meth:`iter_rows`."""

@@ -1,8 +1,10 @@
 """The embedded model ``tiny`` in words: what it is, what it can draw, and which runs used it."""
 
 import functools
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vcf_batch.models.resolution import TINY, folder_identity, tiny_folder
@@ -13,13 +15,21 @@ EMBEDDED = "embedded test model"
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond", "crescent", "arrow")
 """The shapes of the world that ``tiny`` was trained on. It draws nothing else."""
 
-_WORDS = frozenset(word for shape in SHAPES for word in (shape, f"{shape}es" if shape.endswith("s") else f"{shape}s"))
 _WORD = re.compile(r"[^\W\d_]+")
 
 
 def can_draw(prompt: str) -> bool:
-    """Whether ``tiny`` can draw a prompt: one of its words is one of :data:`SHAPES`, in singular or plural."""
-    return not _WORDS.isdisjoint(_WORD.findall(prompt.lower()))
+    """Whether ``tiny`` can draw a prompt: it names one of :data:`SHAPES`, and ``tiny`` has learnt all of its words."""
+    words = {*_WORD.findall(prompt.lower())}
+    return not words.isdisjoint(SHAPES) and words <= _learnt()
+
+
+@functools.cache
+def _learnt() -> frozenset[str]:
+    """The words of the captions that ``tiny`` was trained on. Its tokenizer has a token for each."""
+    tokenizer = json.loads(Path(tiny_folder(), "tokenizer", "tokenizer.json").read_bytes())
+    end = tokenizer["model"]["end_of_word_suffix"]
+    return frozenset(token.removesuffix(end) for token in tokenizer["model"]["vocab"] if token.endswith(end))
 
 
 def is_embedded(model: Mapping[str, Any]) -> bool:
@@ -37,7 +47,7 @@ def _identity(folder: str) -> str:
     return folder_identity(folder)
 
 
-def told(model: Mapping[str, Any]) -> str:
+def label(model: Mapping[str, Any]) -> str:
     """The name of a model of ``run.json``, for people; of the embedded one with what it is."""
     name = str(model.get("name"))
     return f"{name} ({EMBEDDED})" if is_embedded(model) else name

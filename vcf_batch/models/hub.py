@@ -49,6 +49,19 @@ def read(name: str, commit: str, file: str) -> bytes:
             raise FileNotFoundError(file) from error
 
 
+def tensor_shapes(name: str, commit: str, file: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file of a Hub model, by its name. Only the file's header is sent.
+
+    Raises:
+        ModelError: the file is no safetensors file, or the hub cannot be reached.
+    """
+    with _errors(f"{name}:{file}", commit, ModelError):
+        from huggingface_hub import HfApi
+
+        found = HfApi().parse_safetensors_file_metadata(name, file, revision=commit)
+    return {tensor: tuple(info.shape) for tensor, info in found.tensors.items()}
+
+
 def fill(name: str, commit: str, folder: str, within: str = "") -> None:
     """Download the files of a model; files that are in the folder already stay, unless their size is wrong.
 
@@ -77,8 +90,14 @@ def fill(name: str, commit: str, folder: str, within: str = "") -> None:
 
 
 def _asked(name: str, within: str) -> str:
-    """The name by which a model, or one file of it, can be fetched."""
-    return f"{name}:{within}" if within.endswith(WEIGHTS) else name
+    """The name of a model, or of a part of it."""
+    return f"{name}:{within}" if within else name
+
+
+def _fetched(asked: str) -> str:
+    """What to fetch to have it: the image encoder of an IP-Adapter comes with the adapter."""
+    name, _, within = asked.partition(":")
+    return asked if not within or within.endswith(WEIGHTS) else f"{name}:WEIGHTS"
 
 
 @contextlib.contextmanager
@@ -105,7 +124,8 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
     # The client passes on errors of its HTTP library, and that library differs between the client's versions.
     except Exception as error:
         raise unreachable(
-            f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). Without "
-            f"access to it, run 'vcf-batch model fetch {name} --to URL' where there is access, with a folder or bucket "
-            "that the nodes see, and give that instead of the name; or use the embedded model 'tiny'"
+            f"cannot get {name} from the model hub {constants.ENDPOINT} ({type(error).__name__}: {error}). A proxy is "
+            "named by HTTPS_PROXY, a mirror of the hub by HF_ENDPOINT. Without either, run 'vcf-batch model fetch "
+            f"{_fetched(name)} --to URL' on a machine that has access, with a folder or bucket that the nodes see, and "
+            "give that instead of the name"
         ) from error

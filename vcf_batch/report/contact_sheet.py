@@ -70,7 +70,7 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
     heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]
     width = columns * (_CARD[0] + 2 * _GAP)
-    title = f"Model: {embedded.told(record.models['model'])}"
+    title = f"Model: {embedded.label(record.models['model'])}"
     sheet = Image.new("RGB", (width, sum(heights) + _LINE + 2 * _GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     draw.text((_GAP, _GAP), _fit(title, font, width - 2 * _GAP), _INK, font)

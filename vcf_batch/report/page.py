@@ -49,7 +49,7 @@ def render(output: Output) -> str:
     data = {
         "name": storage.name(output.url),
         "address": redact(output.url),
-        "model": embedded.told(output.record.models["model"]),
+        "model": embedded.label(output.record.models["model"]),
         "rows": output.plan.num_rows,
         "done": found.rows,
         "counts": found.counts,

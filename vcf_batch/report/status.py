@@ -44,6 +44,8 @@ class Status:
     """Causes for which rows of :attr:`RunSums.failing` have no sample, most frequent first."""
     model: Mapping[str, Any]
     """The model that generates: ``name`` and ``identity``, as ``run.json`` has them."""
+    ip_adapter: str | None
+    """The name of the IP-Adapter; None without one."""
     fusion: str
     """Fusion of rows without one of their own."""
     strength: float
@@ -65,6 +67,7 @@ class Status:
             "state": self.state,
             "model": self.model.get("name"),
             "embedded_test_model": embedded.is_embedded(self.model),
+            "ip_adapter": self.ip_adapter,
             "fusion": self.fusion,
             "strength": self.strength,
             "rows": {"total": self.rows, **{status: totals.counts[status] for status in STATUSES}},
@@ -103,7 +106,7 @@ class Status:
         totals = self.totals
         lines = [
             ("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES)),
-            ("model", embedded.told(self.model)),
+            ("model", embedded.label(self.model) + (f", IP-Adapter {self.ip_adapter}" if self.ip_adapter else "")),
             ("fusion", f"{self.fusion}, strength {self.strength:g}"),
         ]
         if totals.truncated:
@@ -161,6 +164,7 @@ def read(url: str) -> Status:
         damaged={name: why for name, why in told.damaged.items() if int(name) < num_shards},
         causes=_causes(output, [output.plan[index] for index in totals.failing]),
         model=output.record.models["model"],
+        ip_adapter=(output.record.models.get("ip_adapter") or {}).get("name"),
         fusion=output.config.fusion,
         strength=output.config.strength_of(output.config.fusion),
         owner=owner,

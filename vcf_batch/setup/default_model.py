@@ -21,7 +21,7 @@ _EXAMPLE = 80
 
 
 def check(config: RunConfig, record: RunRecord | None, prompts: Callable[[], Sequence[str]]) -> None:
-    """Refuse a run without a model if the embedded one cannot draw most of its first prompts.
+    """Refuse a run without a model if the embedded one cannot draw half of its first prompts or more.
 
     A run that the embedded model has begun goes on.
 
@@ -31,7 +31,8 @@ def check(config: RunConfig, record: RunRecord | None, prompts: Callable[[], Seq
         prompts: gives the prompts of the first :data:`JUDGED_ROWS` rows. Called only if they decide.
 
     Raises:
-        UsageError: no model is named, and most prompts name none of the shapes that the embedded one draws.
+        UsageError: no model is named, and half of the prompts have words that the embedded one does not know, or name
+            none of its shapes.
         ManifestError, StorageError: the prompts cannot be read.
     """
     if config.model is not None:
@@ -40,7 +41,7 @@ def check(config: RunConfig, record: RunRecord | None, prompts: Callable[[], Seq
         return
     first = prompts()
     unknown = [prompt for prompt in first if not can_draw(prompt)]
-    if 2 * len(unknown) > len(first):
+    if unknown and 2 * len(unknown) >= len(first):
         raise UsageError(
             f"no model is named, and the default {TINY!r} is an {EMBEDDED} that draws {len(SHAPES)} shapes and nothing "
             f"else: {', '.join(SHAPES)}. It cannot draw {len(unknown):,} of the first {len(first):,} prompts, such as "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcf_batch.config import RunConfig, fingerprint
+from vcf_batch.config import FUSIONS, RunConfig, fingerprint
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import RowMask
 from vcf_batch.setup.run_models import Models
@@ -50,6 +50,15 @@ class Job:
         """Every shard of the run, in order."""
         assert self.config.shard_size is not None
         return ShardPlan(self.manifest.num_rows, self.config.shard_size)
+
+
+def fusions_of(config: RunConfig, manifest: Manifest) -> set[str]:
+    """The fusions that rows of a run ask for, those without references included.
+
+    Raises:
+        ManifestError, StorageError: the manifest cannot be read.
+    """
+    return {own or config.fusion for own in manifest.values("fusion", (*FUSIONS, None))}
 
 
 def is_guided(config: RunConfig, manifest: Manifest) -> bool:

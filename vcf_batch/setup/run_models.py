@@ -146,7 +146,13 @@ def _resolve_judge(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel:
 def _resolve_encoder(config: RunConfig, adapter: ResolvedModel) -> ResolvedModel:
     if config.image_encoder is None:
         return adapters.encoder_beside(adapter)
-    return resolution.resolve(config.image_encoder)
+    try:
+        return resolution.resolve(config.image_encoder)
+    except ModelError as error:
+        raise ModelError(
+            f"the image encoder of the IP-Adapter cannot be used ({error}); name another with --image-encoder, or "
+            "leave it out for the one beside the adapter"
+        ) from error
 
 
 def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel | None:

@@ -196,12 +196,15 @@ def alignment_loss(
     return weight * contrastive + reconstruction_loss(image_tokens, text_tokens)
 
 
-def load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+def load_vision_tower(
+    folder: str, dtype: torch.dtype, option: str = "--image-encoder"
+) -> CLIPVisionModelWithProjection:
     """Load the vision tower of a CLIP, from a checkpoint with or without the text tower.
 
     Args:
         folder: local folder in transformers' layout.
         dtype: number type of the weights.
+        option: the option that names another, for messages.
 
     Raises:
         ModelError: the checkpoint lacks weights of the vision tower.
@@ -224,6 +227,6 @@ def load_vision_tower(folder: str, dtype: torch.dtype) -> CLIPVisionModelWithPro
         )
     finally:
         logging.set_verbosity(verbosity)
-    remedy = "name a CLIP, or its vision tower with projection, with --image-encoder"
-    refuse_missing_weights(report, f"the image encoder in {folder}", remedy)
+    remedy = f"name a CLIP, or its vision tower with projection, with {option}"
+    refuse_missing_weights(report, f"the vision tower in {folder}", remedy)
     return tower

@@ -12,22 +12,19 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithPr
 
 from vcf_batch.config import reference_shares
 from vcf_batch.errors import ModelError
-from vcf_batch.models.loading import load_errors, refuse_missing_weights
-from vcf_batch.models.model_files import lone_variant
-from vcf_batch.vcf.aligner import squash
+from vcf_batch.models.loading import load_errors
+from vcf_batch.vcf.aligner import load_vision_tower, squash
 
 
 class Guide:
     """A frozen CLIP that embeds images differentiably, so that gradients reach their pixels.
 
     Args:
-        clip: the CLIP, or its vision tower with projection, on its device. The guide freezes it.
+        clip: the vision tower of a CLIP, with its projection, on its device. The guide freezes it.
         mean, std: three numbers each, for images in [0, 1].
     """
 
-    def __init__(
-        self, clip: CLIPModel | CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, clip: CLIPVisionModelWithProjection, mean: Sequence[float], std: Sequence[float]) -> None:
         self.tower = clip.vision_model.eval().requires_grad_(False)
         self.projection = clip.visual_projection.requires_grad_(False)
         self.mean, self.std = (torch.tensor(values, device=clip.device)[:, None, None] for values in (mean, std))
@@ -37,7 +34,7 @@ class Guide:
         """Load a guide in float32.
 
         Args:
-            path: folder of a CLIP in transformers' layout.
+            path: folder of a CLIP, or of its vision tower with projection, in transformers' layout.
             device: device of the guide.
 
         Raises:
@@ -45,16 +42,13 @@ class Guide:
             StorageError: the disk failed.
         """
         remedy = (
-            ". It must hold a CLIP model and preprocessor_config.json in transformers' layout; name another with "
-            "--pno-guide"
+            ". It must hold a CLIP, or its vision tower with projection, and preprocessor_config.json; name another "
+            "with --pno-guide"
         )
         with load_errors(f"the PNO guide {path!r}", remedy):
-            clip, report = CLIPModel.from_pretrained(
-                path, dtype=torch.float32, variant=lone_variant(path), output_loading_info=True
-            )
-            processor = CLIPImageProcessorPil.from_pretrained(path)
-        refuse_missing_weights(report, f"the PNO guide {path!r}", "name a complete CLIP with --pno-guide")
-        return cls(clip.to(device), processor.image_mean, processor.image_std)
+            tower = load_vision_tower(path, torch.float32, "--pno-guide")
+            processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
+        return cls(tower.to(device), processor.image_mean, processor.image_std)
 
     @property
     def image_size(self) -> int:

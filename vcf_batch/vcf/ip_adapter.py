@@ -5,29 +5,26 @@ them with keys and values of its own, beside the text: :class:`vcf_batch.vcf.att
 projection is diffusers'. The attention is not, because diffusers' has one strength for a whole batch.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from vcf_batch import images
 from vcf_batch.errors import ModelError
+from vcf_batch.models import adapter_layout
+from vcf_batch.models.adapter_layout import KEYS, PROJECTION, REMEDY, Widths
 from vcf_batch.models.loading import load_errors
 from vcf_batch.vcf.aligner import ENCODE_BATCH, load_vision_tower
 from vcf_batch.vcf.attention import TokenBiasAttention
 from vcf_batch.vcf.upload import upload
-
-_PLUS_LAYERS = 4
-"""Number of layers of the resampler of IP-Adapter Plus, in every published file and in diffusers."""
 
 
 class IPAdapter:
@@ -114,54 +111,44 @@ def load_ip_adapter(weights: str, encoder: str, unet: UNet2DConditionModel) -> I
         ModelError: the file is no IP-Adapter, or one of another kind, or does not fit UNet or encoder.
     """
     what = f"the IP-Adapter {weights}"
-    parts = _read(weights, what)
-    if _is_for_faces(parts["image_proj"]):
-        raise ModelError(
-            f"{what} is a FaceID adapter, which needs embeddings of faces that are not computed here; use an adapter "
-            "without FaceID, such as ip-adapter-plus-face_sd15.safetensors"
-        )
+    tensors = _read(weights, what)
     tower, processor = _load_encoder(encoder)
-    projection = _projection(parts["image_proj"], unet, what)
-    _check_widths(projection, tower, unet, what, encoder)
-    keys = _give_keys(unet, parts["ip_adapter"], what)
-    return IPAdapter(projection, tower, processor, keys).to(unet.device, unet.dtype)
+    layers = [unet.get_submodule(name.removesuffix(".processor")) for name in [*unet.attn_processors][1::2]]
+    adapter_layout.check(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        what,
+        [tuple(layer.to_k.weight.shape) for layer in layers],
+        Widths(tower.config.hidden_size, tower.config.projection_dim),
+        encoder,
+    )
+    own = {name.removeprefix(PROJECTION): tensor for name, tensor in tensors.items() if name.startswith(PROJECTION)}
+    projection: nn.Module = unet._convert_ip_adapter_image_proj_to_diffusers(own, low_cpu_mem_usage=False)
+    return IPAdapter(projection, tower, processor, _give_keys(unet, tensors)).to(unet.device, unet.dtype)
 
 
-def _read(weights: str, what: str) -> dict[str, dict[str, Tensor]]:
-    """The two parts of a file, each by the names of its tensors."""
-    with load_errors(what, "; name another file with --ip-adapter"):
+def _read(weights: str, what: str) -> dict[str, Tensor]:
+    """The tensors of a file, each a finite floating point one."""
+    with load_errors(what, f"; {REMEDY}"):
         if weights.endswith(".safetensors"):
-            flat = safetensors.torch.load_file(weights)
-            parts: Mapping[str, Mapping[str, Tensor]] = {
-                part: {key.removeprefix(f"{part}."): value for key, value in flat.items() if key.startswith(f"{part}.")}
-                for part in ("image_proj", "ip_adapter")
-            }
+            tensors = safetensors.torch.load_file(weights)
         else:
-            parts = torch.load(weights, map_location="cpu", weights_only=True)
-    found = {part: parts.get(part) if isinstance(parts, Mapping) else None for part in ("image_proj", "ip_adapter")}
-    if not all(isinstance(part, Mapping) and part and _are_tensors(part) for part in found.values()):
-        raise ModelError(
-            f"{what} is no IP-Adapter: it must hold tensors image_proj.* and ip_adapter.*; name another file with "
-            "--ip-adapter"
-        )
-    for part, values in found.items():
-        for name, value in (values or {}).items():
-            if not (value.is_floating_point() and value.isfinite().all()):
-                raise ModelError(
-                    f"{what} has weights that are no finite numbers: {part}.{name}, {value.dtype}. It is damaged, "
-                    "or of a training that diverged: name another with --ip-adapter"
-                )
-    return {part: dict(values or {}) for part, values in found.items()}
+            tensors = _flat(torch.load(weights, map_location="cpu", weights_only=True))
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ModelError(
+                f"{what} has weights that are no finite numbers: {name}, {tensor.dtype}. It is damaged, or of a "
+                f"training that diverged: {REMEDY}"
+            )
+    return tensors
 
 
-def _is_for_faces(projection: Mapping[str, Tensor]) -> bool:
-    """Whether a projection takes embeddings of InsightFace."""
-    of_faces = "proj.0.weight" in projection and "proj.3.weight" not in projection
-    return of_faces or any(key.startswith("perceiver_resampler.") for key in projection)
-
-
-def _are_tensors(part: Mapping[str, Tensor]) -> bool:
-    return all(isinstance(value, Tensor) for value in part.values())
+def _flat(parts: object) -> dict[str, Tensor]:
+    """The tensors of a ``.bin`` file, which has a dictionary for each part, with the names that safetensors have."""
+    nested = (
+        {name: own for name, own in parts.items() if isinstance(own, Mapping)} if isinstance(parts, Mapping) else {}
+    )
+    flat = {f"{part}.{name}": each for part, own in nested.items() for name, each in own.items()}
+    return {name: each for name, each in flat.items() if isinstance(each, Tensor)}
 
 
 def _load_encoder(folder: str) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessorPil]:
@@ -181,71 +168,16 @@ def _load_encoder(folder: str) -> tuple[CLIPVisionModelWithProjection, CLIPImage
     return tower, processor
 
 
-def _projection(tensors: dict[str, Tensor], unet: UNet2DConditionModel, what: str) -> nn.Module:
-    """diffusers' projection with the weights of a file."""
-    layers = {int(found[1]) for key in tensors if (found := re.match(r"layers\.(\d+)\.", key))}
-    if layers and layers != {*range(_PLUS_LAYERS)}:
-        raise ModelError(f"{what} has a resampler of {len(layers)} layers; it must have {_PLUS_LAYERS}")
-    with load_errors(what, "; name another file with --ip-adapter"):
-        network: nn.Module = unet._convert_ip_adapter_image_proj_to_diffusers(tensors, low_cpu_mem_usage=False)
-    return network
-
-
-def _check_widths(
-    projection: nn.Module, tower: CLIPVisionModelWithProjection, unet: UNet2DConditionModel, what: str, encoder: str
-) -> None:
-    takes, gives = _widths(projection)
-    is_base = isinstance(projection, ImageProjection)
-    width = tower.config.projection_dim if is_base else tower.config.hidden_size
-    if takes != width:
-        raise ModelError(
-            f"{what} reads {'embeddings' if is_base else 'tokens'} of width {takes}, but the image encoder {encoder} "
-            f"gives width {width}; name the encoder that the adapter was trained with in --image-encoder"
-        )
-    if gives != unet.config.cross_attention_dim:
-        raise ModelError(
-            f"{what} gives tokens of width {gives}, but the model's UNet is conditioned on width "
-            f"{unet.config.cross_attention_dim}; use an adapter for this family of models"
-        )
-
-
-def _widths(projection: nn.Module) -> tuple[int, int]:
-    """Width of what a projection takes, and of the tokens that it gives."""
-    if isinstance(projection, IPAdapterPlusImageProjection):
-        return projection.proj_in.in_features, projection.norm_out.normalized_shape[0]
-    first = next(module for module in projection.modules() if isinstance(module, nn.Linear))
-    return first.in_features, cast(nn.LayerNorm, projection.norm).normalized_shape[0]
-
-
-def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], what: str) -> nn.ModuleList:
+def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> nn.ModuleList:
     """Replace the UNet's attention processors by such that have the adapter's keys and values.
 
     The file numbers all attention layers in diffusers' order. Cross-attention has the odd numbers.
     """
-    names = list(unet.attn_processors)
-    wanted = {f"{number}.{kind}" for number in range(1, len(names), 2) for kind in ("to_k_ip.weight", "to_v_ip.weight")}
-    if wanted != tensors.keys():
-        odd = sorted(wanted ^ tensors.keys())
-        raise ModelError(
-            f"{what} has keys for {len(tensors) // 2} layers, and the model's UNet has {len(wanted) // 2} of "
-            f"cross-attention (the first difference is {odd[0]}); use an adapter for this family of models"
-        )
     processors, keys = {}, nn.ModuleList()
-    for number, name in enumerate(names):
-        kernel = getattr(unet.attn_processors[name], "kernel", None)
-        processors[name] = TokenBiasAttention(kernel)
-        if number % 2:
-            layer = unet.get_submodule(name.removesuffix(".processor"))
-            key, value = (tensors[f"{number}.to_{kind}_ip.weight"] for kind in "kv")
-            for weight, own in ((key, layer.to_k), (value, layer.to_v)):
-                if weight.shape != own.weight.shape:
-                    raise ModelError(
-                        f"{what} has keys of shape {[*weight.shape]} for {name}, and the model's UNet needs "
-                        f"{[*own.weight.shape]}; use an adapter for this family of models"
-                    )
-            linears = _linear(key), _linear(value)
-            keys.extend(linears)
-            processors[name] = TokenBiasAttention(kernel, *linears)
+    for number, (name, before) in enumerate(unet.attn_processors.items()):
+        linears = [_linear(tensors[f"{KEYS}{number}.to_{kind}_ip.weight"]) for kind in "kv" if number % 2]
+        keys.extend(linears)
+        processors[name] = TokenBiasAttention(getattr(before, "kernel", None), *linears)
     unet.set_attn_processor(processors)
     return keys
 

@@ -1,0 +1,170 @@
+"""The checks of a run's models before a worker starts: they fit each other, and can do what the run asks for."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from vcf_batch.config import ALIGNED_FUSIONS, IP_ADAPTER, REFERENCE_PARTS, RunConfig
+from vcf_batch.errors import ModelError, UsageError, redact
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.models import adapter_layout, resolution
+from vcf_batch.models.prompt_tokens import require_vocabulary
+from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
+from vcf_batch.setup.job import is_guided
+from vcf_batch.setup.run_models import OWN_GUIDE, Models
+
+UNET_INPUTS = (
+    "time_cond_proj_dim",
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+)
+"""Keys of a UNet's configuration that stand for a further input."""
+
+
+def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[str]) -> None:
+    """Refuse what no worker could generate. Only configurations and the headers of adapters are read.
+
+    Args:
+        config: the run, with absolute paths.
+        manifest: the manifest of the run.
+        resolved: the models of the run.
+        fusions: the fusions that rows ask for: :func:`vcf_batch.setup.job.fusions_of`.
+
+    Raises:
+        ModelError: the model says nothing about its UNet or VAE, its UNet is of another kind, its tokenizer has no
+            vocabulary, or the scheduler does not sample as the model's own says; or it cannot take the references that
+            the manifest has, or cannot guide; or the IP-Adapter does not fit.
+        UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge; or an option
+            would change nothing.
+        StorageError: the storage failed.
+    """
+    model = config.model or resolved.pipeline.name
+    index, unet, vae = (
+        resolution.read_config(resolved.pipeline, file)
+        for file in ("model_index.json", "unet/config.json", "vae/config.json")
+    )
+    if not (index and unet and vae):
+        raise ModelError(
+            f"{model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
+            "unet/config.json and vae/config.json"
+        )
+    _check_unet(model, unet, vae)
+    require_vocabulary(resolved.pipeline)
+    check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, model)
+    _check_fusions(config, fusions)
+    _check_references(model, config, manifest, index, fusions)
+    if is_guided(config, manifest):
+        _check_guide(resolved, index)
+    _check_quality(config, resolved, manifest)
+    if resolved.ip_adapter is not None and resolved.image_encoder is not None:
+        adapter_layout.check_files(resolved.ip_adapter, resolved.image_encoder, unet)
+
+
+def _check_unet(model: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes more than noise, timestep and text, before its first batch fails or goes wrong."""
+    latent = vae.get("latent_channels", 4)
+    for name in ("in_channels", "out_channels"):
+        if unet.get(name, 4) != latent:
+            raise ModelError(
+                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, and its VAE's latents have "
+                f"{latent!r:.60} channels; use a model that needs text alone, not one for inpainting or editing"
+            )
+    for name in UNET_INPUTS:
+        if unet.get(name) is not None:
+            raise ModelError(
+                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, so its UNet needs a further input; use "
+                "a Stable Diffusion 1 or 2, neither distilled nor XL"
+            )
+
+
+def _check_fusions(config: RunConfig, fusions: Set[str]) -> None:
+    """Refuse a fusion without its weights, and options of a fusion that no row has."""
+    if IP_ADAPTER in fusions and config.ip_adapter is None:
+        raise UsageError(
+            "rows of the manifest have ip_adapter in the column 'fusion', but no IP-Adapter is named: name its weights "
+            "with --ip-adapter, such as ip-adapter-sd15 ('vcf-batch model list' has all names)"
+        )
+    if IP_ADAPTER not in fusions and config.ip_adapter is not None:
+        raise UsageError(
+            f"ip_adapter is {redact(config.ip_adapter)}, but no row uses it, as fusion is {config.fusion}: add "
+            "--fusion ip_adapter, or leave --ip-adapter out"
+        )
+    if fusions <= {IP_ADAPTER} and config.image_tokens is not None:
+        raise UsageError(
+            f"image_tokens is {config.image_tokens}, which is about the tokens of an aligner, and every row has the "
+            "fusion ip_adapter: leave it out"
+        )
+
+
+def _check_references(
+    model: str, config: RunConfig, manifest: Manifest, index: Mapping[str, Any], fusions: Set[str]
+) -> None:
+    """Refuse references that the model cannot take, and options about references that the manifest does not have."""
+    # model_index.json gives the library and the class of each part, or two nulls.
+    lacking = [name for name in REFERENCE_PARTS if not any(index.get(name) or ())]
+    aligned = sorted(fusions & {*ALIGNED_FUSIONS})
+    if lacking and aligned and (manifest.has_any("reference") or manifest.has_any("negative_reference")):
+        raise ModelError(
+            f"{model} has no {lacking[0]}, which the fusion {aligned[0]} needs, and rows of the manifest have "
+            "references: use the published weights of an IP-Adapter for all of them (--fusion ip_adapter --ip-adapter "
+            "WEIGHTS), or a model with a trained aligner, as VCFPipeline.save_pretrained writes it, or remove the "
+            "column 'reference'"
+        )
+    if config.unconditional == "negative" and not manifest.has_any("negative_reference"):
+        raise UsageError(
+            "unconditional is 'negative', but the manifest has no negative references: give them in a column "
+            "'negative_reference', or choose zeros or blank"
+        )
+    if config.pno_steps and not manifest.has_any("reference"):
+        raise UsageError(
+            f"pno_steps is {config.pno_steps}, but the manifest has no references to follow: give them in a column "
+            "'reference', or leave pno_steps at 0"
+        )
+
+
+def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
+    """Check the guide before its weights are loaded; workers compare the weights of guide and judge."""
+    if resolved.pno_guide is None and not any(index.get(OWN_GUIDE) or ()):
+        raise ModelError(
+            f"{resolved.pipeline.name} has no image encoder of its own to guide prompt-noise optimisation: name a CLIP "
+            "with --pno-guide"
+        )
+    if resolved.pno_guide is None and "Projection" not in index[OWN_GUIDE][1]:
+        raise ModelError(
+            f"the image encoder of {resolved.pipeline.name} is a {index[OWN_GUIDE][1]}, whose images "
+            "cannot be compared without a projection: name a PNO guide with --pno-guide"
+        )
+    if resolved.guide_identity == resolved.judge_identity:
+        assert resolved.pno_guide
+        raise UsageError(
+            f"{resolved.pno_guide.name} is both the PNO guide and the judge, so PNO would raise its "
+            "own marks: name another guide with --pno-guide, or another judge with --judge"
+        )
+
+
+def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> None:
+    """Refuse gates that no sample can miss, and triplets without a reference: both are mistakes."""
+    for name in sorted(config.gates.keys() & {"max_lpips", "min_style_similarity"}):
+        if resolved.lpips == "none":
+            raise UsageError(
+                f"{name} is {getattr(config, name):g}, but there is no perceptual network to measure it: name one with "
+                "--lpips, or leave the gate out"
+            )
+    if config.best_by in ("lpips", "style_similarity") and resolved.lpips == "none":
+        raise UsageError(
+            f"best_by is {config.best_by}, but there is no perceptual network to measure it: name one with --lpips, or "
+            "another score"
+        )
+    if manifest.has_any("reference"):
+        return
+    if config.triplets:
+        raise UsageError(
+            "triplets need a reference in each row, and the manifest has none: give them in a column 'reference', or "
+            "leave --triplets out"
+        )
+    for name in sorted(config.gates.keys() - {"min_clip_score"}):
+        raise UsageError(
+            f"{name} is {getattr(config, name):g}, but the manifest has no references to compare with: give them "
+            "in a column 'reference', or leave the gate out"
+        )
