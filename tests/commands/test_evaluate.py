@@ -12,11 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 from diffusers import UNet2DConditionModel
 
-from support import ip_adapters, runs
+from support import hub_server, ip_adapters, runs, sd_layouts
 from vcf_batch.cli import main
 from vcf_batch.commands import evaluate
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch.models.names import ADAPTERS_ID, PRESETS
 from vcf_batch.tiny.probe import HEADS, Probe
 
 PAIRS, SEEDS = 3, 2
@@ -143,6 +144,31 @@ def test_an_ip_adapter_is_a_method_with_and_without_an_aligner(model: Path, tmp_
     adapter = [("IP-Adapter", 0.5), ("IP-Adapter", 1.0)]
     assert found["vcf"] == [*METHODS, *adapter]
     assert found["plain"] == [("text only", 0.0), *adapter]
+
+
+def test_the_models_of_an_evaluation_may_be_named(tmp_path: Path) -> None:
+    """``--model sd15 --ip-adapter ip-adapter-sd15`` compares the adapter with text only, on the base of the preset."""
+    sd_layouts.save_sd15(tmp_path / "hub" / "sd15")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "hub" / "sd15" / "unet")
+    models = tmp_path / "hub" / "IP-Adapter" / "models"
+    ip_adapters.save_adapter(models / "ip-adapter_sd15.safetensors", unet)
+    ip_adapters.save_encoder(models / "image_encoder")
+    config = RunConfig(
+        manifest=str(tmp_path / "manifest.parquet"),
+        output=str(tmp_path / "samples"),
+        model="sd15",
+        ip_adapter="ip-adapter-sd15",
+        judge=str(sd_layouts.save_clip(tmp_path / "judge")),
+        lpips="alex",
+        lpips_weights=str(
+            runs.write_files(tmp_path / "lpips", {"alex.pth": b"heads", "alexnet-owt-7be5be79.pth": b"backbone"})
+        ),
+    )
+    with hub_server.running() as hub:
+        hub.repositories |= {PRESETS["sd15"].base: tmp_path / "hub" / "sd15", ADAPTERS_ID: models.parent}
+        config = evaluate.write_manifest(config, evaluate.crossed(["a cat"], ["a.png"]), seeds=1, sweep=[0.5])
+    assert config.fusion == "ip_adapter"
+    assert [row["method"] for row in pq.read_table(config.manifest).to_pylist()] == ["text only"] + ["IP-Adapter"] * 2
 
 
 def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:
