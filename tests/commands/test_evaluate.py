@@ -136,7 +136,7 @@ def test_an_ip_adapter_is_a_method_with_and_without_an_aligner(model: Path, tmp_
         )
         config = evaluate.write_manifest(config, 1, 1, [0.5], 1, 0)
         runs.run_here(config)
-        table = evaluate.tabulate(config)
+        table = evaluate.tabulate(config).table
         lines = json.loads((tmp_path / "results.json").read_text())["methods"]
         found[name] = [(line["method"], line["strength"]) for line in lines]
         assert "IP-Adapter" in table

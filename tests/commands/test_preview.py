@@ -11,7 +11,7 @@ from PIL import Image
 
 from support import runs
 from vcf_batch.commands import preview
-from vcf_batch.commands.preview import variants
+from vcf_batch.commands.preview import parsed, variants
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.report import contact_sheet
@@ -26,13 +26,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sweeps_are_multiplied() -> None:
-    assert variants(["strength=0,0.5", "fusion=naive, concat"], CONFIG) == [
+    assert variants(parsed(["strength=0,0.5", "fusion=naive, concat"]), CONFIG) == [
         {"strength": 0.0, "fusion": "naive"},
         {"strength": 0.0, "fusion": "concat"},
         {"strength": 0.5, "fusion": "naive"},
         {"strength": 0.5, "fusion": "concat"},
     ]
-    assert variants([], CONFIG) == [{}]
+    assert variants(parsed([]), CONFIG) == [{}]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_sweeps_are_multiplied() -> None:
 )
 def test_what_cannot_be_swept_is_refused(sweep: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        variants([sweep], CONFIG)
+        variants(parsed([sweep]), CONFIG)
 
 
 def test_the_command_writes_the_picture_and_nothing_else(tmp_path: Path, model: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, mon
         return generate(components, rows, *others, **how)
 
     monkeypatch.setattr(preview, "Generation", count)
-    columns = [preview.TEXT_ONLY_COLUMN, *variants(["strength=0,1", "fusion=naive,concat"], CONFIG)]
+    columns = [preview.TEXT_ONLY_COLUMN, *variants(parsed(["strength=0,1", "fusion=naive,concat"]), CONFIG)]
     samples = preview._generated(loaded.components, [preview._changed(row, column) for column in columns])
     assert drawn == [3]
     images = [sample.image for sample in samples]
