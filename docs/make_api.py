@@ -34,9 +34,10 @@ def api() -> str:
 
 def _lines() -> Iterator[str]:
     yield "# Python: public names\n"
-    yield "Written by `docs/make_api.py` from the docstrings; `make reference` writes it anew. [Python](python.md) shows"
-    yield "them at work. Importing `vcf_batch` is cheap: what needs torch or Ray is loaded when it is first used. Errors are"
-    yield "those of [the reference](reference.md#errors-and-exit-codes), in `vcf_batch.errors`.\n"
+    yield "Written by `docs/make_api.py` from the docstrings; `make reference` writes it anew."
+    yield "[Python](python.md) shows them at work. Importing `vcf_batch` is cheap: what needs torch or Ray loads when"
+    yield "it is first used. Errors are those of [the reference](reference.md#errors-and-exit-codes), in"
+    yield "`vcf_batch.errors`.\n"
     yield "| | |\n|---|---|"
     for heading, names in GROUPS.items():
         yield f"| {heading.lower()} | {', '.join(f'[{name}](#{name.lower()})' for name in names)} |"
@@ -61,15 +62,14 @@ def _told(name: str, what: Any) -> Iterator[str]:
     yield from _fields(what, classes)
     found: dict[str, ast.FunctionDef] = {}
     for each in classes:
-        for node in _body(each):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and not node.name.startswith("_"):
-                found[node.name] = node
-            elif isinstance(node, ast.FunctionDef) and node.name == "__call__":
+        functions = (node for node in _body(each) if isinstance(node, ast.FunctionDef))
+        for node in functions:
+            if ast.get_docstring(node) and (node.name == "__call__" or not node.name.startswith("_")):
                 found[node.name] = node
     for method, node in found.items():
         decorators = {ast.unparse(each) for each in node.decorator_list}
         if decorators & {"property", "functools.cached_property"}:
-            yield f"\n**`{name}.{method}`**: {_inline(ast.get_docstring(node) or '')}"
+            yield f"\n**`{name}.{method}`**: {_inline(_SECTION.split(ast.get_docstring(node) or '')[0])}"
             continue
         yield f"\n**`{name}.{method}`**\n" if method != "__call__" else f"\n**Calling a `{name}`**\n"
         yield _signature(method, node)

@@ -18,6 +18,7 @@ from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.storage import scratch
+from vcf_batch.vcf.quiet import quietly
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
@@ -68,7 +69,7 @@ def preview(
     """
     if rows < 1:
         raise UsageError(f"rows is {rows}; it must be at least 1")
-    with scratch.temporary("the manifest") as folder, in_process.restored():
+    with scratch.temporary("the manifest") as folder, in_process.restored(), quietly():
         output = None if isinstance(manifest, RunConfig) else os.path.join(folder, "output")
         return draw(configured(manifest, output, settings), rows, sweep)
 

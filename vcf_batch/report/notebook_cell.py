@@ -32,15 +32,17 @@ def render(output: Output) -> str:
     """The cell, below 512 KB for an output of any size. What cannot be read is told in it."""
     try:
         found = status.of(output)
-        lines = [("", found.headline()), *found.lines()]
-        pictures = [*_pictures(output, found)]
     except VcfBatchError as error:
-        return f"<div><b>Output</b> {_text(address(output))}<br>{_text(str(error))}</div>"
+        return f"<div>{_text(address(output))}<br>{_text(str(error))}</div>"
+    try:
+        pictures = "".join(_pictures(output, found))
+    except VcfBatchError as error:
+        pictures = _text(str(error))
     table = "".join(
         f'<tr><td style="text-align:left">{_text(name)}</td><td style="text-align:left">{_text(line)}</td></tr>'
-        for name, line in lines
+        for name, line in (("", found.headline()), *found.lines())
     )
-    return f"<div><table>{table}</table><div>{''.join(pictures)}</div></div>"
+    return f"<div><table>{table}</table><div>{pictures}</div></div>"
 
 
 def _pictures(output: Output, found: status.Status) -> Iterator[str]:
