@@ -31,7 +31,7 @@ from vcf_batch.config import (
     default_strengths,
     with_settings_of,
 )
-from vcf_batch.errors import RefusedError, UsageError, printable
+from vcf_batch.errors import RefusedError, UsageError, printable, redact
 from vcf_batch.manifest import image_files
 from vcf_batch.manifest import prompts as prompt_files
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
@@ -57,9 +57,9 @@ Case = tuple[str, str, int]
 """Prompt, reference and seed. All methods sample the same cases."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """The result of an evaluation. A notebook shows its table."""
+    """The result of an evaluation. As text, and in a notebook, it is its table."""
 
     out: str
     """Folder or URL with ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg``."""
@@ -67,6 +67,12 @@ class Evaluation:
     """The methods, each with its scores and their intervals."""
     table: str
     """The Markdown of ``table.md``."""
+
+    def __str__(self) -> str:
+        return self.table
+
+    def __repr__(self) -> str:
+        return f"Evaluation({redact(self.out)!r})"
 
     def _repr_markdown_(self) -> str:
         return self.table

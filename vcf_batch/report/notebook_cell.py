@@ -16,6 +16,8 @@ PICTURES = 8
 """Most pictures of a cell."""
 SHARDS_LOOKED_AT = 4
 """Number of finished shards, from the first one, whose first rows are looked at for pictures."""
+HEIGHT = 128
+"""Height of a picture as it is shown, in pixels."""
 TEXT_LENGTH = 200
 """Most characters shown of a text."""
 _MAX_PICTURE_BYTES = 16 << 10
@@ -76,7 +78,7 @@ def _picture(data: bytes) -> str:
     if len(data) > _MAX_PICTURE_BYTES:
         return "<small>(too large to show)</small>"
     source = "data:image/webp;base64," + base64.b64encode(data).decode()
-    return f'<img src="{source}" style="display:inline;margin:1px;image-rendering:pixelated">'
+    return f'<img src="{source}" style="display:inline;height:{HEIGHT}px;margin:1px;image-rendering:pixelated">'
 
 
 def _text(text: str) -> str:

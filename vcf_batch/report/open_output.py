@@ -43,7 +43,7 @@ class OpenOutput(Output):
     def rows(self, where: str | None = None) -> Iterator[dict[str, Any]]:
         """Rows of the finished shards, in the order of the manifest, each as a dictionary of its columns.
 
-        They are streamed: :data:`vcf_batch.output.shards.ROWS_AT_ONCE` rows are held at once. With pandas,
+        They are streamed: one row group, of :data:`vcf_batch.output.shards.ROWS_PER_GROUP` rows, is held at once.
         ``pandas.DataFrame(output.rows(...))`` holds them all.
 
         Args:
@@ -109,12 +109,11 @@ class OpenOutput(Output):
         shard: Shard | None = first
         while shard is not None:
             with parquet_of(self, shard) as parquet:
-                for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
-                    rows = batch.to_pylist()
+                for batch in parquet.iter_batches(shards.ROWS_PER_GROUP, use_threads=False):
                     if condition is not None:
                         keys = condition.keys(pa.Table.from_batches([batch]))
-                        rows = [row for row in rows if row["key"] in keys]
-                    yield from rows
+                        batch = batch.filter(pa.array([key in keys for key in batch["key"].to_pylist()]))
+                    yield from batch.to_pylist()
             shard = next(others, None)
 
     def _find(self, key: str) -> tuple[Shard, dict[str, Any]]:
