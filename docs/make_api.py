@@ -92,7 +92,7 @@ def _fields(what: type, classes: list[type]) -> Iterator[str]:
         for node, following in zip(body, [*body[1:], ast.Pass()], strict=True):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 value = following.value if isinstance(following, ast.Expr) else None
-                text = value.value if isinstance(value, ast.Constant) else ""
+                text = str(value.value) if isinstance(value, ast.Constant) else ""
                 texts[node.target.id] = f"{ast.unparse(node.annotation)}\0{text}"
     yield "\n| field | type | default | |\n|---|---|---|---|"
     for field in dataclasses.fields(what):

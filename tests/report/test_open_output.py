@@ -86,7 +86,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest
             return file
 
         class Spy(io.RawIOBase):
-            def read(self, size: int | None = -1) -> bytes:
+            def read(self, size: int = -1) -> bytes:
                 begin = file.tell()
                 data = file.read(size)
                 read.append((begin, begin + len(data)))
@@ -158,7 +158,12 @@ def test_a_key_that_is_a_number_costs_one_shard(tmp_path: Path, monkeypatch: pyt
     output = Path(runs.write_output(manifest, tmp_path / "out", 2).config.output)
     names: list[str] = []
     open_parquet = shards.open_parquet
-    monkeypatch.setattr(shards, "open_parquet", lambda url: [names.append(storage.name(url)), open_parquet(url)][1])
+
+    def noted(url: str) -> Any:
+        names.append(storage.name(url))
+        return open_parquet(url)
+
+    monkeypatch.setattr(shards, "open_parquet", noted)
     expected = Image.open(io.BytesIO(runs.png(17, 32))).convert("RGB")
     assert opened(output).image("000000017").tobytes() == expected.tobytes()
     assert names[0] == "00008.parquet"
