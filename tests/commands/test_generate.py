@@ -6,8 +6,10 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from datasets.data_files import resolve_pattern
 
 import vcf_batch
 from support import runs
@@ -42,7 +44,10 @@ def begun(table: Any, output: Path) -> str:
 def test_a_table_of_any_library_becomes_a_manifest_in_the_output(table: Any, tmp_path: Path) -> None:
     """In a folder that no reader of the output sees, beside no other file."""
     config = configured(table, tmp_path / "out", steps=3)
-    assert config.steps == 3 and storage.parent(config.manifest) == str(tmp_path / "out/_manifest")
+    with pytest.raises(FileNotFoundError):
+        resolve_pattern("**/*.parquet", str(tmp_path / "out"))
+    assert not pa.dataset.dataset(tmp_path / "out", format="parquet").files
+    assert config.steps == 3 and storage.parent(config.manifest) == str(tmp_path / "out/__manifest__")
     manifest = Manifest.open(config.manifest)
     rows = manifest.rows(0, 2, 0)
     assert [(row.prompt, row.carried["label"]) for row in rows] == list(zip(*COLUMNS.values(), strict=True))
@@ -122,12 +127,12 @@ def test_an_output_of_a_manifest_file_is_not_written_to(tmp_path: Path) -> None:
     runs.write_output(runs.write_manifest(tmp_path / "in", 2), output, 2)
     with pytest.raises(RefusedError, match=r"another manifest, .*/in/manifest\.parquet"):
         configured(FRAME, output)
-    assert not (output / "_manifest").exists()
+    assert not (output / "__manifest__").exists()
 
 
 def test_rows_that_another_version_of_pyarrow_wrote_are_compared_by_their_values(tmp_path: Path) -> None:
     """Its bytes differ, and so would the name; the run goes on with the file that is there."""
-    output, there = tmp_path / "out", tmp_path / "out/_manifest/0123456789abcdef.parquet"
+    output, there = tmp_path / "out", tmp_path / "out/__manifest__/0123456789abcdef.parquet"
     there.parent.mkdir(parents=True)
     pq.write_table(pq.read_table(configured(FRAME, tmp_path / "other").manifest), there, compression="none")
     runs.write_output(there, output, 2)

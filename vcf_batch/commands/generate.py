@@ -21,8 +21,8 @@ from vcf_batch.setup.absolute_paths import absolute_output
 ManifestLike: TypeAlias = Any
 """What is taken as a manifest: a path or URL, or a table with ``__arrow_c_stream__`` (pandas, pyarrow, polars)."""
 
-TABLES = "_manifest"
-"""Folder of an output that holds the tables its run was called with."""
+TABLES = "__manifest__"
+"""Folder of an output that holds the tables its run was called with. ``datasets`` looks into ``_manifest``."""
 
 _ROWS_PER_GROUP = 10_000
 _NAME_LENGTH = 16
@@ -34,7 +34,7 @@ def run(manifest: ManifestLike, output: str | os.PathLike[str] | None = None, **
 
     The same call again resumes: finished shards are kept. It is ``vcf-batch generate``, and the two resume each other.
 
-    A table is written to the folder ``_manifest`` of the output, under a name that its contents give, so the same
+    A table is written to the folder ``__manifest__`` of the output, under a name that its contents give, so the same
     rows are the same run, and other rows are another run, which the output refuses. Its relative references start at
     the working directory and may lie there; they become absolute paths. The index of a pandas.DataFrame is left out
     unless it has a name.
