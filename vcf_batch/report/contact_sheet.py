@@ -70,11 +70,14 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
     heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]
     width = columns * (_CARD[0] + 2 * _GAP)
-    title = f"Model: {embedded.label(record.models['model'])}"
-    sheet = Image.new("RGB", (width, sum(heights) + _LINE + 2 * _GAP), _PAPER)
+    title = [f"Model: {embedded.label(record.models['model'])}"]
+    if adapter := record.models.get("ip_adapter"):
+        title.append(f"IP-Adapter: {adapter['name']}")
+    sheet = Image.new("RGB", (width, sum(heights) + len(title) * _LINE + 2 * _GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((_GAP, _GAP), _fit(title, font, width - 2 * _GAP), _INK, font)
-    top = _GAP + _LINE + _GAP
+    for number, line in enumerate(title):
+        draw.text((_GAP, _GAP + number * _LINE), _fit(line, font, width - 2 * _GAP), _INK, font)
+    top = _GAP + len(title) * _LINE + _GAP
     for (prompt, group), height in zip(groups, heights, strict=True):
         draw.text((_GAP, top), _fit(prompt, font, width - 2 * _GAP), _INK, font)
         for place, card in enumerate(group):
