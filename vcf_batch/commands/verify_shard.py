@@ -5,7 +5,6 @@ Only the first fault is told: mending it takes generating the shard again, whate
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, cast
@@ -19,7 +18,7 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, sample_records, shards
 from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.receipts import Receipt
-from vcf_batch.output.row_json import json_value, row_json
+from vcf_batch.output.row_json import json_text, json_value, json_values
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Row, Shard
@@ -113,7 +112,7 @@ def _rows(shard: Shard) -> str:
 
 
 def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield the rows of a shard's parquet, compared with the manifest, each as its JSON object and as its JSON text."""
+    """Yield the rows of a shard's parquet, compared with the manifest, each as its JSON values and as its JSON text."""
     name = storage.name(url)
     manifest = output.manifest
     given = output.manifest_rows(shard.start, shard.stop) if manifest else None
@@ -124,12 +123,10 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
             _check_columns(manifest, name, parquet.schema_arrow)
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
-                    one = batch.slice(at, 1)
-                    text = row_json(one)
-                    record = json.loads(text)
+                    record = json_values(batch.slice(at, 1))
                     if manifest and given:
-                        _check_row(output.config, manifest, next(given), record, one.schema)
-                    yield record, text
+                        _check_row(output.config, manifest, next(given), record, batch.schema)
+                    yield record, json_text(record)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

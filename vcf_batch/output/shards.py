@@ -256,8 +256,8 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard's tar, streamed, as WebDataset readers give them.
 
     Yields:
-        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row}``, and with triplets
-        ``"content.png"`` and ``"style.png"``.
+        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row without its nulls}``,
+        and with triplets ``"content.png"`` and ``"style.png"``.
 
     Raises:
         tarfile.ReadError: the file is not a tar, is cut short or damaged, or goes on behind its end.

@@ -17,6 +17,7 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models import embedded
 from vcf_batch.output import receipts, run_file, shards
+from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import Row, Shard
 from vcf_batch.report.figures import setting_of
 
@@ -145,7 +146,7 @@ def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Sh
             if sample is None or sample["__key__"] != row.key:
                 yield _Card(row.prompt, _reference(row, reader), None, ["see error_message in the parquet"])
                 continue
-            record = sample["json"]
+            record = dict.fromkeys(COLUMNS) | sample["json"]
             picture = images.decode(sample[config.image_format], MAX_PIXELS)
             reference = _reference(row, reader) if record["strength"] else None
             yield _Card(row.prompt, reference, picture, [setting_of(record), "  ".join(scores_of(record))])
