@@ -158,16 +158,19 @@ def _copy_shard(output: Output, target: str, shard: Shard, sizes: Mapping[str, i
             reason = ""
             continue
         try:
-            files = Receipt.from_json(data).files
+            receipt = Receipt.from_json(data)
         except ValueError as error:
             reason = f"{name} is damaged: {error}"
             continue
-        entries = {shards.file_name(shard, kind): entry for kind, entry in files.items()}
+        entries = {shards.file_name(shard, kind): entry for kind, entry in receipt.files.items()}
+        surplus = [file for file in receipts.surplus(receipt) if file in sizes]
         if name in sizes:
-            is_whole = all(sizes.get(file) == entry.size for file, entry in entries.items())
+            is_whole = not surplus and all(sizes.get(file) == entry.size for file, entry in entries.items())
             if is_whole and storage.read_bytes(storage.join(target, name)) == data:
                 return False
             storage.remove(storage.join(target, name), missing_ok=True)
+        for file in surplus:
+            storage.remove(storage.join(target, file), missing_ok=True)
         for file, entry in entries.items():
             try:
                 # A copy of its own: what was compared with the receipt is what is sent, whatever becomes of the file.

@@ -3,6 +3,7 @@
 Only the first fault is told: mending it takes generating the shard again, whatever else is wrong.
 """
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -59,9 +60,12 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
     tally = ShardSums()
     # First, as nothing should be parsed that is known to be damaged.
     _check_hash(names["parquet"], storage.digest(urls["parquet"]).sha256, receipt.files["parquet"])
-    with storage.open_read(urls["tar"]) as file:
-        tar = _Hashing(file)
-        members = _members(cast(BinaryIO, tar), names["tar"])
+    with contextlib.ExitStack() as stack:
+        tar: _Hashing | None = None
+        members: Iterator[tuple[str, bytes]] = iter(())
+        if "tar" in receipt.files:  # A shard without a successful sample has none.
+            tar = _Hashing(stack.enter_context(storage.open_read(urls["tar"])))
+            members = _members(cast(BinaryIO, tar), names["tar"])
         for number, (record, text) in enumerate(_records(output, shard, urls["parquet"]), shard.start):
             status = record["status"]
             if status not in STATUSES or (status == "success") != (not record["error_message"]):
@@ -72,7 +76,8 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
             tally.add(status, record)
         if extra := next(members, None):
             raise DamageFound(f"{names['tar']} has a member {extra[0]!r} that no row of the parquet accounts for")
-        _check_hash(names["tar"], tar.finish(), receipt.files["tar"])
+        if tar:
+            _check_hash(names["tar"], tar.finish(), receipt.files["tar"])
     for what, found, said in (
         ("counts", tally.counts, receipt.counts),
         ("means", tally.means, receipt.means),
