@@ -17,6 +17,29 @@ FAILED = frozenset({*range(6, 12), 20})
 REJECTED = frozenset({3, 18})
 
 
+LAST: Mapping[str, Any] = {
+    "label": "a label",
+    "rating": 0.5,
+    "half": 1.5,
+    "count": 7,
+    "big": 2**63 - 1,
+    "good": True,
+    "price": "1.500",
+    "day": "2024-02-29",
+    "clock": "23:59:00.000001",
+    "taken": "2024-02-29T23:59:00.000",
+    "taken_at": "2024-02-29T23:59:00.000Z",
+    "took": 2000,
+    "tags": ["a", None],
+    "pair": [1.0, 2.0],
+    "place": {"lat": 1.5, "name": None},
+    "boxes": [{"x": 1, "y": None}],
+    "extra": [{"key": "a", "value": 1}],
+    "nothing": None,
+}
+"""The carried columns of the last row, as a reader that knows their types gives them."""
+
+
 def carried() -> Mapping[str, Any]:
     """Columns of many types by name. Each is null up to the last shard, where one row has a value."""
     values: dict[str, tuple[pa.DataType, Any]] = {
