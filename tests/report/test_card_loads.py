@@ -90,6 +90,7 @@ def test_ray_data(output: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("output", KINDS[:1], indirect=True, ids=["png"])
 @pytest.mark.parametrize("workers", range(1, 9))
 def test_webdataset_with_any_number_of_workers(output: Path, workers: int) -> None:
     """A DataLoader gives each sample once: with up to as many workers as there are tars as it is, and with any number
