@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,8 @@ class UploadHub(Hub):
     """What was uploaded, by SHA-256, committed or not."""
     refused_after: ClassVar[list[int]] = []
     """Number of commits after which no other one is taken; empty for any number."""
+    after_commit: ClassVar[list[Callable[[Path], None]]] = []
+    """Called after each commit with the repository."""
     failing_once: ClassVar[list[str]] = []
     """Ends of paths for which the next POST gets the answer 503."""
 
@@ -115,7 +117,12 @@ class UploadHub(Hub):
                 file.write_bytes(base64.b64decode(value["content"]) if inline else self.contents[value["oid"]])
             changed.append("-" * (line["key"] == "deletedFile") + value["path"])
         self.commits.append(changed)
-        self._answer_json({"commitUrl": "http://127.0.0.1/commit", "commitOid": "0" * 40})
+        for check in self.after_commit:
+            check(folder)
+        oid = f"{len(self.commits):040x}"
+        self._answer_json(
+            {"commitUrl": f"http://{self.headers['Host']}/datasets/me/set/commit/{oid}", "commitOid": oid}
+        )
 
 
 def _git(data: bytes) -> str:
@@ -129,7 +136,7 @@ def running(folder: Path) -> Iterator[type[UploadHub]]:
 
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("commits", "uploads", "contents", "refused_after", "failing_once"):
+        for name in ("commits", "uploads", "contents", "refused_after", "after_commit", "failing_once"):
             patch.setattr(UploadHub, name, type(getattr(UploadHub, name))())
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         with hub_server.running(UploadHub):

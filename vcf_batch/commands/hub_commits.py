@@ -49,9 +49,9 @@ class HubCommits:
     """Whether :meth:`holds` compares contents, rather than sizes."""
 
     def __init__(self, url: str) -> None:
-        driver, path = filesystem(url)
-        place = retried("find", url, lambda: driver.resolve_path(path))
-        self._url, self._api = url, HfApi(endpoint=driver.endpoint, token=driver.token)
+        self._driver, path = filesystem(url)
+        place = retried("find", url, lambda: self._driver.resolve_path(path))
+        self._url, self._api = url, HfApi(endpoint=self._driver.endpoint, token=self._driver.token)
         self._repository = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
         self._folder = place.path_in_repo
         self._pending: dict[str, CommitOperationAdd | CommitOperationDelete] = {}
@@ -107,7 +107,8 @@ class HubCommits:
             StorageError: the Hub failed, or refuses.
         """
         self._count += 1
-        local = os.path.join(self._local, str(self._count))
+        local = os.path.join(self._local, str(self._count), name)  # its own name, which the client's bar shows
+        os.mkdir(os.path.dirname(local))
         os.rename(path, local)
         addition = CommitOperationAdd(self._in_repository(name), local)
         self._waiting.append((addition, local))
@@ -151,6 +152,7 @@ class HubCommits:
             (),
         )
         self._pending = {}
+        self._driver.invalidate_cache()
 
     def _change(self, name: str, change: CommitOperationAdd | CommitOperationDelete) -> None:
         # A file that is deleted and comes back in one commit is replaced.
@@ -172,6 +174,7 @@ class HubCommits:
             if addition.path_or_fileobj == path:  # The Hub takes small files with the commit.
                 addition.path_or_fileobj = Path(path).read_bytes()
             os.unlink(path)
+            os.rmdir(os.path.dirname(path))
         self._waiting, self._waiting_bytes = [], 0
 
     def _in_repository(self, name: str) -> str:
