@@ -10,7 +10,7 @@ from support.hub_uploads import UploadHub
 from vcf_batch import storage
 from vcf_batch.commands import hub_commits, verify
 from vcf_batch.commands.push import push
-from vcf_batch.errors import RefusedError, StorageError
+from vcf_batch.errors import RefusedError, StorageError, UsageError
 from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
@@ -145,6 +145,11 @@ def test_nothing_of_another_run_is_replaced(job: Job, hub: type[UploadHub], tmp_
     with pytest.raises(RefusedError, match="holds another run"):
         push(Output(str(tmp_path / "other")), TARGET)
     assert len(hub.commits) == 1
+
+
+def test_a_repository_that_is_not_there_is_refused(job: Job, hub: type[UploadHub]) -> None:
+    with pytest.raises(UsageError, match=r"no repository hf://datasets/me/other .* make it on the Hub first"):
+        push(Output(job.config.output), "hf://datasets/me/other")
 
 
 @pytest.mark.slow

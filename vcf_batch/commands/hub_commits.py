@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from vcf_batch import __version__, storage
+from vcf_batch.errors import UsageError
 from vcf_batch.records import FileEntry
 from vcf_batch.storage import scratch
 from vcf_batch.storage.drivers import filesystem
@@ -41,7 +42,7 @@ class HubCommits:
         url: the folder, such as ``hf://datasets/OWNER/NAME``.
 
     Raises:
-        FileNotFoundError: there is no such repository.
+        UsageError: there is no such repository.
         StorageError: the Hub failed, or refuses.
     """
 
@@ -50,7 +51,12 @@ class HubCommits:
 
     def __init__(self, url: str) -> None:
         self._driver, path = filesystem(url)
-        place = retried("find", url, lambda: self._driver.resolve_path(path))
+        try:
+            place = retried("find", url, lambda: self._driver.resolve_path(path), (FileNotFoundError,))
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"there is no repository {url} that you may see; make it on the Hub first, or check your token"
+            ) from error
         self._url, self._api = url, HfApi(endpoint=self._driver.endpoint, token=self._driver.token)
         self._repository = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
         self._folder = place.path_in_repo

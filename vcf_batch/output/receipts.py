@@ -238,12 +238,16 @@ def read(output_url: str) -> Iterator[Receipt]:
 
 
 def complete(sizes: Mapping[str, int]) -> dict[int, int]:
-    """Shards with a receipt in a listing of name to size that is not empty: index to the bytes of tar and parquet."""
+    """Index to the bytes of tar and parquet, of each shard whose receipt and parquet are in a listing and not empty.
+
+    Args:
+        sizes: bytes of the output's files, by name. Whether a shard has to have a tar is told by its receipt alone.
+    """
     matches = [match for match in map(SHARD_FILE.fullmatch, sizes) if match and sizes[match[0]]]
-    names = {match[1] for match in matches if match[2] == RECEIPT_SUFFIX}
+    needed = Counter(match[1] for match in matches if match[2] in (RECEIPT_SUFFIX, FILE_SUFFIXES["parquet"]))
     found: Counter[int] = Counter()
     for match in matches:
-        if match[1] in names:
+        if needed[match[1]] == 2:
             found[int(match[1])] += 0 if match[2] == RECEIPT_SUFFIX else sizes[match[0]]
     return found
 
