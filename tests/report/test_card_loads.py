@@ -107,14 +107,17 @@ def test_webdataset_with_any_number_of_workers(output: Path, workers: int) -> No
 
 
 def test_rows_alike_collate(output: Path) -> None:
-    """default_collate makes a batch of KEY.json, since what is null is no key of it."""
+    """default_collate makes a batch of KEY.json, since what is null is no key of it; of rows that differ in it, none."""
     import webdataset
     from torch.utils.data import default_collate
 
     samples = webdataset.WebDataset(Output(str(output)).tars(), shardshuffle=False).decode("torchrgb")
-    batch = default_collate([sample["json"] for sample in samples][:5])
+    rows = [sample["json"] for sample in samples]
+    batch = default_collate(rows[:5])
     assert batch["clip_score"].tolist() == [row / 16 for row in (0, 1, 2, 4, 5)]
     assert len(batch["prompt"]) == 5 and not {"label", "error_message"} & batch.keys()
+    with pytest.raises(KeyError):
+        default_collate([rows[-1], rows[0]])
 
 
 def test_the_types_of_the_header_are_those_that_datasets_writes(output: Path) -> None:
