@@ -14,6 +14,7 @@ from vcf_batch.output.output import Output
 from vcf_batch.report import card
 
 KINDS = [("png", False), ("webp", True), ("jpg", False)]
+one_kind = pytest.mark.parametrize("output", KINDS[:1], indirect=True, ids=["png"])
 SUCCESSES = mixed.ROWS - len(mixed.FAILED | mixed.REJECTED)
 
 
@@ -71,14 +72,17 @@ print(json.dumps({"columns": dataset.column_names, "first": rows[0], "last": row
     assert all(found["first"][name] is None for name in mixed.carried())
 
 
+@one_kind
 def test_pandas(output: Path, tmp_path: Path) -> None:
     assert "rejected" in run(blocks(output)["pandas"] + f"assert len(rows) == {mixed.ROWS}", output, tmp_path)
 
 
+@one_kind
 def test_polars(output: Path, tmp_path: Path) -> None:
     assert str(SUCCESSES) in run(blocks(output)["polars"], output, tmp_path)
 
 
+@one_kind
 def test_duckdb(output: Path, tmp_path: Path) -> None:
     assert str(SUCCESSES) in run(blocks(output)["duckdb"], output, tmp_path)
 
@@ -90,7 +94,7 @@ def test_ray_data(output: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("output", KINDS[:1], indirect=True, ids=["png"])
+@one_kind
 @pytest.mark.parametrize("workers", range(1, 9))
 def test_webdataset_with_any_number_of_workers(output: Path, workers: int) -> None:
     """A DataLoader gives each sample once: with up to as many workers as there are tars as it is, and with any number
@@ -106,8 +110,9 @@ def test_webdataset_with_any_number_of_workers(output: Path, workers: int) -> No
     assert sorted(keys) == [f"{row:09}" for row in range(mixed.ROWS) if row not in mixed.FAILED | mixed.REJECTED]
 
 
+@one_kind
 def test_rows_alike_collate(output: Path) -> None:
-    """default_collate makes a batch of KEY.json, since what is null is no key of it; of rows that differ in it, none."""
+    """default_collate makes a batch of KEY.json, where what is null is no key; of rows that differ in it, none."""
     import webdataset
     from torch.utils.data import default_collate
 
