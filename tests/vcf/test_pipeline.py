@@ -17,7 +17,8 @@ from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS
 from vcf_batch.config import IMAGE_TOKENS as IMAGE_TOKEN_CHOICES
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
+from vcf_batch.vcf.arguments import BLANK
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
