@@ -51,6 +51,7 @@ REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """Parts that a model needs for references, besides Stable Diffusion's own parts."""
 
 MAX_BATCH_SIZE = 4096
+MAX_STEPS = 1000
 MAX_PNO_STEPS = 1000
 MAX_ATTEMPTS = 100
 MAX_SEED = 2**63 - 1
@@ -95,7 +96,7 @@ class Sampling:
         _between("guidance_lo", self.guidance_lo, 0, 1)
         _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
         _between("deep_cache", self.deep_cache, 1, MAX_DEEP_CACHE)
-        _between("steps", self.steps, 1, 1000)
+        _between("steps", self.steps, 1, MAX_STEPS)
         if self.scheduler is not None:
             _choice("scheduler", self.scheduler, SCHEDULERS)
         _between("eta", self.eta, 0, 1)

@@ -57,12 +57,25 @@ class TokenBiasAttention:
             most :data:`MAX_HEAD_DIM`; torch's own choice computes the rest. None leaves everything to that choice.
         to_k_ip, to_v_ip: keys and values of the adapter's tokens in this layer; None without an adapter. They are no
             part of the UNet, and not saved with it.
+        fused: compute with the fused projections that ``fuse_qkv_projections`` has made.
     """
 
     def __init__(
-        self, kernel: Kernel | None = None, to_k_ip: nn.Linear | None = None, to_v_ip: nn.Linear | None = None
+        self,
+        kernel: Kernel | None = None,
+        to_k_ip: nn.Linear | None = None,
+        to_v_ip: nn.Linear | None = None,
+        fused: bool = False,
     ) -> None:
-        self.kernel, self.to_k_ip, self.to_v_ip = kernel, to_k_ip, to_v_ip
+        self.kernel, self.to_k_ip, self.to_v_ip, self.fused = kernel, to_k_ip, to_v_ip, fused
+
+    @classmethod
+    def in_place_of(
+        cls, processor: Any, to_k_ip: nn.Linear | None = None, to_v_ip: nn.Linear | None = None
+    ) -> "TokenBiasAttention":
+        """What replaces a processor, with its kernel and its use of fused projections."""
+        fused = isinstance(processor, FusedAttnProcessor2_0) or getattr(processor, "fused", False)
+        return cls(getattr(processor, "kernel", None), to_k_ip, to_v_ip, fused)
 
     def __call__(
         self,
@@ -96,14 +109,24 @@ class TokenBiasAttention:
         if is_cross and token_bias is not None:
             bias = token_bias.to(hidden_states.dtype)
         if not _is_plain(attn, hidden_states):
-            processor = FusedAttnProcessor2_0() if attn.fused_projections else AttnProcessor2_0()
+            processor = FusedAttnProcessor2_0() if self.fused else AttnProcessor2_0()
             return processor(attn, hidden_states, encoder_hidden_states, bias, temb)
-        query, key, value = [_heads(each, attn) for each in _project(attn, hidden_states, encoder_hidden_states)]
+        projected = self._project(attn, hidden_states, encoder_hidden_states)
+        query, key, value = [_heads(each, attn) for each in projected]
         attended = self._attend(query, key, value, bias)
         if is_cross and ip_tokens is not None and ip_strength is not None and self.to_k_ip and self.to_v_ip:
             key, value = _heads(self.to_k_ip(ip_tokens), attn), _heads(self.to_v_ip(ip_tokens), attn)
             attended = attended + ip_strength * self._attend(query, key, value, ip_bias)
         return attn.to_out[1](attn.to_out[0](attended))
+
+    def _project(self, attn: Attention, hidden_states: Tensor, tokens: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values of a layer."""
+        if self.fused and tokens is None:
+            return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        if self.fused:
+            return attn.to_q(hidden_states), *attn.to_kv(tokens).chunk(2, dim=-1)
+        tokens = hidden_states if tokens is None else tokens
+        return attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1, L]`` or none, and the heads side by side."""
@@ -113,16 +136,6 @@ class TokenBiasAttention:
             mask = None if bias is None else bias[:, None]  # one for all heads
             attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
         return attended.transpose(1, 2).flatten(2)
-
-
-def _project(attn: Attention, hidden_states: Tensor, tokens: Tensor | None) -> tuple[Tensor, ...]:
-    """Queries, keys and values of a layer, by fewer and larger products where its projections are fused."""
-    if attn.fused_projections and tokens is None:
-        return attn.to_qkv(hidden_states).chunk(3, dim=-1)
-    if attn.fused_projections:
-        return attn.to_q(hidden_states), *attn.to_kv(tokens).chunk(2, dim=-1)
-    tokens = hidden_states if tokens is None else tokens
-    return attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
 
 
 def _heads(tokens: Tensor, attn: Attention) -> Tensor:
@@ -158,13 +171,16 @@ def accept_token_bias(unet: UNet2DConditionModel, adapted: bool = False) -> None
     processors = unet.attn_processors
     if not all(isinstance(processor, TokenBiasAttention) for processor in processors.values()):
         refuse_other_processors(unet)
-        own = {name: each for name, each in processors.items() if isinstance(each, TokenBiasAttention)}
-        unet.set_attn_processor({name: own.get(name, TokenBiasAttention()) for name in processors})
+        unet.set_attn_processor({name: _with_bias(each) for name, each in processors.items()})
     if adapted and not any(processor.to_k_ip for processor in unet.attn_processors.values()):
         raise UsageError(
             "the UNet's attention processors were replaced after use_ip_adapter, and those of the IP-Adapter with "
             "them: call use_ip_adapter again, after what replaces processors"
         )
+
+
+def _with_bias(processor: Any) -> TokenBiasAttention:
+    return processor if isinstance(processor, TokenBiasAttention) else TokenBiasAttention.in_place_of(processor)
 
 
 def refuse_other_processors(unet: UNet2DConditionModel) -> None:

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from vcf_batch.config import Sampling
+from vcf_batch.config import MAX_STEPS, Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.arguments import References, fuse_references, generators_of, per_sample, tell_unknown
 from vcf_batch.vcf.fusion import Conditioning, condition
@@ -59,7 +59,7 @@ def call(
     return_dict: bool = True,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-) -> StableDiffusionPipelineOutput | tuple[Any, None]:
+) -> StableDiffusionPipelineOutput | Any:
     """Generate as other pipelines of diffusers do.
 
     Without references, or at strength 0, the images are those of ``StableDiffusionPipeline`` with the same components,
@@ -114,6 +114,8 @@ def call(
     """
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    if num_inference_steps is not None and not 1 <= num_inference_steps <= MAX_STEPS:
+        raise UsageError(f"num_inference_steps is {num_inference_steps}; it must be between 1 and {MAX_STEPS}")
     if num_images_per_prompt < 1:
         raise UsageError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more")
     if not 0 <= guidance_rescale <= 1:

@@ -179,7 +179,7 @@ def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> nn.
     for number, (name, before) in enumerate(unet.attn_processors.items()):
         linears = [_linear(tensors[f"{KEYS}{number}.to_{kind}_ip.weight"]) for kind in "kv" if number % 2]
         keys.extend(linears)
-        processors[name] = TokenBiasAttention(getattr(before, "kernel", None), *linears)
+        processors[name] = TokenBiasAttention.in_place_of(before, *linears)
     unet.set_attn_processor(processors)
     return keys
 

@@ -347,16 +347,11 @@ class VCFPipeline(StableDiffusionPipeline):
             seeds = [each if isinstance(each, Generator) else Generator().manual_seed(each) for each in seeds]
             count = len(seeds)
         if latents is not None:
-            wanted = [
-                count,
-                *(
-                    own if given else found
-                    for own, given, found in zip(shape, (True, height, width), latents.shape[1:], strict=True)
-                ),
-            ]
-            if [*latents.shape] != wanted:
-                raise UsageError(f"latents has the shape {[*latents.shape]}; it must have {wanted}")
-            shape = wanted[1:]
+            found = [*latents.shape]
+            if height is None and width is None and len(found) == 4:
+                shape = [shape[0], *found[2:]]
+            if found != [count, *shape]:
+                raise UsageError(f"latents has the shape {found}; it must have {[count, *shape]}")
         noise = [] if latents is None else [latents.float()]
         noise += [draw(seeds, shape, count) for _ in range(1 + added - len(noise))]
         return upload(torch.stack([each.to(noise[-1].device) for each in noise], dim=1), self._execution_device)

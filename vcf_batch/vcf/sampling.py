@@ -67,41 +67,46 @@ def prepare_scheduler(own: Any, sampling: Sampling) -> Any:
     """
     assert sampling.steps is not None
     name = type(own).__name__
-    if sampling.scheduler is None:
-        if not all(hasattr(own, each) for each in ("scale_model_input", "init_noise_sigma", "step")):
-            raise ModelError(f"{name} does not denoise a Stable Diffusion; set another one as the pipeline's scheduler")
-        if sampling.eta and "eta" not in _parameters(own):
-            raise UsageError(f"eta is {sampling.eta:g}; {name} takes 0 only: use a DDIMScheduler")
-        scheduler, before = own, torch.get_rng_state()
-    else:
+    if sampling.scheduler is not None:
         # A scheduler that was not loaded has no class in its configuration.
-        scheduler, before = make_scheduler(sampling.scheduler, {**own.config, "_class_name": name}), None
-    set_steps(scheduler, sampling.steps, sampling.eta)
-    drawn = before is not None and not _takes_generators(own) and not before.equal(torch.get_rng_state())
-    if scheduler is own and (name in _OWN_NOISE or drawn):
+        scheduler = make_scheduler(sampling.scheduler, {**own.config, "_class_name": name})
+        set_steps(scheduler, sampling.steps, sampling.eta)
+        return scheduler
+    if not all(hasattr(own, each) for each in ("scale_model_input", "init_noise_sigma", "step")):
+        raise ModelError(f"{name} does not denoise a Stable Diffusion; set another one as the pipeline's scheduler")
+    takes, before = _parameters(own), torch.get_rng_state()
+    if sampling.eta and not takes >= {"eta", "variance_noise"}:
+        raise UsageError(f"eta is {sampling.eta:g}; {name} takes 0 only: use a DDIMScheduler")
+    remedy = "use fewer steps, or set another one as the pipeline's scheduler"
+    set_steps(own, sampling.steps, sampling.eta, remedy)
+    if name in _OWN_NOISE or not ("generator" in takes or before.equal(torch.get_rng_state())):
         raise UsageError(
             f"{name} draws noise of its own, so that an image would depend on its neighbours in the batch; use one "
             "that takes generators, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
         )
-    return scheduler
+    return own
 
 
 def _parameters(scheduler: Any) -> frozenset[str]:
     """Names of the parameters of a scheduler's ``step``."""
-    return frozenset(inspect.signature(scheduler.step).parameters)
+    return _parameters_of(type(scheduler).step)
 
 
-def _takes_generators(scheduler: Any) -> bool:
-    return "generator" in _parameters(scheduler)
+@functools.cache
+def _parameters_of(step: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(step).parameters)
 
 
-def set_steps(scheduler: Any, steps: int, eta: float = 0) -> None:
+def set_steps(
+    scheduler: Any, steps: int, eta: float = 0, remedy: str = "use fewer --steps, or another --scheduler"
+) -> None:
     """Set the number of steps of a scheduler. They are tried first, on a single number.
 
     Args:
         scheduler: a new one, or one that has sampled before.
         steps: number of denoising steps.
         eta: share of new noise in each step.
+        remedy: what to do about steps that it cannot take, for the message.
 
     Raises:
         UsageError: the schedule has fewer steps, or the scheduler cannot take this number of steps.
@@ -116,8 +121,7 @@ def set_steps(scheduler: Any, steps: int, eta: float = 0) -> None:
     except Exception as error:  # schedulers have no common error type
         raise UsageError(
             f"steps is {steps}, which {type(scheduler).__name__} cannot take with the model's timestep_spacing "
-            f"{config.get('timestep_spacing')!r} and prediction_type {config.prediction_type!r}: {error}; use fewer "
-            "--steps, or another --scheduler"
+            f"{config.get('timestep_spacing')!r} and prediction_type {config.prediction_type!r}: {error}; {remedy}"
         ) from error
 
 
@@ -144,7 +148,7 @@ def _try_out(scheduler: Any, eta: float) -> None:
     """
     one = torch.ones(1, 1, 1, 1)
     latents = one * scheduler.init_noise_sigma
-    generator = Generator() if _takes_generators(scheduler) else None
+    generator = Generator()
     for timestep in scheduler.timesteps:
         if not 0 <= timestep < scheduler.config.num_train_timesteps:
             raise ValueError(f"there is no timestep {timestep.item():g}")
@@ -167,11 +171,12 @@ def _step(
 
     The noise is used only if ``eta`` is above 0, and the generators only by schedulers that draw noise by themselves.
     """
-    settings: dict[str, Any] = {}
+    takes = _parameters(scheduler)
+    settings: dict[str, Any] = {"eta": min(eta, MAX_ETA)} if "eta" in takes else {}
     if eta:
-        settings = {"eta": min(eta, MAX_ETA), "variance_noise": noise}
-    elif generators is not None:
-        settings = {"generator": generators if isinstance(generators, Generator) else [*generators]}
+        settings["variance_noise"] = noise
+    elif generators is not None and "generator" in takes:
+        settings["generator"] = generators if isinstance(generators, Generator) else [*generators]
     return cast(Tensor, scheduler.step(prediction, timestep, latents, return_dict=False, **settings)[0])
 
 
@@ -236,7 +241,6 @@ def denoise(
     scale, any_guided = scales(guidance_scale)
     initial, *added = noise.float().unbind(1)
     latents = initial * scheduler.init_noise_sigma
-    generators = generators if _takes_generators(scheduler) else None
     selected: tuple[tuple[bool, ...], bool] | None = None
     computed: tuple[bool, bool] | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
