@@ -199,7 +199,7 @@ def test_processors_of_somebodys_own_are_refused_where_they_would_be_dropped(tmp
     """By name, and with the way back: for a strength, when the pipeline is set up, and for an IP-Adapter."""
     pipeline = build_pipeline()
     adapter = _adapter(tmp_path, pipeline)
-    message = r"down_blocks\.0.* of the UNet is Halved, which cannot take .*set_default_attn_processor\(\)"
+    message = r"down_blocks\.0.* of the UNet is Halved, which cannot take .*set_attn_processor\(AttnProcessor2_0\(\)\)"
 
     def refused() -> None:
         with pytest.raises(UsageError, match=message):
@@ -211,7 +211,8 @@ def test_processors_of_somebodys_own_are_refused_where_they_would_be_dropped(tmp
 
     pipeline.unet.set_attn_processor(Halved())
     refused()
-    pipeline.unet.set_default_attn_processor()
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    pipeline.generate(["a cat"], [PICTURE], seeds=[1], strength=0.5)
     pipeline.enable_attention_slicing(1)
     message = "SlicedAttnProcessor, which cannot take"
     refused()

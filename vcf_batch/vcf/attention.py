@@ -193,7 +193,7 @@ def refuse_other_processors(unet: UNet2DConditionModel) -> None:
         if type(processor) not in (TokenBiasAttention, *_REPLACED):
             raise UsageError(
                 f"{name} of the UNet is {type(processor).__name__}, which cannot take the strength of references: call "
-                "pipeline.unet.set_default_attn_processor(), or generate from prompts alone"
+                "pipeline.unet.set_attn_processor(AttnProcessor2_0()) of diffusers, or generate from prompts alone"
             )
 
 
