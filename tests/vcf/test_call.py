@@ -1,4 +1,4 @@
-"""Calling VCFPipeline as diffusers' pipelines are called: against StableDiffusionPipeline, and by their tests."""
+"""Calling VCFPipeline as diffusers' pipelines are called: equality with StableDiffusionPipeline."""
 
 import inspect
 from collections.abc import Iterator
@@ -22,19 +22,8 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 PROMPTS = ["a red cat", "a blue dog"]
 FOUR: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "pt"}
 
-EXCEPTIONS = {
-    "test_pipeline_call_signature": "there is no cross_attention_kwargs: the strength of references takes that way",
-    "test_karras_schedulers_shape": "DPMSolverSDEScheduler draws noise of its own, and EDMEulerScheduler is for models "
-    "of another kind: both are refused by name; all other schedulers pass",
-    "test_encode_prompt_works_in_isolation": "passes once the class is also in diffusers.pipelines, where the test "
-    "looks for its source",
-}
-"""Tests of diffusers' PipelineTesterMixin, PipelineLatentTesterMixin, PipelineKarrasSchedulerTesterMixin and
-SDFunctionTesterMixin that this pipeline does not pass as they are, each with its reason. The mixins are no part of the
-installed diffusers, so what they ask for is asked here again, below."""
-
 UNKNOWN_HERE = {
-    "cross_attention_kwargs": EXCEPTIONS["test_pipeline_call_signature"],
+    "cross_attention_kwargs": "the strength of references gets to the attention by it",
     "ip_adapter_image": "references with fusion='ip_adapter', after use_ip_adapter",
     "ip_adapter_image_embeds": "references with fusion='ip_adapter', after use_ip_adapter",
     "timesteps": "the scheduler sets the timesteps",
@@ -446,7 +435,7 @@ def test_wrong_values_are_refused(pipeline: VCFPipeline, settings: dict[str, Any
         pipeline(**{"prompt": "a"} | settings)
 
 
-# What the mixins ask for besides
+# Results, and pipelines without some parts
 
 
 def test_result_types(pipeline: VCFPipeline) -> None:
