@@ -249,6 +249,14 @@ def test_further_images_of_a_prompt_are_further_draws(pipeline: VCFPipeline) -> 
     torch.testing.assert_close(each[[0, 2]], first, atol=1e-4, rtol=0)
 
 
+def test_numbers_may_be_numpys(pipeline: VCFPipeline) -> None:
+    expected = pipeline("a", seed=3, **FOUR).images
+    one: dict[str, Any] = {"seed": np.int64(3), "guidance_scale": np.float32(5)}
+    several: dict[str, Any] = {"seed": np.arange(3, 4), "guidance_scale": np.array([5.0])}
+    assert torch.equal(pipeline("a", **FOUR | one).images, expected)
+    assert torch.equal(pipeline(["a"], **FOUR | several).images, expected)
+
+
 def test_a_generator_goes_on_where_it_is(pipeline: VCFPipeline) -> None:
     generator = torch.Generator().manual_seed(1)
     first, second = (pipeline("a", generator=generator, **FOUR).images for _ in range(2))
@@ -322,6 +330,18 @@ def test_callback_changes_guidance_and_tokens_with_effect(pipeline: VCFPipeline)
     settings: dict[str, Any] = {"seed": [1, 2], "callback_on_step_end_tensor_inputs": ["negative_prompt_embeds"]}
     changed = pipeline(PROMPTS, callback_on_step_end=avoid, **settings, **FOUR).images
     assert not torch.equal(changed, pipeline(PROMPTS, seed=[1, 2], **FOUR).images)
+
+
+def test_callback_turns_guidance_on(pipeline: VCFPipeline) -> None:
+    """From the first step on, with the negative prompt: all but the first step of a guided call."""
+
+    def guide(pipe: VCFPipeline, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 5.0
+        return tensors
+
+    settings: dict[str, Any] = FOUR | {"seed": 1, "negative_prompt": "ugly"}
+    found = pipeline("a", callback_on_step_end=guide, **settings | {"guidance_scale": 1.0}).images
+    torch.testing.assert_close(found, pipeline("a", guidance_hi=0.7, **settings).images, atol=1e-5, rtol=0)
 
 
 def test_callback_interrupts(pipeline: VCFPipeline) -> None:

@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ def per_sample(name: str, value: Any, count: int) -> list[Any]:
     Raises:
         UsageError: the sequence has another length.
     """
-    if value is None or isinstance(value, str | int | float | Image.Image):
+    if value is None or isinstance(value, str | Real | Image.Image):
         return [value] * count
     values = list(value)
     if len(values) != count:
@@ -90,13 +91,13 @@ def generators_of(
                 f"generator has {len(generator)} generators for {count} images; give one for each image, or one for all"
             )
         return list(generator)
-    seed = 0 if seed is None else seed
-    if images > 1 and not isinstance(seed, int) and len(seed) == count:
-        seeds = list(seed)
+    given: Any = 0 if seed is None else seed
+    if images > 1 and not isinstance(given, Real) and len(given) == count:
+        seeds = list(given)
     else:
-        of_prompts = per_sample("seed", seed, prompts)
+        of_prompts = per_sample("seed", given, prompts)
         seeds = [sharding.draw_seed(own, draw) for own in of_prompts for draw in range(images)]
-    return [Generator().manual_seed(own) for own in seeds]
+    return [Generator().manual_seed(int(own)) for own in seeds]
 
 
 def draw(generators: Generators, shape: Sequence[int], count: int | None) -> Tensor:

@@ -135,13 +135,11 @@ def call(
         raise UsageError("prompt is empty; give at least one prompt")
     scales = guided_scales(self.scales(guidance_scale, count))
     device, images = self._execution_device, num_images_per_prompt
-    positive = self.encode_prompts(prompt, clip_skip) if prompt_embeds is None else prompt_embeds.to(device)  # type: ignore[arg-type]
+    positive = prompt_embeds.to(device) if prompt is None else _encode(self, prompt, clip_skip)  # type: ignore[union-attr]
     if negative_prompt_embeds is not None:
         negative = negative_prompt_embeds.to(device)
-    elif any(scale != 1 for scale in scales):
-        negatives = [text or "" for text in per_sample("negative_prompt", negative_prompt, count)]
-        distinct = [*dict.fromkeys(negatives)]
-        negative = self.encode_prompts(distinct)[[distinct.index(text) for text in negatives]]
+    elif any(scale != 1 for scale in scales) or (callback_on_step_end and self.text_encoder is not None):
+        negative = _encode(self, [text or "" for text in per_sample("negative_prompt", negative_prompt, count)])
     else:
         negative = torch.zeros_like(positive)
     if negative.shape != positive.shape:
@@ -205,6 +203,12 @@ def call(
         result = self.image_processor.numpy_to_pil(result)
     self.maybe_free_model_hooks()
     return StableDiffusionPipelineOutput(result, None) if return_dict else (result, None)
+
+
+def _encode(pipeline: "VCFPipeline", texts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+    """Tokens of texts, each distinct one encoded once."""
+    distinct = [*dict.fromkeys(texts)]
+    return pipeline.encode_prompts(distinct, clip_skip)[[distinct.index(text) for text in texts]]
 
 
 class StepEnd:
