@@ -404,6 +404,7 @@ def test_the_signature_has_every_argument() -> None:
 @pytest.mark.parametrize(
     ("name", "near"),
     [
+        ("guidance", "guidance_scale"),
         ("guidance_scales", "guidance_scale"),
         ("num_steps", "num_inference_steps"),
         ("seeds", "seed"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 
@@ -482,6 +482,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         VCFPipeline(**{**parts, "aligner": ImageAligner(VISION_WIDTH, 64)})
     with pytest.raises(ModelError, match="reads tokens of width 40, but the image encoder gives width 48"):
         VCFPipeline(**{**parts, "aligner": ImageAligner(40, TEXT_WIDTH)})
+    distilled = UNet2DConditionModel.from_config(parts["unet"].config, time_cond_proj_dim=8)
+    with pytest.raises(ModelError, match=r"time_cond_proj_dim is 8.*; use a model without distillation"):
+        VCFPipeline(**{**parts, "unet": distilled})
     with pytest.raises(ModelError, match="runs no safety checker"):
         VCFPipeline(**{**parts, "safety_checker": torch.nn.Identity()})
 

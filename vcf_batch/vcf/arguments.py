@@ -41,7 +41,8 @@ def tell_unknown(method: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1, 0.5)
+                longer = [each for each in known if each.startswith(name)]
+                near = longer or difflib.get_close_matches(name, known, 1, 0.5)
                 raise TypeError(
                     f"there is no argument {name!r}"
                     + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")

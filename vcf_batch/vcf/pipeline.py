@@ -68,7 +68,8 @@ class VCFPipeline(StableDiffusionPipeline):
             paper's 1. The other fusions keep the paper's 0.3.
 
     Raises:
-        ModelError: aligner, vision tower and UNet do not fit each other, or there is a safety checker.
+        ModelError: aligner, vision tower and UNet do not fit each other, the UNet is of a distilled model, or there is
+            a safety checker.
     """
 
     ip_adapter: IPAdapter | None = None
@@ -96,6 +97,11 @@ class VCFPipeline(StableDiffusionPipeline):
         if safety_checker is not None:
             raise ModelError(
                 "VCFPipeline runs no safety checker; pass safety_checker=None and check its output instead"
+            )
+        if unet is not None and (width := unet.config.time_cond_proj_dim) is not None:
+            raise ModelError(
+                f"the UNet takes the guidance scale as an input (its time_cond_proj_dim is {width}), as models distilled "
+                "for few steps do; use a model without distillation"
             )
         default_strengths(default_strength)  # checks the limits
         if tokenizer is not None:
