@@ -86,7 +86,8 @@ def call(
         num_inference_steps: 1 to 1000; None is the model's default.
         guidance_scale: 1 or less is no guidance, as in diffusers; None is the model's default.
         guidance_lo, guidance_hi: the part of the schedule that is guided, as fractions.
-        guidance_rescale: 0 to 1: :func:`vcf_batch.vcf.sampling.denoise`.
+        guidance_rescale: share, 0 to 1, of rescaling each guided prediction to the deviation of the prompt's own: Lin
+            et al. 2023 (arXiv 2305.08891), section 3.4.
         deep_cache: number of steps that share one output of the UNet's deep blocks: :class:`vcf_batch.config.Sampling`.
         scheduler: ``ddim``, ``dpm++`` or ``euler``, with the noise schedule of the pipeline's own; None is the
             pipeline's own :attr:`scheduler`.
@@ -133,7 +134,7 @@ def call(
     count = len(prompt if prompt_embeds is None else prompt_embeds)  # type: ignore[arg-type]
     if not count:
         raise UsageError("prompt is empty; give at least one prompt")
-    scales = guided_scales(self.scales(guidance_scale, count))
+    scales = guided_scales(self._scales(guidance_scale, count))
     device, images = self._execution_device, num_images_per_prompt
     positive = prompt_embeds.to(device) if prompt is None else _encode(self, prompt, clip_skip)  # type: ignore[union-attr]
     if negative_prompt_embeds is not None:
@@ -160,7 +161,7 @@ def call(
         unconditional=unconditional,
         image_tokens=image_tokens,
     )
-    sampling = self.with_steps(
+    sampling = self._with_steps(
         Sampling(
             guidance_lo=guidance_lo,
             guidance_hi=guidance_hi,

@@ -100,8 +100,8 @@ class VCFPipeline(StableDiffusionPipeline):
             )
         if unet is not None and (width := unet.config.time_cond_proj_dim) is not None:
             raise ModelError(
-                f"the UNet takes the guidance scale as an input (its time_cond_proj_dim is {width}), as models distilled "
-                "for few steps do; use a model without distillation"
+                f"the UNet takes the guidance scale as an input (its time_cond_proj_dim is {width}), as models "
+                "distilled for few steps do; use a model without distillation"
             )
         default_strengths(default_strength)  # checks the limits
         if tokenizer is not None:
@@ -408,8 +408,8 @@ class VCFPipeline(StableDiffusionPipeline):
             UsageError: a value outside its limits, or a sequence of the wrong length.
         """
         count = len(text_tokens)
-        scales = self.scales(guidance_scale, count)
-        used = self.with_steps(sampling)
+        scales = self._scales(guidance_scale, count)
+        used = self._with_steps(sampling)
         generators = [Generator().manual_seed(seed) for seed in per_sample("seeds", seeds, count)]
         noise = self.draw_noise(generators, used.height, used.width, used.added_noises)
 
@@ -421,12 +421,12 @@ class VCFPipeline(StableDiffusionPipeline):
 
         return sample, noise, condition(text_tokens, negative_tokens, fusions)
 
-    def scales(self, guidance_scale: float | Sequence[float | None] | None, count: int) -> list[float]:
+    def _scales(self, guidance_scale: float | Sequence[float | None] | None, count: int) -> list[float]:
         """The guidance scale of each sample, from one for all or one each; None is the model's default."""
         scales = per_sample("guidance_scale", guidance_scale, count)
         return [self.config.default_guidance_scale if scale is None else scale for scale in scales]
 
-    def with_steps(self, sampling: Sampling) -> Sampling:
+    def _with_steps(self, sampling: Sampling) -> Sampling:
         """The sampling with its number of steps: the given one, else the model's default."""
         return dataclasses.replace(
             sampling, steps=self.config.default_steps if sampling.steps is None else sampling.steps
@@ -474,6 +474,9 @@ class VCFPipeline(StableDiffusionPipeline):
     ) -> Tensor:
         """Generate one image per prompt. Each distinct prompt and each distinct image object is encoded once.
 
+        Arguments that calling the pipeline has, too, mean the same there. One with a value per prompt may also be a
+        single value for all, except ``prompts`` and ``seeds``.
+
         Args:
             prompts: B prompts.
             references: for each prompt one image, several, or None for text only. None is text only throughout.
@@ -482,9 +485,6 @@ class VCFPipeline(StableDiffusionPipeline):
             reference_weights: for each prompt one weight per reference; None is equal weights.
             guidance_scale: 1 is no guidance, 0 the unconditional side alone; None is the model's default.
             steps: number of denoising steps; None is the model's default.
-
-        The other arguments are those of calling the pipeline: :func:`vcf_batch.vcf.call.call`. One with a value per
-        prompt may also be a single value for all, except ``prompts`` and ``seeds``.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
