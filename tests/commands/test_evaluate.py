@@ -173,6 +173,14 @@ def test_the_models_of_an_evaluation_may_be_named(tmp_path: Path) -> None:
     assert [row["method"] for row in pq.read_table(config.manifest).to_pylist()] == ["text only"] + ["IP-Adapter"] * 2
 
 
+@pytest.mark.parametrize("wrong", [{"seeds": 0}, {"pairs": 0}, {"pairs": 1.5}, {"pno_samples": -1}], ids=str)
+def test_numbers_that_make_no_evaluation_leave_the_folder_as_it_was(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UsageError, match=rf"{name} is .*; it must be a whole number of"):
+        vcf_batch.evaluate(tmp_path / "out", model="tiny", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 def test_own_prompts_meet_every_reference(model: Path, tmp_path: Path) -> None:
     config = RunConfig(manifest=str(tmp_path / "manifest.parquet"), output=str(tmp_path / "samples"), model=str(model))
     evaluate.write_manifest(

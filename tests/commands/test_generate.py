@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -106,6 +107,22 @@ def test_the_same_rows_are_the_same_run(tmp_path: Path) -> None:
     before = runs.data_files(output)
     assert configured(pd.DataFrame(COLUMNS, index=[7, 8]), output).manifest == manifest
     assert runs.data_files(output) == before and [*verify.check(Output(str(output)))] == []
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        FRAME.astype(object),
+        FRAME.astype("string[python]"),
+        pa.table(COLUMNS),
+        polars.DataFrame(COLUMNS),
+        pa.table({name: pa.array(values, pa.string_view()) for name, values in COLUMNS.items()}),
+    ],
+    ids=["objects", "pandas strings", "pyarrow", "polars", "views"],
+)
+def test_the_same_texts_of_another_type_are_the_same_run(table: Any, tmp_path: Path) -> None:
+    """Another library, or another version of one, chooses another type of text."""
+    assert configured(table, tmp_path / "out").manifest == configured(FRAME, tmp_path / "out").manifest
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_rows_come_in_the_order_of_the_manifest_with_the_values_of_the_parquets(
     assert [*opened(output).rows()] == runs.rows_of(output)
 
 
+def test_an_output_may_be_named_by_a_path(output: Path) -> None:
+    assert Output(str(output)).url == Output(Path(output)).url
+    with pytest.raises(UsageError, match="the output is 5, a int; give a folder or URL"):
+        Output(5)  # type: ignore[arg-type]
+
+
 def test_a_condition_selects_rows(output: Path) -> None:
     """It is that of `repair`: SQL over the columns, carried ones too."""
     found = opened(output)

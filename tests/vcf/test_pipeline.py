@@ -547,3 +547,12 @@ def test_wrong_values_are_refused(epsilon: VCFPipeline, settings: dict, message:
 def test_no_prompts_is_refused(epsilon: VCFPipeline) -> None:
     with pytest.raises(UsageError, match="prompts is empty"):
         epsilon.generate([], seeds=[])
+
+
+@pytest.mark.parametrize("given", [{}, {"torch_dtype": torch.bfloat16}, {"dtype": torch.bfloat16}], ids=str)
+def test_every_part_has_one_dtype_however_it_is_stored(given: dict[str, Any]) -> None:
+    """That of float32 if none is given. Some parts of ``tiny`` are stored in 16 bits."""
+    pipeline = VCFPipeline.from_pretrained("tiny", **given)
+    expected = next(iter(given.values()), torch.float32)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder, pipeline.aligner)
+    assert {part.dtype for part in parts} == {expected}

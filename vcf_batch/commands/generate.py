@@ -73,9 +73,8 @@ def configured(manifest: ManifestLike, output: str | os.PathLike[str] | None, se
     if isinstance(manifest, str | os.PathLike):
         return RunConfig.from_mapping({**values, "manifest": os.fspath(manifest)})
     table = _table(manifest)
-    config = RunConfig.from_mapping(
-        {**values, "manifest": TABLES}
-    )  # the settings are checked before anything is written
+    # The settings are checked before anything is written.
+    config = RunConfig.from_mapping({**values, "manifest": TABLES})
     return _written(table, config)
 
 
@@ -106,7 +105,21 @@ def _table(given: Any) -> pa.Table:
         ) from error
     if not table.num_rows:
         raise ManifestError("the table has no rows; there is nothing to generate")
-    return table.replace_schema_metadata(None)
+    # Libraries, and their versions, choose among types of text that mean the same.
+    return table.cast(pa.schema([pa.field(field.name, _plain(field.type)) for field in table.schema]))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The simplest type with the same values."""
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, _plain(field.type)) for field in kind])
+    return kind
 
 
 def _written(table: pa.Table, config: RunConfig) -> RunConfig:
