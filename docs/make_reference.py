@@ -1,4 +1,4 @@
-"""Write docs/reference.md, commands and columns as the code has them: ``make reference``."""
+"""Write docs/reference.md, commands and columns as the code has them, and docs/api.md: ``make reference``."""
 
 import inspect
 import re
@@ -75,4 +75,7 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
+    import make_api
+
     PAGE.write_text(reference() + "\n")
+    make_api.PAGE.write_text(make_api.api())

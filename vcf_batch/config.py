@@ -2,14 +2,16 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
+import os
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -369,19 +371,7 @@ class RunConfig:
         Raises:
             UsageError: an unknown name, a missing one, or a value outside its limits.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            known = ", ".join(name for name in fields if name not in SETTLED)
-            raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; known are: {known}")
-        missing = [name for name in ("manifest", "output") if not values.get(name)]
-        if missing:
-            raise UsageError(f"{missing[0]} is missing: give it on the command line or in the configuration file")
-        for name, value in values.items():
-            expected = fields[name].type
-            if not _is_a(value, expected):
-                raise UsageError(f"{name} is {_SHORT.repr(value)}; it must be {_in_words(expected)}")
-        return cls(**values)
+        return cls(**checked_values(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
@@ -390,6 +380,55 @@ class RunConfig:
     def replace(self, **changes: Any) -> "RunConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+
+def checked_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for the fields of a configuration, a dataclass such as :class:`RunConfig`. Paths become texts.
+
+    Raises:
+        UsageError: an unknown name, a missing one, or a value of another type than its field's.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        known = ", ".join(name for name in fields if name not in SETTLED)
+        raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; known are: {known}")
+    required = (name for name, field in fields.items() if field.default is dataclasses.MISSING)
+    missing = [name for name in required if not values.get(name)]
+    if missing:
+        raise UsageError(f"{missing[0]} is missing: give it on the command line or in the configuration file")
+    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in values.items()}
+    for name, value in given.items():
+        expected = fields[name].type
+        if not _is_a(value, expected):
+            raise UsageError(f"{name} is {_SHORT.repr(value)}; it must be {_in_words(expected)}")
+    return given
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def with_settings_of(kind: type, left_out: frozenset[str] = frozenset()) -> Callable[[_Function], _Function]:
+    """Give a function with ``**settings`` the signature of a configuration, for ``help()`` and editors.
+
+    Args:
+        kind: the configuration, a dataclass.
+        left_out: fields that the function decides itself.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        own = [each for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
+        names = {each.name for each in own} | left_out | SETTLED
+        settings = [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in dataclasses.fields(kind)
+            if field.name not in names
+        ]
+        signature = inspect.signature(function).replace(parameters=[*own, *settings])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 COLUMN_SETTINGS = {
@@ -406,6 +445,18 @@ _SHORT.maxstring = 1000
 
 SETTLED = frozenset({"default_strengths"})
 """Fields of :class:`RunConfig` that are no options: only the settling of defaults fills them in."""
+
+EVALUATED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated; 1 is the paper's."""
+
+DECIDED_BY_EVALUATION = frozenset(
+    {
+        *("manifest", "output", *COLUMN_SETTINGS.values(), "carry"),
+        *("fusion", "strength", "pno_steps", "seed", "limit"),
+        *("triplets", "safety_checker", "attempts", "best_by", *GATES),
+    }
+)
+"""Settings of a run that an evaluation decides: what is compared is not selected."""
 
 NOT_CONTENT = frozenset(
     {

@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 from diffusers import UNet2DConditionModel
 
+import vcf_batch
 from support import hub_server, ip_adapters, runs, sd_layouts
+from vcf_batch import pool
 from vcf_batch.cli import main
 from vcf_batch.commands import evaluate
 from vcf_batch.config import RunConfig
@@ -137,7 +139,7 @@ def test_an_ip_adapter_is_a_method_with_and_without_an_aligner(model: Path, tmp_
         )
         config = evaluate.write_manifest(config, 1, 1, [0.5], 1, 0)
         runs.run_here(config)
-        table = evaluate.tabulate(config)
+        table = evaluate.tabulate(config).table
         lines = json.loads((tmp_path / "results.json").read_text())["methods"]
         found[name] = [(line["method"], line["strength"]) for line in lines]
         assert "IP-Adapter" in table
@@ -258,3 +260,30 @@ def test_an_evaluation_without_samples_is_no_table(model: Path, tmp_path: Path) 
     config = RunConfig(manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "samples"), model=str(model))
     with pytest.raises(UsageError, match="no picture of text only"):
         evaluate.tabulate(config)
+
+
+def test_python_gets_the_evaluation_of_the_command(
+    out: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pairs, noise and methods, and so the same table; its text is the table too."""
+    monkeypatch.setattr(pool, "run", runs.run_here, raising=False)
+    settings: dict[str, Any] = {"steps": 2, "gpus_per_worker": 0, "shard_size": 100, **runs.SIZE}
+    sizes: dict[str, Any] = {"pairs": PAIRS, "seeds": SEEDS, "strengths": [0.5], "pno_steps": 1, "pno_samples": 2}
+    found = vcf_batch.evaluate(tmp_path, model=model, **sizes, **settings)
+    assert found.table == str(found) == found._repr_markdown_() == (tmp_path / "table.md").read_text()
+    assert found.table == (out / "table.md").read_text() and found.out == str(tmp_path)
+    assert {line.method for line in found.lines} >= {"text only", "concat"}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"strength": 0.5}, "an evaluation decides strength itself: leave it out"),
+        ({"prompts": ["a"]}, "give --prompts and --references together"),
+        ({"prompts": ["a"], "references": "r", "prompt_column": "p"}, "--prompt-column p names a column"),
+        ({"stepz": 3}, "unknown setting 'stepz'"),
+    ],
+)
+def test_python_is_told_what_an_evaluation_does_not_take(given: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
+        vcf_batch.evaluate(tmp_path, **given)

@@ -1,17 +1,22 @@
 """A preview shows what a run would make, in several ways, and leaves nothing but a picture."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
 from PIL import Image
 
+import vcf_batch
 from support import runs
 from vcf_batch.commands import preview
-from vcf_batch.commands.preview import variants
+from vcf_batch.commands.preview import parsed, variants
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.report import contact_sheet
@@ -26,13 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sweeps_are_multiplied() -> None:
-    assert variants(["strength=0,0.5", "fusion=naive, concat"], CONFIG) == [
+    assert variants(parsed(["strength=0,0.5", "fusion=naive, concat"]), CONFIG) == [
         {"strength": 0.0, "fusion": "naive"},
         {"strength": 0.0, "fusion": "concat"},
         {"strength": 0.5, "fusion": "naive"},
         {"strength": 0.5, "fusion": "concat"},
     ]
-    assert variants([], CONFIG) == [{}]
+    assert variants(parsed([]), CONFIG) == [{}]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,7 @@ def test_sweeps_are_multiplied() -> None:
 )
 def test_what_cannot_be_swept_is_refused(sweep: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        variants([sweep], CONFIG)
+        variants(parsed([sweep]), CONFIG)
 
 
 def test_the_command_writes_the_picture_and_nothing_else(tmp_path: Path, model: Path) -> None:
@@ -83,9 +88,49 @@ def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, mon
         return generate(components, rows, *others, **how)
 
     monkeypatch.setattr(preview, "Generation", count)
-    columns = [preview.TEXT_ONLY_COLUMN, *variants(["strength=0,1", "fusion=naive,concat"], CONFIG)]
+    columns = [preview.TEXT_ONLY_COLUMN, *variants(parsed(["strength=0,1", "fusion=naive,concat"]), CONFIG)]
     samples = preview._generated(loaded.components, [preview._changed(row, column) for column in columns])
     assert drawn == [3]
     images = [sample.image for sample in samples]
     assert images[0] == images[1] == images[2]
     assert len(set(images)) == 3
+
+
+def test_python_gets_the_picture_of_the_command_and_its_process_back(tmp_path: Path, model: Path) -> None:
+    """From a table, with nothing written; threads, environment, and torch's and the libraries' settings stay."""
+
+    def state() -> tuple[Any, ...]:
+        return (
+            dict(os.environ),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            transformers.utils.logging.get_verbosity(),
+            transformers.utils.logging.is_progress_bar_enabled(),
+        )
+
+    manifest = runs.write_manifest(tmp_path / "in", 2)
+    settings: dict[str, Any] = {"model": str(model), "steps": 2, "lpips": "none", **runs.SIZE}
+    before, files = state(), {*tmp_path.rglob("*")}
+    picture = vcf_batch.preview(manifest, 1, {"strength": [0.5, 1], "fusion": ["naive"]}, **settings)
+    assert picture.width == 4 * (contact_sheet.TILE + 8) + 8
+    config = RunConfig(manifest=str(manifest), output="o", **settings)
+    assert vcf_batch.preview(config, 1, {"strength": (0.5, 1.0), "fusion": ("naive",)}).tobytes() == picture.tobytes()
+    table = pq.read_table(manifest).drop(["reference"])
+    assert vcf_batch.preview(table, 1, **settings).width == 3 * (contact_sheet.TILE + 8) + 8
+    assert state() == before and {*tmp_path.rglob("*")} == files
+
+
+@pytest.mark.parametrize(
+    ("sweep", "reason"),
+    [
+        ({"steps": [1]}, "sweep 'steps': .*; give one of strength, fusion"),
+        ({"strength": "0,1"}, "and a list of its values"),
+        ({"strength": ["much"]}, "strength is 'much'; it must be a number or null"),
+        ({"pno_steps": [1.5]}, "pno_steps is 1.5; it must be a whole number"),
+        ({"strength": [-1]}, "strength is -1.0; it must be between 0"),
+    ],
+)
+def test_python_is_told_what_cannot_be_swept(sweep: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        variants(sweep, CONFIG)

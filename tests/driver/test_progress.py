@@ -3,6 +3,8 @@
 import io
 import logging
 import re
+import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -64,6 +66,20 @@ def test_a_terminal_gets_one_bar() -> None:
         shown.update(40, 1, 1, {"lpips": 0.25})
     assert "40/100" in stream.getvalue()
     assert "1 failed, lpips 0.250, 1 worker" in stream.getvalue()
+
+
+def test_a_notebook_gets_a_bar_though_it_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is known by its shell; IPython in a terminal, or in a script, is none."""
+    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    stream = io.StringIO()
+    with Progress(100, 0, stream) as shown:
+        shown.update(40, 1, 1)
+    assert "40/100" in stream.getvalue()
+    shell.config = {}
+    assert not progress.in_notebook()
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
+    assert not progress.in_notebook()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2s"), (59.9, "59.9s"), (185, "3m 05s"), (3725, "1h 02m")])

@@ -125,6 +125,28 @@ def test_of_two_watchers_the_slower_one_leaves_the_faster_ones_lease_alone(
     assert read(output)["token"] == "faster"
 
 
+def test_a_watcher_that_is_overtaken_after_its_last_look_leaves_the_new_lease_alone(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at a dead owner's lease and the deletion, another driver has taken the output over."""
+    leave(output)
+    monkeypatch.setattr(lease, "_is_gone", lambda owner: owner.get("token") == "t")
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.1)
+    slow, fast, read_lease, looks = Lease(output), Lease(output), lease._read, iter(range(100))
+
+    def overtaken(url: str, name: str = lease.LEASE_NAME) -> bytes | None:
+        found = read_lease(url, name)
+        if name == lease.LEASE_NAME and next(looks) == 1:
+            fast.acquire()
+        return found
+
+    monkeypatch.setattr(lease, "_read", overtaken)
+    with pytest.raises(RefusedError, match="is held by another run, which is alive"):
+        slow.acquire()
+    fast.confirm()
+    assert [name for name in storage.list_files(output) if "tmp" in name] == []
+
+
 @pytest.mark.usefixtures("expiring")
 @pytest.mark.parametrize("data", [b"", b"[1]", b"\xff{", b'{"pid": "x"}'])
 def test_a_damaged_lease_expires_like_any_other(output: str, data: bytes) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import vcf_batch
 from vcf_batch.cli import main
 from vcf_batch.errors import UsageError
 from vcf_batch.training.training_config import TrainingConfig
@@ -36,3 +37,19 @@ def test_the_command_refuses_them_before_it_looks_for_data(arguments: tuple[str,
     """Exit code 2 with the option's name, and no Ray, no model and no traceback."""
     result = CliRunner().invoke(main, ["model", "train", "--model", "m", "--data", "d", "--out", "o", *arguments])
     assert result.exit_code == 2 and f"{arguments[0]} is {arguments[1]}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"epoch": 1}, "unknown setting 'epoch'; known are: model, data"),
+        ({"epochs": "1"}, "epochs is '1'; it must be a whole number"),
+        ({"tokens": "some"}, "--tokens is 'some'; it must be one of all, patches, cls"),
+        ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto"),
+        ({"model": None}, "model is missing"),
+    ],
+)
+def test_python_is_told_what_a_training_does_not_take(given: dict[str, Any], reason: str) -> None:
+    """Before Ray is started or anything is read."""
+    with pytest.raises(UsageError, match=reason):
+        vcf_batch.train_aligner("data", "out", **{"model": "tiny"} | given)

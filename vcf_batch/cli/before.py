@@ -173,6 +173,6 @@ def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, as
     from vcf_batch.commands import preview as previews  # brings what would warn
 
     picture = io.BytesIO()
-    previews.draw(run_config(ctx, output=out), rows, sweeps).save(picture, "png")
+    previews.draw(run_config(ctx, output=out), rows, previews.parsed(sweeps)).save(picture, "png")
     storage.publish_bytes(target := storage.absolute(out), picture.getvalue())
     tell(redact(target), {"picture": redact(target)}, as_json)

@@ -15,30 +15,7 @@ from vcf_batch.commands import known_models
 from vcf_batch.errors import UsageError, printable, redact
 from vcf_batch.training.training_config import TrainingConfig
 
-SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated; 1 is the paper's."""
-
-_DECIDED = (
-    "manifest",
-    "output",
-    "push",
-    "prompt_column",
-    "reference_column",
-    "id_column",
-    "seed_column",
-    "carry",
-    "fusion",
-    "strength",
-    "pno_steps",
-    "seed",
-    "limit",
-    "triplets",
-    "safety_checker",
-    "attempts",
-    "best_by",
-    *settings.GATES,
-)
-"""Settings of a run that an evaluation decides: what is compared is not selected."""
+_DECIDED = {*settings.DECIDED_BY_EVALUATION, "push"}
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
@@ -251,7 +228,7 @@ def assemble(
     "sweep",
     type=float,
     multiple=True,
-    default=SWEEP,
+    default=settings.EVALUATED_STRENGTHS,
     show_default=True,
     help="Evaluate concat, and an IP-Adapter, at this strength too, besides their own strengths. Repeatable.",
 )
@@ -294,19 +271,20 @@ def evaluate(
         raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
     if column is not None and prompts is None:
         raise UsageError(f"--prompt-column {column} names a column of --prompts, which is not given")
-    files = {"manifest": storage.join(out, "manifest.parquet"), "output": storage.join(out, "samples")}
-    config = run_config(ctx, **files, limit=None, pno_steps=0)
     from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
-    from vcf_batch.manifest import image_files  # nor pyarrow
-    from vcf_batch.manifest import prompts as prompt_files
 
-    chosen: Any = pairs
-    if prompts is not None and references is not None:
-        images = image_files.find(references, config.manifest)
-        for line in images.told():
-            click.echo(printable(line), err=True)
-        chosen = evaluation.crossed(prompt_files.read(prompts, column), images.uris)
-        config = config.replace(reference_root=(*config.reference_root, references))
-    config = evaluation.write_manifest(config, chosen, seeds, sweep, pno_steps, pno_samples)
+    config = run_config(ctx, **evaluation.places(out), limit=None, pno_steps=0)
+    config = evaluation.prepared(
+        config,
+        lambda line: click.echo(printable(line), err=True),
+        prompts=prompts,
+        prompt_column=column,
+        references=references,
+        pairs=pairs,
+        seeds=seeds,
+        strengths=sweep,
+        pno_steps=pno_steps,
+        pno_samples=pno_samples,
+    )
     run(config)
-    click.echo("\n" + evaluation.tabulate(config))
+    click.echo("\n" + evaluation.tabulate(config).table)

@@ -10,8 +10,9 @@ picture shows the prompt alone; it is compared with the reference like the other
 import io
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from vcf_batch import images, storage
-from vcf_batch.config import IP_ADAPTER, MAX_PIXELS, REFERENCE_PARTS, RunConfig, default_strengths
-from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch import images, pool, storage
+from vcf_batch.config import (
+    DECIDED_BY_EVALUATION,
+    EVALUATED_STRENGTHS,
+    IP_ADAPTER,
+    MAX_PIXELS,
+    REFERENCE_PARTS,
+    RunConfig,
+    default_strengths,
+    with_settings_of,
+)
+from vcf_batch.errors import RefusedError, UsageError, printable, redact
+from vcf_batch.manifest import image_files
+from vcf_batch.manifest import prompts as prompt_files
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
 from vcf_batch.models import embedded, resolution
 from vcf_batch.models.cache import fetch
@@ -43,6 +55,130 @@ Method = tuple[str, str, float, int | None]
 
 Case = tuple[str, str, int]
 """Prompt, reference and seed. All methods sample the same cases."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """The result of an evaluation. As text, and in a notebook, it is its table."""
+
+    out: str
+    """Folder or URL with ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg``."""
+    lines: tuple[Line, ...]
+    """The methods, each with its scores and their intervals."""
+    table: str
+    """The Markdown of ``table.md``."""
+
+    def __str__(self) -> str:
+        return self.table
+
+    def __repr__(self) -> str:
+        return f"Evaluation({redact(self.out)!r})"
+
+    def _repr_markdown_(self) -> str:
+        return self.table
+
+
+@with_settings_of(RunConfig, DECIDED_BY_EVALUATION)
+def evaluate(
+    out: str | os.PathLike[str],
+    *,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    prompt_column: str | None = None,
+    references: str | os.PathLike[str] | None = None,
+    pairs: int = 64,
+    seeds: int = 1,
+    strengths: Collection[float] = EVALUATED_STRENGTHS,
+    pno_steps: int = 10,
+    pno_samples: int = 16,
+    **settings: Any,
+) -> Evaluation:
+    """Compare text only with each fusion of a model, on the same prompts, references and noise.
+
+    The samples are an ordinary run in the folder ``samples`` of ``out``; the same call again resumes it. It is
+    ``vcf-batch model evaluate``.
+
+    Args:
+        out: folder or URL for manifest, samples, table and plot.
+        prompts: the prompts, or a file of them; each is paired with every reference. Without prompts and references, a
+            model of the tiny family gets pairs from its own world.
+        prompt_column: the column with the prompts, where ``prompts`` is a table.
+        references: folder of reference images.
+        pairs: number of pairs from the tiny model's world, without ``prompts``.
+        seeds: number of images of each pair by each method.
+        strengths: strengths of ``concat``, and of an IP-Adapter, besides their own.
+        pno_steps: steps of prompt-noise optimisation, in the method ``concat + PNO``.
+        pno_samples: number of samples of that method; 0 leaves it out.
+        settings: fields of :class:`RunConfig`, such as ``model``, ``steps`` or ``num_workers``.
+
+    Raises:
+        UsageError: a setting, the prompts, the references or the model cannot be used.
+        RefusedError: ``out`` holds another evaluation, or another driver is at work there.
+        StorageError: the storage failed.
+        VcfBatchError: shards or workers failed again and again.
+        Interrupted: Ctrl-C or SIGTERM. The same call resumes.
+    """
+    if decided := sorted(DECIDED_BY_EVALUATION & settings.keys()):
+        raise UsageError(f"an evaluation decides {decided[0]} itself: leave it out")
+    config = RunConfig.from_mapping({**settings, **places(os.fspath(out)), "pno_steps": 0})
+    config = prepared(
+        config,
+        lambda line: print(printable(line)),
+        prompts=os.fspath(prompts) if isinstance(prompts, os.PathLike) else prompts,
+        prompt_column=prompt_column,
+        references=None if references is None else os.fspath(references),
+        pairs=pairs,
+        seeds=seeds,
+        strengths=strengths,
+        pno_steps=pno_steps,
+        pno_samples=pno_samples,
+    )
+    pool.run(config)
+    return tabulate(config)
+
+
+def places(out: str) -> dict[str, str]:
+    """Manifest and output of an evaluation, by the names of the settings."""
+    return {"manifest": storage.join(out, "manifest.parquet"), "output": storage.join(out, "samples")}
+
+
+def prepared(
+    config: RunConfig,
+    tell: Callable[[str], object],
+    *,
+    prompts: str | Sequence[str] | None,
+    prompt_column: str | None,
+    references: str | None,
+    pairs: int,
+    seeds: int,
+    strengths: Collection[float],
+    pno_steps: int,
+    pno_samples: int,
+) -> RunConfig:
+    """Choose the pairs of an evaluation and write its manifest. For arguments see :func:`evaluate`.
+
+    Args:
+        config: configuration of the run, with the :func:`places` of the evaluation.
+        tell: called with each line about files that are left out.
+
+    Returns:
+        The configuration to run.
+
+    Raises:
+        UsageError, RefusedError, StorageError: see :func:`evaluate`.
+    """
+    if (prompts is None) != (references is None):
+        raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
+    if prompt_column is not None and not isinstance(prompts, str):
+        raise UsageError(f"--prompt-column {prompt_column} names a column of --prompts, which is not given")
+    chosen: Sequence[Mapping[str, Any]] | int = pairs
+    if prompts is not None and references is not None:
+        found = image_files.find(references, config.manifest)
+        for line in found.told():
+            tell(line)
+        texts = prompt_files.read(prompts, prompt_column) if isinstance(prompts, str) else prompts
+        chosen = crossed(texts, found.uris)
+        config = config.replace(reference_root=(*config.reference_root, references))
+    return write_manifest(config, chosen, seeds, strengths, pno_steps, pno_samples)
 
 
 def crossed(prompts: Iterable[str], references: Sequence[str]) -> list[dict[str, Any]]:
@@ -157,16 +293,13 @@ def _publish(url: str, rows: list[dict[str, Any]]) -> None:
             ) from None
 
 
-def tabulate(config: RunConfig) -> str:
+def tabulate(config: RunConfig) -> Evaluation:
     """Compare the methods of an evaluation after its run.
 
     Writes ``table.md``, ``results.json``, ``tradeoff.png`` and ``tradeoff.svg`` beside the run's output.
 
     Args:
         config: the configuration that :func:`write_manifest` returned.
-
-    Returns:
-        The Markdown of ``table.md``.
 
     Raises:
         UsageError: there is no run, or it has no text-only picture.
@@ -197,9 +330,10 @@ def tabulate(config: RunConfig) -> str:
     markdown = f"{_caption(record, base)}\n\n{comparison.tables(lines)}\n"
     files = {f"tradeoff.{kind}": data for kind, data in comparison.plot(lines).items()}
     files |= {"table.md": markdown.encode(), "results.json": json.dumps(results, indent=2).encode()}
+    out = storage.parent(config.output)
     for name, data in files.items():
-        storage.publish_bytes(storage.join(storage.parent(config.output), name), data)
-    return markdown
+        storage.publish_bytes(storage.join(out, name), data)
+    return Evaluation(out, tuple(lines), markdown)
 
 
 def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:

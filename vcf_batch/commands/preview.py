@@ -3,12 +3,15 @@
 import dataclasses
 import io
 import itertools
+import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
 
-from vcf_batch.config import RunConfig
+from vcf_batch.commands.generate import ManifestLike, configured
+from vcf_batch.config import RunConfig, checked_values, with_settings_of
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
@@ -16,6 +19,7 @@ from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, model_check, run_models
 from vcf_batch.setup.job import fusions_of
 from vcf_batch.storage import scratch
+from vcf_batch.vcf.quiet import quietly
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
@@ -40,15 +44,45 @@ Variant = Mapping[str, Any]
 TEXT_ONLY_COLUMN: Variant = {"strength": 0.0, "pno_steps": 0}
 
 
-def variants(sweeps: Sequence[str], config: RunConfig) -> list[Variant]:
-    """All combinations of the swept values.
+@with_settings_of(RunConfig)
+def preview(
+    manifest: ManifestLike,
+    rows: int = 16,
+    sweep: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    **settings: Any,
+) -> Image.Image:
+    """Draw the first rows of a manifest with several settings, side by side in one picture with their scores.
+
+    Its columns are the reference, text only, and each combination of the swept values. A row's images all start from
+    the same noise. It needs no cluster, computes in this process, and writes nothing. It is ``vcf-batch preview``.
+
+    Args:
+        manifest: as :func:`vcf_batch.run` takes it.
+        rows: largest number of rows to draw.
+        sweep: values by setting, such as ``{"strength": [0, 0.5, 1]}``. The settings are ``strength``, ``fusion``,
+            ``fusion_lo``, ``fusion_hi``, ``guidance_scale``, ``pno_steps`` and ``seed``. Without any, one column has
+            the settings of the run.
+        settings: fields of :class:`RunConfig`, such as ``model``.
+
+    Raises:
+        UsageError: a setting, the manifest or the model cannot be used, or there would be too many samples.
+        VcfBatchError: the storage or the network failed.
+    """
+    if rows < 1:
+        raise UsageError(f"rows is {rows}; it must be at least 1")
+    with scratch.temporary("the manifest") as folder, in_process.restored(), quietly():
+        output = None if isinstance(manifest, RunConfig) else os.path.join(folder, "output")
+        return draw(configured(manifest, output, settings), rows, sweep)
+
+
+def parsed(sweeps: Sequence[str]) -> dict[str, list[Any]]:
+    """Values by setting, as ``sweep`` of :func:`preview`.
 
     Args:
         sweeps: each a name and its values, such as ``strength=0,0.5,1``.
-        config: configuration of the run; it checks the limits of each setting.
 
     Raises:
-        UsageError: a name is unknown or repeated, or a value is invalid.
+        UsageError: a name is unknown or repeated, or a value is of another type.
     """
     values: dict[str, list[Any]] = {}
     for sweep in sweeps:
@@ -63,18 +97,41 @@ def variants(sweeps: Sequence[str], config: RunConfig) -> list[Variant]:
             values[name] = [SWEPT[name](value.strip()) for value in listed.split(",")]
         except ValueError as error:
             raise UsageError(f"--sweep {sweep!r}: {error}") from error
-        for value in values[name]:
+    return values
+
+
+def variants(sweep: Mapping[str, Sequence[Any]], config: RunConfig) -> list[Variant]:
+    """All combinations of the swept values.
+
+    Args:
+        sweep: see :func:`preview`.
+        config: configuration of the run; it checks the limits of each setting.
+
+    Raises:
+        UsageError: a name is unknown, or a value is invalid.
+    """
+    values: dict[str, list[Any]] = {}
+    for name, given in sweep.items():
+        if name not in SWEPT or isinstance(given, str):
+            raise UsageError(
+                f"sweep {name!r}: {given!r}; give one of {', '.join(SWEPT)} and a list of its values, such as "
+                "{'strength': [0, 0.5, 1]}"
+            )
+        values[name] = []
+        for value in given:
+            checked_values(RunConfig, {"manifest": "m", "output": "o", name: value})
             config.replace(**{name: value})
+            values[name].append(SWEPT[name](value))
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
+def draw(config: RunConfig, rows: int, sweep: Mapping[str, Sequence[Any]]) -> Image.Image:
     """Generate the first rows as text only and in every variant, from the same noise, and draw them side by side.
 
     Args:
         config: configuration of the run; its ``output`` is ignored.
         rows: largest number of rows to draw.
-        sweeps: see :func:`variants`.
+        sweep: see :func:`preview`.
 
     Raises:
         UsageError: a sweep, the manifest or the model cannot be used, or there would be too many samples.
@@ -83,7 +140,7 @@ def draw(config: RunConfig, rows: int, sweeps: Sequence[str]) -> Image.Image:
     with scratch.temporary("the pictures") as folder:
         config = absolute_paths.absolute(config.replace(output=folder, limit=min(rows, config.limit or rows)))
         config = in_process.settled(config)
-        columns = [TEXT_ONLY_COLUMN, *variants(sweeps, config)]
+        columns = [TEXT_ONLY_COLUMN, *variants(sweep, config)]
         manifest = manifest_check.open_checked(config, None)
         if manifest.num_rows * len(columns) > MAX_SAMPLES:
             raise UsageError(

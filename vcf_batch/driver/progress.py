@@ -1,12 +1,11 @@
-"""The progress of a run: a live bar on a terminal, or a plain line now and then in a log."""
+"""The progress of a run: a live bar on a terminal or in a notebook, or a plain line now and then in a log."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TextIO
-
-from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ class Progress:
     Args:
         total: number of rows of the run.
         done: number of rows that were finished before.
-        bar: stream that shows a live bar if it is a terminal; None for lines in the log alone.
+        bar: stream that shows a live bar if it is a terminal, or a notebook's; None for lines in the log alone.
         now: reads the clock.
     """
 
@@ -29,8 +28,12 @@ class Progress:
     ) -> None:
         self._total, self._initial, self._now = total, done, now
         self._begin = self._shown = now()
-        self._bar: tqdm | None = None
-        if bar is not None and bar.isatty():
+        self._bar: Any = None
+        if bar is not None and (in_notebook() or bar.isatty()):
+            if in_notebook():
+                from tqdm.auto import tqdm  # a widget, where there are widgets
+            else:
+                from tqdm import tqdm
             self._bar = tqdm(total=total, initial=done, unit=" samples", file=bar, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
@@ -75,6 +78,13 @@ class Progress:
         rate = (done - self._initial) / max(self._shown - self._begin, 1e-9)
         left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
         return f"{done:,} of {self._total:,} samples ({done / self._total:.0%}), {rate:.2f} a second, {left}, {outcome}"
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return bool(shell and "IPKernelApp" in shell.config)
 
 
 def duration(seconds: float) -> str:

@@ -50,6 +50,11 @@ class _Place:
         )
 
 
+def is_relative(uri: str) -> bool:
+    """Whether a reference starts at the manifest's folder, rather than being an absolute path or a URL."""
+    return not (_SCHEME.match(uri) or os.path.isabs(uri))
+
+
 class ReferenceReader:
     """Reader of one manifest's references. It keeps no open connection and no state, so threads may share it.
 
@@ -147,7 +152,7 @@ class ReferenceReader:
         return next((root for root in self._roots if root.holds(place)), None)
 
     def _resolve(self, uri: str) -> str:
-        if _SCHEME.match(uri) or os.path.isabs(uri):
+        if not is_relative(uri):
             return uri
         return os.path.join(self._base, uri) if storage.is_local(self._base) else f"{self._base.rstrip('/')}/{uri}"
 

@@ -104,9 +104,8 @@ class Lease:
             if seen != watched:
                 watched, changed = seen, now
             if _is_gone(_parsed(found)) or now - changed >= EXPIRY_SECONDS:
-                if self._read() == found:  # Otherwise another watcher was faster, and the new lease is its own.
+                if self._delete(found):
                     _log.warning("That run has died; taking over.")
-                    storage.remove(_url(self._output), missing_ok=True)
             elif now - begin >= WAIT_SECONDS:
                 raise RefusedError(
                     f"{self._output} is held by another run, which is alive: {_described(found)}. "
@@ -157,6 +156,31 @@ class Lease:
         with contextlib.suppress(StorageError):
             # This may delete the next owner's heartbeat, which does no harm: it is soon written again.
             storage.remove(_url(self._output, HEARTBEAT), missing_ok=True)
+
+    def _delete(self, found: bytes) -> bool:
+        """Delete the lease of a dead owner; False if another watcher was faster, whose own the lease is then.
+
+        On S3 the lease that was looked at is deleted, and no other (``If-Match``). A local one is moved away before it
+        is compared, and put back where it is another. On other storages one request lies between look and deletion.
+        """
+        url, aside = _url(self._output), _url(self._output, f".tmp-{self.token}")
+        with storage.refusals_as_storage_errors():
+            try:
+                version = storage.version(url)
+                if self._read() != found:
+                    return False
+                if not storage.is_local(url):
+                    storage.remove(url, missing_ok=True, version=version)
+                    return True
+                storage.move(url, aside)
+            except (FileNotFoundError, FileExistsError):
+                return False
+            moved = storage.read_bytes(aside)
+            if moved != found:
+                with contextlib.suppress(FileExistsError):
+                    storage.publish_bytes(url, moved, create=True)
+            storage.remove(aside, missing_ok=True)
+            return moved == found
 
     def _read(self, name: str = LEASE_NAME) -> bytes | None:
         with storage.refusals_as_storage_errors():

@@ -3,6 +3,7 @@
 Receipts and parquets are read once, several shards at a time. Memory does not grow with the number of rows.
 """
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vcf_batch import storage
@@ -273,6 +275,22 @@ def setting_of(record: Mapping[str, Any]) -> str:
     return f"{record['fusion']} {record['strength']:g}{pno}"
 
 
+@contextlib.contextmanager
+def parquet_of(output: Output, shard: Shard) -> Iterator[pq.ParquetFile]:
+    """Open the parquet of a finished shard.
+
+    Raises:
+        DamageFound: it cannot be read, now or as long as the block lasts.
+        StorageError: the storage failed.
+    """
+    name = shards.file_name(shard, "parquet")
+    try:
+        with shards.open_parquet(storage.join(output.url, name)) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        raise DamageFound(f"{name} cannot be read: {error}; 'vcf-batch verify' tells what else is damaged") from error
+
+
 def read_rows(output: Output, shard: Shard) -> pa.Table:
     """The rows of a finished shard, a table with the columns :data:`_COLUMNS`.
 
@@ -281,11 +299,8 @@ def read_rows(output: Output, shard: Shard) -> pa.Table:
         StorageError: the storage failed.
     """
     name = shards.file_name(shard, "parquet")
-    try:
-        with shards.open_parquet(storage.join(output.url, name)) as parquet:
-            table = parquet.read([*_COLUMNS], use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DamageFound(f"{name} cannot be read: {error}; 'vcf-batch verify' tells what else is damaged") from error
+    with parquet_of(output, shard) as parquet:
+        table = parquet.read([*_COLUMNS], use_threads=False)
     if missing := set(_COLUMNS) - set(table.column_names):
         raise DamageFound(f"{name} has no column {', '.join(sorted(missing))}: another version wrote it")
     if table.num_rows != len(shard):

@@ -23,9 +23,9 @@ State = Literal["finished", "running", "stopped"]
 SHOWN_CAUSES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Status:
-    """The status of a run."""
+    """The status of a run. As text it is told in words, as ``vcf-batch status`` prints it."""
 
     output: str
     state: State
@@ -92,9 +92,12 @@ class Status:
         }
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *(f"  {name:<10}{text}" for name, text in self._lines())])
+        return "\n".join([self.headline(), *(f"  {name:<10}{text}" for name, text in self.lines())])
 
-    def _headline(self) -> str:
+    __repr__ = __str__
+
+    def headline(self) -> str:
+        """Output, state, and number of rows and shards that are done."""
         done = self.totals.counts.total()
         damaged = f", {len(self.damaged):,} damaged" if self.damaged else ""
         return (
@@ -102,7 +105,8 @@ class Status:
             f"{len(self.totals.done):,} of {self.shards:,} shards{damaged}"
         )
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def lines(self) -> list[tuple[str, str]]:
+        """The rest in words, each line with its name."""
         totals = self.totals
         lines = [
             ("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES)),
@@ -149,7 +153,11 @@ def read(url: str) -> Status:
         DamageFound: ``run.json`` or a parquet is damaged.
         StorageError: the storage failed.
     """
-    output = Output(url)
+    return of(Output(url))
+
+
+def of(output: Output) -> Status:
+    """The status of an output's run. For errors see :func:`read`."""
     owner = lease.owner(output.url)
     told = progress_file.look(output.url, output.fingerprints)
     totals, num_shards = told.totals, len(output.plan)

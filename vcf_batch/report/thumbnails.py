@@ -1,9 +1,10 @@
 """Thumbnails of chosen rows: the generated image and its reference."""
 
+import contextlib
 import io
 import itertools
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -16,6 +17,7 @@ from vcf_batch.output import shards
 from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Shard
+from vcf_batch.storage import tar as tar_members
 
 EDGE = 160
 """Longest edge in pixels; smaller pictures stay as they are."""
@@ -80,16 +82,41 @@ def thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def picture(tar: str, key: str, image_format: str) -> Image.Image:
+    """The image of one sample. The members before it are skipped.
+
+    Raises:
+        DamageFound: the tar is damaged, or has no such sample.
+        StorageError: the storage failed.
+    """
+    name = f"{key}.{image_format}"
+    with _damage_told(tar), storage.open_read(tar) as file:
+        for member in tar_members.members(file):
+            if member.name == name:
+                return images.decode(member.read(), MAX_PIXELS)
+    raise _missing(tar, key)
+
+
 def _outputs(tar: str, keys: Iterable[str], image_format: str) -> dict[str, bytes]:
     left, found = set(keys), {}
+    with _damage_told(tar):
+        for sample in shards.read_samples(tar):
+            if sample["__key__"] in left:
+                left.remove(sample["__key__"])
+                found[sample["__key__"]] = thumbnail(images.decode(sample[image_format], MAX_PIXELS))
+            if not left:
+                return found
+    raise _missing(tar, min(left))
+
+
+@contextlib.contextmanager
+def _damage_told(tar: str) -> Iterator[None]:
     try:
         with storage.refusals_as_storage_errors():
-            for sample in shards.read_samples(tar):
-                if sample["__key__"] in left:
-                    left.remove(sample["__key__"])
-                    found[sample["__key__"]] = thumbnail(images.decode(sample[image_format], MAX_PIXELS))
-                if not left:
-                    return found
+            yield
     except (tarfile.TarError, FileNotFoundError, KeyError, ValueError, RowError) as error:
         raise DamageFound(f"{tar} cannot be read: {error}; see 'vcf-batch verify'") from error
-    raise DamageFound(f"{tar} has no sample {min(left)}; see 'vcf-batch verify'")
+
+
+def _missing(tar: str, key: str) -> DamageFound:
+    return DamageFound(f"{tar} has no sample {key}; see 'vcf-batch verify'")

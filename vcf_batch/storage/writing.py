@@ -115,30 +115,23 @@ def move(source: str, target: str, version: str | None = None) -> None:
         return
     fs, path = filesystem(source)
     retried("copy", source, lambda: fs.cp_file(path, filesystem(target)[1]), MOVING)
-    if version is None:
-        remove(source, missing_ok=True)
-        return
-    bucket, key, _ = fs.split_path(path)
-
-    def delete() -> None:
-        fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=version)
-
-    try:
-        retried("delete", source, delete, (FileNotFoundError, FileExistsError))
-    except (FileNotFoundError, FileExistsError):
-        # An earlier try may have deleted it, and only the answer was lost. Stores differ in how they tell that.
-        if exists(source):
-            raise
+    remove(source, missing_ok=True, version=version)
 
 
-def remove(url: str, missing_ok: bool = False) -> None:
+def remove(url: str, missing_ok: bool = False, version: str | None = None) -> None:
     """Delete one file.
 
     If a request to delete it fails, and the next one finds no file, the first is taken to have had its effect, although
     somebody else may have deleted the file between them. A failure to look for the file is no such request.
 
+    Args:
+        missing_ok: whether a file that is missing is no error.
+        version: what :func:`version` gave for the file. An S3 store that knows ``If-Match`` then deletes that content
+            only; every other storage ignores it.
+
     Raises:
         FileNotFoundError: there is no such file and ``missing_ok`` is false.
+        FileExistsError: the file has another content than that of ``version``; it stays.
         StorageError: see :mod:`vcf_batch.storage`.
     """
     may_be_deleted = False
@@ -152,6 +145,9 @@ def remove(url: str, missing_ok: bool = False) -> None:
             if not missing_ok:
                 fs.info(path)  # an object store reports no error for a missing object
             request = functools.partial(fs.rm_file, path)
+            if version is not None:
+                bucket, key, _ = fs.split_path(path)
+                request = functools.partial(fs.call_s3, "delete_object", Bucket=bucket, Key=key, IfMatch=version)
         try:
             request()
         except Exception as error:
@@ -159,9 +155,13 @@ def remove(url: str, missing_ok: bool = False) -> None:
             raise
 
     try:
-        retried("delete", url, delete, MOVING)
+        retried("delete", url, delete, (FileNotFoundError, FileExistsError))
     except FileNotFoundError:
         if not missing_ok and not may_be_deleted:
+            raise
+    except FileExistsError:
+        # An earlier try may have deleted it, and only the answer was lost. Stores differ in how they tell that.
+        if exists(url):
             raise
 
 

@@ -23,7 +23,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import storage
-from vcf_batch.config import fingerprint
+from vcf_batch.config import fingerprint, with_settings_of
 from vcf_batch.driver.progress import Progress, duration
 from vcf_batch.errors import StorageError, UsageError, VcfBatchError, redact
 from vcf_batch.output import commits, lease, run_file
@@ -70,6 +70,28 @@ class TrainingSummary:
             f"{self.best['validation_pairs']:,.0f} pairs; "
             f"{duration(self.seconds)}"
         )
+
+
+@with_settings_of(TrainingConfig)
+def train_aligner(data: str | os.PathLike[str], out: str | os.PathLike[str], **settings: Any) -> TrainingSummary:
+    """Train an aligner on captioned images, with Ray Train.
+
+    The same call again resumes. ``out`` becomes a folder that :meth:`ImageAligner.from_pretrained` loads. It is
+    ``vcf-batch model train``; ``vcf-batch model assemble`` makes a model of it.
+
+    Args:
+        data: captioned images: WebDataset tars, Parquet files, or the output of a run, at a path or URL.
+        out: folder or URL for the aligner, its checkpoints and its log.
+        settings: fields of :class:`TrainingConfig`; ``model`` is needed.
+
+    Raises:
+        UsageError: a setting, a model or the data is wrong.
+        RefusedError: ``out`` holds another training, or another driver owns it.
+        StorageError: the storage failed repeatedly.
+        VcfBatchError: workers failed repeatedly, or the training has diverged.
+        Interrupted: Ctrl-C or SIGTERM. The same call resumes.
+    """
+    return run(TrainingConfig.from_mapping({**settings, "data": data, "out": out}))
 
 
 def run(config: TrainingConfig) -> TrainingSummary:

@@ -1,10 +1,11 @@
 """TrainingConfig: all settings of one training of an aligner."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vcf_batch.config import MAX_SEED
+from vcf_batch.config import DTYPES, IMAGE_TOKENS, MAX_SEED, checked_values
 from vcf_batch.errors import UsageError
 
 
@@ -66,6 +67,19 @@ class TrainingConfig:
                 raise UsageError(
                     f"--{name.replace('_', '-')} is {value}; it must be a whole number from 1 to {MAX_COUNT:,}"
                 )
+
+        for name, allowed in (("tokens", IMAGE_TOKENS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "TrainingConfig":
+        """Build from names and values of settings.
+
+        Raises:
+            UsageError: an unknown name, a missing one, or a value outside its limits.
+        """
+        return cls(**checked_values(cls, values))
 
     def replace(self, **changes: Any) -> "TrainingConfig":
         """A copy with some fields changed."""

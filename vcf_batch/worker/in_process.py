@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import runpy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vcf_batch.config import RunConfig
@@ -50,6 +51,25 @@ def settled(config: RunConfig) -> RunConfig:
     if config.gpus_per_worker is None:
         config = config.replace(gpus_per_worker=float(has_gpu()))
     return config.replace(batch_size=BATCH_SIZE) if config.batch_size is None else config
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Give a process that goes on afterwards, as a notebook's does, its environment and torch's settings back."""
+    import torch  # before a worker's environment decides on its threads
+
+    variables, threads = dict(os.environ), torch.get_num_threads()
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def load(job: Job, scratch: str) -> "Worker":
