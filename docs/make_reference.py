@@ -29,9 +29,11 @@ def _head() -> Iterator[str]:
 
 def _columns() -> Iterator[str]:
     yield "## Columns of an output\n"
-    yield "Each `00000.parquet` has these columns, and each `KEY.json` has them as keys. The manifest's other columns"
-    yield "follow. `from` says what decides a value: the manifest alone, the settings of the row, or what became of it."
-    yield "`reference` is a list of strings where the manifest has lists.\n"
+    yield "Each `00000.parquet` has these columns. The manifest's other columns follow. `from` says what decides a"
+    yield "value: the manifest alone, the settings of the row, or what became of it. `reference` is a list of strings"
+    yield "where the manifest has lists.\n"
+    yield "Each `KEY.json` has the columns that are not null as keys: dates, times and decimals as strings, bytes as"
+    yield "base64, durations as numbers in the column's unit, maps as arrays of `key` and `value`.\n"
     yield "| column | type | from | meaning |\n|---|---|---|---|"
     for column in COLUMNS.values():
         yield f"| `{column.name}` | `{_cell(str(column.type))}` | {column.origin} | {_cell(column.meaning)} |"

@@ -13,8 +13,9 @@ from support.runs import Killed, kill_after, read_receipts
 from vcf_batch import storage
 from vcf_batch.errors import RefusedError, StorageError
 from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.receipts import Receipt
-from vcf_batch.records import Shard
+from vcf_batch.records import Shard, Status
 from vcf_batch.storage import local, writing
 from vcf_batch.storage.drivers import filesystem
 
@@ -26,12 +27,14 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
 
 
-def fake_files(folder: Path, content: str) -> shards.ShardFiles:
+def fake_files(folder: Path, content: str, success: int = 2) -> shards.ShardFiles:
+    """A finished shard of two rows; without a tar if none of them is a success."""
     paths = {kind: str(folder / f"{content}.{kind}") for kind in ("tar", "parquet")}
     for kind, path in paths.items():
         Path(path).write_text(f"{content} {kind}")
-    entries = {kind: storage.digest(path) for kind, path in paths.items()}
-    return shards.ShardFiles(paths["tar"], paths["parquet"], {"success": 2, "rejected": 0, "failed": 0}, entries, {})
+    entries = {kind: storage.digest(path) for kind, path in paths.items() if success or kind != "tar"}
+    counts: dict[Status, int] = {"success": success, "rejected": 0, "failed": 2 - success}
+    return shards.ShardFiles(paths["tar"], paths["parquet"], counts, entries, {})
 
 
 def receipt_for(files: shards.ShardFiles, attempt: int = 1) -> Receipt:
@@ -39,10 +42,11 @@ def receipt_for(files: shards.ShardFiles, attempt: int = 1) -> Receipt:
 
 
 def check(output: str, found: Mapping[int, Receipt]) -> None:
-    """Each receipt describes the files beside it."""
+    """Each receipt describes the files beside it, all of them."""
     for receipt in found.values():
-        for kind, entry in receipt.files.items():
-            assert storage.digest(storage.join(output, receipt.shard.name + receipts.FILE_SUFFIXES[kind])) == entry
+        for kind, suffix in receipts.FILE_SUFFIXES.items():
+            url = storage.join(output, receipt.shard.name + suffix)
+            assert (storage.digest(url) if storage.exists(url) else None) == receipt.files.get(kind)
 
 
 def test_a_staged_shard_does_not_exist_and_a_committed_one_does(output: str, tmp_path: Path) -> None:
@@ -109,14 +113,25 @@ def test_a_staged_file_that_is_gone_or_cut_is_not_committed(output: str, tmp_pat
     assert storage.list_files(output) == {}
 
 
+WITHOUT_TAR = ["neither", "the older one", "the new one", "both"]
+"""Which of two shards has no tar, because it has no successful sample."""
+
+
+def two(tmp_path: Path, without_tar: str) -> tuple[shards.ShardFiles, shards.ShardFiles]:
+    """An older shard, and the one that replaces it."""
+    older, new = (without_tar in (name, "both") for name in ("the older one", "the new one"))
+    return fake_files(tmp_path, "old", 0 if older else 2), fake_files(tmp_path, "new", 0 if new else 2)
+
+
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("calls", range(1, 6))
+@pytest.mark.parametrize("without_tar", ["neither", "the older one"])
 def test_a_commit_that_failed_goes_on_where_it_stopped(
-    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, there: bool
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, there: bool, without_tar: str
 ) -> None:
     """While the staged files are there, a shard whose commit failed need not be generated again: whichever call it
     was, and whether or not it had its effect."""
-    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    old, new = two(tmp_path, without_tar)
     receipt = receipt_for(new)
     if there:
         commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
@@ -144,6 +159,45 @@ def test_a_commit_that_failed_goes_on_where_it_stopped(
     assert storage.digest(storage.join(output, "00000.tar")) == new.entries["tar"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("calls", range(1, 7))
+@pytest.mark.parametrize("without_tar", ["the new one", "both"])
+def test_a_commit_that_takes_the_tar_away_goes_on_or_has_its_shard_generated_again(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, there: bool, without_tar: str
+) -> None:
+    """Whichever call failed: no receipt stands beside an older tar, and the next commit of the shard makes it whole."""
+    old, new = two(tmp_path, without_tar)
+    receipt = receipt_for(new)
+    if there:
+        commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    left = calls
+
+    def failing(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(*arguments: Any, **options: Any) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise StorageError("as ordered")
+            call(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(storage, "move", failing(storage.move))
+    monkeypatch.setattr(storage, "publish_bytes", failing(storage.publish_bytes))
+    takes_tar_away = there and without_tar == "the new one"
+    if calls <= 2 + 2 * there + takes_tar_away:
+        with pytest.raises(StorageError, match="as ordered") as failed:
+            commits.commit(output, receipt, staged)
+        assert isinstance(failed.value, StagedFilesLost) == (takes_tar_away and calls == 4)
+        check(output, read_receipts(output))
+        if isinstance(failed.value, StagedFilesLost):
+            staged = commits.stage(new, output, SHARD, "three")
+    commits.commit(output, receipt, staged)
+    assert read_receipts(output) == {0: receipt}
+    check(output, {0: receipt})
+
+
 @pytest.mark.parametrize("step", ["read_bytes", "move", "publish_bytes"])
 def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -168,12 +222,14 @@ def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
 
 
 @pytest.mark.parametrize(("step", "number"), [("publish_bytes", 1), ("move", 1), ("move", 2), ("move", 3)])
+@pytest.mark.parametrize("success", [2, 0])
 def test_a_driver_suspended_while_it_replaces_a_shard_harms_nothing_of_the_next_owners(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, success: int
 ) -> None:
-    """Nor does it remove the next owner's receipt in place of the older one that it has seen."""
+    """Nor does it remove the next owner's receipt in place of the older one that it has seen, nor its tar."""
     output = str(tmp_path / "out")
-    old, late, new = (fake_files(tmp_path, content) for content in ("old", "late", "next"))
+    old, new = (fake_files(tmp_path, content) for content in ("old", "next"))
+    late = fake_files(tmp_path, "late", success)
     receipt = receipt_for(new, attempt=2)
     commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "zero"))
     staged = commits.stage(late, output, SHARD, "one")
@@ -194,16 +250,28 @@ def test_a_driver_suspended_while_it_replaces_a_shard_harms_nothing_of_the_next_
     check(output, {0: receipt})
 
 
+def steps_of(replaces: bool, without_tar: str) -> int:
+    """Number of changes that a commit makes until its receipt is there: files moved, receipts moved and published."""
+    files = 2 - (without_tar in ("the new one", "both"))
+    return files + 1 + 2 * replaces + (replaces and without_tar == "the new one")
+
+
 @pytest.mark.parametrize(
-    ("replaces", "survived"), [*((False, step) for step in range(4)), *((True, step) for step in range(6))]
+    ("replaces", "without_tar", "survived"),
+    [
+        (replaces, without_tar, survived)
+        for replaces in (False, True)
+        for without_tar in WITHOUT_TAR
+        for survived in range(steps_of(replaces, without_tar) + 1)
+    ],
 )
 def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
-    output: str, tmp_path: Path, replaces: bool, survived: int
+    output: str, tmp_path: Path, replaces: bool, without_tar: str, survived: int
 ) -> None:
     """Nothing is ever lost, doubled or half-written: a receipt never stands beside files it does not describe, and the
     next start has either the older shard or the one that replaces it, whole."""
     # Of the same size, so that only the order of the steps keeps them apart.
-    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    old, new = two(tmp_path, without_tar)
     first, second = receipt_for(old), receipt_for(new, attempt=2)
     if replaces:
         commits.commit(output, first, commits.stage(old, output, SHARD, "one"))
@@ -211,14 +279,14 @@ def test_a_driver_killed_within_a_commit_leaves_a_whole_shard_or_none(
 
     kill_after(survived, lambda: commits.commit(output, second, staged))
 
-    assert commits.any_committed(output) == (replaces or survived == 3)
+    assert commits.any_committed(output) == (replaces or survived == steps_of(replaces, without_tar))
     check(output, read_receipts(output))
     commits.clean(output)
     found = read_receipts(output)
     check(output, found)
     if replaces:
         assert found == {0: first if survived < 2 else second}
-    assert len(storage.list_tree(output)) == 3 * len(found)
+    assert len(storage.list_tree(output)) == sum(1 + len(receipt.files) for receipt in found.values())
     commits.commit(output, second, commits.stage(new, output, SHARD, "three"))
     assert read_receipts(output) == {0: second}
     check(output, {0: second})
@@ -267,6 +335,35 @@ def test_a_driver_suspended_while_it_replaces_a_shard_on_s3_harms_nothing_of_the
     check(s3, {0: expected})
     commits.clean(s3)
     assert read_receipts(s3) == {0: expected}
+    assert len(storage.list_tree(s3)) == 3
+
+
+@pytest.mark.parametrize("suspended", ["before it copies the tar", "before it deletes the tar"])
+def test_a_driver_suspended_while_it_takes_a_tar_away_on_s3_leaves_the_next_owners(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suspended: str
+) -> None:
+    """On S3 too: the older tar is deleted only if it is still the one that was found."""
+    old, late, new = (
+        fake_files(tmp_path, content, success) for content, success in (("old", 2), ("late", 0), ("next", 2))
+    )
+    receipt = receipt_for(new, attempt=2)
+    commits.commit(s3, receipt_for(old), commits.stage(old, s3, SHARD, "zero"))
+    staged = commits.stage(late, s3, SHARD, "one")
+
+    def next_owner() -> None:
+        commits.clean(s3)
+        assert read_receipts(s3) == {0: receipt_for(late)}, "the replacement is finished"
+        commits.commit(s3, receipt, commits.stage(new, s3, SHARD, "two"))
+
+    driver = filesystem(s3)[0]
+    owner, step = (driver, "cp_file") if suspended == "before it copies the tar" else (driver, "call_s3")
+    arguments = "00000.tar" if step == "cp_file" else "00000.tar', 'IfMatch"
+    suspend(monkeypatch, owner, step, next_owner, arguments)
+    with pytest.raises(StorageError, match="another driver"):
+        commits.commit(s3, receipt_for(late), staged)
+    assert read_receipts(s3) == {0: receipt}
+    check(s3, {0: receipt})
+    commits.clean(s3)
     assert len(storage.list_tree(s3)) == 3
 
 

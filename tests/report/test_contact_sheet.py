@@ -49,7 +49,7 @@ def output(tmp_path: Path) -> Path:
 def test_every_row_has_a_card_and_failed_ones_are_told(output: Path) -> None:
     record = RunConfig(manifest=str(output.parent / "in" / "manifest.parquet"), output=str(output))
     manifest = Manifest.open(record.manifest)
-    cards = list(contact_sheet._cards(str(output), record, manifest, [runs.read_receipts(str(output))[0].shard]))
+    cards = list(contact_sheet._cards(str(output), record, manifest, [runs.read_receipts(str(output))[0]]))
     assert [card.output is None for card in cards] == [False, True, False, False, False, True]
     assert [card.reference is None for card in cards] == [False, False, False, False, True, False]
     assert [card.notes[0] for card in cards if card.output] == ["concat 0.1", "concat 0.1", "concat 0.1", "text only"]

@@ -425,3 +425,13 @@ def test_a_refusal_of_the_output_is_a_storage_error(
     monkeypatch.setattr(storage, "list_files", refuse)
     with pytest.raises(StorageError, match="check credentials and permissions"):
         runs.read_receipts(job.config.output)
+
+
+def test_an_adapter_of_another_file_is_told_by_its_name(settle: Callable[..., Job]) -> None:
+    """Identities on the Hub differ in what follows the commit."""
+    job, commit = settle(), "6a" * 20
+    there, now = ({**job.fields, "ip_adapter_id": f"{commit}/models/{name}.bin {commit}/models/x"} for name in "ab")
+    with pytest.raises(
+        RefusedError, match=r"_id: (6a){6}/models/a\.bin (6a){6}/models/x there, (6a){6}/models/b\.bin "
+    ):
+        claim.holds("out", there, now, begun=True)

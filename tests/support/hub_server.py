@@ -91,7 +91,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:sent])
             self.close_connection = sent is not None
 
@@ -110,11 +110,11 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 @contextmanager
-def running() -> Iterator[type[Hub]]:
+def running(kind: type[Hub] = Hub) -> Iterator[type[Hub]]:
     """An empty Hub, which the client in this process asks from now on. Fill :attr:`Hub.repositories`."""
     from huggingface_hub import constants
 
-    with pytest.MonkeyPatch.context() as patch, _Server(("127.0.0.1", 0), Hub) as server:
+    with pytest.MonkeyPatch.context() as patch, _Server(("127.0.0.1", 0), kind) as server:
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         for name in ("no_proxy", "NO_PROXY"):
             patch.setenv(name, "*")

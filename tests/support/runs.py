@@ -30,7 +30,7 @@ from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.run_file import RunRecord
-from vcf_batch.records import Objective, Sample, Scores, Shard
+from vcf_batch.records import TRIPLET, Objective, Sample, Scores, Shard, Status
 from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
 from vcf_batch.setup.job import Job, fusions_of
@@ -63,9 +63,14 @@ def save_model(folder: Path) -> Path:
 
 def png(seed: int, size: int = 24) -> bytes:
     """A random picture as a PNG file."""
+    return picture(seed, size, "png")
+
+
+def picture(seed: int, size: int, image_format: str) -> bytes:
+    """A random picture as an image file; ``image_format`` is its extension."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG"}.get(image_format, image_format))
     return buffer.getvalue()
 
 
@@ -91,12 +96,20 @@ def write_manifest(folder: Path, rows: int, columns: Mapping[str, list[Any]] | N
     return folder / "manifest.parquet"
 
 
-def write_output(manifest: Path, output: Path, shard_size: int, failed: Container[int] = (), model: str = "m") -> Job:
-    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed rows.
-    ``model`` is the name in its record."""
+def write_output(
+    manifest: Path,
+    output: Path,
+    shard_size: int,
+    failed: Container[int] = (),
+    model: str = "m",
+    rejected: Container[int] = (),
+    **options: Any,
+) -> Job:
+    """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed and the
+    rejected rows. ``model`` is the name in its record, ``options`` are further settings."""
     opened = Manifest.open(str(manifest))
     chosen = {"strength": 1.0, "steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
-    settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size}
+    settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size, **options}
     config = RunConfig(manifest=opened.url, output=str(output), **settings)
     fields = fingerprint_fields(
         config,
@@ -111,28 +124,30 @@ def write_output(manifest: Path, output: Path, shard_size: int, failed: Containe
     job = Job(config, opened, Models(ResolvedModel(model, "hub", model, "0" * 40), None, "none", "none"), fields)
     claim.claim(job)
     for shard in job.shards:
-        commit_pictures(job, shard, failed)
+        commit_pictures(job, shard, failed, rejected)
     return job
 
 
-def commit_pictures(job: Job, shard: Shard, failed: Container[int] = ()) -> None:
-    """Commit a shard with random pictures and scores by row number, but for the failed rows."""
-    manifest = job.manifest
+def commit_pictures(job: Job, shard: Shard, failed: Container[int] = (), rejected: Container[int] = ()) -> None:
+    """Commit a shard with random pictures and scores by row number, but for the failed and the rejected rows."""
+    manifest, ending = job.manifest, job.config.image_format
     with (
         tempfile.TemporaryDirectory() as scratch,
-        shards.ShardWriter(scratch, shard, "png", manifest.carried_schema, manifest.reference_is_list) as writer,
+        shards.ShardWriter(scratch, shard, ending, manifest.carried_schema, manifest.reference_is_list) as writer,
     ):
         for row in manifest.rows(shard.start, shard.stop, job.config.seed):
             used = settings_of(row, job.config)
-            if row.number in failed:
-                writer.add(Sample(row, "failed", used, error_message="no"))
+            if row.number in failed or row.number in rejected:
+                status: Status = "failed" if row.number in failed else "rejected"
+                writer.add(Sample(row, status, used, error_message="no"))
                 continue
             scores, objective = (
                 Scores(row.number / 16, None, None),
                 Objective(1.5, 0.5, row.number, row.number % 2 == 1),
             )
-            picture = png(row.number, 32)
-            writer.add(Sample(row, "success", used, picture, 32, 32, scores, pno_objective=objective))
+            drawn = picture(row.number, 32, ending)
+            triplet = {name: picture(row.number + 99, 32, ending) for name in TRIPLET if job.config.triplets}
+            writer.add(Sample(row, "success", used, drawn, 32, 32, scores, pno_objective=objective, triplet=triplet))
         files = writer.finish()
         receipt = Receipt(
             shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled

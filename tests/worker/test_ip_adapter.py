@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
 from support import hub_server, ip_adapters, runs, sd_layouts
+from support.tiny_models import build_pipeline
 from vcf_batch import images
 from vcf_batch.cli import main
 from vcf_batch.config import MAX_PIXELS
@@ -231,9 +232,9 @@ def wrong_files(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Pat
         "without a layer": (save("part", {}, "ip_adapter.1.to_k_ip.weight"), "lack 1 tensors, such as 1.to_k_ip"),
         "of another kind": (save("other", {}, *(name for name in tensors if "proj" in name)), "is no IP-Adapter"),
         "cut off": (write("cut", data[:-9]), f"must have {len(data):,} bytes, and it has {len(data) - 9:,}"),
-        "cut in its header": (write("header", data[:60]), "is damaged or no safetensors file"),
+        "cut in its header": (write("header", data[:60]), "is damaged or no safetensors file: it is cut short"),
         "empty": (write("empty", b""), "is damaged or no safetensors file"),
-        "a web page": (write("page", b"<!doctype html><html>Sign in</html>"), "is damaged or no safetensors file"),
+        "a web page": (write("page", b"<!doctype html><html>Sign in</html>"), "as no safetensors file does; it may"),
         "a pickle": (write("pickle", b"PK\x03\x04" + b"\0" * 99), "is damaged or no safetensors file"),
     }
 
@@ -258,6 +259,60 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
             assert result.exit_code == 2, (kind, result.output)
             assert message in result.output.replace("local://", ""), (kind, result.output)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["image_encoder", "judge", "pno_guide", "model"])
+def test_a_part_that_is_cut_short_is_refused_before_anything_is_written(model: Path, tmp_path: Path, part: str) -> None:
+    """The header of each file tells how long it must be."""
+    unet = UNet2DConditionModel.from_pretrained(model / "sd15" / "unet")
+    ip_adapters.save_adapter(tmp_path / "adapters" / "x.safetensors", unet)
+    whole = {
+        "image_encoder": ip_adapters.save_encoder(tmp_path / "encoder"),
+        "judge": shutil.copytree(model / "judge", tmp_path / "judge"),
+        "pno_guide": sd_layouts.save_clip(tmp_path / "guide", width=16),
+        "model": shutil.copytree(model / "sd15", tmp_path / "sd15"),
+    }
+    file = next(iter(sorted(whole[part].rglob("model*.safetensors"))))
+    file.write_bytes(file.read_bytes()[:-1])
+    given = options(model, ip_adapter=str(tmp_path / "adapters" / "x.safetensors"), pno_steps=1)
+    given |= {name: str(folder) for name, folder in whole.items() if name != "model"}
+    with pytest.raises(
+        ModelError, match=r"model\S*\.safetensors of the model .* is damaged: it must have [\d,]+ bytes,"
+    ):
+        runs.settled(runs.write_manifest(tmp_path / "in", 2), tmp_path / "out", whole["model"], **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("encoder", r"no text tower \(no text_config"), ("nothing", r"has no config\.json")]
+)
+def test_a_judge_that_cannot_read_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, place: str, message: str
+) -> None:
+    ip_adapters.save_encoder(tmp_path / "encoder")
+    runs.write_files(tmp_path / "nothing", {"model.safetensors": b"x"})
+    given = options(model, judge=str(tmp_path / place))
+    with pytest.raises(ModelError, match=message):
+        runs.settled(runs.write_manifest(tmp_path / "in", 2), tmp_path / "out", model / "sd15", **given)
+
+
+def test_the_encoder_of_an_adapter_may_guide(model: Path, tmp_path: Path) -> None:
+    """As it is published, without preprocessing of its own."""
+    manifest = runs.write_manifest(tmp_path / "in", 2, {"reference": ["reference0.png"] * 2})
+    guide = str(model / "IP-Adapter" / "models" / "image_encoder")
+    output = runs.generate(manifest, tmp_path / "out", model / "sd15", **options(model, pno_steps=1, pno_guide=guide))
+    assert [row["status"] for row in runs.rows_of(output)] == ["success"] * 2
+
+
+def test_a_bin_file_that_is_cut_short_is_damage_and_no_trouble_of_storage(tmp_path: Path) -> None:
+    """So the run ends at once, and not after five starts of a worker."""
+    pipeline = build_pipeline()
+    whole = ip_adapters.save_adapter(tmp_path / "x.bin", pipeline.unet, "plus").read_bytes()
+    encoder = ip_adapters.save_encoder(tmp_path / "image_encoder")
+    for size in (0, 100, *range(5000, len(whole), 5000), len(whole) - 1):
+        (tmp_path / "x.bin").write_bytes(whole[:size])
+        with pytest.raises(ModelError, match=r"cannot load the IP-Adapter .*x\.bin: ."):
+            pipeline.use_ip_adapter(str(tmp_path / "x.bin"), str(encoder))
 
 
 def test_the_options_of_other_fusions_are_taken(model: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from vcf_batch.errors import RefusedError, UsageError, printable, redact
 from vcf_batch.manifest import image_files
 from vcf_batch.manifest import prompts as prompt_files
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
-from vcf_batch.models import embedded, resolution
+from vcf_batch.models import adapter_layout, embedded, resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.run_file import RunRecord
@@ -251,8 +251,10 @@ def write_manifest(
     index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
     own = default_strengths(index.get("default_strength"))
     has_aligner = all(any(index.get(part) or ()) for part in REFERENCE_PARTS)
-    if not has_aligner and resolved.ip_adapter is not None:
-        config = config.replace(fusion=IP_ADAPTER)
+    if resolved.ip_adapter is not None and resolved.image_encoder is not None:
+        unet = resolution.read_config(resolved.pipeline, "unet/config.json") or {}
+        adapter_layout.check_files(resolved.ip_adapter, resolved.image_encoder, unet)
+        config = config if has_aligner else config.replace(fusion=IP_ADAPTER)
 
     def swept(name: str, fusion: str) -> list[Method]:
         return [(name, fusion, strength, None) for strength in sorted({*sweep, own[fusion]} - {0.0})]

@@ -1,19 +1,21 @@
 """Copy an output's committed shards, its card and its report to another storage."""
 
 import contextlib
+import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vcf_batch import storage
+from vcf_batch.commands.hub_commits import HubCommits, is_repository
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.shards import side_by_side
-from vcf_batch.records import Shard
+from vcf_batch.records import FileEntry, Shard
 from vcf_batch.report import card, page
 from vcf_batch.storage import scratch
 
@@ -59,7 +61,8 @@ def push(output: Output, target: str) -> Pushed:
     """Copy the committed shards of an output.
 
     A shard's receipt is copied last, as in a run. So a shard that was copied in part does not exist, and calling this
-    again continues the copy. Shards that are damaged or not generated yet are left out. Report and card are written
+    again continues the copy. On the Hub, all receipts are in the last commits, and files that are there are not sent
+    again. Shards that are damaged or not generated yet are left out. Report and card are written
     anew first, except a card that somebody has changed. What a killed push left unfinished in a local target is deleted
     after :data:`ABANDONED_SECONDS`.
 
@@ -77,37 +80,136 @@ def push(output: Output, target: str) -> Pushed:
     with contextlib.suppress(card.OthersCard):
         card.write(output)
     _refuse_others(output, target)
-    storage.remove_unfinished(target, ABANDONED_SECONDS)
     storage.publish_bytes(storage.join(output.url, page.PAGE_NAME), page.render(output).encode())
-    _copy(storage.join(output.url, run_file.RUN_FILE_NAME), storage.join(target, run_file.RUN_FILE_NAME))
-    with storage.refusals_as_storage_errors():
-        sizes = storage.list_files(target)
-    damaged: dict[str, str] = {}
+    if is_repository(target):
+        with HubCommits(target) as hub:
+            return _push_to_hub(output, hub)
+    return _push_to_folder(output, target)
 
-    def finished() -> Iterator[Shard]:
-        for found in output.examine():
+
+class _Tally:
+    """Count of the shards of a push: those that are handed on, and those that are left out.
+
+    Args:
+        output: the output that is pushed.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._damaged: dict[str, str] = {}
+        self._handed_on: dict[int, bool] = {}
+
+    def finished(self) -> Iterator[Shard]:
+        """Yield the shards that are committed, and note those that are damaged."""
+        for found in self._output.examine():
             if isinstance(found, Damaged):
-                damaged[found.name] = found.reason
+                self._damaged[found.name] = found.reason
             else:
                 yield found.shard
 
-    def copy(shard: Shard) -> bool | None:
-        return _copy_shard(output, target, shard, sizes)
-
-    # On the Hub each file is a commit, and two commits at the same time conflict.
-    one_by_one = target.startswith("hf://")
-    done = ((shard, copy(shard)) for shard in finished()) if one_by_one else side_by_side(copy, finished())
-    counts: Counter[bool] = Counter()
-    handed_on: set[int] = set()
-    for shard, is_new in done:
+    def note(self, shard: Shard, is_new: bool | None) -> None:
+        """Note whether a shard was copied or was there; None takes back what was noted."""
+        self._handed_on.pop(shard.index, None)
         if is_new is not None:
-            counts[is_new] += 1
-            handed_on.add(shard.index)
+            self._handed_on[shard.index] = is_new
+
+    def pushed(self) -> Pushed:
+        """What became of the shards."""
+        plan, counts = self._output.plan, Counter(self._handed_on.values())
+        left_out = [each.name for each in plan if each.index not in self._handed_on and each.name not in self._damaged]
+        first = left_out[0] if left_out else None
+        return Pushed(len(plan), counts[True], counts[False], self._damaged, len(left_out), first)
+
+
+class _Folder:
+    """The target of a push on any storage, as it was at the beginning, with what has been removed since.
+
+    Args:
+        url: the target.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+
+    compares_contents = False
+    """Whether :meth:`holds` compares contents, rather than sizes."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        with storage.refusals_as_storage_errors():
+            self._sizes = dict(storage.list_files(url))
+
+    def has(self, name: str) -> bool:
+        return name in self._sizes
+
+    def holds(self, name: str, entry: FileEntry) -> bool:
+        return self._sizes.get(name) == entry.size
+
+    def holds_bytes(self, name: str, data: bytes) -> bool:
+        return self.has(name) and storage.read_bytes(storage.join(self._url, name)) == data
+
+    def remove(self, name: str) -> None:
+        del self._sizes[name]
+        storage.remove(storage.join(self._url, name), missing_ok=True)
+
+    def put(self, path: str, name: str) -> None:
+        storage.upload(path, storage.join(self._url, name))
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        storage.publish_bytes(storage.join(self._url, name), data)
+
+
+def _push_to_folder(output: Output, target: str) -> Pushed:
+    """Copy shard by shard, several at the same time, each receipt after its shard's files."""
+    storage.remove_unfinished(target, ABANDONED_SECONDS)
+    folder, tally = _Folder(target), _Tally(output)
+    _copy(output, folder, run_file.RUN_FILE_NAME)
+
+    def copy(shard: Shard) -> bool | None:
+        return _copy_shard(output, folder, shard, folder.put_bytes)
+
+    for shard, is_new in side_by_side(copy, tally.finished()):
+        tally.note(shard, is_new)
     for name in (card.CARD_NAME, page.PAGE_NAME):
-        _copy(storage.join(output.url, name), storage.join(target, name))
-    unfinished = [each.name for each in output.plan if each.index not in handed_on and each.name not in damaged]
-    first = unfinished[0] if unfinished else None
-    return Pushed(len(output.plan), counts[True], counts[False], damaged, len(unfinished), first)
+        _copy(output, folder, name)
+    return tally.pushed()
+
+
+def _push_to_hub(output: Output, hub: HubCommits) -> Pushed:
+    """Copy all files of shards, and then all receipts, in few commits.
+
+    A shard whose receipt has changed meanwhile, because a repair has replaced it, is copied again.
+    """
+    tally = _Tally(output)
+    for name in (run_file.RUN_FILE_NAME, card.CARD_NAME, page.PAGE_NAME):
+        with storage.refusals_as_storage_errors():
+            hub.put_bytes(name, storage.read_bytes(storage.join(output.url, name)))
+    digests: dict[str, str] = {}
+    """SHA-256 of each receipt whose files are copied, by its name."""
+
+    def remember(name: str, data: bytes) -> None:
+        digests[name] = hashlib.sha256(data).hexdigest()
+
+    def publish(shard: Shard) -> bool:
+        """Copy a shard's receipt; return whether it was still the one that was remembered."""
+        name = shard.name + receipts.RECEIPT_SUFFIX
+        data = receipts.content(output.url, shard.name)
+        if data is None or hashlib.sha256(data).hexdigest() != digests.pop(name):
+            return False
+        hub.put_bytes(name, data)
+        return True
+
+    left: Iterable[Shard] = tally.finished()
+    for _ in range(COPY_TRIES):
+        sent: list[Shard] = []
+        for shard in left:
+            is_new = _copy_shard(output, hub, shard, remember)
+            tally.note(shard, is_new)
+            sent += [shard] if is_new else []
+        left = [shard for shard in sent if not publish(shard)]
+    for shard in left:
+        tally.note(shard, None)
+    return tally.pushed()
 
 
 def check_target(output: str, target: str) -> None:
@@ -139,8 +241,13 @@ def _refuse_others(output: Output, target: str) -> None:
         raise UsageError(f"{target} has a {card.CARD_NAME} of somebody else's; copy it into {output.url}, or delete it")
 
 
-def _copy_shard(output: Output, target: str, shard: Shard, sizes: Mapping[str, int]) -> bool | None:
-    """Copy a shard as its receipt describes it, unless the target has it already by ``sizes`` and the receipt.
+def _copy_shard(
+    output: Output, target: _Folder | HubCommits, shard: Shard, publish: Callable[[str, bytes], None]
+) -> bool | None:
+    """Copy a shard as its receipt describes it, unless the target has it already by its files and receipt.
+
+    Args:
+        publish: takes name and content of the receipt after the shard's files are copied.
 
     Returns:
         Whether it was copied; None if it has no receipt any more, because it is being generated again.
@@ -158,38 +265,43 @@ def _copy_shard(output: Output, target: str, shard: Shard, sizes: Mapping[str, i
             reason = ""
             continue
         try:
-            files = Receipt.from_json(data).files
+            receipt = Receipt.from_json(data)
         except ValueError as error:
             reason = f"{name} is damaged: {error}"
             continue
-        entries = {shards.file_name(shard, kind): entry for kind, entry in files.items()}
-        if name in sizes:
-            is_whole = all(sizes.get(file) == entry.size for file, entry in entries.items())
-            if is_whole and storage.read_bytes(storage.join(target, name)) == data:
+        entries = {shards.file_name(shard, kind): entry for kind, entry in receipt.files.items()}
+        surplus = [file for file in receipts.surplus(receipt) if target.has(file)]
+        if target.has(name):
+            is_whole = not surplus and all(target.holds(file, entry) for file, entry in entries.items())
+            if is_whole and target.holds_bytes(name, data):
                 return False
-            storage.remove(storage.join(target, name), missing_ok=True)
+            target.remove(name)
+        for file in surplus:
+            target.remove(file)
         for file, entry in entries.items():
+            if target.compares_contents and target.holds(file, entry):
+                continue
             try:
                 # A copy of its own: what was compared with the receipt is what is sent, whatever becomes of the file.
                 with _at_hand(storage.join(output.url, file)) as path:
                     if storage.digest(path) != entry:
                         reason = f"{file} does not match its receipt"
                         break
-                    storage.upload(path, storage.join(target, file))
+                    target.put(path, file)
             except FileNotFoundError:
                 reason = f"{file} is missing"
                 break
         else:
-            storage.publish_bytes(storage.join(target, name), data)
+            publish(name, data)
             return True
     if reason:
         raise DamageFound(f"{reason}; see 'vcf-batch verify {output.url}'")
     return None
 
 
-def _copy(source: str, target: str) -> None:
-    with _at_hand(source) as path:
-        storage.upload(path, target)
+def _copy(output: Output, target: _Folder, name: str) -> None:
+    with _at_hand(storage.join(output.url, name)) as path:
+        target.put(path, name)
 
 
 @contextlib.contextmanager

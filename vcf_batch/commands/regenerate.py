@@ -108,9 +108,9 @@ def _pairs(
     made = worker.run(ShardTask(shard, last_attempt=True, verdicts=others), shard.name)
     assert made  # it is no trial
     _, staged = made
-    tar, parquet = (storage.join(folder, staged[kind]) for kind in ("tar", "parquet"))
-    image = output.config.image_format
-    redrawn: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in shards.read_samples(tar)}
+    parquet, image = storage.join(folder, staged["parquet"]), output.config.image_format
+    samples = shards.read_samples(storage.join(folder, staged["tar"])) if "tar" in staged else ()
+    redrawn: dict[str, bytes | str] = {sample["__key__"]: sample[image] for sample in samples}
     errors = _by_key(parquet, "error_message")
     seeds_there, seeds_here = (_by_key(file, "seed") for file in (committed, parquet))
     if not exact:

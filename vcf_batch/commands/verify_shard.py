@@ -3,9 +3,9 @@
 Only the first fault is told: mending it takes generating the shard again, whatever else is wrong.
 """
 
+import contextlib
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, cast
@@ -19,7 +19,7 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, sample_records, shards
 from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.receipts import Receipt
-from vcf_batch.output.row_json import json_value, row_json
+from vcf_batch.output.row_json import json_text, json_value, json_values
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Row, Shard
@@ -60,9 +60,12 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
     tally = ShardSums()
     # First, as nothing should be parsed that is known to be damaged.
     _check_hash(names["parquet"], storage.digest(urls["parquet"]).sha256, receipt.files["parquet"])
-    with storage.open_read(urls["tar"]) as file:
-        tar = _Hashing(file)
-        members = _members(cast(BinaryIO, tar), names["tar"])
+    with contextlib.ExitStack() as stack:
+        tar: _Hashing | None = None
+        members: Iterator[tuple[str, bytes]] = iter(())
+        if "tar" in receipt.files:  # A shard without a successful sample has none.
+            tar = _Hashing(stack.enter_context(storage.open_read(urls["tar"])))
+            members = _members(cast(BinaryIO, tar), names["tar"])
         for number, (record, text) in enumerate(_records(output, shard, urls["parquet"]), shard.start):
             status = record["status"]
             if status not in STATUSES or (status == "success") != (not record["error_message"]):
@@ -73,7 +76,8 @@ def _check_files(output: Output, shard: Shard, receipt: Receipt) -> pa.Array:
             tally.add(status, record)
         if extra := next(members, None):
             raise DamageFound(f"{names['tar']} has a member {extra[0]!r} that no row of the parquet accounts for")
-        _check_hash(names["tar"], tar.finish(), receipt.files["tar"])
+        if tar:
+            _check_hash(names["tar"], tar.finish(), receipt.files["tar"])
     for what, found, said in (
         ("counts", tally.counts, receipt.counts),
         ("means", tally.means, receipt.means),
@@ -113,7 +117,7 @@ def _rows(shard: Shard) -> str:
 
 
 def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield the rows of a shard's parquet, compared with the manifest, each as its JSON object and as its JSON text."""
+    """Yield the rows of a shard's parquet, compared with the manifest, each as its JSON values and as its JSON text."""
     name = storage.name(url)
     manifest = output.manifest
     given = output.manifest_rows(shard.start, shard.stop) if manifest else None
@@ -124,12 +128,10 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
             _check_columns(manifest, name, parquet.schema_arrow)
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
-                    one = batch.slice(at, 1)
-                    text = row_json(one)
-                    record = json.loads(text)
+                    record = json_values(batch.slice(at, 1))
                     if manifest and given:
-                        _check_row(output.config, manifest, next(given), record, one.schema)
-                    yield record, text
+                        _check_row(output.config, manifest, next(given), record, batch.schema)
+                    yield record, json_text(record)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

@@ -4,15 +4,14 @@ The header of the file and two configurations tell them. So the driver refuses w
 anything is written.
 """
 
-import contextlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import hub
+from vcf_batch.models.model_files import read_header
 from vcf_batch.models.resolution import ResolvedModel, read_config
 
 Shape = tuple[int, ...]
@@ -26,8 +25,6 @@ _PUBLISHED = "published ones are for Stable Diffusion 1.5 and its fine-tunes: 'v
 _BASE_TOKENS = 4
 _RESAMPLER_LAYERS = 4
 """Number of layers of the resampler of IP-Adapter Plus, in every published file and in diffusers."""
-_MAX_HEADER_BYTES = 100_000_000
-"""Size of the largest header that the format of safetensors allows."""
 _PLAIN_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 _MIDDLE_BLOCK = "UNetMidBlock2DCrossAttn"
 
@@ -53,7 +50,7 @@ def check_files(adapter: ResolvedModel, encoder: ResolvedModel, unet: Mapping[st
         ModelError: it does not fit, or a file is missing or damaged.
         StorageError: the storage failed.
     """
-    name = redact(encoder.name if encoder.name != adapter.name else f"{encoder.location}/{encoder.within}")
+    name = redact(f"{encoder.location}/{encoder.within}" if encoder.within else encoder.name)
     if (config := read_config(encoder, "config.json")) is None:
         raise ModelError(
             f"the image encoder {name} has no config.json; it must be a CLIP vision tower in transformers' layout: "
@@ -116,8 +113,8 @@ def check(shapes: Mapping[str, Shape], what: str, layers: Sequence[Shape], encod
     )
     if not (own and keys):
         raise ModelError(
-            f"{what} is no IP-Adapter: it must have tensors {PROJECTION}* and {KEYS}*, and the first of its "
-            f"{len(shapes)} is {min(shapes, default='none')}; {REMEDY}"
+            f"{what} is no IP-Adapter: it must have tensors {PROJECTION}* and {KEYS}*, and it has "
+            f"{f'others, such as {min(shapes)}' if shapes else 'no tensors with names'}; {REMEDY}"
         )
     if _is_for_faces(own):
         raise ModelError(
@@ -194,7 +191,8 @@ def _check_same(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], what: 
     if missing or more:
         told = [f"lack {len(missing)} tensors, such as {min(missing)}"] if missing else []
         told += [f"have {len(more)} that do not belong there, such as {min(more)}"] if more else []
-        raise ModelError(f"{what} {' and '.join(told)}; {remedy}")
+        again = "" if more else "copy it again if it is cut short, or "
+        raise ModelError(f"{what} {' and '.join(told)}; {again}{remedy}")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ModelError(f"{what} have shape {[*shapes[name]]} in {name}, which must be {[*shape]}; {remedy}")
@@ -204,24 +202,9 @@ def _read_shapes(adapter: ResolvedModel, what: str) -> dict[str, Shape]:
     """Shape of each tensor of an adapter's file, by its name, from the file's header."""
     if adapter.kind == "hub":
         return hub.tensor_shapes(adapter.location, adapter.identity, adapter.within)
-    url = storage.join(adapter.location, adapter.within)
-    with _damaged(what):
-        size = storage.size(url)
-        count = int.from_bytes(storage.read_start(url, 8), "little")
-        if count > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"its header has {count:,} bytes, and the file has {size:,}")
-        tensors = json.loads(storage.read_start(url, 8 + count)[8:])
-        tensors.pop("__metadata__", None)
-        if (stop := 8 + count + max(each["data_offsets"][1] for each in tensors.values())) != size:
-            raise ValueError(f"it must have {stop:,} bytes, and it has {size:,}")
-        return {name: tuple(map(int, each["shape"])) for name, each in tensors.items()}
-
-
-@contextlib.contextmanager
-def _damaged(what: str) -> Iterator[None]:
     try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return read_header(storage.join(adapter.location, adapter.within))
+    except ValueError as error:
         raise ModelError(f"{what} is damaged or no safetensors file: {error}. Copy it again, or {REMEDY}") from error
     except (FileNotFoundError, PermissionError) as error:
         raise ModelError(f"{what} cannot be read: {error}") from error

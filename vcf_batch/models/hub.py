@@ -116,8 +116,8 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"there is no model {name!r} on {constants.ENDPOINT}, or it is private: check the name, or set HF_TOKEN; "
-            f"a folder of that name does not exist here either ({os.path.abspath(name)})"
+            f"there is no model {(name := name.partition(':')[0])!r} on {constants.ENDPOINT}, or it is private: check "
+            f"the name, or set HF_TOKEN; a folder of that name does not exist here either ({os.path.abspath(name)})"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision!r}; give a branch, tag or commit that it has") from error

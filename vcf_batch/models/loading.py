@@ -1,6 +1,7 @@
 """Errors of loading a model: faults of the model told apart from faults of this machine."""
 
 import contextlib
+import errno
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,9 +28,13 @@ def load_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         # Loaders report a missing part of a model as an OSError without errno.
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        # A file that is cut short makes some of them seek to an impossible place.
+        cut_short = isinstance(error, OSError) and error.errno == errno.EINVAL
+        if isinstance(error, OSError) and error.errno and not cut_short and not isinstance(error, FileNotFoundError):
             raise StorageError(f"cannot read {what} on this node: {error}") from error
-        reason: object = error
+        reason = str(error).strip() or type(error).__name__
+        if cut_short:
+            reason = "a file of it is damaged or cut short: copy it again"
         if any(isinstance(cause, pickle.UnpicklingError) for cause in _causes(error)):
             reason = "a .bin file of it is damaged, or a pickle of more than weights; nothing in it was run"
         raise ModelError(f"cannot load {what}: {reason}{remedy}") from error

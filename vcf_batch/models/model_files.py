@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vcf_batch import storage
 from vcf_batch.errors import ModelError
 
 FETCH_RECORD = "vcf_batch_model.json"
@@ -19,6 +20,10 @@ FETCH_RECORD = "vcf_batch_model.json"
 WEIGHTS = (".safetensors", ".bin")
 _SUFFIXES = (*WEIGHTS, ".json", ".txt")
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
+_HEADER_START = 1 << 16
+"""Number of bytes at a file's start that are read at once. They have the header of most models."""
+_MAX_HEADER_BYTES = 100_000_000
+"""Size of the largest header that the format of safetensors allows."""
 _CONFIGS = ("config.json", "model_index.json")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
 """Libraries and modules allowed for the parts of a pipeline."""
@@ -117,6 +122,34 @@ def refuse_code(where: str, files: Sequence[str], read: Callable[[str], bytes]) 
                 f"{where} wants to run code of its own ({wanted!r} in {file}), which is never done; "
                 "use a model of diffusers' and transformers' own classes"
             )
+
+
+def read_header(url: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, by its name. Only the file's header is read.
+
+    Raises:
+        ValueError: the file is cut short, or no safetensors file; with the reason.
+        FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
+    """
+    size, start = storage.size(url), storage.read_start(url, _HEADER_START)
+    count = int.from_bytes(start[:8], "little")
+    if not 0 < count <= min(size - 8, _MAX_HEADER_BYTES):
+        if len(start) > 8 and start[8:9] == b"{":
+            raise ValueError(f"it is cut short: its header has {count:,} bytes, and the file has {size:,}")
+        raise ValueError(
+            f"it begins with {start[:16]!r}, as no safetensors file does; it may be a web page, or a pointer of Git LFS"
+        )
+    header = (start if count + 8 <= len(start) else storage.read_start(url, 8 + count))[8 : 8 + count]
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        whole = 8 + count + max((each["data_offsets"][1] for each in tensors.values()), default=0)
+        shapes = {name: tuple(map(int, each["shape"])) for name, each in tensors.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is damaged: {error}") from error
+    if whole != size:
+        raise ValueError(f"it must have {whole:,} bytes, and it has {size:,}")
+    return shapes
 
 
 def forget_paths(folder: Path) -> None:

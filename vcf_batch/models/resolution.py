@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vcf_batch import storage
-from vcf_batch.errors import ModelError
+from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import hub
-from vcf_batch.models.model_files import WEIGHTS, refuse_code, select
+from vcf_batch.models.model_files import WEIGHTS, read_header, refuse_code, select
 from vcf_batch.models.names import PRESETS
 
 TINY = "tiny"
@@ -124,6 +124,25 @@ def read_file(model: ResolvedModel, file: str, limit: int) -> bytes | None:
         return None
     except PermissionError as error:
         raise ModelError(f"{file} of the model {model.name} cannot be read: {error}") from error
+
+
+def check_whole(model: ResolvedModel) -> None:
+    """Refuse a model with a safetensors file that is cut short, or is something else. The Hub's client does so itself.
+
+    Raises:
+        ModelError: there is such a file; with its name and the reason.
+        StorageError: the storage failed.
+    """
+    if model.kind not in ("directory", "url") or model.within.endswith(WEIGHTS):
+        return
+    for file in select(model.location, storage.list_tree(model.location), model.within):
+        if file.endswith(".safetensors"):
+            try:
+                read_header(storage.join(model.location, file))
+            except (ValueError, FileNotFoundError, PermissionError) as error:
+                raise ModelError(
+                    f"{file} of the model {redact(model.name)} is damaged: {error}. Copy it again"
+                ) from error
 
 
 def _no_revision(name: str, revision: str | None) -> None:

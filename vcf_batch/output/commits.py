@@ -10,7 +10,7 @@ start finds everything it needs to finish the replacement, so samples that were 
 
 import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
@@ -23,6 +23,8 @@ STAGING = "_staging"
 """Folder of the output for files that are not committed yet. Each attempt has a folder of its own in it."""
 _NEW_RECEIPT, _OLD_RECEIPT = "replacing.json", "replaced.json"
 """Names of the two receipts in an attempt's folder while its files replace older ones."""
+_OLD_FILE = "replaced-"
+"""Begin of the name of a file in an attempt's folder that its shard has no more."""
 
 
 def stage(
@@ -35,23 +37,28 @@ def stage(
         note_progress: called after each part of a file that was uploaded.
 
     Returns:
-        The staged files' URLs relative to ``output_url``, by ``tar`` and ``parquet``.
+        The staged files' URLs relative to ``output_url``, by kind as in ``files.entries``.
 
     Raises:
         StorageError: the storage failed.
     """
-    staged = _staged(shard, attempt_id)
-    for kind, path in (("tar", files.tar), ("parquet", files.parquet)):
-        storage.upload(path, storage.join(output_url, staged[kind]), note_progress)
+    staged = _staged(shard, attempt_id, files.entries)
+    paths = {"tar": files.tar, "parquet": files.parquet}
+    for kind, url in staged.items():
+        storage.upload(paths[kind], storage.join(output_url, url), note_progress)
     return staged
 
 
-def _staged(shard: Shard, attempt_id: str) -> dict[str, str]:
-    return {kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}" for kind, suffix in receipts.FILE_SUFFIXES.items()}
+def _staged(shard: Shard, attempt_id: str, kinds: Container[str]) -> dict[str, str]:
+    return {
+        kind: f"{STAGING}/{attempt_id}/{shard.name}{suffix}"
+        for kind, suffix in receipts.FILE_SUFFIXES.items()
+        if kind in kinds
+    }
 
 
 class StagedFilesLost(StorageError):
-    """A staged file is missing, or its size is wrong. The shard has to be generated again."""
+    """A staged file is missing, has another size, or cannot be committed. The shard has to be generated again."""
 
 
 def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
@@ -62,10 +69,12 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
 
     An older receipt of the shard is moved away first, so that a receipt never stands beside files it does not describe.
     It is moved into the staging folder. If the next owner has deleted that folder, the move fails and the next owner's
-    receipt stays in place.
+    receipt stays in place. In the same way, an older tar of a shard that has none any more is moved away before the
+    new receipt is published, and after the new parquet is in its place: only an owner whose staged files were there
+    does it.
 
-    Object stores have no folders. On S3 the older receipt is deleted only if it is still the one that was found
-    (``If-Match``). If the next owner has left that very receipt in place, it is put back. On a store without
+    Object stores have no folders. On S3 the older receipt, or tar, is deleted only if it is still the one that was
+    found (``If-Match``). If the next owner has left that very receipt in place, it is put back. On a store without
     ``If-Match`` one request is left: a driver that is suspended right before it deletes the older receipt, for longer
     than a lease lasts, deletes the receipt that the next owner has published in its place.
     :mod:`vcf_batch.commands.verify` then reports the receipt as missing, and a rerun generates the shard again.
@@ -75,19 +84,23 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
             call continues a failed commit where it stopped.
 
     Raises:
-        StagedFilesLost: a staged file is missing, or not of the receipt's size.
+        StagedFilesLost: a staged file is missing, or not of the receipt's size; or an older tar cannot be moved away.
         StorageError: the storage failed, or another driver committed the shard meanwhile.
     """
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
     left = dict(staged)
     moved_away = False
+    older: bytes | None = None
+    surplus: dict[str, str | None] = {}
     try:
         with storage.refusals_as_storage_errors():
-            # Look for an older receipt first. A receipt that another driver commits later must not be taken for one.
-            older = receipts.content(output_url, receipt.shard.name) if len(left) == len(receipt.files) else None
+            if len(left) == len(receipt.files):
+                folder = storage.join(output_url, storage.parent(left["parquet"]))
+                # Look for older files first. What another driver commits later must not be taken for one.
+                older = receipts.content(output_url, receipt.shard.name)
+                version = None if older is None else storage.version(receipt_url)
+                surplus = {file: storage.version(file) for file in _surplus(output_url, receipt)}
             if older is not None:
-                version = storage.version(receipt_url)
-                folder = storage.join(output_url, storage.parent(left["tar"]))
                 storage.publish_bytes(storage.join(folder, _NEW_RECEIPT), receipt.to_json())
             for kind, path in left.items():
                 found, said = storage.size(url := storage.join(output_url, path)), receipt.files[kind].size
@@ -102,6 +115,15 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
         for kind, path in left.items():
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
             del staged[kind]
+        for file, its_version in surplus.items():
+            try:
+                storage.move(file, storage.join(folder, _OLD_FILE + storage.name(file)), its_version)
+            except StorageError as error:
+                # A repeated call has no staged file left by which it knows that it is not too late.
+                raise StagedFilesLost(
+                    f"{file} cannot be moved away, and shard {receipt.shard.name} has no such file any more ({error}); "
+                    "the shard has to be generated again"
+                ) from error
     except FileExistsError as error:
         raise StorageError(f"another driver committed shard {receipt.shard.name} meanwhile") from error
     except FileNotFoundError as error:
@@ -232,7 +254,7 @@ def _parsed(data: bytes | None) -> Receipt | None:
         return None
 
 
-def _is_there(output_url: str, path: str, entry: FileEntry | None) -> bool:
+def _is_there(output_url: str, path: str, entry: FileEntry) -> bool:
     """Whether a file has the size and hash of a receipt's entry."""
     try:
         return storage.digest(storage.join(output_url, path)) == entry
@@ -240,8 +262,14 @@ def _is_there(output_url: str, path: str, entry: FileEntry | None) -> bool:
         return False
 
 
+def _surplus(output_url: str, receipt: Receipt) -> list[str]:
+    """URLs of the files in the places of a shard's files that the receipt does not name."""
+    urls = (storage.join(output_url, name) for name in receipts.surplus(receipt))
+    return [url for url in urls if storage.exists(url)]
+
+
 def _restore(output_url: str, attempt_id: str, data: bytes | None = None) -> None:
-    """Put a receipt back that was moved away, if its shard has none and the files are still those that it describes.
+    """Put a receipt back that was moved away, if its shard has none and its files are still those that it describes.
 
     Args:
         data: the receipt to put back if the one that was moved into the attempt's folder does not fit.
@@ -250,8 +278,9 @@ def _restore(output_url: str, attempt_id: str, data: bytes | None = None) -> Non
         receipt = _parsed(content)
         if content is None or receipt is None or receipts.read_one(output_url, receipt.shard):
             continue
-        finals = {kind: receipt.shard.name + suffix for kind, suffix in receipts.FILE_SUFFIXES.items()}
-        if all(_is_there(output_url, path, receipt.files.get(kind)) for kind, path in finals.items()):
+        finals = {receipt.shard.name + receipts.FILE_SUFFIXES[kind]: entry for kind, entry in receipt.files.items()}
+        are_there = all(_is_there(output_url, path, entry) for path, entry in finals.items())
+        if are_there and not _surplus(output_url, receipt):
             receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
             if receipts.content(output_url, receipt.shard.name) is not None:
                 storage.remove(receipt_url, missing_ok=True)  # no receipt, as it was read above
@@ -271,14 +300,16 @@ def _finish(output_url: str, attempt_id: str) -> None:
     receipt_url = storage.join(output_url, receipt.shard.name + receipts.RECEIPT_SUFFIX)
     if receipts.read_one(output_url, receipt.shard):
         return
-    staged = _staged(receipt.shard, attempt_id)
     entries = receipt.files
-    waiting = {kind: path for kind, path in staged.items() if _is_there(output_url, path, entries.get(kind))}
+    staged = _staged(receipt.shard, attempt_id, entries)
+    waiting = {kind: path for kind, path in staged.items() if _is_there(output_url, path, entries[kind])}
     if all(
-        kind in waiting or _is_there(output_url, storage.name(path), entries.get(kind)) for kind, path in staged.items()
+        kind in waiting or _is_there(output_url, storage.name(path), entries[kind]) for kind, path in staged.items()
     ):
         for path in waiting.values():
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
+        for file in _surplus(output_url, receipt):
+            storage.move(file, storage.join(output_url, STAGING, attempt_id, _OLD_FILE + storage.name(file)))
         if storage.exists(receipt_url):
             storage.move(receipt_url, storage.join(output_url, STAGING, attempt_id, _OLD_RECEIPT))
         storage.publish_bytes(receipt_url, data, create=True)

@@ -84,8 +84,8 @@ class Output:
     def tars(self) -> list[str]:
         """URLs of the tars that are committed, in order, for a reader such as ``webdataset.WebDataset``.
 
-        A tar without a receipt of this run is left out, and so is one of another size than its receipt says. Contents
-        are not read: ``vcf-batch verify`` does that.
+        A tar without a receipt of this run is left out, and so is one of another size than its receipt says. A shard
+        without a successful sample has none. Contents are not read: ``vcf-batch verify`` does that.
 
         Raises:
             StorageError: the storage failed.
@@ -93,7 +93,7 @@ class Output:
         return [
             storage.join(self.url, found.shard.name + receipts.FILE_SUFFIXES["tar"])
             for found in self.examine()
-            if isinstance(found, Receipt)
+            if isinstance(found, Receipt) and found.counts["success"]
         ]
 
     @property

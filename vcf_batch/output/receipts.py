@@ -1,6 +1,8 @@
 """The receipts of an output. Each describes one shard; one listing finds them all, and they say which shards exist.
 
-A shard does not exist if it has no receipt, or if a file that its receipt names is missing or has another size. The
+A shard without a successful sample has no tar, because readers fail at an empty one. Versions before 0.2.0 wrote it.
+
+A shard does not exist if it has no receipt, or if its files are not those that its receipt names, with their sizes. The
 first is unfinished: the run has not generated it yet. The second is damaged. A file that has a receipt's name and is
 not a receipt counts as absent.
 """
@@ -56,7 +58,7 @@ class Receipt:
     attempt: int
     counts: Mapping[Status, int]
     files: Mapping[str, FileEntry]
-    """Size and hash of the files ``tar`` and ``parquet``."""
+    """Size and hash of the files ``tar`` and ``parquet``; of the second alone if no sample succeeded."""
     device: Mapping[str, Any]
     """The device type that the bytes depend on, as :func:`vcf_batch.worker.device_type.describe` tells it. If a repair
     kept samples of another device, ``several`` lists all of them."""
@@ -236,12 +238,16 @@ def read(output_url: str) -> Iterator[Receipt]:
 
 
 def complete(sizes: Mapping[str, int]) -> dict[int, int]:
-    """Shards whose files are all in a listing of name to size, none empty: index to the bytes of tar and parquet."""
+    """Index to the bytes of tar and parquet, of each shard whose receipt and parquet are in a listing and not empty.
+
+    Args:
+        sizes: bytes of the output's files, by name. Whether a shard has to have a tar is told by its receipt alone.
+    """
     matches = [match for match in map(SHARD_FILE.fullmatch, sizes) if match and sizes[match[0]]]
-    files = Counter(match[1] for match in matches)
+    needed = Counter(match[1] for match in matches if match[2] in (RECEIPT_SUFFIX, FILE_SUFFIXES["parquet"]))
     found: Counter[int] = Counter()
     for match in matches:
-        if files[match[1]] == len(FILE_SUFFIXES) + 1:
+        if needed[match[1]] == 2:
             found[int(match[1])] += 0 if match[2] == RECEIPT_SUFFIX else sizes[match[0]]
     return found
 
@@ -324,16 +330,22 @@ def sizes_now(output_url: str, stem: str) -> dict[str, int]:
 
 def misfit(receipt: Receipt, sizes: Mapping[str, int]) -> str | None:
     """The first way in which a receipt does not fit the sizes of its shard's files; None if it fits."""
-    if receipt.files.keys() != FILE_SUFFIXES.keys():
-        name = receipt.shard.name + RECEIPT_SUFFIX
-        return f"{name} describes {sorted(receipt.files)}; a shard has {sorted(FILE_SUFFIXES)}"
+    name = receipt.shard.name + RECEIPT_SUFFIX
+    expected = {*FILE_SUFFIXES} if receipt.counts["success"] else {*FILE_SUFFIXES} - {"tar"}
+    if receipt.files.keys() not in (expected, FILE_SUFFIXES.keys()):
+        return f"{name} describes {sorted(receipt.files)}; a shard has {sorted(expected)}"
     for kind, entry in receipt.files.items():
         file = receipt.shard.name + FILE_SUFFIXES[kind]
         if file not in sizes:
             return f"{file} is missing"
         if sizes[file] != entry.size:
             return f"{file} has {sizes[file]} bytes, its receipt says {entry.size}"
-    return None
+    return next((f"{file} is there, and {name} does not name it" for file in surplus(receipt) if file in sizes), None)
+
+
+def surplus(receipt: Receipt) -> list[str]:
+    """Names of the files that a shard may have, and that this one does not have by its receipt."""
+    return [receipt.shard.name + suffix for kind, suffix in FILE_SUFFIXES.items() if kind not in receipt.files]
 
 
 def of_another_run(receipt: Receipt) -> Damaged:

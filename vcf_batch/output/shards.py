@@ -2,7 +2,7 @@
 
 A shard is ``NAME.tar`` (the successful samples, for WebDataset readers), ``NAME.parquet`` (one row for every manifest
 row) and ``NAME_stats.json``, the receipt (:mod:`vcf_batch.output.receipts`). A worker writes the first two in local
-scratch (:class:`ShardWriter`).
+scratch (:class:`ShardWriter`). Without a successful sample there is no tar.
 
 The bytes of tar and parquet depend on the samples alone: no times, owners or host names, fixed encoder settings, and
 groups of :data:`ROWS_PER_GROUP` rows in manifest order. (The parquet names the pyarrow version that wrote it.)
@@ -43,13 +43,13 @@ class ShardFiles:
     """A finished shard in local scratch, and what its receipt says about it."""
 
     tar: str
-    """Local path of the tar."""
+    """Local path of the tar. There is no such file if no sample succeeded."""
     parquet: str
     """Local path of the parquet."""
     counts: Mapping[Status, int]
     """Number of rows by status."""
     entries: Mapping[str, FileEntry]
-    """Size and hash of ``tar`` and ``parquet``."""
+    """Size and hash of ``tar`` and ``parquet``; of the second alone if no sample succeeded."""
     means: Mapping[str, float | None]
     """The mean of each score over the successful samples that have it; None if no sample has it."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -178,9 +178,11 @@ class ShardWriter:
         with self._writing():
             self._flush()
             self._close()
+            if not self._sums.counts["success"]:
+                os.unlink(self._paths.pop("tar"))
         self._finished = True
         return ShardFiles(
-            tar=self._paths["tar"],
+            tar=os.path.join(self._scratch_dir, file_name(self._shard, "tar")),
             parquet=self._paths["parquet"],
             counts=self._sums.counts,
             entries={kind: storage.digest(path) for kind, path in self._paths.items()},
@@ -256,8 +258,8 @@ def read_samples(tar_url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard's tar, streamed, as WebDataset readers give them.
 
     Yields:
-        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row}``, and with triplets
-        ``"content.png"`` and ``"style.png"``.
+        ``{"__key__": key, "png" | "webp" | "jpg": bytes, "txt": prompt, "json": the parquet row without its nulls}``,
+        and with triplets ``"content.png"`` and ``"style.png"``.
 
     Raises:
         tarfile.ReadError: the file is not a tar, is cut short or damaged, or goes on behind its end.

@@ -4,10 +4,8 @@ import hashlib
 import importlib.resources
 import re
 import string
-from typing import Any
 
 import pyarrow as pa
-import yaml
 
 from vcf_batch import __version__, storage
 from vcf_batch.config import GATES, RunConfig
@@ -17,7 +15,7 @@ from vcf_batch.models import embedded
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output_columns import COLUMNS, SETTINGS
-from vcf_batch.report import figures
+from vcf_batch.report import card_header, figures
 from vcf_batch.report.figures import SCORE_LABELS, Figures
 
 CARD_NAME = "README.md"
@@ -29,7 +27,6 @@ TRIPLET_FILES = (
 )
 """Text of the card on further members of a tar."""
 
-_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _SIGNATURE = re.compile(r"\n<!-- written by vcf-batch, unchanged: ([0-9a-f]{64}) -->\n")
 
 
@@ -58,7 +55,7 @@ def write(output: Output, licence: str | None = None, force: bool = False) -> st
             raise OthersCard(f"{url} was not written by this command, or was changed; --force replaces it")
         there = None
     if there is not None and licence is None:
-        licence = yaml.safe_load(there.split("---\n")[1]).get("license")
+        licence = card_header.licence_in(there)
     text = render(output, licence)
     signature = f"\n<!-- written by vcf-batch, unchanged: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
     storage.publish_bytes(url, (text + signature).encode())
@@ -68,12 +65,12 @@ def write(output: Output, licence: str | None = None, force: bool = False) -> st
 def render(output: Output, licence: str | None = None) -> str:
     """The card of an output: YAML for Hugging Face, then Markdown. For arguments and errors see :func:`write`."""
     found = figures.read(output)
-    config = output.config
+    config, schema = output.config, _schema(output)
     settings = {name: getattr(config, name, None) for name in (*SETTINGS, "dtype")}
     told = {name: value for name, value in settings.items() if value not in (None, "")}
     template = string.Template((importlib.resources.files("vcf_batch.report") / "card_template.md").read_text("utf-8"))
     return template.substitute(
-        header=_header(output, found, licence),
+        header=card_header.header(output, schema, found.counts["success"], licence),
         name=_code(storage.name(output.url)),
         version=__version__,
         samples=f"{found.counts['success']:,}",
@@ -83,7 +80,7 @@ def render(output: Output, licence: str | None = None) -> str:
         bytes=f"{found.bytes / 1e6:,.1f} MB",
         extension=config.image_format,
         triplet=TRIPLET_FILES.format(config.image_format) if config.triplets else "",
-        columns="\n".join(_column(field) for field in _schema(output)),
+        columns="\n".join(_column(field) for field in schema),
         scores="\n".join(_score(found, name) for name in SCORE_LABELS),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
@@ -95,22 +92,6 @@ def render(output: Output, licence: str | None = None) -> str:
         devices=", ".join(_code(device) for device in sorted(found.devices)),
         licence=_code(licence) if licence else "Not stated. Who hands this on decides: `license` above.",
     )
-
-
-def _header(output: Output, found: Figures, licence: str | None) -> str:
-    """The YAML, without the lines that enclose it."""
-    samples = found.counts["success"]
-    fields: dict[str, Any] = {"license": licence} if licence else {}
-    fields |= {
-        "pretty_name": storage.name(output.url),
-        "task_categories": ["text-to-image", "image-to-image"],
-        "tags": ["synthetic", "webdataset", "visual-concept-fusion"],
-        "size_categories": [next((name for below, name in _SIZES.items() if samples < below), "n>10M")],
-        # Without this field, the parquets would be taken for more of the same data.
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
-    }
-    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
-    return text if licence else "# license: yours to choose\n" + text
 
 
 def _schema(output: Output) -> pa.Schema:

@@ -17,7 +17,9 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models import embedded
 from vcf_batch.output import receipts, run_file, shards
-from vcf_batch.records import Row, Shard
+from vcf_batch.output.receipts import Receipt
+from vcf_batch.output_columns import COLUMNS
+from vcf_batch.records import Row
 from vcf_batch.report.figures import setting_of
 
 TILE = 128
@@ -58,7 +60,7 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
         StorageError: the storage failed.
     """
     record = run_file.read(output)
-    done = (receipt.shard for receipt in receipts.read(output))
+    done = receipts.read(output)
     first = next(done, None)
     if record is None or first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
@@ -70,11 +72,14 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
     heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]
     width = columns * (_CARD[0] + 2 * _GAP)
-    title = f"Model: {embedded.label(record.models['model'])}"
-    sheet = Image.new("RGB", (width, sum(heights) + _LINE + 2 * _GAP), _PAPER)
+    title = [f"Model: {embedded.label(record.models['model'])}"]
+    if adapter := record.models.get("ip_adapter"):
+        title.append(f"IP-Adapter: {adapter['name']}")
+    sheet = Image.new("RGB", (width, sum(heights) + len(title) * _LINE + 2 * _GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((_GAP, _GAP), _fit(title, font, width - 2 * _GAP), _INK, font)
-    top = _GAP + _LINE + _GAP
+    for number, line in enumerate(title):
+        draw.text((_GAP, _GAP + number * _LINE), _fit(line, font, width - 2 * _GAP), _INK, font)
+    top = _GAP + len(title) * _LINE + _GAP
     for (prompt, group), height in zip(groups, heights, strict=True):
         draw.text((_GAP, top), _fit(prompt, font, width - 2 * _GAP), _INK, font)
         for place, card in enumerate(group):
@@ -135,17 +140,18 @@ def scores_of(record: Mapping[str, Any]) -> list[str]:
     return [f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if record[name] is not None]
 
 
-def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Shard]) -> Iterator[_Card]:
+def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Receipt]) -> Iterator[_Card]:
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
-    for shard in done:
+    for receipt in done:
+        shard = receipt.shard
         # Rows and samples are in manifest order; only successful rows have a sample.
-        samples = _samples(shards.file_url(output, shard, "tar"))
+        samples = _samples(shards.file_url(output, shard, "tar")) if receipt.counts["success"] else iter(())
         sample = next(samples, None)
         for row in manifest.rows(shard.start, shard.stop, config.seed):
             if sample is None or sample["__key__"] != row.key:
                 yield _Card(row.prompt, _reference(row, reader), None, ["see error_message in the parquet"])
                 continue
-            record = sample["json"]
+            record = dict.fromkeys(COLUMNS) | sample["json"]
             picture = images.decode(sample[config.image_format], MAX_PIXELS)
             reference = _reference(row, reader) if record["strength"] else None
             yield _Card(row.prompt, reference, picture, [setting_of(record), "  ".join(scores_of(record))])

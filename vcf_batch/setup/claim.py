@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ Obstacle = Callable[[Mapping[str, Any]], str | None]
 """Function that takes the fields of a run that differs in its manifest or its limit alone. It gives the reason why that
 run cannot be extended to this one; None if it can."""
 
+_HASH = re.compile(r"[0-9a-f]{40,}")
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
@@ -161,7 +163,10 @@ def _difference(name: str, there: Mapping[str, Any], fields: Mapping[str, Any]) 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:
     value = field_of(fields, name)
-    return "nothing" if value is None else value[:12] if name.endswith("_id") else json.dumps(value)
+    if value is None:
+        return "nothing"
+    # Identities are hashes and commits, and that of an adapter has the names of its files too.
+    return _HASH.sub(lambda found: found[0][:12], value) if name.endswith("_id") else json.dumps(value)
 
 
 def record_of(job: Job) -> RunRecord:

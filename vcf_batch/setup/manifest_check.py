@@ -81,7 +81,7 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
     read = [f"reads {', '.join(places)}"] if places else []
     if census:
         counts = ", ".join(f"{_count(census, name)} {name}" for name in census.having)
-        read.insert(0, f"{census.rows:,} rows: {counts}")
+        read.insert(0, f"{census.rows:,} {'row' if census.rows == 1 else 'rows'}: {counts}")
     if read:
         yield "columns", "; ".join(read)
     if names := manifest.carried_schema.names:

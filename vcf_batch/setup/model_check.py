@@ -8,6 +8,7 @@ from vcf_batch.errors import ModelError, UsageError, redact
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import adapter_layout, resolution
 from vcf_batch.models.prompt_tokens import require_vocabulary
+from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
 from vcf_batch.setup.job import is_guided
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
@@ -57,6 +58,17 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
     if is_guided(config, manifest):
         _check_guide(resolved, index)
     _check_quality(config, resolved, manifest)
+    if resolved.judge is not None:
+        _check_judge(resolved.judge)
+    for each in (
+        resolved.pipeline,
+        resolved.judge,
+        resolved.pno_guide,
+        resolved.safety_checker,
+        resolved.image_encoder,
+    ):
+        if each is not None:
+            resolution.check_whole(each)
     if resolved.ip_adapter is not None and resolved.image_encoder is not None:
         adapter_layout.check_files(resolved.ip_adapter, resolved.image_encoder, unet)
 
@@ -140,6 +152,17 @@ def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{resolved.pno_guide.name} is both the PNO guide and the judge, so PNO would raise its "
             "own marks: name another guide with --pno-guide, or another judge with --judge"
+        )
+
+
+def _check_judge(judge: ResolvedModel) -> None:
+    """Refuse a judge that cannot read prompts."""
+    config = resolution.read_config(judge, "config.json")
+    if config is None or "text_config" not in config:
+        lacking = "no config.json" if config is None else "no text tower (no text_config in its config.json)"
+        raise ModelError(
+            f"the judge {redact(judge.name)} has {lacking}, and it has to score images against prompts: name a whole "
+            "CLIP with --judge, such as openai/clip-vit-base-patch32"
         )
 
 

@@ -110,9 +110,10 @@ def _http_status(error: BaseException) -> int | None:
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for attribute in ("status", "status_code", "code"):
-            if isinstance(status := getattr(candidate, attribute, None), int):
-                return status
+        for holder in (candidate, response):  # the client of Hugging Face has it in the response alone
+            for attribute in ("status", "status_code", "code"):
+                if isinstance(status := getattr(holder, attribute, None), int):
+                    return status
     return None
 
 

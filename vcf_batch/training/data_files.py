@@ -212,18 +212,19 @@ def _holds_run(url: str) -> bool:
 def _committed(url: str) -> tuple[set[str], list[str]]:
     """Names of the tars of an output that are committed, and what has to be told about the others."""
     output = Output(url)
-    names, damaged = set[str](), list[Damaged]()
+    names, damaged, left = set[str](), list[Damaged](), len(output.plan)
     for found in output.examine():
         if isinstance(found, Damaged):
             damaged.append(found)
-        else:
+            continue
+        left -= 1
+        if found.counts["success"]:
             names.add(found.shard.name + receipts.FILE_SUFFIXES["tar"])
     if damaged:
         raise UsageError(
             f"{url} has {len(damaged):,} damaged shards, the first {damaged[0].name}: {damaged[0].reason}; mend it "
             f"with 'vcf-batch repair {url}', or name the tars to train on"
         )
-    left = len(output.plan) - len(names)
     return names, [f"{url}: {left:,} of {len(output.plan):,} shards are not generated yet"] if left else []
 
 

@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPConfig, CLIPVisionModelWithProjection
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
 from vcf_batch.config import IMAGE_TOKENS
@@ -230,3 +230,15 @@ def load_vision_tower(
     remedy = f"name a CLIP, or its vision tower with projection, with {option}"
     refuse_missing_weights(report, f"the vision tower in {folder}", remedy)
     return tower
+
+
+def load_preprocessing(folder: str, edge: int) -> CLIPImageProcessorPil:
+    """Load the preprocessing of a CLIP; CLIP's own where the folder names none, as in ``h94/IP-Adapter``.
+
+    Args:
+        folder: local folder in transformers' layout.
+        edge: edge of the tower's input in pixels.
+    """
+    if Path(folder, "preprocessor_config.json").exists():
+        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    return CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=edge)

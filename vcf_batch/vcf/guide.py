@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from vcf_batch.config import reference_shares
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
-from vcf_batch.vcf.aligner import load_vision_tower, squash
+from vcf_batch.vcf.aligner import load_preprocessing, load_vision_tower, squash
 
 
 class Guide:
@@ -42,12 +42,12 @@ class Guide:
             StorageError: the disk failed.
         """
         remedy = (
-            ". It must hold a CLIP, or its vision tower with projection, and preprocessor_config.json; name another "
-            "with --pno-guide"
+            ". It must hold a CLIP, or its vision tower with projection, in transformers' layout; name another with "
+            "--pno-guide"
         )
         with load_errors(f"the PNO guide {path!r}", remedy):
             tower = load_vision_tower(path, torch.float32, "--pno-guide")
-            processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
+            processor = load_preprocessing(path, tower.config.image_size)
         return cls(tower.to(device), processor.image_mean, processor.image_std)
 
     @property

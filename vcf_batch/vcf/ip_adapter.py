@@ -6,7 +6,6 @@ projection is diffusers'. The attention is not, because diffusers' has one stren
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +21,7 @@ from vcf_batch.errors import ModelError
 from vcf_batch.models import adapter_layout
 from vcf_batch.models.adapter_layout import KEYS, PROJECTION, REMEDY, Widths
 from vcf_batch.models.loading import load_errors
-from vcf_batch.vcf.aligner import ENCODE_BATCH, load_vision_tower
+from vcf_batch.vcf.aligner import ENCODE_BATCH, load_preprocessing, load_vision_tower
 from vcf_batch.vcf.attention import TokenBiasAttention
 from vcf_batch.vcf.upload import upload
 
@@ -157,15 +156,7 @@ def _load_encoder(folder: str) -> tuple[CLIPVisionModelWithProjection, CLIPImage
     )
     with load_errors(f"the image encoder {folder!r}", remedy):
         tower = load_vision_tower(folder, torch.float32)
-        # h94/IP-Adapter has no preprocessor_config.json; CLIP's own preprocessing is what its adapters saw.
-        edge = tower.config.image_size
-        own = Path(folder, "preprocessor_config.json").exists()
-        processor = (
-            CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            if own
-            else CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=edge)
-        )
-    return tower, processor
+        return tower, load_preprocessing(folder, tower.config.image_size)
 
 
 def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> nn.ModuleList:
