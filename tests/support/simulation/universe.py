@@ -129,7 +129,8 @@ class Universe:
         self.parts = [self._part()]
         """Rows of each file of the manifest."""
         self.ways = self._ways()
-        self.nodes = Nodes({node: draw.randint(1, 2) for node in NODES[: draw.randint(1, 3)]})
+        fewest = 2 if self.ways.bad_nodes else 1
+        self.nodes = Nodes({node: draw.randint(1, 3) for node in NODES[: draw.randint(fewest, 3)]})
         self.home = f"memory://simulation-{seed}"
         self._write_part(0)
         self.senders: dict[Process, str] = {}
@@ -160,12 +161,15 @@ class Universe:
         rows = sum(self.parts)
         # Where nothing can be generated, nothing shows that workers are healthy, and such a run is refused.
         harmful = {draw.randrange(1, rows): draw.choice((KILLS, RAISES, HANGS)) for _ in range(draw.choice((0, 0, 0, 1, 2)))}
+        bad_nodes = {NODES[0]} if draw.random() < 0.15 else set()
         return Ways(
-            deaths=draw.choice((0, 1, 3, 5)),
+            # More could be taken for a row's doing, as could those beside deaths on a bad node.
+            deaths=0 if bad_nodes else draw.choice((0, 1, 3, 5)),
             dies=draw.choice((0.0, 0.1, 0.5)),
             troubled=draw.choice((0.0, 0.0, 0.05)),
-            lies=draw.choice((0.0, 0.0, 0.1)),
-            lives_on=draw.choice((0.0, 0.5)),
+            lies=draw.choice((0.0, 0.1, 0.4)),
+            lives_on=draw.choice((0.0, 0.5, 1.0)),
+            bad_nodes=bad_nodes,
             rows=harmful,
             greedy={draw.randrange(rows): 1} if draw.random() < 0.2 else {},
         )
@@ -324,6 +328,8 @@ class Universe:
     def _story(self) -> None:
         draw, scheduler = self.draw, self.scheduler
         self.start()
+        if draw.random() < 0.3:
+            scheduler.wait(lambda: not self._alive(), 1000.0)
         for _ in range(draw.randint(0, 10)):
             scheduler.sleep(draw.expovariate(1 / draw.choice((1.0, 10.0, 60.0))))
             self._happen(draw.choice(self._events()))
@@ -344,8 +350,8 @@ class Universe:
 
     def _events(self) -> list[Callable[[], None]]:
         return [
-            self._start_another, self._start_another, self._kill, self._kill, self._suspend, self._lose_node,
-            self._add_node, self._worsen, self._outage, self._append, self._repair, self._bad_node,
+            self._start_another, self._start_another, self._kill, self._kill, self._kill, self._suspend, self._lose_node,
+            self._add_node, self._worsen, self._outage, self._append, self._repair, self._repair, self._bad_node,
         ]
 
     def _happen(self, event: Callable[[], None]) -> None:
@@ -428,8 +434,7 @@ class Universe:
                 for index in range((rows + size - 1) // size)
                 if self.draw.random() < 0.5
             }
-            if self.draw.random() < 0.5:
-                self.ways.gone.add(self.draw.randrange(rows))
+            self.ways.gone.update(row for row in range(rows) if self.draw.random() < self.draw.choice((0.0, 0.3)))
             self.start({index: mask for index, mask in masks.items() if any(mask)})
 
     def _heal(self) -> None:
