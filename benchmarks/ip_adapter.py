@@ -27,8 +27,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from vcf_batch.vcf import quiet
 from vcf_batch.vcf.pipeline import VCFPipeline
-from vcf_batch.vcf.quiet import quiet
 
 WIDTH, EMBEDDING = 768, 1024
 """Widths of the text tokens and of ViT-H's embedding."""

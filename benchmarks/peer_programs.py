@@ -28,7 +28,7 @@ def sampler() -> Any:
     from vcf_batch.models.resolution import tiny_folder
     from vcf_batch.vcf import quiet
 
-    quiet.quiet()
+    quiet()
     torch.set_num_threads(1)
     folder = tiny_folder()
     scale = json.loads(Path(folder, "model_index.json").read_text())["default_guidance_scale"]

@@ -66,6 +66,11 @@ def _told(name: str, what: Any) -> Iterator[str]:
         for node in functions:
             if ast.get_docstring(node) and (node.name == "__call__" or not node.name.startswith("_")):
                 found[node.name] = node
+    if "__call__" not in found and "vcf_batch" in getattr(what.__call__, "__module__", ""):
+        # The call of a class may be a function of another module.
+        called = ast.parse(inspect.getsource(inspect.unwrap(what.__call__))).body[0]
+        assert isinstance(called, ast.FunctionDef)
+        found["__call__"] = called
     for method, node in found.items():
         decorators = {ast.unparse(each) for each in node.decorator_list}
         if decorators & {"property", "functools.cached_property"}:
@@ -106,7 +111,7 @@ def _fields(what: type, classes: list[type]) -> Iterator[str]:
 def _signature(name: str, node: ast.FunctionDef) -> str:
     arguments = [each for each in (ast.unparse(node.args),) if each]
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    text = re.sub(r"^(self|cls)(, |$)", "", "".join(arguments))
+    text = re.sub(r"^(self|cls)(: '\w+')?(, |$)", "", "".join(arguments))
     line = f"{name}({text}){returns}"
     if len(line) > 110:
         line = f"{name}(\n{textwrap.fill(text, 106, initial_indent='    ', subsequent_indent='    ')}\n){returns}"

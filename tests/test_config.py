@@ -189,8 +189,9 @@ def test_only_ddim_adds_noise() -> None:
 
 def test_the_sampling_of_a_run_is_its_fields_of_the_same_names() -> None:
     """Defaults and limits exist once, in Sampling."""
-    assert config().sampling == Sampling()
-    assert config(eta=0.5, width=72, deep_cache=2).sampling == Sampling(eta=0.5, width=72, deep_cache=2)
+    assert config().sampling == Sampling(scheduler="ddim")
+    changed: dict[str, Any] = {"eta": 0.5, "width": 72, "deep_cache": 2}
+    assert config(**changed).sampling == Sampling(scheduler="ddim", **changed)
     with pytest.raises(UsageError, match=r"guidance_hi is 0\.1; it must be between 0\.2 and 1"):
         Sampling(guidance_lo=0.2, guidance_hi=0.1)
 

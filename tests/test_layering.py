@@ -4,6 +4,7 @@ import ast
 import itertools
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,11 +91,18 @@ def test_libraries_are_known_to_few_packages(library: str) -> None:
 
 def test_a_package_is_small_enough_to_look_through() -> None:
     """At most 25 entries lie directly in the package, and 13 modules in each package, which says what it has."""
-    assert len([entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]) <= 25
+    assert len([entry for entry in PACKAGE.iterdir() if entry.name not in ("__pycache__", "py.typed")]) <= 25
     for package in {*LEVEL} - {""}:
         assert len([*(PACKAGE / package).glob("[!_]*.py")]) <= 13, package
         docstring = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text()))
         assert docstring, package
+
+
+def test_types_are_shipped() -> None:
+    """Type checkers read the annotations of an installed package only beside this file."""
+    with open(PACKAGE.parent / "pyproject.toml", "rb") as file:
+        data = tomllib.load(file)["tool"]["setuptools"]["package-data"]
+    assert (PACKAGE / "py.typed").is_file() and data["vcf_batch"] == ["py.typed"]
 
 
 def loaded(*modules: str) -> set[str]:

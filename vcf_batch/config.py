@@ -51,6 +51,7 @@ REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """Parts that a model needs for references, besides Stable Diffusion's own parts."""
 
 MAX_BATCH_SIZE = 4096
+MAX_STEPS = 1000
 MAX_PNO_STEPS = 1000
 MAX_ATTEMPTS = 100
 MAX_SEED = 2**63 - 1
@@ -83,8 +84,8 @@ class Sampling:
     computes them in every step."""
     steps: int | None = None
     """Number of denoising steps. None is the model's recommendation."""
-    scheduler: str = "ddim"
-    """One of :data:`SCHEDULERS`."""
+    scheduler: str | None = None
+    """One of :data:`SCHEDULERS`. None is the pipeline's own scheduler, which no run uses."""
     eta: float = 0.0
     """Share of new noise in each step, 0 to 1. Only ``ddim`` takes another value than 0."""
     height: int | None = None
@@ -95,11 +96,17 @@ class Sampling:
         _between("guidance_lo", self.guidance_lo, 0, 1)
         _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
         _between("deep_cache", self.deep_cache, 1, MAX_DEEP_CACHE)
-        _between("steps", self.steps, 1, 1000)
-        _choice("scheduler", self.scheduler, SCHEDULERS)
+        _between("steps", self.steps, 1, MAX_STEPS)
+        if self.scheduler is not None:
+            _choice("scheduler", self.scheduler, SCHEDULERS)
         _between("eta", self.eta, 0, 1)
-        if self.eta and self.scheduler != "ddim":
+        if self.eta and self.scheduler not in (None, "ddim"):
             raise UsageError(f"eta is {self.eta:g}; the scheduler {self.scheduler!r} takes 0 only: use ddim")
+
+    @property
+    def added_noises(self) -> int:
+        """Number of noises that a sample needs besides its initial one. Its number of steps is given."""
+        return (self.steps or 0) if self.eta else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +149,7 @@ class RunConfig:
     guidance_hi: float = Sampling.guidance_hi
     deep_cache: int = Sampling.deep_cache
     """Number of steps that share deep blocks: see :class:`Sampling`. Rows with prompt-noise optimisation have 1."""
-    scheduler: str = Sampling.scheduler
+    scheduler: str = "ddim"
     eta: float = Sampling.eta
     pno_steps: int = 0
     """Number of updates of conditioning and noise that bring each image closer to its reference. 0 is none."""
@@ -272,6 +279,7 @@ class RunConfig:
         _choice("dtype", self.dtype, DTYPES)
         _choice("log_format", self.log_format, LOG_FORMATS)
         _choice("lpips", self.lpips, LPIPS_NETWORKS)
+        _choice("scheduler", self.scheduler, SCHEDULERS)
         _between("strength", self.strength, 0, MAX_STRENGTH)
         if self.default_strengths is not None:
             if sorted(self.default_strengths) != sorted(FUSIONS):

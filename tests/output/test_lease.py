@@ -147,6 +147,30 @@ def test_a_watcher_that_is_overtaken_after_its_last_look_leaves_the_new_lease_al
     assert [name for name in storage.list_files(output) if "tmp" in name] == []
 
 
+def test_a_driver_that_is_overtaken_while_it_ends_leaves_the_next_ones_lease_alone(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its last look at its own lease and the deletion, the lease has expired and another driver has begun."""
+    read_lease, looks = lease._read, iter(range(100))
+
+    def overtaken(url: str, name: str = lease.LEASE_NAME) -> bytes | None:
+        found = read_lease(url, name)
+        if ending and name == lease.LEASE_NAME and next(looks) == 1:
+            leave(output, token="next")
+        return found
+
+    ending = False
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 1e3)
+    monkeypatch.setattr(lease, "_read", overtaken)
+    held = Lease(output)
+    held.acquire()
+    keeper = threading.Thread(target=held.keep)
+    keeper.start()
+    ending = True
+    held.release(keeper)
+    assert read(output)["token"] == "next"
+
+
 @pytest.mark.usefixtures("expiring")
 @pytest.mark.parametrize("data", [b"", b"[1]", b"\xff{", b'{"pid": "x"}'])
 def test_a_damaged_lease_expires_like_any_other(output: str, data: bytes) -> None:
@@ -260,14 +284,13 @@ def test_an_owner_that_is_gone_or_silent_is_not_alive(output: str, monkeypatch: 
     assert (found.host, found.alive) == ("far", False)
 
 
-@pytest.mark.parametrize("failing", ["confirm", "remove"])
+@pytest.mark.parametrize("failing", ["_read", "_delete"])
 def test_a_lease_whose_storage_fails_at_the_end_is_deleted_all_the_same(
     output: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
     """A run that ends well leaves no lease behind because one request failed; if one stays, the log says so."""
     monkeypatch.setattr(lease, "RELEASE_PAUSES", (0.0, 0.0))
-    place, name = (Lease, "confirm") if failing == "confirm" else (storage, "remove")
-    real, failures = getattr(place, name), [StorageError("throttled")] * 2
+    real, failures = getattr(Lease, failing), [StorageError("throttled")] * 2
 
     def flaky(*arguments: Any, **options: Any) -> Any:
         if failures:
@@ -275,7 +298,7 @@ def test_a_lease_whose_storage_fails_at_the_end_is_deleted_all_the_same(
         return real(*arguments, **options)
 
     with lease.hold(output):
-        monkeypatch.setattr(place, name, flaky)
+        monkeypatch.setattr(Lease, failing, flaky)
     assert not storage.exists(storage.join(output, lease.LEASE_NAME))
     assert "could not be deleted" not in caplog.text
     with lease.hold(output):

@@ -29,6 +29,17 @@ def test_output_equals_the_authors(tmp_path: Path) -> None:
     assert aligner.config.double_rescale and aligner.config.tokens == "all"
 
 
+def test_output_has_the_form_that_is_asked_for() -> None:
+    """As in models of diffusers; without a word, the tensor itself."""
+    aligner = ImageAligner(24, 16)
+    tokens = torch.randn(2, 3, 24)
+    plain = aligner(tokens)
+    assert isinstance(plain, torch.Tensor) and plain.shape == (2, 3, 16)
+    assert torch.equal(aligner(tokens, return_dict=True).sample, plain)
+    (alone,) = aligner(tokens, return_dict=False)
+    assert torch.equal(alone, plain)
+
+
 def test_losses_equal_the_authors() -> None:
     image, text = golden("img"), golden("txt")
     torch.testing.assert_close(info_nce_loss(image, text), golden("infonce"), atol=1e-5, rtol=0)

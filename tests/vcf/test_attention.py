@@ -2,13 +2,18 @@
 
 import dataclasses
 import gc
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from PIL import Image
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
+from support import ip_adapters
+from support.tiny_models import build_pipeline
 from vcf_batch.errors import NodeError, UsageError
 from vcf_batch.vcf import attention
 from vcf_batch.vcf.attention import (
@@ -21,6 +26,7 @@ from vcf_batch.vcf.attention import (
     cudnn_attention,
     refuse_node,
 )
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 HOPPER = Gpu((9, 0), cudnn_built=91501, cudnn=91501, flash3=False)
 BF16 = torch.bfloat16
@@ -131,3 +137,104 @@ def _layer(head_dim: int, cross: bool) -> tuple[Attention, torch.Tensor, torch.T
     torch.manual_seed(0)
     layer = Attention(16, cross_attention_dim=12 if cross else None, heads=2, dim_head=head_dim)
     return layer, torch.randn(2, 9, 16), torch.randn(2, 5, 12) if cross else None
+
+
+# Processors that somebody has set
+
+
+PICTURE = Image.radial_gradient("L").convert("RGB")
+
+
+class Halved(AttnProcessor2_0):
+    """A processor of somebody's own, with another result than attention."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(*args, **kwargs) / 2
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_fused_projections_are_computed_by_their_own_weights(cross: bool) -> None:
+    """With a bias too, and in layers with norms of their own; to the bit as diffusers computes them."""
+    layer, hidden, tokens = _layer(head_dim=8, cross=cross)
+    with torch.no_grad():
+        layer.fuse_projections()
+        (layer.to_kv if cross else layer.to_qkv).weight.mul_(1.5)  # so that the result tells which weights were used
+        expected = FusedAttnProcessor2_0()(layer, hidden, tokens)
+        ours = TokenBiasAttention.in_place_of(FusedAttnProcessor2_0())
+        assert torch.equal(ours(layer, hidden, tokens), expected)
+        assert not torch.equal(TokenBiasAttention()(layer, hidden, tokens), expected)
+        layer.residual_connection = True
+        assert torch.equal(ours(layer, hidden, tokens), FusedAttnProcessor2_0()(layer, hidden, tokens))
+
+
+def test_fused_projections_stay_in_use_with_references() -> None:
+    pipeline = build_pipeline()
+    settings: dict[str, Any] = {"seeds": [1], "strength": 0.5}
+    plain = pipeline.generate(["a cat"], [PICTURE], **settings)
+    own = pipeline.unet.attn_processors
+    pipeline.fuse_qkv_projections()
+    torch.testing.assert_close(pipeline.generate(["a cat"], [PICTURE], **settings), plain, atol=1e-5, rtol=0)
+    for name, module in pipeline.unet.named_modules():
+        if name.endswith("attn2"):
+            assert isinstance(module.processor, TokenBiasAttention)
+            module.to_kv.weight.data.zero_()
+    assert not torch.allclose(pipeline.generate(["a cat"], [PICTURE], **settings), plain, atol=1e-3)
+    pipeline.unfuse_qkv_projections()
+    assert pipeline.unet.attn_processors == own
+    assert torch.equal(pipeline.generate(["a cat"], [PICTURE], **settings), plain)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_processors_of_somebodys_own_are_used_where_nothing_needs_a_bias(strength: float) -> None:
+    """Prompts alone, and one reference at strength 1 of a batch in which nothing is padded."""
+    pipeline = build_pipeline()
+    settings: dict[str, Any] = {"seeds": [1], "strength": strength}
+    plain = pipeline.generate(["a cat"], [PICTURE], **settings)
+    pipeline.unet.set_attn_processor(Halved())
+    assert not torch.allclose(pipeline.generate(["a cat"], [PICTURE], **settings), plain, atol=1e-3)
+    assert {type(each) for each in pipeline.unet.attn_processors.values()} == {Halved}
+
+
+def test_processors_of_somebodys_own_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:
+    """By name, and with the way back: for a strength, when the pipeline is set up, and for an IP-Adapter."""
+    pipeline = build_pipeline()
+    adapter = _adapter(tmp_path, pipeline)
+    message = r"down_blocks\.0.* of the UNet is Halved, which cannot take .*set_attn_processor\(AttnProcessor2_0\(\)\)"
+
+    def refused() -> None:
+        with pytest.raises(UsageError, match=message):
+            pipeline.generate(["a cat"], [PICTURE], seeds=[1], strength=0.5)
+        with pytest.raises(UsageError, match=message):
+            pipeline.set_up("cpu")
+        with pytest.raises(UsageError, match=message):
+            pipeline.use_ip_adapter(*adapter)
+
+    pipeline.unet.set_attn_processor(Halved())
+    refused()
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    pipeline.generate(["a cat"], [PICTURE], seeds=[1], strength=0.5)
+    pipeline.enable_attention_slicing(1)
+    message = "SlicedAttnProcessor, which cannot take"
+    refused()
+    pipeline.unet.set_attn_processor(AttnProcessor())  # computes the same without torch's kernels
+    pipeline.generate(["a cat"], [PICTURE], seeds=[1], strength=0.5)
+
+
+def _adapter(folder: Path, pipeline: VCFPipeline) -> tuple[str, str]:
+    """Weights and encoder of an IP-Adapter for a pipeline."""
+    encoder = ip_adapters.save_encoder(folder / "encoder")
+    return str(ip_adapters.save_adapter(folder / "base.safetensors", pipeline.unet)), str(encoder)
+
+
+def test_an_adapter_whose_processors_were_replaced_is_refused(tmp_path: Path) -> None:
+    """Its references would have no effect."""
+    pipeline = build_pipeline()
+    adapter = _adapter(tmp_path, pipeline)
+    pipeline.use_ip_adapter(*adapter)
+    settings: dict[str, Any] = {"seeds": [1], "fusion": "ip_adapter"}
+    expected = pipeline.generate(["a cat"], [PICTURE], **settings)
+    pipeline.fuse_qkv_projections()
+    with pytest.raises(UsageError, match=r"were replaced after use_ip_adapter, .*: call use_ip_adapter again"):
+        pipeline.generate(["a cat"], [PICTURE], **settings)
+    pipeline.use_ip_adapter(*adapter)
+    torch.testing.assert_close(pipeline.generate(["a cat"], [PICTURE], **settings), expected, atol=1e-5, rtol=0)

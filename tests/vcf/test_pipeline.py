@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 
@@ -16,8 +18,10 @@ from support.tiny_models import IMAGE_TOKENS, TEXT_WIDTH, VISION_WIDTH, build_pi
 from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS
 from vcf_batch.config import IMAGE_TOKENS as IMAGE_TOKEN_CHOICES
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.vcf.aligner import ImageAligner
-from vcf_batch.vcf.pipeline import BLANK, VCFPipeline
+from vcf_batch.vcf.arguments import BLANK
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -425,6 +429,36 @@ def test_save_and_load_keeps_everything(pipeline: VCFPipeline, images: list[Imag
         pipeline.register_to_config(default_strength=None)
 
 
+def test_diffusers_loads_a_saved_pipeline(epsilon: VCFPipeline, images: list[Image.Image], tmp_path: Path) -> None:
+    """DiffusionPipeline.from_pretrained finds the class once the package is imported, without code in the folder."""
+    epsilon.save_pretrained(tmp_path)
+    assert not [*tmp_path.rglob("*.py")]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is VCFPipeline and isinstance(loaded.aligner, ImageAligner)
+    settings: dict[str, Any] = {"seeds": [1], "steps": 2}
+    expected = epsilon.generate(["a cat"], [images[0]], **settings)
+    assert torch.equal(loaded.generate(["a cat"], [images[0]], **settings), expected)
+
+
+def test_the_embedded_model_is_loaded_by_its_name() -> None:
+    """As the commands' --model tiny, wherever the program runs."""
+    loaded = VCFPipeline.from_pretrained("tiny", dtype=torch.float32)
+    assert loaded.config.default_strength == 0.1 and loaded.aligner is not None
+    by_path = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
+    weights = zip(loaded.unet.parameters(), by_path.unet.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+
+
+def test_importing_gives_no_hints() -> None:
+    """Nothing here uses torchvision, which transformers tells to install whenever diffusers is imported."""
+    code = (
+        "from vcf_batch import ImageAligner, VCFPipeline, run; import vcf_batch.worker.worker, vcf_batch.tiny.train, "
+        "vcf_batch.training.assembly; VCFPipeline.from_pretrained('tiny').set_up('cpu')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stdout + done.stderr
+
+
 def test_plain_stable_diffusion_folder(epsilon: VCFPipeline, images: list[Image.Image], tmp_path: Path) -> None:
     """Text only as it is; with references once the missing parts are given."""
     stock(epsilon).save_pretrained(tmp_path)
@@ -448,6 +482,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         VCFPipeline(**{**parts, "aligner": ImageAligner(VISION_WIDTH, 64)})
     with pytest.raises(ModelError, match="reads tokens of width 40, but the image encoder gives width 48"):
         VCFPipeline(**{**parts, "aligner": ImageAligner(40, TEXT_WIDTH)})
+    distilled = UNet2DConditionModel.from_config(parts["unet"].config, time_cond_proj_dim=8)
+    with pytest.raises(ModelError, match=r"time_cond_proj_dim is 8.*; use a model without distillation"):
+        VCFPipeline(**{**parts, "unet": distilled})
     with pytest.raises(ModelError, match="runs no safety checker"):
         VCFPipeline(**{**parts, "safety_checker": torch.nn.Identity()})
 

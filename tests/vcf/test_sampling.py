@@ -1,7 +1,6 @@
 """Denoising with tiny real components: the schedulers, the guidance, and the range in which references are used."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS, Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
-from vcf_batch.vcf.sampling import denoise, make_scheduler
+from vcf_batch.vcf.sampling import denoise, make_scheduler, prepare_scheduler, set_steps
 
 
 @pytest.fixture(scope="module", params=("epsilon", "v_prediction"))
@@ -106,9 +105,15 @@ def on_meta(**sampling: Any) -> Callable[[], torch.Tensor]:
     ]
     noise = torch.empty(2, 1, 4, 8, 8, device="meta")
     conditioning = dataclasses.replace(conditioning, positive=sides[0], negative=sides[1])
-    settings: dict[str, Any] = {"guidance_scale": [4.0, 2.0], "sampling": Sampling(**sampling)}
-    unet, schedule = pipeline.unet.to("meta"), pipeline.scheduler.config
-    return torch.no_grad()(functools.partial(denoise, unet, schedule, noise, conditioning, **settings))
+    used = Sampling(**sampling)
+    unet = pipeline.unet.to("meta")
+    settings: dict[str, Any] = {"guidance_scale": [4.0, 2.0], "sampling": used}
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return denoise(unet, prepare_scheduler(pipeline.scheduler, used), noise, conditioning, **settings)
+
+    return run
 
 
 class Transfers(TorchDispatchMode):
@@ -209,8 +214,9 @@ def test_sampling_is_differentiable(pipeline: VCFPipeline, image: Image.Image, s
     tokens = pipeline.encode_references([image])[0].requires_grad_()
     noise = pipeline.draw_noise([3]).requires_grad_()
     conditioning = condition(text, pipeline.encode_prompts([""]), [Fusion([tokens], strength=0.5)])
-    sampling, schedule = Sampling(steps=3, scheduler=scheduler), pipeline.scheduler.config
-    latents = denoise(pipeline.unet, schedule, noise, conditioning, guidance_scale=[4.0], sampling=sampling)
+    sampling = Sampling(steps=3, scheduler=scheduler)
+    used = prepare_scheduler(pipeline.scheduler, sampling)
+    latents = denoise(pipeline.unet, used, noise, conditioning, guidance_scale=[4.0], sampling=sampling)
     pipeline.decode(latents).square().sum().backward()
     for leaf in (text, tokens, noise):
         assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
@@ -291,8 +297,11 @@ def plain(schedule: dict[str, Any], seeds: list[int], unet: Plain | None = None,
     noise = torch.stack(noises) if sampling.get("eta") else torch.stack(noises)[:, :1]
     text = torch.zeros(len(seeds), 1, 1)
     conditioning = condition(text, text, [Fusion()] * len(seeds))
-    settings: dict[str, Any] = {"guidance_scale": [2.0] * len(seeds), "sampling": Sampling(**sampling)}
-    return torch.no_grad()(denoise)(unet or Plain(), schedule, noise, conditioning, **settings)  # type: ignore[arg-type]
+    used = Sampling(**{"scheduler": "ddim"} | sampling)
+    scheduler = make_scheduler(used.scheduler or "ddim", schedule)
+    set_steps(scheduler, sampling["steps"], used.eta)
+    settings: dict[str, Any] = {"guidance_scale": [2.0] * len(seeds), "sampling": used}
+    return torch.no_grad()(denoise)(unet or Plain(), scheduler, noise, conditioning, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -132,7 +132,7 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     from vcf_batch.commands import plan  # pyarrow is not needed to print a help text
 
     if calibrate:
-        from vcf_batch.vcf.quiet import quiet  # nor torch to count rows
+        from vcf_batch.vcf import quiet  # nor torch to count rows
 
         quiet()
     found = plan.look(run_config(ctx), calibrate)
@@ -167,7 +167,7 @@ def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, as
     Exit codes: 0 written; 1 unexpected; 2 wrong option or manifest.
     """
     check_ending("--out", out, "image/png")
-    from vcf_batch.vcf.quiet import quiet  # torch is not needed to print a help text
+    from vcf_batch.vcf import quiet  # torch is not needed to print a help text
 
     quiet()
     from vcf_batch.commands import preview as previews  # brings what would warn

@@ -47,7 +47,7 @@ def verify(
     findings = _found(verify.check(opened), as_json)
     unfinished = sum(finding.kind == "unfinished" for finding in findings)
     if regenerate is not None and not _damaged(findings) and not unfinished:
-        from vcf_batch.vcf.quiet import quiet  # nor torch to read files
+        from vcf_batch.vcf import quiet  # nor torch to read files
 
         quiet()
         from vcf_batch.commands import regenerate as regeneration  # brings what would warn

@@ -191,7 +191,7 @@ def assemble(
     """
     import torch  # not needed to print a help text
 
-    from vcf_batch.vcf.quiet import quiet
+    from vcf_batch.vcf import quiet
 
     quiet()
     from vcf_batch.models.parts import Parts

@@ -19,7 +19,7 @@ from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, model_check, run_models
 from vcf_batch.setup.job import fusions_of
 from vcf_batch.storage import scratch
-from vcf_batch.vcf.quiet import quietly
+from vcf_batch.vcf import quietly
 from vcf_batch.worker import in_process
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components

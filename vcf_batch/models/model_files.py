@@ -4,15 +4,17 @@ Only ``.safetensors``, ``.json`` and ``.txt`` files belong to a model, and ``.bi
 loaders read them with ``weights_only``. Code in a pickle or in a repository never runs.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vcf_batch import storage
 from vcf_batch.errors import ModelError
+from vcf_batch.storage import scratch
 
 FETCH_RECORD = "vcf_batch_model.json"
 """File beside a model that ``model fetch --to`` has copied: where it is from, and each file's SHA-256."""
@@ -66,6 +68,31 @@ def lone_variant(folder: str) -> str | None:
     files = chosen(os.listdir(folder)) if os.path.isdir(folder) else []
     found = (_VARIANT.search(file) for file in files if file.endswith(WEIGHTS))
     return next((variant[1] for variant in found if variant), None)
+
+
+@contextlib.contextmanager
+def loadable(folder: str, given: Container[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """A model's folder as loaders of diffusers can load it, and the variant to name to them.
+
+    Beside one part that a folder has in a variant alone, another part may have both. The plain weights are that part's
+    own, so the loader is shown the chosen files alone: links in a temporary folder, which the block's end deletes.
+
+    Args:
+        folder: a local folder; anything else is given back as it is.
+        given: names of parts that are not loaded from the folder.
+    """
+    files = chosen([*storage.list_tree(folder)]) if os.path.isdir(folder) else []
+    parts = {str(PurePosixPath(file).parent) for file in files if file.count("/") == 1}
+    own = [part for part in parts if part not in given]
+    variants = {each for part in own if (each := lone_variant(os.path.join(folder, part)))}
+    if not variants:
+        yield folder, None
+        return
+    with scratch.temporary("the names of a model's files") as view:
+        for file in files:
+            os.makedirs(os.path.dirname(os.path.join(view, file)), exist_ok=True)
+            os.symlink(os.path.abspath(os.path.join(folder, file)), os.path.join(view, file))
+        yield view, min(variants)
 
 
 def select(where: str, files: Mapping[str, int], within: str = "") -> dict[str, int]:

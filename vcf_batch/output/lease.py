@@ -137,10 +137,9 @@ class Lease:
         self._ended.set()
         for pause in (*RELEASE_PAUSES, None):
             try:
-                self.confirm()
-                storage.remove(_url(self._output), missing_ok=True)
-            except RefusedError:
-                pass  # It is the next owner's.
+                found = self._read()
+                if found is not None and _parsed(found).get("token") == self.token:  # It may be the next owner's.
+                    self._delete(found)
             except StorageError as error:
                 if pause is not None:
                     time.sleep(pause)
@@ -158,7 +157,7 @@ class Lease:
             storage.remove(_url(self._output, HEARTBEAT), missing_ok=True)
 
     def _delete(self, found: bytes) -> bool:
-        """Delete the lease of a dead owner; False if another watcher was faster, whose own the lease is then.
+        """Delete a lease that was found; False if another one is there meanwhile, which stays.
 
         On S3 the lease that was looked at is deleted, and no other (``If-Match``). A local one is moved away before it
         is compared, and put back where it is another. On other storages one request lies between look and deletion.

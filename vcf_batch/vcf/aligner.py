@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
@@ -25,6 +27,14 @@ INFO_NCE_WEIGHT = 0.2
 
 ENCODE_BATCH = 32
 """Most texts or images of one forward pass of an encoder."""
+
+
+@dataclass
+class AlignerOutput(BaseOutput):
+    """What :meth:`ImageAligner.forward` returns with ``return_dict=True``, as models of diffusers do."""
+
+    sample: Tensor
+    """Aligned image tokens, ``[B, N, Dt]``."""
 
 
 class ImageAligner(ModelMixin, ConfigMixin):
@@ -59,16 +69,21 @@ class ImageAligner(ModelMixin, ConfigMixin):
             nn.LayerNorm(vision_dim), nn.Linear(vision_dim, text_dim), nn.ReLU(), nn.Linear(text_dim, text_dim)
         )
 
-    def forward(self, image_tokens: Tensor) -> Tensor:
+    def forward(self, image_tokens: Tensor, return_dict: bool | None = None) -> Tensor | AlignerOutput | tuple[Tensor]:
         """Align image tokens.
 
         Args:
             image_tokens: ``[B, N, Dv]``, penultimate hidden states after :meth:`select_tokens`.
+            return_dict: as in models of diffusers: True returns an :class:`AlignerOutput`, False a tuple of one tensor.
+                None returns the tensor itself.
 
         Returns:
-            ``[B, N, Dt]``.
+            ``[B, N, Dt]``, in the form that ``return_dict`` asks for.
         """
-        return self.proj(image_tokens)
+        aligned = self.proj(image_tokens)
+        if return_dict is None:
+            return aligned
+        return AlignerOutput(sample=aligned) if return_dict else (aligned,)
 
     def select_tokens(self, hidden_states: Tensor, tokens: str | None = None) -> Tensor:
         """Select image tokens: ``[B, 1 + P, Dv]`` with CLS first becomes ``[B, N, Dv]``.

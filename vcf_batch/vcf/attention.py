@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
-from vcf_batch.errors import NodeError
+from vcf_batch.errors import NodeError, UsageError
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of queries, keys and values ``[B, heads, L, D]`` without a bias and without gradients."""
@@ -37,6 +42,10 @@ FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 dtype, mask and gradients only; each is deterministic under ``use_deterministic_algorithms``."""
 
 
+_REPLACED = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
+"""diffusers' own processors that compute the same as :class:`TokenBiasAttention` without a bias."""
+
+
 class TokenBiasAttention:
     """Scaled dot-product attention whose cross-attention takes a bias per token, and the tokens of an IP-Adapter.
 
@@ -48,12 +57,25 @@ class TokenBiasAttention:
             most :data:`MAX_HEAD_DIM`; torch's own choice computes the rest. None leaves everything to that choice.
         to_k_ip, to_v_ip: keys and values of the adapter's tokens in this layer; None without an adapter. They are no
             part of the UNet, and not saved with it.
+        fused: compute with the fused projections that ``fuse_qkv_projections`` has made.
     """
 
     def __init__(
-        self, kernel: Kernel | None = None, to_k_ip: nn.Linear | None = None, to_v_ip: nn.Linear | None = None
+        self,
+        kernel: Kernel | None = None,
+        to_k_ip: nn.Linear | None = None,
+        to_v_ip: nn.Linear | None = None,
+        fused: bool = False,
     ) -> None:
-        self.kernel, self.to_k_ip, self.to_v_ip = kernel, to_k_ip, to_v_ip
+        self.kernel, self.to_k_ip, self.to_v_ip, self.fused = kernel, to_k_ip, to_v_ip, fused
+
+    @classmethod
+    def in_place_of(
+        cls, processor: Any, to_k_ip: nn.Linear | None = None, to_v_ip: nn.Linear | None = None
+    ) -> "TokenBiasAttention":
+        """What replaces a processor, with its kernel and its use of fused projections."""
+        fused = isinstance(processor, FusedAttnProcessor2_0) or getattr(processor, "fused", False)
+        return cls(getattr(processor, "kernel", None), to_k_ip, to_v_ip, fused)
 
     def __call__(
         self,
@@ -87,14 +109,24 @@ class TokenBiasAttention:
         if is_cross and token_bias is not None:
             bias = token_bias.to(hidden_states.dtype)
         if not _is_plain(attn, hidden_states):
-            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, bias, temb)
-        tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = _heads(attn.to_q(hidden_states), attn)
-        attended = self._attend(query, _heads(attn.to_k(tokens), attn), _heads(attn.to_v(tokens), attn), bias)
+            processor = FusedAttnProcessor2_0() if self.fused else AttnProcessor2_0()
+            return processor(attn, hidden_states, encoder_hidden_states, bias, temb)
+        projected = self._project(attn, hidden_states, encoder_hidden_states)
+        query, key, value = [_heads(each, attn) for each in projected]
+        attended = self._attend(query, key, value, bias)
         if is_cross and ip_tokens is not None and ip_strength is not None and self.to_k_ip and self.to_v_ip:
             key, value = _heads(self.to_k_ip(ip_tokens), attn), _heads(self.to_v_ip(ip_tokens), attn)
             attended = attended + ip_strength * self._attend(query, key, value, ip_bias)
         return attn.to_out[1](attn.to_out[0](attended))
+
+    def _project(self, attn: Attention, hidden_states: Tensor, tokens: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values of a layer."""
+        if self.fused and tokens is None:
+            return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        if self.fused:
+            return attn.to_q(hidden_states), *attn.to_kv(tokens).chunk(2, dim=-1)
+        tokens = hidden_states if tokens is None else tokens
+        return attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1, L]`` or none, and the heads side by side."""
@@ -124,14 +156,53 @@ def _is_for_kernel(head_dim: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
 
-def accept_token_bias(unet: UNet2DConditionModel) -> None:
-    """Make a UNet use ``cross_attention_kwargs={"token_bias": ...}``. Other processors drop the bias with a warning."""
-    if not all(isinstance(processor, TokenBiasAttention) for processor in unet.attn_processors.values()):
-        unet.set_attn_processor(TokenBiasAttention())
+def accept_token_bias(unet: UNet2DConditionModel, adapted: bool = False) -> None:
+    """Make a UNet use ``cross_attention_kwargs={"token_bias": ...}``. Other processors drop the bias with a warning.
+
+    diffusers' default processors are replaced; fused projections stay in use.
+
+    Args:
+        unet: the UNet.
+        adapted: whether it is given tokens of an IP-Adapter, too.
+
+    Raises:
+        UsageError: the UNet has other processors, such as sliced ones or somebody's own.
+    """
+    processors = unet.attn_processors
+    if not all(isinstance(processor, TokenBiasAttention) for processor in processors.values()):
+        refuse_other_processors(unet)
+        unet.set_attn_processor({name: _with_bias(each) for name, each in processors.items()})
+    if adapted and not any(processor.to_k_ip for processor in unet.attn_processors.values()):
+        raise UsageError(
+            "the UNet's attention processors were replaced after use_ip_adapter, and those of the IP-Adapter with "
+            "them: call use_ip_adapter again, after what replaces processors"
+        )
+
+
+def _with_bias(processor: Any) -> TokenBiasAttention:
+    return processor if isinstance(processor, TokenBiasAttention) else TokenBiasAttention.in_place_of(processor)
+
+
+def refuse_other_processors(unet: UNet2DConditionModel) -> None:
+    """Refuse to replace processors that are not diffusers' default ones.
+
+    Raises:
+        UsageError: the UNet has such processors; with the class of one, and how to undo it.
+    """
+    for name, processor in unet.attn_processors.items():
+        if type(processor) not in (TokenBiasAttention, *_REPLACED):
+            raise UsageError(
+                f"{name} of the UNet is {type(processor).__name__}, which cannot take the strength of references: call "
+                "pipeline.unet.set_attn_processor(AttnProcessor2_0()) of diffusers, or generate from prompts alone"
+            )
 
 
 def use_kernel(unet: UNet2DConditionModel, kernel: Kernel | None) -> None:
-    """Make a UNet's attention use a kernel; an IP-Adapter stays."""
+    """Make a UNet's attention use a kernel; an IP-Adapter stays.
+
+    Raises:
+        UsageError: the UNet has processors of another kind.
+    """
     accept_token_bias(unet)
     for processor in unet.attn_processors.values():
         processor.kernel = kernel

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, reference_shares
 from vcf_batch.errors import UsageError
-from vcf_batch.vcf.upload import upload
+from vcf_batch.vcf.acceleration import upload
 
 
 def fuse(

@@ -21,9 +21,9 @@ from vcf_batch.errors import ModelError
 from vcf_batch.models import adapter_layout
 from vcf_batch.models.adapter_layout import KEYS, PROJECTION, REMEDY, Widths
 from vcf_batch.models.loading import load_errors
+from vcf_batch.vcf.acceleration import upload
 from vcf_batch.vcf.aligner import ENCODE_BATCH, load_preprocessing, load_vision_tower
-from vcf_batch.vcf.attention import TokenBiasAttention
-from vcf_batch.vcf.upload import upload
+from vcf_batch.vcf.attention import TokenBiasAttention, refuse_other_processors
 
 
 class IPAdapter:
@@ -108,7 +108,9 @@ def load_ip_adapter(weights: str, encoder: str, unet: UNet2DConditionModel) -> I
 
     Raises:
         ModelError: the file is no IP-Adapter, or one of another kind, or does not fit UNet or encoder.
+        UsageError: the UNet has attention processors of somebody's own, or sliced ones.
     """
+    refuse_other_processors(unet)
     what = f"the IP-Adapter {weights}"
     tensors = _read(weights, what)
     tower, processor = _load_encoder(encoder)
@@ -168,7 +170,7 @@ def _give_keys(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> nn.
     for number, (name, before) in enumerate(unet.attn_processors.items()):
         linears = [_linear(tensors[f"{KEYS}{number}.to_{kind}_ip.weight"]) for kind in "kv" if number % 2]
         keys.extend(linears)
-        processors[name] = TokenBiasAttention(getattr(before, "kernel", None), *linears)
+        processors[name] = TokenBiasAttention.in_place_of(before, *linears)
     unet.set_attn_processor(processors)
     return keys
 

@@ -3,49 +3,40 @@
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch import storage
 from vcf_batch.config import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     FUSIONS,
-    IP_ADAPTER,
     REFERENCE_PARTS,
-    UNCONDITIONALS,
     Sampling,
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
-from vcf_batch.models import model_files
+from vcf_batch.models.model_files import loadable
 from vcf_batch.models.prompt_tokens import refuse_without_words
-from vcf_batch.storage import scratch
+from vcf_batch.models.resolution import TINY, tiny_folder
+from vcf_batch.vcf.acceleration import compile_forward, replay_small_batches, upload
 from vcf_batch.vcf.aligner import ENCODE_BATCH, ImageAligner, squash
+from vcf_batch.vcf.arguments import References, draw, fuse_references, per_sample, tell_unknown
 from vcf_batch.vcf.attention import Kernel, use_kernel
-from vcf_batch.vcf.compilation import compile_forward, replay_small_batches
+from vcf_batch.vcf.call import call
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.ip_adapter import IPAdapter, load_ip_adapter
-from vcf_batch.vcf.sampling import denoise, recomputed
-from vcf_batch.vcf.upload import upload
+from vcf_batch.vcf.sampling import Generators, denoise, prepare_scheduler, recomputed
 
 _log = logging.getLogger(__name__)
-
-References = Image.Image | Sequence[Image.Image] | None
-"""The references of one prompt: one image, several, or None for text only."""
-
-BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
-"""The plain image that the unconditional side is fused with for ``unconditional="blank"``."""
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
 """Function that makes images of noise and conditioning."""
@@ -77,7 +68,8 @@ class VCFPipeline(StableDiffusionPipeline):
             paper's 1. The other fusions keep the paper's 0.3.
 
     Raises:
-        ModelError: aligner, vision tower and UNet do not fit each other, or there is a safety checker.
+        ModelError: aligner, vision tower and UNet do not fit each other, the UNet is of a distilled model, or there is
+            a safety checker.
     """
 
     ip_adapter: IPAdapter | None = None
@@ -105,6 +97,11 @@ class VCFPipeline(StableDiffusionPipeline):
         if safety_checker is not None:
             raise ModelError(
                 "VCFPipeline runs no safety checker; pass safety_checker=None and check its output instead"
+            )
+        if unet is not None and (width := unet.config.time_cond_proj_dim) is not None:
+            raise ModelError(
+                f"the UNet takes the guidance scale as an input (its time_cond_proj_dim is {width}), as models "
+                "distilled for few steps do; use a model without distillation"
             )
         default_strengths(default_strength)  # checks the limits
         if tokenizer is not None:
@@ -143,21 +140,16 @@ class VCFPipeline(StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "VCFPipeline":
         """Load a saved VCFPipeline, or a plain Stable Diffusion model with the missing parts given as arguments.
 
-        Takes what ``DiffusionPipeline.from_pretrained`` takes; a safety checker is never loaded. Parts that a folder
-        has in one variant alone, such as ``fp16``, are loaded from it.
+        Takes what ``DiffusionPipeline.from_pretrained`` takes, and ``tiny`` for the embedded model; a safety checker is
+        never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it.
         """
         given, folder = {"safety_checker": None, **kwargs}, str(pretrained_model_name_or_path)
-        files = model_files.chosen([*storage.list_tree(folder)]) if os.path.isdir(folder) else []
-        parts = {str(PurePath(file).parent) for file in files if file.count("/") == 1}
-        variants = {each for part in parts - {*given} if (each := model_files.lone_variant(os.path.join(folder, part)))}
-        if not variants or "variant" in kwargs:
-            return super().from_pretrained(pretrained_model_name_or_path, **given)
-        # Beside one part in a variant alone, another may have both; then the plain weights are the model's.
-        with scratch.temporary("the names of a model's files") as view:
-            for file in files:
-                os.makedirs(os.path.dirname(os.path.join(view, file)), exist_ok=True)
-                os.symlink(os.path.abspath(os.path.join(folder, file)), os.path.join(view, file))
-            return super().from_pretrained(view, variant=min(variants), **given)
+        if folder == TINY:
+            folder = tiny_folder()
+        if "variant" in given:
+            return super().from_pretrained(folder, **given)
+        with loadable(folder, given) as (place, variant):
+            return super().from_pretrained(place, **given | ({"variant": variant} if variant else {}))
 
     def set_up(self, device: str, compiled: bool = False, attention: Kernel | None = None) -> Self:
         """Get the networks ready to sample: frozen, on their device, in the layout that its convolutions want.
@@ -202,17 +194,24 @@ class VCFPipeline(StableDiffusionPipeline):
         self.ip_adapter = load_ip_adapter(weights, encoder, self.unet)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
         """Text tokens of prompts or negative prompts, exactly as ``encode_prompt`` of diffusers gives them.
 
         That method would wait for the device.
 
         Args:
             prompts: one or more; what exceeds :attr:`max_tokens` is cut off with a warning.
+            clip_skip: number of the text encoder's last layers that are left out; None leaves out none.
 
         Returns:
             ``[B, T, Dt]`` on the pipeline's device, in the text encoder's dtype.
+
+        Raises:
+            UsageError: the text encoder has fewer layers.
         """
+        most = self.text_encoder.config.num_hidden_layers
+        if clip_skip is not None and not 0 <= clip_skip <= most:
+            raise UsageError(f"clip_skip is {clip_skip}; it must be between 0 and {most}, the text encoder's layers")
         parts, device = [], self._execution_device
         for start in range(0, len(prompts), ENCODE_BATCH):
             texts = self.maybe_convert_prompt(list(prompts[start : start + ENCODE_BATCH]), self.tokenizer)
@@ -222,7 +221,14 @@ class VCFPipeline(StableDiffusionPipeline):
             tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
             masked = getattr(self.text_encoder.config, "use_attention_mask", False)
             mask = upload(tokens.attention_mask, device) if masked else None
-            parts.append(self.text_encoder(upload(tokens.input_ids, device), attention_mask=mask)[0])
+            ids = upload(tokens.input_ids, device)
+            if clip_skip is None:
+                parts.append(self.text_encoder(ids, attention_mask=mask)[0])
+                continue
+            layers = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            # transformers 5 has the tower itself where earlier versions had a model around it.
+            tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+            parts.append(tower.final_layer_norm(layers[-1 - clip_skip]))
         return torch.cat(parts)
 
     @property
@@ -313,20 +319,28 @@ class VCFPipeline(StableDiffusionPipeline):
         return default_strengths(self.config.default_strength)[fusion] if strength is None else strength
 
     def draw_noise(
-        self, seeds: Sequence[int], height: int | None = None, width: int | None = None, added: int = 0
+        self,
+        seeds: Sequence[int] | Generators,
+        height: int | None = None,
+        width: int | None = None,
+        added: int = 0,
+        latents: Tensor | None = None,
+        count: int | None = None,
     ) -> Tensor:
         """Standard normal noise, drawn for each sample on the CPU from its own seed.
 
         Args:
-            seeds: one per sample.
+            seeds: one per sample; or generators in their place, one per sample or one for all.
             height, width: size of the image in pixels; None is the model's native size.
             added: number of noises that follow the initial one, for the steps of a sampler that adds noise.
+            latents: the initial noise ``[B, C, H / f, W / f]``; None draws it.
+            count: number of samples, which one generator for all does not tell.
 
         Returns:
             float32 ``[B, 1 + added, C, H / f, W / f]`` on the pipeline's device, with the VAE's factor ``f``.
 
         Raises:
-            UsageError: a size is not a multiple of ``f``.
+            UsageError: a size is not a multiple of ``f``, or the latents have another shape.
         """
         native = self.unet.config.sample_size
         native = (native, native) if isinstance(native, int) else native
@@ -335,11 +349,18 @@ class VCFPipeline(StableDiffusionPipeline):
             if pixels is not None and (pixels <= 0 or pixels % self.vae_scale_factor):
                 raise UsageError(f"{name} is {pixels}; it must be a multiple of {self.vae_scale_factor}")
             shape.append(latent if pixels is None else pixels // self.vae_scale_factor)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = [
-            torch.stack([torch.randn(shape, generator=generator) for _ in range(1 + added)]) for generator in generators
-        ]
-        return upload(torch.stack(noise), self._execution_device)
+        if not isinstance(seeds, Generator):
+            seeds = [each if isinstance(each, Generator) else Generator().manual_seed(each) for each in seeds]
+            count = len(seeds)
+        if latents is not None:
+            found = [*latents.shape]
+            if height is None and width is None and len(found) == 4:
+                shape = [shape[0], *found[2:]]
+            if found != [count, *shape]:
+                raise UsageError(f"latents has the shape {found}; it must have {[count, *shape]}")
+        noise = [] if latents is None else [latents.float()]
+        noise += [draw(seeds, shape, count) for _ in range(1 + added - len(noise))]
+        return upload(torch.stack([each.to(noise[-1].device) for each in noise], dim=1), self._execution_device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, a few at a time. Differentiable, one at a time and without keeping activations.
@@ -380,26 +401,36 @@ class VCFPipeline(StableDiffusionPipeline):
 
         Returns:
             A differentiable function that makes images of noise and conditioning, float32 ``[B, 3, H, W]`` in [0, 1];
-            the noise; and the conditioning.
+            the noise; and the conditioning. The function gives the same images for the same noise, also with a
+            scheduler that draws more.
 
         Raises:
             UsageError: a value outside its limits, or a sequence of the wrong length.
         """
         count = len(text_tokens)
-        scales = _per_sample("guidance_scale", guidance_scale, count)
-        scales = [self.config.default_guidance_scale if scale is None else scale for scale in scales]
-        steps = self.config.default_steps if sampling.steps is None else sampling.steps
-        used = dataclasses.replace(sampling, steps=steps)
+        scales = self._scales(guidance_scale, count)
+        used = self._with_steps(sampling)
+        generators = [Generator().manual_seed(seed) for seed in per_sample("seeds", seeds, count)]
+        noise = self.draw_noise(generators, used.height, used.width, used.added_noises)
 
         def sample(noise: Tensor, conditioning: Conditioning) -> Tensor:
-            # A scheduler that was not loaded has no class in its configuration.
-            schedule = {**self.scheduler.config, "_class_name": type(self.scheduler).__name__}
-            latents = denoise(self.unet, schedule, noise, conditioning, guidance_scale=scales, sampling=used)
-            return self.decode(latents)
+            scheduler = prepare_scheduler(self.scheduler, used)
+            own = None if used.scheduler else [each.clone_state() for each in generators]
+            settings: dict[str, Any] = {"guidance_scale": scales, "sampling": used, "generators": own}
+            return self.decode(denoise(self.unet, scheduler, noise, conditioning, **settings))
 
-        added = steps if used.eta else 0
-        noise = self.draw_noise(_per_sample("seeds", seeds, count), used.height, used.width, added)
         return sample, noise, condition(text_tokens, negative_tokens, fusions)
+
+    def _scales(self, guidance_scale: float | Sequence[float | None] | None, count: int) -> list[float]:
+        """The guidance scale of each sample, from one for all or one each; None is the model's default."""
+        scales = per_sample("guidance_scale", guidance_scale, count)
+        return [self.config.default_guidance_scale if scale is None else scale for scale in scales]
+
+    def _with_steps(self, sampling: Sampling) -> Sampling:
+        """The sampling with its number of steps: the given one, else the model's default."""
+        return dataclasses.replace(
+            sampling, steps=self.config.default_steps if sampling.steps is None else sampling.steps
+        )
 
     @torch.no_grad()
     def generate_from_tokens(self, *args: Any, **settings: Any) -> Tensor:
@@ -415,13 +446,14 @@ class VCFPipeline(StableDiffusionPipeline):
         return sample(noise, conditioning)
 
     @torch.no_grad()
+    @tell_unknown
     def generate(
         self,
         prompts: Sequence[str],
         references: Sequence[References] | None = None,
         *,
         seeds: Sequence[int],
-        negative_prompts: str | Sequence[str] = "",
+        negative_prompts: str | Sequence[str | None] | None = "",
         fusion: str | Sequence[str] = "concat",
         strength: float | Sequence[float | None] | None = None,
         fusion_lo: float | Sequence[float] = 0.0,
@@ -431,152 +463,81 @@ class VCFPipeline(StableDiffusionPipeline):
         unconditional: str = "zeros",
         image_tokens: str | None = None,
         guidance_scale: float | Sequence[float | None] | None = None,
-        **sampling: Any,
+        guidance_lo: float = Sampling.guidance_lo,
+        guidance_hi: float = Sampling.guidance_hi,
+        deep_cache: int = Sampling.deep_cache,
+        steps: int | None = Sampling.steps,
+        scheduler: str | None = Sampling.scheduler,
+        eta: float = Sampling.eta,
+        height: int | None = Sampling.height,
+        width: int | None = Sampling.width,
     ) -> Tensor:
         """Generate one image per prompt. Each distinct prompt and each distinct image object is encoded once.
+
+        Arguments that calling the pipeline has, too, mean the same there. One with a value per prompt may also be a
+        single value for all, except ``prompts`` and ``seeds``.
 
         Args:
             prompts: B prompts.
             references: for each prompt one image, several, or None for text only. None is text only throughout.
             seeds: one per prompt.
             negative_prompts: texts that the images should not show.
-            fusion: ``concat``, ``naive``, ``cross_attention``, or ``ip_adapter`` after :meth:`use_ip_adapter`.
-            strength: 0 is text only; None is the default of model and fusion.
-            fusion_lo, fusion_hi: the part of the schedule in which references are used, as fractions of t / 999
-                (1 is pure noise), both ends included.
             reference_weights: for each prompt one weight per reference; None is equal weights.
-            negative_references: images that the results should not look like; the unconditional side has them.
-            unconditional: image tokens of that side for a prompt with references and no negative one: ``zeros`` as the
-                authors do, or those of a ``blank`` image. ``negative`` is ``zeros``, and requires negative references.
-                ``ip_adapter`` has the tokens of an embedding of zeros for ``zeros``.
-            image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
-            guidance_scale: 1 is no guidance; None is the model's default.
-            sampling: fields of :class:`vcf_batch.config.Sampling`, each for all prompts.
-
-        An argument with one value per prompt may also be a single value for all, except ``prompts`` and ``seeds``.
+            guidance_scale: 1 is no guidance, 0 the unconditional side alone; None is the model's default.
+            steps: number of denoising steps; None is the model's default.
 
         Returns:
             float32 ``[B, 3, H, W]`` in [0, 1] on the CPU.
 
         Raises:
             ModelError: there are references, but the model lacks a part they need.
+            TypeError: there is no such argument; with the nearest one.
             UsageError: a value outside its limits, or a sequence of the wrong length.
         """
-        count = len(prompts)
-        if not count:
+        if not (count := len(prompts)):
             raise UsageError("prompts is empty; give at least one prompt")
-        if unconditional not in UNCONDITIONALS:
-            raise UsageError(f"unconditional is {unconditional!r}; it must be one of {', '.join(UNCONDITIONALS)}")
-        if unconditional == "negative" and negative_references is None:
-            raise UsageError("unconditional is 'negative', but there are no negative_references; give some")
-        negatives = _per_sample("negative_prompts", negative_prompts, count)
+        negatives = [negative or "" for negative in per_sample("negative_prompts", negative_prompts, count)]
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        text_tokens = self.encode_prompts(texts)
-        images = [
-            [entry] if isinstance(entry, Image.Image) else list(entry or ())
-            for entry in _per_sample("references", references, count)
-        ]
-        avoided = _per_sample("negative_references", negative_references, count)
-        paddings = [
-            BLANK if negative is None and own and unconditional == "blank" else negative
-            for own, negative in zip(images, avoided, strict=True)
-        ]
-        modes = _per_sample("fusion", fusion, count)
-        by_adapter = [mode == IP_ADAPTER for mode in modes]
-        encoded: dict[tuple[bool, int], Tensor] = {}
-        for adapted in sorted({*by_adapter}):
-            own = [number for number in range(count) if by_adapter[number] == adapted]
-            shown = [image for number in own for image in (*images[number], paddings[number]) if image is not None]
-            distinct = {id(image): image for image in shown}
-            if distinct:
-                tokens = self.encode_references([*distinct.values()], image_tokens, adapted=adapted)
-                encoded |= {(adapted, key): each for key, each in zip(distinct, tokens, strict=True)}
-
-        def unconditional_of(number: int) -> Tensor | None:
-            if paddings[number] is not None:
-                return encoded[by_adapter[number], id(paddings[number])]
-            return self.adapter.nothing() if by_adapter[number] and images[number] else None
-
-        strengths = _per_sample("strength", strength, count)
-        weights = _per_sample("reference_weights", reference_weights, count)
-        lows, highs = _per_sample("fusion_lo", fusion_lo, count), _per_sample("fusion_hi", fusion_hi, count)
-        fusions = [
-            Fusion(
-                [encoded[by_adapter[i], id(image)] for image in images[i]],
-                modes[i],
-                self.resolve_strength(modes[i], strengths[i]),
-                weights[i],
-                unconditional_of(i),
-                lows[i],
-                highs[i],
-            )
-            for i in range(count)
-        ]
+        tokens = self.encode_prompts(texts)
+        fusions = fuse_references(
+            self,
+            count,
+            references,
+            reference_weights=reference_weights,
+            negative_references=negative_references,
+            fusion=fusion,
+            strength=strength,
+            fusion_lo=fusion_lo,
+            fusion_hi=fusion_hi,
+            unconditional=unconditional,
+            image_tokens=image_tokens,
+        )
+        sampling = Sampling(
+            guidance_lo=guidance_lo,
+            guidance_hi=guidance_hi,
+            deep_cache=deep_cache,
+            steps=steps,
+            scheduler=scheduler,
+            eta=eta,
+            height=height,
+            width=width,
+        )
         return self.generate_from_tokens(
-            text_tokens[[texts.index(prompt) for prompt in prompts]],
-            text_tokens[[texts.index(prompt) for prompt in negatives]],
+            tokens[[texts.index(prompt) for prompt in prompts]],
+            tokens[[texts.index(prompt) for prompt in negatives]],
             fusions,
             seeds=seeds,
             guidance_scale=guidance_scale,
-            sampling=Sampling(**sampling),
+            sampling=sampling,
         ).cpu()
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        references: References | Sequence[References] = None,
-        *,
-        reference_weights: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
-        negative_prompt: str | Sequence[str] = "",
-        seed: int | Sequence[int] = 0,
-        num_inference_steps: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        **settings: Any,
-    ) -> StableDiffusionPipelineOutput | tuple:
-        """Generate as other diffusers pipelines do.
+    __call__ = call
 
-        Args:
-            prompt: one prompt or several.
-            references: with one prompt, its image or images. With several prompts, one image for all of them, or a
-                sequence with one entry per prompt: an image, several, or None.
-            reference_weights: with one prompt, one weight per reference. With several prompts, such a sequence or None
-                for each of them.
-            negative_prompt: one for all, or one per prompt.
-            seed: one for all, or one per prompt.
-            num_inference_steps: None is the model's default.
-            output_type: ``pil`` for PIL images, ``pt`` for a float32 tensor ``[B, 3, H, W]`` in [0, 1].
-            return_dict: False returns the tuple ``(images, None)``.
-            settings: as in :meth:`generate`.
-
-        Raises:
-            ModelError: there are references, but the model lacks a part they need.
-            UsageError: a value outside its limits, or a sequence of the wrong length.
-        """
-        if output_type not in ("pil", "pt"):
-            raise UsageError(f"output_type is {output_type!r}; it must be one of pil, pt")
-        if isinstance(prompt, str):
-            prompt, references, reference_weights = [prompt], [references], [reference_weights]  # type: ignore[list-item, assignment]
-        images = self.generate(
-            prompt,
-            _per_sample("references", references, len(prompt)),
-            reference_weights=_per_sample("reference_weights", reference_weights, len(prompt)),
-            seeds=_per_sample("seed", seed, len(prompt)),
-            negative_prompts=negative_prompt,
-            steps=num_inference_steps,
-            **settings,
-        )
-        output = (
-            self.image_processor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()) if output_type == "pil" else images
-        )
-        return StableDiffusionPipelineOutput(output, None) if return_dict else (output, None)
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether a call in progress is guided in any of its samples."""
+        return any(scale > 1 for scale in per_sample("_guidance_scale", self._guidance_scale, 1))
 
 
-def _per_sample(name: str, value: Any, count: int) -> list[Any]:
-    """One value per sample, from one for all or a sequence."""
-    if value is None or isinstance(value, str | int | float | Image.Image):
-        return [value] * count
-    values = list(value)
-    if len(values) != count:
-        raise UsageError(f"{name} has {len(values)} values for {count} prompts; give one for each prompt")
-    return values
+# diffusers looks up the class that model_index.json names among its own.
+diffusers.VCFPipeline = VCFPipeline

@@ -12,7 +12,7 @@ from torch import Tensor
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.models.forward_pass import ForwardPass
 from vcf_batch.records import Reference
-from vcf_batch.vcf.pipeline import BLANK
+from vcf_batch.vcf.arguments import BLANK
 from vcf_batch.worker.batches import Batch, Sight
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components

@@ -12,7 +12,7 @@ from support import runs
 from support.tiny_models import build_pipeline
 from vcf_batch import images
 from vcf_batch.config import MAX_PIXELS, Sampling
-from vcf_batch.vcf import compilation
+from vcf_batch.vcf import acceleration
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -60,7 +60,7 @@ def test_small_batches_are_recorded_once_a_kind_and_replayed_with_their_own_inpu
     here the recording is the work itself.)"""
     recordings = []
 
-    def record(work: compilation.Computation) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+    def record(work: acceleration.Computation) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
         recordings.append(work)
         outputs = work()
 
@@ -70,9 +70,9 @@ def test_small_batches_are_recorded_once_a_kind_and_replayed_with_their_own_inpu
 
         return replay, outputs
 
-    monkeypatch.setattr(compilation, "record", record)
+    monkeypatch.setattr(acceleration, "record", record)
     plain, replayed = build_pipeline(), build_pipeline()
-    compilation.replay_small_batches(replayed.unet)
+    acceleration.replay_small_batches(replayed.unet)
     picture = Image.new("RGB", (8, 8), "red")
     for number, strength in enumerate((1.0, 0.5, 1.0)):
         drawn = [each.generate(["a cat"], [picture], strength=strength, seeds=[number]) for each in (plain, replayed)]

@@ -1,4 +1,7 @@
-"""Compile networks with ``torch.compile``, so that every process gets the same kernels for the same shapes."""
+"""What keeps a device busy: compiled networks, recorded calls, and copies that wait for nothing.
+
+Compilation gives every process the same kernels for the same shapes.
+"""
 
 import functools
 from collections.abc import Callable
@@ -100,3 +103,18 @@ def record(work: Computation) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
 def _pool() -> Any:
     """Memory that all graphs share, as one is replayed at a time and its outputs are copied at once."""
     return torch.cuda.graph_pool_handle()
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to a device.
+
+    An ordinary copy to a GPU waits until the GPU has done all its work so far. This one goes by pinned memory and is
+    queued behind that work, so that the work of one batch is queued while the GPU is busy with the batch before.
+
+    Args:
+        tensor: a tensor on the CPU, not written to afterwards; one that is on the device already is returned itself.
+        device: the device.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

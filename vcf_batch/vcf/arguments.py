@@ -1,0 +1,183 @@
+"""The arguments of a call of the pipeline, as the sampler takes them: one value, generator or fusion for each image."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from vcf_batch import sharding
+from vcf_batch.config import IP_ADAPTER, UNCONDITIONALS
+from vcf_batch.errors import UsageError
+from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.sampling import Generators
+
+if TYPE_CHECKING:
+    from vcf_batch.vcf.pipeline import VCFPipeline
+
+References = Image.Image | Sequence[Image.Image] | None
+"""The references of one prompt: one image, several, or None for text only."""
+
+BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
+"""The plain image that the unconditional side is fused with for ``unconditional="blank"``."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def tell_unknown(method: Callable[P, R]) -> Callable[P, R]:
+    """Make a method tell an unknown argument by its name, with the nearest known one.
+
+    The method keeps its signature, which editors and ``help`` show.
+    """
+    known = [*inspect.signature(method).parameters][1:]
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                longer = [each for each in known if each.startswith(name)]
+                near = longer or difflib.get_close_matches(name, known, 1, 0.5)
+                raise TypeError(
+                    f"there is no argument {name!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+                )
+        return method(*args, **kwargs)
+
+    return checked
+
+
+def per_sample(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each prompt, from one for all or a sequence.
+
+    Raises:
+        UsageError: the sequence has another length.
+    """
+    if value is None or isinstance(value, str | Real | Image.Image):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise UsageError(f"{name} has {len(values)} values for {count} prompts; give one for each prompt")
+    return values
+
+
+def generators_of(
+    seed: int | Sequence[int] | None, generator: Generator | Sequence[Generator] | None, prompts: int, images: int
+) -> Generators:
+    """The generators of a call's noise.
+
+    Args:
+        seed: one for all prompts, one for each prompt, or one for each image; None is 0. A prompt's first image has
+            its seed, and each further one is another draw: :func:`vcf_batch.sharding.draw_seed`.
+        generator: generators in place of seeds: one for the whole batch, or one for each image.
+        prompts: number of prompts.
+        images: number of images of each prompt.
+
+    Raises:
+        UsageError: there are both, or a sequence has another length.
+    """
+    count = prompts * images
+    if generator is not None:
+        if seed is not None:
+            raise UsageError("there are a seed and a generator; give one of them")
+        if isinstance(generator, Generator):
+            return generator
+        if len(generator) != count:
+            raise UsageError(
+                f"generator has {len(generator)} generators for {count} images; give one for each image, or one for all"
+            )
+        return list(generator)
+    given: Any = 0 if seed is None else seed
+    if images > 1 and not isinstance(given, Real) and len(given) == count:
+        seeds = list(given)
+    else:
+        of_prompts = per_sample("seed", given, prompts)
+        seeds = [sharding.draw_seed(own, draw) for own in of_prompts for draw in range(images)]
+    return [Generator().manual_seed(int(own)) for own in seeds]
+
+
+def draw(generators: Generators, shape: Sequence[int], count: int | None) -> Tensor:
+    """Standard normal noise, float32 ``[B, *shape]`` on the generators' device.
+
+    Args:
+        generators: one for each of B samples, or one for all, whose noise depends on B.
+        shape: shape of a sample's noise.
+        count: B, where it is one.
+    """
+    if isinstance(generators, Generator):
+        assert count is not None
+        return torch.randn(count, *shape, generator=generators, device=generators.device)
+    return torch.stack([torch.randn(*shape, generator=each, device=each.device) for each in generators])
+
+
+def fuse_references(
+    pipeline: "VCFPipeline",
+    count: int,
+    references: Sequence[References] | References,
+    *,
+    reference_weights: Any,
+    negative_references: Any,
+    fusion: str | Sequence[str],
+    strength: float | Sequence[float | None] | None,
+    fusion_lo: float | Sequence[float],
+    fusion_hi: float | Sequence[float],
+    unconditional: str,
+    image_tokens: str | None,
+) -> list[Fusion]:
+    """The fusion of each of ``count`` prompts, with the arguments of :meth:`VCFPipeline.generate`.
+
+    Each distinct image object is encoded once.
+
+    Raises:
+        ModelError: there are references, but the model lacks a part they need.
+        UsageError: a value outside its limits, or a sequence of the wrong length.
+    """
+    if unconditional not in UNCONDITIONALS:
+        raise UsageError(f"unconditional is {unconditional!r}; it must be one of {', '.join(UNCONDITIONALS)}")
+    if unconditional == "negative" and negative_references is None:
+        raise UsageError("unconditional is 'negative', but there are no negative_references; give some")
+    images = [
+        [entry] if isinstance(entry, Image.Image) else list(entry or ())
+        for entry in per_sample("references", references, count)
+    ]
+    avoided = per_sample("negative_references", negative_references, count)
+    paddings = [
+        BLANK if negative is None and own and unconditional == "blank" else negative
+        for own, negative in zip(images, avoided, strict=True)
+    ]
+    modes = per_sample("fusion", fusion, count)
+    by_adapter = [mode == IP_ADAPTER for mode in modes]
+    encoded: dict[tuple[bool, int], Tensor] = {}
+    for adapted in sorted({*by_adapter}):
+        own = [number for number in range(count) if by_adapter[number] == adapted]
+        shown = [image for number in own for image in (*images[number], paddings[number]) if image is not None]
+        distinct = {id(image): image for image in shown}
+        if distinct:
+            tokens = pipeline.encode_references([*distinct.values()], image_tokens, adapted=adapted)
+            encoded |= {(adapted, key): each for key, each in zip(distinct, tokens, strict=True)}
+
+    def unconditional_of(number: int) -> Tensor | None:
+        if paddings[number] is not None:
+            return encoded[by_adapter[number], id(paddings[number])]
+        return pipeline.adapter.nothing() if by_adapter[number] and images[number] else None
+
+    strengths = per_sample("strength", strength, count)
+    weights = per_sample("reference_weights", reference_weights, count)
+    lows, highs = per_sample("fusion_lo", fusion_lo, count), per_sample("fusion_hi", fusion_hi, count)
+    return [
+        Fusion(
+            [encoded[by_adapter[i], id(image)] for image in images[i]],
+            modes[i],
+            pipeline.resolve_strength(modes[i], strengths[i]),
+            weights[i],
+            unconditional_of(i),
+            lows[i],
+            highs[i],
+        )
+        for i in range(count)
+    ]

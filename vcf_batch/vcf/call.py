@@ -1,0 +1,293 @@
+"""Calling a VCFPipeline as other pipelines of diffusers are called, with their arguments, callbacks and results."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from PIL import Image
+from torch import Generator, Tensor
+
+from vcf_batch.config import MAX_STEPS, Sampling
+from vcf_batch.errors import UsageError
+from vcf_batch.vcf.arguments import References, fuse_references, generators_of, per_sample, tell_unknown
+from vcf_batch.vcf.fusion import Conditioning, condition
+from vcf_batch.vcf.sampling import Moment, denoise, prepare_scheduler
+
+if TYPE_CHECKING:
+    from vcf_batch.vcf.pipeline import VCFPipeline
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@torch.no_grad()
+@tell_unknown
+def call(
+    self: "VCFPipeline",
+    prompt: str | Sequence[str] | None = None,
+    references: References | Sequence[References] = None,
+    *,
+    reference_weights: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
+    fusion: str | Sequence[str] = "concat",
+    strength: float | Sequence[float | None] | None = None,
+    fusion_lo: float | Sequence[float] = 0.0,
+    fusion_hi: float | Sequence[float] = 1.0,
+    negative_prompt: str | Sequence[str | None] | None = None,
+    negative_references: Image.Image | Sequence[Image.Image | None] | None = None,
+    unconditional: str = "zeros",
+    image_tokens: str | None = None,
+    height: int | None = Sampling.height,
+    width: int | None = Sampling.width,
+    num_inference_steps: int | None = Sampling.steps,
+    guidance_scale: float | Sequence[float | None] | None = None,
+    guidance_lo: float = Sampling.guidance_lo,
+    guidance_hi: float = Sampling.guidance_hi,
+    guidance_rescale: float = 0.0,
+    deep_cache: int = Sampling.deep_cache,
+    scheduler: str | None = Sampling.scheduler,
+    eta: float = Sampling.eta,
+    num_images_per_prompt: int = 1,
+    seed: int | Sequence[int] | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
+    latents: Tensor | None = None,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    clip_skip: int | None = None,
+    output_type: str = "pil",
+    return_dict: bool = True,
+    callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+) -> StableDiffusionPipelineOutput | Any:
+    """Generate as other pipelines of diffusers do.
+
+    Without references, or at strength 0, the images are those of ``StableDiffusionPipeline`` with the same components,
+    generators and arguments. What follows is for each of B prompts, given as one value for all or one for each prompt,
+    where the type allows both; the images of a prompt stand one after the other.
+
+    Args:
+        prompt: one prompt or several; None where there are ``prompt_embeds``.
+        references: with one prompt, its image or images. With several prompts, or with ``prompt_embeds``, one image for
+            all of them, or a sequence with one entry per prompt: an image, several, or None.
+        reference_weights: with one prompt, one weight per reference. With several prompts, such a sequence or None for
+            each of them. Only ratios matter; None is equal weights.
+        fusion: ``concat``, ``naive``, ``cross_attention``, or ``ip_adapter`` after :meth:`use_ip_adapter`.
+        strength: weight of the references, 0 or more. 0 is text only; None is the default of model and fusion.
+        fusion_lo, fusion_hi: the part of the schedule in which references are used, as fractions of t / 999 (1 is pure
+            noise), both ends included.
+        negative_prompt: what the images should not show; None is the empty prompt.
+        negative_references: images that the results should not look like; the unconditional side has them.
+        unconditional: image tokens of that side for a prompt with references and no negative one: ``zeros`` as the
+            authors do, or those of a ``blank`` image. ``negative`` is ``zeros``, and requires negative references.
+        image_tokens: ``all``, ``patches`` or ``cls``; None is the aligner's own choice.
+        height, width: size of the images in pixels, a multiple of the VAE's factor (8 for Stable Diffusion); None is
+            the size of the latents, else the model's native size.
+        num_inference_steps: 1 to 1000; None is the model's default.
+        guidance_scale: 1 or less is no guidance, as in diffusers; None is the model's default.
+        guidance_lo, guidance_hi: the part of the schedule that is guided, as fractions.
+        guidance_rescale: share, 0 to 1, of rescaling each guided prediction to the deviation of the prompt's own: Lin
+            et al. 2023 (arXiv 2305.08891), section 3.4.
+        deep_cache: number of steps that share one output of the UNet's deep blocks: :class:`vcf_batch.config.Sampling`.
+        scheduler: ``ddim``, ``dpm++`` or ``euler``, with the noise schedule of the pipeline's own; None is the
+            pipeline's own :attr:`scheduler`.
+        eta: share of new noise in each step, 0 to 1; above 0 for DDIM alone.
+        num_images_per_prompt: number of images of each prompt.
+        seed: one per prompt, or one per image. None is 0, unless there are generators. Each further image of a prompt
+            is another draw: :func:`vcf_batch.sharding.draw_seed`.
+        generator: generators in place of seeds: one for each image, or one for the batch, in which case the images
+            depend on the batch. They go on where they are, so that the next call gets other noise.
+        latents: ``[B, C, H / f, W / f]``, the initial noise, standard normal; None draws it.
+        prompt_embeds, negative_prompt_embeds: ``[B, T, Dt]``, text tokens in place of texts.
+        clip_skip: number of the text encoder's last layers that the prompts leave out; negative prompts do not.
+        output_type: ``pil`` for PIL images, ``np`` for an array ``[B, H, W, 3]`` and ``pt`` for a tensor
+            ``[B, 3, H, W]`` on the pipeline's device, both float32 in [0, 1]; ``latent`` for the float32 latents
+            ``[B, C, H / f, W / f]``, which the VAE has not decoded.
+        return_dict: False returns the tuple ``(images, None)``.
+        callback_on_step_end: called after each step with pipeline, number of the step, timestep and a dictionary of
+            tensors, which it returns: :class:`StepEnd`.
+        callback_on_step_end_tensor_inputs: names of these tensors.
+
+    Raises:
+        ModelError: there are references, but the model lacks a part they need.
+        TypeError: there is no such argument; with the nearest one.
+        UsageError: a value outside its limits, a sequence of the wrong length, or two arguments for the same thing.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise UsageError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+    if num_inference_steps is not None and not 1 <= num_inference_steps <= MAX_STEPS:
+        raise UsageError(f"num_inference_steps is {num_inference_steps}; it must be between 1 and {MAX_STEPS}")
+    if num_images_per_prompt < 1:
+        raise UsageError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more")
+    if not 0 <= guidance_rescale <= 1:
+        raise UsageError(f"guidance_rescale is {guidance_rescale}; it must be between 0 and 1")
+    if isinstance(prompt, str):
+        prompt, references, reference_weights = [prompt], [references], [reference_weights]  # type: ignore[list-item, assignment]
+    for name, texts, tokens in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_prompt_embeds),
+    ):
+        if texts is not None and tokens is not None:
+            raise UsageError(f"there are {name} and {name}_embeds; give one of them")
+    if prompt is None and prompt_embeds is None:
+        raise UsageError("there are neither prompt nor prompt_embeds; give one of them")
+    count = len(prompt if prompt_embeds is None else prompt_embeds)  # type: ignore[arg-type]
+    if not count:
+        raise UsageError("prompt is empty; give at least one prompt")
+    scales = guided_scales(self._scales(guidance_scale, count))
+    device, images = self._execution_device, num_images_per_prompt
+    positive = prompt_embeds.to(device) if prompt is None else _encode(self, prompt, clip_skip)  # type: ignore[union-attr]
+    if negative_prompt_embeds is not None:
+        negative = negative_prompt_embeds.to(device)
+    elif any(scale != 1 for scale in scales) or (callback_on_step_end and self.text_encoder is not None):
+        negative = _encode(self, [text or "" for text in per_sample("negative_prompt", negative_prompt, count)])
+    else:
+        negative = torch.zeros_like(positive)
+    if negative.shape != positive.shape:
+        raise UsageError(
+            f"prompt_embeds or the tokens of the prompts have the shape {[*positive.shape]}, and those of the negative "
+            f"ones {[*negative.shape]}; give prompt_embeds and negative_prompt_embeds of one shape"
+        )
+    fusions = fuse_references(
+        self,
+        count,
+        references,
+        reference_weights=reference_weights,
+        negative_references=negative_references,
+        fusion=fusion,
+        strength=strength,
+        fusion_lo=fusion_lo,
+        fusion_hi=fusion_hi,
+        unconditional=unconditional,
+        image_tokens=image_tokens,
+    )
+    sampling = self._with_steps(
+        Sampling(
+            guidance_lo=guidance_lo,
+            guidance_hi=guidance_hi,
+            deep_cache=deep_cache,
+            steps=num_inference_steps,
+            scheduler=scheduler,
+            eta=eta,
+            height=height,
+            width=width,
+        )
+    )
+    generators = generators_of(seed, generator, count, images)
+    noise = self.draw_noise(
+        generators, height, width, added=sampling.added_noises, latents=latents, count=count * images
+    )
+    used = prepare_scheduler(self.scheduler, sampling)
+    self._guidance_scale = scales[0] if len({*scales}) == 1 else [each for each in scales for _ in range(images)]
+    self._guidance_rescale, self._clip_skip, self._interrupt = guidance_rescale, clip_skip, False
+    self._num_timesteps, self._cross_attention_kwargs = len(used.timesteps), None
+    with self.progress_bar(total=len(used.timesteps)) as bar:
+        made = denoise(
+            self.unet,
+            used,
+            noise,
+            condition(
+                positive.repeat_interleave(images, dim=0),
+                negative.repeat_interleave(images, dim=0),
+                [each for each in fusions for _ in range(images)],
+            ),
+            guidance_scale=[each for each in scales for _ in range(images)],
+            sampling=sampling,
+            guidance_rescale=guidance_rescale,
+            generators=generators,
+            watch=StepEnd(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs),
+        )
+    result: Any = made if output_type == "latent" else self.decode(made)
+    if output_type in ("np", "pil"):
+        result = result.cpu().permute(0, 2, 3, 1).numpy()
+    if output_type == "pil":
+        result = self.image_processor.numpy_to_pil(result)
+    self.maybe_free_model_hooks()
+    return StableDiffusionPipelineOutput(result, None) if return_dict else (result, None)
+
+
+def _encode(pipeline: "VCFPipeline", texts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+    """Tokens of texts, each distinct one encoded once."""
+    distinct = [*dict.fromkeys(texts)]
+    return pipeline.encode_prompts(distinct, clip_skip)[[distinct.index(text) for text in texts]]
+
+
+class StepEnd:
+    """diffusers' progress bar and ``callback_on_step_end``, as the denoising calls them after each step.
+
+    Args:
+        pipeline: what the callback gets first. It may change ``_guidance_scale`` and set ``_interrupt`` there.
+        bar: progress bar.
+        callback: called with pipeline, number of the step, timestep and the dictionary of the tensors in ``names``;
+            returns that dictionary, in which it may have replaced tensors. None is no callback.
+        names: of ``latents`` (float32), ``prompt_embeds`` (what the UNet was given, of twice as many rows where it is
+            guided, the unconditional side first) and ``negative_prompt_embeds``.
+
+    Raises:
+        UsageError: a name is another one.
+    """
+
+    def __init__(self, pipeline: "VCFPipeline", bar: Any, callback: Any, names: Sequence[str]) -> None:
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            names = callback.tensor_inputs
+        known = pipeline._callback_tensor_inputs
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"callback_on_step_end_tensor_inputs has {name!r}; it may have {', '.join(known)} alone"
+                )
+        self.pipeline, self.bar, self.callback, self.names = pipeline, bar, callback, names
+
+    def __call__(self, moment: Moment) -> None:
+        """Call the callback, and take what it has replaced.
+
+        Raises:
+            UsageError: it returned something else than its dictionary, or tokens that cannot take effect.
+        """
+        self.bar.update()
+        if self.callback is None:
+            return
+        negative = moment.conditioning.negative.tokens
+        tensors = {"latents": moment.latents, "prompt_embeds": moment.tokens, "negative_prompt_embeds": negative}
+        returned = self.callback(
+            self.pipeline, moment.number, moment.timestep, {name: tensors[name] for name in self.names}
+        )
+        if not isinstance(returned, dict):
+            raise UsageError(
+                f"callback_on_step_end returned {type(returned).__name__}; it must return its last argument, the "
+                "dictionary of tensors"
+            )
+        moment.latents = returned.get("latents", moment.latents)
+        if (tokens := returned.get("prompt_embeds", moment.tokens)) is not moment.tokens:
+            moment.conditioning = _replaced(moment.conditioning, tokens)
+        if (tokens := returned.get("negative_prompt_embeds", negative)) is not negative:
+            moment.conditioning = _replaced(moment.conditioning, None, tokens)
+        scales = per_sample("the pipeline's _guidance_scale", self.pipeline._guidance_scale, len(moment.latents))
+        moment.guidance_scale = guided_scales(scales)
+        moment.stopped = self.pipeline.interrupt
+
+
+def guided_scales(scales: Sequence[float]) -> list[float]:
+    """Guidance scales as diffusers understands them: 1 or less is no guidance."""
+    return [max(1.0, scale) for scale in scales]
+
+
+def _replaced(conditioning: Conditioning, tokens: Tensor | None, negative: Tensor | None = None) -> Conditioning:
+    """A conditioning with other tokens: those of both sides, the unconditional one first, or those of one side."""
+    positive = conditioning.positive.tokens
+    if any(span != (0, 1) for span in conditioning.ranges):
+        raise UsageError(
+            "callback_on_step_end replaced tokens of a call with fusion_lo or fusion_hi, whose steps have different "
+            "tokens; leave these two out, or the tokens as they are"
+        )
+    if tokens is not None and len(tokens) == 2 * len(positive):
+        negative, tokens = tokens.chunk(2)
+    sides = []
+    for side, new in ((conditioning.positive, tokens), (conditioning.negative, negative)):
+        if new is not None and new.shape != side.tokens.shape:
+            raise UsageError(
+                f"callback_on_step_end replaced tokens of shape {[*side.tokens.shape]} by {[*new.shape]}; keep the "
+                "shape, or turn guidance off for half as many rows"
+            )
+        sides.append(side if new is None else dataclasses.replace(side, tokens=new))
+    return dataclasses.replace(conditioning, positive=sides[0], negative=sides[1])
