@@ -78,9 +78,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
     return ledger.summary(time.monotonic() - begin)
 
 
-def generate_left(
-    job: Job, choose_redo: ChooseRedo, drive: Callable[[Job, lease.Lease, Ledger], None]
-) -> Ledger:
+def generate_left(job: Job, choose_redo: ChooseRedo, drive: Callable[[Job, lease.Lease, Ledger], None]) -> Ledger:
     """Own the output of a run while what is left of it is generated.
 
     Args:

@@ -266,7 +266,9 @@ class SimulatedRay:
             for row in range(shard.start, shard.stop)
         }
         files = contents(entries)
-        counts = {status: sum(entry["status"] == status for entry in entries.values()) for status in ("success", "failed")}
+        counts = {
+            status: sum(entry["status"] == status for entry in entries.values()) for status in ("success", "failed")
+        }
         receipt = Receipt(
             shard=shard,
             fingerprint=self._job.fingerprint,
@@ -279,7 +281,9 @@ class SimulatedRay:
             sampled_at_once=task.sampled_at_once,
         )
         lie = self._draw.random() < self._ways.lies
-        staged = {kind: f"{commits.STAGING}/{attempt_id}/{shard.name}{end}" for kind, end in receipts.FILE_SUFFIXES.items()}
+        staged = {
+            kind: f"{commits.STAGING}/{attempt_id}/{shard.name}{end}" for kind, end in receipts.FILE_SUFFIXES.items()
+        }
         for kind, path in staged.items():
             storage.publish_bytes(storage.join(output, path), files[kind][: -1 if lie else None])
         return receipt, staged
@@ -294,7 +298,11 @@ class SimulatedRay:
             found = entries_in(storage.read_bytes(url))
         except (FileNotFoundError, ValueError) as error:
             raise StorageError(f"{url} cannot be read: {error}") from error
-        return {row: found[row] for row, again in zip(range(task.shard.start, task.shard.stop), mask, strict=True) if not again}
+        return {
+            row: found[row]
+            for row, again in zip(range(task.shard.start, task.shard.stop), mask, strict=True)
+            if not again
+        }
 
 
 def rows_of(task: ShardTask, job: Job) -> list[int]:
@@ -330,7 +338,9 @@ def place(nodes: Nodes) -> None:
     for worker in nodes.workers:
         if not worker.node and worker.is_known:
             taken = [other.node for other in nodes.workers]
-            found = (node for node, room in nodes.room.items() if node not in worker.left_out and taken.count(node) < room)
+            found = (
+                node for node, room in nodes.room.items() if node not in worker.left_out and taken.count(node) < room
+            )
             if node := next(found, ""):
                 worker.node = node
                 worker.cluster.came_up(worker)

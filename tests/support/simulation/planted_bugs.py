@@ -1,4 +1,4 @@
-"""Bugs of the kinds that such systems have had, each as a change of the product. The simulation has to find them all."""
+"""Bugs of kinds that such systems have had, each as a change of the product. The simulation has to find them all."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 
 from vcf_batch import storage
-from vcf_batch.driver import bisection, commit_queue, failing_shard, ledger, loop, workers
+from vcf_batch.driver import bisection, failing_shard, workers
 from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.failing_shard import FailingShard
 from vcf_batch.driver.heartbeats import Watch
-from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.loop import Loop
-from vcf_batch.driver.shard_queue import ShardQueue
-from vcf_batch.driver.workers import StartBackoff, Workers
+from vcf_batch.driver.workers import Workers
 from vcf_batch.output import commits, lease, receipts
 from vcf_batch.output.lease import Lease
-from vcf_batch.pool import launch
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -41,9 +38,8 @@ def done_before_the_receipt(patch: pytest.MonkeyPatch) -> None:
 
 
 def blame_after_one_death(patch: pytest.MonkeyPatch) -> None:
-    """A row that is alone when its worker dies is blamed at once."""
+    """A shard is bisected after its first death, and a row that is alone when its worker dies is blamed at once."""
     patch.setattr(bisection, "REPEATS", 1)
-    patch.setattr(failing_shard, "REPEATS", 1)
     patch.setattr(failing_shard, "PAUSES", ())
 
 
@@ -165,37 +161,6 @@ def silence_unheard(patch: pytest.MonkeyPatch) -> None:
 def second_shard_blamed(patch: pytest.MonkeyPatch) -> None:
     """Where a worker had two shards, one of them is not repeated."""
     patch.setattr(Loop, "_undecided", lambda self, tasks, fault: None)
-
-
-def resume_counts_what_is_there(patch: pytest.MonkeyPatch) -> None:
-    """A receipt counts whether its files are there or not, and rows to be generated again count as done."""
-    init = Ledger.__init__
-
-    def counting(self: Ledger, job: Any, *given: Any) -> None:
-        init(self, dataclasses.replace(job, redo={}), *given)
-
-    patch.setattr(Ledger, "__init__", counting)
-
-
-def lost_answer_taken_for_failure(patch: pytest.MonkeyPatch) -> None:
-    """A lease whose acknowledgement was lost is taken for another driver's."""
-    publish = storage.publish_bytes
-
-    def strict(url: str, data: bytes, create: bool = False) -> None:
-        tries = 0
-        if not create:
-            return publish(url, data)
-        if storage.exists(url):
-            raise FileExistsError(url)
-        del tries
-        return publish(url, data)
-
-    patch.setattr(storage, "publish_bytes", strict)
-
-
-def starts_without_a_pause(patch: pytest.MonkeyPatch) -> None:
-    """A worker that cannot start is started again at once, and the run gives up within seconds of trouble."""
-    patch.setattr(StartBackoff, "failed", lambda self, began: setattr(self, "failures", self.failures + 1) or 0.0)
 
 
 PLANTED: Mapping[str, Plant] = {

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from support.simulated import NoExporter, fault
-from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, contents, entries_in
+from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, entries_in
 from support.simulation.object_store import Store, Trouble, Written, behind_s3
 from support.simulation.processes import Event, Process, Scheduler, Thread
 from vcf_batch import storage
@@ -124,7 +124,9 @@ class Universe:
         self.draw = draw = random.Random(seed)
         self.scheduler = Scheduler(draw, BOUND_SECONDS)
         self.store = Store(draw, self._request_takes, lambda: self.scheduler.now, self._who, later=self._later)
-        self.store.watcher, self.store.looked_at = self._watch, self._looked_at
+        self.store.watcher, self.store.looked_at, self.store.numbered = self._watch, self._looked_at, self._count
+        self.fatal = 0
+        """Number of changes of the store by drivers after which one is killed, before the change; 0 for none."""
         self.shard_size = draw.randint(1, 6)
         self.parts = [self._part()]
         """Rows of each file of the manifest."""
@@ -160,7 +162,9 @@ class Universe:
         draw = self.draw
         rows = sum(self.parts)
         # Where nothing can be generated, nothing shows that workers are healthy, and such a run is refused.
-        harmful = {draw.randrange(1, rows): draw.choice((KILLS, RAISES, HANGS)) for _ in range(draw.choice((0, 0, 0, 1, 2)))}
+        harmful = {
+            draw.randrange(1, rows): draw.choice((KILLS, RAISES, HANGS)) for _ in range(draw.choice((0, 0, 0, 1, 2)))
+        }
         bad_nodes = {NODES[0]} if draw.random() < 0.15 else set()
         return Ways(
             # More could be taken for a row's doing, as could those beside deaths on a bad node.
@@ -213,8 +217,14 @@ class Universe:
         models = Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none")
         manifest = Manifest.open(config.manifest)
         fields = fingerprint_fields(
-            config, manifest=manifest.identity, model="m", judge="m", lpips="none", pno_guide=None,
-            safety_checker=None, ip_adapter=None,
+            config,
+            manifest=manifest.identity,
+            model="m",
+            judge="m",
+            lpips="none",
+            pno_guide=None,
+            safety_checker=None,
+            ip_adapter=None,
         )
         return Job(config, manifest, models, fields)
 
@@ -271,6 +281,14 @@ class Universe:
             token = lease._parsed(data).get("token")
             self.owned[thread] = token is not None and self.tokens.get(token) == group
 
+    def _count(self, action: str, key: str) -> None:
+        group, _ = self._who()
+        if self.fatal and action in ("put", "copy", "delete") and group in self.started and not key.endswith(".beat"):
+            self.fatal -= 1
+            if not self.fatal:
+                self.tell(f"{group} is killed before it {action}s {storage.name(key)}")
+                self.scheduler.kill(group)
+
     def _watch(self, written: Written) -> None:
         name = storage.name(written.key)
         group = written.group
@@ -288,7 +306,7 @@ class Universe:
 
     def _check_shard(self, name: str) -> None:
         """A receipt has just been published: its files must be those that it describes."""
-        receipt, entries = self._read_shard(name)
+        _, entries = self._read_shard(name)
         for row, entry in entries.items():
             if entry["status"] == "success":
                 self.done.add(row)
@@ -336,7 +354,9 @@ class Universe:
         self._heal()
         for _ in range(HEALED_TRIES):
             # Late requests and workers that live on may leave something behind, which the next driver deletes.
-            scheduler.wait(lambda: not (self._alive() or self.nodes.workers or scheduler.is_alive("network")), BOUND_SECONDS)
+            scheduler.wait(
+                lambda: not (self._alive() or self.nodes.workers or scheduler.is_alive("network")), BOUND_SECONDS
+            )
             last = self.start()
             scheduler.wait(lambda: not self._alive(), BOUND_SECONDS)
             if self.codes.get(last) == 0:
@@ -350,8 +370,20 @@ class Universe:
 
     def _events(self) -> list[Callable[[], None]]:
         return [
-            self._start_another, self._start_another, self._kill, self._kill, self._kill, self._suspend, self._lose_node,
-            self._add_node, self._worsen, self._outage, self._append, self._repair, self._repair, self._bad_node,
+            self._start_another,
+            self._start_another,
+            self._kill,
+            self._kill_within_a_change,
+            self._kill_within_a_change,
+            self._suspend,
+            self._lose_node,
+            self._add_node,
+            self._worsen,
+            self._outage,
+            self._append,
+            self._repair,
+            self._repair,
+            self._bad_node,
         ]
 
     def _happen(self, event: Callable[[], None]) -> None:
@@ -365,6 +397,9 @@ class Universe:
         for group in self._alive()[:1]:
             self.tell(f"{group} is killed")
             self.scheduler.kill(group)
+
+    def _kill_within_a_change(self) -> None:
+        self.fatal = self.draw.randint(1, 40)
 
     def _suspend(self) -> None:
         for group in self._alive()[:1]:
@@ -408,7 +443,10 @@ class Universe:
         draw = self.draw
         self.excused.update(self._alive())
         self.store.trouble = Trouble(
-            draw.choice((0.0, 0.05, 0.2)), draw.choice((0.0, 0.05, 0.2)), draw.choice((0.0, 0.02)), draw.choice((0.0, 0.02))
+            draw.choice((0.0, 0.05, 0.2)),
+            draw.choice((0.0, 0.05, 0.2)),
+            draw.choice((0.0, 0.02)),
+            draw.choice((0.0, 0.02)),
         )
         self.tell(f"requests fail: {self.store.trouble}")
 
@@ -436,10 +474,12 @@ class Universe:
             }
             self.ways.gone.update(row for row in range(rows) if self.draw.random() < self.draw.choice((0.0, 0.3)))
             self.start({index: mask for index, mask in masks.items() if any(mask)})
+            if self.draw.random() < 0.5:
+                self._kill_within_a_change()
 
     def _heal(self) -> None:
         self.tell("the world heals")
-        self.store.trouble, self.store.down = Trouble(), False
+        self.store.trouble, self.store.down, self.fatal = Trouble(), False, 0
         self.ways.deaths, self.ways.troubled, self.ways.lies = 0, 0.0, 0.0
         # A bad node goes for good: if it became sound, the verdicts that rows died there would count.
         for node in self.ways.bad_nodes & self.nodes.room.keys():
@@ -462,7 +502,9 @@ class Universe:
         rows, size, objects = sum(self.parts), self.shard_size, self.store.objects
         names = {storage.name(key) for key in objects if key.startswith("bucket/out/") and key.count("/") == 2}
         shards = (rows + size - 1) // size
-        wanted = {f"{index:05d}{end}" for index in range(shards) for end in (*receipts.FILE_SUFFIXES.values(), RECEIPT_SUFFIX)}
+        wanted = {
+            f"{index:05d}{end}" for index in range(shards) for end in (*receipts.FILE_SUFFIXES.values(), RECEIPT_SUFFIX)
+        }
         if names != wanted | {"run.json", "_progress.json"}:
             raise self._violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
         if left := [key for key in objects if key.startswith(f"bucket/out/{commits.STAGING}/")]:
@@ -499,7 +541,10 @@ def _replaced(universe: Universe) -> Iterator[None]:
     """Let clocks, threads and chance of the product be those of a universe."""
     scheduler, draw = universe.scheduler, universe.draw
     clock = types.SimpleNamespace(
-        monotonic=lambda: scheduler.now, time=lambda: scheduler.now, sleep=scheduler.sleep, perf_counter=lambda: scheduler.now
+        monotonic=lambda: scheduler.now,
+        time=lambda: scheduler.now,
+        sleep=scheduler.sleep,
+        perf_counter=lambda: scheduler.now,
     )
     numbers = itertools.count()
     names = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex=f"{next(numbers):032x}"))
