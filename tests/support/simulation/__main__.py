@@ -5,21 +5,7 @@ import multiprocessing
 import sys
 import time
 
-from support.simulation.universe import simulate
-
-AT_ONCE = 50
-"""Seeds that a process takes at a time."""
-
-
-def run_some(seeds: range) -> list[str]:
-    """What was found wrong."""
-    found = []
-    for seed in seeds:
-        try:
-            simulate(seed)
-        except Exception as error:
-            found.append(f"{type(error).__name__}: {error}\n  make simulate SEED={seed} shows what happened")
-    return found
+from support.simulation.universe import AT_ONCE, simulate, wrong_among
 
 
 def main() -> int:
@@ -35,7 +21,7 @@ def main() -> int:
     begin, wrong = time.monotonic(), 0
     parts = [range(first, min(first + AT_ONCE, given.seeds)) for first in range(0, given.seeds, AT_ONCE)]
     with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
-        for found in pool.imap_unordered(run_some, parts):
+        for found in pool.imap_unordered(wrong_among, parts):
             for error in found:
                 wrong += 1
                 print(error, flush=True)

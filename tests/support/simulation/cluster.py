@@ -25,6 +25,7 @@ KILLS, RAISES, HANGS = "kills", "raises", "hangs"
 GONE = "the reference is gone"
 """Error of a row that could be generated once and cannot any more."""
 LOAD_SECONDS, ROW_SECONDS = 5.0, 2.0
+FILE_BYTES = 2048
 
 
 @dataclass
@@ -323,9 +324,12 @@ def generated(row: int, job: Job, verdicts: Mapping[int, str], gone: set[int]) -
 
 
 def contents(entries: Mapping[int, Any]) -> dict[str, bytes]:
-    """The files of a shard: the parquet has all entries, the tar those of samples."""
+    """The files of a shard: the parquet has all entries, the tar those of samples.
+
+    All are of one size, so that it does not tell two attempts apart.
+    """
     samples = {row: entry for row, entry in entries.items() if entry["status"] == "success"}
-    return {"tar": json.dumps(samples).encode(), "parquet": json.dumps(entries).encode()}
+    return {kind: json.dumps(own).encode().ljust(FILE_BYTES) for kind, own in (("tar", samples), ("parquet", entries))}
 
 
 def entries_in(data: bytes) -> dict[int, Any]:

@@ -46,6 +46,8 @@ OUTPUT = "s3://bucket/out"
 NODES = ("a", "b", "c")
 BOUND_SECONDS = 40_000.0
 """Simulated time within which every run has to end: more than all pauses of all attempts together."""
+AT_ONCE = 50
+"""Seeds that a process takes at a time."""
 HEALED_TRIES = 2
 """Drivers that may be needed after the world has healed. The first may be refused: the last owner seems to live."""
 
@@ -148,6 +150,8 @@ class Universe:
         """Threads whose last look at the lease showed their own driver's."""
         self.tokens: dict[str, str] = {}
         """Token of each driver's lease."""
+        self.stagers: dict[str, str] = {}
+        """Workers by the staged files that they wrote: no two attempts share a name."""
         self.done: set[int] = set()
         """Rows that have had a sample, and were not asked for again."""
         self.repaired = False
@@ -294,6 +298,9 @@ class Universe:
         group = written.group
         if written.data is not None and name == lease.LEASE_NAME:
             self.tokens[lease._parsed(written.data)["token"]] = group
+        if f"/{commits.STAGING}/" in written.key and name.endswith((".tar", ".parquet")) and written.data is not None:
+            if self.stagers.setdefault(written.key, group) != group:
+                raise self._violation(f"{group} stages {name} under the name of {self.stagers[written.key]}'s attempt")
         if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
             return
         self.tell(f"{group} {written.action}s {name}")
@@ -584,3 +591,14 @@ def simulate(seed: int, trace: Callable[[str], None] | None = None) -> Universe:
     universe = Universe(seed, trace)
     universe.run()
     return universe
+
+
+def wrong_among(seeds: range) -> list[str]:
+    """What was found wrong in some seeds, in words."""
+    found = []
+    for seed in seeds:
+        try:
+            simulate(seed)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}\n  make simulate SEED={seed} shows what happened")
+    return found
