@@ -171,8 +171,8 @@ class Universe:
         }
         bad_nodes = {NODES[0]} if draw.random() < 0.15 else set()
         return Ways(
-            # More could be taken for a row's doing, as could those beside deaths on a bad node.
-            deaths=0 if bad_nodes else draw.choice((0, 1, 3, 5)),
+            # A fourth could be taken for the doing of the last row beside a culprit, as could any beside a bad node.
+            deaths=0 if bad_nodes else draw.choice((0, 1, 2, 3)),
             dies=draw.choice((0.0, 0.1, 0.5)),
             troubled=draw.choice((0.0, 0.0, 0.05)),
             lies=draw.choice((0.0, 0.1, 0.4)),
@@ -299,8 +299,9 @@ class Universe:
         if written.data is not None and name == lease.LEASE_NAME:
             self.tokens[lease._parsed(written.data)["token"]] = group
         if f"/{commits.STAGING}/" in written.key and name.endswith((".tar", ".parquet")) and written.data is not None:
-            if self.stagers.setdefault(written.key, group) != group:
-                raise self._violation(f"{group} stages {name} under the name of {self.stagers[written.key]}'s attempt")
+            stager = self.stagers.setdefault(written.key, group)
+            if stager != group:
+                raise self._violation(f"{group} stages {name} under the name of {stager}'s attempt")
         if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
             return
         self.tell(f"{group} {written.action}s {name}")
