@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def test_signatures_have_every_setting_that_is_not_decided() -> None:
     evaluate = {*inspect.signature(vcf_batch.evaluate).parameters}
     assert run - DECIDED_BY_EVALUATION <= evaluate
     assert not (DECIDED_BY_EVALUATION - {"pno_steps", "prompt_column"}) & evaluate
-    assert {*inspect.signature(vcf_batch.train_aligner).parameters} == training
+    given = inspect.signature(vcf_batch.train_aligner).parameters
+    assert {*given} == training
+    needed = {name for name, parameter in given.items() if parameter.default is inspect.Parameter.empty}
+    assert needed == {name for name, field in TrainingConfig.__dataclass_fields__.items() if field.default is MISSING}
 
 
 @pytest.mark.parametrize(

@@ -428,7 +428,12 @@ def with_settings_of(kind: type, left_out: frozenset[str] = frozenset()) -> Call
         own = [each for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
         names = {each.name for each in own} | left_out | SETTLED
         settings = [
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                annotation=field.type,
+            )
             for field in dataclasses.fields(kind)
             if field.name not in names
         ]

@@ -111,7 +111,7 @@ def test_a_condition_selects_rows(whole: Path, where: str, expected: Mapping[int
 )
 def test_what_is_no_condition_on_a_row_is_refused_at_once(whole: Path, where: str, reason: str) -> None:
     """A condition sees the rows and nothing else: no file, no network, no other statement."""
-    with pytest.raises(UsageError, match=r"--where .* is not a condition on the columns key, status") as error:
+    with pytest.raises(UsageError, match=r"the condition .* is not one on the columns key, status") as error:
         Repair(Output(str(whole)), where)
     assert reason in str(error.value)
 

@@ -527,9 +527,9 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"judge/config.json": {"vision_config": {"attn_implementation": "someone/kernel"}}},
         f"{OWN_CODE} ('attn_implementation' in judge/config.json)",
     ),
-    "truncated safetensors": ({UNET: 1000}, CANNOT),
-    "safetensors of 7 bytes": ({VAE: 7}, CANNOT),
-    "safetensors with an endless header": ({VAE: b"\xff" * 8 + b"{}"}, CANNOT),
+    "truncated safetensors": ({UNET: 1000}, "damaged: it is cut short: its header has "),
+    "safetensors of 7 bytes": ({VAE: 7}, ", as no safetensors file does; "),
+    "safetensors with an endless header": ({VAE: b"\xff" * 8 + b"{}"}, "damaged: it is cut short: its header has "),
     "no weights": ({UNET: None}, CANNOT),
     "damaged configuration": ({"unet/config.json": "{{"}, "has a damaged unet/config.json: "),
     "endless configuration": (

@@ -397,6 +397,31 @@ def test_what_remains_on_a_store_without_conditions(
         assert storage.list_tree(s3) == {}
 
 
+def test_a_tar_is_not_taken_away_where_the_next_owner_has_committed(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without If-Match too, if the driver wakes up before it looks for a receipt: that is its last look."""
+    old, late, new = (fake_files(tmp_path, name, success) for name, success in (("old", 2), ("late", 0), ("next", 2)))
+    receipt = receipt_for(new, attempt=2)
+    monkeypatch.setattr(storage, "version", lambda _: None)
+    commits.commit(s3, receipt_for(old), commits.stage(old, s3, SHARD, "zero"))
+    staged = commits.stage(late, s3, SHARD, "one")
+    move = storage.move
+
+    def suspended(source: str, target: str, version: str | None = None) -> None:
+        move(source, target, version)
+        if target.endswith("00000.parquet"):
+            monkeypatch.setattr(storage, "move", move)
+            commits.clean(s3)
+            commits.commit(s3, receipt, commits.stage(new, s3, SHARD, "two"))
+
+    monkeypatch.setattr(storage, "move", suspended)
+    with pytest.raises(StorageError, match="another driver"):
+        commits.commit(s3, receipt_for(late), staged)
+    assert read_receipts(s3) == {0: receipt}
+    check(s3, {0: receipt})
+
+
 def test_a_receipt_that_was_moved_away_is_put_back_if_its_files_are_there(output: str, tmp_path: Path) -> None:
     """What `replaced.json` still holds is restored at the next start, if the hashes match; else nothing is."""
     files = fake_files(tmp_path, "old")

@@ -440,6 +440,9 @@ TOKENS = torch.zeros(1, TEXT_TOKENS, TEXT_WIDTH)
         ({"generator": generators(1, 2)}, "generator has 2 generators for 1 images"),
         ({"generator": generators(1), "seed": 1}, "a seed and a generator"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+        ({"seed": -1}, "seed is -1; it must be between 0 and 9223372036854775807"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; it must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be between 1 and 1000"),
         ({"guidance_rescale": 2}, "guidance_rescale is 2; it must be between 0 and 1"),
@@ -471,6 +474,17 @@ def test_result_types(pipeline: VCFPipeline) -> None:
     latents = pipeline("a", **FOUR | {"output_type": "latent"}).images
     with torch.no_grad():
         assert latents.shape == (1, 4, 8, 8) and torch.equal(pipeline.decode(latents), tensor)
+
+
+def test_a_setting_may_be_a_tensor(pipeline: VCFPipeline) -> None:
+    """Of one value, or of one for each prompt."""
+    first, second = (pipeline("a", **FOUR | {"guidance_scale": torch.tensor(own)}).images for own in (3.0, [3.0]))
+    assert torch.equal(first, second) and torch.equal(first, pipeline("a", **FOUR | {"guidance_scale": 3.0}).images)
+
+
+def test_diffusers_way_to_load_an_ip_adapter_names_this_one(pipeline: VCFPipeline) -> None:
+    with pytest.raises(UsageError, match=r"load_ip_adapter is not supported: call use_ip_adapter\(weights, encoder\)"):
+        pipeline.load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name="ip-adapter_sd15.safetensors")
 
 
 def test_without_text_encoder_the_tokens_are_enough() -> None:

@@ -12,7 +12,7 @@ from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
 from vcf_batch.cli.run import generate
 from vcf_batch.commands import known_models
-from vcf_batch.errors import UsageError, printable, redact
+from vcf_batch.errors import printable, redact
 from vcf_batch.training.training_config import TrainingConfig
 
 _DECIDED = {*settings.DECIDED_BY_EVALUATION, "push"}
@@ -267,10 +267,6 @@ def evaluate(
     samples/ of --out: rerunning the same command resumes. Beside it, table.md has the scores with bootstrap intervals,
     results.json all figures, and tradeoff.png and tradeoff.svg the plot.
     """
-    if (prompts is None) != (references is None):
-        raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
-    if column is not None and prompts is None:
-        raise UsageError(f"--prompt-column {column} names a column of --prompts, which is not given")
     from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
 
     config = run_config(ctx, **evaluation.places(out), limit=None, pno_steps=0)

@@ -169,7 +169,8 @@ def prepared(
     if (prompts is None) != (references is None):
         raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
     if prompt_column is not None and not isinstance(prompts, str):
-        raise UsageError(f"--prompt-column {prompt_column} names a column of --prompts, which is not given")
+        kind = "which is not given" if prompts is None else "which are a list and have none"
+        raise UsageError(f"--prompt-column {prompt_column} names a column of --prompts, {kind}")
     chosen: Sequence[Mapping[str, Any]] | int = pairs
     if prompts is not None and references is not None:
         found = image_files.find(references, config.manifest)

@@ -1,7 +1,7 @@
 """Commits to a repository on the Hugging Face Hub, of many files each.
 
-Contents are uploaded as they come, and become part of the repository with the commit. The Hub keeps what was uploaded
-and not committed, so that a second call does not send it again.
+Contents are uploaded as they come, and become part of the repository with the commit. What a Hub keeps of an upload
+without a commit is not sent again by a second call. This was tried with the Hub of the tests alone.
 """
 
 import functools

@@ -75,9 +75,9 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
 
     Object stores have no folders. On S3 the older receipt, or tar, is deleted only if it is still the one that was
     found (``If-Match``). If the next owner has left that very receipt in place, it is put back. On a store without
-    ``If-Match`` one request is left: a driver that is suspended right before it deletes the older receipt, for longer
-    than a lease lasts, deletes the receipt that the next owner has published in its place.
-    :mod:`vcf_batch.commands.verify` then reports the receipt as missing, and a rerun generates the shard again.
+    ``If-Match`` two requests are left: a driver that is suspended right before it deletes the older receipt, or the
+    older tar, for longer than a lease lasts, deletes what the next owner has published in its place.
+    :mod:`vcf_batch.commands.verify` then reports it as missing, and a rerun generates the shard again.
 
     Args:
         staged: the return value of :func:`stage`. Each file that has been moved is removed from it, so that a repeated
@@ -116,6 +116,9 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
             del staged[kind]
         for file, its_version in surplus.items():
+            # The next owner may have committed the shard since, and the tar may be its own.
+            if receipts.content(output_url, receipt.shard.name) is not None:
+                raise FileExistsError(receipt_url)
             try:
                 storage.move(file, storage.join(folder, _OLD_FILE + storage.name(file)), its_version)
             except StorageError as error:

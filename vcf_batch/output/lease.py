@@ -160,7 +160,8 @@ class Lease:
         """Delete a lease that was found; False if another one is there meanwhile, which stays.
 
         On S3 the lease that was looked at is deleted, and no other (``If-Match``). A local one is moved away before it
-        is compared, and put back where it is another. On other storages one request lies between look and deletion.
+        is compared, and put back where it is another: an owner that looks for its lease in that moment takes it for
+        lost. On other storages one request lies between look and deletion.
         """
         url, aside = _url(self._output), _url(self._output, f".tmp-{self.token}")
         with storage.refusals_as_storage_errors():

@@ -85,7 +85,7 @@ class Condition:
 
     def _not_a_condition(self, reason: str) -> UsageError:
         return UsageError(
-            f"--where {self._where!r} is not a condition on the columns {', '.join(self._columns)}: "
+            f"the condition {self._where!r} is not one on the columns {', '.join(self._columns)}: "
             f"{reason.splitlines()[0]}"
         )
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from vcf_batch import sharding
-from vcf_batch.config import IP_ADAPTER, UNCONDITIONALS
+from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.sampling import Generators
@@ -58,6 +58,8 @@ def per_sample(name: str, value: Any, count: int) -> list[Any]:
     Raises:
         UsageError: the sequence has another length.
     """
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if value is None or isinstance(value, str | Real | Image.Image):
         return [value] * count
     values = list(value)
@@ -79,7 +81,7 @@ def generators_of(
         images: number of images of each prompt.
 
     Raises:
-        UsageError: there are both, or a sequence has another length.
+        UsageError: there are both, a sequence has another length, or a seed is out of its limits.
     """
     count = prompts * images
     if generator is not None:
@@ -98,6 +100,9 @@ def generators_of(
     else:
         of_prompts = per_sample("seed", given, prompts)
         seeds = [sharding.draw_seed(own, draw) for own in of_prompts for draw in range(images)]
+    for own in seeds:
+        if not 0 <= own <= MAX_SEED:
+            raise UsageError(f"seed is {own}; it must be between 0 and {MAX_SEED}")
     return [Generator().manual_seed(int(own)) for own in seeds]
 
 

@@ -1,6 +1,7 @@
 """Calling a VCFPipeline as other pipelines of diffusers are called, with their arguments, callbacks and results."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -268,7 +269,14 @@ class StepEnd:
 
 
 def guided_scales(scales: Sequence[float]) -> list[float]:
-    """Guidance scales as diffusers understands them: 1 or less is no guidance."""
+    """Guidance scales as diffusers understands them: 1 or less is no guidance.
+
+    Raises:
+        UsageError: a scale is no finite number.
+    """
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise UsageError(f"guidance_scale is {scale}; it must be a finite number")
     return [max(1.0, scale) for scale in scales]
 
 

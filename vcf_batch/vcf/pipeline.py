@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import diffusers
 import torch
@@ -24,6 +24,7 @@ from vcf_batch.config import (
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.loading import refuse_missing_weights
 from vcf_batch.models.model_files import loadable
 from vcf_batch.models.prompt_tokens import refuse_without_words
 from vcf_batch.models.resolution import TINY, tiny_folder
@@ -142,6 +143,9 @@ class VCFPipeline(StableDiffusionPipeline):
 
         Takes what ``DiffusionPipeline.from_pretrained`` takes, and ``tiny`` for the embedded model; a safety checker is
         never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it.
+
+        Raises:
+            ModelError: the files of a network lack some of its weights.
         """
         given, folder = {"safety_checker": None, **kwargs}, str(pretrained_model_name_or_path)
         if folder == TINY:
@@ -149,7 +153,12 @@ class VCFPipeline(StableDiffusionPipeline):
         if "variant" in given:
             return super().from_pretrained(folder, **given)
         with loadable(folder, given) as (place, variant):
-            return super().from_pretrained(place, **given | ({"variant": variant} if variant else {}))
+            pipeline = super().from_pretrained(place, **given | ({"variant": variant} if variant else {}))
+        for part, network in pipeline.components.items():
+            # diffusers leaves what the files lack without values, and says nothing.
+            lacking = [name for name, own in getattr(network, "named_parameters", dict)() if own.is_meta]
+            refuse_missing_weights({"missing_keys": lacking}, f"the {part} of {folder}", "copy the model again")
+        return pipeline
 
     def set_up(self, device: str, compiled: bool = False, attention: Kernel | None = None) -> Self:
         """Get the networks ready to sample: frozen, on their device, in the layout that its convolutions want.
@@ -177,6 +186,17 @@ class VCFPipeline(StableDiffusionPipeline):
             if device == "cuda":
                 replay_small_batches(self.unet)
         return self
+
+    def load_ip_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse diffusers' way to load an IP-Adapter, whose strength is one for a whole batch.
+
+        Raises:
+            UsageError: always; :meth:`use_ip_adapter` loads one.
+        """
+        raise UsageError(
+            'load_ip_adapter is not supported: call use_ip_adapter(weights, encoder), and give fusion="ip_adapter" and '
+            "strength in the call"
+        )
 
     def use_ip_adapter(self, weights: str, encoder: str) -> None:
         """Load an IP-Adapter, so that ``fusion="ip_adapter"`` can be asked for.
