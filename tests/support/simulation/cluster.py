@@ -282,9 +282,7 @@ class SimulatedRay:
             sampled_at_once=task.sampled_at_once,
         )
         lie = self._draw.random() < self._ways.lies
-        staged = {
-            kind: f"{commits.STAGING}/{attempt_id}/{shard.name}{end}" for kind, end in receipts.FILE_SUFFIXES.items()
-        }
+        staged = {kind: f"{commits.STAGING}/{attempt_id}/{shard.name}{receipts.FILE_SUFFIXES[kind]}" for kind in files}
         for kind, path in staged.items():
             storage.publish_bytes(storage.join(output, path), files[kind][: -1 if lie else None])
         return receipt, staged
@@ -324,12 +322,13 @@ def generated(row: int, job: Job, verdicts: Mapping[int, str], gone: set[int]) -
 
 
 def contents(entries: Mapping[int, Any]) -> dict[str, bytes]:
-    """The files of a shard: the parquet has all entries, the tar those of samples.
+    """The files of a shard: the parquet has all entries, the tar those of samples; without samples there is no tar.
 
     All are of one size, so that it does not tell two attempts apart.
     """
     samples = {row: entry for row, entry in entries.items() if entry["status"] == "success"}
-    return {kind: json.dumps(own).encode().ljust(FILE_BYTES) for kind, own in (("tar", samples), ("parquet", entries))}
+    kinds = {"tar": samples, "parquet": entries}
+    return {kind: json.dumps(own).encode().ljust(FILE_BYTES) for kind, own in kinds.items() if own}
 
 
 def entries_in(data: bytes) -> dict[int, Any]:

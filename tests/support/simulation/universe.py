@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from support.simulated import NoExporter, fault
-from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, entries_in
+from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, entries_in, place
 from support.simulation.object_store import Store, Trouble, Written, behind_s3
 from support.simulation.processes import Event, Process, Scheduler, Thread
 from vcf_batch import storage
@@ -44,7 +44,7 @@ from vcf_batch.storage import retries
 
 OUTPUT = "s3://bucket/out"
 NODES = ("a", "b", "c")
-BOUND_SECONDS = 40_000.0
+BOUND_SECONDS = 10_000.0
 """Simulated time within which every run has to end: more than all pauses of all attempts together."""
 AT_ONCE = 50
 """Seeds that a process takes at a time."""
@@ -436,8 +436,6 @@ class Universe:
         if node not in self.nodes.room:
             self.tell(f"node {node} joins")
             self.nodes.room[node] = self.draw.randint(1, 2)
-            from support.simulation.cluster import place
-
             place(self.nodes)
 
     def _bad_node(self) -> None:
@@ -495,8 +493,6 @@ class Universe:
         for node in NODES:
             if node not in self.ways.bad_nodes:
                 self.nodes.room.setdefault(node, 1)
-        from support.simulation.cluster import place
-
         place(self.nodes)
 
     def _write_part(self, number: int) -> None:
@@ -507,23 +503,24 @@ class Universe:
     # What must hold at the end
 
     def _check_end(self) -> None:
-        rows, size, objects = sum(self.parts), self.shard_size, self.store.objects
+        objects = self.store.objects
         names = {storage.name(key) for key in objects if key.startswith("bucket/out/") and key.count("/") == 2}
-        shards = (rows + size - 1) // size
-        wanted = {
-            f"{index:05d}{end}" for index in range(shards) for end in (*receipts.FILE_SUFFIXES.values(), RECEIPT_SUFFIX)
-        }
-        if names != wanted | {"run.json", "_progress.json"}:
-            raise self._violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
         if left := [key for key in objects if key.startswith(f"bucket/out/{commits.STAGING}/")]:
             raise self._violation(f"staged files are left: {left}")
-        job = self.job()
-        for index in range(shards):
-            _, entries = self._read_shard(f"{index:05d}")
-            if [*entries] != [*range(index * size, min(rows, (index + 1) * size))]:
-                raise self._violation(f"shard {index} has the rows {[*entries]}")
+        job, wanted = self.job(), {"run.json", "_progress.json"}
+        for shard in job.shards:
+            if shard.name + RECEIPT_SUFFIX not in names:
+                raise self._violation(f"shard {shard.name} is missing")
+            receipt, entries = self._read_shard(shard.name)
+            wanted |= {
+                shard.name + end for end in (RECEIPT_SUFFIX, *map(receipts.FILE_SUFFIXES.get, receipt.files)) if end
+            }
+            if [*entries] != [*range(shard.start, shard.stop)]:
+                raise self._violation(f"shard {shard.name} has the rows {[*entries]}")
             for row, entry in entries.items():
                 self._check_row(row, entry, job)
+        if names != wanted:
+            raise self._violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
         for group, code in self.codes.items():
             error = self.errors.get(group)
             if code == 4 and group not in self.excused and "no longer owns" in str(error):
