@@ -236,6 +236,8 @@ class Universe:
         """Start a driver beside whatever is there."""
         group = f"driver-{len(self.started)}"
         self.started.append(group)
+        if self.store.down or self.store.trouble != Trouble():
+            self.excused.add(group)
         job = self.job()
         self.scheduler.spawn(lambda: self._drive(group, job, redo or {}), group, group)
         return group
