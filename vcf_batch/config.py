@@ -62,6 +62,8 @@ MAX_WEIGHT = 1000.0
 """Largest weight of a reference."""
 MAX_PIXELS = 178_000_000
 """Largest number of pixels of a reference. Pillow itself opens nothing larger."""
+MAX_EDGE = 8192
+"""Longest edge of an output image, in pixels."""
 MIN_EDGE = 32
 """Shortest edge of an output image, in pixels. The perceptual networks cannot take less."""
 
@@ -337,7 +339,7 @@ class RunConfig:
         _between("stall_timeout", self.stall_timeout, 1, None)
         _between("seed", self.seed, 0, MAX_SEED)
         for name in ("height", "width"):
-            _between(name, getattr(self, name), MIN_EDGE, 8192)
+            _between(name, getattr(self, name), MIN_EDGE, MAX_EDGE)
             if (getattr(self, name) or 0) % 8:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be a multiple of 8")
         if self.lpips in ("alex", "vgg") and not self.lpips_weights:

@@ -8,13 +8,14 @@ import pytest
 from support import hub_uploads, mixed, runs
 from support.hub_uploads import UploadHub
 from vcf_batch import storage
-from vcf_batch.commands import hub_commits, verify
+from vcf_batch.commands import verify
 from vcf_batch.commands.push import push
 from vcf_batch.errors import RefusedError, StorageError, UsageError
 from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.job import Job
+from vcf_batch.storage import hub_commits
 
 TARGET = "hf://datasets/me/set"
 

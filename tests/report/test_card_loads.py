@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,19 @@ print(json.dumps({"columns": dataset.column_names, "first": rows[0], "last": row
     assert found["columns"] == [*images, "txt", "json", "__key__", "__url__"]
     assert {name: found["last"][name] for name in mixed.carried()} == mixed.LAST
     assert all(found["first"][name] is None for name in mixed.carried())
+
+
+@one_kind
+def test_datasets_loads_what_is_there_and_not_what_it_has_loaded_before(output: Path, tmp_path: Path) -> None:
+    """Another output of the same name, and the same output after a repair, once its card is written again."""
+    code = "import os; from datasets import load_dataset; print(len(load_dataset(os.getcwd(), split='train')))"
+    assert run(code, output, tmp_path).split()[-1] == str(SUCCESSES)
+    other = tmp_path / "other" / "out"
+    shutil.copytree(output, other)
+    for file in other.glob("00000*"):
+        file.unlink()
+    card.write(Output(str(other)))
+    assert int(run(code, other, tmp_path).split()[-1]) < SUCCESSES
 
 
 @one_kind

@@ -166,6 +166,9 @@ def prepared(
     Raises:
         UsageError, RefusedError, StorageError: see :func:`evaluate`.
     """
+    for name, value, least in (("pairs", pairs, 1), ("seeds", seeds, 1), ("pno_samples", pno_samples, 0)):
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{name} is {value!r}; it must be a whole number of {least} or more")
     if (prompts is None) != (references is None):
         raise UsageError("give --prompts and --references together, or neither to use the tiny model's own")
     if prompt_column is not None and not isinstance(prompts, str):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vcf_batch import storage
-from vcf_batch.commands.hub_commits import HubCommits, is_repository
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.output import Output
@@ -18,6 +17,7 @@ from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import FileEntry, Shard
 from vcf_batch.report import card, page
 from vcf_batch.storage import scratch
+from vcf_batch.storage.hub_commits import HubCommits, is_repository
 
 ABANDONED_SECONDS = 3600.0
 """Seconds without a write after which an unfinished file in a local target counts as left by a push that was killed.

@@ -1,6 +1,7 @@
 """An output, opened: the record of its run, the settings to read it with, and its manifest."""
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
@@ -34,8 +35,10 @@ class Output:
         StorageError: the storage failed.
     """
 
-    def __init__(self, url: str, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
-        self.url = storage.absolute(url)
+    def __init__(self, url: str | os.PathLike[str], changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+        if not isinstance(url, str | os.PathLike):
+            raise UsageError(f"the output is {url!r}, a {type(url).__name__}; give a folder or URL")
+        self.url = storage.absolute(os.fspath(url))
         """The output, as an absolute path or a URL."""
         self.record = _record(self.url)
         try:

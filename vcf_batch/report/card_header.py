@@ -4,12 +4,14 @@ Without these types, ``datasets`` takes those of the first samples: a column tha
 later on.
 """
 
+import hashlib
 from typing import Any
 
 import pyarrow as pa
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from vcf_batch import storage
+from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import json_type
 from vcf_batch.records import TRIPLET
@@ -33,10 +35,22 @@ def header(output: Output, schema: pa.Schema, samples: int, licence: str | None)
         size_categories=[next((name for below, name in _SIZES.items() if samples < below), "n>10M")],
         # Without this field, the parquets would be taken for more of the same data.
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
-        dataset_info={"features": features(schema, output.config.image_format, output.config.triplets)},
+        # `datasets` keeps what it has loaded by this field and by patterns, and does not look at the files again.
+        dataset_info={
+            "description": f"Samples {_digest(output)}",
+            "features": features(schema, output.config.image_format, output.config.triplets),
+        },
     )
     text = data.to_yaml()
     return text if licence else "# license: yours to choose\n" + text
+
+
+def _digest(output: Output) -> str:
+    """A name of the samples that are finished: other samples have another one."""
+    digest = hashlib.sha256()
+    for receipt in receipts.read(output.url):
+        digest.update("".join(entry.sha256 for entry in receipt.files.values()).encode())
+    return digest.hexdigest()[:16]
 
 
 def licence_in(card: str) -> str | None:

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -58,14 +58,68 @@ def per_sample(name: str, value: Any, count: int) -> list[Any]:
     Raises:
         UsageError: the sequence has another length.
     """
-    if isinstance(value, Tensor):
+    if hasattr(value, "tolist"):  # a tensor or an array
         value = value.tolist()
-    if value is None or isinstance(value, str | Real | Image.Image):
+    if value is None or not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return [value] * count
     values = list(value)
     if len(values) != count:
         raise UsageError(f"{name} has {len(values)} values for {count} prompts; give one for each prompt")
     return values
+
+
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Refuse what is no whole number within limits.
+
+    Raises:
+        UsageError: with value and limits.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):
+        limits = f"{low} or more" if high is None else f"between {low} and {high}"
+        raise UsageError(f"{name} is {value!r}; it must be a whole number, {limits}")
+
+
+def numbers_of(name: str, value: Any, count: int) -> list[Any]:
+    """A number, or None, for each prompt: see :func:`per_sample`.
+
+    Raises:
+        UsageError: something is no number.
+    """
+    values = per_sample(name, value, count)
+    for own in values:
+        if own is not None and not isinstance(own, Real):
+            raise UsageError(f"{name} is {own!r}; it must be a number")
+    return values
+
+
+def texts_of(name: str, given: Any) -> list[str]:
+    """One text or several, as a list.
+
+    Raises:
+        UsageError: there is something that is no text.
+    """
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else None
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        wrong = given if texts is None else next(text for text in texts if not isinstance(text, str))
+        raise UsageError(f"{name} has a {type(wrong).__name__}; give a text, or a list of texts")
+    return texts
+
+
+def _images_of(name: str, entry: Any) -> list[Image.Image]:
+    """The images of one prompt.
+
+    Raises:
+        UsageError: there is something that is no image.
+    """
+    images = [] if entry is None else list(entry) if isinstance(entry, list | tuple) else [entry]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise UsageError(
+                f"{name} has a {type(image).__name__}; give images of PIL, as Image.open(path) or "
+                "Image.fromarray(array) makes them"
+            )
+    return images
 
 
 def generators_of(
@@ -146,11 +200,10 @@ def fuse_references(
         raise UsageError(f"unconditional is {unconditional!r}; it must be one of {', '.join(UNCONDITIONALS)}")
     if unconditional == "negative" and negative_references is None:
         raise UsageError("unconditional is 'negative', but there are no negative_references; give some")
-    images = [
-        [entry] if isinstance(entry, Image.Image) else list(entry or ())
-        for entry in per_sample("references", references, count)
-    ]
+    images = [_images_of("references", entry) for entry in per_sample("references", references, count)]
     avoided = per_sample("negative_references", negative_references, count)
+    for entry in avoided:
+        _images_of("negative_references", entry)
     paddings = [
         BLANK if negative is None and own and unconditional == "blank" else negative
         for own, negative in zip(images, avoided, strict=True)
@@ -171,9 +224,9 @@ def fuse_references(
             return encoded[by_adapter[number], id(paddings[number])]
         return pipeline.adapter.nothing() if by_adapter[number] and images[number] else None
 
-    strengths = per_sample("strength", strength, count)
+    strengths = numbers_of("strength", strength, count)
     weights = per_sample("reference_weights", reference_weights, count)
-    lows, highs = per_sample("fusion_lo", fusion_lo, count), per_sample("fusion_hi", fusion_hi, count)
+    lows, highs = numbers_of("fusion_lo", fusion_lo, count), numbers_of("fusion_hi", fusion_hi, count)
     return [
         Fusion(
             [encoded[by_adapter[i], id(image)] for image in images[i]],

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,17 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from vcf_batch.config import MAX_STEPS, Sampling
+from vcf_batch.config import MAX_EDGE, MAX_STEPS, Sampling
 from vcf_batch.errors import UsageError
-from vcf_batch.vcf.arguments import References, fuse_references, generators_of, per_sample, tell_unknown
+from vcf_batch.vcf.arguments import (
+    References,
+    fuse_references,
+    generators_of,
+    per_sample,
+    tell_unknown,
+    texts_of,
+    whole_number,
+)
 from vcf_batch.vcf.fusion import Conditioning, condition
 from vcf_batch.vcf.sampling import Moment, denoise, prepare_scheduler
 
@@ -116,14 +125,17 @@ def call(
     """
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
-    if num_inference_steps is not None and not 1 <= num_inference_steps <= MAX_STEPS:
-        raise UsageError(f"num_inference_steps is {num_inference_steps}; it must be between 1 and {MAX_STEPS}")
-    if num_images_per_prompt < 1:
-        raise UsageError(f"num_images_per_prompt is {num_images_per_prompt}; it must be 1 or more")
-    if not 0 <= guidance_rescale <= 1:
+    if num_inference_steps is not None:
+        whole_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+    for name, edge in (("height", height), ("width", width)):
+        if edge is not None:
+            whole_number(name, edge, 1, MAX_EDGE)
+    if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
         raise UsageError(f"guidance_rescale is {guidance_rescale}; it must be between 0 and 1")
     if isinstance(prompt, str):
-        prompt, references, reference_weights = [prompt], [references], [reference_weights]  # type: ignore[list-item, assignment]
+        references, reference_weights = [references], [reference_weights]  # type: ignore[list-item, assignment]
+    prompt = prompt if prompt is None else texts_of("prompt", prompt)
     for name, texts, tokens in (
         ("prompt", prompt, prompt_embeds),
         ("negative_prompt", negative_prompt, negative_prompt_embeds),
@@ -268,14 +280,14 @@ class StepEnd:
         moment.stopped = self.pipeline.interrupt
 
 
-def guided_scales(scales: Sequence[float]) -> list[float]:
+def guided_scales(scales: Sequence[Any]) -> list[float]:
     """Guidance scales as diffusers understands them: 1 or less is no guidance.
 
     Raises:
         UsageError: a scale is no finite number.
     """
     for scale in scales:
-        if not math.isfinite(scale):
+        if not isinstance(scale, Real) or not math.isfinite(scale):
             raise UsageError(f"guidance_scale is {scale}; it must be a finite number")
     return [max(1.0, scale) for scale in scales]
 

@@ -142,12 +142,16 @@ class VCFPipeline(StableDiffusionPipeline):
         """Load a saved VCFPipeline, or a plain Stable Diffusion model with the missing parts given as arguments.
 
         Takes what ``DiffusionPipeline.from_pretrained`` takes, and ``tiny`` for the embedded model; a safety checker is
-        never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it.
+        never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it. Without a
+        dtype every part is float32, however it is stored.
 
         Raises:
             ModelError: the files of a network lack some of its weights.
         """
         given, folder = {"safety_checker": None, **kwargs}, str(pretrained_model_name_or_path)
+        if not {"dtype", "torch_dtype"} & given.keys():
+            # transformers would keep the stored type of its parts, and diffusers gives float32 to its own.
+            given["torch_dtype"] = torch.float32
         if folder == TINY:
             folder = tiny_folder()
         if "variant" in given:
