@@ -8,7 +8,7 @@ TOOLS := build/tools/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos reference check lint tools lock sbom clean
+.PHONY: install demo test test-all chaos simulate reference check lint tools lock sbom clean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,10 @@ test-all: install
 # One run struck by a hundred faults; about ten minutes. SEED=2 for others, S3=1 on an S3 server.
 chaos: install
 	$(BIN)/python tests/support/chaos.py --seed $(or $(SEED),1) $(if $(S3),--s3)
+
+# Runs in simulated worlds, on all cores. SEEDS=100 for fewer, SEED=7 for one with everything that happens.
+simulate: install
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
 
 reference: install
 	$(BIN)/python docs/make_reference.py

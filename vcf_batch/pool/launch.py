@@ -68,22 +68,44 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
                 config = with_batch_size(nodes.with_gpus(config), manifest, models)
             job = defaults.settle(config, manifest, models)
             signals.hold()
-            with lease.hold(job.config.output) as held:
-                job = dataclasses.replace(job, token=held.token, extends=claim.claim(job, confirm=held.confirm))
-                held.confirm()
-                # This comes before all reading: from here on, no earlier owner can change the output.
-                commits.clean(job.config.output, held.confirm)
-                run_file.check_stays(job.config.output, job.fingerprint)
-                job = dataclasses.replace(job, redo=choose_redo())
-                ledger = Ledger(job)
-                if ledger.left:
-                    if later:
-                        connect()
-                    _drive(job, held, ledger, signals)
-                    held.confirm()
-                    run_file.check_stays(job.config.output, job.fingerprint)
-                    commits.clean(job.config.output, held.confirm)
+
+            def drive(job: Job, held: lease.Lease, ledger: Ledger) -> None:
+                if later:
+                    connect()
+                _drive(job, held, ledger, signals)
+
+            ledger = generate_left(job, choose_redo, drive)
     return ledger.summary(time.monotonic() - begin)
+
+
+def generate_left(job: Job, choose_redo: ChooseRedo, drive: Callable[[Job, lease.Lease, Ledger], None]) -> Ledger:
+    """Own the output of a run while what is left of it is generated.
+
+    Args:
+        job: the run.
+        choose_redo: see :func:`run`.
+        drive: generates what is left; called only if something is.
+
+    Returns:
+        The record of the run's shards.
+
+    Raises:
+        RefusedError, StorageError: see :func:`run`; and what ``drive`` raises.
+    """
+    with lease.hold(job.config.output) as held:
+        job = dataclasses.replace(job, token=held.token, extends=claim.claim(job, confirm=held.confirm))
+        held.confirm()
+        # This comes before all reading: from here on, no earlier owner can change the output.
+        commits.clean(job.config.output, held.confirm)
+        run_file.check_stays(job.config.output, job.fingerprint)
+        job = dataclasses.replace(job, redo=choose_redo())
+        ledger = Ledger(job)
+        if ledger.left:
+            drive(job, held, ledger)
+            held.confirm()
+            run_file.check_stays(job.config.output, job.fingerprint)
+            commits.clean(job.config.output, held.confirm)
+    return ledger
 
 
 def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> None:

@@ -1,0 +1,224 @@
+"""An object store in memory, with the semantics of S3 and the faults of a network. It stands in for ``s3://``.
+
+Objects are created once or replaced, in one request; there is no rename and there are no folders. An answer may be lost
+although the request had its effect. An effect may come late, after requests that were sent after it.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from fsspec.registry import _registry
+from fsspec.spec import AbstractFileSystem
+
+READS = ("info", "ls", "cat", "open")
+
+
+@dataclass
+class Trouble:
+    """How often requests fail, as shares of 1."""
+
+    fails: float = 0.0
+    """Without an effect."""
+    lost: float = 0.0
+    """With its effect, and without an answer."""
+    slow: float = 0.0
+    """Hangs for :data:`SLOW_SECONDS`, then fails without an effect."""
+    late: float = 0.0
+    """Hangs as long, fails, and has its effect even later."""
+
+
+SLOW_SECONDS = 20.0
+"""Seconds until a request is given up that gets no answer."""
+REQUEST_SECONDS = 0.05
+
+
+@dataclass
+class Written:
+    """A change of the store, for those who check."""
+
+    time: float
+    group: str
+    thread: int
+    action: str
+    key: str
+    data: bytes | None
+
+
+@dataclass
+class Store:
+    """Objects by key, and what happens to requests."""
+
+    draw: random.Random
+    sleep: Callable[[float], None]
+    now: Callable[[], float]
+    who: Callable[[], tuple[str, int]]
+    """Names the group and the thread that sends a request."""
+    later: Callable[[float, Callable[[], None]], None]
+    """Lets something happen after some seconds."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    trouble: Trouble = field(default_factory=Trouble)
+    down: bool = False
+    """Whether no request gets through."""
+    if_match: bool = True
+    """Whether deletes with ``If-Match`` compare, as on S3; some stores ignore the condition."""
+    written: list[Written] = field(default_factory=list)
+    watcher: Callable[[Written], None] = lambda written: None
+    looked_at: Callable[[str, bytes | None], None] = lambda key, data: None
+    """Called with each object that was read, None where there is none."""
+    numbered: Callable[[str, str], None] = lambda action, key: None
+    """Called before each request; may raise."""
+
+    def request(self, action: str, key: str, effect: Callable[[], Any]) -> Any:
+        """Carry out a request, or let it fail."""
+        self.numbered(action, key)
+        self.sleep(REQUEST_SECONDS * self.draw.random())
+        if self.down:
+            raise ConnectionError(f"{action} {key}: no connection")
+        trouble = self.trouble
+        shares = (trouble.fails, trouble.lost, trouble.slow, trouble.late)
+        kind = self.draw.choices(range(5), [*shares, 1 - sum(shares)])[0]
+        if kind == 0:
+            raise ConnectionError(f"{action} {key}: no connection")
+        if kind in (2, 3):
+            self.sleep(SLOW_SECONDS)
+            if kind == 3 and action in ("put", "delete"):
+                self.later(self.draw.random() * SLOW_SECONDS, effect)
+            raise TimeoutError(f"{action} {key}: no answer")
+        result = effect()
+        if kind == 1:
+            raise ConnectionError(f"{action} {key}: the answer is lost")
+        return result
+
+    def write(self, action: str, key: str, data: bytes | None) -> None:
+        """Put an object, or delete it."""
+        if data is None:
+            self.objects.pop(key, None)
+        else:
+            self.objects[key] = data
+        self.written.append(Written(self.now(), *self.who(), action, key, data))
+        self.watcher(self.written[-1])
+
+
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+class SimulatedS3(AbstractFileSystem):
+    """The driver of ``s3://`` that the product's storage uses. One store at a time stands behind it."""
+
+    protocol = "s3"
+    cachable = True
+    store: Store
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("s3://").rstrip("/")
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        bucket, _, key = path.partition("/")
+        return bucket, key, None
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        pass
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        key = self._strip_protocol(path)
+
+        def effect() -> dict[str, Any]:
+            if (data := self.store.objects.get(key)) is not None:
+                return {"name": key, "size": len(data), "type": "file", "ETag": _etag(data)}
+            if any(other.startswith(f"{key}/") for other in self.store.objects):
+                return {"name": key, "size": 0, "type": "directory"}
+            raise FileNotFoundError(key)
+
+        return self.store.request("info", key, effect)
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        key = self._strip_protocol(path)
+
+        def effect() -> list[Any]:
+            found: dict[str, dict[str, Any]] = {}
+            for other, data in sorted(self.store.objects.items()):
+                if other.startswith(f"{key}/"):
+                    name, _, deeper = other[len(key) + 1 :].partition("/")
+                    kind = {"type": "directory", "size": 0} if deeper else {"type": "file", "size": len(data)}
+                    found[name] = {"name": f"{key}/{name}", "ETag": _etag(data), **kind}
+            if not found:
+                raise FileNotFoundError(key)
+            return [*found.values()]
+
+        return self.store.request("ls", key, effect)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        return self._get("cat", path)[start:end]
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
+        assert mode == "rb", "objects are written in one request"
+        return io.BytesIO(self._get("open", path))
+
+    def _get(self, action: str, path: str) -> bytes:
+        key = self._strip_protocol(path)
+
+        def effect() -> bytes:
+            data = self.store.objects.get(key)
+            self.store.looked_at(key, data)
+            if data is None:
+                raise FileNotFoundError(key)
+            return data
+
+        return self.store.request(action, key, effect)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        key = self._strip_protocol(path)
+
+        def effect() -> None:
+            if mode == "create" and key in self.store.objects:
+                raise FileExistsError(key)
+            self.store.write("put", key, value)
+
+        self.store.request("put", key, effect)
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        source, target = self._strip_protocol(path1), self._strip_protocol(path2)
+
+        def effect() -> None:
+            if source not in self.store.objects:
+                raise FileNotFoundError(source)
+            self.store.write("copy", target, self.store.objects[source])
+
+        self.store.request("copy", target, effect)
+
+    def rm_file(self, path: str) -> None:
+        key = self._strip_protocol(path)
+        self.store.request("delete", key, lambda: self.store.write("delete", key, None))
+
+    def call_s3(self, method: str, Bucket: str, Key: str, IfMatch: str) -> None:
+        assert method == "delete_object"
+        key = f"{Bucket}/{Key}"
+
+        def effect() -> None:
+            data = self.store.objects.get(key)
+            if data is None:
+                raise FileNotFoundError(key)
+            if self.store.if_match and _etag(data) != IfMatch:
+                raise FileExistsError(key)  # s3fs raises it for status 412
+            self.store.write("delete", key, None)
+
+        self.store.request("delete", key, effect)
+
+
+@contextmanager
+def behind_s3(store: Store) -> Iterator[None]:
+    """Let a store stand behind ``s3://`` in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_registry, "s3", SimulatedS3)
+        patch.setattr(SimulatedS3, "store", store, raising=False)
+        SimulatedS3.clear_instance_cache()
+        yield
+        SimulatedS3.clear_instance_cache()

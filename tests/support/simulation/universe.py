@@ -1,0 +1,604 @@
+"""A run in a world that is drawn from one integer, from its first driver to the last, and what must hold of it.
+
+Drivers are started, killed, suspended and started beside one another. Workers die, hang, lie and live on. Nodes go and
+come. Requests to the storage fail, hang, or lose their answers. Rows kill their workers. Rows are appended, and rows
+are generated again. At last the world heals, and one more driver has to end what is left.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import itertools
+import logging
+import random
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from support.simulated import NoExporter, fault
+from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, entries_in, place
+from support.simulation.object_store import Store, Trouble, Written, behind_s3
+from support.simulation.processes import Event, Process, Scheduler, Thread
+from vcf_batch import storage
+from vcf_batch.config import RunConfig, fingerprint_fields
+from vcf_batch.driver import progress
+from vcf_batch.driver.commit_queue import CommitQueue
+from vcf_batch.driver.fault import Failure
+from vcf_batch.driver.ledger import Ledger
+from vcf_batch.driver.loop import Loop
+from vcf_batch.errors import RefusedError, UsageError, VcfBatchError
+from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.models.resolution import ResolvedModel
+from vcf_batch.output import commits, lease, receipts, run_file
+from vcf_batch.output.receipts import RECEIPT_SUFFIX, SHARD_FILE, Receipt
+from vcf_batch.pool import launch
+from vcf_batch.setup import claim
+from vcf_batch.setup.job import Job
+from vcf_batch.setup.run_models import Models
+from vcf_batch.storage import retries
+
+OUTPUT = "s3://bucket/out"
+NODES = ("a", "b", "c")
+BOUND_SECONDS = 10_000.0
+"""Simulated time within which every run has to end: more than all pauses of all attempts together."""
+AT_ONCE = 50
+"""Seeds that a process takes at a time."""
+HEALED_TRIES = 2
+"""Drivers that may be needed after the world has healed. The first may be refused: the last owner seems to live."""
+
+
+class Violation(AssertionError):
+    """Something that must always hold does not."""
+
+
+class Notes(progress.Progress):
+    """Hands on what the user is told."""
+
+    def __init__(self, total: int, now: Callable[[], float], tell: Callable[[str], None]) -> None:
+        super().__init__(total, 0, now=now)
+        self._tell = tell
+
+    def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
+        if event != "progress":
+            self._tell(message)
+
+
+class CommitThread(concurrent.futures.Executor):
+    """The thread that commits, as a process of its driver."""
+
+    def __init__(self, scheduler: Scheduler, group: str) -> None:
+        self._scheduler, self._group = scheduler, group
+        self._waiting: list[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = []
+        self._busy = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._waiting.append((future, lambda: fn(*args, **kwargs)))
+        if not self._busy:
+            self._busy = True
+            self._scheduler.spawn(self._work, f"{self._group} commits", self._group)
+        return future
+
+    def _work(self) -> None:
+        while self._waiting:
+            future, call = self._waiting.pop(0)
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+        self._busy = False
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._waiting.clear()
+        self._scheduler.wait(lambda: not self._busy, self._scheduler.now + 1e6)
+
+
+class Inline(concurrent.futures.Executor):
+    """Does what it is given before it returns: readers of receipts have no effect that an order could change."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Universe:
+    """One seed's world.
+
+    Args:
+        seed: everything follows from it.
+        trace: gets a line for whatever happens.
+    """
+
+    def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
+        self.seed, self._trace = seed, trace
+        self.draw = draw = random.Random(seed)
+        self.scheduler = Scheduler(draw, BOUND_SECONDS)
+        self.store = Store(draw, self._request_takes, lambda: self.scheduler.now, self._who, later=self._later)
+        self.store.watcher, self.store.looked_at, self.store.numbered = self._watch, self._looked_at, self._count
+        self.fatal = 0
+        """Number of changes of the store by drivers after which one is killed, before the change; 0 for none."""
+        self.shard_size = draw.randint(1, 6)
+        self.parts = [self._part()]
+        """Rows of each file of the manifest."""
+        self.ways = self._ways()
+        fewest = 2 if self.ways.bad_nodes else 1
+        self.nodes = Nodes({node: draw.randint(1, 3) for node in NODES[: draw.randint(fewest, 3)]})
+        self.home = f"memory://simulation-{seed}"
+        self._write_part(0)
+        self.senders: dict[Process, str] = {}
+        """Senders of requests that have their effects late."""
+        self.started: list[str] = []
+        """Drivers in the order of their starts."""
+        self.codes: dict[str, int | str] = {}
+        """How each driver ended: its exit code, or ``killed``."""
+        self.errors: dict[str, Exception] = {}
+        self.excused: set[str] = set()
+        """Drivers that may lose their lease: they were suspended, or the storage failed them."""
+        self.owned: dict[int, bool] = {}
+        """Threads whose last look at the lease showed their own driver's."""
+        self.tokens: dict[str, str] = {}
+        """Token of each driver's lease."""
+        self.stagers: dict[str, str] = {}
+        """Workers by the staged files that they wrote: no two attempts share a name."""
+        self.done: set[int] = set()
+        """Rows that have had a sample, and were not asked for again."""
+        self.repaired = False
+
+    # The world
+
+    def _part(self) -> int:
+        """Rows of a file: whole shards, so that others may be appended."""
+        return self.shard_size * self.draw.randint(2, max(2, 12 // self.shard_size))
+
+    def _ways(self) -> Ways:
+        draw = self.draw
+        rows = sum(self.parts)
+        # Where nothing can be generated, nothing shows that workers are healthy, and such a run is refused.
+        harmful = {
+            draw.randrange(1, rows): draw.choice((KILLS, RAISES, HANGS)) for _ in range(draw.choice((0, 0, 0, 1, 2)))
+        }
+        bad_nodes = {NODES[0]} if draw.random() < 0.15 else set()
+        return Ways(
+            # A fourth could be taken for the doing of the last row beside a culprit, as could any beside a bad node.
+            deaths=0 if bad_nodes else draw.choice((0, 1, 2, 3)),
+            dies=draw.choice((0.0, 0.1, 0.5)),
+            troubled=draw.choice((0.0, 0.0, 0.05)),
+            lies=draw.choice((0.0, 0.1, 0.4)),
+            lives_on=draw.choice((0.0, 0.5, 1.0)),
+            bad_nodes=bad_nodes,
+            rows=harmful,
+            greedy={draw.randrange(rows): 1} if draw.random() < 0.2 else {},
+        )
+
+    def tell(self, text: str) -> None:
+        if self._trace:
+            self._trace(f"{self.scheduler.now:9.2f}  {text}")
+
+    def _who(self) -> tuple[str, int]:
+        process = self.scheduler.current
+        return self.senders.get(process, process.group), id(process)
+
+    def _request_takes(self, seconds: float) -> None:
+        self.scheduler.sleep(seconds)
+
+    def _later(self, seconds: float, effect: Callable[[], None]) -> None:
+        def land() -> None:
+            self.scheduler.sleep(seconds)
+            with contextlib.suppress(OSError):
+                effect()
+
+        sender, _ = self._who()
+        self.senders[self.scheduler.spawn(land, "a late request", "network")] = sender
+
+    # Drivers
+
+    def job(self) -> Job:
+        """The run with the manifest as it is now."""
+        config = RunConfig(
+            manifest=f"{self.home}/in",
+            output=OUTPUT,
+            model="m",
+            shard_size=self.shard_size,
+            batch_size=4,
+            num_workers=None,
+            gpus_per_worker=0,
+            stall_timeout=60.0,
+            allow_smaller_batches=True,
+            strength=1.0,
+        )
+        models = Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none")
+        manifest = Manifest.open(config.manifest)
+        fields = fingerprint_fields(
+            config,
+            manifest=manifest.identity,
+            model="m",
+            judge="m",
+            lpips="none",
+            pno_guide=None,
+            safety_checker=None,
+            ip_adapter=None,
+        )
+        return Job(config, manifest, models, fields)
+
+    def start(self, redo: dict[int, bytes] | None = None) -> str:
+        """Start a driver beside whatever is there."""
+        group = f"driver-{len(self.started)}"
+        self.started.append(group)
+        if self.store.down or self.store.trouble != Trouble():
+            self.excused.add(group)
+        job = self.job()
+        self.scheduler.spawn(lambda: self._drive(group, job, redo or {}), group, group)
+        return group
+
+    def _drive(self, group: str, job: Job, redo: dict[int, bytes]) -> None:
+        self.tell(f"{group} starts" + (f", to generate again {redo}" if redo else ""))
+        code: int | str = "killed"
+        try:
+            launch.generate_left(job, lambda: self._chosen(redo), lambda *given: self._loop(group, *given))
+            code = 0
+        except (RefusedError, UsageError, VcfBatchError) as error:
+            code = 4 if isinstance(error, RefusedError) else 2 if isinstance(error, UsageError) else 1
+            self.errors[group] = error
+        finally:
+            self.codes[group] = code
+            self.tell(f"{group} ends: {code} {self.errors.get(group, '')}")
+            for worker in [*self.nodes.workers]:
+                if worker.name.startswith(f"{group}-"):
+                    worker.cluster.end(worker, fault(Failure.CRASH, worker.node, one_task=False))
+            self.scheduler.kill(group)  # its threads end with it
+
+    def _chosen(self, redo: dict[int, bytes]) -> dict[int, bytes]:
+        """The rows to generate again: of shards that exist, as a repair finds them."""
+        there = {receipt.shard.index: receipt.shard for receipt in receipts.read(OUTPUT)}
+        chosen = {index: mask for index, mask in redo.items() if index in there}
+        for index, mask in chosen.items():
+            shard = there[index]
+            self.done -= {row for row, again in zip(range(shard.start, shard.stop), mask, strict=True) if again}
+        return chosen
+
+    def _loop(self, group: str, job: Job, held: lease.Lease, ledger: Ledger) -> None:
+        cluster = SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, group, self.tell)
+        notes = Notes(job.manifest.num_rows, cluster.now, lambda text: self.tell(f"{group}: {text}"))
+        thread = CommitThread(self.scheduler, group)
+
+        def check() -> None:
+            run_file.check_stays(OUTPUT, job.fingerprint)
+
+        queue = CommitQueue(OUTPUT, held, ledger, notes.note, cluster.now, thread, check)
+        Loop(job, cast(Any, cluster), ledger, queue, notes, NoExporter()).run()
+
+    # What is watched
+
+    def _looked_at(self, key: str, data: bytes | None) -> None:
+        if key.endswith(lease.LEASE_NAME):
+            group, thread = self._who()
+            token = lease._parsed(data).get("token")
+            self.owned[thread] = token is not None and self.tokens.get(token) == group
+
+    def _count(self, action: str, key: str) -> None:
+        group, _ = self._who()
+        if self.fatal and action in ("put", "copy", "delete") and group in self.started and not key.endswith(".beat"):
+            self.fatal -= 1
+            if not self.fatal:
+                self.tell(f"{group} is killed before it {action}s {storage.name(key)}")
+                self.scheduler.kill(group)
+
+    def _watch(self, written: Written) -> None:
+        name = storage.name(written.key)
+        group = written.group
+        if written.data is not None and name == lease.LEASE_NAME:
+            self.tokens[lease._parsed(written.data)["token"]] = group
+        if f"/{commits.STAGING}/" in written.key and name.endswith((".tar", ".parquet")) and written.data is not None:
+            stager = self.stagers.setdefault(written.key, group)
+            if stager != group:
+                raise self._violation(f"{group} stages {name} under the name of {stager}'s attempt")
+        if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
+            return
+        self.tell(f"{group} {written.action}s {name}")
+        late = self.scheduler.current in self.senders  # the lease was looked at when the request was sent
+        if group.startswith("driver") and not late and not self.owned.get(written.thread):
+            raise self._violation(f"{group} changes {name} without having found its own lease first")
+        if name.endswith(RECEIPT_SUFFIX) and written.data is not None:
+            self.owned[written.thread] = False  # the next shard needs another look
+            self._check_shard(match[1])
+
+    def _check_shard(self, name: str) -> None:
+        """A receipt has just been published: its files must be those that it describes."""
+        _, entries = self._read_shard(name)
+        for row, entry in entries.items():
+            if entry["status"] == "success":
+                self.done.add(row)
+
+    def _read_shard(self, name: str) -> tuple[Receipt, dict[int, Any]]:
+        objects = self.store.objects
+        receipt = Receipt.from_json(objects[f"bucket/out/{name}{RECEIPT_SUFFIX}"])
+        for kind, entry in receipt.files.items():
+            data = objects.get(f"bucket/out/{name}{receipts.FILE_SUFFIXES[kind]}")
+            if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise self._violation(f"the receipt of shard {name} stands beside another {kind}")
+        return receipt, entries_in(objects[f"bucket/out/{name}.parquet"])
+
+    def _violation(self, text: str) -> Violation:
+        return Violation(f"seed {self.seed}, at {self.scheduler.now:.2f} s: {text}")
+
+    # The story
+
+    def run(self) -> None:
+        """Let the story happen, and check what must hold.
+
+        Raises:
+            Violation: something does not.
+        """
+        with _replaced(self), behind_s3(self.store):
+            self.scheduler.spawn(self._story, "story", "story")
+            self.scheduler.run()
+        try:
+            for error in self.scheduler.errors:
+                raise error
+            if self.scheduler.ran_out:
+                raise self._violation(f"after {BOUND_SECONDS:g} s the run has not ended")
+            self._check_end()
+        finally:
+            storage.remove_tree(self.home)
+
+    def _story(self) -> None:
+        draw, scheduler = self.draw, self.scheduler
+        self.start()
+        if draw.random() < 0.3:
+            scheduler.wait(lambda: not self._alive(), 1000.0)
+        for _ in range(draw.randint(0, 10)):
+            scheduler.sleep(draw.expovariate(1 / draw.choice((1.0, 10.0, 60.0))))
+            self._happen(draw.choice(self._events()))
+        self._heal()
+        for _ in range(HEALED_TRIES):
+            # Late requests and workers that live on may leave something behind, which the next driver deletes.
+            scheduler.wait(
+                lambda: not (self._alive() or self.nodes.workers or scheduler.is_alive("network")), BOUND_SECONDS
+            )
+            last = self.start()
+            scheduler.wait(lambda: not self._alive(), BOUND_SECONDS)
+            if self.codes.get(last) == 0:
+                return
+            self.tell(f"the driver after the healing ended with {self.codes.get(last)}")
+        raise self._violation(f"the healed run ends with {self.codes.get(last)}: {self.errors.get(last)}")
+
+    def _alive(self) -> list[str]:
+        """Drivers that are at work."""
+        return [group for group in self.started if group not in self.codes and self.scheduler.is_alive(group)]
+
+    def _events(self) -> list[Callable[[], None]]:
+        return [
+            self._start_another,
+            self._start_another,
+            self._kill,
+            self._kill_within_a_change,
+            self._kill_within_a_change,
+            self._suspend,
+            self._lose_node,
+            self._add_node,
+            self._worsen,
+            self._outage,
+            self._append,
+            self._repair,
+            self._repair,
+            self._bad_node,
+        ]
+
+    def _happen(self, event: Callable[[], None]) -> None:
+        event()
+
+    def _start_another(self) -> None:
+        if not self._alive() or self.draw.random() < 0.3:
+            self.start()
+
+    def _kill(self) -> None:
+        for group in self._alive()[:1]:
+            self.tell(f"{group} is killed")
+            self.scheduler.kill(group)
+
+    def _kill_within_a_change(self) -> None:
+        self.fatal = self.draw.randint(1, 40)
+
+    def _suspend(self) -> None:
+        for group in self._alive()[:1]:
+            seconds = self.draw.choice((5.0, 40.0, 200.0))
+            self.tell(f"{group} is suspended for {seconds:g} s")
+            self.excused.add(group)
+            self.scheduler.suspend(group, seconds)
+
+    def _lose_node(self) -> None:
+        # Where bad nodes alone are left, nobody could tell them from bad rows.
+        good = self.nodes.room.keys() - self.ways.bad_nodes
+        if self.nodes.room and (len(good) > 1 or not self.ways.bad_nodes):
+            node = self.draw.choice([*self.nodes.room])
+            self._end_node(node)
+
+    def _end_node(self, node: str) -> None:
+        self.tell(f"node {node} is lost")
+        del self.nodes.room[node]
+        end = fault(Failure.LOSS, node, node_died=True, one_task=False)
+        for worker in [*self.nodes.workers]:
+            if worker.node == node:
+                worker.cluster.end(worker, end)
+
+    def _add_node(self) -> None:
+        node = self.draw.choice(NODES)
+        if node not in self.nodes.room:
+            self.tell(f"node {node} joins")
+            self.nodes.room[node] = self.draw.randint(1, 2)
+            place(self.nodes)
+
+    def _bad_node(self) -> None:
+        if len(self.nodes.room) > 1 and not self.ways.bad_nodes:
+            node = self.draw.choice([*self.nodes.room])
+            self.tell(f"node {node} is bad from now on")
+            # Deaths by chance elsewhere beside those on a bad node would be proof against a row.
+            self.ways.bad_nodes, self.ways.deaths = {node}, 0
+
+    def _worsen(self) -> None:
+        draw = self.draw
+        self.excused.update(self._alive())
+        self.store.trouble = Trouble(
+            draw.choice((0.0, 0.05, 0.2)),
+            draw.choice((0.0, 0.05, 0.2)),
+            draw.choice((0.0, 0.02)),
+            draw.choice((0.0, 0.02)),
+        )
+        self.tell(f"requests fail: {self.store.trouble}")
+
+    def _outage(self) -> None:
+        self.excused.update(self._alive())
+        self.store.down = True
+        self.tell("the storage is down")
+        self.scheduler.sleep(self.draw.choice((5.0, 60.0, 300.0)))
+        self.store.down = False
+        self.tell("the storage is up again")
+
+    def _append(self) -> None:
+        if len(self.parts) < 3:
+            self.parts.append(self._part())
+            self._write_part(len(self.parts) - 1)
+            self.tell(f"{self.parts[-1]} rows are appended")
+
+    def _repair(self) -> None:
+        rows, size = sum(self.parts), self.shard_size
+        if not self._alive():
+            masks = {
+                index: bytes(self.draw.random() < 0.5 for _ in range(min(size, rows - index * size)))
+                for index in range((rows + size - 1) // size)
+                if self.draw.random() < 0.5
+            }
+            self.ways.gone.update(row for row in range(rows) if self.draw.random() < self.draw.choice((0.0, 0.3)))
+            self.start({index: mask for index, mask in masks.items() if any(mask)})
+            if self.draw.random() < 0.5:
+                self._kill_within_a_change()
+
+    def _heal(self) -> None:
+        self.tell("the world heals")
+        self.store.trouble, self.store.down, self.fatal = Trouble(), False, 0
+        self.ways.deaths, self.ways.troubled, self.ways.lies = 0, 0.0, 0.0
+        # A bad node goes for good: if it became sound, the verdicts that rows died there would count.
+        for node in self.ways.bad_nodes & self.nodes.room.keys():
+            self._end_node(node)
+        for node in NODES:
+            if node not in self.ways.bad_nodes:
+                self.nodes.room.setdefault(node, 1)
+        place(self.nodes)
+
+    def _write_part(self, number: int) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"prompt": ["a row"] * self.parts[number]}), buffer)
+        storage.publish_bytes(f"{self.home}/in/part-{number}.parquet", buffer.getvalue())
+
+    # What must hold at the end
+
+    def _check_end(self) -> None:
+        objects = self.store.objects
+        names = {storage.name(key) for key in objects if key.startswith("bucket/out/") and key.count("/") == 2}
+        if left := [key for key in objects if key.startswith(f"bucket/out/{commits.STAGING}/")]:
+            raise self._violation(f"staged files are left: {left}")
+        job, wanted = self.job(), {"run.json", "_progress.json"}
+        for shard in job.shards:
+            if shard.name + RECEIPT_SUFFIX not in names:
+                raise self._violation(f"shard {shard.name} is missing")
+            receipt, entries = self._read_shard(shard.name)
+            wanted |= {
+                shard.name + end for end in (RECEIPT_SUFFIX, *map(receipts.FILE_SUFFIXES.get, receipt.files)) if end
+            }
+            if [*entries] != [*range(shard.start, shard.stop)]:
+                raise self._violation(f"shard {shard.name} has the rows {[*entries]}")
+            for row, entry in entries.items():
+                self._check_row(row, entry, job)
+        if names != wanted:
+            raise self._violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
+        for group, code in self.codes.items():
+            error = self.errors.get(group)
+            if code == 4 and group not in self.excused and "no longer owns" in str(error):
+                raise self._violation(f"{group} lost its lease although it was never suspended: {error}")
+            if code not in (0, 1, 4, "killed"):
+                raise self._violation(f"{group} ended with {code}: {error}")
+
+    def _check_row(self, row: int, entry: dict[str, Any], job: Job) -> None:
+        harm = self.ways.rows.get(row)
+        if entry["status"] == "success":
+            digest = hashlib.sha256(f"{row} {job.config.seed}".encode()).hexdigest()[:12]
+            if entry["told"] != digest or harm:
+                raise self._violation(f"row {row} has the sample {entry['told']}")
+        elif entry["told"] == GONE:
+            if row not in self.ways.gone or row in self.done:
+                raise self._violation(f"row {row} had a sample, which is lost")
+        elif not harm:
+            raise self._violation(f"row {row} is innocent and blamed: {entry['told']}")
+
+
+@contextlib.contextmanager
+def _replaced(universe: Universe) -> Iterator[None]:
+    """Let clocks, threads and chance of the product be those of a universe."""
+    scheduler, draw = universe.scheduler, universe.draw
+    clock = types.SimpleNamespace(
+        monotonic=lambda: scheduler.now,
+        time=lambda: scheduler.now,
+        sleep=scheduler.sleep,
+        perf_counter=lambda: scheduler.now,
+    )
+    numbers = itertools.count()
+    names = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex=f"{next(numbers):032x}"))
+    threads = types.SimpleNamespace(
+        Event=lambda: Event(scheduler), Thread=lambda target, name, daemon: Thread(scheduler, target, name)
+    )
+
+    def is_gone(owner: dict[str, Any]) -> bool:
+        """A dead driver is known to be dead by half of the others: those that run on its machine."""
+        group = universe.tokens.get(str(owner.get("token")))
+        asks = scheduler.current.group
+        same = group is not None and (int(group[7:]) + int(asks[7:])) % 2 == 0
+        return bool(same and not scheduler.is_alive(str(group)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (lease, retries, launch):
+            patch.setattr(module, "time", clock)
+        patch.setattr(lease, "threading", threads)
+        patch.setattr(lease, "_is_gone", is_gone)
+        patch.setattr(retries, "_jitter", draw)
+        for module in (lease, commits, run_file):
+            patch.setattr(module, "uuid", names)
+        patch.setattr(receipts, "ThreadPoolExecutor", Inline)
+        patch.setattr(claim.importlib.metadata, "version", lambda name: "1")
+        level = logging.getLogger("vcf_batch").level
+        logging.getLogger("vcf_batch").setLevel(logging.CRITICAL)
+        yield
+        logging.getLogger("vcf_batch").setLevel(level)
+
+
+def simulate(seed: int, trace: Callable[[str], None] | None = None) -> Universe:
+    """Run one seed.
+
+    Raises:
+        Violation: something that must hold does not.
+    """
+    universe = Universe(seed, trace)
+    universe.run()
+    return universe
+
+
+def wrong_among(seeds: range) -> list[str]:
+    """What was found wrong in some seeds, in words."""
+    found = []
+    for seed in seeds:
+        try:
+            simulate(seed)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}\n  make simulate SEED={seed} shows what happened")
+    return found
