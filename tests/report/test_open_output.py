@@ -46,9 +46,9 @@ def test_rows_come_in_the_order_of_the_manifest_with_the_values_of_the_parquets(
 
 
 def test_an_output_may_be_named_by_a_path(output: Path) -> None:
-    assert Output(str(output)).url == Output(Path(output)).url
+    assert vcf_batch.Output(str(output)).url == vcf_batch.Output(Path(output)).url
     with pytest.raises(UsageError, match="the output is 5, a int; give a folder or URL"):
-        Output(5)  # type: ignore[arg-type]
+        vcf_batch.Output(5)  # type: ignore[arg-type]
 
 
 def test_a_condition_selects_rows(output: Path) -> None:
