@@ -11,7 +11,7 @@ from vcf_batch.storage import local
 from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import list_tree
 from vcf_batch.storage.paths import as_local_path, is_local, join
-from vcf_batch.storage.reading import CHUNK_BYTES, exists, read_bytes, size
+from vcf_batch.storage.reading import CHUNK_BYTES, exists, read_bytes, refusals_as_storage_errors, size
 from vcf_batch.storage.retries import MOVING, may_pass, retried
 
 
@@ -174,8 +174,10 @@ def remove_tree(url: str) -> None:
     if is_local(url):
         retried("delete", url, lambda: local.remove_tree(as_local_path(url)), ())
         return
+    with refusals_as_storage_errors():
+        files = list_tree(url)
     # Files are removed one by one: fs.rm(recursive=True) reads brackets and stars in names as patterns.
-    for file in list_tree(url):
+    for file in files:
         remove(join(url, file), missing_ok=True)
 
 

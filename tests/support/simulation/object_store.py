@@ -10,13 +10,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
-READS = ("info", "ls", "cat", "open")
+Strike = Literal["lost", "refused", "done and refused"]
+"""What happens to one request: its answer is lost; it fails for good, without its effect or with it."""
 
 
 @dataclass
@@ -71,13 +72,18 @@ class Store:
     watcher: Callable[[Written], None] = lambda written: None
     looked_at: Callable[[str, bytes | None], None] = lambda key, data: None
     """Called with each object that was read, None where there is none."""
-    numbered: Callable[[str, str], None] = lambda action, key: None
-    """Called before each request; may raise."""
+    numbered: Callable[[str, str], Strike | None] = lambda action, key: None
+    """Called before each request; gives what happens to it, if that is not left to chance."""
 
     def request(self, action: str, key: str, effect: Callable[[], Any]) -> Any:
         """Carry out a request, or let it fail."""
-        self.numbered(action, key)
+        strike = self.numbered(action, key)
         self.sleep(REQUEST_SECONDS * self.draw.random())
+        if strike == "refused":
+            raise PermissionError(f"{action} {key}: refused")
+        if strike is not None:
+            effect()
+            raise (ConnectionError if strike == "lost" else PermissionError)(f"{action} {key}: {strike}")
         if self.down:
             raise ConnectionError(f"{action} {key}: no connection")
         trouble = self.trouble

@@ -22,7 +22,7 @@ import pytest
 
 from support.simulated import NoExporter, fault
 from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, entries_in, place
-from support.simulation.object_store import Store, Trouble, Written, behind_s3
+from support.simulation.object_store import Store, Strike, Trouble, Written, behind_s3
 from support.simulation.processes import Event, Process, Scheduler, Thread
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, fingerprint_fields
@@ -287,20 +287,21 @@ class Universe:
             token = lease._parsed(data).get("token")
             self.owned[thread] = token is not None and self.tokens.get(token) == group
 
-    def _count(self, action: str, key: str) -> None:
+    def _count(self, action: str, key: str) -> Strike | None:
         group, _ = self._who()
         if self.fatal and action in ("put", "copy", "delete") and group in self.started and not key.endswith(".beat"):
             self.fatal -= 1
             if not self.fatal:
                 self.tell(f"{group} is killed before it {action}s {storage.name(key)}")
                 self.scheduler.kill(group)
+        return None
 
     def _watch(self, written: Written) -> None:
         name = storage.name(written.key)
         group = written.group
         if written.data is not None and name == lease.LEASE_NAME:
             self.tokens[lease._parsed(written.data)["token"]] = group
-        if f"/{commits.STAGING}/" in written.key and name.endswith((".tar", ".parquet")) and written.data is not None:
+        if f"/{commits.STAGING}/" in written.key and SHARD_FILE.fullmatch(name) and written.data is not None:
             stager = self.stagers.setdefault(written.key, group)
             if stager != group:
                 raise self._violation(f"{group} stages {name} under the name of {stager}'s attempt")
@@ -361,6 +362,11 @@ class Universe:
         for _ in range(draw.randint(0, 10)):
             scheduler.sleep(draw.expovariate(1 / draw.choice((1.0, 10.0, 60.0))))
             self._happen(draw.choice(self._events()))
+        self._end_well()
+
+    def _end_well(self) -> None:
+        """Heal the world, and let a driver end what is left."""
+        scheduler = self.scheduler
         self._heal()
         for _ in range(HEALED_TRIES):
             # Late requests and workers that live on may leave something behind, which the next driver deletes.
