@@ -852,7 +852,7 @@ def test_the_storage_dates_its_files(root: str) -> None:
 def test_a_folder_that_may_not_be_listed_cannot_be_removed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an object store, whose files are listed first, that is trouble of the storage as for every other deletion."""
     storage.publish_bytes(f"{s3}/folder/file", b"x")
-    monkeypatch.setattr(type(drivers.filesystem(s3)[0]), "ls", _refused)
+    monkeypatch.setattr(drivers.filesystem(s3)[0], "ls", _refused)
     with pytest.raises(StorageError, match="refused"):
         storage.remove_tree(f"{s3}/folder")
 
