@@ -313,14 +313,8 @@ class Universe:
             raise self._violation(f"{group} changes {name} without having found its own lease first")
         if name.endswith(RECEIPT_SUFFIX) and written.data is not None:
             self.owned[written.thread] = False  # the next shard needs another look
-            self._check_shard(match[1])
-
-    def _check_shard(self, name: str) -> None:
-        """A receipt has just been published: its files must be those that it describes."""
-        _, entries = self._read_shard(name)
-        for row, entry in entries.items():
-            if entry["status"] == "success":
-                self.done.add(row)
+            _, entries = self._read_shard(match[1])
+            self.done |= {row for row, entry in entries.items() if entry["status"] == "success"}
 
     def _read_shard(self, name: str) -> tuple[Receipt, dict[int, Any]]:
         objects = self.store.objects
@@ -361,7 +355,7 @@ class Universe:
             scheduler.wait(lambda: not self._alive(), 1000.0)
         for _ in range(draw.randint(0, 10)):
             scheduler.sleep(draw.expovariate(1 / draw.choice((1.0, 10.0, 60.0))))
-            self._happen(draw.choice(self._events()))
+            draw.choice(self._events())()
         self._end_well()
 
     def _end_well(self) -> None:
@@ -401,9 +395,6 @@ class Universe:
             self._repair,
             self._bad_node,
         ]
-
-    def _happen(self, event: Callable[[], None]) -> None:
-        event()
 
     def _start_another(self) -> None:
         if not self._alive() or self.draw.random() < 0.3:
