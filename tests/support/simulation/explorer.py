@@ -2,7 +2,7 @@
 
 The world is calm: no worker dies and no node goes. At its k-th request the driver dies, or loses the answer, or is
 refused for good, before the request has its effect or after it; or it stands still while a second driver runs to its
-end, and then goes on.
+end, and then goes on. Where it dies twice, the driver that resumes dies too, at a request that follows from k.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,15 @@ from vcf_batch import storage
 
 Scenario = Literal["fresh run", "resumed run", "repair", "appended rows"]
 SCENARIOS: tuple[Scenario, ...] = ("fresh run", "resumed run", "repair", "appended rows")
-Fate = Literal["dies", "loses the answer", "is refused", "is refused after the effect", "stands still"]
-FATES: tuple[Fate, ...] = ("dies", "loses the answer", "is refused", "is refused after the effect", "stands still")
+Fate = Literal["dies", "dies twice", "loses the answer", "is refused", "is refused after the effect", "stands still"]
+FATES: tuple[Fate, ...] = (
+    "dies",
+    "dies twice",
+    "loses the answer",
+    "is refused",
+    "is refused after the effect",
+    "stands still",
+)
 
 _STRIKES: dict[Fate, Strike] = {
     "loses the answer": "lost",
@@ -65,6 +72,12 @@ class Exploration(Universe):
         self.explored = f"driver-{len(self.started)}"
         self.start(redo)
         self.scheduler.wait(lambda: not self._alive(), 5000.0)
+        if self.fate == "dies twice":
+            sent, self.requests, self.number = self.requests, 0, 1 + self.number * 7 % 40
+            self.explored = f"driver-{len(self.started)}"
+            self.start(redo)
+            self.scheduler.wait(lambda: not self._alive(), 5000.0)
+            self.requests = sent
         self._end_well()
 
     def _count(self, action: str, key: str) -> Strike | None:
@@ -76,7 +89,7 @@ class Exploration(Universe):
             return None
         self.tell(f"{self.explored} {self.fate} at its request {self.number}, to {action} {storage.name(key)}")
         self.excused.add(self.explored)
-        if self.fate == "dies":
+        if self.fate in ("dies", "dies twice"):
             self.scheduler.kill(self.explored)
         elif self.fate == "stands still":
             self.start()
