@@ -41,7 +41,7 @@ def tell_unknown(method: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                longer = [each for each in known if each.startswith(name)]
+                longer = [each for each in known if each.startswith(name)] or [each for each in known if name in each]
                 near = longer or difflib.get_close_matches(name, known, 1, 0.5)
                 raise TypeError(
                     f"there is no argument {name!r}"
@@ -143,6 +143,8 @@ def generators_of(
             raise UsageError("there are a seed and a generator; give one of them")
         if isinstance(generator, Generator):
             return generator
+        if not isinstance(generator, list | tuple) or not all(isinstance(each, Generator) for each in generator):
+            raise UsageError(f"generator is {generator!r}; give a torch.Generator, or one for each image in a list")
         if len(generator) != count:
             raise UsageError(
                 f"generator has {len(generator)} generators for {count} images; give one for each image, or one for all"

@@ -133,6 +133,12 @@ def call(
             whole_number(name, edge, 1, MAX_EDGE)
     if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
         raise UsageError(f"guidance_rescale is {guidance_rescale}; it must be between 0 and 1")
+    given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+    for name, tensor in given.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise UsageError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise UsageError(f"callback_on_step_end is {callback_on_step_end!r}; give a function")
     if isinstance(prompt, str):
         references, reference_weights = [references], [reference_weights]  # type: ignore[list-item, assignment]
     prompt = prompt if prompt is None else texts_of("prompt", prompt)
