@@ -59,7 +59,7 @@ def read_bytes(url: str, limit: int | None = None, under: str | None = None) -> 
         FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
     if limit is None and not is_local(url):
-        fs, path = filesystem(url)
+        fs, path = _fresh(url)
         return retried("read", url, lambda: bytes(fs.cat_file(path)))
     with ResilientFile(url, lambda: _open(url, under)) as file:
         return file.read(-1 if limit is None else limit)
@@ -75,7 +75,7 @@ def read_start(url: str, count: int) -> bytes:
     """
     if is_local(url):
         return read_bytes(url, count)
-    fs, path = filesystem(url)
+    fs, path = _fresh(url)
     return retried("read", url, lambda: bytes(fs.cat_file(path, start=0, end=count)))[:count]
 
 
@@ -244,8 +244,18 @@ def refusals_as_storage_errors() -> Iterator[None]:
 def _open(url: str, under: str | None = None) -> Any:
     if is_local(url):
         return local.open_read(as_local_path(url), under)
-    fs, path = filesystem(url)
+    fs, path = _fresh(url)
     return fs.open(path, "rb")
+
+
+def _fresh(url: str) -> tuple[Any, str]:
+    """The driver of a remote file and the path in it, without what the driver remembers of the file.
+
+    The Hub's driver keeps listings whatever its options say, and would read a file in its former size.
+    """
+    fs, path = filesystem(url)
+    fs.invalidate_cache(path)
+    return fs, path
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -254,8 +264,7 @@ def _info(url: str) -> dict[str, Any]:
             status = os.stat(as_local_path(url))
             kind = "file" if stat.S_ISREG(status.st_mode) else "other"
             return {"type": kind, "size": status.st_size}
-        fs, path = filesystem(url)
-        fs.invalidate_cache(path)
+        fs, path = _fresh(url)
         return cast(dict[str, Any], fs.info(path))
 
     return retried("look up", url, ask)
