@@ -96,6 +96,8 @@ def _table(given: Any) -> pa.Table:
             raise ManifestError(
                 f"the manifest is a {type(given).__name__}; give a path, a URL, or a table such as a pandas.DataFrame"
             )
+        # Libraries, and their versions, choose among types of text that mean the same. Metadata is left out.
+        table = table.cast(pa.schema([pa.field(field.name, _plain(field.type)) for field in table.schema]))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ManifestError):
             raise
@@ -105,8 +107,7 @@ def _table(given: Any) -> pa.Table:
         ) from error
     if not table.num_rows:
         raise ManifestError("the table has no rows; there is nothing to generate")
-    # Libraries, and their versions, choose among types of text that mean the same.
-    return table.cast(pa.schema([pa.field(field.name, _plain(field.type)) for field in table.schema]))
+    return table
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

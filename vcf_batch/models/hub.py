@@ -115,9 +115,10 @@ def _errors(name: str, revision: str | None, unreachable: type[ModelError] | typ
             "every node"
         ) from error
     except errors.RepositoryNotFoundError as error:
+        repository = name.partition(":")[0]
         raise ModelError(
-            f"there is no model {(name := name.partition(':')[0])!r} on {constants.ENDPOINT}, or it is private: check "
-            f"the name, or set HF_TOKEN; a folder of that name does not exist here either ({os.path.abspath(name)})"
+            f"there is no model {repository!r} on {constants.ENDPOINT}, or it is private: check the name, or set "
+            f"HF_TOKEN; a folder of that name does not exist here either ({os.path.abspath(repository)})"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision!r}; give a branch, tag or commit that it has") from error

@@ -50,7 +50,6 @@ class Ways:
     """Largest number of rows at once beside which a row fits into memory."""
     bad_nodes: set[str] = field(default_factory=set)
     """Nodes where every shard kills its worker."""
-    slow_nodes: set[str] = field(default_factory=set)
 
 
 class Nodes:
@@ -235,7 +234,7 @@ class SimulatedRay:
             self._die(worker, f"{worker.name} dies, as all do on {worker.node}")
         at_once = task.sampled_at_once or self._job.config.batch_size or 1
         for row in rows_of(task, self._job):
-            self._scheduler.sleep(ROW_SECONDS * (10 if worker.node in ways.slow_nodes else 1) * self._draw.random())
+            self._scheduler.sleep(ROW_SECONDS * self._draw.random())
             alive()
             harm = ways.rows.get(row)
             if harm == KILLS:
