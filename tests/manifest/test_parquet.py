@@ -54,6 +54,23 @@ def test_a_damaged_footer_never_ends_the_process(tmp_path: Path) -> None:
     assert len(outcomes) > 3
 
 
+def test_an_index_outside_of_its_dictionary_is_damage(tmp_path: Path) -> None:
+    """Arrow decodes such a page without a complaint, and fails where the text is used."""
+    path = tmp_path / "m.parquet"
+    texts = pa.table({"prompt": ["a cat", "a dog", "a hat"] * 20, "sample_id": [f"{n}" for n in range(60)]})
+    pq.write_table(texts, path, compression="none")
+    good, outcomes = path.read_bytes(), set()
+    for at in range(4, len(good) - 8 - int.from_bytes(good[-8:-4], "little")):
+        path.write_bytes(good[:at] + b"\xff" + good[at + 1 :])
+        try:
+            opened = Manifest.open(str(path))
+            opened.check()
+            opened.rows(0, 60, 0)
+        except ManifestError as error:
+            outcomes.add(str(error).partition(str(path))[2])
+    assert " is damaged: column 'prompt' has the dictionary index 3, and its dictionary has 3 values" in outcomes
+
+
 TEXT_ENCODINGS = ("PLAIN", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY")
 COMPRESSIONS = ("none", "snappy", "gzip", "zstd", "lz4", "brotli")
 

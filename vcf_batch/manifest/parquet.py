@@ -242,8 +242,25 @@ def _read(
     rows = int(min(max(BATCH_BYTES / width, 1), most_rows))
     of_a_row = sum(most for path, most in encoded.expanding.items() if _belongs(path, columns))
     step = max(min(rows, _STEP_BYTES // max(of_a_row, 1)), 1)
-    batches = read(groups, step, dictionaries)
+    batches = map(_within_dictionaries, read(groups, step, dictionaries))
     yield from _resized(batches, rows) if step < rows else batches
+
+
+def _within_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch whose dictionary columns refer to values that are there. Arrow does not check it.
+
+    Raises:
+        pa.ArrowInvalid: one refers to others, as in a damaged page.
+    """
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pt.is_dictionary(column.type) and len(column) > column.null_count:
+            least, most = pc.min_max(column.indices).values()
+            if least.as_py() < 0 or most.as_py() >= len(column.dictionary):
+                raise pa.ArrowInvalid(
+                    f"column {name!r} has the dictionary index {most}, and its dictionary has {len(column.dictionary)} "
+                    "values"
+                )
+    return batch
 
 
 def _resized(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
