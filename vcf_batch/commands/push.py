@@ -146,7 +146,8 @@ class _Folder:
         return self._sizes.get(name) == entry.size
 
     def holds_bytes(self, name: str, data: bytes) -> bool:
-        return self.has(name) and storage.read_bytes(storage.join(self._url, name)) == data
+        with storage.refusals_as_storage_errors():
+            return self.has(name) and storage.read_bytes(storage.join(self._url, name)) == data
 
     def remove(self, name: str) -> None:
         del self._sizes[name]

@@ -131,7 +131,9 @@ def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     names = {match[1] for match in map(receipts.SHARD_FILE.fullmatch, sizes) if match}
     for name in sorted(names - {shard.name for shard in output.plan}):
         yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")
-    if left := len(storage.list_tree(storage.join(output.url, commits.STAGING))):
+    with storage.refusals_as_storage_errors():
+        left = len(storage.list_tree(storage.join(output.url, commits.STAGING)))
+    if left:
         cause = f"{left} files of a run that is at work or was killed; the next start removes them"
         yield Finding(commits.STAGING, cause, kind="note")
 

@@ -175,7 +175,10 @@ class Lease:
                 storage.move(url, aside)
             except (FileNotFoundError, FileExistsError):
                 return False
-            moved = storage.read_bytes(aside)
+            try:
+                moved = storage.read_bytes(aside)
+            except FileNotFoundError:
+                return False  # The next owner has deleted it with what killed writers leave.
             if moved != found:
                 with contextlib.suppress(FileExistsError):
                     storage.publish_bytes(url, moved, create=True)

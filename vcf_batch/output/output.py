@@ -10,7 +10,7 @@ from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.output import appended, receipts, run_file
+from vcf_batch.output import appended, lease, receipts, run_file
 from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.run_file import AnotherVersion, RunRecord
 from vcf_batch.records import Row
@@ -136,18 +136,27 @@ class Output:
 
 def _record(url: str) -> RunRecord:
     """The record of the run in an output. For errors see :class:`Output`."""
+    if (record := _record_there(url)) is not None:
+        return record
+    with storage.refusals_as_storage_errors():
+        there = storage.list_files(url)
+    # A run takes its lease before it writes its record.
+    if run_file.RUN_FILE_NAME in there and (record := _record_there(url)) is not None:
+        return record
+    if not there:
+        raise UsageError(f"{url} holds no run; check the path")
+    if there.keys() <= {lease.LEASE_NAME, lease.HEARTBEAT}:
+        raise UsageError(f"{url} holds no run yet: one begins there, or was killed when it began; look again later")
+    raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is missing, so nothing tells what {url} holds")
+
+
+def _record_there(url: str) -> RunRecord | None:
     try:
-        record = run_file.read(url)
+        return run_file.read(url)
     except AnotherVersion:
         raise
     except RefusedError as error:
         raise DamageFound(f"{run_file.RUN_FILE_NAME}: {error}") from error
-    if record is None:
-        with storage.refusals_as_storage_errors():
-            if not storage.list_files(url):
-                raise UsageError(f"{url} holds no run; check the path")
-        raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is missing, so nothing tells what {url} holds")
-    return record
 
 
 def _open_manifest(config: RunConfig, record: RunRecord) -> tuple[Manifest | None, VcfBatchError | None]:

@@ -2,13 +2,13 @@
 
 import hashlib
 import itertools
-import json
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from support.simulated import ENDED, death, fault
+from support.simulation.forms import Form
 from support.simulation.processes import Killed, Scheduler
 from vcf_batch import storage
 from vcf_batch.driver.cluster import Answer, Heartbeat, Loaded, Request, WorkerHandle
@@ -25,7 +25,6 @@ KILLS, RAISES, HANGS = "kills", "raises", "hangs"
 GONE = "the reference is gone"
 """Error of a row that could be generated once and cannot any more."""
 LOAD_SECONDS, ROW_SECONDS = 5.0, 2.0
-FILE_BYTES = 2048
 
 
 @dataclass
@@ -88,6 +87,7 @@ class SimulatedRay:
         nodes: the machines.
         ways: what goes wrong.
         draw: decides about it.
+        form: what the files of shards hold.
         group: name of the driver.
         tell: gets what happens, for the trace.
     """
@@ -99,11 +99,12 @@ class SimulatedRay:
         nodes: Nodes,
         ways: Ways,
         draw: random.Random,
+        form: Form,
         group: str,
         tell: Callable[[str], None],
     ) -> None:
         self._job, self._scheduler, self._nodes, self._ways = job, scheduler, nodes, ways
-        self._draw, self._group, self._tell = draw, group, tell
+        self._draw, self._form, self._group, self._tell = draw, form, group, tell
         self._numbers = itertools.count()
         self._answers: dict[Hashable, tuple[Request, Answer]] = {}
 
@@ -265,7 +266,7 @@ class SimulatedRay:
             row: kept[row] if row in kept else generated(row, self._job, task.verdicts, self._ways.gone)
             for row in range(shard.start, shard.stop)
         }
-        files = contents(entries)
+        files, sums = self._form.files(self._job, shard, entries)
         counts = {
             status: sum(entry["status"] == status for entry in entries.values()) for status in ("success", "failed")
         }
@@ -279,6 +280,7 @@ class SimulatedRay:
             timings={"worker": f"{worker.node}:{worker.name}", "total": 1.0, "ended": ENDED},
             sampled=sum(row not in kept and row not in task.verdicts for row in entries),
             sampled_at_once=task.sampled_at_once,
+            **sums,
         )
         lie = self._draw.random() < self._ways.lies
         staged = {kind: f"{commits.STAGING}/{attempt_id}/{shard.name}{receipts.FILE_SUFFIXES[kind]}" for kind in files}
@@ -293,7 +295,7 @@ class SimulatedRay:
             return {}
         url = storage.join(self._job.config.output, f"{task.shard.name}.parquet")
         try:
-            found = entries_in(storage.read_bytes(url))
+            found = self._form.entries(storage.read_bytes(url), task.shard)
         except (FileNotFoundError, ValueError) as error:
             raise StorageError(f"{url} cannot be read: {error}") from error
         return {
@@ -318,21 +320,6 @@ def generated(row: int, job: Job, verdicts: Mapping[int, str], gone: set[int]) -
     if row in gone:
         return {"status": "failed", "told": GONE}
     return {"status": "success", "told": hashlib.sha256(f"{row} {job.config.seed}".encode()).hexdigest()[:12]}
-
-
-def contents(entries: Mapping[int, Any]) -> dict[str, bytes]:
-    """The files of a shard: the parquet has all entries, the tar those of samples; without samples there is no tar.
-
-    All are of one size, so that it does not tell two attempts apart.
-    """
-    samples = {row: entry for row, entry in entries.items() if entry["status"] == "success"}
-    kinds = {"tar": samples, "parquet": entries}
-    return {kind: json.dumps(own).encode().ljust(FILE_BYTES) for kind, own in kinds.items() if own}
-
-
-def entries_in(data: bytes) -> dict[int, Any]:
-    """Read back a file of :func:`contents`."""
-    return {int(row): entry for row, entry in json.loads(data).items()}
 
 
 def place(nodes: Nodes) -> None:

@@ -1,56 +1,108 @@
-"""Every request that a driver sends, struck once: a run goes well but for one moment, and each moment is tried.
+"""Every request of a program to its storage, struck once: all goes well but for one moment, and each moment is tried.
 
-The world is calm: no worker dies and no node goes. At its k-th request the driver dies, or loses the answer, or is
-refused for good, before the request has its effect or after it; or it stands still while a second driver runs to its
-end, and then goes on. Where it dies twice, the driver that resumes dies too, at a request that follows from k.
+The world is calm: no worker dies and no node goes. At its k-th request the program that is explored, a driver or a
+reader, dies, or loses the answer, or is refused for good, before the request has its effect or after it; or it stands
+still while others work, and then goes on. Where it dies twice, the next one dies too, at a request that follows from k.
 """
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 from support.simulation.cluster import Ways
-from support.simulation.object_store import Strike
-from support.simulation.universe import Universe
+from support.simulation.forms import Pictures
+from support.simulation.local_files import LocalFiles
+from support.simulation.object_store import Store, Strike
+from support.simulation.universe import OUT, Universe, Violation
 from vcf_batch import storage
+from vcf_batch.commands import push, verify
+from vcf_batch.errors import DamageFound, VcfBatchError
+from vcf_batch.output import commits, receipts
+from vcf_batch.output.output import Output
+from vcf_batch.report import card, page
 
-Scenario = Literal["fresh run", "resumed run", "repair", "appended rows"]
-SCENARIOS: tuple[Scenario, ...] = ("fresh run", "resumed run", "repair", "appended rows")
-Fate = Literal["dies", "dies twice", "loses the answer", "is refused", "is refused after the effect", "stands still"]
+Place = Literal["S3", "S3 without If-Match", "S3 with stale listings", "a disk", "a file system without links"]
+Scenario = Literal[
+    "fresh run", "resumed run", "repair", "appended rows", "run before a repair", "repair after a run",
+    "push", "push again", "verify", "report",
+]  # fmt: skip
+Fate = Literal[
+    "dies", "dies twice", "loses the answer", "is refused", "is refused after the effect", "stands still", "is read"
+]
+PLACES: tuple[Place, ...] = (
+    "S3", "S3 without If-Match", "S3 with stale listings", "a disk", "a file system without links"
+)  # fmt: skip
+RUNS: tuple[Scenario, ...] = (
+    "fresh run", "resumed run", "repair", "appended rows", "run before a repair", "repair after a run"
+)  # fmt: skip
+READERS: tuple[Scenario, ...] = ("push", "push again", "verify", "report")
 FATES: tuple[Fate, ...] = (
-    "dies",
-    "dies twice",
-    "loses the answer",
-    "is refused",
-    "is refused after the effect",
-    "stands still",
-)
+    "dies", "dies twice", "loses the answer", "is refused", "is refused after the effect", "stands still", "is read"
+)  # fmt: skip
 
 _STRIKES: dict[Fate, Strike] = {
     "loses the answer": "lost",
     "is refused": "refused",
     "is refused after the effect": "done and refused",
 }
+STALE_SECONDS = 30.0
 STANDS_STILL_SECONDS = 500.0
 """Seconds that a driver stands still: longer than its lease lasts, and than another driver takes."""
+TARGET = "bucket/target"
+"""Key of the folder to which the output is pushed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is explored."""
+
+    place: Place
+    scenario: Scenario
+    fate: Fate
+
+
+def cases() -> Iterator[Case]:
+    """All that make sense: nobody reads a reader, and what only reads may die whenever it likes."""
+    for place in PLACES:
+        yield from (Case(place, scenario, fate) for scenario in RUNS for fate in FATES)
+        for scenario in READERS:
+            pushes = scenario.startswith("push")
+            for fate in FATES:
+                if fate != "is read" and (pushes or not fate.startswith("dies")):
+                    yield Case(place, scenario, fate)
 
 
 class Exploration(Universe):
-    """One run in a calm world, struck at one request.
+    """One calm world, in which one request is struck.
 
     Args:
-        scenario: what the driver does.
-        fate: what happens to it.
-        number: at which of its requests, from 1; 0 for none.
+        case: what is done where, and what happens to it.
+        number: at which request of the explored program, from 1; 0 for none.
+        root: an empty folder of this machine.
         trace: gets a line for whatever happens.
     """
 
-    def __init__(self, scenario: Scenario, fate: Fate, number: int, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(self, case: Case, number: int, root: str, trace: Callable[[str], None] | None = None) -> None:
+        self.case, self.number, self._root = case, number, root
         super().__init__(0, trace)
-        self.scenario, self.fate, self.number = scenario, fate, number
+        if case.scenario in READERS or case.fate == "is read":
+            self.form = Pictures()
         self.requests = 0
-        """Requests that the driver has sent."""
+        """Requests that the explored program has sent."""
         self.explored = ""
-        """The driver that is struck; empty before it starts."""
+        """The program that is struck; empty before it starts."""
+        self.readers: dict[str, str] = {}
+        """How each reader ended, by its name."""
+
+    def _store(self) -> Store:
+        given = self.draw, self.scheduler.sleep, lambda: self.scheduler.now, self._who, self._later
+        place = self.case.place
+        if place in ("a disk", "a file system without links"):
+            return LocalFiles(*given, root=self._root, links=place == "a disk")
+        stale = STALE_SECONDS if place == "S3 with stale listings" else 0.0
+        return Store(*given, if_match=place != "S3 without If-Match", stale_seconds=stale)
 
     def _part(self) -> int:
         return 2 * self.shard_size
@@ -58,27 +110,71 @@ class Exploration(Universe):
     def _ways(self) -> Ways:
         return Ways()
 
+    # The story
+
     def _story(self) -> None:
-        if self.scenario != "fresh run":
-            self.fatal = 20 if self.scenario == "resumed run" else 0
-            self.start()
-            self.scheduler.wait(lambda: not self._alive(), 1000.0)
-        redo = {}
-        if self.scenario == "repair":
-            redo = {index: bytes(row % 2 for row in range(self.shard_size)) for index in range(2)}
-            self.ways.gone = {row for row in range(2 * self.shard_size) if not (row % self.shard_size) % 2}
-        elif self.scenario == "appended rows":
-            self._append()
-        self.explored = f"driver-{len(self.started)}"
-        self.start(redo)
-        self.scheduler.wait(lambda: not self._alive(), 5000.0)
-        if self.fate == "dies twice":
-            sent, self.requests, self.number = self.requests, 0, 1 + self.number * 7 % 40
-            self.explored = f"driver-{len(self.started)}"
-            self.start(redo)
-            self.scheduler.wait(lambda: not self._alive(), 5000.0)
-            self.requests = sent
+        scenario = self.case.scenario
+        if scenario in READERS:
+            self._read()
+        else:
+            self._generate()
+        self.number = 0
         self._end_well()
+        self.store.stale_seconds = 0.0
+        if self.case.fate == "is read" or scenario.startswith("push"):
+            self._wait_for(self._start_reader("push"))
+            self._check_target()
+
+    def _generate(self) -> None:
+        scenario = self.case.scenario
+        begun = scenario in ("resumed run", "repair", "appended rows")
+        if begun:
+            self.fatal = 20 if scenario == "resumed run" else 0
+            self._wait_for(self.start())
+        redo = self._half() if scenario == "repair" else {}
+        if scenario == "appended rows":
+            self._append()
+        if scenario == "repair after a run":
+            self.start()
+            self.scheduler.sleep(1.0)
+            redo = self._half()
+        self._explore(lambda: self.start(redo))
+        if scenario == "run before a repair":
+            self.scheduler.sleep(1.0)
+            self.start(self._half())
+        self._wait_for(*self.started)
+        if self.case.fate == "dies twice":
+            self._die_again(lambda: self.start(redo))
+
+    def _read(self) -> None:
+        scenario = self.case.scenario
+        self._wait_for(self.start())
+        if scenario == "push again":
+            self._wait_for(self._start_reader("push"))
+            self._wait_for(self.start(self._half()))
+        action = "push" if scenario.startswith("push") else scenario
+        self._wait_for(self._explore(lambda: self._start_reader(action)), *self.started)
+        if self.case.fate == "dies twice":
+            self._die_again(lambda: self._start_reader(action))
+
+    def _half(self) -> dict[int, bytes]:
+        """Every other row, to be generated again; the rest cannot be generated any more."""
+        rows = range(sum(self.parts))
+        self.ways.gone = {row for row in rows if not (row % self.shard_size) % 2}
+        return {index: bytes(row % 2 for row in range(self.shard_size)) for index in range(2)}
+
+    def _explore(self, start: Callable[[], str]) -> str:
+        """Start what is explored. It has not sent a request before its name is known here."""
+        self.explored = start()
+        return self.explored
+
+    def _die_again(self, start: Callable[[], str]) -> None:
+        sent, self.requests, self.number = self.requests, 0, 1 + self.number * 7 % 40
+        self._wait_for(self._explore(start))
+        self.requests = sent
+
+    def _wait_for(self, *groups: str) -> None:
+        self.scheduler.wait(lambda: not any(map(self.scheduler.is_alive, groups)), self.scheduler.now + 5000.0)
 
     def _count(self, action: str, key: str) -> Strike | None:
         super()._count(action, key)
@@ -87,25 +183,94 @@ class Exploration(Universe):
         self.requests += 1
         if self.requests != self.number:
             return None
-        self.tell(f"{self.explored} {self.fate} at its request {self.number}, to {action} {storage.name(key)}")
+        fate = self.case.fate
+        self.tell(f"{self.explored} {fate} at its request {self.number}, to {action} {storage.name(key)}")
         self.excused.add(self.explored)
-        if self.fate in ("dies", "dies twice"):
+        if fate in ("dies", "dies twice"):
             self.scheduler.kill(self.explored)
-        elif self.fate == "stands still":
-            self.start()
+        elif fate == "stands still":
+            self.start(self._half() if self.case.scenario in READERS else None)
             self.scheduler.suspend(self.explored, STANDS_STILL_SECONDS)
-        return _STRIKES.get(self.fate)
+        elif fate == "is read":
+            for reader in ("verify", "report", "push"):
+                self._start_reader(reader)
+            self.scheduler.suspend(self.explored, STANDS_STILL_SECONDS)
+        return _STRIKES.get(fate)
+
+    # Readers
+
+    def _start_reader(self, action: str) -> str:
+        name = f"reader-{len(self.readers)}, which {action}s"
+        self.readers[name] = "killed"
+        self.scheduler.spawn(lambda: self._act(action, name), name, name)
+        return name
+
+    def _act(self, action: str, name: str) -> None:
+        try:
+            self._act_on(Output(self.output), action, name)
+            self.readers[name] = "success"
+        except DamageFound as error:
+            raise self._violation(f"{name}: {error}, though nothing is damaged") from error
+        except VcfBatchError as error:
+            self.readers[name] = f"{type(error).__name__}: {error}"
+        self.tell(f"{name} ends: {self.readers[name]}")
+
+    def _act_on(self, output: Output, action: str, name: str) -> None:
+        if action == "verify":
+            if wrong := [str(finding) for finding in verify.check(output) if finding.is_damage]:
+                raise self._violation(f"{name} accuses: {wrong}")
+        elif action == "report":
+            page.render(output)
+        else:
+            pushed = push.push(output, self.store.url("target"))
+            if pushed.damaged:
+                raise self._violation(f"{name} accuses: {pushed.damaged}")
+
+    # What must hold
+
+    def _own_files(self) -> set[str]:
+        reports = {card.CARD_NAME, page.PAGE_NAME} if any("push" in name for name in self.readers) else set()
+        return super()._own_files() | reports
+
+    def _check_target(self) -> None:
+        """The target has the shards of the output, and nothing else."""
+        objects = self.store.objects
+        ours, theirs = (
+            {storage.name(key): data for key, data in objects.items() if storage.parent(key) == folder}
+            for folder in (OUT, TARGET)
+        )
+        shards = {name: data for name, data in ours.items() if receipts.SHARD_FILE.fullmatch(name)}
+        if {name: theirs.get(name) for name in shards} != shards:
+            raise self._violation("the target has not the shards of the output")
+        if others := theirs.keys() - ours.keys():
+            raise self._violation(f"the target has {sorted(others)}, which the output has not")
+
+    def _check_end(self) -> None:
+        super()._check_end()
+        for name, end in self.readers.items():
+            if not end.startswith(("success", "killed", "StorageError", "UsageError")):
+                raise self._violation(f"{name} ended with {end}")
 
 
-def explore(scenario: Scenario, fate: Fate, number: int, trace: Callable[[str], None] | None = None) -> int:
-    """Strike one request of a driver.
+@contextmanager
+def _folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="explored-") as folder:
+        yield folder
+
+
+def explore(case: Case, number: int, trace: Callable[[str], None] | None = None) -> int:
+    """Strike one request.
 
     Returns:
-        Number of requests that the driver has sent.
+        Number of requests that the explored program has sent.
 
     Raises:
         Violation: something that must hold does not.
     """
-    exploration = Exploration(scenario, fate, number, trace)
-    exploration.run()
+    with _folder() as root:
+        exploration = Exploration(case, number, root, trace)
+        try:
+            exploration.run()
+        except Exception as error:
+            raise Violation(f"{case}, request {number}: {type(error).__name__}: {error}") from error
     return exploration.requests

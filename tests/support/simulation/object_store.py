@@ -1,15 +1,18 @@
 """An object store in memory, with the semantics of S3 and the faults of a network. It stands in for ``s3://``.
 
 Objects are created once or replaced, in one request; there is no rename and there are no folders. An answer may be lost
-although the request had its effect. An effect may come late, after requests that were sent after it.
+although the request had its effect. An effect may come late, after requests that were sent after it. A listing may show
+the objects as they were a while ago.
 """
 
 import hashlib
 import io
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -68,6 +71,8 @@ class Store:
     """Whether no request gets through."""
     if_match: bool = True
     """Whether deletes with ``If-Match`` compare, as on S3; some stores ignore the condition."""
+    stale_seconds: float = 0.0
+    """Largest age of what a listing shows. A read shows what is there."""
     written: list[Written] = field(default_factory=list)
     watcher: Callable[[Written], None] = lambda written: None
     looked_at: Callable[[str, bytes | None], None] = lambda key, data: None
@@ -100,6 +105,32 @@ class Store:
         if kind == 1:
             raise ConnectionError(f"{action} {key}: the answer is lost")
         return result
+
+    def url(self, folder: str) -> str:
+        """URL of a folder in this store."""
+        return f"s3://bucket/{folder}"
+
+    @contextmanager
+    def stands_in(self) -> Iterator[None]:
+        """Let this store stand behind ``s3://`` in this process."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(_registry, "s3", SimulatedS3)
+            patch.setattr(SimulatedS3, "store", self, raising=False)
+            SimulatedS3.clear_instance_cache()
+            yield
+            SimulatedS3.clear_instance_cache()
+
+    def listed(self) -> dict[str, bytes]:
+        """The objects as a listing shows them."""
+        if not self.stale_seconds:
+            return self.objects
+        shown: dict[str, bytes] = {}
+        until = self.now() - self.stale_seconds * self.draw.random()
+        for written in itertools.takewhile(lambda written: written.time <= until, self.written):
+            shown.pop(written.key, None)
+            if written.data is not None:
+                shown[written.key] = written.data
+        return shown
 
     def write(self, action: str, key: str, data: bytes | None) -> None:
         """Put an object, or delete it."""
@@ -150,7 +181,7 @@ class SimulatedS3(AbstractFileSystem):
 
         def effect() -> list[Any]:
             found: dict[str, dict[str, Any]] = {}
-            for other, data in sorted(self.store.objects.items()):
+            for other, data in sorted(self.store.listed().items()):
                 if other.startswith(f"{key}/"):
                     name, _, deeper = other[len(key) + 1 :].partition("/")
                     kind = {"type": "directory", "size": 0} if deeper else {"type": "file", "size": len(data)}
@@ -190,6 +221,9 @@ class SimulatedS3(AbstractFileSystem):
 
         self.store.request("put", key, effect)
 
+    def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
+        self.pipe_file(rpath, Path(lpath).read_bytes())
+
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
         source, target = self._strip_protocol(path1), self._strip_protocol(path2)
 
@@ -217,14 +251,3 @@ class SimulatedS3(AbstractFileSystem):
             self.store.write("delete", key, None)
 
         self.store.request("delete", key, effect)
-
-
-@contextmanager
-def behind_s3(store: Store) -> Iterator[None]:
-    """Let a store stand behind ``s3://`` in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_registry, "s3", SimulatedS3)
-        patch.setattr(SimulatedS3, "store", store, raising=False)
-        SimulatedS3.clear_instance_cache()
-        yield
-        SimulatedS3.clear_instance_cache()

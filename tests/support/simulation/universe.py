@@ -5,28 +5,24 @@ come. Requests to the storage fail, hang, or lose their answers. Rows kill their
 are generated again. At last the world heals, and one more driver has to end what is left.
 """
 
-import concurrent.futures
 import contextlib
 import hashlib
 import io
-import itertools
-import logging
 import random
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from support.simulated import NoExporter, fault
-from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, entries_in, place
-from support.simulation.object_store import Store, Strike, Trouble, Written, behind_s3
-from support.simulation.processes import Event, Process, Scheduler, Thread
+from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, place
+from support.simulation.forms import Digests, Form
+from support.simulation.object_store import Store, Strike, Trouble, Written
+from support.simulation.processes import Process, Scheduler
+from support.simulation.replacements import CommitThread, Notes, replaced
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, fingerprint_fields
-from vcf_batch.driver import progress
 from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.fault import Failure
 from vcf_batch.driver.ledger import Ledger
@@ -37,13 +33,14 @@ from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, lease, receipts, run_file
 from vcf_batch.output.receipts import RECEIPT_SUFFIX, SHARD_FILE, Receipt
 from vcf_batch.pool import launch
-from vcf_batch.setup import claim
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
-from vcf_batch.storage import retries
 
-OUTPUT = "s3://bucket/out"
+OUT = "bucket/out"
+"""Key of the output."""
 NODES = ("a", "b", "c")
+CHANGES = ("put", "copy", "delete", "rename", "link")
+"""Requests that change the store."""
 BOUND_SECONDS = 10_000.0
 """Simulated time within which every run has to end: more than all pauses of all attempts together."""
 AT_ONCE = 50
@@ -54,63 +51,6 @@ HEALED_TRIES = 2
 
 class Violation(AssertionError):
     """Something that must always hold does not."""
-
-
-class Notes(progress.Progress):
-    """Hands on what the user is told."""
-
-    def __init__(self, total: int, now: Callable[[], float], tell: Callable[[str], None]) -> None:
-        super().__init__(total, 0, now=now)
-        self._tell = tell
-
-    def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
-        if event != "progress":
-            self._tell(message)
-
-
-class CommitThread(concurrent.futures.Executor):
-    """The thread that commits, as a process of its driver."""
-
-    def __init__(self, scheduler: Scheduler, group: str) -> None:
-        self._scheduler, self._group = scheduler, group
-        self._waiting: list[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = []
-        self._busy = False
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._waiting.append((future, lambda: fn(*args, **kwargs)))
-        if not self._busy:
-            self._busy = True
-            self._scheduler.spawn(self._work, f"{self._group} commits", self._group)
-        return future
-
-    def _work(self) -> None:
-        while self._waiting:
-            future, call = self._waiting.pop(0)
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
-        self._busy = False
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._waiting.clear()
-        self._scheduler.wait(lambda: not self._busy, self._scheduler.now + 1e6)
-
-
-class Inline(concurrent.futures.Executor):
-    """Does what it is given before it returns: readers of receipts have no effect that an order could change."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 class Universe:
@@ -125,7 +65,7 @@ class Universe:
         self.seed, self._trace = seed, trace
         self.draw = draw = random.Random(seed)
         self.scheduler = Scheduler(draw, BOUND_SECONDS)
-        self.store = Store(draw, self._request_takes, lambda: self.scheduler.now, self._who, later=self._later)
+        self.store = self._store()
         self.store.watcher, self.store.looked_at, self.store.numbered = self._watch, self._looked_at, self._count
         self.fatal = 0
         """Number of changes of the store by drivers after which one is killed, before the change; 0 for none."""
@@ -136,6 +76,8 @@ class Universe:
         fewest = 2 if self.ways.bad_nodes else 1
         self.nodes = Nodes({node: draw.randint(1, 3) for node in NODES[: draw.randint(fewest, 3)]})
         self.home = f"memory://simulation-{seed}"
+        self.output = self.store.url("out")
+        self.form: Form = Digests()
         self._write_part(0)
         self.senders: dict[Process, str] = {}
         """Senders of requests that have their effects late."""
@@ -182,6 +124,9 @@ class Universe:
             greedy={draw.randrange(rows): 1} if draw.random() < 0.2 else {},
         )
 
+    def _store(self) -> Store:
+        return Store(self.draw, self.scheduler.sleep, lambda: self.scheduler.now, self._who, self._later)
+
     def tell(self, text: str) -> None:
         if self._trace:
             self._trace(f"{self.scheduler.now:9.2f}  {text}")
@@ -189,9 +134,6 @@ class Universe:
     def _who(self) -> tuple[str, int]:
         process = self.scheduler.current
         return self.senders.get(process, process.group), id(process)
-
-    def _request_takes(self, seconds: float) -> None:
-        self.scheduler.sleep(seconds)
 
     def _later(self, seconds: float, effect: Callable[[], None]) -> None:
         def land() -> None:
@@ -208,7 +150,7 @@ class Universe:
         """The run with the manifest as it is now."""
         config = RunConfig(
             manifest=f"{self.home}/in",
-            output=OUTPUT,
+            output=self.output,
             model="m",
             shard_size=self.shard_size,
             batch_size=4,
@@ -217,6 +159,11 @@ class Universe:
             stall_timeout=60.0,
             allow_smaller_batches=True,
             strength=1.0,
+            steps=4,
+            guidance_scale=5.0,
+            dtype="float32",
+            height=32,
+            width=32,
         )
         models = Models(ResolvedModel("m", "hub", "m", "0" * 40), None, "none", "none")
         manifest = Manifest.open(config.manifest)
@@ -261,7 +208,7 @@ class Universe:
 
     def _chosen(self, redo: dict[int, bytes]) -> dict[int, bytes]:
         """The rows to generate again: of shards that exist, as a repair finds them."""
-        there = {receipt.shard.index: receipt.shard for receipt in receipts.read(OUTPUT)}
+        there = {receipt.shard.index: receipt.shard for receipt in receipts.read(self.output)}
         chosen = {index: mask for index, mask in redo.items() if index in there}
         for index, mask in chosen.items():
             shard = there[index]
@@ -269,15 +216,21 @@ class Universe:
         return chosen
 
     def _loop(self, group: str, job: Job, held: lease.Lease, ledger: Ledger) -> None:
-        cluster = SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, group, self.tell)
+        cluster = SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, self.form, group, self.tell)
         notes = Notes(job.manifest.num_rows, cluster.now, lambda text: self.tell(f"{group}: {text}"))
         thread = CommitThread(self.scheduler, group)
 
         def check() -> None:
-            run_file.check_stays(OUTPUT, job.fingerprint)
+            run_file.check_stays(self.output, job.fingerprint)
 
-        queue = CommitQueue(OUTPUT, held, ledger, notes.note, cluster.now, thread, check)
+        queue = CommitQueue(self.output, held, ledger, notes.note, cluster.now, thread, check)
         Loop(job, cast(Any, cluster), ledger, queue, notes, NoExporter()).run()
+
+    def _knows_dead(self, owner: dict[str, Any]) -> bool:
+        """Whether the current driver knows that an owner is dead: half of the others run on the owner's machine."""
+        group, asks = self.tokens.get(str(owner.get("token"))), self.scheduler.current.group
+        same = group is not None and (int(group[7:]) + int(asks[7:])) % 2 == 0
+        return bool(same and not self.scheduler.is_alive(str(group)))
 
     # What is watched
 
@@ -289,7 +242,7 @@ class Universe:
 
     def _count(self, action: str, key: str) -> Strike | None:
         group, _ = self._who()
-        if self.fatal and action in ("put", "copy", "delete") and group in self.started and not key.endswith(".beat"):
+        if self.fatal and action in CHANGES and group in self.started and not key.endswith(".beat"):
             self.fatal -= 1
             if not self.fatal:
                 self.tell(f"{group} is killed before it {action}s {storage.name(key)}")
@@ -300,30 +253,35 @@ class Universe:
         name = storage.name(written.key)
         group = written.group
         if written.data is not None and name == lease.LEASE_NAME:
-            self.tokens[lease._parsed(written.data)["token"]] = group
+            self.tokens[str(lease._parsed(written.data).get("token"))] = group
         if f"/{commits.STAGING}/" in written.key and SHARD_FILE.fullmatch(name) and written.data is not None:
             stager = self.stagers.setdefault(written.key, group)
             if stager != group:
                 raise self._violation(f"{group} stages {name} under the name of {stager}'s attempt")
         if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
             return
-        self.tell(f"{group} {written.action}s {name}")
-        late = self.scheduler.current in self.senders  # the lease was looked at when the request was sent
-        if group.startswith("driver") and not late and not self.owned.get(written.thread):
+        self.tell(f"{group} {written.action}s {written.key.partition('/')[2]}")
+        if self.scheduler.current in self.senders:
+            return  # the lease was looked at when the request was sent
+        is_output = written.key.startswith(f"{OUT}/")
+        if is_output and group in self.started and not self.owned.get(written.thread):
             raise self._violation(f"{group} changes {name} without having found its own lease first")
-        if name.endswith(RECEIPT_SUFFIX) and written.data is not None:
-            self.owned[written.thread] = False  # the next shard needs another look
-            _, entries = self._read_shard(match[1])
-            self.done |= {row for row, entry in entries.items() if entry["status"] == "success"}
+        stem = written.key.removesuffix(match[2])
+        if self.store.objects.get(stem + RECEIPT_SUFFIX):
+            _, entries = self._read_shard(stem)
+            if is_output and name.endswith(RECEIPT_SUFFIX):
+                self.owned[written.thread] = False  # the next shard needs another look
+                self.done |= {row for row, entry in entries.items() if entry["status"] == "success"}
 
-    def _read_shard(self, name: str) -> tuple[Receipt, dict[int, Any]]:
+    def _read_shard(self, stem: str) -> tuple[Receipt, dict[int, Any]]:
+        """Receipt and entries of a shard, by the begin of the keys of its files."""
         objects = self.store.objects
-        receipt = Receipt.from_json(objects[f"bucket/out/{name}{RECEIPT_SUFFIX}"])
-        for kind, entry in receipt.files.items():
-            data = objects.get(f"bucket/out/{name}{receipts.FILE_SUFFIXES[kind]}")
-            if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise self._violation(f"the receipt of shard {name} stands beside another {kind}")
-        return receipt, entries_in(objects[f"bucket/out/{name}.parquet"])
+        receipt = Receipt.from_json(objects[stem + RECEIPT_SUFFIX])
+        for kind, suffix in receipts.FILE_SUFFIXES.items():
+            data, entry = objects.get(stem + suffix), receipt.files.get(kind)
+            if (data and hashlib.sha256(data).hexdigest()) != (entry and entry.sha256):
+                raise self._violation(f"the receipt of shard {stem} stands beside another {kind}")
+        return receipt, self.form.entries(objects[f"{stem}.parquet"], receipt.shard)
 
     def _violation(self, text: str) -> Violation:
         return Violation(f"seed {self.seed}, at {self.scheduler.now:.2f} s: {text}")
@@ -336,7 +294,7 @@ class Universe:
         Raises:
             Violation: something does not.
         """
-        with _replaced(self), behind_s3(self.store):
+        with replaced(self.scheduler, self.draw, self._knows_dead), self.store.stands_in():
             self.scheduler.spawn(self._story, "story", "story")
             self.scheduler.run()
         try:
@@ -503,14 +461,14 @@ class Universe:
 
     def _check_end(self) -> None:
         objects = self.store.objects
-        names = {storage.name(key) for key in objects if key.startswith("bucket/out/") and key.count("/") == 2}
-        if left := [key for key in objects if key.startswith(f"bucket/out/{commits.STAGING}/")]:
+        names = {storage.name(key) for key in objects if storage.parent(key) == OUT}
+        if left := [key for key in objects if key.startswith(f"{OUT}/{commits.STAGING}/")]:
             raise self._violation(f"staged files are left: {left}")
-        job, wanted = self.job(), {"run.json", "_progress.json"}
+        job, wanted = self.job(), self._own_files()
         for shard in job.shards:
             if shard.name + RECEIPT_SUFFIX not in names:
                 raise self._violation(f"shard {shard.name} is missing")
-            receipt, entries = self._read_shard(shard.name)
+            receipt, entries = self._read_shard(f"{OUT}/{shard.name}")
             wanted |= {
                 shard.name + end for end in (RECEIPT_SUFFIX, *map(receipts.FILE_SUFFIXES.get, receipt.files)) if end
             }
@@ -527,6 +485,10 @@ class Universe:
             if code not in (0, 1, 4, "killed"):
                 raise self._violation(f"{group} ended with {code}: {error}")
 
+    def _own_files(self) -> set[str]:
+        """Names of the files of an output besides its shards."""
+        return {"run.json", "_progress.json"}
+
     def _check_row(self, row: int, entry: dict[str, Any], job: Job) -> None:
         harm = self.ways.rows.get(row)
         if entry["status"] == "success":
@@ -538,45 +500,6 @@ class Universe:
                 raise self._violation(f"row {row} had a sample, which is lost")
         elif not harm:
             raise self._violation(f"row {row} is innocent and blamed: {entry['told']}")
-
-
-@contextlib.contextmanager
-def _replaced(universe: Universe) -> Iterator[None]:
-    """Let clocks, threads and chance of the product be those of a universe."""
-    scheduler, draw = universe.scheduler, universe.draw
-    clock = types.SimpleNamespace(
-        monotonic=lambda: scheduler.now,
-        time=lambda: scheduler.now,
-        sleep=scheduler.sleep,
-        perf_counter=lambda: scheduler.now,
-    )
-    numbers = itertools.count()
-    names = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex=f"{next(numbers):032x}"))
-    threads = types.SimpleNamespace(
-        Event=lambda: Event(scheduler), Thread=lambda target, name, daemon: Thread(scheduler, target, name)
-    )
-
-    def is_gone(owner: dict[str, Any]) -> bool:
-        """A dead driver is known to be dead by half of the others: those that run on its machine."""
-        group = universe.tokens.get(str(owner.get("token")))
-        asks = scheduler.current.group
-        same = group is not None and (int(group[7:]) + int(asks[7:])) % 2 == 0
-        return bool(same and not scheduler.is_alive(str(group)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (lease, retries, launch):
-            patch.setattr(module, "time", clock)
-        patch.setattr(lease, "threading", threads)
-        patch.setattr(lease, "_is_gone", is_gone)
-        patch.setattr(retries, "_jitter", draw)
-        for module in (lease, commits, run_file):
-            patch.setattr(module, "uuid", names)
-        patch.setattr(receipts, "ThreadPoolExecutor", Inline)
-        patch.setattr(claim.importlib.metadata, "version", lambda name: "1")
-        level = logging.getLogger("vcf_batch").level
-        logging.getLogger("vcf_batch").setLevel(logging.CRITICAL)
-        yield
-        logging.getLogger("vcf_batch").setLevel(level)
 
 
 def simulate(seed: int, trace: Callable[[str], None] | None = None) -> Universe:
