@@ -1,5 +1,6 @@
 """The queue of finished shards, which are committed to the output one by one, beside the loop."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -36,7 +37,7 @@ class _Commit:
     """A finished shard until it is committed or given up."""
 
     finished: Finished
-    under_way: Future[None] | None = None
+    under_way: Future[Receipt] | None = None
     """The commit under way; None while the shard waits for its next try."""
     failures: int = 0
     not_before: float = 0.0
@@ -114,6 +115,7 @@ class CommitQueue:
     def outcomes(self) -> Iterator[tuple[Finished, BaseException | None]]:
         """Yield the shards that were committed since the last call, and those that failed for good, with the reason.
 
+        A committed shard comes with the receipt that it has now, which is another one if the shard was there already.
         Where the reason is :class:`vcf_batch.output.commits.StagedFilesLost`, the shard has to be generated again.
         """
         yield from self._judged()
@@ -126,7 +128,10 @@ class CommitQueue:
                 if isinstance(error, StorageError) and self._wait(commit, error):
                     continue
                 self._pending.remove(commit)
-                yield commit.finished, error
+                finished = commit.finished
+                if error is None:
+                    finished = dataclasses.replace(finished, receipt=commit.under_way.result())
+                yield finished, error
 
     def _judged(self) -> Iterator[tuple[Finished, VcfBatchError]]:
         """Decide on the doubtful shards as soon as that is possible, and yield those that are refused."""
@@ -158,7 +163,8 @@ class CommitQueue:
     def _begin(self, commit: _Commit) -> None:
         commit.under_way = self._executor.submit(self._commit, commit.finished)
 
-    def _commit(self, finished: Finished) -> None:
+    def _commit(self, finished: Finished) -> Receipt:
         self._lease.confirm()
         self._check()
-        commits.commit(self._output, finished.receipt, finished.staged)
+        stays = self._ledger.stays(finished.task.shard)
+        return commits.commit(self._output, finished.receipt, finished.staged, stays)

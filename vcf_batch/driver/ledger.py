@@ -76,7 +76,7 @@ class Ledger:
         self.devices: dict[str, Mapping[str, Any]] = {}
         """One device for each type of the receipts that were there, by type, without shards of several types."""
         self._rows = job.manifest.num_rows
-        fingerprints = {job.fingerprint, *job.extends}
+        self._fingerprints = fingerprints = frozenset((job.fingerprint, *job.extends))
         alike: dict[str, Receipt] = {}
         for receipt in receipts.read(job.config.output):
             index = receipt.shard.index
@@ -112,6 +112,10 @@ class Ledger:
         """Rows of a shard that are generated: all of them, unless some samples are kept."""
         mask = self._redo.get(shard.index, bytes([True]) * len(shard))
         return [row for row, chosen in enumerate(mask, start=shard.start) if chosen]
+
+    def stays(self, shard: Shard) -> frozenset[str]:
+        """Fingerprints of receipts with which a shard is not replaced: none if it is generated again on purpose."""
+        return frozenset() if shard.index in self._redo else self._fingerprints
 
     def whole(self, receipt: Receipt) -> Receipt:
         """Complete a worker's receipt of a shard with the marks of the samples that it kept."""

@@ -9,6 +9,7 @@ start finds everything it needs to finish the replacement, so samples that were 
 """
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Container, Mapping
 
@@ -25,6 +26,8 @@ _NEW_RECEIPT, _OLD_RECEIPT = "replacing.json", "replaced.json"
 """Names of the two receipts in an attempt's folder while its files replace older ones."""
 _OLD_FILE = "replaced-"
 """Begin of the name of a file in an attempt's folder that its shard has no more."""
+
+_log = logging.getLogger(__name__)
 
 
 def stage(
@@ -61,7 +64,7 @@ class StagedFilesLost(StorageError):
     """A staged file is missing, has another size, or cannot be committed. The shard has to be generated again."""
 
 
-def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
+def commit(output_url: str, receipt: Receipt, staged: dict[str, str], stays: Container[str] = frozenset()) -> Receipt:
     """Make a staged shard exist: files to their final names, then the receipt.
 
     Only the driver calls this, right after it has confirmed its lease. If it is suspended in here and loses the lease,
@@ -82,6 +85,11 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     Args:
         staged: the return value of :func:`stage`. Each file that has been moved is removed from it, so that a repeated
             call continues a failed commit where it stopped.
+        stays: fingerprints of the shards that are not replaced. If a whole one of them is there, because a listing that
+            lags behind did not show it, it stays, and what was staged is deleted.
+
+    Returns:
+        The receipt that the shard has now.
 
     Raises:
         StagedFilesLost: a staged file is missing, or not of the receipt's size; or an older tar cannot be moved away.
@@ -98,6 +106,12 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
                 folder = storage.join(output_url, storage.parent(left["parquet"]))
                 # Look for older files first. What another driver commits later must not be taken for one.
                 older = receipts.content(output_url, receipt.shard.name)
+                there = _parsed(older)
+                if there and there.fingerprint in stays and receipts.is_whole(output_url, there, receipt.shard):
+                    _log.warning("shard %s is there already, and stays as it is", receipt.shard.name)
+                    with contextlib.suppress(StorageError):
+                        discard(output_url, staged)
+                    return there
                 version = None if older is None else storage.version(receipt_url)
                 surplus = {file: storage.version(file) for file in _surplus(output_url, receipt)}
             if older is not None:
@@ -148,6 +162,7 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str]) -> None:
     # The shard is whole now. If the empty staging folder stays behind, the next clean deletes it.
     with contextlib.suppress(StorageError):
         discard(output_url, left)
+    return receipt
 
 
 def discard(output_url: str, staged: Mapping[str, str]) -> None:
@@ -223,6 +238,9 @@ def _delete_strays(output_url: str, confirm: Callable[[], object]) -> None:
     storage.publish_bytes(storage.join(folder, "note"), b"files without a receipt, to be deleted")
     confirm()
     for name in _strays(output_url):
+        match = receipts.SHARD_FILE.fullmatch(name)
+        if match and receipts.content(output_url, match[1]):
+            continue  # The listing did not show the receipt yet.
         confirm()
         url = storage.join(output_url, name)
         try:

@@ -328,6 +328,15 @@ def sizes_now(output_url: str, stem: str) -> dict[str, int]:
     return sizes
 
 
+def is_whole(output_url: str, receipt: Receipt, shard: Shard) -> bool:
+    """Whether a receipt is that of a shard, and fits its files as they are now.
+
+    Raises:
+        StorageError: the output cannot be read.
+    """
+    return receipt.shard == shard and misfit(receipt, sizes_now(output_url, shard.name)) is None
+
+
 def misfit(receipt: Receipt, sizes: Mapping[str, int]) -> str | None:
     """The first way in which a receipt does not fit the sizes of its shard's files; None if it fits."""
     name = receipt.shard.name + RECEIPT_SUFFIX

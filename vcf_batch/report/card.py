@@ -95,7 +95,10 @@ def render(output: Output, licence: str | None = None) -> str:
 
 
 def _schema(output: Output) -> pa.Schema:
-    shard = next(receipts.read(output.url)).shard
+    first = next(receipts.read(output.url), None)
+    if first is None:  # It is just being replaced.
+        raise UsageError(f"{output.url} has no finished shard to describe; try again")
+    shard = first.shard
     try:
         with shards.open_parquet(shards.file_url(output.url, shard, "parquet")) as parquet:
             return parquet.schema_arrow

@@ -23,6 +23,8 @@ Obstacle = Callable[[Mapping[str, Any]], str | None]
 run cannot be extended to this one; None if it can."""
 
 _HASH = re.compile(r"[0-9a-f]{40,}")
+_LENGTH = frozenset(("manifest_id", "limit"))
+"""Fields in which a longer version of a run differs."""
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
@@ -66,19 +68,24 @@ def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda
     record = record_of(job)
     # Without run.json, any file of a shard belongs to an unknown run.
     begun = commits.any_committed(output) if there else bool(receipts.files_found(output))
+
+    def obstacle(fields: Mapping[str, Any]) -> str | None:
+        return appended.obstacle(fields, job.manifest, there.manifest.files if there else {}, record.fields["limit"])
+
     if holds(
         output,
         None if there is None else there.fields,
         record.fields,
         begun=begun,
-        obstacle=lambda fields: appended.obstacle(
-            fields, job.manifest, there.manifest.files if there else {}, record.fields["limit"]
-        ),
+        obstacle=obstacle,
         version=None if there is None else there.versions.get("vcf_batch"),
     ):
         assert there is not None
         return there.extends
-    extends = (*there.extends, there.fingerprint) if there is not None and begun else ()
+    extends: tuple[str, ...] = ()
+    # Also if it has not begun as far as a listing shows, which may lag behind.
+    if there is not None and (begun or _is_longer(there.fields, record.fields, obstacle)):
+        extends = (*there.extends, there.fingerprint)
     if publish:
         document = dataclasses.replace(record, extends=extends).to_document()
         run_file.write(output, document, replaces=there is not None, confirm=confirm)
@@ -124,10 +131,9 @@ def _refuse_another(
     version: str | None,
 ) -> None:
     """Refuse any run but a longer version of the one that is there."""
-    names = sorted(there.keys() | fields.keys())
-    differing = [name for name in names if field_of(there, name) != field_of(fields, name)]
+    differing = _differing(there, fields)
     reason = ""
-    if obstacle and {*differing} <= {"manifest_id", "limit"}:
+    if obstacle and {*differing} <= _LENGTH:
         if (why := obstacle(there)) is None:
             return
         reason = why + " "
@@ -144,6 +150,15 @@ def _refuse_another(
         f"{output} holds another run; they differ in:\n{lines}{reason}"
         "Use another output, or rerun with the settings of the run that is there."
     )
+
+
+def _differing(there: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    return [name for name in sorted(there.keys() | fields.keys()) if field_of(there, name) != field_of(fields, name)]
+
+
+def _is_longer(there: Mapping[str, Any], fields: Mapping[str, Any], obstacle: Obstacle) -> bool:
+    """Whether ``fields`` are those of a longer version of the run that is there."""
+    return {*_differing(there, fields)} <= _LENGTH and obstacle(there) is None
 
 
 def _is_of_one_version(name: str, there: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from support.simulation.universe import OUT, Universe, Violation
 from vcf_batch import storage
 from vcf_batch.commands import push, verify
 from vcf_batch.errors import DamageFound, VcfBatchError
-from vcf_batch.output import commits, receipts
+from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 from vcf_batch.report import card, page
 
@@ -120,7 +120,6 @@ class Exploration(Universe):
             self._generate()
         self.number = 0
         self._end_well()
-        self.store.stale_seconds = 0.0
         if self.case.fate == "is read" or scenario.startswith("push"):
             self._wait_for(self._start_reader("push"))
             self._check_target()

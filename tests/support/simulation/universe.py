@@ -442,7 +442,7 @@ class Universe:
 
     def _heal(self) -> None:
         self.tell("the world heals")
-        self.store.trouble, self.store.down, self.fatal = Trouble(), False, 0
+        self.store.trouble, self.store.down, self.store.stale_seconds, self.fatal = Trouble(), False, 0.0, 0
         self.ways.deaths, self.ways.troubled, self.ways.lies = 0, 0.0, 0.0
         # A bad node goes for good: if it became sound, the verdicts that rows died there would count.
         for node in self.ways.bad_nodes & self.nodes.room.keys():
