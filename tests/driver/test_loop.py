@@ -16,6 +16,7 @@ from vcf_batch.driver.quarantine import FAILURES
 from vcf_batch.driver.workers import CAPACITY_SECONDS, MAX_BACKOFF_SECONDS, START_ATTEMPTS
 from vcf_batch.errors import NodeError, RefusedError, StorageError, UsageError, VcfBatchError
 from vcf_batch.output import commits
+from vcf_batch.output.receipts import Receipt
 
 A, B, C = "node-a", "node-b", "node-c"
 ROWS, SHARD_SIZE = 32, 4
@@ -191,10 +192,10 @@ def test_a_commit_that_fails_is_repeated_after_a_pause(simulate: Simulate, monke
     """Commits are timed by the same clock, and workers do not wait for them."""
     commit, errors = commits.commit, iter([StorageError("no storage")])
 
-    def failing_once(*arguments: Any) -> None:
+    def failing_once(*arguments: Any) -> Receipt:
         for error in errors:
             raise error
-        commit(*arguments)
+        return commit(*arguments)
 
     monkeypatch.setattr(commits, "commit", failing_once)
     simulation = simulate(num_workers=1)

@@ -470,7 +470,7 @@ def test_a_driver_suspended_while_it_deletes_strays_harms_nothing_of_the_next_ow
     check(output, {0: receipt})
 
 
-def kill_at_the_receipt(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
+def kill_at_the_receipt(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     """Let the driver die on a file system without hard links once it has created the name of the receipt."""
 
     def no_links(*_: object) -> None:

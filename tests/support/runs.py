@@ -304,7 +304,7 @@ class Killed(BaseException):
     """The driver dies here."""
 
 
-def kill_after(steps: int, work: Callable[[], None]) -> None:
+def kill_after(steps: int, work: Callable[[], object]) -> None:
     """Let the driver die at its work, once it has made so many changes to the output."""
     left = iter(range(steps))
 

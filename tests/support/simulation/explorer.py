@@ -148,6 +148,7 @@ class Exploration(Universe):
     def _read(self) -> None:
         scenario = self.case.scenario
         self._wait_for(self.start())
+        self.scheduler.sleep(STALE_SECONDS)  # A listing shows that the run has ended.
         if scenario == "push again":
             self._wait_for(self._start_reader("push"))
             self._wait_for(self.start(self._half()))

@@ -1,29 +1,33 @@
 """Bugs of kinds that such systems have had, each as a change of the product. The simulation has to find them all."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import pytest
 
 from vcf_batch import storage
 from vcf_batch.driver import bisection, failing_shard, workers
-from vcf_batch.driver.commit_queue import CommitQueue
+from vcf_batch.driver.commit_queue import CommitQueue, Finished
 from vcf_batch.driver.failing_shard import FailingShard
 from vcf_batch.driver.heartbeats import Watch
 from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.workers import Workers
 from vcf_batch.output import commits, lease, receipts
 from vcf_batch.output.lease import Lease
+from vcf_batch.output.receipts import Receipt
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def commit_before_confirm(patch: pytest.MonkeyPatch) -> None:
     """A shard is committed without a look at the lease."""
-    patch.setattr(
-        CommitQueue, "_commit", lambda self, finished: commits.commit(self._output, finished.receipt, finished.staged)
-    )
+
+    def commit(self: CommitQueue, finished: Finished) -> Receipt:
+        stays = self._ledger.stays(finished.task.shard)
+        return commits.commit(self._output, finished.receipt, finished.staged, stays)
+
+    patch.setattr(CommitQueue, "_commit", commit)
 
 
 def done_before_the_receipt(patch: pytest.MonkeyPatch) -> None:
@@ -80,13 +84,13 @@ def sizes_not_checked(patch: pytest.MonkeyPatch) -> None:
     """Staged files are committed whatever their sizes are."""
     commit = commits.commit
 
-    def trusting(output: str, receipt: Any, staged: dict[str, str]) -> None:
+    def trusting(output: str, receipt: Receipt, staged: dict[str, str], stays: Container[str] = frozenset()) -> Receipt:
         sizes = {
             kind: dataclasses.replace(receipt.files[kind], size=storage.size(storage.join(output, path)))
             for kind, path in staged.items()
             if storage.exists(storage.join(output, path))
         }
-        commit(output, dataclasses.replace(receipt, files={**receipt.files, **sizes}), staged)
+        return commit(output, dataclasses.replace(receipt, files={**receipt.files, **sizes}), staged, stays)
 
     patch.setattr(commits, "commit", trusting)
 
@@ -139,11 +143,12 @@ def older_receipt_stays(patch: pytest.MonkeyPatch) -> None:
 def receipt_first(patch: pytest.MonkeyPatch) -> None:
     """The receipt is published before the files."""
 
-    def commit(output: str, receipt: Any, staged: dict[str, str]) -> None:
+    def commit(output: str, receipt: Receipt, staged: dict[str, str], stays: Container[str] = frozenset()) -> Receipt:
         url = storage.join(output, receipt.shard.name + receipts.RECEIPT_SUFFIX)
         storage.publish_bytes(url, receipt.to_json())
         for path in staged.values():
             storage.move(storage.join(output, path), storage.join(output, storage.name(path)))
+        return receipt
 
     patch.setattr(commits, "commit", commit)
 
