@@ -27,10 +27,8 @@ from support.simulation.processes import Event, Process, Scheduler, Thread
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.driver import progress
-from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.fault import Failure
 from vcf_batch.driver.ledger import Ledger
-from vcf_batch.driver.loop import Loop
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
@@ -68,19 +66,19 @@ class Notes(progress.Progress):
             self._tell(message)
 
 
-class CommitThread(concurrent.futures.Executor):
-    """The thread that commits, as a process of its driver."""
+class CommitThreads(concurrent.futures.Executor):
+    """The threads that commit, as processes of their driver."""
 
-    def __init__(self, scheduler: Scheduler, group: str) -> None:
-        self._scheduler, self._group = scheduler, group
+    def __init__(self, scheduler: Scheduler, number: int) -> None:
+        self._scheduler, self._group = scheduler, scheduler.current.group
         self._waiting: list[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = []
-        self._busy = False
+        self._number = self._idle = number
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._waiting.append((future, lambda: fn(*args, **kwargs)))
-        if not self._busy:
-            self._busy = True
+        if self._idle:
+            self._idle -= 1
             self._scheduler.spawn(self._work, f"{self._group} commits", self._group)
         return future
 
@@ -91,11 +89,11 @@ class CommitThread(concurrent.futures.Executor):
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
-        self._busy = False
+        self._idle += 1
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._waiting.clear()
-        self._scheduler.wait(lambda: not self._busy, self._scheduler.now + 1e6)
+        self._scheduler.wait(lambda: self._idle == self._number, self._scheduler.now + 1e6)
 
 
 class Inline(concurrent.futures.Executor):
@@ -269,15 +267,12 @@ class Universe:
         return chosen
 
     def _loop(self, group: str, job: Job, held: lease.Lease, ledger: Ledger) -> None:
-        cluster = SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, group, self.tell)
+        cluster = self._cluster(job, group)
         notes = Notes(job.manifest.num_rows, cluster.now, lambda text: self.tell(f"{group}: {text}"))
-        thread = CommitThread(self.scheduler, group)
+        launch.loop_on(cast(Any, cluster), job, held, ledger, notes).run()
 
-        def check() -> None:
-            run_file.check_stays(OUTPUT, job.fingerprint)
-
-        queue = CommitQueue(OUTPUT, held, ledger, notes.note, cluster.now, thread, check)
-        Loop(job, cast(Any, cluster), ledger, queue, notes, NoExporter()).run()
+    def _cluster(self, job: Job, group: str) -> SimulatedRay:
+        return SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, group, self.tell)
 
     # What is watched
 
@@ -572,6 +567,8 @@ def _replaced(universe: Universe) -> Iterator[None]:
         for module in (lease, commits, run_file):
             patch.setattr(module, "uuid", names)
         patch.setattr(receipts, "ThreadPoolExecutor", Inline)
+        patch.setattr(launch, "ThreadPoolExecutor", lambda number, name: CommitThreads(scheduler, number))
+        patch.setattr(launch, "PrometheusExporter", lambda *_: NoExporter())
         patch.setattr(claim.importlib.metadata, "version", lambda name: "1")
         level = logging.getLogger("vcf_batch").level
         logging.getLogger("vcf_batch").setLevel(logging.CRITICAL)
