@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -57,8 +58,16 @@ class Nodes:
     def __init__(self, room: Mapping[str, int]) -> None:
         self.room = dict(room)
         """Workers that fit on each node that is there."""
-        self.workers: list[SimulatedWorker] = []
-        """Those that live or live on."""
+        self.workers: dict[SimulatedWorker, None] = {}
+        """Those that live or live on, in the order of their starts."""
+
+
+@dataclass(eq=False)
+class Key:
+    """The key of an answer, with the answer once it is there."""
+
+    answers: list[Answer] = field(default_factory=list)
+    """One answer, or none yet."""
 
 
 @dataclass(eq=False)
@@ -71,7 +80,7 @@ class SimulatedWorker:
     node: str = ""
     is_known: bool = True
     """Whether its cluster takes its answers. One that was declared dead may live on without."""
-    requests: dict[Hashable, Request] = field(default_factory=dict)
+    requests: dict[Key, Request] = field(default_factory=dict)
     progress: dict[str, int] = field(default_factory=dict)
     turn: int = 0
     """Number of the task that may be sampled now."""
@@ -106,7 +115,8 @@ class SimulatedRay:
         self._job, self._scheduler, self._nodes, self._ways = job, scheduler, nodes, ways
         self._draw, self._form, self._group, self._tell = draw, form, group, tell
         self._numbers = itertools.count()
-        self._answers: dict[Hashable, tuple[Request, Answer]] = {}
+        self._news = False
+        """Whether something was answered since the driver was last found to have no answer."""
 
     # What the driver sees
 
@@ -121,18 +131,18 @@ class SimulatedRay:
 
     def start(self, left_out: Sequence[str]) -> SimulatedWorker:
         worker = SimulatedWorker(self, f"{self._group}-worker-{next(self._numbers)}", left_out)
-        self._nodes.workers.append(worker)
+        self._nodes.workers[worker] = None
         place(self._nodes)
         return worker
 
     def send(self, request: Request) -> Hashable:
-        key, worker = next(self._numbers), cast(SimulatedWorker, request.worker.process)
+        key, worker = Key(), cast(SimulatedWorker, request.worker.process)
         worker.requests[key] = request
         if worker not in self._nodes.workers or not worker.is_known:
             self.answer(worker, key, death(worker.node))
         elif request.method == "heartbeat":
             if worker.node:
-                self.answer(worker, key, Heartbeat(worker.node, dict(worker.progress), {}))
+                self.answer(worker, key, self._heartbeat(worker))
         elif request.method == "load":
             self._scheduler.spawn(lambda: self._load(worker, key), f"{worker.name} load", worker.name)
         else:
@@ -144,9 +154,11 @@ class SimulatedRay:
         return key
 
     def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:
+        keys = cast(Mapping[Key, Request], requests)
         if seconds:
-            self._scheduler.wait(lambda: not self._answers.keys().isdisjoint(requests), self.now() + seconds)
-        return [self._answers[key] for key in requests if key in self._answers]
+            self._news = True
+            self._scheduler.wait(lambda: self._news and self._is_any_answered(keys), self.now() + seconds)
+        return [(request, key.answers[0]) for key, request in keys.items() if key.answers]
 
     def kill(self, worker: WorkerHandle) -> None:
         self.end(cast(SimulatedWorker, worker.process), death(worker.node))
@@ -159,9 +171,14 @@ class SimulatedRay:
 
     # What happens
 
-    def answer(self, worker: SimulatedWorker, key: Hashable, answer: Answer) -> None:
-        if (request := worker.requests.pop(key, None)) is not None and worker.is_known:
-            self._answers[key] = request, answer
+    def answer(self, worker: SimulatedWorker, key: Key, answer: Answer) -> None:
+        if worker.requests.pop(key, None) is not None and worker.is_known:
+            key.answers.append(answer)
+            self._news = True
+
+    def _is_any_answered(self, keys: Mapping[Key, Request]) -> bool:
+        self._news = any(key.answers for key in keys)
+        return self._news
 
     def end(self, worker: SimulatedWorker, end: Fault) -> None:
         """End a worker for its driver. It may live on for a while, and then nobody takes its answers."""
@@ -182,24 +199,26 @@ class SimulatedRay:
 
     def _end_now(self, worker: SimulatedWorker) -> None:
         self._scheduler.kill(worker.name)
-        if worker in self._nodes.workers:
-            self._nodes.workers.remove(worker)
+        self._nodes.workers.pop(worker, None)
         place(self._nodes)
 
     def came_up(self, worker: SimulatedWorker) -> None:
         """A worker has got a machine."""
         for key, request in [*worker.requests.items()]:
             if request.method == "heartbeat":
-                self.answer(worker, key, Heartbeat(worker.node, {}, {}))
+                self.answer(worker, key, self._heartbeat(worker))
 
-    def _load(self, worker: SimulatedWorker, key: Hashable) -> None:
+    def _heartbeat(self, worker: SimulatedWorker) -> Heartbeat:
+        return Heartbeat(worker.node, dict(worker.progress), {})
+
+    def _load(self, worker: SimulatedWorker, key: Key) -> None:
         self._scheduler.sleep(LOAD_SECONDS * (0.5 + self._draw.random()))
         if self._draw.random() < self._ways.troubled / 2:
             self.answer(worker, key, fault(Failure.TROUBLE, worker.node))
         else:
             self.answer(worker, key, Loaded({"type": "simulated"}))
 
-    def _run(self, worker: SimulatedWorker, key: Hashable, request: Request, number: int) -> None:
+    def _run(self, worker: SimulatedWorker, key: Key, request: Request, number: int) -> None:
         """Do a task, in the worker's own process."""
         assert request.task is not None
         task, attempt_id = request.task, request.attempt_id
@@ -227,7 +246,7 @@ class SimulatedRay:
         finally:
             worker.progress.pop(attempt_id, None)
 
-    def _sample(self, worker: SimulatedWorker, key: Hashable, task: ShardTask, alive: Callable[[], None]) -> None:
+    def _sample(self, worker: SimulatedWorker, key: Key, task: ShardTask, alive: Callable[[], None]) -> None:
         """Let time pass for each row, and let happen what rows, nodes and chance do."""
         ways, chance = self._ways, self._draw.random()
         if worker.node in ways.bad_nodes:
@@ -324,12 +343,13 @@ def generated(row: int, job: Job, verdicts: Mapping[int, str], gone: set[int]) -
 
 def place(nodes: Nodes) -> None:
     """Give workers that wait a machine with room."""
-    for worker in nodes.workers:
-        if not worker.node and worker.is_known:
-            taken = [other.node for other in nodes.workers]
-            found = (
-                node for node, room in nodes.room.items() if node not in worker.left_out and taken.count(node) < room
-            )
-            if node := next(found, ""):
-                worker.node = node
-                worker.cluster.came_up(worker)
+    waiting = [worker for worker in nodes.workers if not worker.node and worker.is_known]
+    if not waiting:
+        return
+    taken = Counter(worker.node for worker in nodes.workers)
+    for worker in waiting:
+        found = (node for node, room in nodes.room.items() if node not in worker.left_out and taken[node] < room)
+        if node := next(found, ""):
+            worker.node = node
+            taken[node] += 1
+            worker.cluster.came_up(worker)

@@ -54,6 +54,51 @@ class Written:
     data: bytes | None
 
 
+class Objects(dict[str, bytes]):
+    """Objects by key. What lies directly below a prefix is found without a look at all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below: dict[str, set[str]] = {}
+        """Names directly below each prefix."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Create an object, or replace it."""
+        self[key] = data
+        while True:
+            prefix, _, name = key.rpartition("/")
+            names = self.below.setdefault(prefix, set())
+            if name in names or not name:
+                return
+            names.add(name)
+            key = prefix
+
+    def delete(self, key: str) -> None:
+        """Delete an object, if it is there."""
+        self.pop(key, None)
+        while key and key not in self and key not in self.below:
+            prefix, _, name = key.rpartition("/")
+            names = self.below.get(prefix, set())
+            names.discard(name)
+            if names:
+                return
+            self.below.pop(prefix, None)
+            key = prefix
+
+    def change(self, key: str, data: bytes | None) -> None:
+        """Put an object, or delete it."""
+        if data is None:
+            self.delete(key)
+        else:
+            self.put(key, data)
+
+    def entry(self, key: str) -> dict[str, Any]:
+        """What a listing tells of an object, or of a folder."""
+        if key in self.below:
+            return {"name": key, "size": 0, "type": "directory"}
+        return {"name": key, "size": len(self[key]), "type": "file", "ETag": _etag(self[key])}
+
+
 @dataclass
 class Store:
     """Objects by key, and what happens to requests."""
@@ -65,7 +110,7 @@ class Store:
     """Names the group and the thread that sends a request."""
     later: Callable[[float, Callable[[], None]], None]
     """Lets something happen after some seconds."""
-    objects: dict[str, bytes] = field(default_factory=dict)
+    objects: Objects = field(default_factory=Objects)
     trouble: Trouble = field(default_factory=Trouble)
     down: bool = False
     """Whether no request gets through."""
@@ -120,24 +165,19 @@ class Store:
             yield
             SimulatedS3.clear_instance_cache()
 
-    def listed(self) -> dict[str, bytes]:
+    def listed(self) -> Objects:
         """The objects as a listing shows them."""
         if not self.stale_seconds:
             return self.objects
-        shown: dict[str, bytes] = {}
+        shown = Objects()
         until = self.now() - self.stale_seconds * self.draw.random()
         for written in itertools.takewhile(lambda written: written.time <= until, self.written):
-            shown.pop(written.key, None)
-            if written.data is not None:
-                shown[written.key] = written.data
+            shown.change(written.key, written.data)
         return shown
 
     def write(self, action: str, key: str, data: bytes | None) -> None:
         """Put an object, or delete it."""
-        if data is None:
-            self.objects.pop(key, None)
-        else:
-            self.objects[key] = data
+        self.objects.change(key, data)
         self.written.append(Written(self.now(), *self.who(), action, key, data))
         self.watcher(self.written[-1])
 
@@ -170,7 +210,7 @@ class SimulatedS3(AbstractFileSystem):
         def effect() -> dict[str, Any]:
             if (data := self.store.objects.get(key)) is not None:
                 return {"name": key, "size": len(data), "type": "file", "ETag": _etag(data)}
-            if any(other.startswith(f"{key}/") for other in self.store.objects):
+            if key in self.store.objects.below:
                 return {"name": key, "size": 0, "type": "directory"}
             raise FileNotFoundError(key)
 
@@ -180,15 +220,10 @@ class SimulatedS3(AbstractFileSystem):
         key = self._strip_protocol(path)
 
         def effect() -> list[Any]:
-            found: dict[str, dict[str, Any]] = {}
-            for other, data in sorted(self.store.listed().items()):
-                if other.startswith(f"{key}/"):
-                    name, _, deeper = other[len(key) + 1 :].partition("/")
-                    kind = {"type": "directory", "size": 0} if deeper else {"type": "file", "size": len(data)}
-                    found[name] = {"name": f"{key}/{name}", "ETag": _etag(data), **kind}
-            if not found:
+            objects = self.store.listed()
+            if key not in objects.below:
                 raise FileNotFoundError(key)
-            return [*found.values()]
+            return [objects.entry(f"{key}/{name}") for name in sorted(objects.below[key])]
 
         return self.store.request("ls", key, effect)
 

@@ -4,15 +4,24 @@ Each has a thread of its own, because the product's code does not know that it i
 time, so a run is the same whenever the draws are.
 """
 
+import heapq
+import itertools
 import math
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
 class Killed(BaseException):
     """The end of a process by SIGKILL. Nothing that it does afterwards has an effect."""
+
+
+def _closed() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 @dataclass(eq=False)
@@ -22,12 +31,15 @@ class Process:
     name: str
     group: str
     """Processes of one group are killed and suspended together: the threads of one driver."""
-    ready_at: float = 0.0
-    """When it goes on, unless its condition comes first."""
+    number: int
+    """Rank by the time of its start."""
     condition: Callable[[], bool] | None = None
+    """What it waits for, unless its time comes first."""
     is_killed: bool = False
     ended: bool = False
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    waits: int = 0
+    """Number of its waits so far. A time that was set for an earlier one means nothing."""
+    turn: threading.Lock = field(default_factory=_closed)
 
 
 class Scheduler:
@@ -48,7 +60,15 @@ class Scheduler:
         self.suspended: dict[str, float] = {}
         """Groups that stand still, each with the time at which it wakes up."""
         self._draw = draw
-        self._processes: list[Process] = []
+        self._numbers = itertools.count()
+        self._groups: defaultdict[str, dict[int, Process]] = defaultdict(dict)
+        """The processes of each group, by number."""
+        self._timed: list[tuple[float, int, int, Process]] = []
+        """Heap of the times at which processes go on: each with the process's number, and with that of its wait."""
+        self._due: dict[int, Process] = {}
+        """Processes whose time has come, by number."""
+        self._conditional: dict[int, Process] = {}
+        """Processes that wait for a condition, by number."""
         self._current: Process | None = None
         self._done = threading.Semaphore(0)
 
@@ -60,7 +80,7 @@ class Scheduler:
 
     def spawn(self, run: Callable[[], object], name: str, group: str) -> Process:
         """Start a process. It begins when it is its turn."""
-        process = Process(name, group, self.now)
+        process = Process(name, group, next(self._numbers))
         # What a killed process still does has no effect.
         process.is_killed = self._current is not None and self._current.is_killed and self._current.group == group
 
@@ -74,16 +94,16 @@ class Scheduler:
             except BaseException as error:
                 self.errors.append(error)
             process.ended = True
-            self._processes.remove(process)
+            self._remove(process)
             self._hand_over()
 
-        self._processes.append(process)
+        self._groups[group][process.number] = self._due[process.number] = process
         threading.Thread(target=body, name=name, daemon=True).start()
         return process
 
     def run(self) -> None:
         """Let the processes run until all have ended."""
-        if self._processes:
+        if self._groups:
             self._hand_over()
             self._done.acquire()
 
@@ -100,21 +120,24 @@ class Scheduler:
         process = self.current
         if process.is_killed:
             raise Killed
-        process.ready_at, process.condition = until, condition
+        self._begin_wait(process, condition, until)
         following = self._next()
         if following is not process:
             self._go(following)
             process.turn.acquire()
-        process.condition = None
         if process.is_killed:
             raise Killed
+
+    def wake(self, process: Process) -> None:
+        """Let a process that waits go on, if it still does."""
+        if not process.ended:
+            self._due[process.number] = process
 
     def kill(self, group: str) -> None:
         """End all processes of a group, wherever they are."""
         self.suspended.pop(group, None)
-        for process in self._processes:
-            if process.group == group:
-                process.is_killed = True
+        for process in self._groups.get(group, {}).values():
+            self._kill(process)
 
     def suspend(self, group: str, seconds: float) -> None:
         """Let a group stand still, as by SIGSTOP."""
@@ -122,29 +145,75 @@ class Scheduler:
 
     def is_alive(self, group: str) -> bool:
         """Whether a process of a group is left."""
-        return any(process.group == group and not process.is_killed for process in self._processes)
+        return any(not process.is_killed for process in self._groups.get(group, {}).values())
+
+    def _begin_wait(self, process: Process, condition: Callable[[], bool] | None, until: float) -> None:
+        process.condition = condition
+        if condition is not None:
+            self._conditional[process.number] = process
+        if until <= self.now:
+            self._due[process.number] = process
+        elif until < math.inf:
+            heapq.heappush(self._timed, (until, process.number, process.waits, process))
 
     def _next(self) -> Process:
-        """The process whose turn it is. The clock moves on to it."""
+        """The process whose turn it is. Its wait ends, and the clock moves on to it."""
         while True:
-            able = [process for process in self._processes if self._may_go(process)]
-            if able:
-                return able[0] if len(able) == 1 else self._draw.choice(able)
-            waking = [max(each.ready_at, self.suspended.get(each.group, 0.0)) for each in self._processes]
-            self.now = max(self.now, min(waking))
+            while self._timed and (self._timed[0][0] <= self.now or self._is_over(self._timed[0])):
+                entry = heapq.heappop(self._timed)
+                if not self._is_over(entry):
+                    self._due[entry[1]] = entry[3]
+            if able := self._able():
+                process = able[0] if len(able) == 1 else self._draw.choice(able)
+                self._due.pop(process.number, None)
+                self._conditional.pop(process.number, None)
+                process.waits += 1
+                return process
+            waking = [self.suspended[process.group] for process in self._due.values()]
+            if self._timed:
+                waking.append(self._timed[0][0])
+            self.now = max(self.now, min(waking, default=math.inf))
             if self.now >= self.end_at:
                 self.ran_out = True
-                for process in self._processes:
-                    process.is_killed = True
+                for group in self._groups.values():
+                    for process in group.values():
+                        self._kill(process)
 
-    def _may_go(self, process: Process) -> bool:
-        if process.is_killed:
+    def _able(self) -> list[Process]:
+        """The processes that may go on, in the order of their starts."""
+        able = [process for process in self._due.values() if process.is_killed or not self._stands_still(process)]
+        for number, process in self._conditional.items():
+            if number not in self._due and not self._stands_still(process):
+                assert process.condition is not None
+                if process.condition():
+                    able.append(process)
+        return sorted(able, key=lambda process: process.number) if len(able) > 1 else able
+
+    def _stands_still(self, process: Process) -> bool:
+        if (until := self.suspended.get(process.group)) is None:
+            return False
+        if until > self.now:
             return True
-        if (until := self.suspended.get(process.group)) is not None:
-            if until > self.now:
-                return False
-            del self.suspended[process.group]
-        return process.ready_at <= self.now or (process.condition is not None and process.condition())
+        del self.suspended[process.group]
+        return False
+
+    @staticmethod
+    def _is_over(entry: tuple[float, int, int, Process]) -> bool:
+        """Whether a wait has ended before its time."""
+        _, _, wait, process = entry
+        return process.waits != wait or process.ended
+
+    def _kill(self, process: Process) -> None:
+        process.is_killed = True
+        if process is not self._current:
+            self._due[process.number] = process
+
+    def _remove(self, process: Process) -> None:
+        self._due.pop(process.number, None)
+        group = self._groups[process.group]
+        del group[process.number]
+        if not group:
+            del self._groups[process.group]
 
     def _go(self, process: Process) -> None:
         self._current = process
@@ -152,7 +221,7 @@ class Scheduler:
 
     def _hand_over(self) -> None:
         """Let the next one go on, after one has ended."""
-        if self._processes:
+        if self._groups:
             self._go(self._next())
         else:
             self._current = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support.simulated import NoExporter
 from support.simulation.processes import Event, Scheduler, Thread
 from vcf_batch.commands import push
 from vcf_batch.driver import progress
@@ -32,19 +33,19 @@ class Notes(progress.Progress):
             self._tell(message)
 
 
-class CommitThread(concurrent.futures.Executor):
-    """The thread that commits, as a process of its driver."""
+class CommitThreads(concurrent.futures.Executor):
+    """The threads that commit, as processes of their driver."""
 
-    def __init__(self, scheduler: Scheduler, group: str) -> None:
-        self._scheduler, self._group = scheduler, group
+    def __init__(self, scheduler: Scheduler, number: int) -> None:
+        self._scheduler, self._group = scheduler, scheduler.current.group
         self._waiting: list[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = []
-        self._busy = False
+        self._number = self._idle = number
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._waiting.append((future, lambda: fn(*args, **kwargs)))
-        if not self._busy:
-            self._busy = True
+        if self._idle:
+            self._idle -= 1
             self._scheduler.spawn(self._work, f"{self._group} commits", self._group)
         return future
 
@@ -55,11 +56,11 @@ class CommitThread(concurrent.futures.Executor):
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
-        self._busy = False
+        self._idle += 1
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._waiting.clear()
-        self._scheduler.wait(lambda: not self._busy, self._scheduler.now + 1e6)
+        self._scheduler.wait(lambda: self._idle == self._number, self._scheduler.now + 1e6)
 
 
 class Inline(concurrent.futures.Executor):
@@ -106,6 +107,8 @@ def replaced(scheduler: Scheduler, draw: random.Random, is_gone: Callable[[dict[
             patch.setattr(module, "uuid", names)
         for module in (receipts, shards):
             patch.setattr(module, "ThreadPoolExecutor", Inline)
+        patch.setattr(launch, "ThreadPoolExecutor", lambda number, name: CommitThreads(scheduler, number))
+        patch.setattr(launch, "PrometheusExporter", lambda *_: NoExporter())
         patch.setattr(claim.importlib.metadata, "version", lambda name: "1")
         level = logging.getLogger("vcf_batch").level
         logging.getLogger("vcf_batch").setLevel(logging.CRITICAL)

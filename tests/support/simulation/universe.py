@@ -15,22 +15,20 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from support.simulated import NoExporter, fault
+from support.simulated import fault
 from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, place
 from support.simulation.forms import Digests, Form
 from support.simulation.object_store import Store, Strike, Trouble, Written
 from support.simulation.processes import Process, Scheduler
-from support.simulation.replacements import CommitThread, Notes, replaced
+from support.simulation.replacements import Notes, replaced
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, fingerprint_fields
-from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.fault import Failure
 from vcf_batch.driver.ledger import Ledger
-from vcf_batch.driver.loop import Loop
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import commits, lease, receipts, run_file
+from vcf_batch.output import commits, lease, receipts
 from vcf_batch.output.receipts import RECEIPT_SUFFIX, SHARD_FILE, Receipt
 from vcf_batch.pool import launch
 from vcf_batch.setup.job import Job
@@ -216,15 +214,12 @@ class Universe:
         return chosen
 
     def _loop(self, group: str, job: Job, held: lease.Lease, ledger: Ledger) -> None:
-        cluster = SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, self.form, group, self.tell)
+        cluster = self._cluster(job, group)
         notes = Notes(job.manifest.num_rows, cluster.now, lambda text: self.tell(f"{group}: {text}"))
-        thread = CommitThread(self.scheduler, group)
+        launch.loop_on(cast(Any, cluster), job, held, ledger, notes).run()
 
-        def check() -> None:
-            run_file.check_stays(self.output, job.fingerprint)
-
-        queue = CommitQueue(self.output, held, ledger, notes.note, cluster.now, thread, check)
-        Loop(job, cast(Any, cluster), ledger, queue, notes, NoExporter()).run()
+    def _cluster(self, job: Job, group: str) -> SimulatedRay:
+        return SimulatedRay(job, self.scheduler, self.nodes, self.ways, self.draw, self.form, group, self.tell)
 
     def _knows_dead(self, owner: dict[str, Any]) -> bool:
         """Whether the current driver knows that an owner is dead: half of the others run on the owner's machine."""
