@@ -26,6 +26,7 @@ KILLS, RAISES, HANGS = "kills", "raises", "hangs"
 GONE = "the reference is gone"
 """Error of a row that could be generated once and cannot any more."""
 LOAD_SECONDS, ROW_SECONDS = 5.0, 2.0
+SLOWER = 20.0
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Ways:
     """Largest number of rows at once beside which a row fits into memory."""
     bad_nodes: set[str] = field(default_factory=set)
     """Nodes where every shard kills its worker."""
+    slow_nodes: set[str] = field(default_factory=set)
+    """Nodes where a row takes :data:`SLOWER` times as long."""
 
 
 class Nodes:
@@ -254,7 +257,8 @@ class SimulatedRay:
             self._die(worker, f"{worker.name} dies, as all do on {worker.node}")
         at_once = task.sampled_at_once or self._job.config.batch_size or 1
         for row in rows_of(task, self._job):
-            self._scheduler.sleep(ROW_SECONDS * self._draw.random())
+            slower = SLOWER if worker.node in ways.slow_nodes else 1.0
+            self._scheduler.sleep(slower * ROW_SECONDS * self._draw.random())
             alive()
             harm = ways.rows.get(row)
             if harm == KILLS:

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from support.simulation.cluster import Ways
-from support.simulation.forms import Pictures
+from support.simulation.forms import Digests, Pictures
 from support.simulation.local_files import LocalFiles
 from support.simulation.object_store import Store, Strike
-from support.simulation.universe import OUT, Universe, Violation
+from support.simulation.universe import Universe, Violation
 from vcf_batch import storage
-from vcf_batch.commands import push, verify
-from vcf_batch.errors import DamageFound, VcfBatchError
-from vcf_batch.output import receipts
-from vcf_batch.output.output import Output
-from vcf_batch.report import card, page
 
 Place = Literal["S3", "S3 without If-Match", "S3 with stale listings", "a disk", "a file system without links"]
 Scenario = Literal[
@@ -50,8 +45,6 @@ _STRIKES: dict[Fate, Strike] = {
 STALE_SECONDS = 30.0
 STANDS_STILL_SECONDS = 500.0
 """Seconds that a driver stands still: longer than its lease lasts, and than another driver takes."""
-TARGET = "bucket/target"
-"""Key of the folder to which the output is pushed."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +80,12 @@ class Exploration(Universe):
     def __init__(self, case: Case, number: int, root: str, trace: Callable[[str], None] | None = None) -> None:
         self.case, self.number, self._root = case, number, root
         super().__init__(0, trace)
-        if case.scenario in READERS or case.fate == "is read":
-            self.form = Pictures()
+        self.is_read = case.scenario in READERS or case.fate == "is read"
+        self.form = Pictures() if self.is_read else Digests()
         self.requests = 0
         """Requests that the explored program has sent."""
         self.explored = ""
         """The program that is struck; empty before it starts."""
-        self.readers: dict[str, str] = {}
-        """How each reader ended, by its name."""
 
     def _store(self) -> Store:
         given = self.draw, self.scheduler.sleep, lambda: self.scheduler.now, self._who, self._later
@@ -120,16 +111,13 @@ class Exploration(Universe):
             self._generate()
         self.number = 0
         self._end_well()
-        if self.case.fate == "is read" or scenario.startswith("push"):
-            self._wait_for(self._start_reader("push"))
-            self._check_target()
 
     def _generate(self) -> None:
         scenario = self.case.scenario
         begun = scenario in ("resumed run", "repair", "appended rows")
         if begun:
             self.fatal = 20 if scenario == "resumed run" else 0
-            self._wait_for(self.start())
+            self.wait_for(self.start())
         redo = self._half() if scenario == "repair" else {}
         if scenario == "appended rows":
             self._append()
@@ -141,21 +129,21 @@ class Exploration(Universe):
         if scenario == "run before a repair":
             self.scheduler.sleep(1.0)
             self.start(self._half())
-        self._wait_for(*self.started)
+        self.wait_for(*self.started)
         if self.case.fate == "dies twice":
             self._die_again(lambda: self.start(redo))
 
     def _read(self) -> None:
         scenario = self.case.scenario
-        self._wait_for(self.start())
+        self.wait_for(self.start())
         self.scheduler.sleep(STALE_SECONDS)  # A listing shows that the run has ended.
         if scenario == "push again":
-            self._wait_for(self._start_reader("push"))
-            self._wait_for(self.start(self._half()))
+            self.wait_for(self.readers.start("push"))
+            self.wait_for(self.start(self._half()))
         action = "push" if scenario.startswith("push") else scenario
-        self._wait_for(self._explore(lambda: self._start_reader(action)), *self.started)
+        self.wait_for(self._explore(lambda: self.readers.start(action)), *self.started)
         if self.case.fate == "dies twice":
-            self._die_again(lambda: self._start_reader(action))
+            self._die_again(lambda: self.readers.start(action))
 
     def _half(self) -> dict[int, bytes]:
         """Every other row, to be generated again; the rest cannot be generated any more."""
@@ -170,11 +158,8 @@ class Exploration(Universe):
 
     def _die_again(self, start: Callable[[], str]) -> None:
         sent, self.requests, self.number = self.requests, 0, 1 + self.number * 7 % 40
-        self._wait_for(self._explore(start))
+        self.wait_for(self._explore(start))
         self.requests = sent
-
-    def _wait_for(self, *groups: str) -> None:
-        self.scheduler.wait(lambda: not any(map(self.scheduler.is_alive, groups)), self.scheduler.now + 5000.0)
 
     def _count(self, action: str, key: str) -> Strike | None:
         super()._count(action, key)
@@ -193,63 +178,9 @@ class Exploration(Universe):
             self.scheduler.suspend(self.explored, STANDS_STILL_SECONDS)
         elif fate == "is read":
             for reader in ("verify", "report", "push"):
-                self._start_reader(reader)
+                self.readers.start(reader)
             self.scheduler.suspend(self.explored, STANDS_STILL_SECONDS)
         return _STRIKES.get(fate)
-
-    # Readers
-
-    def _start_reader(self, action: str) -> str:
-        name = f"reader-{len(self.readers)}, which {action}s"
-        self.readers[name] = "killed"
-        self.scheduler.spawn(lambda: self._act(action, name), name, name)
-        return name
-
-    def _act(self, action: str, name: str) -> None:
-        try:
-            self._act_on(Output(self.output), action, name)
-            self.readers[name] = "success"
-        except DamageFound as error:
-            raise self._violation(f"{name}: {error}, though nothing is damaged") from error
-        except VcfBatchError as error:
-            self.readers[name] = f"{type(error).__name__}: {error}"
-        self.tell(f"{name} ends: {self.readers[name]}")
-
-    def _act_on(self, output: Output, action: str, name: str) -> None:
-        if action == "verify":
-            if wrong := [str(finding) for finding in verify.check(output) if finding.is_damage]:
-                raise self._violation(f"{name} accuses: {wrong}")
-        elif action == "report":
-            page.render(output)
-        else:
-            pushed = push.push(output, self.store.url("target"))
-            if pushed.damaged:
-                raise self._violation(f"{name} accuses: {pushed.damaged}")
-
-    # What must hold
-
-    def _own_files(self) -> set[str]:
-        reports = {card.CARD_NAME, page.PAGE_NAME} if any("push" in name for name in self.readers) else set()
-        return super()._own_files() | reports
-
-    def _check_target(self) -> None:
-        """The target has the shards of the output, and nothing else."""
-        objects = self.store.objects
-        ours, theirs = (
-            {storage.name(key): data for key, data in objects.items() if storage.parent(key) == folder}
-            for folder in (OUT, TARGET)
-        )
-        shards = {name: data for name, data in ours.items() if receipts.SHARD_FILE.fullmatch(name)}
-        if {name: theirs.get(name) for name in shards} != shards:
-            raise self._violation("the target has not the shards of the output")
-        if others := theirs.keys() - ours.keys():
-            raise self._violation(f"the target has {sorted(others)}, which the output has not")
-
-    def _check_end(self) -> None:
-        super()._check_end()
-        for name, end in self.readers.items():
-            if not end.startswith(("success", "killed", "StorageError", "UsageError")):
-                raise self._violation(f"{name} ended with {end}")
 
 
 @contextmanager

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from support.simulated import fault
 from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, place
-from support.simulation.forms import Digests, Form
+from support.simulation.forms import Digests, Form, Pictures
 from support.simulation.object_store import Store, Strike, Trouble, Written
 from support.simulation.processes import Process, Scheduler
+from support.simulation.readers import ACTIONS, Readers
 from support.simulation.replacements import Notes, replaced
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, fingerprint_fields
@@ -75,7 +76,9 @@ class Universe:
         self.nodes = Nodes({node: draw.randint(1, 3) for node in NODES[: draw.randint(fewest, 3)]})
         self.home = f"memory://simulation-{seed}"
         self.output = self.store.url("out")
-        self.form: Form = Digests()
+        self.is_read = draw.random() < 0.1
+        """Whether readers are at work beside the drivers. They need the files of real shards."""
+        self.form: Form = Pictures() if self.is_read else Digests()
         self._write_part(0)
         self.senders: dict[Process, str] = {}
         """Senders of requests that have their effects late."""
@@ -94,7 +97,7 @@ class Universe:
         """Workers by the staged files that they wrote: no two attempts share a name."""
         self.done: set[int] = set()
         """Rows that have had a sample, and were not asked for again."""
-        self.repaired = False
+        self.readers = Readers(self)
 
     # The world
 
@@ -120,10 +123,13 @@ class Universe:
             bad_nodes=bad_nodes,
             rows=harmful,
             greedy={draw.randrange(rows): 1} if draw.random() < 0.2 else {},
+            slow_nodes={node for node in NODES if draw.random() < 0.2},
         )
 
     def _store(self) -> Store:
-        return Store(self.draw, self.scheduler.sleep, lambda: self.scheduler.now, self._who, self._later)
+        given = self.draw, self.scheduler.sleep, lambda: self.scheduler.now, self._who, self._later
+        stale = self.draw.choice((0.0, 0.0, 0.0, 0.0, 20.0))
+        return Store(*given, if_match=self.draw.random() < 0.9, stale_seconds=stale)
 
     def tell(self, text: str) -> None:
         if self._trace:
@@ -252,7 +258,7 @@ class Universe:
         if f"/{commits.STAGING}/" in written.key and SHARD_FILE.fullmatch(name) and written.data is not None:
             stager = self.stagers.setdefault(written.key, group)
             if stager != group:
-                raise self._violation(f"{group} stages {name} under the name of {stager}'s attempt")
+                raise self.violation(f"{group} stages {name} under the name of {stager}'s attempt")
         if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
             return
         self.tell(f"{group} {written.action}s {written.key.partition('/')[2]}")
@@ -260,7 +266,7 @@ class Universe:
             return  # the lease was looked at when the request was sent
         is_output = written.key.startswith(f"{OUT}/")
         if is_output and group in self.started and not self.owned.get(written.thread):
-            raise self._violation(f"{group} changes {name} without having found its own lease first")
+            raise self.violation(f"{group} changes {name} without having found its own lease first")
         stem = written.key.removesuffix(match[2])
         if self.store.objects.get(stem + RECEIPT_SUFFIX):
             _, entries = self._read_shard(stem)
@@ -275,10 +281,10 @@ class Universe:
         for kind, suffix in receipts.FILE_SUFFIXES.items():
             data, entry = objects.get(stem + suffix), receipt.files.get(kind)
             if (data and hashlib.sha256(data).hexdigest()) != (entry and entry.sha256):
-                raise self._violation(f"the receipt of shard {stem} stands beside another {kind}")
+                raise self.violation(f"the receipt of shard {stem} stands beside another {kind}")
         return receipt, self.form.entries(objects[f"{stem}.parquet"], receipt.shard)
 
-    def _violation(self, text: str) -> Violation:
+    def violation(self, text: str) -> Violation:
         return Violation(f"seed {self.seed}, at {self.scheduler.now:.2f} s: {text}")
 
     # The story
@@ -296,7 +302,7 @@ class Universe:
             for error in self.scheduler.errors:
                 raise error
             if self.scheduler.ran_out:
-                raise self._violation(f"after {BOUND_SECONDS:g} s the run has not ended")
+                raise self.violation(f"after {BOUND_SECONDS:g} s the run has not ended")
             self._check_end()
         finally:
             storage.remove_tree(self.home)
@@ -323,31 +329,42 @@ class Universe:
             last = self.start()
             scheduler.wait(lambda: not self._alive(), BOUND_SECONDS)
             if self.codes.get(last) == 0:
-                return
+                break
             self.tell(f"the driver after the healing ended with {self.codes.get(last)}")
-        raise self._violation(f"the healed run ends with {self.codes.get(last)}: {self.errors.get(last)}")
+        else:
+            raise self.violation(f"the healed run ends with {self.codes.get(last)}: {self.errors.get(last)}")
+        if self.is_read:
+            self.wait_for(self.readers.start("push"))
+            self.readers.check_target()
+
+    def wait_for(self, *groups: str) -> None:
+        """Let the current process wait until these have ended."""
+        self.scheduler.wait(lambda: not any(map(self.scheduler.is_alive, groups)), self.scheduler.now + BOUND_SECONDS)
 
     def _alive(self) -> list[str]:
         """Drivers that are at work."""
         return [group for group in self.started if group not in self.codes and self.scheduler.is_alive(group)]
 
     def _events(self) -> list[Callable[[], None]]:
-        return [
+        events = [
             self._start_another,
             self._start_another,
             self._kill,
             self._kill_within_a_change,
             self._kill_within_a_change,
-            self._suspend,
             self._lose_node,
             self._add_node,
-            self._worsen,
-            self._outage,
             self._append,
             self._repair,
             self._repair,
             self._bad_node,
         ]
+        # Without If-Match, a driver that lives and loses its lease may harm the next one: the explorer strikes there.
+        silences = [self._suspend, self._worsen, self._outage] if self.store.if_match else []
+        return events + silences + [self._read, self._read, self._read] * self.is_read
+
+    def _read(self) -> None:
+        self.readers.start(self.draw.choice(ACTIONS))
 
     def _start_another(self) -> None:
         if not self._alive() or self.draw.random() < 0.3:
@@ -458,43 +475,40 @@ class Universe:
         objects = self.store.objects
         names = {storage.name(key) for key in objects if storage.parent(key) == OUT}
         if left := [key for key in objects if key.startswith(f"{OUT}/{commits.STAGING}/")]:
-            raise self._violation(f"staged files are left: {left}")
-        job, wanted = self.job(), self._own_files()
+            raise self.violation(f"staged files are left: {left}")
+        job, wanted = self.job(), {"run.json", "_progress.json"}
         for shard in job.shards:
             if shard.name + RECEIPT_SUFFIX not in names:
-                raise self._violation(f"shard {shard.name} is missing")
+                raise self.violation(f"shard {shard.name} is missing")
             receipt, entries = self._read_shard(f"{OUT}/{shard.name}")
             wanted |= {
                 shard.name + end for end in (RECEIPT_SUFFIX, *map(receipts.FILE_SUFFIXES.get, receipt.files)) if end
             }
             if [*entries] != [*range(shard.start, shard.stop)]:
-                raise self._violation(f"shard {shard.name} has the rows {[*entries]}")
+                raise self.violation(f"shard {shard.name} has the rows {[*entries]}")
             for row, entry in entries.items():
                 self._check_row(row, entry, job)
-        if names != wanted:
-            raise self._violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
+        if names - self.readers.files != wanted:
+            raise self.violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
+        self.readers.check_ends()
         for group, code in self.codes.items():
             error = self.errors.get(group)
             if code == 4 and group not in self.excused and "no longer owns" in str(error):
-                raise self._violation(f"{group} lost its lease although it was never suspended: {error}")
+                raise self.violation(f"{group} lost its lease although it was never suspended: {error}")
             if code not in (0, 1, 4, "killed"):
-                raise self._violation(f"{group} ended with {code}: {error}")
-
-    def _own_files(self) -> set[str]:
-        """Names of the files of an output besides its shards."""
-        return {"run.json", "_progress.json"}
+                raise self.violation(f"{group} ended with {code}: {error}")
 
     def _check_row(self, row: int, entry: dict[str, Any], job: Job) -> None:
         harm = self.ways.rows.get(row)
         if entry["status"] == "success":
             digest = hashlib.sha256(f"{row} {job.config.seed}".encode()).hexdigest()[:12]
             if entry["told"] != digest or harm:
-                raise self._violation(f"row {row} has the sample {entry['told']}")
+                raise self.violation(f"row {row} has the sample {entry['told']}")
         elif entry["told"] == GONE:
             if row not in self.ways.gone or row in self.done:
-                raise self._violation(f"row {row} had a sample, which is lost")
+                raise self.violation(f"row {row} had a sample, which is lost")
         elif not harm:
-            raise self._violation(f"row {row} is innocent and blamed: {entry['told']}")
+            raise self.violation(f"row {row} is innocent and blamed: {entry['told']}")
 
 
 def simulate(seed: int, trace: Callable[[str], None] | None = None) -> Universe:
