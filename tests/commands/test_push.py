@@ -143,6 +143,22 @@ def test_a_receipt_that_goes_during_a_push_is_named(
     assert pushed.left_out == ["00001 is left out, as it is not generated yet"]
 
 
+def test_a_target_that_refuses_to_be_read_is_trouble_of_the_storage(
+    output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, read = str(tmp_path / "there"), storage.read_bytes
+    push(output, target)
+
+    def refused(url: str, *given: Any, **more: Any) -> bytes:
+        if url == f"{target}/00001_stats.json":
+            raise PermissionError(f"{url}: refused")
+        return read(url, *given, **more)
+
+    monkeypatch.setattr(storage, "read_bytes", refused)
+    with pytest.raises(StorageError, match="refused"):
+        push(output, target)
+
+
 def test_a_damaged_shard_is_not_handed_on(output: Output, tmp_path: Path) -> None:
     tar = Path(output.url, "00001.tar")
     data = bytearray(tar.read_bytes())

@@ -344,6 +344,15 @@ def test_storage_trouble_is_not_damage(output: Path, monkeypatch: pytest.MonkeyP
     assert (code, lines) == (1, ["Error: the storage is down"])
 
 
+def test_a_storage_that_refuses_is_trouble_and_no_damage(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(url: str) -> Any:
+        raise PermissionError(f"{url}: refused")
+
+    monkeypatch.setattr(storage, "list_tree", refused)
+    with pytest.raises(StorageError, match="refused"):
+        [*verify.check(Output(output))]
+
+
 def test_shards_are_read_in_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with the number of shards."""
     begun: list[str] = []

@@ -569,3 +569,41 @@ def test_a_replacement_whose_files_are_damaged_is_not_finished(output: str, tmp_
     storage.publish_bytes(storage.join(output, paths[damaged]), b"bad")
     commits.clean(output)
     assert storage.list_tree(output) == {}
+
+
+@pytest.mark.parametrize("fingerprint", ["f" * 64, "e" * 64])
+def test_a_whole_shard_that_a_listing_did_not_show_stays(output: str, tmp_path: Path, fingerprint: str) -> None:
+    """Where listings lag behind, a driver generates shards again that are there. Rows of them may fail now."""
+    first, second = fake_files(tmp_path, "a"), fake_files(tmp_path, "b", success=1)
+    commits.commit(output, receipt_for(first), commits.stage(first, output, SHARD, "attempt-1"))
+    staged = commits.stage(second, output, SHARD, "attempt-2")
+    now = commits.commit(output, receipt_for(second), staged, stays={fingerprint})
+    kept = fingerprint == "f" * 64
+    assert now == receipt_for(first if kept else second)
+    assert read_receipts(output) == {0: now}
+    check(output, {0: now})
+    assert storage.list_tree(storage.join(output, commits.STAGING)) == {}
+
+
+def test_a_damaged_shard_does_not_stay(output: str, tmp_path: Path) -> None:
+    first, second = fake_files(tmp_path, "a"), fake_files(tmp_path, "bb")
+    commits.commit(output, receipt_for(first), commits.stage(first, output, SHARD, "attempt-1"))
+    storage.remove(storage.join(output, "00000.parquet"))
+    staged = commits.stage(second, output, SHARD, "attempt-2")
+    assert commits.commit(output, receipt_for(second), staged, stays={"f" * 64}) == receipt_for(second)
+
+
+def test_a_shard_whose_receipt_a_listing_did_not_show_is_no_stray(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = fake_files(tmp_path, "a")
+    commits.commit(output, receipt_for(files), commits.stage(files, output, SHARD, "attempt-1"))
+    whole, listing = storage.list_files(output), storage.list_files
+
+    def lagging(url: str) -> dict[str, int]:
+        return {name: size for name, size in listing(url).items() if not name.endswith(receipts.RECEIPT_SUFFIX)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "list_files", lagging)
+        commits.clean(output)
+    assert storage.list_files(output) == whole

@@ -305,3 +305,17 @@ def test_a_lease_whose_storage_fails_at_the_end_is_deleted_all_the_same(
         failures += [StorageError("throttled")] * 3
     assert storage.exists(storage.join(output, lease.LEASE_NAME))
     assert "could not be deleted: throttled. It expires after" in caplog.text
+
+
+def test_a_lease_that_the_next_owner_cleans_away_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that is suspended while it gives its lease back finds that others have deleted what it moved away."""
+    output, move = str(tmp_path), storage.move
+
+    def overtaken(source: str, target: str) -> None:
+        move(source, target)
+        storage.remove_unfinished(output)
+
+    monkeypatch.setattr(storage, "move", overtaken)
+    with lease.hold(output):
+        pass
+    assert storage.list_tree(output) == {}

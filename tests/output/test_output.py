@@ -10,6 +10,8 @@ import webdataset as wds
 import vcf_batch
 from support import runs
 from vcf_batch import storage
+from vcf_batch.errors import UsageError
+from vcf_batch.output import lease
 
 ROWS, SHARD_SIZE = 10, 4
 
@@ -53,3 +55,9 @@ def test_duckdb_over_the_receipts_reads_committed_rows_only(output: Path) -> Non
     )
     found = database.sql("SELECT key FROM read_parquet(getvariable('committed'))").fetchall()
     assert [int(key) for (key,) in found] == [*range(4), 8, 9]
+
+
+def test_a_run_that_has_just_begun_is_not_called_damaged(tmp_path: Path) -> None:
+    """It takes its lease before it writes its record."""
+    with lease.hold(str(tmp_path)), pytest.raises(UsageError, match="holds no run yet"):
+        vcf_batch.Output(str(tmp_path))

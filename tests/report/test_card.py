@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from support import runs
 from vcf_batch.cli import main
-from vcf_batch.errors import DamageFound
+from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.report import card
@@ -104,3 +105,10 @@ def test_rows_of_damaged_shards_are_told_from_those_that_are_not_generated_yet(o
     (copy / "00000.parquet").unlink()
     with pytest.raises(DamageFound, match=r"no shard that is whole; of shard 00000, 00000\.parquet is missing"):
         card.render(Output(str(copy)))
+
+
+def test_the_only_shard_may_be_replaced_while_a_card_is_written(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repair takes its receipt away for a moment."""
+    monkeypatch.setattr(receipts, "read", lambda url: iter(()))
+    with pytest.raises(UsageError, match="no finished shard to describe; try again"):
+        card.render(Output(str(output)))

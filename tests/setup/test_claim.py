@@ -313,6 +313,19 @@ def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job]
         claim.claim(settle(manifest=str(folder), shard_size=4, seed=1))
 
 
+def test_a_longer_run_takes_over_shards_that_a_listing_does_not_show_yet(
+    settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "many"
+    runs.write_manifest(folder, 8).rename(folder / "1.parquet")
+    first = settle(manifest=str(folder), shard_size=4)
+    claim.claim(first)
+    commit_a_shard(first)
+    runs.write_manifest(folder, 6).rename(folder / "2.parquet")
+    monkeypatch.setattr(commits, "any_committed", lambda output: False)
+    assert claim.claim(settle(manifest=str(folder), shard_size=4)) == (first.fingerprint,)
+
+
 def test_a_limit_of_all_rows_is_the_run_without_a_limit(settle: Callable[..., Job], tmp_path: Path) -> None:
     """Either resumes the other. When the manifest grows, the run goes on without the limit, or ends with it."""
     whole, limited = settle(shard_size=8), settle(shard_size=8, limit=40)
