@@ -8,7 +8,7 @@ TOOLS := build/tools/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos simulate reference check lint tools lock sbom clean
+.PHONY: install demo test test-all chaos simulate explore reference check lint tools lock sbom clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,10 @@ chaos: install
 # Runs in simulated worlds, on all cores. SEEDS=100 for fewer, SEED=7 for one with everything that happens.
 simulate: install
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
+
+# Every request of drivers, pushes and readers to the storage, struck once: tens of thousands of runs, on all cores.
+explore: install
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m support.simulation --explore
 
 reference: install
 	$(BIN)/python docs/make_reference.py

@@ -40,6 +40,16 @@ def test_every_line_names_a_test() -> None:
         assert citations(proof) or proof.startswith("the same"), line
 
 
+def test_every_line_says_what_it_rests_on() -> None:
+    """In the tables that have a column for it."""
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.count(" | ") == 3]
+    assert lines[0][2] == "rests on"
+    bases = [cells[2].split(", ") for cells in lines if cells[2] != "rests on"]
+    assert len(bases) > 40
+    assert all({*each} <= {"example", "exploration", "simulation", "chaos"} and each for each in bases)
+    assert {basis for each in bases for basis in each} == {"example", "exploration", "simulation", "chaos"}
+
+
 def test_what_is_cited_exists() -> None:
     """In the tables and between them: files, and tests in them."""
     for cited in citations(PAGE.read_text()):

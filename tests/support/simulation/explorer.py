@@ -205,3 +205,18 @@ def explore(case: Case, number: int, trace: Callable[[str], None] | None = None)
         except Exception as error:
             raise Violation(f"{case}, request {number}: {type(error).__name__}: {error}") from error
     return exploration.requests
+
+
+def wrong_in(case: Case) -> tuple[Case, int, list[str]]:
+    """Strike every request of a case.
+
+    Returns:
+        The case, the number of requests, and what was found wrong, in words.
+    """
+    requests, found = explore(case, 0), []
+    for number in range(1, requests + 1):
+        try:
+            explore(case, number)
+        except Violation as error:
+            found.append(str(error))
+    return case, requests, found
