@@ -19,8 +19,9 @@ import pytest
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
-Strike = Literal["lost", "refused", "done and refused"]
-"""What happens to one request: its answer is lost; it fails for good, without its effect or with it."""
+Strike = Literal["lost", "refused", "done and refused", "late"]
+"""What happens to one request: its answer is lost; it fails for good, without its effect or with it; it gets no answer,
+and has its effect after those that were sent later."""
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Trouble:
 
 SLOW_SECONDS = 20.0
 """Seconds until a request is given up that gets no answer."""
+LATE_SECONDS = 3.0
+"""Seconds after that until the effect of a struck request: those that are sent instead come first."""
 REQUEST_SECONDS = 0.05
 
 
@@ -131,6 +134,10 @@ class Store:
         self.sleep(REQUEST_SECONDS * self.draw.random())
         if strike == "refused":
             raise PermissionError(f"{action} {key}: refused")
+        if strike == "late":
+            self.sleep(SLOW_SECONDS)
+            self.later(LATE_SECONDS, effect)
+            raise TimeoutError(f"{action} {key}: no answer")
         if strike is not None:
             effect()
             raise (ConnectionError if strike == "lost" else PermissionError)(f"{action} {key}: {strike}")
