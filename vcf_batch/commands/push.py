@@ -195,7 +195,7 @@ def _push_to_hub(output: Output, hub: HubCommits) -> Pushed:
         """Copy a shard's receipt; return whether it was still the one that was remembered."""
         name = shard.name + receipts.RECEIPT_SUFFIX
         data = receipts.content(output.url, shard.name)
-        if data is None or hashlib.sha256(data).hexdigest() != digests.pop(name):
+        if not data or hashlib.sha256(data).hexdigest() != digests.pop(name):
             return False
         hub.put_bytes(name, data)
         return True
@@ -262,7 +262,7 @@ def _copy_shard(
         if number:
             time.sleep(COPY_PAUSE_SECONDS)
         data = receipts.content(output.url, shard.name)
-        if data is None:
+        if not data:  # An empty one is just being written.
             reason = ""
             continue
         try:

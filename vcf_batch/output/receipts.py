@@ -279,11 +279,12 @@ def examine(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozens
     stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
 
     def look(stem: str, data: bytes | None) -> Receipt | Damaged | None:
-        receipt = None if data is None else _receipt_in(data, stem)
+        # An empty one is just being written, or its writer died: see vcf_batch.storage.publish_bytes.
+        receipt = _receipt_in(data, stem) if data else None
         if isinstance(receipt, Receipt) and misfit(receipt, sizes) is None:
             return receipt
         again = content(output_url, stem)
-        receipt = None if again is None else _receipt_in(again, stem)
+        receipt = _receipt_in(again, stem) if again else None
         if isinstance(receipt, Receipt) and (reason := misfit(receipt, sizes_now(output_url, stem))):
             return Damaged(stem, reason)
         return receipt

@@ -8,6 +8,7 @@ from vcf_batch.errors import DamageFound, VcfBatchError
 from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
 from vcf_batch.report import card, page
+from vcf_batch.storage import local
 
 ACTIONS = ("verify", "report", "push")
 
@@ -64,7 +65,10 @@ class Readers:
                 raise self._universe.violation(f"{name} ended with {end}")
 
     def check_target(self) -> None:
-        """Check that the target has the shards of the output, and nothing else."""
+        """Check that the target has the shards of the output, and nothing else.
+
+        An unfinished file of a push that was killed stays in a local target for an hour.
+        """
         objects = self._universe.store.objects
         ours, theirs = (
             {storage.name(key): data for key, data in objects.items() if storage.parent(key) == f"bucket/{folder}"}
@@ -73,7 +77,7 @@ class Readers:
         shards = {name: data for name, data in ours.items() if receipts.SHARD_FILE.fullmatch(name)}
         if {name: theirs.get(name) for name in shards} != shards:
             raise self._universe.violation("the target has not the shards of the output")
-        if others := theirs.keys() - ours.keys():
+        if others := {name for name in theirs.keys() - ours.keys() if not name.startswith(local._TEMPORARY)}:
             raise self._universe.violation(f"the target has {sorted(others)}, which the output has not")
 
     @property
