@@ -111,8 +111,10 @@ def test_a_shard_that_was_repaired_is_copied_again(output: Output, tmp_path: Pat
 
 @pytest.mark.parametrize("left", [b"", b"{"])
 def test_what_is_no_receipt_counts_as_none_here_and_there(output: Output, tmp_path: Path, left: bytes) -> None:
-    """A driver or a push that dies may leave such a file: no command takes its shard for a finished one. An empty one may
-    be just being written, so it is no damage."""
+    """A driver or a push that dies may leave such a file: no command takes its shard for a finished one.
+
+    An empty one may be just being written, so it is no damage.
+    """
     target = tmp_path / "there"
     receipt = Path(output.url, "00001_stats.json")
     whole = receipt.read_bytes()
