@@ -15,7 +15,11 @@ from vcf_batch.output.lease import Lease
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.shard_task import ShardTask
 
-MAX_PENDING = 32
+COMMITS_AT_ONCE = 64
+"""Number of shards that are committed side by side. A commit is a dozen requests and more, one after the other, and on an
+object store the server copies the files: with one at a time, commits would hold up a hundred GPUs."""
+
+MAX_PENDING = 256
 """Largest number of finished shards that wait for their commit. At this number no further shard is begun, which bounds
 the staged files."""
 

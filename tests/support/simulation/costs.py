@@ -41,8 +41,9 @@ class Costs:
     )
     request_seconds: float = _cost(0.1, f"{ASSUMED}: wait for an answer of the storage; AWS says 0.1 to 0.2")
     request_cpu_seconds: float = _cost(
-        0.002, f"{MEASURED} by benchmarks/scale.py storage: a driver's processor time for a request to S3"
+        0.0014, f"{MEASURED} by benchmarks/scale.py storage: a driver's processor time for a request to S3"
     )
+    reference_requests: float = _cost(2.0, f"{MEASURED}: requests of s3fs for a reference; each row has one of its own")
     copy_bytes_per_second: float = _cost(2e8, f"{ASSUMED}: a copy by the storage server, one request at a time")
     upload_bytes_per_second: float = _cost(2e8, f"{ASSUMED}: a worker's upload")
 
@@ -58,7 +59,7 @@ class Costs:
         """
         if action == "info":
             return ["HEAD"] if found else ["HEAD", "LIST"]
-        if action == "open":
+        if action in ("cat", "open"):
             return ["HEAD", "GET"] if found else ["HEAD", "LIST"]
         if action == "ls":
             return ["LIST"] * max(math.ceil(listed / LISTED_AT_ONCE), 1)
@@ -68,7 +69,7 @@ class Costs:
             return ["HEAD", "POST", *["COPY"] * math.ceil(size / PART_BYTES), "POST"]
         if action == "put" and size >= SINGLE_PUT_BYTES:
             return ["POST", *["PUT"] * math.ceil(size / PART_BYTES), "POST"]
-        return [{"cat": "GET", "put": "PUT", "delete": "DELETE"}[action]]
+        return [{"put": "PUT", "delete": "DELETE"}[action]]
 
     def seconds(self, requests: list[str], action: str, size: float) -> float:
         """Wait of a process for these requests, one after the other, and for the bytes that they move."""

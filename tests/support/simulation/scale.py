@@ -27,13 +27,13 @@ from support.simulation.costs import Costs
 from support.simulation.object_store import Strike, Written
 from support.simulation.processes import Killed, Process, Scheduler
 from support.simulation.tally import READY, SAMPLING, GpuTime, Requests
-from support.simulation.universe import Universe
+from support.simulation.universe import OUTPUT, Universe
 from vcf_batch import storage
 from vcf_batch.driver.cluster import Heartbeat, Loaded, Request
 from vcf_batch.driver.fault import Failure
 from vcf_batch.output import commits, receipts
 from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
-from vcf_batch.records import FileEntry
+from vcf_batch.records import FileEntry, Shard
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -54,6 +54,8 @@ class Scenario:
     """Share of the nodes that is lost within an hour, each replaced by a new one."""
     killed_at: float | None = None
     """Share of the shards after which the driver is killed, and started again."""
+    finished: int = 0
+    """Number of shards, the last ones, that are finished by then in no time, so that a resume finds them."""
     costs: Costs = dataclasses.field(default_factory=Costs)
 
 
@@ -115,16 +117,7 @@ class ScaledRay(SimulatedRay):
 
     def _staged(self, task: ShardTask, attempt_id: str, worker: SimulatedWorker) -> tuple[Receipt, dict[str, str]]:
         shard = task.shard
-        receipt = Receipt(
-            shard=shard,
-            fingerprint=self._job.fingerprint,
-            attempt=task.attempt,
-            counts={"success": len(shard), "rejected": 0, "failed": 0},
-            files=dict.fromkeys(receipts.FILE_SUFFIXES, ENTRY),
-            device={"type": "simulated"},
-            timings={"worker": f"{worker.node}:{worker.name}", "total": 1.0, "ended": ENDED},
-            sampled=len(shard),
-        )
+        receipt = _receipt(shard, self._job.fingerprint, task.attempt, f"{worker.node}:{worker.name}")
         staged = {
             kind: f"{commits.STAGING}/{attempt_id}/{shard.name}{suffix}"
             for kind, suffix in receipts.FILE_SUFFIXES.items()
@@ -177,7 +170,7 @@ class ScaledRun(Universe):
         self.cpu_seconds = 0.0
         """Processor time of the drivers, by the costs."""
         self.own_cpu_seconds = 0.0
-        """Processor time that the product's code has taken in the drivers here, without Ray and the storage's client."""
+        """Processor time that the product's code has taken in the drivers, here, without Ray and the client of S3."""
         self.first_shards: list[float] = []
         """Seconds from the start of each driver to the first shard that it hands out."""
         self.committed = 0
@@ -266,15 +259,25 @@ class ScaledRun(Universe):
                 scheduler.spawn(self._lose_nodes, "losses", "losses")
             first = self._start_after(scenario.costs.check_row_seconds * scenario.rows)
             if scenario.killed_at is not None:
-                enough = scenario.killed_at * self._shards
+                enough = scenario.killed_at * (self._shards - scenario.finished)
                 scheduler.wait(lambda: self.committed >= enough, math.inf)
                 scheduler.kill(first)
                 scheduler.wait(lambda: not self._alive(), math.inf)
+                self._finish(scenario.finished)
                 self._start_after(0.0)
             scheduler.wait(lambda: not self._alive(), math.inf)
         self.ended = scheduler.now
         self.gpu_time.add("all", 0)
         scheduler.kill("losses")
+
+    def _finish(self, number: int) -> None:
+        """Finish the last shards in no time."""
+        job = self.job()
+        for shard in job.shards[len(job.shards) - number :]:
+            url = f"{OUTPUT.removeprefix('s3://')}/{shard.name}"
+            for suffix in receipts.FILE_SUFFIXES.values():
+                self.store.objects.put(url + suffix, CONTENT)
+            self.store.objects.put(url + RECEIPT_SUFFIX, _receipt(shard, job.fingerprint, 1, "another").to_json())
 
     def _start_after(self, seconds: float) -> str:
         """Start a driver that checks its manifest for some time."""
@@ -337,7 +340,7 @@ class ScaledRun(Universe):
             self.first_shards.append(self.scheduler.now - self._began)
             self._began = None
         self._given.add(shard)
-        if len(self._given) == self._shards:
+        if len(self._given) == self._shards - self.scenario.finished:
             self.gpu_time.all_given()
 
     def ready(self, worker: SimulatedWorker) -> None:
@@ -393,6 +396,19 @@ class ScaledRun(Universe):
             raise self._violation("staged files are left")
         if (number := sum(name.endswith(RECEIPT_SUFFIX) for name in found)) != self._shards:
             raise self._violation(f"{number} of {self._shards} shards are there")
+
+
+def _receipt(shard: Shard, fingerprint: str, attempt: int, worker: str) -> Receipt:
+    return Receipt(
+        shard=shard,
+        fingerprint=fingerprint,
+        attempt=attempt,
+        counts={"success": len(shard), "rejected": 0, "failed": 0},
+        files=dict.fromkeys(receipts.FILE_SUFFIXES, ENTRY),
+        device={"type": "simulated"},
+        timings={"worker": worker, "total": 1.0, "ended": ENDED},
+        sampled=len(shard),
+    )
 
 
 def _parquet(rows: int) -> bytes:
