@@ -123,7 +123,7 @@ def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> Non
 
 
 def loop_on(on_ray: RayCluster, job: Job, held: lease.Lease, ledger: Ledger, progress: Progress) -> Loop:
-    """The driver's loop over the workers of a Ray cluster, with a thread for its commits."""
+    """The driver's loop over the workers of a Ray cluster, with threads for its commits."""
     thread = ThreadPoolExecutor(COMMITS_AT_ONCE, "commits")
 
     def check() -> None:
