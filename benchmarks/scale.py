@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.simulation.costs import Costs
 from support.simulation.scale import ScaledRun, Scenario, simulate
 from vcf_batch import sharding, storage
+from vcf_batch.driver import commit_queue
 from vcf_batch.output import commits, lease, receipts, run_file
 
 COLUMNS = {
@@ -136,6 +137,9 @@ def _costs(changes: Sequence[str]) -> Costs:
 @click.option(
     "--finished", default=0, show_default=True, help="Shards that are finished by then in no time, besides the others."
 )
+@click.option(
+    "--commits-at-once", default=commit_queue.COMMITS_AT_ONCE, show_default=True, help="Commits side by side, at most."
+)
 @click.option("--set", "changes", multiple=True, metavar="COST=VALUE", help="Change a cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each scenario, with all figures.")
 def run(
@@ -146,6 +150,7 @@ def run(
     speeds: Sequence[float],
     killed_at: float | None,
     finished: int,
+    commits_at_once: int,
     changes: Sequence[str],
     as_json: bool,
 ) -> None:
@@ -157,7 +162,7 @@ def run(
         own = dataclasses.replace(costs, image_seconds=speed)
         begin = time.process_time()
         own_rows = (rows or 100_000 * gpus) + finished * shard_size
-        found = figures(Scenario(gpus, own_rows, shard_size, lost, killed_at, finished, own))
+        found = figures(Scenario(gpus, own_rows, shard_size, lost, killed_at, finished, commits_at_once, own))
         if as_json:
             click.echo(json.dumps(found))
         else:

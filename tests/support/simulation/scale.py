@@ -29,6 +29,7 @@ from support.simulation.processes import Killed, Process, Scheduler
 from support.simulation.tally import READY, SAMPLING, GpuTime, Requests
 from support.simulation.universe import OUTPUT, Universe
 from vcf_batch import storage
+from vcf_batch.driver import commit_queue
 from vcf_batch.driver.cluster import Heartbeat, Loaded, Request
 from vcf_batch.driver.fault import Failure
 from vcf_batch.output import commits, receipts
@@ -56,6 +57,7 @@ class Scenario:
     """Share of the shards after which the driver is killed, and started again."""
     finished: int = 0
     """Number of shards, the last ones, that are finished by then in no time, so that a resume finds them."""
+    commits_at_once: int = commit_queue.COMMITS_AT_ONCE
     costs: Costs = dataclasses.field(default_factory=Costs)
 
 
@@ -255,6 +257,7 @@ class ScaledRun(Universe):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(receipts, "ThreadPoolExecutor", lambda *_: Readers(scheduler))
             patch.setattr(commits, "commit", self._timed(commits.commit))
+            patch.setattr(commit_queue, "COMMITS_AT_ONCE", scenario.commits_at_once)
             if scenario.lost_per_hour:
                 scheduler.spawn(self._lose_nodes, "losses", "losses")
             first = self._start_after(scenario.costs.check_row_seconds * scenario.rows)
