@@ -162,10 +162,10 @@ class CommitQueue:
         return True
 
     def _begin(self) -> None:
-        """Begin the commits that are due, in order, as far as they may be under way side by side."""
+        """Begin the commits that are due, as many as may be under way: those first that have failed least, in order."""
         free = 1 if self._in_trouble else COMMITS_AT_ONCE
         free -= sum(commit.under_way is not None for commit in self._pending)
-        for commit in self._pending:
+        for commit in sorted(self._pending, key=lambda commit: commit.failures):
             if free > 0 and commit.under_way is None and self._now() >= commit.not_before:
                 commit.under_way = self._executor.submit(self._commit, commit.finished)
                 free -= 1
