@@ -71,15 +71,12 @@ class ScaledRay(SimulatedRay):
         self._turns: dict[SimulatedWorker, dict[int, Process]] = {}
         """Processes of each worker that wait for their turn, by the number of their task."""
 
-    def start(self, left_out: Sequence[str]) -> SimulatedWorker:
-        with self._scaled.outside():
-            return super().start(left_out)
-
     def send(self, request: Request) -> Any:
+        if request.task is None:
+            return super().send(request)
         with self._scaled.outside():
-            if request.task is not None:
-                self._scaled.spend(self._scaled.scenario.costs.dispatch_seconds)
-                self._scaled.gave(request.task.shard.index)
+            self._scaled.spend(self._scaled.scenario.costs.dispatch_seconds)
+            self._scaled.gave(request.task.shard.index)
             return super().send(request)
 
     def wait(self, requests: Mapping[Any, Request], seconds: float) -> Any:
@@ -228,17 +225,17 @@ class ScaledRun(Universe):
             sent = costs.requests(action, key, size, key in objects, len(objects.below.get(key, ())))
             is_driver = group in self.started
             self.requests.add("driver" if is_driver else "workers", sent, self.scheduler.now)
-            if is_driver:
-                self.spend(len(sent) * costs.request_cpu_seconds)
-            self.scheduler.sleep(costs.seconds(sent, action, size))
+            self.spend(len(sent) * costs.request_cpu_seconds * is_driver, costs.seconds(sent, action, size))
         return None
 
-    def spend(self, seconds: float) -> None:
-        """Let the driver's one thread of Python at a time be busy."""
+    def spend(self, seconds: float, more: float = 0.0) -> None:
+        """Let time pass in which the driver's processor works, one piece of work after the other, and ``more`` time."""
         now = self.scheduler.now
-        self.cpu_seconds += seconds
-        self._cpu_free_at = max(self._cpu_free_at, now) + seconds
-        self.scheduler.sleep(self._cpu_free_at - now)
+        if seconds:
+            self.cpu_seconds += seconds
+            self._cpu_free_at = max(self._cpu_free_at, now) + seconds
+            more += self._cpu_free_at - now
+        self.scheduler.sleep(more)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
