@@ -8,6 +8,8 @@ commits, lease and retries. Ray, the storage, the GPUs and time are replaced. Ev
 ``run``: a table with a line for each scenario. ``--gpus 1000 --gpus 100`` gives two lines, and so do other options that
 are given twice. ``--set request_seconds=0.03`` changes a cost.
 
+``limits``: for how many GPUs one driver is enough, by the costs alone.
+
 ``storage``: what requests to a real S3 server on this machine cost a driver, in number and in processor time.
 """
 
@@ -18,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,21 +51,20 @@ COLUMNS = {
     "end": "at the end",
     "rows_redone": "rows redone",
     "commit_seconds": "s a commit",
-    "driver_requests": "driver's requests/s",
-    "driver_peak": "most",
-    "worker_requests": "workers' requests/s",
-    "worker_peak": "most",
-    "driver_busy": "driver busy",
-    "own_ms": "of it Python's, ms a shard",
+    "driver_requests": "requests/s, driver",
+    "worker_requests": "requests/s, workers",
+    "driver_busy": "driver's processor",
 }
-"""Names of a run's figures, with their titles."""
+"""Names of a run's figures in the table, with their titles. Requests are shown with the most within a second."""
 
 
 def figures(scenario: Scenario) -> dict[str, Any]:
     """Simulate a scenario: its settings and its figures, see :data:`COLUMNS`.
 
-    Besides these: ``first_shards``, seconds from the start of each driver to its first shard; ``lost_nodes``; and
-    ``requests``, numbers by sender and method.
+    Besides these: ``first_shards``, seconds from the start of each driver to its first shard; ``lost_nodes``;
+    ``driver_peak`` and ``worker_peak``, the most requests within a second; ``requests``, numbers by sender and method;
+    and ``own_ms``, milliseconds of processor time a shard that the product's code has taken in the driver here, without
+    Ray and the client of S3.
     """
     run: ScaledRun = simulate(scenario)
     costs, wall = scenario.costs, run.ended
@@ -92,8 +93,11 @@ def figures(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def shown(name: str, value: Any) -> str:
+def shown(name: str, found: Mapping[str, Any]) -> str:
     """A figure for a table."""
+    value = found[name]
+    if peak := {"driver_requests": "driver_peak", "worker_requests": "worker_peak"}.get(name):
+        return f"{value:,.0f}; {found[peak]:,}"
     if name in ("idle", "starting", "waiting", "lost", "end", "driver_busy"):
         return f"{value:.1%}"
     if name == "lost_per_hour":
@@ -166,11 +170,33 @@ def run(
         if as_json:
             click.echo(json.dumps(found))
         else:
-            click.echo(f"| {' | '.join(shown(name, found[name]) for name in COLUMNS)} |")
+            click.echo(f"| {' | '.join(shown(name, found) for name in COLUMNS)} |")
             if killed_at is not None:
                 first = ", ".join(f"{seconds:,.0f}" for seconds in found["first_shards"])
                 click.echo(f"seconds from the start of each driver to its first shard: {first}", err=True)
         click.echo(f"simulated in {time.process_time() - begin:,.0f} s of a processor", err=True)
+
+
+@main.command()
+@click.option("--shard-size", "shard_sizes", type=int, multiple=True, default=[100, 250, 1000], show_default=True)
+@click.option("--image-seconds", "speeds", type=float, multiple=True, default=[0.1, 0.45, 2.0], show_default=True)
+@click.option("--set", "changes", multiple=True, metavar="COST=VALUE", help="Change a cost.")
+def limits(shard_sizes: Sequence[int], speeds: Sequence[float], changes: Sequence[str]) -> None:
+    """Print the GPUs for which one driver is enough: by its commits, with one and with all side by side, and by its
+    processor."""
+    costs, at_once = _costs(changes), commit_queue.COMMITS_AT_ONCE
+    click.echo(
+        f"| rows in a shard | s an image | requests a commit | s a commit | GPUs, 1 commit at once | {at_once} at once "
+        "| the driver's processor |\n|---|---|---|---|---|---|---|"
+    )
+    for rows, speed in itertools.product(shard_sizes, speeds):
+        number, seconds = costs.commit(rows)
+        gpus = rows * speed / seconds
+        of_a_shard = costs.dispatch_seconds + number * costs.request_cpu_seconds
+        most = 1 / (costs.watch_seconds + of_a_shard / (rows * speed))
+        click.echo(
+            f"| {rows:,} | {speed} | {number} | {seconds:.1f} | {gpus:,.0f} | {at_once * gpus:,.0f} | {most:,.0f} |"
+        )
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from support.simulation.costs import Costs
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARES = ("starting", "waiting", "lost", "end")
 
@@ -46,6 +48,13 @@ def test_a_table_has_a_line_for_each_scenario() -> None:
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
+def test_limits_fall_with_the_size_of_a_shard() -> None:
+    rows = [line.split("|") for line in command("limits", "--image-seconds", "0.45").splitlines()[2:]]
+    for column in (5, 6, 7):
+        most = [int(row[column].replace(",", "")) for row in rows]
+        assert most == sorted(most) and most[0] < most[-1]
+
+
 def test_every_cost_has_a_source() -> None:
     lines = command("costs").splitlines()[2:]
     assert lines and all("| measured" in line or "| assumed" in line for line in lines)
@@ -54,7 +63,8 @@ def test_every_cost_has_a_source() -> None:
 def test_a_hundred_gpus_do_not_wait_for_commits_to_an_object_store() -> None:
     """A commit of a thousand images of a megabyte takes eight seconds there; another one is due every 4.5 seconds."""
     (found,) = simulated("--gpus", "100", "--rows", "400000")
-    assert found["commit_seconds"] > 8
+    number, seconds = Costs().commit(1000)
+    assert number == 37 and found["commit_seconds"] == pytest.approx(seconds - 4 * Costs().request_seconds, rel=0.05)
     assert found["waiting"] < 0.02
 
 
@@ -78,4 +88,5 @@ def test_the_requests_of_a_commit_are_those_that_a_real_server_gets() -> None:
     (found,) = simulated("--gpus", "8", "--rows", "4000", "--shard-size", "10", "--image-seconds", "0.1", *costs)
     # The lease, run.json and the progress file need some requests more.
     assert real["commit"] < found["driver_requests"] * found["hours"] * 3600 / 400 < real["commit"] + 1
+    assert real["commit"] == Costs().commit(10)[0]
     assert real["resume"] == pytest.approx(2.0, abs=0.1)

@@ -7,6 +7,13 @@ from typing import Any
 MEASURED, ASSUMED = "measured", "assumed"
 PART_BYTES, SINGLE_COPY_BYTES, SINGLE_PUT_BYTES = 50 << 20, 150 << 20, 100 << 20
 """Sizes by which s3fs cuts what it sends and what it lets the server copy."""
+COMMIT = (
+    # The lease and run.json are read; there is no older receipt; the files have their sizes, and are moved.
+    *(("open", True, "small"), ("open", True, "small"), ("cat", False, "small"), *[("info", True, "small")] * 2),
+    *(("copy", True, "tar"), ("delete", True, "small"), ("copy", True, "small"), ("delete", True, "small")),
+    *(("put", True, "small"), ("ls", True, "small")),
+)
+"""Calls of the storage in a commit: action, whether the object is there, and which file it is."""
 LISTED_AT_ONCE = 1000
 """Objects in one answer of a listing."""
 
@@ -47,12 +54,11 @@ class Costs:
     copy_bytes_per_second: float = _cost(2e8, f"{ASSUMED}: a copy by the storage server, one request at a time")
     upload_bytes_per_second: float = _cost(2e8, f"{ASSUMED}: a worker's upload")
 
-    def requests(self, action: str, key: str, size: float, found: bool, listed: int = 1) -> list[str]:
+    def requests(self, action: str, size: float, found: bool, listed: int = 1) -> list[str]:
         """The HTTP requests that s3fs sends for a call, one after the other.
 
         Args:
             action: of :class:`support.simulation.object_store.SimulatedS3`.
-            key: the object.
             size: bytes that are sent or copied.
             found: whether the object is there.
             listed: number of entries in a listing.
@@ -70,6 +76,16 @@ class Costs:
         if action == "put" and size >= SINGLE_PUT_BYTES:
             return ["POST", *["PUT"] * math.ceil(size / PART_BYTES), "POST"]
         return [{"put": "PUT", "delete": "DELETE"}[action]]
+
+    def commit(self, rows: int) -> tuple[int, float]:
+        """Number of requests, and seconds, of a commit of a new shard."""
+        number, seconds = 0, 0.0
+        for action, found, file in COMMIT:
+            size = rows * self.image_bytes if file == "tar" else 0.0
+            sent = self.requests(action, size, found)
+            number += len(sent)
+            seconds += self.seconds(sent, action, size)
+        return number, seconds
 
     def seconds(self, requests: list[str], action: str, size: float) -> float:
         """Wait of a process for these requests, one after the other, and for the bytes that they move."""

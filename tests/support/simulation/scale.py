@@ -222,7 +222,7 @@ class ScaledRun(Universe):
             costs, (group, _) = self.scenario.costs, self._who()
             size = self.shard_size * costs.image_bytes if key.endswith(".tar") and action in ("copy", "put") else 0.0
             objects = self.store.objects
-            sent = costs.requests(action, key, size, key in objects, len(objects.below.get(key, ())))
+            sent = costs.requests(action, size, key in objects, len(objects.below.get(key, ())))
             is_driver = group in self.started
             self.requests.add("driver" if is_driver else "workers", sent, self.scheduler.now)
             self.spend(len(sent) * costs.request_cpu_seconds * is_driver, costs.seconds(sent, action, size))
