@@ -35,6 +35,7 @@ from support.simulation.costs import Costs
 from support.simulation.scale import ScaledRun, Scenario, simulate
 from vcf_batch import sharding, storage
 from vcf_batch.driver import commit_queue
+from vcf_batch.manifest.references import MAX_REFERENCE_BYTES
 from vcf_batch.output import commits, lease, receipts, run_file
 
 COLUMNS = {
@@ -226,9 +227,9 @@ def s3_calls() -> Iterator[list[str]]:
 @click.option("--shards", "num_shards", default=300, show_default=True)
 @click.option("--threads", default=8, show_default=True)
 def measure_storage(num_shards: int, threads: int) -> None:
-    """Print the requests of a commit and of a resume, and the driver's processor time for a request."""
+    """Print the requests of a commit, a receipt and a reference, and the processor time for a request."""
     output = "s3://bucket/out"
-    click.echo("| work | shards | requests a shard | processor, ms a request |\n|---|---|---|---|")
+    click.echo("| work | number | requests of one | processor, ms a request |\n|---|---|---|---|")
     with s3_calls() as calls:
         run_file.write(output, run_file.document({}, {}), replaces=False, confirm=lambda: None)
         name = run_file.read_document(output)["fingerprint"]  # type: ignore[index]
@@ -258,7 +259,12 @@ def measure_storage(num_shards: int, threads: int) -> None:
             def resume() -> None:
                 collections.deque(receipts.read(output), 0)
 
-            for what, work in (("commit", commit_all), ("resume", resume)):
+            def read_references() -> None:
+                for receipt in found:
+                    url = storage.join(output, f"{receipt.shard.name}.tar")
+                    storage.read_bytes(url, MAX_REFERENCE_BYTES + 1)
+
+            for what, work in (("commit", commit_all), ("resume", resume), ("reference", read_references)):
                 calls.clear()
                 begin = time.process_time()
                 work()

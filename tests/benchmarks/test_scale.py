@@ -90,3 +90,4 @@ def test_the_requests_of_a_commit_are_those_that_a_real_server_gets() -> None:
     assert real["commit"] < found["driver_requests"] * found["hours"] * 3600 / 400 < real["commit"] + 1
     assert real["commit"] == Costs().commit(10)[0]
     assert real["resume"] == pytest.approx(2.0, abs=0.1)
+    assert real["reference"] == Costs().reference_requests

@@ -36,10 +36,10 @@ class Costs:
     )
     gpus_per_node: int = _cost(8, f"{ASSUMED}: a node is lost with all of them")
     node_seconds: float = _cost(300.0, f"{ASSUMED}: from the loss of a node until its replacement has joined")
-    notice_seconds: float = _cost(64.0, f"{MEASURED} with a node that stands still: Ray's default until it is lost")
+    notice_seconds: float = _cost(64.0, f"{MEASURED} once, by hand: until Ray takes a node that stands still for lost")
     load_seconds: float = _cost(60.0, f"{ASSUMED}: start of a worker's process, and its models onto the GPU")
     check_row_seconds: float = _cost(5.5e-7, f"{MEASURED} by benchmarks/plan.py: check of a row before a new run")
-    connect_seconds: float = _cost(4.0, f"{MEASURED}: a driver's connection to Ray")
+    connect_seconds: float = _cost(4.0, f"{MEASURED} once, by hand: a driver's connection to Ray")
     dispatch_seconds: float = _cost(
         0.0017, f"{MEASURED} by benchmarks/dispatch.py cost: the driver's processor time for a shard"
     )
@@ -50,7 +50,9 @@ class Costs:
     request_cpu_seconds: float = _cost(
         0.0014, f"{MEASURED} by benchmarks/scale.py storage: a driver's processor time for a request to S3"
     )
-    reference_requests: float = _cost(2.0, f"{MEASURED}: requests of s3fs for a reference; each row has one of its own")
+    reference_requests: float = _cost(
+        2.0, f"{MEASURED} by benchmarks/scale.py storage: requests for a reference; each row has one of its own"
+    )
     copy_bytes_per_second: float = _cost(2e8, f"{ASSUMED}: a copy by the storage server, one request at a time")
     upload_bytes_per_second: float = _cost(2e8, f"{ASSUMED}: a worker's upload")
 
