@@ -1,10 +1,12 @@
-"""Finished shards are committed one by one, beside the loop that hands them in."""
+"""Finished shards are committed beside the loop that hands them in."""
 
 import dataclasses
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,6 +186,61 @@ def test_rows_that_are_rejected_before_they_are_sampled_show_nothing_of_their_wo
     outcomes = run.commit(unsampled, run.blamed(1), run.blamed(2))
     assert all(isinstance(error, VcfBatchError) for _, error in outcomes)
     assert not runs.read_receipts(run.output)
+
+
+class Counted(Executor):
+    """Threads that carry out commits. ``peak`` is the number that were under way side by side, at most."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(8)
+        self._lock = threading.Lock()
+        self._number = self.peak = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def counted() -> Any:
+            with self._lock:
+                self._number += 1
+                self.peak = max(self.peak, self._number)
+            try:
+                time.sleep(0.1)  # others begin meanwhile, if they may
+                return fn(*args, **kwargs)
+            finally:
+                with self._lock:
+                    self._number -= 1
+
+        return self._threads.submit(counted)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def test_commits_are_under_way_side_by_side(run: Run) -> None:
+    """A commit takes seconds on an object store, and a thousand workers finish two shards a second."""
+    run.queue._executor = executor = Counted()
+    assert {name for name, error in run.commit(*run.finished) if error is None} == {"00000", "00001", "00002"}
+    assert executor.peak == 3
+    assert runs.data_files(Path(run.output)) == run.expected
+
+
+def test_a_storage_in_trouble_is_asked_for_one_commit_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that is down for a while does not use up the tries of every finished shard."""
+    commit, is_down = commits.commit, True
+
+    def fails(*given: Any) -> None:
+        if is_down:
+            raise StorageError("the storage is down")
+        commit(*given)
+
+    monkeypatch.setattr(commits, "commit", fails)
+    monkeypatch.setattr(failing_shard, "PAUSES", (0.0,) * 9)
+    for finished in run.finished:
+        run.queue.add(finished)
+    runs.wait_for(lambda: not [*run.queue.outcomes()] and len(run.notes) >= 3)
+    run.queue._executor = executor = Counted()
+    runs.wait_for(lambda: not [*run.queue.outcomes()] and len(run.notes) >= 6)
+    assert executor.peak == 1
+    is_down = False
+    assert [error for _, error in run.commit()] == [None] * 3
 
 
 def test_what_is_staged_is_bounded(run: Run) -> None:

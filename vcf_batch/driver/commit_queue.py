@@ -1,4 +1,4 @@
-"""The queue of finished shards, which are committed to the output one by one, beside the loop."""
+"""The queue of finished shards, which are committed to the output beside the loop, several at a time."""
 
 import dataclasses
 import logging
@@ -16,7 +16,11 @@ from vcf_batch.output.lease import Lease
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.shard_task import ShardTask
 
-MAX_PENDING = 32
+COMMITS_AT_ONCE = 64
+"""Most commits under way. One takes seconds on an object store: more than a dozen requests follow one another, and the
+server copies the files. One at a time would keep a hundred GPUs waiting."""
+
+MAX_PENDING = 256
 """Largest number of finished shards that wait for their commit. At this number no further shard is begun, which bounds
 the staged files."""
 
@@ -45,12 +49,13 @@ class _Commit:
 
 
 class CommitQueue:
-    """Queue that commits shards in the order in which they are added.
+    """Queue that begins to commit shards in the order in which they are added.
 
-    Use it with ``with``: leaving the block waits for the commit under way.
+    Use it with ``with``: leaving the block waits for the commits under way.
 
     A commit that fails is tried again after each of :data:`vcf_batch.driver.failing_shard.PAUSES`, from the same staged
-    files.
+    files. From then on commits are tried one at a time, until one succeeds: a storage that is down for a while must not
+    use up the tries of all.
 
     A shard is doubtful if every row is blamed for the death of its workers: only a sample of another shard can show
     that workers are healthy. It waits until there is such a sample, or until nothing else is left. So its outcome does
@@ -62,7 +67,7 @@ class CommitQueue:
         ledger: the ledger of the run.
         note: logs each commit that fails and is tried again: see :meth:`vcf_batch.driver.progress.Progress.note`.
         now: reads the clock.
-        executor: commits one shard at a time, and is shut down at the end.
+        executor: carries out the commits, and is shut down at the end.
         check: raises if the output does not hold the record of this run any more. Called before each commit.
     """
 
@@ -80,6 +85,8 @@ class CommitQueue:
         self._note, self._now, self._executor, self._check = note, now, executor, check
         self._pending: list[_Commit] = []
         self._doubtful: list[Finished] = []
+        self._in_trouble = False
+        """Whether a commit has failed since one last succeeded."""
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +116,8 @@ class CommitQueue:
         if finished.task.verdicts and not finished.receipt.sampled:
             self._doubtful.append(finished)
         else:
-            self._pending.append(commit := _Commit(finished))
-            self._begin(commit)
+            self._pending.append(_Commit(finished))
+            self._begin()
 
     def outcomes(self) -> Iterator[tuple[Finished, BaseException | None]]:
         """Yield the shards that were committed since the last call, and those that failed for good, with the reason.
@@ -120,11 +127,9 @@ class CommitQueue:
         """
         yield from self._judged()
         for commit in [*self._pending]:
-            if commit.under_way is None:
-                if self._now() >= commit.not_before:
-                    self._begin(commit)
-            elif commit.under_way.done():
+            if commit.under_way is not None and commit.under_way.done():
                 error = commit.under_way.exception()
+                self._in_trouble = isinstance(error, StorageError) and not isinstance(error, StagedFilesLost)
                 if isinstance(error, StorageError) and self._wait(commit, error):
                     continue
                 self._pending.remove(commit)
@@ -132,6 +137,7 @@ class CommitQueue:
                 if error is None:
                     finished = dataclasses.replace(finished, receipt=commit.under_way.result())
                 yield finished, error
+        self._begin()
 
     def _judged(self) -> Iterator[tuple[Finished, VcfBatchError]]:
         """Decide on the doubtful shards as soon as that is possible, and yield those that are refused."""
@@ -160,8 +166,14 @@ class CommitQueue:
         )
         return True
 
-    def _begin(self, commit: _Commit) -> None:
-        commit.under_way = self._executor.submit(self._commit, commit.finished)
+    def _begin(self) -> None:
+        """Begin the commits that are due, as many as may be under way: those first that have failed least, in order."""
+        free = 1 if self._in_trouble else COMMITS_AT_ONCE
+        free -= sum(commit.under_way is not None for commit in self._pending)
+        for commit in sorted(self._pending, key=lambda commit: commit.failures):
+            if free > 0 and commit.under_way is None and self._now() >= commit.not_before:
+                commit.under_way = self._executor.submit(self._commit, commit.finished)
+                free -= 1
 
     def _commit(self, finished: Finished) -> Receipt:
         self._lease.confirm()

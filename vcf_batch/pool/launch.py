@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from vcf_batch.config import RunConfig
-from vcf_batch.driver.commit_queue import CommitQueue
+from vcf_batch.driver.commit_queue import COMMITS_AT_ONCE, CommitQueue
 from vcf_batch.driver.ledger import Ledger, Summary
 from vcf_batch.driver.loop import Loop
 from vcf_batch.driver.progress import Progress
@@ -123,8 +123,8 @@ def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> Non
 
 
 def loop_on(on_ray: RayCluster, job: Job, held: lease.Lease, ledger: Ledger, progress: Progress) -> Loop:
-    """The driver's loop over the workers of a Ray cluster, with a thread for its commits."""
-    thread = ThreadPoolExecutor(1, "commits")
+    """The driver's loop over the workers of a Ray cluster, with threads for its commits."""
+    thread = ThreadPoolExecutor(COMMITS_AT_ONCE, "commits")
 
     def check() -> None:
         run_file.check_stays(job.config.output, job.fingerprint)

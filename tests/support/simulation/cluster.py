@@ -118,8 +118,8 @@ class SimulatedRay:
         self._job, self._scheduler, self._nodes, self._ways = job, scheduler, nodes, ways
         self._draw, self._form, self._group, self._tell = draw, form, group, tell
         self._numbers = itertools.count()
-        self._news = False
-        """Whether something was answered since the driver was last found to have no answer."""
+        self._answered: list[Key] = []
+        """Keys of the answers that have arrived since the driver began to wait, and of those that were there."""
 
     # What the driver sees
 
@@ -159,8 +159,8 @@ class SimulatedRay:
     def wait(self, requests: Mapping[Hashable, Request], seconds: float) -> list[tuple[Request, Answer]]:
         keys = cast(Mapping[Key, Request], requests)
         if seconds:
-            self._news = True
-            self._scheduler.wait(lambda: self._news and self._is_any_answered(keys), self.now() + seconds)
+            self._answered = [key for key in keys if key.answers]
+            self._scheduler.wait(lambda: any(key in keys for key in self._answered), self.now() + seconds)
         return [(request, key.answers[0]) for key, request in keys.items() if key.answers]
 
     def kill(self, worker: WorkerHandle) -> None:
@@ -177,11 +177,7 @@ class SimulatedRay:
     def answer(self, worker: SimulatedWorker, key: Key, answer: Answer) -> None:
         if worker.requests.pop(key, None) is not None and worker.is_known:
             key.answers.append(answer)
-            self._news = True
-
-    def _is_any_answered(self, keys: Mapping[Key, Request]) -> bool:
-        self._news = any(key.answers for key in keys)
-        return self._news
+            self._answered.append(key)
 
     def end(self, worker: SimulatedWorker, end: Fault) -> None:
         """End a worker for its driver. It may live on for a while, and then nobody takes its answers."""

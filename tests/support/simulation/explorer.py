@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from support.simulation.cluster import Ways
-from support.simulation.forms import Digests, Pictures
 from support.simulation.local_files import LocalFiles
 from support.simulation.object_store import Store, Strike
 from support.simulation.universe import Universe, Violation
@@ -95,8 +94,6 @@ class Exploration(Universe):
     def __init__(self, case: Case, number: int, root: str, trace: Callable[[str], None] | None = None) -> None:
         self.case, self.number, self._root = case, number, root
         super().__init__(0, trace)
-        self.is_read = case.scenario in READERS or case.fate == "is read"
-        self.form = Pictures() if self.is_read else Digests()
         self.requests = 0
         """Requests that the explored program has sent."""
         self.explored = ""
@@ -109,6 +106,9 @@ class Exploration(Universe):
             return LocalFiles(*given, root=self._root, links=place == "a disk")
         stale = STALE_SECONDS if place == "S3 with stale listings" else 0.0
         return Store(*given, if_match=place != "S3 without If-Match", stale_seconds=stale)
+
+    def _is_read(self) -> bool:
+        return self.case.scenario in READERS or self.case.fate == "is read"
 
     def _part(self) -> int:
         return 2 * self.shard_size

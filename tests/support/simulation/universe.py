@@ -76,7 +76,7 @@ class Universe:
         self.nodes = Nodes({node: draw.randint(1, 3) for node in NODES[: draw.randint(fewest, 3)]})
         self.home = f"memory://simulation-{seed}"
         self.output = self.store.url("out")
-        self.is_read = draw.random() < 0.1
+        self.is_read = self._is_read()
         """Whether readers are at work beside the drivers. They need the files of real shards."""
         self.form: Form = Pictures() if self.is_read else Digests()
         self._write_part(0)
@@ -100,6 +100,9 @@ class Universe:
         self.readers = Readers(self)
 
     # The world
+
+    def _is_read(self) -> bool:
+        return self.draw.random() < 0.1
 
     def _part(self) -> int:
         """Rows of a file: whole shards, so that others may be appended."""
