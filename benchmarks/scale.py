@@ -233,44 +233,45 @@ def measure_storage(num_shards: int, threads: int) -> None:
     with s3_calls() as calls:
         run_file.write(output, run_file.document({}, {}), replaces=False, confirm=lambda: None)
         name = run_file.read_document(output)["fingerprint"]  # type: ignore[index]
-        with lease.hold(output) as held:
+        held = lease.Lease(output)
+        held.acquire()  # Without heartbeats, whose requests would count.
 
-            def commit(index: int) -> None:
-                held.confirm()
-                run_file.check_stays(output, name)
-                commits.commit(output, found[index], staged[index])
+        def commit(index: int) -> None:
+            held.confirm()
+            run_file.check_stays(output, name)
+            commits.commit(output, found[index], staged[index])
 
-            found = [receipt_of(shard) for shard in sharding.ShardPlan(num_shards, 1)]
-            staged = [
-                {
-                    kind: f"{commits.STAGING}/{index}/{receipt.shard.name}{suffix}"
-                    for kind, suffix in receipts.FILE_SUFFIXES.items()
-                }
-                for index, receipt in enumerate(found)
-            ]
-            for paths in staged:
-                for path in paths.values():
-                    storage.publish_bytes(storage.join(output, path), CONTENT)
+        found = [receipt_of(shard) for shard in sharding.ShardPlan(num_shards, 1)]
+        staged = [
+            {
+                kind: f"{commits.STAGING}/{index}/{receipt.shard.name}{suffix}"
+                for kind, suffix in receipts.FILE_SUFFIXES.items()
+            }
+            for index, receipt in enumerate(found)
+        ]
+        for paths in staged:
+            for path in paths.values():
+                storage.publish_bytes(storage.join(output, path), CONTENT)
 
-            def commit_all() -> None:
-                with ThreadPoolExecutor(threads) as pool:
-                    collections.deque(pool.map(commit, range(num_shards)), 0)
+        def commit_all() -> None:
+            with ThreadPoolExecutor(threads) as pool:
+                collections.deque(pool.map(commit, range(num_shards)), 0)
 
-            def resume() -> None:
-                collections.deque(receipts.read(output), 0)
+        def resume() -> None:
+            collections.deque(receipts.read(output), 0)
 
-            def read_references() -> None:
-                for receipt in found:
-                    url = storage.join(output, f"{receipt.shard.name}.tar")
-                    storage.read_bytes(url, MAX_REFERENCE_BYTES + 1)
+        def read_references() -> None:
+            for receipt in found:
+                url = storage.join(output, f"{receipt.shard.name}.tar")
+                storage.read_bytes(url, MAX_REFERENCE_BYTES + 1)
 
-            for what, work in (("commit", commit_all), ("resume", resume), ("reference", read_references)):
-                calls.clear()
-                begin = time.process_time()
-                work()
-                used = time.process_time() - begin
-                number = len(calls)
-                click.echo(f"| {what} | {num_shards:,} | {number / num_shards:.1f} | {1000 * used / number:.2f} |")
+        for what, work in (("commit", commit_all), ("resume", resume), ("reference", read_references)):
+            calls.clear()
+            begin = time.process_time()
+            work()
+            used = time.process_time() - begin
+            number = len(calls)
+            click.echo(f"| {what} | {num_shards:,} | {number / num_shards:.1f} | {1000 * used / number:.2f} |")
 
 
 if __name__ == "__main__":

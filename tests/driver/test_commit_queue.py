@@ -17,6 +17,7 @@ from vcf_batch.driver.commit_queue import MAX_PENDING, CommitQueue, Finished
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, StorageError, VcfBatchError
 from vcf_batch.output import commits, lease, receipts, run_file
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Status
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -226,10 +227,10 @@ def test_a_storage_in_trouble_is_asked_for_one_commit_at_a_time(run: Run, monkey
     """A storage that is down for a while does not use up the tries of every finished shard."""
     commit, is_down = commits.commit, True
 
-    def fails(*given: Any) -> None:
+    def fails(*given: Any) -> Receipt:
         if is_down:
             raise StorageError("the storage is down")
-        commit(*given)
+        return commit(*given)
 
     monkeypatch.setattr(commits, "commit", fails)
     monkeypatch.setattr(failing_shard, "PAUSES", (0.0,) * 9)
