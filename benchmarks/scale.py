@@ -132,7 +132,7 @@ def _costs(changes: Sequence[str]) -> Costs:
 
 @main.command()
 @click.option("--gpus", "all_gpus", type=int, multiple=True, default=[1000], show_default=True)
-@click.option("--rows", type=int, help="Rows of the manifest.  [default: 100,000 for each GPU]")
+@click.option("--rows", type=int, help="Rows of the manifest.  [default: 10,000 for each GPU]")
 @click.option("--shard-size", "shard_sizes", type=int, multiple=True, default=[1000], show_default=True)
 @click.option(
     "--lost-per-hour", "losses", type=float, multiple=True, default=[0.0], show_default=True, help="Share of the nodes."
@@ -166,7 +166,7 @@ def run(
     for gpus, shard_size, lost, speed in itertools.product(all_gpus, shard_sizes, losses, speeds):
         own = dataclasses.replace(costs, image_seconds=speed)
         begin = time.process_time()
-        own_rows = (rows or 100_000 * gpus) + finished * shard_size
+        own_rows = (rows or 10_000 * gpus) + finished * shard_size
         found = figures(Scenario(gpus, own_rows, shard_size, lost, killed_at, finished, commits_at_once, own))
         if as_json:
             click.echo(json.dumps(found))

@@ -157,11 +157,11 @@ class ScaledRun(Universe):
         self.scenario = scenario
         super().__init__(0, trace)
         self.scheduler.end_at = math.inf
-        self._node_size = min(scenario.costs.gpus_per_node, scenario.gpus)
+        size, gpus = scenario.costs.gpus_per_node, scenario.gpus
         self._node_numbers = itertools.count()
         self._dead: set[str] = set()
         """Nodes that are lost."""
-        self.nodes = Nodes({self._node_name(): self._node_size for _ in range(scenario.gpus // self._node_size)})
+        self.nodes = Nodes({self._node_name(): min(size, gpus - before) for before in range(0, gpus, size)})
         self.gpu_time = GpuTime(lambda: self.scheduler.now)
         self.requests = Requests()
         self.commits: list[float] = []
@@ -309,8 +309,7 @@ class ScaledRun(Universe):
         return timed
 
     def _lose_nodes(self) -> None:
-        scenario = self.scenario
-        per_second = scenario.gpus / self._node_size * scenario.lost_per_hour / 3600
+        per_second = len(self.nodes.room) * self.scenario.lost_per_hour / 3600
         while True:
             self.scheduler.sleep(self.draw.expovariate(per_second))
             if alive := [node for node in self.nodes.room if node not in self._dead]:
@@ -319,19 +318,19 @@ class ScaledRun(Universe):
 
     def _lose(self, node: str) -> None:
         """Lose a node. The driver learns it later, and later still another node joins."""
-        costs = self.scenario.costs
+        costs, size = self.scenario.costs, self.nodes.room[node]
         self._dead.add(node)
         for worker in self._on(node):
             self.gone(worker)
             self.scheduler.kill(worker.name)
-        self.gpu_time.add("all", -self._node_size)
+        self.gpu_time.add("all", -size)
         self.scheduler.sleep(costs.notice_seconds)
         del self.nodes.room[node]
         for worker in self._on(node):
             worker.cluster.end(worker, fault(Failure.LOSS, node, node_died=True, one_task=False))
         self.scheduler.sleep(max(costs.node_seconds - costs.notice_seconds, 0.0))
-        self.nodes.room[self._node_name()] = self._node_size
-        self.gpu_time.add("all", self._node_size)
+        self.nodes.room[self._node_name()] = size
+        self.gpu_time.add("all", size)
         place(self.nodes)
 
     def _on(self, node: str) -> list[SimulatedWorker]:
