@@ -231,7 +231,7 @@ def test_a_driver_that_lost_its_lease_knows_and_leaves_the_new_one_alone(
         keeper.join()
         late.release(keeper)
         held.confirm()
-    with pytest.raises(RefusedError, match="another run, which has ended, took over"):
+    with pytest.raises(RefusedError, match="took over and has ended, or somebody deleted the file"):
         late.confirm()
 
 

@@ -119,7 +119,7 @@ def test_a_driver_suspended_within_its_claim_harms_nothing_of_the_next_owners(
         return stepped(*arguments, **options)
 
     monkeypatch.setattr(storage, step, suspended)
-    with pytest.raises(RefusedError, match="another run, which has ended, took over"):
+    with pytest.raises(RefusedError, match="took over and has ended, or somebody deleted the file"):
         claim.claim(late, confirm=held.confirm)
     assert getattr(storage, step) is stepped
     assert [finding for finding in verify.check(Output(output)) if finding.is_damage] == []

@@ -76,10 +76,13 @@ class Lease:
         """
         found = self._read()
         if _parsed(found).get("token") != self.token:
-            self.lost = RefusedError(
-                f"this run no longer owns {self._output}: after {EXPIRY_SECONDS:g} seconds without a "
-                f"heartbeat, as when a process is suspended, {_described(found)} took over. Finished shards are kept."
+            cause = (
+                f"after {EXPIRY_SECONDS:g} seconds without a heartbeat, as when a process is suspended, "
+                f"{_described(found)} took over"
+                if found is not None
+                else f"its {LEASE_NAME} is gone. Another run took over and has ended, or somebody deleted the file"
             )
+            self.lost = RefusedError(f"this run no longer owns {self._output}: {cause}. Finished shards are kept.")
             raise self.lost
 
     def acquire(self) -> None:
@@ -288,9 +291,7 @@ def _parsed(lease: bytes | None) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _described(lease: bytes | None) -> str:
-    if lease is None:
-        return "another run, which has ended,"
+def _described(lease: bytes) -> str:
     owner = _parsed(lease)
     return f"process {owner.get('pid')} on {owner.get('host')}, started {owner.get('started')}"
 
