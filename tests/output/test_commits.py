@@ -539,6 +539,21 @@ def test_a_replacement_cannot_be_finished_where_another_driver_is_at_work(
     assert read_receipts(output) == {0: receipt_for(new)}
 
 
+def test_a_driver_that_lost_the_output_finishes_no_replacement(output: str, tmp_path: Path) -> None:
+    old, new = fake_files(tmp_path, "old"), fake_files(tmp_path, "new")
+    commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    kill_after(2, lambda: commits.commit(output, receipt_for(new), staged))
+    left = storage.list_tree(output)
+
+    def lost() -> None:
+        raise RefusedError("another run took over")
+
+    with pytest.raises(RefusedError):
+        commits.clean(output, lost)
+    assert storage.list_tree(output) == left
+
+
 def test_a_receipt_that_comes_and_goes_is_an_error_of_storage(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

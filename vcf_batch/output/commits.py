@@ -203,8 +203,8 @@ def clean(output_url: str, confirm: Callable[[], object] = lambda: None) -> None
     each deletion.
 
     Args:
-        confirm: raises if the driver no longer owns the output. Called before files without a receipt are looked for,
-            and before each is deleted.
+        confirm: raises if the driver no longer owns the output. Called before each replacement is finished, before
+            files without a receipt are looked for, and before each is deleted.
 
     Raises:
         RefusedError: ``confirm`` raises it.
@@ -213,8 +213,10 @@ def clean(output_url: str, confirm: Callable[[], object] = lambda: None) -> None
     try:
         with storage.refusals_as_storage_errors():
             for attempt_id in _replacing(output_url, _NEW_RECEIPT):
+                confirm()
                 _finish(output_url, attempt_id)
             for attempt_id in _replacing(output_url, _OLD_RECEIPT):
+                confirm()
                 _restore(output_url, attempt_id)
     except OSError as error:
         raise StorageError(f"another driver changed {output_url} meanwhile: {error}") from error
