@@ -85,16 +85,32 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
     "--data",
     required=True,
     metavar="URL",
-    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, the committed "
-    "tars of an output, or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
+    help="Captioned images: WebDataset tars, Parquet files, tables of paths and captions (.jsonl, .csv, .json as COCO "
+    "has it); a folder of these, of images with metadata, or of images with a text beside each; the committed tars of "
+    "an output; or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
     "'s3://bucket/train-*.tar'.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for the aligner, its checkpoints and its log.")
 @_recipe("revision", str, "Branch, tag or commit of a Hub model.")
 @_recipe("image-encoder", str, "The CLIP that the aligner reads.  [default: the preset's, else the model's own]")
 @_recipe("image-encoder-revision", str, "Branch, tag or commit of an image encoder on the Hub.")
-@_recipe("image-column", str, "Parquet column of images.  [default: the first struct<bytes, path> or binary one]")
-@_recipe("caption-column", str, "Parquet column of captions.  [default: caption, captions, text, sentences, ...]")
+@_recipe(
+    "image-folder",
+    str,
+    "Folder or URL that paths of images start at.  [default: the folder of the file that names them]",
+    metavar="DIR",
+)
+@_recipe(
+    "image-column",
+    str,
+    "Column of images or of their paths.  [default: the first struct<bytes, path> or binary one, else file_name, "
+    "image, path, ...]",
+)
+@_recipe(
+    "caption-column",
+    str,
+    "Column, or field of JSON beside an image, with the captions.  [default: caption, captions, text, sentences, ...]",
+)
 @_recipe("limit", _COUNT, "Use only the first PAIRS pairs.", metavar="PAIRS")
 @_recipe("validation-data", str, "Captioned images to validate on.  [default: the last pairs of --data]", metavar="URL")
 @_recipe("validation-pairs", _COUNT, "Number of pairs to validate on.  [default: 5 % of the pairs, at most 1,000]")

@@ -21,6 +21,8 @@ class TrainingConfig:
     revision: str | None = None
     image_encoder: str | None = None
     image_encoder_revision: str | None = None
+    image_folder: str | None = None
+    """Folder that paths of images start at; None is the folder of the file that names them."""
     image_column: str | None = None
     caption_column: str | None = None
     limit: int | None = None
@@ -106,6 +108,7 @@ NOT_TRAINED = frozenset(
         "revision",
         "image_encoder",
         "image_encoder_revision",
+        "image_folder",
         "validation_data",
         "validate_every",
         "cache_features",

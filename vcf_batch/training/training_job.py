@@ -44,7 +44,7 @@ class TrainingJob:
             StorageError: the storage failed.
         """
         parts = Parts.resolve(config.model, config.revision, config.image_encoder, config.image_encoder_revision)
-        columns = (config.image_column, config.caption_column)
+        columns = (config.image_column, config.caption_column, config.image_folder)
         data = CaptionedData.open(config.data, *columns)
         total = min(len(data), config.limit or len(data))
         if config.validation_data is not None:
