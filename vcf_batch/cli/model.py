@@ -13,7 +13,7 @@ from vcf_batch.cli.command import Command, debug_option, json_option, run, run_c
 from vcf_batch.cli.run import generate
 from vcf_batch.commands import known_models
 from vcf_batch.errors import printable, redact
-from vcf_batch.training.training_config import TrainingConfig
+from vcf_batch.training.training_config import SELECTIONS, TrainingConfig
 
 _DECIDED = {*settings.DECIDED_BY_EVALUATION, "push"}
 
@@ -121,12 +121,44 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 @_recipe("weight-decay", click.FloatRange(min=0), "Weight decay of AdamW.")
 @_recipe("gradient-norm", _POSITIVE, "Largest norm of the gradient. A longer one is shortened to it.")
 @_recipe("info-nce-weight", click.FloatRange(min=0), "Weight of the contrastive loss, lambda.")
+@_recipe(
+    "tether",
+    click.FloatRange(min=0),
+    "Weight of the tether, which holds each image token close to the text tokens. 0 is the paper's loss.",
+)
 @_recipe("temperature", _POSITIVE, "Temperature of the contrastive loss; with --learn-temperature, at the start.")
 @_recipe("learn-temperature", None, "Train the temperature too.", is_flag=True)
+@_recipe("match-norms", None, "Scale every image token to the mean norm of the text tokens.", is_flag=True)
 @_recipe(
     "validate-every",
     _COUNT,
     "Steps between validations, each of which writes a checkpoint.  [default: the steps of an epoch]",
+)
+@_recipe(
+    "transfer-pairs",
+    click.IntRange(min=0),
+    "Pairs of prompt and reference that each validation generates, to log what pictures keep of the prompt and take "
+    "from the reference. 0 generates none.  [default: 16 if there is a judge, else 0]",
+    metavar="N",
+)
+@_recipe(
+    "prompts",
+    str,
+    f"Prompts of these pairs. {PROMPTS_HELP[len('The prompts: ') :].capitalize()}  "
+    "[default: captions of other validation images]",
+    metavar="FILE",
+)
+@_recipe("judge", str, "The CLIP that compares these pictures.  [default: the model's own]", metavar="ID")
+@_recipe(
+    "tune-strength",
+    None,
+    "Generate the pairs at several strengths, and store the best one in the aligner as its default.",
+    is_flag=True,
+)
+@_recipe(
+    "select-by",
+    click.Choice(SELECTIONS),
+    "Keep the aligner of the validation with the lowest loss, or with the best pictures.",
 )
 @_recipe("shuffle-buffer", _COUNT, "Number of pairs that each worker shuffles at a time.")
 @_recipe("seed", click.IntRange(min=0), "Seed of the first weights, of the order, and of the captions that are drawn.")
