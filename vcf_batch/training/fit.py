@@ -31,6 +31,7 @@ from vcf_batch.training.training_job import (
     TrainingJob,
     checkpoint_name,
     describe,
+    write_events,
     write_table,
 )
 from vcf_batch.training.transfer import TUNED_STRENGTHS, Measured, Transfer
@@ -179,9 +180,7 @@ class _Fit:
             raise self._diverged(f"{wrong} after step {trainer.steps_done:,}")
         self.rows.append(row)
         if self.place.rank == 0:
-            write_table(self.job.config.out, LOG, self.rows)
-            if picture is not None:
-                self._publish(found, picture)
+            self._publish(found, picture)
             self.place.note(describe(self.rows[-1], self.job.steps))
         self._begin_interval()
 
@@ -224,16 +223,19 @@ class _Fit:
             pipeline.aligner.register_to_config(default_strength=best.strength)
         return found, picture
 
-    def _publish(self, found: Sequence[Measured], picture: Image.Image) -> None:
-        out, step = self.job.config.out, self.trainer.steps_done
-        self.transfer_rows += [
-            {"step": step, **each.row, **{f"attention {layer}": share for layer, share in each.attention.items()}}
-            for each in found
-        ]
-        write_table(out, TRANSFER_LOG, self.transfer_rows)
-        file = io.BytesIO()
-        picture.save(file, "png")
-        storage.publish_bytes(storage.join(out, TRANSFER, f"{checkpoint_name(step)}.png"), file.getvalue())
+    def _publish(self, found: Sequence[Measured], picture: Image.Image | None) -> None:
+        """Write the last validation to the logs."""
+        out, row = self.job.config.out, self.rows[-1]
+        write_table(out, LOG, self.rows)
+        shown = None
+        if picture is not None:
+            self.transfer_rows += [{"step": row["step"], **each.row, **each.layers} for each in found]
+            write_table(out, TRANSFER_LOG, self.transfer_rows)
+            file = io.BytesIO()
+            picture.save(file, "png")
+            shown = file.getvalue(), *picture.size
+            storage.publish_bytes(storage.join(out, TRANSFER, f"{checkpoint_name(row['step'])}.png"), shown[0])
+        write_events(out, row, shown)
 
     def _begin_interval(self) -> None:
         self.begin = time.monotonic()

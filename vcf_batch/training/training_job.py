@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import io
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +17,7 @@ from vcf_batch.models import resolution
 from vcf_batch.models.parts import Parts
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.setup.run_models import DEFAULT_JUDGE, OWN_JUDGE
+from vcf_batch.storage import scratch
 from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.training_config import AS_BEFORE, NOT_TRAINED, TrainingConfig
 
@@ -216,3 +219,38 @@ def write_table(out: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     storage.publish_bytes(storage.join(out, name), text.getvalue().encode())
+
+
+def write_events(out: str, row: dict[str, Any], picture: tuple[bytes, int, int] | None) -> None:
+    """Publish one validation as TensorBoard reads it: a file of its own, which comes after those of earlier steps.
+
+    Args:
+        out: the output.
+        row: the validation's numbers, with its ``step``.
+        picture: a PNG, its width and its height.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    from tensorboardX.proto.event_pb2 import Event  # brings torch
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import RecordWriter
+
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if value is not None]
+    if picture is not None:
+        image, width, height = picture
+        shown = Summary.Image(encoded_image_string=image, width=width, height=height, colorspace=3)
+        values.append(Summary.Value(tag=TRANSFER, image=shown))
+    now = time.time()
+    events = [
+        Event(wall_time=now, file_version="brain.Event:2"),
+        Event(wall_time=now, step=row["step"], summary=Summary(value=values)),
+    ]
+    name = f"events.out.tfevents.{row['step']:010d}"
+    with scratch.temporary("the log") as folder:
+        path = os.path.join(folder, name)
+        writer = RecordWriter(path)
+        for event in events:
+            writer.write(event.SerializeToString())
+        writer.close()
+        storage.upload(path, storage.join(out, EVENTS, name))

@@ -25,7 +25,7 @@ from vcf_batch.training.alignment import world_size
 from vcf_batch.training.features import MAX_TRAINING_PIXELS
 from vcf_batch.training.tar_samples import CaptionedImage
 from vcf_batch.training.training_job import TrainingJob
-from vcf_batch.vcf.attention import TokenBiasAttention
+from vcf_batch.vcf.attention import TokenBiasAttention, accept_token_bias
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 STEPS = 10
@@ -76,6 +76,11 @@ class Measured:
             "image_attention": sum(self.attention.values()) / len(self.attention),
         }
 
+    @property
+    def layers(self) -> dict[str, float]:
+        """Further columns of ``transfer.csv``: the attention to image tokens in each layer."""
+        return {f"attention {layer}": share for layer, share in self.attention.items()}
+
 
 @dataclass(frozen=True)
 class _Pictures:
@@ -105,6 +110,7 @@ class Transfer:
         pipeline.set_progress_bar_config(disable=True)
         for network in (pipeline.unet, pipeline.vae):
             network.requires_grad_(False).eval()
+        accept_token_bias(pipeline.unet)
         self.prompts = judge.embed_texts([pair.prompt for pair in pairs]).cpu()
         self.references = judge.embed_images([pair.reference for pair in pairs]).cpu()
         self.text_only = self._generate(0.0)
