@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from vcf_batch import storage
@@ -52,7 +51,7 @@ class TrainingJob:
     transfer_pairs: int = 0
     """Number of pairs that each validation generates, at least two; 0 generates none."""
     prompts: tuple[str, ...] = ()
-    """Their prompts; none takes captions of other validation images."""
+    """Their prompts, each once; none takes captions of other validation images."""
     judge: ResolvedModel | None = None
     """The CLIP that compares the pictures; None is the model's own."""
 
@@ -108,13 +107,15 @@ class TrainingJob:
                     "--validation-pairs"
                 )
             pairs = 0
-        prompts: tuple[str, ...] = ()
+        prompts: dict[str, None] = {}
         if pairs and config.prompts is not None:
-            texts = (prompt.strip() for prompt in read_prompts(config.prompts))
-            prompts = tuple(islice(filter(None, texts), pairs))
+            for text in filter(None, map(str.strip, read_prompts(storage.absolute(config.prompts)))):
+                prompts[text] = None
+                if len(prompts) == pairs:
+                    break
             if not prompts:
                 raise UsageError(f"{config.prompts} has no prompts: every line is blank")
-        return dataclasses.replace(self, transfer_pairs=min(pairs, held_out), prompts=prompts, judge=judge)
+        return dataclasses.replace(self, transfer_pairs=min(pairs, held_out), prompts=tuple(prompts), judge=judge)
 
     @property
     def pairs(self) -> int:
@@ -202,7 +203,7 @@ def transfer_in_words(row: dict[str, Any]) -> str:
         return ""
     return (
         f"; pictures at strength {row['strength']:g}: prompt kept {row['prompt_kept']:.0%}, reference followed "
-        f"{row['reference_followed']:.0%} (50% is chance)"
+        f"{row['reference_followed']:.0%}"
     )
 
 

@@ -53,17 +53,18 @@ class Measured:
 
     strength: float
     prompt_kept: float
-    """Mean cosine of picture and prompt, relative to that of the pictures without references: 1 is all of it."""
+    """Cosine of picture and prompt, relative to that of the same pictures without references: 1 is all of it. What some
+    pictures lose is not made up for by others, which gain."""
     reference_followed: float
-    """Share of the other references (0 to 1) that a picture is less like than its own, each compared with the picture
-    without references; 0.5 is chance."""
+    """How much more a picture is like its own reference than like those of the other pairs, compared with the same
+    picture without references: 0 is chance, and 1 is as much as the reference itself."""
     attention: dict[str, float]
     """Share of the attention (0 to 1) that the image tokens get, by layer of the UNet."""
 
     @property
     def transfer(self) -> float:
-        """Both in one number: 1 keeps the whole prompt and follows every reference, 0 does one of them not at all."""
-        return min(max(self.prompt_kept, 0.0), 1.0) * max(2 * self.reference_followed - 1, 0.0)
+        """Both in one number, their product: 0 if the prompt is lost or the references have no effect of their own."""
+        return max(self.prompt_kept, 0.0) * max(self.reference_followed, 0.0)
 
     @property
     def row(self) -> dict[str, float]:
@@ -176,12 +177,13 @@ class Transfer:
 
     def _compare(self, strength: float, pictures: _Pictures) -> Measured:
         without, made = self.text_only.embeddings, pictures.embeddings
-        kept = (made * self.prompts).sum(dim=1).mean() / (without * self.prompts).sum(dim=1).mean()
-        gained = (made - without) @ self.references.T
-        count = len(gained)
-        # In a tie, which strength 0 has throughout, the own reference wins against half of the others.
-        less = (gained < gained.diagonal()[:, None]).sum() + ((gained == gained.diagonal()[:, None]).sum() - count) / 2
-        followed = less / (count * (count - 1))
+        likeness = (without * self.prompts).sum(dim=1)
+        lost = (likeness - (made * self.prompts).sum(dim=1)).clamp(min=0)
+        kept = 1 - lost.mean() / likeness.abs().mean().clamp(min=1e-6)
+        # What a reference is like is told from what it shares with all references.
+        like = self.references @ self.references.T
+        unchanged = without @ self.references.T
+        followed = _margin(made @ self.references.T - unchanged) / _margin(like - unchanged).clamp(min=1e-6)
         return Measured(strength, kept.item(), followed.item(), pictures.attention)
 
     def _generate(self, strength: float) -> _Pictures:
@@ -211,6 +213,13 @@ class Transfer:
         parts.sort(key=lambda part: part[0])
         attention = {layer: sum(part[3][layer] for part in parts) / len(parts) for layer in parts[0][3]}
         return _Pictures(torch.stack([part[1] for part in parts]), [part[2] for part in parts[:SHOWN]], attention)
+
+
+def _margin(likeness: Tensor) -> Tensor:
+    """By how much the diagonal of ``[P, P]`` exceeds the other columns, on average."""
+    count = len(likeness)
+    own = likeness.diagonal().sum() / count
+    return own - (likeness.sum() - likeness.diagonal().sum()) / (count * (count - 1))
 
 
 @contextlib.contextmanager
