@@ -144,8 +144,8 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 @_recipe(
     "prompts",
     str,
-    f"Prompts of these pairs. {PROMPTS_HELP[len('The prompts: ') :].capitalize()}  "
-    "[default: captions of other validation images]",
+    "Prompts of these pairs: a text with one a line, or a table with a column 'prompt'.  [default: captions of other "
+    "validation images]",
     metavar="FILE",
 )
 @_recipe("judge", str, "The CLIP that compares these pictures.  [default: the model's own]", metavar="ID")
@@ -189,8 +189,9 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 def train(as_json: bool, **options: Any) -> None:
     """Train an aligner on captioned images, with Ray Train.
 
-    The default recipe is the paper's. The folder of --out becomes an ImageAligner directory, with log.csv, run.json and
-    checkpoints/ in it; 'vcf-batch model assemble' makes a model of it. Rerunning the same command resumes.
+    The default recipe is the paper's with a tether. The folder of --out becomes an ImageAligner directory. In it are
+    log.csv, run.json, checkpoints/, and transfer/ with pictures of each validation. 'vcf-batch model assemble' makes a
+    model of it. Rerunning the same command resumes.
     """
     from vcf_batch.training import ray_training  # torch and ray are not needed to print a help text
 

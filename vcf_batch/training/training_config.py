@@ -12,7 +12,7 @@ from vcf_batch.errors import UsageError
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Settings of one run of ``vcf-batch model train``. Field names are the command's options; the defaults are the
-    recipe of docs/method.md, section 3.
+    recipe of docs/method.md, section 3, with the tether of section 8.
     """
 
     model: str
