@@ -462,7 +462,7 @@ SETTLED = frozenset({"default_strengths"})
 """Fields of :class:`RunConfig` that are no options: only the settling of defaults fills them in."""
 
 EVALUATED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated; 1 is the paper's."""
+"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated, and tried for an aligner; 1 is the paper's."""
 
 DECIDED_BY_EVALUATION = frozenset(
     {

@@ -25,11 +25,11 @@ import torch
 
 from vcf_batch import storage
 from vcf_batch.cli import main
+from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.models import resolution
 from vcf_batch.training.fit import Place, fit
 from vcf_batch.training.training_config import TrainingConfig
 from vcf_batch.training.training_job import TrainingJob, read_log
-from vcf_batch.training.transfer import TUNED_STRENGTHS
 from vcf_batch.vcf.aligner import ImageAligner
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_the_aligner_with_the_best_pictures_brings_its_strength(
     assert f"best at step {best['step']:.0f}: " in result.output
     assert f"pictures at strength {best['strength']:g}: prompt kept {best['prompt_kept']:.0%}, " in result.output
     strength = ImageAligner.from_pretrained(out).config.default_strength
-    assert strength == best["strength"] and strength in TUNED_STRENGTHS
+    assert strength == best["strength"] and strength in EVALUATED_STRENGTHS
     assert len(list((out / "transfer").iterdir())) == len(list((out / "tensorboard").iterdir())) == 3
 
     assembled = call(command("model assemble", base=model, aligner=out, out=tmp_path / "assembled"))

@@ -17,13 +17,14 @@ from torch import Tensor
 from support import runs
 from support.captioned import write_tar
 from support.tiny_models import build_pipeline
+from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.errors import UsageError
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.training import transfer as measuring
 from vcf_batch.training.fit import Place, fit
 from vcf_batch.training.training_config import AS_BEFORE, TrainingConfig
 from vcf_batch.training.training_job import ALIGNER, TrainingJob, best_of, read_log
-from vcf_batch.training.transfer import TUNED_STRENGTHS, Measured, Transfer, TransferPair
+from vcf_batch.training.transfer import Measured, Transfer, TransferPair
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -46,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "STEPS", 2)
+    monkeypatch.setattr(measuring, "TRANSFER_STEPS", 2)
 
 
 def build(model: Path, pipeline: VCFPipeline | None = None) -> Transfer:
@@ -178,7 +179,7 @@ def test_each_validation_tells_what_its_pictures_show(plan: Plan, tmp_path: Path
     log, rows = read_log(str(out)), table(out / "transfer.csv")
     assert [row["step"] for row in log] == [0, 2, 4]
     assert [(row["step"], float(row["strength"])) for row in rows] == [
-        (str(step), strength) for step in (0, 2, 4) for strength in TUNED_STRENGTHS
+        (str(step), strength) for step in (0, 2, 4) for strength in EVALUATED_STRENGTHS
     ]
     for validation in log:
         some = [row for row in rows if float(row["step"]) == validation["step"]]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from vcf_batch import storage
+from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Losses, Trainer, summed
@@ -34,7 +35,7 @@ from vcf_batch.training.training_job import (
     write_events,
     write_table,
 )
-from vcf_batch.training.transfer import TUNED_STRENGTHS, Measured, Transfer
+from vcf_batch.training.transfer import Measured, Transfer
 from vcf_batch.vcf.aligner import ImageAligner
 
 
@@ -216,7 +217,7 @@ class _Fit:
             return [], None
         pipeline, tuned = self.towers.pipeline, self.job.config.tune_strength
         found, picture = self.transfer.measure(
-            TUNED_STRENGTHS if tuned else [pipeline.resolve_strength("concat", None)]
+            EVALUATED_STRENGTHS if tuned else [pipeline.resolve_strength("concat", None)]
         )
         if tuned:
             best = max(found, key=lambda each: each.transfer)

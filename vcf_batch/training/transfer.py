@@ -28,14 +28,12 @@ from vcf_batch.training.training_job import TrainingJob
 from vcf_batch.vcf.attention import TokenBiasAttention, accept_token_bias
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-STEPS = 10
+TRANSFER_STEPS = 10
 """Denoising steps of each picture."""
 AT_ONCE = 8
 """Pictures of one forward pass."""
 SHOWN = 8
 """Most pairs in the picture grid."""
-TUNED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Strengths among which ``--tune-strength`` chooses."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class Transfer:
                     [pair.reference for pair in some],
                     seeds=[pair.seed for pair in some],
                     strength=strength,
-                    steps=STEPS,
+                    steps=TRANSFER_STEPS,
                 )
             arrays = images.from_unit(pixels.nan_to_num().permute(0, 2, 3, 1).numpy())
             pictures = [Image.fromarray(each) for each in arrays]
