@@ -175,8 +175,9 @@ class CaptionedData:
                         contents = TarContents(loose_images.count_table(url, self.columns))
                     case _:
                         # The texts and images themselves are not read: names and sizes stand for them.
-                        listed = json.dumps(loose_images.visible_files(url))
-                        return "", loose_images.count_folder(url), hashlib.sha256(listed.encode()).hexdigest()
+                        listed = loose_images.visible_files(url)
+                        identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+                        return "", loose_images.count_pairs([*listed]), identity
                 return "", contents, storage.remote_checksum(url) or storage.digest(url).sha256
         except UsageError as error:
             return str(error), TarContents(), ""

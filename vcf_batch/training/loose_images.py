@@ -188,13 +188,9 @@ def visible_files(folder: str) -> dict[str, int]:
     return {name: tree[name] for name in sorted(tree) if not any(part[:1] in "._" for part in name.split("/"))}
 
 
-def count_folder(folder: str) -> TarContents:
-    """What a folder of images and texts holds.
-
-    Raises:
-        OSError, StorageError: the storage failed.
-    """
-    return _grouped([*visible_files(folder)]).contents
+def count_pairs(names: Sequence[str]) -> TarContents:
+    """What a folder of images and texts holds, by the names of its files."""
+    return _grouped(names).contents
 
 
 def read_folder(folder: str, start: int, stop: int, field: str | None) -> Iterator[CaptionedImage]:

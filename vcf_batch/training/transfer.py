@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import images
-from vcf_batch.errors import RowError
+from vcf_batch.errors import StorageError
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.models.cache import fetch
 from vcf_batch.report.contact_sheet import Cell, grid
@@ -137,7 +137,9 @@ class Transfer:
         for pair in held_out:
             try:
                 shown.append((images.decode(pair.read(), MAX_TRAINING_PIXELS), pair.captions[0]))
-            except RowError:
+            except (StorageError, MemoryError):
+                raise
+            except Exception:  # An odd content makes a library raise nearly any exception; the feed has told of it.
                 continue
             if len(shown) == job.transfer_pairs:
                 break
