@@ -30,7 +30,7 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 
 TRANSFER_STEPS = 10
 """Denoising steps of each picture."""
-AT_ONCE = 8
+AT_ONCE = 4
 """Pictures of one forward pass."""
 SHOWN = 8
 """Most pairs in the picture grid."""
