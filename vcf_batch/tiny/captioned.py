@@ -25,12 +25,13 @@ PER_TAR = 500
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(folder: Path, scenes: int, seed: int) -> None:
     """Write FOLDER/00000.tar and so on: KEY.jpg, KEY.txt and KEY.json for every scene, whose caption names it all."""
-    drawn, rng, own_rng = world.sample_scenes(scenes, seed), random.Random(seed), random.Random(seed + 1)
+    drawn, rng = world.sample_scenes(scenes, seed), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for shard, part in enumerate(chunks(scenes, PER_TAR)):
         some = drawn.part(part, seed + shard)
         texts = world.captions(some, rng, full=1.0)
-        looks = world.captions(some, own_rng, full=1.0, among=world.LOOKS)
+        # Always in the same words: a picture does not show how its caption is worded.
+        looks = [world.caption(some.named(number), world.LOOKS, None) for number in range(len(some))]
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number, pixels in enumerate(world.render(some).permute(0, 2, 3, 1).numpy()):
                 key = f"{part.start + number:09d}"
