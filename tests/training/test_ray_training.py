@@ -112,6 +112,7 @@ def test_a_user_trains_assembles_and_generates(cluster: None, model: Path, data:
     assert [row["status"] for row in runs.rows_of(tmp_path / "images")] == ["success"] * 3
 
 
+@pytest.mark.slow
 def test_the_aligner_with_the_best_pictures_brings_its_strength(
     cluster: None, model: Path, data: Path, tmp_path: Path
 ) -> None:
