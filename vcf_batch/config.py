@@ -462,7 +462,7 @@ SETTLED = frozenset({"default_strengths"})
 """Fields of :class:`RunConfig` that are no options: only the settling of defaults fills them in."""
 
 EVALUATED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated; 1 is the paper's."""
+"""Strengths of ``concat``, and of an IP-Adapter, that are evaluated, and tried for an aligner; 1 is the paper's."""
 
 DECIDED_BY_EVALUATION = frozenset(
     {
@@ -546,16 +546,20 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def default_strengths(recommended: float | None) -> dict[str, float]:
+def default_strengths(aligner: Mapping[str, Any] | None, model: Mapping[str, Any]) -> dict[str, float]:
     """The strength of each fusion where none is given.
 
+    The aligner's own ``default_strength`` is that of ``concat``, or else the model's.
+
     Args:
-        recommended: the model's own for ``concat``, ``default_strength`` in its model_index.json; None if it has none.
+        aligner: configuration of the model's aligner, ``aligner/config.json``; None without an aligner.
+        model: configuration of the model, ``model_index.json``.
 
     Raises:
         ModelError: the recommendation is no number, or out of its limits.
     """
-    if recommended is None:
+    recommended = (aligner or {}).get("default_strength")
+    if recommended is None and (recommended := model.get("default_strength")) is None:
         return dict(DEFAULT_STRENGTHS)
     if not _is_a(recommended, float) or not 0 <= recommended <= MAX_STRENGTH:
         raise ModelError(f"default_strength is {recommended!r}; it must be between 0 and {MAX_STRENGTH:g}")

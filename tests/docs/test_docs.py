@@ -40,7 +40,7 @@ SMALLER = {
     "preview": "--rows 2 --steps 2",
     "generate": '--limit 4 --steps 2 --address "$RAY_ADDRESS"',
     "model evaluate": "--pairs 2 --steps 2 --pno-samples 0",
-    "model train": "--limit 300 --epochs 1",
+    "model train": "--limit 300 --epochs 1 --transfer-pairs 2",
 }
 """What commands get in addition, so that a page takes seconds. Of an option that is given twice the last counts."""
 

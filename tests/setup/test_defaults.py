@@ -195,6 +195,26 @@ def test_strength_is_the_models_recommendation_else_the_papers(
             settle(model=recommending(model, tmp_path / f"wrong {wrong}", wrong))
 
 
+def test_the_aligners_own_strength_comes_before_the_models(
+    settle: Callable[..., Job], model: Path, tmp_path: Path
+) -> None:
+    """An aligner that was trained with --tune-strength brings its strength; one without it leaves it to the model."""
+    own = Path(recommending(model, tmp_path / "own", 0.1))
+    before = settle(model=str(own))
+    config = own / "aligner" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in content.items() if name != "default_strength"}))
+    assert settle(model=str(own)).config.to_dict() == before.config.to_dict(), "as saved by earlier versions"
+    config.write_text(json.dumps(content | {"default_strength": 0.03}))
+    job = settle(model=str(own))
+    assert [settle(fusion=fusion, model=str(own)).config.strength for fusion in ALIGNED_FUSIONS] == [0.3, 0.03, 0.3]
+    assert job.fields["strength"] == 0.03 and job.fields["default_strengths"]["concat"] == 0.03
+    assert settle(model=str(own), strength=0.1).config.strength == 0.1
+    config.write_text(json.dumps(content | {"default_strength": -1}))
+    with pytest.raises(ModelError, match=r"default_strength is -1; it must be between 0 and 1000"):
+        settle(model=str(own))
+
+
 def test_a_row_with_its_own_fusion_has_the_strength_of_that_fusion(
     settle: Callable[..., Job], model: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vcf_batch.training.alignment import MIN_TEMPERATURE, Alignment, Diverged, Trainer, recall, summed
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.vcf.aligner import ImageAligner, alignment_loss
+from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, reconstruction_loss
 
 PAIRS, VISION, TEXT = 8, 12, 6
 
@@ -42,12 +42,27 @@ def train(config: TrainingConfig, steps: int) -> tuple[Trainer, list[float]]:
 
 
 def test_the_loss_is_the_paper_s() -> None:
-    config = recipe(info_nce_weight=0.3, temperature=0.1)
+    """Without a tether, which is no part of the paper, and which counts by its weight."""
+    config = recipe(info_nce_weight=0.3, temperature=0.1, tether=0.0)
     alignment, (vision, text) = build(config), batch()
     losses = alignment(vision, text)
     expected = alignment_loss(alignment.aligner(vision), text, 0.3, 0.1)
     torch.testing.assert_close(losses.total, expected)
     torch.testing.assert_close(losses.total, 0.3 * losses.info_nce + losses.reconstruction)
+    tethered = build(config.replace(tether=2.0))(vision, text)
+    torch.testing.assert_close(tethered.total, expected + 2 * tethered.tether)
+    torch.testing.assert_close(tethered.tether, reconstruction_loss(text, alignment.aligner(vision)))
+
+
+def test_the_tether_holds_every_token_close_to_the_text() -> None:
+    """With it, the worst image token is nearer to its nearest text token than after a training by the paper's loss."""
+    farthest = []
+    for weight in (0.0, 1.0):
+        trainer, _ = train(recipe(tether=weight), 100)
+        vision, text = batch()
+        distances = torch.cdist(trainer.alignment.align(vision), text).amin(dim=2)
+        farthest.append(distances.amax().item())
+    assert farthest[1] < 0.8 * farthest[0]
 
 
 def distributed(rank: int, folder: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import runs
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output.run_file import AnotherVersion
-from vcf_batch.training.data_files import braces, file_name, find, is_tar
+from vcf_batch.training.data_files import braces, file_name, find, kind_of
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -102,14 +102,14 @@ def test_endings_in_capitals_and_hidden_files(tmp_path: Path) -> None:
         ("pipe:cat a.tar", "is a command, and none is run"),
         ("nowhere", "there is no such file or folder"),
         ("images", "holds no .tar or .parquet file but 2 .jpg, 1 .txt"),
+        ("some.txt", "is a file of another kind"),
         ("empty", "holds no .tar or .parquet file, and no other file"),
         ("a.tar.zst", "is a file of another kind"),
-        ("a.csv", "is a file of another kind"),
     ],
 )
 def test_what_is_not_supported_is_named_with_what_is(name: str, message: str, tmp_path: Path) -> None:
     """Neither a missing folder nor a kind of file that is not read is blamed on the data."""
-    files(tmp_path / "data", "images/0.jpg", "images/1.jpg", "images/0.txt", "a.tar.zst", "a.csv")
+    files(tmp_path / "data", "images/0.jpg", "images/1.jpg", "images/2.txt", "a.tar.zst", "some.txt")
     (tmp_path / "data" / "empty").mkdir()
     told = refusal(name if name.startswith("pipe:") else tmp_path / "data" / name)
     assert message in told and "training data are WebDataset tars" in told
@@ -167,7 +167,7 @@ def test_web_addresses_are_named_one_by_one_or_by_braces(tmp_path: Path) -> None
     url = f"http://127.0.0.1:{site.server_port}"
     try:
         assert [*find(f"{url}/{{0..1}}.tar?sig=a").sizes] == [f"{url}/0.tar?sig=a", f"{url}/1.tar?sig=a"]
-        assert file_name(f"{url}/0.tar?sig=a") == "0.tar" and is_tar(f"{url}/0.tar?sig=a")
+        assert file_name(f"{url}/0.tar?sig=a") == "0.tar" and kind_of(f"{url}/0.tar?sig=a") == "tar"
         assert "there is no such file or folder" in refusal(f"{url}/*.tar")
     finally:
         site.shutdown()

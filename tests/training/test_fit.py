@@ -1,5 +1,6 @@
 """A whole training without a cluster: planning, learning, the log, going on from a checkpoint."""
 
+import json
 import re
 import shutil
 import threading
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -212,6 +215,44 @@ def test_a_broken_validation_pair_ends_a_training_only_if_no_other_is_left(plan:
     assert read_log(str(tmp_path / "out")) == [first, last]
     with pytest.raises(UsageError, match=r"1 of the first 1 validation pairs cannot .*held.tar a: .*raise --valid"):
         fit(plan(**settings, validation_pairs=1), reports.place, None)
+
+
+def test_the_form_of_the_data_changes_nothing(plan: Plan, tmp_path: Path) -> None:
+    """The same pairs in a tar, in a folder with texts, as an imagefolder, as COCO's captions, as paths in Parquet."""
+    pairs = [(f"{number:02d}", runs.png(number), f"{'abcdefghijkl'[number % 12]} caption") for number in range(24)]
+    members: dict[str, bytes | str] = {}
+    for key, image, text in pairs:
+        members |= {f"{key}.png": image, f"{key}.txt": text}
+    write_tar(tmp_path / "tar" / "x.tar", members)
+    for form in ("texts", "imagefolder", "coco"):
+        (tmp_path / form).mkdir()
+        for key, image, text in pairs:
+            (tmp_path / form / f"{key}.png").write_bytes(image)
+            if form == "texts":
+                (tmp_path / form / f"{key}.txt").write_text(text)
+    records = [{"file_name": f"{key}.png", "text": text} for key, _, text in pairs]
+    (tmp_path / "imagefolder" / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    coco = {
+        "images": [{"id": number, "file_name": f"{key}.png"} for number, (key, *_) in enumerate(pairs)],
+        "annotations": [{"image_id": number, "caption": text} for number, (*_, text) in enumerate(pairs)],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    images = pa.array([{"bytes": None, "path": f"coco/{key}.png"} for key, *_ in pairs])
+    pq.write_table(pa.table({"image": images, "TEXT": [text for *_, text in pairs]}), tmp_path / "x.parquet")
+    found = []
+    for data, folder in (
+        ("tar", None),
+        ("texts", None),
+        ("imagefolder", None),
+        ("coco.json", "coco"),
+        ("x.parquet", None),
+    ):
+        reports = Reports(tmp_path / "checkpoint")
+        settings = {"image_folder": str(tmp_path / folder) if folder else None, "out": str(tmp_path / f"out {data}")}
+        fit(plan(data=str(tmp_path / data), epochs=1, **settings), reports.place, None)
+        found.append([row["validation_loss"] for row in reports.rows])
+        assert not reports.rows[-1]["broken_pairs"]
+    assert found == [found[0]] * 5
 
 
 def test_the_threads_of_the_data_end_with_the_training(plan: Plan, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training through Ray Train: from the command line to a model that generates, and whatever dies on the way."""
 
+import csv
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -19,11 +21,15 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+import torch
 
 from vcf_batch import storage
 from vcf_batch.cli import main
+from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.models import resolution
-from vcf_batch.training.training_job import read_log
+from vcf_batch.training.fit import Place, fit
+from vcf_batch.training.training_config import TrainingConfig
+from vcf_batch.training.training_job import TrainingJob, read_log
 from vcf_batch.vcf.aligner import ImageAligner
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +71,8 @@ def command(name: str, **options: object) -> list[str]:
 
 def training(model: object, data: object, out: object, **options: object) -> list[str]:
     settings = {"model": model, "data": data, "out": out, "batch_size": 16, "epochs": 3, "learning_rate": 0.01}
-    return command("model train", **{**settings, "validation_pairs": 8, "num_workers": 2, **options})
+    settings |= {"validation_pairs": 8, "num_workers": 2, "transfer_pairs": 0}
+    return command("model train", **{**settings, **options})
 
 
 def call(arguments: list[str]) -> Result:
@@ -103,6 +110,58 @@ def test_a_user_trains_assembles_and_generates(cluster: None, model: Path, data:
     generated = call([*options, str(manifest), str(tmp_path / "images")])
     assert generated.exit_code == 0, generated.output
     assert [row["status"] for row in runs.rows_of(tmp_path / "images")] == ["success"] * 3
+
+
+@pytest.mark.slow
+def test_the_aligner_with_the_best_pictures_brings_its_strength(
+    cluster: None, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Chosen by the pictures of two workers; the aligner has the best strength, and a run of its model takes it."""
+    out = tmp_path / "aligner"
+    result = call([*training(model, data, out, transfer_pairs=3, select_by="transfer", epochs=2), "--tune-strength"])
+    assert result.exit_code == 0, result.output
+    log = read_log(str(out))
+    best = max(log[1:], key=lambda row: row["transfer"])
+    assert f"best at step {best['step']:.0f}: " in result.output
+    assert f"pictures at strength {best['strength']:g}: prompt kept {best['prompt_kept']:.0%}, " in result.output
+    strength = ImageAligner.from_pretrained(out).config.default_strength
+    assert strength == best["strength"] and strength in EVALUATED_STRENGTHS
+    assert len(list((out / "transfer").iterdir())) == len(list((out / "tensorboard").iterdir())) == 3
+
+    assembled = call(command("model assemble", base=model, aligner=out, out=tmp_path / "assembled"))
+    assert assembled.exit_code == 0, assembled.output
+    manifest = runs.write_manifest(tmp_path / "in", 2)
+    options = command("generate", model=tmp_path / "assembled", height=32, width=32, steps=2, num_workers=1)
+    generated = call([*options, str(manifest), str(tmp_path / "images")])
+    assert generated.exit_code == 0, generated.output
+    assert {row["strength"] for row in runs.rows_of(tmp_path / "images")} == {strength}
+    other = call(training(model, data, out, transfer_pairs=3, epochs=2))
+    assert other.exit_code == 4 and "select_by: " in other.output and "tune_strength: " in other.output
+
+    # One worker measures what two do: the aligner's first weights are the same.
+    settings: dict[str, Any] = {
+        "batch_size": 16,
+        "validation_pairs": 8,
+        "transfer_pairs": 3,
+        "tune_strength": True,
+        "dtype": "float32",
+    }
+    job = TrainingJob.plan(TrainingConfig(model=str(model), data=str(data), out=str(tmp_path / "alone"), **settings))
+    place = Place(_stop, lambda done, broken: None, print, lambda module: module, torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        fit(job, place, None)
+    for one, two in zip(table(tmp_path / "alone" / "transfer.csv")[:5], table(out / "transfer.csv"), strict=False):
+        expected = {name: float(value) for name, value in two.items()}
+        assert {name: float(value) for name, value in one.items()} == pytest.approx(expected, abs=1e-4)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_a_batch_is_shared_evenly(cluster: None, model: Path, data: Path, tmp_path: Path) -> None:

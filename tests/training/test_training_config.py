@@ -16,10 +16,12 @@ def config(**changes: Any) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e-40, 1e30])
-@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "gradient_norm", "info_nce_weight", "temperature"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "weight_decay", "gradient_norm", "info_nce_weight", "tether", "temperature"]
+)
 def test_numbers_that_no_training_survives_are_refused(name: str, value: float) -> None:
     """Not a number, infinite, negative, or beyond what float32 can do: told with the limits."""
-    if value == 1e-40 and name in ("weight_decay", "info_nce_weight"):
+    if value == 1e-40 and name in ("weight_decay", "info_nce_weight", "tether"):
         return  # These may be 0.
     with pytest.raises(UsageError, match=rf"--{name.replace('_', '-')} is .*; it must be a number from \S+ to \S+"):
         config(**{name: value})

@@ -108,6 +108,16 @@ def test_save_and_load_keeps_weights_and_preprocessing(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], value)
 
 
+def test_tokens_of_one_norm(tmp_path: Path) -> None:
+    """With a token norm every aligned token has it, in its own direction, after saving and loading too."""
+    aligner, tokens = ImageAligner(24, 16, token_norm=3.0, default_strength=0.1), torch.randn(2, 5, 24)
+    aligner.save_pretrained(tmp_path)
+    loaded = ImageAligner.from_pretrained(tmp_path)
+    assert loaded.config.default_strength == 0.1
+    plain = loaded.proj(tokens)
+    torch.testing.assert_close(loaded(tokens), 3 * plain / plain.norm(dim=-1, keepdim=True))
+
+
 def test_preprocessing_squashes_without_cropping() -> None:
     """The left and right edge of a wide image are both still there."""
     pixels = np.zeros((20, 100, 3), dtype=np.uint8)

@@ -497,6 +497,8 @@ def test_default_strength_is_for_concat(images: list[Image.Image]) -> None:
     assert pipeline.resolve_strength("concat", 0.0) == 0.0
     given = pipeline.generate(["a cat"], [images[0]], seeds=[1], strength=0.1)
     assert torch.equal(pipeline.generate(["a cat"], [images[0]], seeds=[1]), given)
+    pipeline.aligner.register_to_config(default_strength=0.2)
+    assert [pipeline.resolve_strength(fusion, None) for fusion in ALIGNED_FUSIONS] == [0.3, 0.2, 0.3]
 
 
 # The face of a diffusers pipeline

@@ -13,7 +13,7 @@ from vcf_batch.cli.command import Command, debug_option, json_option, run, run_c
 from vcf_batch.cli.run import generate
 from vcf_batch.commands import known_models
 from vcf_batch.errors import printable, redact
-from vcf_batch.training.training_config import TrainingConfig
+from vcf_batch.training.training_config import SELECTIONS, TrainingConfig
 
 _DECIDED = {*settings.DECIDED_BY_EVALUATION, "push"}
 
@@ -85,16 +85,32 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
     "--data",
     required=True,
     metavar="URL",
-    help="Captioned images, as WebDataset tars or Parquet files: one file, all files below a folder, the committed "
-    "tars of an output, or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
+    help="Captioned images: WebDataset tars, Parquet files, tables of paths and captions (.jsonl, .csv, .json as COCO "
+    "has it); a folder of these, of images with metadata, or of images with a text beside each; the committed tars of "
+    "an output; or several files by braces or a pattern in quotes, such as 's3://bucket/{00000..00031}.tar' or "
     "'s3://bucket/train-*.tar'.",
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for the aligner, its checkpoints and its log.")
 @_recipe("revision", str, "Branch, tag or commit of a Hub model.")
 @_recipe("image-encoder", str, "The CLIP that the aligner reads.  [default: the preset's, else the model's own]")
 @_recipe("image-encoder-revision", str, "Branch, tag or commit of an image encoder on the Hub.")
-@_recipe("image-column", str, "Parquet column of images.  [default: the first struct<bytes, path> or binary one]")
-@_recipe("caption-column", str, "Parquet column of captions.  [default: caption, captions, text, sentences, ...]")
+@_recipe(
+    "image-folder",
+    str,
+    "Folder or URL that paths of images start at.  [default: the folder of the file that names them]",
+    metavar="DIR",
+)
+@_recipe(
+    "image-column",
+    str,
+    "Column of images or of their paths.  [default: the first struct<bytes, path> or binary one, else file_name, "
+    "image, path, ...]",
+)
+@_recipe(
+    "caption-column",
+    str,
+    "Column, or field of JSON beside an image, with the captions.  [default: caption, captions, text, sentences, ...]",
+)
 @_recipe("limit", _COUNT, "Use only the first PAIRS pairs.", metavar="PAIRS")
 @_recipe("validation-data", str, "Captioned images to validate on.  [default: the last pairs of --data]", metavar="URL")
 @_recipe("validation-pairs", _COUNT, "Number of pairs to validate on.  [default: 5 % of the pairs, at most 1,000]")
@@ -105,12 +121,44 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 @_recipe("weight-decay", click.FloatRange(min=0), "Weight decay of AdamW.")
 @_recipe("gradient-norm", _POSITIVE, "Largest norm of the gradient. A longer one is shortened to it.")
 @_recipe("info-nce-weight", click.FloatRange(min=0), "Weight of the contrastive loss, lambda.")
+@_recipe(
+    "tether",
+    click.FloatRange(min=0),
+    "Weight of the tether, which holds each image token close to the text tokens. 0 is the paper's loss.",
+)
 @_recipe("temperature", _POSITIVE, "Temperature of the contrastive loss; with --learn-temperature, at the start.")
 @_recipe("learn-temperature", None, "Train the temperature too.", is_flag=True)
+@_recipe("match-norms", None, "Scale every image token to the mean norm of the text tokens.", is_flag=True)
 @_recipe(
     "validate-every",
     _COUNT,
     "Steps between validations, each of which writes a checkpoint.  [default: the steps of an epoch]",
+)
+@_recipe(
+    "transfer-pairs",
+    click.IntRange(min=0),
+    "Pairs of prompt and reference that each validation generates, to log what pictures keep of the prompt and take "
+    "from the reference. 0 generates none.  [default: 16 if there is a judge, else 0]",
+    metavar="N",
+)
+@_recipe(
+    "prompts",
+    str,
+    "Prompts of these pairs: a text with one a line, or a table with a column 'prompt'.  [default: captions of other "
+    "validation images]",
+    metavar="FILE",
+)
+@_recipe("judge", str, "The CLIP that compares these pictures.  [default: the model's own]", metavar="ID")
+@_recipe(
+    "tune-strength",
+    None,
+    "Generate the pairs at several strengths, and store the best one in the aligner as its default.",
+    is_flag=True,
+)
+@_recipe(
+    "select-by",
+    click.Choice(SELECTIONS),
+    "Keep the aligner of the validation with the lowest loss, or with the best pictures.",
 )
 @_recipe("shuffle-buffer", _COUNT, "Number of pairs that each worker shuffles at a time.")
 @_recipe("seed", click.IntRange(min=0), "Seed of the first weights, of the order, and of the captions that are drawn.")
@@ -141,8 +189,9 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 def train(as_json: bool, **options: Any) -> None:
     """Train an aligner on captioned images, with Ray Train.
 
-    The default recipe is the paper's. The folder of --out becomes an ImageAligner directory, with log.csv, run.json and
-    checkpoints/ in it; 'vcf-batch model assemble' makes a model of it. Rerunning the same command resumes.
+    The default recipe is the paper's with a tether. The folder of --out becomes an ImageAligner directory. In it are
+    log.csv, run.json, checkpoints/, and transfer/ with pictures of each validation. 'vcf-batch model assemble' makes a
+    model of it. Rerunning the same command resumes.
     """
     from vcf_batch.training import ray_training  # torch and ray are not needed to print a help text
 

@@ -253,7 +253,7 @@ def write_manifest(
             "one with --lpips alex --lpips-weights URL"
         )
     index = resolution.read_config(resolved.pipeline, "model_index.json") or {}
-    own = default_strengths(index.get("default_strength"))
+    own = default_strengths(resolution.read_config(resolved.pipeline, "aligner/config.json"), index)
     has_aligner = all(any(index.get(part) or ()) for part in REFERENCE_PARTS)
     if resolved.ip_adapter is not None and resolved.image_encoder is not None:
         unet = resolution.read_config(resolved.pipeline, "unet/config.json") or {}

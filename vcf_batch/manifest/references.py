@@ -181,6 +181,42 @@ class ReferenceReader:
         return data
 
 
+def read_under(folder: str, path: str) -> bytes:
+    """The bytes of an image file that a data set names by its path.
+
+    Args:
+        folder: folder or URL that relative paths start at, and that holds the file whatever links and ``..`` lead to.
+        path: a relative or absolute path, or a URL.
+
+    Raises:
+        RowError: the file lies elsewhere, is missing, no file or too large, or has a web address.
+        StorageError: the storage failed, or the folder is missing on this machine.
+    """
+    shown, option = _shown(path), "name the folder that holds all of them with --image-folder"
+    try:
+        root = _place(storage.absolute(folder))
+        place = _place(storage.join(root.url, path) if is_relative(path) else path)
+    except ValueError as error:
+        raise RowError(f"its image {shown} is not a usable path or URL: {error}") from error
+    if place.scheme in web_reading.WEB_PORTS:
+        raise RowError(f"its image {shown} is at a web address: download the images first, as img2dataset does")
+    if not root.holds(place):
+        raise RowError(f"its image {shown} lies outside {_shown(folder)}; {option}")
+    try:
+        data = storage.read_bytes(place.url, MAX_REFERENCE_BYTES + 1, None if place.scheme else root.url)
+    except FileNotFoundError as error:
+        if not root.scheme and not os.path.isdir(root.url):
+            raise StorageError(f"{root.url}, which holds the images, is not there on this machine") from error
+        raise RowError(f"its image {shown} is not in {_shown(folder)}; {option}") from error
+    except storage.NotAFileError as error:
+        raise RowError(f"its image {shown} is a folder, pipe or device, not a file") from error
+    except PermissionError as error:
+        raise StorageError(f"its image {shown} may not be read on this machine; check its permissions") from error
+    if len(data) > MAX_REFERENCE_BYTES:
+        raise RowError(f"its image {shown} has more than {MAX_REFERENCE_BYTES:,} bytes; shrink it")
+    return data
+
+
 def _root(url: str) -> _Place:
     """The place of a root that the user named.
 

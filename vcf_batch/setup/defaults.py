@@ -64,7 +64,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     is_aligned = fusions_of(config, manifest) != {IP_ADAPTER}
     with load_errors(f"the configuration of {model}"):
         if config.strength is None:
-            strengths = default_strengths(index.get("default_strength"))
+            strengths = default_strengths(aligner, index)
             config = config.replace(strength=strengths[config.fusion], default_strengths=strengths)
         native = unet["sample_size"]
         native_height, native_width = (native, native) if isinstance(native, int) else native

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.vcf.aligner import ImageAligner, info_nce_loss, reconstruction_loss
+from vcf_batch.vcf.aligner import ImageAligner, info_nce_loss, reconstruction_loss, tether_loss
 
 MIN_TEMPERATURE = 0.01
 """Lower limit of a learned temperature, as in CLIP."""
@@ -32,6 +32,8 @@ class Losses(NamedTuple):
     """Contrastive loss over the pairs of all workers."""
     reconstruction: Tensor
     """Reconstruction loss over this worker's pairs."""
+    tether: Tensor
+    """Reconstruction loss with the roles exchanged, over this worker's pairs."""
 
 
 class Alignment(nn.Module):
@@ -39,13 +41,13 @@ class Alignment(nn.Module):
 
     Args:
         aligner: the aligner, in float32.
-        config: gives ``info_nce_weight``, ``temperature`` and ``learn_temperature``.
+        config: gives ``info_nce_weight``, ``tether``, ``temperature`` and ``learn_temperature``.
         dtype: bfloat16 makes the aligner compute in bfloat16; any other type means float32. Losses are always float32.
     """
 
     def __init__(self, aligner: ImageAligner, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.aligner, self.weight, self.dtype = aligner, config.info_nce_weight, dtype
+        self.aligner, self.weight, self.tether, self.dtype = aligner, config.info_nce_weight, config.tether, dtype
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(config.temperature)), requires_grad=config.learn_temperature
         )
@@ -68,14 +70,15 @@ class Alignment(nn.Module):
             text_tokens: text tokens of the same pairs, ``[B, T, Dt]``.
 
         Returns:
-            The losses. Data-parallel training averages their gradients over the workers; the average is the gradient of
-            :func:`vcf_batch.vcf.aligner.alignment_loss` over all workers' pairs.
+            The losses. Data-parallel training averages their gradients over the workers; without a tether, the average
+            is the gradient of :func:`vcf_batch.vcf.aligner.alignment_loss` over all workers' pairs.
         """
         image_tokens, text_tokens = self.align(vision_tokens), text_tokens.float()
         image, text = (gathered(tokens.mean(dim=1, keepdim=True)) for tokens in (image_tokens, text_tokens))
         contrastive = info_nce_loss(image, text, self.temperature)
-        reconstruction = reconstruction_loss(image_tokens, text_tokens)
-        return Losses(self.weight * contrastive + reconstruction, contrastive, reconstruction)
+        reconstruction, tether = (loss(image_tokens, text_tokens) for loss in (reconstruction_loss, tether_loss))
+        total = self.weight * contrastive + reconstruction + self.tether * tether
+        return Losses(total, contrastive, reconstruction, tether)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -169,29 +172,31 @@ class Trainer:
 
         Returns:
             ``validation_pairs``, ``validation_loss``, ``validation_info_nce``, ``validation_reconstruction``,
-            ``recall_at_1``, ``recall_at_5`` (image to caption, 0 to 1) and ``temperature``.
+            ``validation_tether``, ``recall_at_1``, ``recall_at_5`` (image to caption, 0 to 1) and ``temperature``.
         """
-        pooled, error = [torch.empty(0, 2, self.alignment.aligner.config.text_dim)], 0.0
+        pooled, errors = [torch.empty(0, 2, self.alignment.aligner.config.text_dim)], [0.0, 0.0]
         for vision_tokens, text_tokens in batches:
             image_tokens, text_tokens = self.alignment.align(vision_tokens), text_tokens.float()
-            error += reconstruction_loss(image_tokens, text_tokens).item() * len(text_tokens)
+            for number, loss in enumerate((reconstruction_loss, tether_loss)):
+                errors[number] += loss(image_tokens, text_tokens).item() * len(text_tokens)
             pooled.append(torch.stack([image_tokens.mean(dim=1), text_tokens.mean(dim=1)], dim=1).cpu())
-        parts: list[Any] = [(torch.cat(pooled), error)]
+        parts: list[Any] = [(torch.cat(pooled), errors)]
         if world_size() > 1:
             parts = [None] * world_size()
-            dist.all_gather_object(parts, (torch.cat(pooled), error))
+            dist.all_gather_object(parts, (torch.cat(pooled), errors))
         image, text = torch.cat([tokens for tokens, _ in parts]).unbind(dim=1)
         temperature, size = self.alignment.temperature.item(), self.config.batch_size
         contrastive = sum(
             info_nce_loss(some_images[:, None], their_texts[:, None], temperature).item() * len(some_images)
             for some_images, their_texts in zip(image.split(size), text.split(size), strict=True)
         ) / len(image)
-        reconstruction = sum(error for _, error in parts) / len(image)
+        reconstruction, tether = (sum(own[number] for _, own in parts) / len(image) for number in (0, 1))
         return {
             "validation_pairs": len(image),
-            "validation_loss": self.config.info_nce_weight * contrastive + reconstruction,
+            "validation_loss": self.config.info_nce_weight * contrastive + reconstruction + self.config.tether * tether,
             "validation_info_nce": contrastive,
             "validation_reconstruction": reconstruction,
+            "validation_tether": tether,
             "recall_at_1": recall(image, text, 1),
             "recall_at_5": recall(image, text, 5),
             "temperature": temperature,

@@ -1,9 +1,10 @@
-"""Captioned images for training: WebDataset tars or Parquet files at any URL, streamed, never held as a whole.
+"""Captioned images for training: tars, Parquet files, tables or folders at any URL, streamed, never held as a whole.
 
 A data set is a sequence of *pairs* in the order of its files; a pair is an image and its captions. Tars are read by
 :mod:`vcf_batch.training.tar_samples`: they have the layout of img2dataset and of this project's own outputs. In a
-Parquet file, a pair is a row with an image (``struct<bytes, path>`` or binary) and captions (a string or a list of
-strings). COCO and Flickr have this layout on the Hugging Face Hub.
+Parquet file, a pair is a row with an image (``struct<bytes, path>``, binary, or the path of a file) and captions (a
+string or a list of strings). COCO and Flickr have this layout on the Hugging Face Hub. Tables of paths, and folders of
+images and texts, are read by :mod:`vcf_batch.training.loose_images`.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,9 +27,10 @@ from vcf_batch import storage
 from vcf_batch.driver.progress import plural
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.manifest.carried import is_binary, is_list, is_text
-from vcf_batch.training import data_files, tar_samples
+from vcf_batch.training import data_files, loose_images, tar_samples
 from vcf_batch.training.data_files import LAYOUTS
-from vcf_batch.training.tar_samples import CAPTION_COLUMNS, CaptionedImage, TarContents
+from vcf_batch.training.loose_images import PATH_COLUMNS, Columns
+from vcf_batch.training.tar_samples import CAPTION_COLUMNS, CaptionedImage, TarContents, named
 
 _NUMBERED = re.compile(r"caption_?\d+")
 _THREADS = 8
@@ -72,8 +75,7 @@ class CaptionedData:
     identity: str
     """Hex SHA-256 over the files' names, sizes, numbers of pairs, and contents: the storage's checksum or ETag of each,
     or else the file's own SHA-256."""
-    image_column: str | None = None
-    caption_column: str | None = None
+    columns: Columns = field(default_factory=Columns)
     remarks: tuple[str, ...] = ()
     """What is left out of the data set, or is not what it seems; a line each."""
 
@@ -81,15 +83,26 @@ class CaptionedData:
         return sum(map(len, self.files))
 
     @classmethod
-    def open(cls, url: str, image_column: str | None = None, caption_column: str | None = None) -> "CaptionedData":
+    def open(
+        cls,
+        url: str,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        image_folder: str | None = None,
+    ) -> "CaptionedData":
         """Find a data set's files, count their pairs, and check that each tar is whole.
 
         Of a tar, only headers are looked at; a file whose storage keeps no checksum is also read once for its SHA-256.
+        Images that are files of their own are not read.
 
         Args:
-            url: a tar, a Parquet file, a folder of them at any depth, or several of them by braces or a pattern, such
-                as ``s3://bucket/data/train-*.parquet``.
-            image_column, caption_column: columns of Parquet files; None finds them by type and name.
+            url: a tar, a Parquet file, a table, a folder of them at any depth or of images and texts, or several of
+                them by braces or a pattern, such as ``s3://bucket/data/train-*.parquet``.
+            image_column: column of Parquet files and tables with the images or their paths; None finds it by type and
+                name.
+            caption_column: column of Parquet files and tables, or field of JSON beside an image, with the captions;
+                None finds it by name.
+            image_folder: folder or URL that paths of images start at; None is the folder of the file that names them.
 
         Raises:
             UsageError: there are no such files, or files are damaged or lack images or captions.
@@ -98,7 +111,8 @@ class CaptionedData:
         """
         with _reading(url):
             found = data_files.find(url)
-        empty = cls(url, (), "", image_column, caption_column)
+        columns = Columns(image_column, caption_column, image_folder and storage.absolute(image_folder))
+        empty = cls(url, (), "", columns)
         with ThreadPoolExecutor(_THREADS) as threads:
             looked = list(threads.map(empty._look, found.sizes))
         broken = [error for error, _, _ in looked if error]
@@ -116,7 +130,7 @@ class CaptionedData:
         ]
         identity = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         files = tuple(Piece(file, 0, count) for file, count in zip(found.sizes, counts, strict=True))
-        return cls(url, files, identity, image_column, caption_column, remarks)
+        return cls(url, files, identity, columns, remarks)
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[CaptionedImage]:
         """Yield the pairs of some pieces, one after the other.
@@ -128,11 +142,7 @@ class CaptionedData:
         for piece in pieces:
             number = 0
             with _reading(piece.url):
-                if data_files.is_tar(piece.url):
-                    pairs = tar_samples.read(piece.url, piece.start, piece.stop)
-                else:
-                    pairs = self._read_parquet(piece)
-                for pair in pairs:
+                for pair in self._read(piece):
                     number += 1
                     yield pair
             if number != len(piece):
@@ -141,11 +151,33 @@ class CaptionedData:
                     "began: it has changed. Rerun the command to train on what it holds now, with another --out"
                 )
 
+    def _read(self, piece: Piece) -> Iterator[CaptionedImage]:
+        match data_files.kind_of(piece.url):
+            case "tar":
+                return tar_samples.read(piece.url, piece.start, piece.stop, self.columns.caption)
+            case "parquet":
+                return self._read_parquet(piece)
+            case "table":
+                return islice(loose_images.read_table(piece.url, self.columns), piece.start, piece.stop)
+            case _:
+                return loose_images.read_folder(piece.url, piece.start, piece.stop, self.columns.caption)
+
     def _look(self, url: str) -> tuple[str, TarContents, str]:
         """What is wrong with a file, if anything is; what it holds; and a checksum of its content."""
         try:
             with _reading(url):
-                contents = tar_samples.count(url) if data_files.is_tar(url) else TarContents(self._rows(url))
+                match data_files.kind_of(url):
+                    case "tar":
+                        contents = tar_samples.count(url)
+                    case "parquet":
+                        contents = TarContents(self._rows(url))
+                    case "table":
+                        contents = TarContents(loose_images.count_table(url, self.columns))
+                    case _:
+                        # The texts and images themselves are not read: names and sizes stand for them.
+                        listed = loose_images.visible_files(url)
+                        identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+                        return "", loose_images.count_pairs([*listed]), identity
                 return "", contents, storage.remote_checksum(url) or storage.digest(url).sha256
         except UsageError as error:
             return str(error), TarContents(), ""
@@ -170,19 +202,23 @@ class CaptionedData:
                         for row in range(batch.num_rows):
                             if piece.start <= number < piece.stop:
                                 name = tar_samples.place(piece.url, f"row {number}")
-                                yield _row(batch, row, name, image, captions)
+                                yield _row(batch, row, name, image, captions, self._folder(piece.url))
                             number += 1
                 first = stop
 
+    def _folder(self, url: str) -> str:
+        return self.columns.folder or storage.parent(url)
+
     def _columns(self, url: str, schema: pa.Schema) -> tuple[str, list[str]]:
         """The column of images, and the column or columns of captions."""
-        typed = [field.name for field in schema if _holds_images(field.type)]
-        named = [name for name in CAPTION_COLUMNS if name in schema.names][:1]
-        numbered = [name for name in schema.names if _NUMBERED.fullmatch(name)]
-        images = [self.image_column] if self.image_column else typed[:1]
-        captions = [self.caption_column] if self.caption_column else named or numbered
+        typed = [each.name for each in schema if _holds_images(each.type)]
+        paths = [name for name in named(schema.names, PATH_COLUMNS) if _names_images(schema.field(name).type)]
+        known = named(schema.names, CAPTION_COLUMNS)[:1]
+        numbered = [name for name in schema.names if _NUMBERED.fullmatch(name.lower())]
+        images = [self.columns.image] if self.columns.image else (typed or paths)[:1]
+        captions = [self.columns.caption] if self.columns.caption else known or numbered
         for what, option, found, fits, needed in (
-            ("images", "image", images, _holds_images, "struct<bytes, path> or binary"),
+            ("images", "image", images, _names_images, "struct<bytes, path>, binary, or a string with a path"),
             ("captions", "caption", captions, _holds_texts, "a string, a struct with one, or a list of these"),
         ):
             if not found or found[0] not in schema.names:
@@ -234,24 +270,32 @@ def _reading(url: str) -> Iterator[None]:
         ) from error
 
 
-def _row(batch: pa.RecordBatch, row: int, name: str, image: str, captions: list[str]) -> CaptionedImage:
+def _row(batch: pa.RecordBatch, row: int, name: str, image: str, captions: list[str], folder: str) -> CaptionedImage:
     try:
         value = batch.column(image)[row].as_py()
         texts = [batch.column(column)[row].as_py() for column in captions]
     except ValueError as error:  # a text that is no UTF-8
         return CaptionedImage(name, b"", (), f"its row cannot be read: {error}")
-    data = value.get("bytes") if isinstance(value, dict) else value
-    problem = ""
-    if not data:
-        path = value.get("path") if isinstance(value, dict) else None
-        problem = f"its image is not in the file, which names {path!r}" if path else "it has no image"
+    fields = value if isinstance(value, dict) else {"path" if isinstance(value, str) else "bytes": value}
+    data, path = fields.get("bytes") or b"", fields.get("path") or ""
     found, why = tar_samples.usable(texts)
-    return CaptionedImage(name, data or b"", found, problem or ("" if found else f"it has no caption: {why}"))
+    problem = "" if data or path else "it has no image"
+    problem = problem or ("" if found else f"it has no caption: {why}")
+    return CaptionedImage(name, data, found, problem, "" if data else path, folder)
+
+
+def _names_images(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        return _names_images(kind.value_type)
+    return _holds_images(kind) or is_text(kind)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pt.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+        fields = {each.name: each.type for each in kind}
+        # Where no row has bytes, the writer may not know their type.
+        has_paths = "path" in fields and is_text(fields["path"]) and pt.is_null(fields.get("bytes", pa.string()))
+        return has_paths or ("bytes" in fields and _holds_images(fields["bytes"]))
     # Bytes of one length are hashes or UUIDs.
     return is_binary(kind) and not pt.is_fixed_size_binary(kind)
 
@@ -260,5 +304,5 @@ def _holds_texts(kind: pa.DataType) -> bool:
     if pt.is_dictionary(kind) or is_list(kind):
         return _holds_texts(kind.value_type)
     if pt.is_struct(kind):
-        return any(field.name in tar_samples.TEXT_FIELDS and _holds_texts(field.type) for field in kind)
+        return any(each.name in tar_samples.TEXT_FIELDS and _holds_texts(each.type) for each in kind)
     return is_text(kind)

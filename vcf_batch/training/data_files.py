@@ -14,14 +14,20 @@ from vcf_batch.output import receipts, run_file
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
 from vcf_batch.output.run_file import AnotherVersion
+from vcf_batch.training import loose_images
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 """Endings of the names of tars, in small letters. How a tar is compressed is seen by its first bytes."""
 PARQUETS = (".parquet",)
+PATH_TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json")
+"""Endings of the names of tables whose images are files of their own."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Names of the table of an ``imagefolder``."""
 LAYOUTS = (
     "training data are WebDataset tars (KEY.jpg|jpeg|png|webp with KEY.txt or KEY.json; .tar, .tar.gz, .tar.bz2 or "
-    ".tar.xz) or Parquet files (a column of images and one of captions), named by a file, a folder, braces such as "
-    "{00000..00031}.tar, or a pattern of *, ? and [0-9]"
+    ".tar.xz), Parquet files (a column of images or of their paths, and one of captions), tables of paths and captions "
+    "(.jsonl, .csv, .tsv, or .json as COCO has it), folders of such images and texts, or of images with metadata.jsonl "
+    "or metadata.csv, named by a file, a folder, braces such as {00000..00031}.tar, or a pattern of *, ? and [0-9]"
 )
 MOST_FILES = 1_000_000
 """Largest number of names that braces may stand for."""
@@ -40,13 +46,16 @@ class Found:
     """The files of a data set, in order, and what has to be told about them."""
 
     sizes: dict[str, int] = field(default_factory=dict)
-    """URL and size in bytes of each file."""
+    """URL and size in bytes of each file; of a folder of images and texts, its URL with a slash at the end."""
     remarks: list[str] = field(default_factory=list)
 
 
-def is_tar(url: str) -> bool:
-    """Whether a file is a tar, by its name."""
-    return _path(url).endswith(TARS)
+def kind_of(url: str) -> str:
+    """The kind of a file by its name: ``tar``, ``parquet``, ``table``, or a ``folder`` of images and texts."""
+    path = _path(url)
+    if path.endswith("/"):
+        return "folder"
+    return "tar" if path.endswith(TARS) else "parquet" if path.endswith(PARQUETS) else "table"
 
 
 def file_name(url: str) -> str:
@@ -57,8 +66,9 @@ def file_name(url: str) -> str:
 def find(url: str) -> Found:
     """The files that ``url`` stands for, in the order of braces, and of names where a folder or a pattern is listed.
 
-    In a folder with tars and Parquet files, only the tars are read: img2dataset writes Parquet files as their index. Of
-    an output of this project, only the tars that are committed are read.
+    Of a folder, one kind is read: tars, or else Parquet files, since img2dataset writes these as the index of its tars;
+    or else the tables of an ``imagefolder``, or else images with a text beside each. Of an output of this project, only
+    the tars that are committed are read.
 
     Raises:
         UsageError: there are no such files, or they are of a kind that is not read.
@@ -79,9 +89,9 @@ def find(url: str) -> Found:
         for each in threads.map(_find_one, dict.fromkeys(names)):
             found.sizes |= each.sizes
             found.remarks += each.remarks
-    kinds = {is_tar(file) for file in found.sizes}
+    kinds = sorted({kind_of(file) for file in found.sizes})
     if len(kinds) > 1:
-        raise UsageError(f"{url} stands for tars and for Parquet files; train on one kind at a time")
+        raise UsageError(f"{url} stands for data of several kinds ({', '.join(kinds)}); train on one kind at a time")
     return found
 
 
@@ -122,7 +132,7 @@ def _find_one(url: str) -> Found:
         if url.startswith(_WEB) or not _MAGIC.search(url):
             raise UsageError(f"{url}: there is no such file or folder; {LAYOUTS}") from None
         return _matching(url)
-    if not _path(url).endswith(TARS + PARQUETS):
+    if not _path(url).endswith(TARS + PARQUETS + PATH_TABLES):
         raise UsageError(f"{url} is a file of another kind; {LAYOUTS}")
     return Found({url: size})
 
@@ -229,15 +239,19 @@ def _committed(url: str) -> tuple[set[str], list[str]]:
 
 
 def _chosen(folder: str, listed: dict[str, int], remarks: list[str], named: str = "") -> Found:
-    """The tars among the listed files, or else the Parquet files."""
+    """The tars among the listed files, or else those of the next kind of which there are any."""
     endings = Counter(_ending(name) for name in listed)
-    for kind in (TARS, PARQUETS):
+    for kind in (TARS, PARQUETS, METADATA, PATH_TABLES if named else ()):
         names = sorted(name for name in listed if name.lower().endswith(kind))
+        if kind is METADATA:
+            names = [name for name in names if storage.name(name).lower() in METADATA]
         if names:
             unread = sorted(name for name in listed if name.lower().endswith(_UNREAD))
             if unread:
                 remarks = [*remarks, f"{named or folder}: {len(unread):,} files are not read, the first is {unread[0]}"]
             return Found({storage.join(folder, name): listed[name] for name in names}, remarks)
+    if not named and loose_images.holds_pairs([*listed]):
+        return Found({folder.rstrip("/") + "/": sum(listed.values())}, remarks)
     there = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
     found = f" but {there}" if there else ", and no other file"
     told = "".join(f" ({remark})" for remark in remarks)

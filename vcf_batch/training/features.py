@@ -17,7 +17,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vcf_batch import images, storage
-from vcf_batch.errors import RowError
 from vcf_batch.training.tar_samples import CaptionedImage
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -59,11 +58,10 @@ class Towers:
             RowError: the image is broken, there is no caption, or the pair has another problem.
             StorageError: the cache's storage failed.
         """
-        if pair.problem or not pair.captions:
-            raise RowError(pair.problem or "there is no caption")
-        caption, image_id = rng.choice(pair.captions), hashlib.sha256(pair.image).hexdigest()
+        data = pair.read()
+        caption, image_id = rng.choice(pair.captions), hashlib.sha256(data).hexdigest()
         tokens = self._cached(self.vision_id, image_id)
-        image = self.pipeline.squash(images.decode(pair.image, MAX_TRAINING_PIXELS)) if tokens is None else None
+        image = self.pipeline.squash(images.decode(data, MAX_TRAINING_PIXELS)) if tokens is None else None
         return Example(image_id, image, tokens, caption, self._cached(self.text_id, _text_id(caption)))
 
     def encode(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

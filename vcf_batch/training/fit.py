@@ -1,6 +1,7 @@
 """One worker's part of a training: steps, validations and checkpoints. This module does not use ray."""
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,25 +10,32 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
 from torch import nn
 
 from vcf_batch import storage
+from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.storage import scratch
-from vcf_batch.training.alignment import Alignment, Diverged, Trainer, summed
+from vcf_batch.training.alignment import Alignment, Diverged, Losses, Trainer, summed
 from vcf_batch.training.assembly import load
-from vcf_batch.training.captions import CaptionedData, Piece
+from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.features import Example, Towers
 from vcf_batch.training.feed import Feed
 from vcf_batch.training.training_job import (
     ALIGNER,
     CHECKPOINTS,
+    LOG,
     STATE,
+    TRANSFER,
+    TRANSFER_LOG,
     TrainingJob,
     checkpoint_name,
     describe,
-    write_log,
+    write_events,
+    write_table,
 )
+from vcf_batch.training.transfer import Measured, Transfer
 from vcf_batch.vcf.aligner import ImageAligner
 
 
@@ -67,7 +75,7 @@ def fit(job: TrainingJob, place: Place, checkpoint: Path | None) -> None:
 
 class _Fit:
     losses: list[float]
-    """Total, contrastive and reconstruction loss, each summed over the steps since the last validation."""
+    """The :class:`Losses`, each summed over the steps since the last validation."""
 
     def __init__(self, job: TrainingJob, place: Place, checkpoint: Path | None) -> None:
         self.job, self.place, config = job, place, job.config
@@ -78,9 +86,10 @@ class _Fit:
         alignment = Alignment(self.towers.pipeline.aligner, config, dtype).to(place.device)
         self.trainer = Trainer(alignment, place.parallel(alignment), config, job.steps)
         self.rows: list[dict[str, Any]] = []
+        self.transfer_rows: list[dict[str, Any]] = []
         if checkpoint is not None:
             state = torch.load(checkpoint / STATE, map_location=place.device, weights_only=True)
-            self.rows = state.pop("rows")
+            self.rows, self.transfer_rows = state.pop("rows"), state.pop("transfer_rows", [])
             self.trainer.load_state_dict(state)
         self.batch = config.batch_size // place.world
         with self._feed(job.validation_data, job.validation) as feed:
@@ -91,6 +100,9 @@ class _Fit:
                 f"{held_out} of the first {held_out} validation pairs cannot be used, more than half; the last: {last}"
                 ". If the others are whole, raise --validation-pairs, or name some with --validation-data"
             )
+        if config.match_norms:
+            self._match_norms()
+        self.transfer = self._transfer()
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
         # The first validation counts its own broken pairs. The rows of a checkpoint have done so.
@@ -154,13 +166,14 @@ class _Fit:
         *losses, broken = summed([*self.losses, float(self.feed.broken - self.first_broken)], self.place.device)
         seconds = time.monotonic() - self.begin
         mean = [loss / self.place.world / steps if steps else None for loss in losses]
-        batches = [self.validation[start : start + self.batch] for start in range(0, len(self.validation), self.batch)]
+        found, picture = self._measure()
         row = {
             "step": trainer.steps_done,
             "epoch": trainer.steps_done / self.job.steps_per_epoch,
             "learning_rate": trainer.schedule.get_last_lr()[0],
-            **dict(zip(("loss", "info_nce", "reconstruction"), mean, strict=True)),
-            **trainer.validate(map(self.towers.encode, batches)),
+            **dict(zip(("loss", *Losses._fields[1:]), mean, strict=True)),
+            **trainer.validate(map(self.towers.encode, self._validation_batches())),
+            **(max(found, key=lambda each: each.transfer).row if found else {}),
             "broken_pairs": int(broken),
             "pairs_per_second": steps * self.job.config.batch_size / seconds,
         }
@@ -168,14 +181,67 @@ class _Fit:
             raise self._diverged(f"{wrong} after step {trainer.steps_done:,}")
         self.rows.append(row)
         if self.place.rank == 0:
-            write_log(self.job.config.out, self.rows)
+            self._publish(found, picture)
             self.place.note(describe(self.rows[-1], self.job.steps))
         self._begin_interval()
+
+    def _validation_batches(self) -> list[list[Example]]:
+        return [self.validation[start : start + self.batch] for start in range(0, len(self.validation), self.batch)]
+
+    def _match_norms(self) -> None:
+        """Store the mean norm of the text tokens of the validation's captions in the aligner."""
+        total = [0.0, 0.0]
+        for batch in self._validation_batches():
+            norms = self.towers.encode(batch)[1].float().norm(dim=-1)
+            total = [total[0] + norms.sum().item(), total[1] + norms.numel()]
+        norm, count = summed(total, self.place.device)
+        # Rounded, so that it does not depend on the number of workers.
+        self.towers.pipeline.aligner.register_to_config(token_norm=round(norm / count, 3))
+
+    def _transfer(self) -> Transfer | None:
+        job = self.job
+        if not job.transfer_pairs:
+            return None
+        held_out = job.validation_data.read(cut(job.validation, 0, 2 * job.transfer_pairs))
+        transfer = Transfer.load(job, self.towers.pipeline, held_out, self.place.rank)
+        if transfer is None and job.config.needs_transfer:
+            raise UsageError(
+                f"{', '.join(dict.fromkeys(piece.url for piece in job.validation))}: fewer than two validation images "
+                "can be used to compare pictures with; hold out more --validation-pairs"
+            )
+        return transfer
+
+    def _measure(self) -> tuple[list[Measured], Image.Image | None]:
+        """What the aligner's tokens do in pictures. Store the best strength in the aligner if that was asked for."""
+        if self.transfer is None:
+            return [], None
+        pipeline, tuned = self.towers.pipeline, self.job.config.tune_strength
+        found, picture = self.transfer.measure(
+            EVALUATED_STRENGTHS if tuned else [pipeline.resolve_strength("concat", None)]
+        )
+        if tuned:
+            best = max(found, key=lambda each: each.transfer)
+            pipeline.aligner.register_to_config(default_strength=best.strength)
+        return found, picture
+
+    def _publish(self, found: Sequence[Measured], picture: Image.Image | None) -> None:
+        """Write the last validation to the logs."""
+        out, row = self.job.config.out, self.rows[-1]
+        write_table(out, LOG, self.rows)
+        shown = None
+        if picture is not None:
+            self.transfer_rows += [{"step": row["step"], **each.row, **each.layers} for each in found]
+            write_table(out, TRANSFER_LOG, self.transfer_rows)
+            file = io.BytesIO()
+            picture.save(file, "png")
+            shown = file.getvalue(), *picture.size
+            storage.publish_bytes(storage.join(out, TRANSFER, f"{checkpoint_name(row['step'])}.png"), shown[0])
+        write_events(out, row, shown)
 
     def _begin_interval(self) -> None:
         self.begin = time.monotonic()
         self.first_step, self.first_broken = self.trainer.steps_done, self.feed.broken
-        self.losses = [0.0, 0.0, 0.0]
+        self.losses = [0.0] * len(Losses._fields)
 
     def _checkpoint(self) -> None:
         if self.place.rank > 0:
@@ -183,7 +249,10 @@ class _Fit:
             return
         with scratch.temporary("a checkpoint") as folder:
             self.towers.pipeline.aligner.save_pretrained(Path(folder, ALIGNER))
-            torch.save(self.trainer.state_dict() | {"rows": self.rows}, Path(folder, STATE))
+            torch.save(
+                self.trainer.state_dict() | {"rows": self.rows, "transfer_rows": self.transfer_rows},
+                Path(folder, STATE),
+            )
             self.place.report(self.rows[-1], Path(folder))
 
     def _feed(self, data: CaptionedData, pieces: Sequence[Piece]) -> Feed[Example]:
@@ -204,8 +273,10 @@ class _Fit:
 def _towers(job: TrainingJob, device: torch.device) -> Towers:
     """Load the frozen towers, and add a new aligner."""
     config, parts = job.config, job.parts
-    pipeline = load(parts, getattr(torch, config.dtype), unet=None, vae=None, aligner=None)
+    unused = {} if job.transfer_pairs else {"unet": None, "vae": None}
+    pipeline = load(parts, getattr(torch, config.dtype), aligner=None, **unused)
     widths = pipeline.image_encoder.config.hidden_size, pipeline.text_encoder.config.hidden_size
+    torch.manual_seed(config.seed)  # The first weights do not depend on which parts were loaded before.
     pipeline.register_modules(aligner=ImageAligner(*widths, tokens=config.tokens))
     for tower in (pipeline.text_encoder, pipeline.image_encoder):
         tower.requires_grad_(False).eval()

@@ -33,7 +33,15 @@ from vcf_batch.pool.signals import Signals
 from vcf_batch.setup.absolute_paths import absolute_output
 from vcf_batch.setup.claim import holds
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.training.training_job import ALIGNER, CHECKPOINTS, TrainingJob, checkpoint_name, read_log
+from vcf_batch.training.training_job import (
+    ALIGNER,
+    CHECKPOINTS,
+    TrainingJob,
+    best_of,
+    checkpoint_name,
+    read_log,
+    transfer_in_words,
+)
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own record of the checkpoints in its folder."""
@@ -67,8 +75,7 @@ class TrainingSummary:
         return (
             f"{redact(self.out)}: {self.steps:,} steps over {self.pairs:,} pairs; best at step "
             f"{self.best['step']:,.0f}: validation loss {self.best['validation_loss']:.4f}, {recall} among "
-            f"{self.best['validation_pairs']:,.0f} pairs; "
-            f"{duration(self.seconds)}"
+            f"{self.best['validation_pairs']:,.0f} pairs{transfer_in_words(self.best)}; {duration(self.seconds)}"
         )
 
 
@@ -95,7 +102,7 @@ def train_aligner(data: str | os.PathLike[str], out: str | os.PathLike[str], **s
 
 
 def run(config: TrainingConfig) -> TrainingSummary:
-    """Train to the end, and write the aligner with the lowest validation loss to ``config.out``. Resumes if possible.
+    """Train to the end, and write the best validation's aligner to ``config.out``. Resumes if possible.
 
     Raises:
         UsageError: an option, a model or the data is wrong.
@@ -118,7 +125,7 @@ def run(config: TrainingConfig) -> TrainingSummary:
                     held.confirm()
                     _publish(checkpoint, job.config.out)
     rows = read_log(job.config.out)
-    best = min(rows[1:], key=lambda row: row["validation_loss"])
+    best = best_of(rows[1:], job.config)
     return TrainingSummary(job.config.out, job.steps, job.pairs, rows[0], best, time.monotonic() - begin)
 
 
@@ -180,6 +187,7 @@ def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
     board = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     filesystem, path = storage.arrow_filesystem(config.out)
     resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    attribute, order = ("transfer", "max") if config.select_by == "transfer" else ("validation_loss", "min")
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"job": job, "board": board},
@@ -194,7 +202,7 @@ def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+                num_to_keep=1, checkpoint_score_attribute=attribute, checkpoint_score_order=order
             ),
             worker_runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
         ),
@@ -205,7 +213,7 @@ def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
         for remark in job.remarks:
             progress.note(remark, level=logging.WARNING)
         result = _watch(trainer, board, progress, job, held)
-    best = result.get_best_checkpoint("validation_loss", "min")
+    best = result.get_best_checkpoint(attribute, order)
     assert best is not None, "every training ends with a checkpoint"
     return best
 

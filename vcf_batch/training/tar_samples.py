@@ -12,25 +12,28 @@ import itertools
 import json
 import lzma
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from vcf_batch import storage
+from vcf_batch.errors import RowError
 from vcf_batch.manifest.contract import MAX_TEXT_BYTES
-from vcf_batch.manifest.references import MAX_REFERENCE_BYTES
+from vcf_batch.manifest.references import MAX_REFERENCE_BYTES, read_under
 from vcf_batch.storage import tar
 from vcf_batch.storage.tar import Member
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "sentence", "txt", "prompt")
-"""Names of captions in Parquet files and JSON. The first one that has any is used."""
+"""Names of captions in tables and JSON, in letters of any case. The first one that has any is used."""
 TEXT_FIELDS = ("raw", *CAPTION_COLUMNS)
 """Names of the text in a struct."""
 MAX_CAPTION_BYTES = 1 << 24
 """Largest text or JSON member that is read."""
 
-_IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
-_CAPTIONS = frozenset({"txt", "json"})
+IMAGE_KINDS = frozenset({"jpg", "jpeg", "png", "webp"})
+CAPTION_KINDS = frozenset({"txt", "json"})
+"""Endings of the names of images and of their captions."""
+
 _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 _COMPRESSIONS = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
 # The mark of UTF-32 begins with that of UTF-16.
@@ -48,7 +51,7 @@ Caption = tuple[tuple[str, ...], str]
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """An image file's bytes and its captions, which may be empty."""
+    """An image file's bytes, or its path, and its captions, which may be empty."""
 
     name: str
     """Place of the image, for messages."""
@@ -56,6 +59,21 @@ class CaptionedImage:
     captions: tuple[str, ...]
     problem: str = ""
     """Reason why the pair cannot be used, where that is known."""
+    path: str = ""
+    """Path of an image that is a file of its own; empty where ``image`` has its bytes."""
+    folder: str = ""
+    """Folder or URL that ``path`` starts at, and must lie in."""
+
+    def read(self) -> bytes:
+        """The image file's bytes. Those of a file of its own are read now.
+
+        Raises:
+            RowError: the pair cannot be used, or its image is missing or lies elsewhere.
+            StorageError: the storage failed.
+        """
+        if self.problem or not self.captions:
+            raise RowError(self.problem or "there is no caption")
+        return read_under(self.folder, self.path) if self.path else self.image
 
 
 @dataclass
@@ -101,7 +119,7 @@ def count(url: str) -> TarContents:
 
     with _opened(url) as file:
         for key, kinds in _groups(file, passed_over=passed_over):
-            has = bool(_IMAGES & kinds.keys()) + 2 * bool(_CAPTIONS & kinds.keys())
+            has = bool(IMAGE_KINDS & kinds.keys()) + 2 * bool(CAPTION_KINDS & kinds.keys())
             before = seen.get(hash(key), 0)
             seen[hash(key)] = before | has
             if has == 3:
@@ -119,8 +137,13 @@ def count(url: str) -> TarContents:
     return contents
 
 
-def read(url: str, start: int, stop: int) -> Iterator[CaptionedImage]:
+def read(url: str, start: int, stop: int, field: str | None = None) -> Iterator[CaptionedImage]:
     """Yield pairs ``start`` to ``stop`` (excluded), in the order of :func:`count`; fewer if the tar has fewer.
+
+    Args:
+        url: the tar.
+        start, stop: numbers of pairs.
+        field: field of ``KEY.json`` with the captions; None takes ``KEY.txt``, or else a field of a known name.
 
     Raises:
         The errors of :func:`count`.
@@ -130,7 +153,7 @@ def read(url: str, start: int, stop: int) -> Iterator[CaptionedImage]:
         pairs = ((key, members) for key, members in samples if _is_pair(members))
         for number, (key, members) in enumerate(itertools.islice(pairs, stop)):
             if number >= start:
-                yield _pair(place(url, key), members)
+                yield _pair(place(url, key), members, field)
 
 
 def place(url: str, where: str) -> str:
@@ -139,24 +162,36 @@ def place(url: str, where: str) -> str:
 
 
 def _is_pair(kinds: Collection[str]) -> bool:
-    return not _IMAGES.isdisjoint(kinds) and not _CAPTIONS.isdisjoint(kinds)
+    return not IMAGE_KINDS.isdisjoint(kinds) and not CAPTION_KINDS.isdisjoint(kinds)
 
 
-def _pair(name: str, members: dict[str, tuple[int, bytes]]) -> CaptionedImage:
-    size, image = next(content for kind, content in members.items() if kind in _IMAGES)
+def _pair(name: str, members: dict[str, tuple[int, bytes]], field: str | None) -> CaptionedImage:
+    size, image = next(content for kind, content in members.items() if kind in IMAGE_KINDS)
     if size > MAX_REFERENCE_BYTES:
         return CaptionedImage(name, b"", (), f"its image has {size:,} bytes, more than {MAX_REFERENCE_BYTES:,}")
+    texts, problem = captions_of(members, field)
+    return CaptionedImage(name, image, texts, problem)
+
+
+def captions_of(members: Mapping[str, tuple[int, bytes]], field: str | None) -> Caption:
+    """The captions beside an image.
+
+    Args:
+        members: size and content of ``txt`` and ``json``, where they are.
+        field: as in :func:`read`.
+    """
     problem = ""
-    for kind, of in (("txt", _of_text), ("json", _of_json)):
-        if kind in members:
-            size, data = members[kind]
-            texts, found = of(data)
-            if size > MAX_CAPTION_BYTES:
-                texts, found = (), f"it has {size:,} bytes, more than {MAX_CAPTION_BYTES:,}"
-            if texts:
-                return CaptionedImage(name, image, texts)
-            problem = problem or f"KEY.{kind} has no caption: {found}"
-    return CaptionedImage(name, image, (), problem)
+    for kind in ("txt", "json"):
+        if kind not in members or (kind == "txt" and field):
+            continue
+        size, data = members[kind]
+        texts, found = _of_text(data) if kind == "txt" else _of_json(data, field)
+        if size > MAX_CAPTION_BYTES:
+            texts, found = (), f"it has {size:,} bytes, more than {MAX_CAPTION_BYTES:,}"
+        if texts:
+            return texts, ""
+        problem = problem or f"KEY.{kind} has no caption: {found}"
+    return (), problem or f"there is no KEY.json with the field {field!r}"
 
 
 @contextlib.contextmanager
@@ -212,7 +247,7 @@ def _groups(
     number = 0
     for member in tar.members(file):
         match = _MEMBER.fullmatch(member.name) if member.is_file else None
-        if match is None or (kind := match[2].lower()) not in _IMAGES | _CAPTIONS:
+        if match is None or (kind := match[2].lower()) not in IMAGE_KINDS | CAPTION_KINDS:
             passed_over(member)
             continue
         if key is not None and (match[1] != key or kind in group):
@@ -227,7 +262,7 @@ def _groups(
 
 
 def _content(member: Member, kind: str) -> bytes:
-    limit = MAX_REFERENCE_BYTES if kind in _IMAGES else MAX_CAPTION_BYTES
+    limit = MAX_REFERENCE_BYTES if kind in IMAGE_KINDS else MAX_CAPTION_BYTES
     return b"" if member.size > limit else member.read()
 
 
@@ -255,7 +290,7 @@ def _decoded(data: bytes) -> str:
     return data.decode()
 
 
-def _of_json(data: bytes) -> Caption:
+def _of_json(data: bytes, field: str | None) -> Caption:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -263,7 +298,14 @@ def _of_json(data: bytes) -> Caption:
         return (), how
     if not isinstance(record, dict):
         return (), "it is no object"
-    return usable(*(record[name] for name in CAPTION_COLUMNS if name in record))
+    if field and field not in record:
+        return (), f"it has no field {field!r}"
+    return usable(*(record[name] for name in ([field] if field else named(record, CAPTION_COLUMNS))))
+
+
+def named(there: Collection[str], known: Sequence[str]) -> list[str]:
+    """The names that are among the known ones, in the order of these, whatever the case of their letters."""
+    return sorted((name for name in there if name.lower() in known), key=lambda name: known.index(name.lower()))
 
 
 def usable(*values: Any) -> Caption:

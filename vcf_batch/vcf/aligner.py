@@ -49,6 +49,8 @@ class ImageAligner(ModelMixin, ConfigMixin):
         tokens: image tokens used in training and in inference: ``all``, ``patches`` (no CLS) or ``cls``.
         double_rescale: apply ``(x + 1) / 2`` to images that are in [0, 1] already, as the authors' inference code
             does. True only for the authors' checkpoints.
+        token_norm: L2 norm that every aligned token is scaled to; None leaves the norms as they are.
+        default_strength: strength of ``concat`` with these tokens where none is given; None leaves it to the model.
 
     Raises:
         ModelError: ``tokens`` is none of :data:`vcf_batch.config.IMAGE_TOKENS`.
@@ -61,6 +63,8 @@ class ImageAligner(ModelMixin, ConfigMixin):
         text_dim: int,
         tokens: Literal["all", "patches", "cls"] = "all",
         double_rescale: bool = False,
+        token_norm: float | None = None,
+        default_strength: float | None = None,
     ) -> None:
         super().__init__()
         if tokens not in IMAGE_TOKENS:
@@ -81,6 +85,8 @@ class ImageAligner(ModelMixin, ConfigMixin):
             ``[B, N, Dt]``, in the form that ``return_dict`` asks for.
         """
         aligned = self.proj(image_tokens)
+        if self.config.token_norm is not None:
+            aligned = F.normalize(aligned, dim=-1) * self.config.token_norm
         if return_dict is None:
             return aligned
         return AlignerOutput(sample=aligned) if return_dict else (aligned,)
@@ -188,6 +194,22 @@ def reconstruction_loss(image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
     scores = image_tokens @ text_tokens.mT / math.sqrt(text_tokens.shape[-1])
     rebuilt = scores.softmax(dim=1).mT @ image_tokens
     return F.mse_loss(rebuilt, text_tokens)
+
+
+def tether_loss(image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
+    """Mean squared error of the image tokens rebuilt from text tokens: :func:`reconstruction_loss`, roles exchanged.
+
+    The reconstruction is content if some image tokens serve. The others drift away from the text tokens, and the logits
+    of some hide the prompt. The tether holds each of them (docs/method.md, section 8).
+
+    Args:
+        image_tokens: aligned, ``[B, N, Dt]``.
+        text_tokens: ``[B, T, Dt]``.
+
+    Returns:
+        Scalar, 0 or more.
+    """
+    return reconstruction_loss(text_tokens, image_tokens)
 
 
 def alignment_loss(

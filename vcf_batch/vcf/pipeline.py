@@ -65,8 +65,8 @@ class VCFPipeline(StableDiffusionPipeline):
         requires_safety_checker: kept in the configuration, because ``StableDiffusionPipeline`` expects it there.
         default_steps: denoising steps where none are given.
         default_guidance_scale: guidance scale where none is given.
-        default_strength: strength of ``concat`` where none is given, for an aligner that needs another one than the
-            paper's 1. The other fusions keep the paper's 0.3.
+        default_strength: strength of ``concat`` where none is given, for an aligner that brings none of its own and
+            needs another one than the paper's 1. The other fusions keep the paper's 0.3.
 
     Raises:
         ModelError: aligner, vision tower and UNet do not fit each other, the UNet is of a distilled model, or there is
@@ -104,7 +104,8 @@ class VCFPipeline(StableDiffusionPipeline):
                 f"the UNet takes the guidance scale as an input (its time_cond_proj_dim is {width}), as models "
                 "distilled for few steps do; use a model without distillation"
             )
-        default_strengths(default_strength)  # checks the limits
+        # checks the limits
+        default_strengths(aligner and aligner.config, {"default_strength": default_strength})
         if tokenizer is not None:
             refuse_without_words(tokenizer)
         super().__init__(
@@ -333,14 +334,16 @@ class VCFPipeline(StableDiffusionPipeline):
                 )
 
     def resolve_strength(self, fusion: str, strength: float | None) -> float:
-        """The given strength, else the default of model and fusion: :func:`vcf_batch.config.default_strengths`.
+        """The given strength, else the default of fusion, aligner and model:
+        :func:`vcf_batch.config.default_strengths`.
 
         Raises:
             UsageError: no such fusion.
         """
         if fusion not in FUSIONS:
             raise UsageError(f"fusion is {fusion!r}; it must be one of {', '.join(FUSIONS)}")
-        return default_strengths(self.config.default_strength)[fusion] if strength is None else strength
+        own = self.aligner.config if self.aligner is not None else None
+        return default_strengths(own, self.config)[fusion] if strength is None else strength
 
     def draw_noise(
         self,
