@@ -459,6 +459,7 @@ class Universe:
         self.tell("the world heals")
         self.store.trouble, self.store.down, self.store.stale_seconds, self.fatal = Trouble(), False, 0.0, 0
         self.ways.deaths, self.ways.troubled, self.ways.lies = 0, 0.0, 0.0
+        self.ways.lives_on = 0.0  # What such a worker stages after the last driver's end, the next start deletes.
         # A bad node goes for good: if it became sound, the verdicts that rows died there would count.
         for node in self.ways.bad_nodes & self.nodes.room.keys():
             self._end_node(node)
