@@ -42,6 +42,7 @@ BASE = {
     "style": "flat",
     "position": "center",
     "size": "medium",
+    "direction": "vertical",
 }
 
 
@@ -64,6 +65,38 @@ def test_a_full_caption_names_everything() -> None:
     text = world.caption(BASE, world.CAPTIONED, random.Random(0))
     for word in ("circle", "red", "blue", "white", "medium"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("direction", "along", "across"),
+    [
+        ("vertical", (0, 1), (1, 0)),
+        ("horizontal", (1, 0), (0, 1)),
+        ("rising", (-1, 1), (1, 1)),
+        ("falling", (1, 1), (-1, 1)),
+    ],
+)
+def test_stripes_run_in_the_direction_that_is_said(
+    direction: str, along: tuple[int, int], across: tuple[int, int]
+) -> None:
+    """Moved a pixel along its stripes, right and down, a picture hardly changes; moved across them it does."""
+    scene = {**BASE, "direction": direction, "position": "bottom", "size": "small"}
+    assert direction in world.caption(scene, ("pattern", "direction"), None)
+    corner = world.render(world.compose([scene], seed=3))[0, :, :24, :24]
+
+    def change(right: int, down: int) -> float:
+        return (corner.roll((down, right), (1, 2)) - corner)[:, 2:-2, 2:-2].abs().mean().item()
+
+    assert change(*along) < 0.01
+    assert change(*across) > 0.03
+
+
+def test_of_a_gradient_the_upper_colour_is_said_first() -> None:
+    scene = {**BASE, "pattern": "gradient", "background": "yellow", "background2": "blue", "size": "small"}
+    assert "from yellow at the top to blue at the bottom" in world.caption(scene, world.CAPTIONED, None)
+    picture = world.render(world.compose([scene], seed=0))[0]
+    (upper, lower) = (picture[:, row, 2].tolist() for row in (1, 62))
+    assert upper[0] > upper[2] and lower[2] > lower[0]
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,6 +1,6 @@
 """Train the tiny family: ``python -m vcf_batch.tiny.train --stage all --out DIR``.
 
-The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition) and ``vision`` (more of its image tower);
+The stages, in order: ``probe``; ``vae`` and ``decoder`` (more of its decoder); ``clip`` (the towers that condition) and ``vision`` (more of its image tower);
 ``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each
 writes its model in diffusers layout into DIR and its checkpoint into DIR/checkpoints. Running a stage a second time
 resumes it from its checkpoint.
@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from vcf_batch.models.model_files import forget_paths
 from vcf_batch.tiny import networks, world
@@ -28,6 +28,7 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 RECIPES = {
     "probe": Recipe(steps=1800, batch=64, lr=2e-3),
     "vae": Recipe(steps=3200, batch=32, lr=2e-3),
+    "decoder": Recipe(steps=2000, batch=32, lr=5e-4),
     "clip": Recipe(steps=1000, batch=128, lr=1e-3),
     "vision": Recipe(steps=2000, batch=128, lr=1e-3),
     "judge": Recipe(steps=4000, batch=128, lr=1e-3),
@@ -44,19 +45,14 @@ def train_vae(shop: Workshop) -> None:
     torch.manual_seed(SEED)
     probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
     model = networks.vae().to(shop.device, memory_format=torch.channels_last)
+    shop.begin(model, "vae")
     indices = batch_indices(SCENES, RECIPES["vae"].batch, SEED)
 
     def loss(step: int) -> Tensor:
         pictures = shop.pictures(indices(step)).contiguous(memory_format=torch.channels_last)
         posterior = model.encode(pictures).latent_dist
         restored = model.decode(posterior.sample()).sample.float()
-        edges = sum(functional.l1_loss(restored.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
-        seen = [
-            functional.l1_loss(ours.float(), theirs.float())
-            for ours, theirs in zip(probe.features(restored), probe.features(pictures), strict=True)
-        ]
-        likeness = functional.l1_loss(restored, pictures) + 0.5 * edges + 0.5 * sum(seen) / len(seen)
-        return likeness + 3e-4 * posterior.kl().mean() / 1024
+        return likeness(probe, restored, pictures) + 3e-4 * posterior.kl().mean() / 1024
 
     shop.fit("vae", model, loss, RECIPES["vae"])
     with torch.no_grad():
@@ -65,25 +61,63 @@ def train_vae(shop: Workshop) -> None:
     model.save_pretrained(shop.out / "vae")
 
 
+def train_decoder(shop: Workshop) -> None:
+    """Train the autoencoder's decoder further on what the frozen encoder gives. The latents stay as they are."""
+    torch.manual_seed(SEED + 21)
+    probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
+    model = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device, memory_format=torch.channels_last)
+    model.encoder.requires_grad_(False)
+    model.quant_conv.requires_grad_(False)
+    indices = batch_indices(SCENES, RECIPES["decoder"].batch, SEED + 21)
+
+    def loss(step: int) -> Tensor:
+        pictures = shop.pictures(indices(step)).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = model.encode(pictures).latent_dist.sample()
+        return likeness(probe, model.decode(latents).sample.float(), pictures)
+
+    shop.fit("decoder", model, loss, RECIPES["decoder"])
+    model.save_pretrained(shop.out / "vae")
+
+
+def likeness(probe: Probe, restored: Tensor, pictures: Tensor) -> Tensor:
+    """Absolute error of the pixels, of their differences to their neighbours, and of the probe's feature maps."""
+    edges = sum(functional.l1_loss(restored.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
+    seen = [
+        functional.l1_loss(ours.float(), theirs.float())
+        for ours, theirs in zip(probe.features(restored), probe.features(pictures), strict=True)
+    ]
+    return functional.l1_loss(restored, pictures) + 0.5 * edges + 0.5 * sum(seen) / len(seen)
+
+
 class AttributeHeads(nn.Module):
     """Linear classifiers of the world's attributes from an embedding. They make contrastive training several times
-    faster."""
+    faster, and an embedding tell the direction of stripes and which colour of two is where."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
+        colors = len(world.COLORS)
+        sizes = {**HEADS, "direction": len(world.DIRECTIONS), "first": colors, "second": colors}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
     def forward(self, embedding: Tensor, scenes: world.Scenes, named: Tensor | None = None) -> Tensor:
         """Mean classification loss over the attributes in ``named``.
 
         Args:
-            named: bool ``[B, 7]`` in the order of CAPTIONED; None is all attributes.
+            named: bool ``[B, 8]`` in the order of CAPTIONED; None is all attributes.
         """
-        losses = []
+        a, losses = scenes.attributes, []
+        said = torch.ones(len(scenes), len(world.CAPTIONED), dtype=torch.bool) if named is None else named
+        tells = dict(zip(world.CAPTIONED, said.unbind(1), strict=True))
+        striped = a["pattern"] == world.PATTERNS.index("striped")
+        ordered = torch.isin(a["pattern"], torch.tensor([world.PATTERNS.index(name) for name in world.ORDERED]))
+        tells["direction"] = tells["direction"] & tells["pattern"] & striped
+        tells["first"] = tells["second"] = tells["background"] & ordered
         logits = {name: head(embedding) for name, head in self.heads.items()}
-        for name, loss in attribute_losses(logits, scenes.attributes).items():
-            said = loss.new_ones(len(loss)) if named is None else named[:, world.CAPTIONED.index(name)].to(loss)
-            losses.append((loss * said).sum() / said.sum().clamp(min=1))
+        targets = {**a, "first": a["background"], "second": a["background2"]}
+        for name, loss in attribute_losses(logits, targets).items():
+            weight = tells[name].to(loss)
+            losses.append((loss * weight).sum() / weight.sum().clamp(min=1))
         return torch.stack(losses).mean()
 
 
@@ -92,6 +126,10 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
     seed = SEED + (0 if stage == "clip" else 77)
     torch.manual_seed(seed)
     clip = networks.clip(shop.tokenizer()) if stage == "clip" else networks.judge(shop.tokenizer())
+    if stage == "clip":
+        shop.begin(clip.text_model, "text_encoder")
+        shop.begin(clip, "image_encoder")
+        shop.begin_words(clip)
     width = clip.config.projection_dim
     model = nn.ModuleDict({"clip": clip, "see": AttributeHeads(width), "read": AttributeHeads(width)}).to(shop.device)
     indices = batch_indices(SCENES, RECIPES[stage].batch, seed)
@@ -157,6 +195,7 @@ def save_image_encoder(shop: Workshop, clip: CLIPModel) -> None:
 def train_judge(shop: Workshop) -> None:
     """Train the CLIP that scores."""
     train_towers(shop, "judge").save_pretrained(shop.out / "judge")
+    shop.tokenizer().save_pretrained(shop.out / "judge")
 
 
 def train_probe(shop: Workshop) -> None:
@@ -180,6 +219,14 @@ def frozen_text_encoder(shop: Workshop) -> CLIPTextModel:
     return CLIPTextModel.from_pretrained(shop.out / "text_encoder").requires_grad_(False).to(shop.device)
 
 
+def scene_latents(shop: Workshop) -> Tensor:
+    """The latents of all training pictures, scaled for the UNet: ``[SCENES, 4, 16, 16]``."""
+    vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
+    with torch.no_grad():
+        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(SCENES, 500)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
 def train_unet(shop: Workshop) -> None:
     """Train the UNet by v-prediction over all timesteps, on the scenes' cached latents.
 
@@ -189,12 +236,10 @@ def train_unet(shop: Workshop) -> None:
     """
     torch.manual_seed(SEED + 9)
     model = networks.unet().to(shop.device, memory_format=torch.channels_last)
+    shop.begin(model, "unet")
     text_encoder = frozen_text_encoder(shop)
-    vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
     alphas = networks.scheduler().alphas_cumprod.to(shop.device)
-    with torch.no_grad():
-        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(SCENES, 500)]
-    latents = torch.cat(means) * vae.config.scaling_factor
+    latents = scene_latents(shop)
     recipe = RECIPES["unet"]
     indices = batch_indices(SCENES, recipe.batch, SEED + 9)
 
@@ -283,7 +328,7 @@ def pack(shop: Workshop) -> None:
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(weights, max_shard_size="12MB")
     CLIPModel.from_pretrained(shop.out / "judge").half().save_pretrained(weights / "judge")
-    shop.tokenizer().save_pretrained(weights / "judge")
+    CLIPTokenizer.from_pretrained(shop.out / "judge").save_pretrained(weights / "judge")
     networks.image_processor().save_pretrained(weights / "judge")
     Probe.from_pretrained(shop.out / "probe").half().save_pretrained(weights / "probe")
     forget_paths(weights)
@@ -292,6 +337,7 @@ def pack(shop: Workshop) -> None:
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "probe": train_probe,
     "vae": train_vae,
+    "decoder": train_decoder,
     "clip": train_clip,
     "vision": train_vision,
     "judge": train_judge,
@@ -307,9 +353,14 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
 @click.option("--minutes", type=float, default=600.0, show_default=True, help="Time limit of each stage.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--autocast/--no-autocast", default=torch.cuda.is_available(), help="Compute in bfloat16.")
-def main(stage: str, out: Path, minutes: float, device: str, autocast: bool) -> None:
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Weights of an earlier family, which vae, clip and unet begin from.",
+)
+def main(stage: str, out: Path, minutes: float, device: str, autocast: bool, start: Path | None) -> None:
     """Train the embedded model family, one stage or all of them."""
-    shop = Workshop(out, torch.device(device), minutes * 60, autocast)
+    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start)
     for name, train in STAGES.items():
         if stage in (name, "all"):
             train(shop)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vcf_batch.tiny import networks, world
@@ -20,8 +21,10 @@ SCENES = 32_000
 class Workshop:
     """The output folder, the device and the rendered world, which all stages share."""
 
-    def __init__(self, out: Path, device: torch.device, seconds: float, autocast: bool) -> None:
-        self.out, self.device, self.seconds, self.autocast = out, device, seconds, autocast
+    def __init__(
+        self, out: Path, device: torch.device, seconds: float, autocast: bool, start: Path | None = None
+    ) -> None:
+        self.out, self.device, self.seconds, self.autocast, self.start = out, device, seconds, autocast, start
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     @cache  # noqa: B019 - one workshop lives as long as the process
@@ -54,10 +57,41 @@ class Workshop:
         tokens = self.tokenizer()(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokens.input_ids.to(self.device)
 
+    def checkpoint(self, stage: str) -> Path:
+        """The file that a stage resumes from."""
+        return self.out / "checkpoints" / f"{stage}.pt"
+
+    def begin(self, model: nn.Module, part: str) -> None:
+        """Give ``model`` the weights of the same part of the family in ``start``, where there is one.
+
+        Tensors of another shape keep their random start. A stage that has a checkpoint loads it afterwards.
+        """
+        if self.start is None:
+            return
+        own, older = model.state_dict(), {}
+        for file in sorted((self.start / part).glob("*.safetensors")):
+            older |= load_file(file)
+        model.load_state_dict(
+            {name: older[name].float() for name in own.keys() & older.keys() if own[name].shape == older[name].shape},
+            strict=False,
+        )
+
+    def begin_words(self, clip: CLIPModel) -> None:
+        """Give the words that the family in ``start`` knows too the embeddings that they have there."""
+        if self.start is None:
+            return
+        older = CLIPTokenizer.from_pretrained(self.start / "tokenizer").get_vocab()
+        weights = load_file(self.start / "text_encoder" / "model.safetensors")
+        known = next(value for name, value in weights.items() if name.endswith("token_embedding.weight"))
+        with torch.no_grad():
+            for word, index in self.tokenizer().get_vocab().items():
+                if word in older:
+                    clip.text_model.embeddings.token_embedding.weight[index] = known[older[word]].float()
+
     def fit(self, stage: str, model: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe) -> None:
         """Run one stage's training; see :func:`vcf_batch.tiny.fitting.fit`."""
         self.scenes()
-        checkpoint = self.out / "checkpoints" / f"{stage}.pt"
+        checkpoint = self.checkpoint(stage)
         done = fit(model, loss, recipe, checkpoint, self.seconds, self.autocast)
         if not done:
             click.echo(f"{stage}: stopped by the time limit; run the same command again to go on")
