@@ -1,4 +1,4 @@
-"""Measure the tiny family against its goals: ``python -m vcf_batch.tiny.goals --second-probe build/second.safetensors``.
+"""Measure the tiny family against its goals: ``python -m vcf_batch.tiny.goals --second-probe build/probe.safetensors``.
 
 Everything is read by the second probe, from three pictures of each prompt: text only by a caption that names all, text
 only by a prompt that names shape and colour, and the same with a reference, which differs in everything, fused by

@@ -1,9 +1,9 @@
 """Train the tiny family: ``python -m vcf_batch.tiny.train --stage all --out DIR``.
 
-The stages, in order: ``probe``; ``vae`` and ``decoder`` (more of its decoder); ``clip`` (the towers that condition) and ``vision`` (more of its image tower);
-``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each
-writes its model in diffusers layout into DIR and its checkpoint into DIR/checkpoints. Running a stage a second time
-resumes it from its checkpoint.
+The stages, in order: ``probe``; ``vae`` and ``decoder`` (more of its decoder); ``clip`` (the towers that condition) and
+``vision`` (more of its image tower); ``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the
+models together in DIR/weights. Each writes its model in diffusers layout into DIR and its checkpoint into
+DIR/checkpoints. Running a stage a second time resumes it from its checkpoint.
 """
 
 import random
