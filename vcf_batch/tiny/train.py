@@ -36,6 +36,9 @@ RECIPES = {
     "aligner": Recipe(steps=4000, batch=128, lr=2e-3),
 }
 
+LATENT_NOISE = 0.06
+"""Largest deviation of the noise on the latents that the decoder is trained on; the latents' own is 1."""
+
 
 def train_vae(shop: Workshop) -> None:
     """Train the autoencoder on absolute error and the probe's feature maps, with a weak KL term on the latents.
@@ -62,19 +65,26 @@ def train_vae(shop: Workshop) -> None:
 
 
 def train_decoder(shop: Workshop) -> None:
-    """Train the autoencoder's decoder further on what the frozen encoder gives. The latents stay as they are."""
+    """Train the autoencoder's decoder further. Its encoder is frozen, so the latents stay as they are.
+
+    The latents have a little noise, as those that the UNet makes are never exactly the encoder's.
+    """
     torch.manual_seed(SEED + 21)
     probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
     model = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device, memory_format=torch.channels_last)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
+    latents = scene_latents(shop)
     indices = batch_indices(SCENES, RECIPES["decoder"].batch, SEED + 21)
 
     def loss(step: int) -> Tensor:
-        pictures = shop.pictures(indices(step)).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            latents = model.encode(pictures).latent_dist.sample()
-        return likeness(probe, model.decode(latents).sample.float(), pictures)
+        chosen = indices(step)
+        generator = torch.Generator().manual_seed(SEED + step)
+        noise = torch.randn(latents[chosen].shape, generator=generator)
+        noise *= torch.rand(len(chosen), 1, 1, 1, generator=generator) * LATENT_NOISE
+        given = (latents[chosen] + noise.to(shop.device)) / model.config.scaling_factor
+        restored = model.decode(given.contiguous(memory_format=torch.channels_last)).sample.float()
+        return likeness(probe, restored, shop.pictures(chosen).contiguous(memory_format=torch.channels_last))
 
     shop.fit("decoder", model, loss, RECIPES["decoder"])
     model.save_pretrained(shop.out / "vae")
