@@ -8,6 +8,7 @@ DIR/checkpoints. Running a stage a second time resumes it from its checkpoint.
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ from vcf_batch.models.model_files import forget_paths
 from vcf_batch.tiny import networks, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, Probe, attribute_losses
-from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
+from vcf_batch.tiny.workshop import SCENES, SEED, Workshop, ahead
 from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -144,14 +145,21 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
     model = nn.ModuleDict({"clip": clip, "see": AttributeHeads(width), "read": AttributeHeads(width)}).to(shop.device)
     indices = batch_indices(SCENES, RECIPES[stage].batch, seed)
 
-    def loss(step: int) -> Tensor:
+    def worded(step: int) -> tuple[Tensor, Tensor, Tensor]:
         chosen = indices(step)
         scenes = shop.scenes()[0].part(chosen)
         rng = random.Random(seed * 1_000_003 + step)
         named = [world.draw_named(rng, full=0.6) for _ in chosen]
         texts = [world.caption(scenes.named(i), names, rng) for i, names in enumerate(named)]
         said = torch.tensor([[name in names for name in world.CAPTIONED] for names in named])
-        out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
+        return chosen, shop.tokenize(texts), said
+
+    prepared = ahead(worded, shop.workers)
+
+    def loss(step: int) -> Tensor:
+        chosen, tokens, said = prepared(step)
+        scenes = shop.scenes()[0].part(chosen)
+        out = clip(input_ids=tokens.to(shop.device), pixel_values=shop.clip_pixels(chosen))
         image, text = out.image_embeds.float(), out.text_embeds.float()
         contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
         scale = width**0.5  # unit vectors are too short for a linear classifier at these learning rates
@@ -183,11 +191,17 @@ def train_vision(shop: Workshop) -> None:
     seed = SEED + 31
     indices = batch_indices(SCENES, RECIPES["vision"].batch, seed)
 
-    def loss(step: int) -> Tensor:
+    def worded(step: int) -> tuple[Tensor, Tensor]:
         chosen = indices(step)
+        rng = random.Random(seed * 1_000_003 + step)
+        return chosen, shop.tokenize(world.captions(shop.scenes()[0].part(chosen), rng, full=0.6))
+
+    prepared = ahead(worded, shop.workers)
+
+    def loss(step: int) -> Tensor:
+        chosen, tokens = prepared(step)
         scenes = shop.scenes()[0].part(chosen)
-        texts = world.captions(scenes, random.Random(seed * 1_000_003 + step), full=0.6)
-        out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
+        out = clip(input_ids=tokens.to(shop.device), pixel_values=shop.clip_pixels(chosen))
         image, text = out.image_embeds.float(), out.text_embeds.float()
         contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
         return contrast + 2 * see(image * clip.config.projection_dim**0.5, scenes)
@@ -253,19 +267,26 @@ def train_unet(shop: Workshop) -> None:
     recipe = RECIPES["unet"]
     indices = batch_indices(SCENES, recipe.batch, SEED + 9)
 
-    def loss(step: int) -> Tensor:
+    with torch.no_grad():
+        empty = text_encoder(shop.tokenize([""]).to(shop.device)).last_hidden_state
+
+    def worded(step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         chosen = indices(step)
         scenes = shop.scenes()[0].part(chosen)
         rng = random.Random((SEED + 9) * 1_000_003 + step)
         parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
-        dropped = torch.tensor([rng.random() < 0.1 for _ in chosen], device=shop.device)
-        tokens = []
+        dropped = torch.tensor([rng.random() < 0.1 for _ in chosen])
+        return chosen, dropped, [shop.tokenize(world.captions(scenes, rng, full=0.5 / parts)) for _ in range(parts)]
+
+    prepared = ahead(worded, shop.workers)
+
+    def loss(step: int) -> Tensor:
+        chosen, dropped, captions = prepared(step)
+        dropped = dropped.to(shop.device)[:, None, None]
         with torch.no_grad():
-            nothing = text_encoder(shop.tokenize([""])).last_hidden_state
-            for _ in range(parts):
-                encoded = text_encoder(shop.tokenize(world.captions(scenes, rng, full=0.5 / parts))).last_hidden_state
-                tokens.append(torch.where(dropped[:, None, None], nothing, encoded))
-                nothing = torch.zeros_like(nothing)
+            tokens = [text_encoder(caption.to(shop.device)).last_hidden_state for caption in captions]
+            nothing = [empty, *(torch.zeros_like(empty) for _ in captions[1:])]
+            tokens = [torch.where(dropped, *pair) for pair in zip(nothing, tokens, strict=True)]
         clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step + SEED)).to(shop.device)
         timestep = torch.randint(1000, (len(chosen),), generator=torch.Generator().manual_seed(step)).to(shop.device)
@@ -315,7 +336,7 @@ def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
             batch = scenes.part(part)
             texts = [world.caption(batch.named(index), world.LOOKS, None) for index in range(len(batch))]
             seen.append(vision(shop.clip_pixels(part), output_hidden_states=True).hidden_states[-2].half().cpu())
-            read.append(text_encoder(shop.tokenize(texts)).last_hidden_state.half().cpu())
+            read.append(text_encoder(shop.tokenize(texts).to(shop.device)).last_hidden_state.half().cpu())
     return torch.cat(seen), torch.cat(read)
 
 
@@ -368,9 +389,29 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Weights of an earlier family, which vae, clip and unet begin from.",
 )
-def main(stage: str, out: Path, minutes: float, device: str, autocast: bool, start: Path | None) -> None:
+@click.option("--workers", default=0, show_default=True, help="Processes that word captions ahead; for a GPU.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of the stage instead of the recipe's.")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size of the stage instead of the recipe's.")
+@click.option("--rate", type=float, help="Highest learning rate of the stage instead of the recipe's.")
+def main(
+    stage: str,
+    out: Path,
+    minutes: float,
+    device: str,
+    autocast: bool,
+    start: Path | None,
+    workers: int,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+) -> None:
     """Train the embedded model family, one stage or all of them."""
-    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start)
+    changes = {name: value for name, value in (("steps", steps), ("batch", batch), ("lr", rate)) if value}
+    if changes and stage not in RECIPES:
+        raise click.UsageError(f"--steps, --batch and --rate are of one stage: {', '.join(RECIPES)}")
+    if changes:
+        RECIPES[stage] = replace(RECIPES[stage], **changes)
+    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start, workers)
     for name, train in STAGES.items():
         if stage in (name, "all"):
             train(shop)

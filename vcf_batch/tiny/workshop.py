@@ -1,13 +1,16 @@
 """Things that all training stages share: the rendered world, the tokenizer, the device, the checkpoints' folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -18,13 +21,51 @@ SEED = 20260523
 SCENES = 32_000
 
 
+class _Steps(IterableDataset[Any]):
+    """What ``make`` returns for the steps from ``first`` on, shared among the workers of a loader in turns."""
+
+    def __init__(self, make: Callable[[int], Any], first: int) -> None:
+        self.make, self.first = make, first
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        return (self.make(step) for step in count(self.first + offset, stride))
+
+
+def ahead(make: Callable[[int], Any], workers: int) -> Callable[[int], Any]:
+    """``make``, for steps in their order, prepared by ``workers`` other processes; with 0 it is called when asked.
+
+    A GPU needs this: captions for it are worded and split into tokens by CPUs.
+    """
+    if workers == 0:
+        return make
+    prepared: Iterator[Any] | None = None
+
+    def one(step: int) -> Any:
+        nonlocal prepared
+        if prepared is None:  # The first step is known only now: a resumed stage does not begin at 0.
+            loader: Iterable[Any] = DataLoader(_Steps(make, step), batch_size=None, num_workers=workers)
+            prepared = iter(loader)
+        return next(prepared)
+
+    return one
+
+
 class Workshop:
     """The output folder, the device and the rendered world, which all stages share."""
 
     def __init__(
-        self, out: Path, device: torch.device, seconds: float, autocast: bool, start: Path | None = None
+        self,
+        out: Path,
+        device: torch.device,
+        seconds: float,
+        autocast: bool,
+        start: Path | None = None,
+        workers: int = 0,
     ) -> None:
         self.out, self.device, self.seconds, self.autocast, self.start = out, device, seconds, autocast, start
+        self.workers = workers
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     @cache  # noqa: B019 - one workshop lives as long as the process
@@ -52,10 +93,10 @@ class Workshop:
         return CLIPTokenizer.from_pretrained(folder)
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Token ids ``[B, 48]`` on the device, padded and cut as diffusers' ``encode_prompt`` does."""
+        """Token ids ``[B, 48]`` on the CPU, padded and cut as diffusers' ``encode_prompt`` does."""
         length = networks.TEXT_TOKENS
         tokens = self.tokenizer()(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.device)
+        return tokens.input_ids
 
     def checkpoint(self, stage: str) -> Path:
         """The file that a stage resumes from."""
@@ -68,7 +109,8 @@ class Workshop:
         """
         if self.start is None:
             return
-        own, older = model.state_dict(), {}
+        own = model.state_dict()
+        older: dict[str, Tensor] = {}
         for file in sorted((self.start / part).glob("*.safetensors")):
             older |= load_file(file)
         model.load_state_dict(

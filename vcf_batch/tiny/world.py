@@ -53,8 +53,8 @@ VALUES: Mapping[str, Sequence[str]] = {
 """Attribute name to its possible values.
 
 ``background2`` has no meaning where the pattern is plain. ``direction`` is that of the lines, and has a meaning only
-where the pattern is striped. ``background`` is the upper colour of a gradient, the inner one of a radial pattern, and the
-one between dots.
+where the pattern is striped. ``background`` is the upper colour of a gradient, the inner one of a radial pattern, and
+the one between dots.
 """
 
 ORDERED = ("dotted", "gradient", "radial")
