@@ -69,18 +69,19 @@ class _Residual(nn.Module):
 
 def second_probe(file: Path) -> SecondProbe:
     """The second probe from ``file``, which is written first if it does not exist: minutes on one CPU core."""
-    torch.manual_seed(SEED)
-    model = SecondProbe()
     if not file.exists():
-        _train(model)
+        trained = _trained()
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
+        save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, file)
+    model = SecondProbe()
     model.load_state_dict(load_file(file))
     return model.eval().requires_grad_(False)
 
 
-def _train(model: SecondProbe) -> None:
-    """Train on renders with a little noise, since the pictures of a model are never quite clean."""
+def _trained() -> SecondProbe:
+    """A probe trained on renders with a little noise, since the pictures of a model are never quite clean."""
+    torch.manual_seed(SEED)
+    model = SecondProbe()
     scenes = sample_scenes(SCENES, SEED)
     pictures = torch.cat([render(scenes.part(part, SEED + part.start)) for part in chunks(SCENES, 2000)])
     pictures = (pictures * 255).round().to(torch.uint8)
@@ -101,6 +102,7 @@ def _train(model: SecondProbe) -> None:
         optimizer.zero_grad(set_to_none=True)
         torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
         optimizer.step()
+    return model
 
 
 def _striped(scenes: Scenes) -> Tensor:
