@@ -50,7 +50,7 @@ def train_vae(shop: Workshop) -> None:
     probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
     model = networks.vae().to(shop.device, memory_format=torch.channels_last)
     shop.begin(model, "vae")
-    indices = batch_indices(SCENES, RECIPES["vae"].batch, SEED)
+    indices = batch_indices(shop.count, RECIPES["vae"].batch, SEED)
 
     def loss(step: int) -> Tensor:
         pictures = shop.pictures(indices(step)).contiguous(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ def train_decoder(shop: Workshop) -> None:
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
     latents = scene_latents(shop)
-    indices = batch_indices(SCENES, RECIPES["decoder"].batch, SEED + 21)
+    indices = batch_indices(shop.count, RECIPES["decoder"].batch, SEED + 21)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
@@ -143,7 +143,7 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
         shop.begin_words(clip)
     width = clip.config.projection_dim
     model = nn.ModuleDict({"clip": clip, "see": AttributeHeads(width), "read": AttributeHeads(width)}).to(shop.device)
-    indices = batch_indices(SCENES, RECIPES[stage].batch, seed)
+    indices = batch_indices(shop.count, RECIPES[stage].batch, seed)
 
     def worded(step: int) -> tuple[Tensor, Tensor, Tensor]:
         chosen = indices(step)
@@ -189,7 +189,7 @@ def train_vision(shop: Workshop) -> None:
     clip.text_model.requires_grad_(False)
     clip.text_projection.requires_grad_(False)
     seed = SEED + 31
-    indices = batch_indices(SCENES, RECIPES["vision"].batch, seed)
+    indices = batch_indices(shop.count, RECIPES["vision"].batch, seed)
 
     def worded(step: int) -> tuple[Tensor, Tensor]:
         chosen = indices(step)
@@ -226,7 +226,7 @@ def train_probe(shop: Workshop) -> None:
     """Train the attribute classifier."""
     torch.manual_seed(SEED + 5)
     model = Probe().to(shop.device, memory_format=torch.channels_last)
-    indices = batch_indices(SCENES, RECIPES["probe"].batch, SEED + 5)
+    indices = batch_indices(shop.count, RECIPES["probe"].batch, SEED + 5)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
@@ -244,10 +244,10 @@ def frozen_text_encoder(shop: Workshop) -> CLIPTextModel:
 
 
 def scene_latents(shop: Workshop) -> Tensor:
-    """The latents of all training pictures, scaled for the UNet: ``[SCENES, 4, 16, 16]``."""
+    """The latents of all training pictures, scaled for the UNet: ``[N, 4, 16, 16]``."""
     vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
     with torch.no_grad():
-        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(SCENES, 500)]
+        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(shop.count, 500)]
     return torch.cat(means) * vae.config.scaling_factor
 
 
@@ -265,7 +265,7 @@ def train_unet(shop: Workshop) -> None:
     alphas = networks.scheduler().alphas_cumprod.to(shop.device)
     latents = scene_latents(shop)
     recipe = RECIPES["unet"]
-    indices = batch_indices(SCENES, recipe.batch, SEED + 9)
+    indices = batch_indices(shop.count, recipe.batch, SEED + 9)
 
     with torch.no_grad():
         empty = text_encoder(shop.tokenize([""]).to(shop.device)).last_hidden_state
@@ -312,7 +312,7 @@ def train_aligner(shop: Workshop) -> None:
     recipe = RECIPES["aligner"]
     seen, read = _features(shop)
     model = ImageAligner(networks.VISION_WIDTH, networks.TEXT_WIDTH).to(shop.device)
-    indices = batch_indices(SCENES, recipe.batch, SEED + 13)
+    indices = batch_indices(shop.count, recipe.batch, SEED + 13)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
@@ -326,13 +326,13 @@ def train_aligner(shop: Workshop) -> None:
 
 
 def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
-    """The aligner's data in float16: vision tokens ``[SCENES, 65, 192]`` and text tokens ``[SCENES, 48, 128]``."""
+    """The aligner's data in float16: vision tokens ``[N, 65, 192]`` and text tokens ``[N, 48, 128]``."""
     text_encoder = frozen_text_encoder(shop)
     vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").to(shop.device)
     scenes, _ = shop.scenes()
     seen, read = [], []
     with torch.no_grad(), torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
-        for part in chunks(SCENES, 500):
+        for part in chunks(shop.count, 500):
             batch = scenes.part(part)
             texts = [world.caption(batch.named(index), world.LOOKS, None) for index in range(len(batch))]
             seen.append(vision(shop.clip_pixels(part), output_hidden_states=True).hidden_states[-2].half().cpu())
@@ -389,6 +389,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Weights of an earlier family, which vae, clip and unet begin from.",
 )
+@click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="Pictures to train on.")
 @click.option("--workers", default=0, show_default=True, help="Processes that word captions ahead; for a GPU.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of the stage instead of the recipe's.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch size of the stage instead of the recipe's.")
@@ -400,6 +401,7 @@ def main(
     device: str,
     autocast: bool,
     start: Path | None,
+    scenes: int,
     workers: int,
     steps: int | None,
     batch: int | None,
@@ -411,7 +413,7 @@ def main(
         raise click.UsageError(f"--steps, --batch and --rate are of one stage: {', '.join(RECIPES)}")
     if changes:
         RECIPES[stage] = replace(RECIPES[stage], **changes)
-    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start, workers)
+    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start, workers, scenes)
     for name, train in STAGES.items():
         if stage in (name, "all"):
             train(shop)

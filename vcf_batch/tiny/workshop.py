@@ -1,8 +1,8 @@
 """Things that all training stages share: the rendered world, the tokenizer, the device, the checkpoints' folder."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class _Steps(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return (self.make(step) for step in count(self.first + offset, stride))
+        return (self.make(step) for step in itertools.count(self.first + offset, stride))
 
 
 def ahead(make: Callable[[int], Any], workers: int) -> Callable[[int], Any]:
@@ -63,16 +63,17 @@ class Workshop:
         autocast: bool,
         start: Path | None = None,
         workers: int = 0,
+        count: int = SCENES,
     ) -> None:
         self.out, self.device, self.seconds, self.autocast, self.start = out, device, seconds, autocast, start
-        self.workers = workers
+        self.workers, self.count = workers, count
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     @cache  # noqa: B019 - one workshop lives as long as the process
     def scenes(self) -> tuple[world.Scenes, Tensor]:
-        """The training scenes and their pictures, uint8 ``[SCENES, 3, 64, 64]``: rendered once."""
-        scenes = world.sample_scenes(SCENES, SEED)
-        pictures = torch.cat([world.render(scenes.part(part, SEED + part.start)) for part in chunks(SCENES, 2000)])
+        """The training scenes and their pictures, uint8 ``[N, 3, 64, 64]``: rendered once."""
+        scenes = world.sample_scenes(self.count, SEED)
+        pictures = torch.cat([world.render(scenes.part(part, SEED + part.start)) for part in chunks(self.count, 2000)])
         return scenes, (pictures * 255).round().to(torch.uint8)
 
     def pictures(self, indices: Tensor | slice) -> Tensor:
