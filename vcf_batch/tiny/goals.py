@@ -39,18 +39,24 @@ SHEET = 64
 """Pictures of a contact sheet."""
 
 
-def draw(pipeline: VCFPipeline, prompts: Sequence[str], references: Sequence[Image.Image] | None, what: str) -> Tensor:
+def draw(
+    pipeline: VCFPipeline, prompts: Sequence[str], references: Sequence[Image.Image] | None, what: str, autocast: bool
+) -> Tensor:
     """Pictures ``[B, 3, 64, 64]`` in [0, 1]. Seeds count from 0, and all settings are the model's default."""
 
     def batches() -> Iterator[Tensor]:
         for part in tqdm(list(chunks(len(prompts), 32)), desc=what, mininterval=10):
             chosen = references[part] if references else None
-            yield pipeline.generate(prompts[part], chosen, seeds=range(part.start, part.start + len(prompts[part])))
+            seeds = range(part.start, part.start + len(prompts[part]))
+            yield pipeline.generate(prompts[part], chosen, seeds=seeds).float()
 
-    return torch.cat(list(batches()))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        return torch.cat(list(batches()))
 
 
-def measure(weights: Path, probe: SecondProbe, count: int, sheets: Path | None) -> dict[str, dict[str, float]]:
+def measure(
+    weights: Path, probe: SecondProbe, count: int, sheets: Path | None, autocast: bool = False
+) -> dict[str, dict[str, float]]:
     """Shares by row of the table and attribute, from ``count`` prompts; ``sheets`` is where pictures are written."""
     pipeline = VCFPipeline.from_pretrained(weights, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,7 +71,7 @@ def measure(weights: Path, probe: SecondProbe, count: int, sheets: Path | None) 
         (SHORT, prompts, None, wanted),
         (CONCAT, prompts, references, wanted),
     ):
-        pictures = draw(pipeline, texts, shown_to, name)
+        pictures = draw(pipeline, texts, shown_to, name, autocast)
         rows[name] = {key: right.float().mean().item() for key, right in shown(probe, pictures, scenes).items()}
         if sheets:
             _sheet(pictures[:SHEET], sheets / f"{weights.name} {name}.png")
@@ -101,7 +107,8 @@ def table(measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 @click.option("--second-probe", "file", type=click.Path(path_type=Path), required=True, help="Trained if absent.")
 @click.option("--count", type=click.IntRange(min=8), default=512, show_default=True, help="Prompts of each row.")
 @click.option("--sheets", type=click.Path(path_type=Path), help="Folder for pictures of the first 64 of each row.")
-def main(weights: tuple[Path, ...], file: Path, count: int, sheets: Path | None) -> None:
+@click.option("--autocast/--no-autocast", default=False, help="Sample in bfloat16: half the time on CPUs with AMX.")
+def main(weights: tuple[Path, ...], file: Path, count: int, sheets: Path | None, autocast: bool) -> None:
     """Measure families of weights, and print their figures beside the goals."""
     probe = second_probe(file)
     real = world.sample_scenes(2048, pairs.HELD_OUT + 3)
@@ -110,7 +117,7 @@ def main(weights: tuple[Path, ...], file: Path, count: int, sheets: Path | None)
         "the second probe on real renders: "
         + ", ".join(f"{name} {100 * seen[name].float().mean().item():.1f}" for name in COLUMNS)
     )
-    click.echo(table({str(folder): measure(folder, probe, count, sheets) for folder in map(Path, weights)}))
+    click.echo(table({str(folder): measure(folder, probe, count, sheets, autocast) for folder in map(Path, weights)}))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from vcf_batch.tiny.world import COLORS, DIRECTIONS, PATTERNS, Scenes, render, s
 SEED = 770_000_000
 """Seed of the probe's own scenes. No stage of the family draws from it."""
 
-SCENES = 24_000
-RECIPE = Recipe(steps=1600, batch=64, lr=2e-3, weight_decay=0.02)
+SCENES = 48_000
+RECIPE = Recipe(steps=3000, batch=64, lr=2e-3, weight_decay=0.02)
 
 
 class SecondProbe(nn.Module):
