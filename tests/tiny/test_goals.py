@@ -42,11 +42,11 @@ def test_gradients_are_told_from_gradients_upside_down(file: Path) -> None:
 
 def test_a_family_is_measured_beside_its_goals(file: Path, tmp_path: Path) -> None:
     probe = second_probe.second_probe(file)
-    rows = goals.measure(Path(tiny_folder()), probe, count=8, sheets=tmp_path / "sheets")
-    assert rows.keys() == {goals.TEXT_ONLY, goals.SHORT, goals.CONCAT, goals.KEPT}
+    rows = goals.measure(Path(tiny_folder()), probe, count=16, sheets=tmp_path / "sheets")
+    assert rows.keys() == {goals.TEXT_ONLY, goals.DIRECTED, goals.SHORT, goals.CONCAT, goals.KEPT}
     assert rows[goals.SHORT].keys() == {"shape", "color"}
     assert all(goals.GOALS[row].keys() <= rows[row].keys() for row in goals.GOALS)
-    assert len(list((tmp_path / "sheets").glob("*.png"))) == 3
+    assert len(list((tmp_path / "sheets").glob("*.png"))) == 4
     text = goals.table({"tiny": rows})
     assert "| concat at its default | goal |" in text
     assert "| concat at its default | tiny |" in text

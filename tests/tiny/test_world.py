@@ -93,14 +93,25 @@ def test_stripes_run_in_the_direction_that_is_said(
 
 def test_of_a_gradient_the_upper_colour_is_said_first() -> None:
     scene = {**BASE, "pattern": "gradient", "background": "yellow", "background2": "blue", "size": "small"}
-    assert "from yellow at the top to blue at the bottom" in world.caption(scene, world.CAPTIONED, None)
+    assert "from yellow at the top to blue at the bottom" in world.caption(scene, world.TAUGHT, None)
     picture = world.render(world.compose([scene], seed=0))[0]
     (upper, lower) = (picture[:, row, 2].tolist() for row in (1, 62))
     assert upper[0] > upper[2] and lower[2] > lower[0]
 
 
+def test_captions_say_directions_and_line_art_where_they_are_taught() -> None:
+    """And nowhere else: a family that was trained on other captions does not know these words."""
+    new = {"line", "from", "stripes", "horizontal", "rising", "diagonal", "down"}
+    said, taught = (
+        {word for text in world.captions(_SCENES, random.Random(2), 1.0, among) for word in text.split()}
+        for among in (world.CAPTIONED, world.TAUGHT)
+    )
+    assert not new & said
+    assert new <= taught
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.sets(st.sampled_from(world.CAPTIONED)), st.integers(0, 10_000), st.integers(0, 499))
+@given(st.sets(st.sampled_from(world.TAUGHT)), st.integers(0, 10_000), st.integers(0, 499))
 def test_a_caption_never_says_what_it_was_not_told_to(named: set[str], seed: int, index: int) -> None:
     scene = _SCENES.named(index)
     text = world.caption(scene, named, random.Random(seed))

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -115,11 +116,11 @@ class AttributeHeads(nn.Module):
         """Mean classification loss over the attributes in ``named``.
 
         Args:
-            named: bool ``[B, 8]`` in the order of CAPTIONED; None is all attributes.
+            named: bool ``[B, 8]`` in the order of TAUGHT; None is all attributes.
         """
         a, losses = scenes.attributes, []
-        said = torch.ones(len(scenes), len(world.CAPTIONED), dtype=torch.bool) if named is None else named
-        tells = dict(zip(world.CAPTIONED, said.unbind(1), strict=True))
+        said = torch.ones(len(scenes), len(world.TAUGHT), dtype=torch.bool) if named is None else named
+        tells = dict(zip(world.TAUGHT, said.unbind(1), strict=True))
         striped = a["pattern"] == world.PATTERNS.index("striped")
         ordered = torch.isin(a["pattern"], torch.tensor([world.PATTERNS.index(name) for name in world.ORDERED]))
         tells["direction"] = tells["direction"] & tells["pattern"] & striped
@@ -149,9 +150,9 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
         chosen = indices(step)
         scenes = shop.scenes()[0].part(chosen)
         rng = random.Random(seed * 1_000_003 + step)
-        named = [world.draw_named(rng, full=0.6) for _ in chosen]
+        named = [world.draw_named(rng, 0.6, world.TAUGHT) for _ in chosen]
         texts = [world.caption(scenes.named(i), names, rng) for i, names in enumerate(named)]
-        said = torch.tensor([[name in names for name in world.CAPTIONED] for names in named])
+        said = torch.tensor([[name in names for name in world.TAUGHT] for names in named])
         return chosen, shop.tokenize(texts), said
 
     prepared = ahead(worded, shop.workers)
@@ -194,7 +195,7 @@ def train_vision(shop: Workshop) -> None:
     def worded(step: int) -> tuple[Tensor, Tensor]:
         chosen = indices(step)
         rng = random.Random(seed * 1_000_003 + step)
-        return chosen, shop.tokenize(world.captions(shop.scenes()[0].part(chosen), rng, full=0.6))
+        return chosen, shop.tokenize(world.captions(shop.scenes()[0].part(chosen), rng, 0.6, world.TAUGHT))
 
     prepared = ahead(worded, shop.workers)
 
@@ -276,7 +277,11 @@ def train_unet(shop: Workshop) -> None:
         rng = random.Random((SEED + 9) * 1_000_003 + step)
         parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
         dropped = torch.tensor([rng.random() < 0.1 for _ in chosen])
-        return chosen, dropped, [shop.tokenize(world.captions(scenes, rng, full=0.5 / parts)) for _ in range(parts)]
+        return (
+            chosen,
+            dropped,
+            [shop.tokenize(world.captions(scenes, rng, 0.5 / parts, world.TAUGHT)) for _ in range(parts)],
+        )
 
     prepared = ahead(worded, shop.workers)
 
@@ -408,7 +413,7 @@ def main(
     rate: float | None,
 ) -> None:
     """Train the embedded model family, one stage or all of them."""
-    changes = {name: value for name, value in (("steps", steps), ("batch", batch), ("lr", rate)) if value}
+    changes: dict[str, Any] = {k: v for k, v in (("steps", steps), ("batch", batch), ("lr", rate)) if v}
     if changes and stage not in RECIPES:
         raise click.UsageError(f"--steps, --batch and --rate are of one stage: {', '.join(RECIPES)}")
     if changes:

@@ -304,7 +304,7 @@ _PATTERN_WORDS = {
 }
 _STYLE_WORDS = {
     "flat": ("in flat style", "flat design", "as a flat graphic"),
-    "outlined": ("in outlined style", "with outlines", "as an outlined cartoon", "as line art"),
+    "outlined": ("in outlined style", "with outlines", "as an outlined cartoon"),
     "soft": ("in soft style", "soft and blurry", "as a soft watercolor"),
     "mosaic": ("in mosaic style", "as a mosaic", "made of mosaic tiles"),
     "sketchy": ("in sketchy style", "as a pencil sketch", "sketchy hatching"),
@@ -343,7 +343,8 @@ def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random
         article = "an" if text[0] in "aeio" else "a"
         parts.append(f"{'on' if parts else 'over'} {article} {text}")
     if "style" in named:
-        parts.append(word("style", _STYLE_WORDS))
+        drawn_in_lines = "direction" in named and scene["style"] == "outlined"
+        parts.append("as line art" if drawn_in_lines and chance() < 0.25 else word("style", _STYLE_WORDS))
         if chance() < 0.2:
             parts = parts[-1:] + parts[:-1]
     return choose(_OPENINGS) + choose((", ", " ")).join(parts)
@@ -376,8 +377,11 @@ def _background(
     return f"{line}{kind}{both} background" if chance() < 0.5 else f"{line}{kind}background of {both}"
 
 
-CAPTIONED = ("shape", "color", "pattern", "background", "style", "position", "size", "direction")
-"""Attributes that a caption may name. The direction is said only of stripes and gradients."""
+CAPTIONED = ("shape", "color", "pattern", "background", "style", "position", "size")
+"""Attributes that a caption may name."""
+
+TAUGHT = (*CAPTIONED, "direction")
+"""What captions name in training: also the direction of stripes and gradients, and line art by that name."""
 
 LOOKS = ("pattern", "background", "style", "position", "size", "direction")
 """Attributes that a reference is used for: all except the object and its colour."""
