@@ -14,8 +14,8 @@ from vcf_batch.tiny.probe import HEADS
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a second probe of two steps is written."""
-    monkeypatch.setattr(second_probe, "SCENES", 64)
-    monkeypatch.setattr(second_probe, "RECIPE", Recipe(steps=2, batch=32, lr=1e-3))
+    monkeypatch.setattr(second_probe, "PROBE_SCENES", 64)
+    monkeypatch.setattr(second_probe, "PROBE_RECIPE", Recipe(steps=2, batch=32, lr=1e-3))
     return tmp_path / "second.safetensors"
 
 
@@ -43,9 +43,15 @@ def test_gradients_are_told_from_gradients_upside_down(file: Path) -> None:
 def test_a_family_is_measured_beside_its_goals(file: Path, tmp_path: Path) -> None:
     probe = second_probe.second_probe(file)
     rows = goals.measure(Path(tiny_folder()), probe, count=16, sheets=tmp_path / "sheets")
-    assert rows.keys() == {goals.TEXT_ONLY, goals.DIRECTED, goals.SHORT, goals.CONCAT, goals.KEPT}
-    assert rows[goals.SHORT].keys() == {"shape", "color"}
-    assert all(goals.GOALS[row].keys() <= rows[row].keys() for row in goals.GOALS)
+    assert rows.keys() == {
+        goals.ALL_NAMED,
+        goals.DIRECTION_NAMED,
+        goals.OBJECT_NAMED,
+        goals.BY_CONCAT,
+        goals.KEPT_SHARE,
+    }
+    assert rows[goals.OBJECT_NAMED].keys() == {"shape", "color"}
+    assert all(goals.WANTED_SHARES[row].keys() <= rows[row].keys() for row in goals.WANTED_SHARES)
     assert len(list((tmp_path / "sheets").glob("*.png"))) == 4
     text = goals.table({"tiny": rows})
     assert "| concat at its default | goal |" in text

@@ -17,11 +17,11 @@ from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, attribute_losses, correct
 from vcf_batch.tiny.world import COLORS, DIRECTIONS, PATTERNS, Scenes, render, sample_scenes
 
-SEED = 770_000_000
+PROBE_SEED = 770_000_000
 """Seed of the probe's own scenes. No stage of the family draws from it."""
 
-SCENES = 48_000
-RECIPE = Recipe(steps=3000, batch=64, lr=2e-3, weight_decay=0.02)
+PROBE_SCENES = 48_000
+PROBE_RECIPE = Recipe(steps=3000, batch=64, lr=2e-3, weight_decay=0.02)
 
 
 class SecondProbe(nn.Module):
@@ -80,17 +80,19 @@ def second_probe(file: Path) -> SecondProbe:
 
 def _trained() -> SecondProbe:
     """A probe trained on renders with a little noise, since the pictures of a model are never quite clean."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(PROBE_SEED)
     model = SecondProbe()
-    scenes = sample_scenes(SCENES, SEED)
-    pictures = torch.cat([render(scenes.part(part, SEED + part.start)) for part in chunks(SCENES, 2000)])
+    scenes = sample_scenes(PROBE_SCENES, PROBE_SEED)
+    pictures = torch.cat([render(scenes.part(part, PROBE_SEED + part.start)) for part in chunks(PROBE_SCENES, 2000)])
     pictures = (pictures * 255).round().to(torch.uint8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE.lr, weight_decay=RECIPE.weight_decay, fused=True)
-    indices = batch_indices(SCENES, RECIPE.batch, SEED)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PROBE_RECIPE.lr, weight_decay=PROBE_RECIPE.weight_decay, fused=True
+    )
+    indices = batch_indices(PROBE_SCENES, PROBE_RECIPE.batch, PROBE_SEED)
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
-    for step in tqdm(range(RECIPE.steps), desc="second probe", mininterval=10):
+    for step in tqdm(range(PROBE_RECIPE.steps), desc="second probe", mininterval=10):
         for group in optimizer.param_groups:
-            group["lr"] = RECIPE.lr_at(step)
+            group["lr"] = PROBE_RECIPE.lr_at(step)
         chosen = indices(step)
         batch = pictures[chosen].float() / 127.5 - 1
         batch = batch + torch.randn_like(batch) * torch.rand(len(batch), 1, 1, 1) * 0.08
