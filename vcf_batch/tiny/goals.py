@@ -31,9 +31,8 @@ KEPT_SHARE = "concat keeps of text only"
 
 WANTED_SHARES: Mapping[str, Mapping[str, float]] = {
     ALL_NAMED: {"shape": 0.97, "color": 0.97, "style": 0.97, "position": 0.99},
-    DIRECTION_NAMED: {"gradients": 0.85},
     KEPT_SHARE: {"shape": 0.95, "color": 0.95},
-    BY_CONCAT: {"pattern": 0.90, "background": 0.90, "style": 0.92, "position": 0.92},
+    BY_CONCAT: {"pattern": 0.90, "background": 0.90, "style": 0.92, "position": 0.92, "gradients": 0.85},
 }
 """Goals by row and attribute. With ``concat`` shape and colour are the prompt's, and the others the reference's."""
 
