@@ -27,6 +27,12 @@ def test_pictures_are_finite_and_within_range() -> None:
     assert pictures.isfinite().all()
 
 
+def test_pictures_are_those_that_published_figures_were_measured_on() -> None:
+    """Their bytes have the sum that they had before scenes had directions, but for rounding on other processors."""
+    pictures = (world.render(world.sample_scenes(200, seed=990_000_001)) * 255).round().to(torch.uint8)
+    assert int(pictures.long().sum()) == pytest.approx(304_982_641, abs=2000)
+
+
 def test_object_and_background_colours_differ() -> None:
     a = world.sample_scenes(500, seed=1).attributes
     for one, other in (("color", "background"), ("color", "background2"), ("background", "background2")):

@@ -53,8 +53,7 @@ PROMPTS = (
 def main(folder: Path) -> None:
     """Write FOLDER/demo.parquet and FOLDER/references/."""
     order = ("shape", "color", "pattern", "background", "background2", "style", "position", "size")
-    shown = [dict(zip(order, text.split(), strict=True)) | {"direction": "vertical"} for text in REFERENCES.values()]
-    scenes = world.compose(shown, DEMO_SEED)
+    scenes = world.compose([dict(zip(order, text.split(), strict=True)) for text in REFERENCES.values()], DEMO_SEED)
     (folder / "references").mkdir(parents=True, exist_ok=True)
     files = [f"references/{name}.png" for name in REFERENCES]
     for file, pixels in zip(files, from_unit(world.render(scenes).permute(0, 2, 3, 1).numpy()), strict=True):

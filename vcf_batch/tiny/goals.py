@@ -91,7 +91,8 @@ def measure(
 def _sheet(pictures: Tensor, file: Path) -> None:
     """Write pictures as rows of eight, enlarged three times."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [torch.cat(list(pictures[part]), dim=2) for part in chunks(len(pictures) // 8 * 8, 8)]
+    whole = torch.cat([pictures, torch.ones(-len(pictures) % 8, *pictures.shape[1:])])  # The last row ends in white.
+    rows = [torch.cat(list(whole[part]), dim=2) for part in chunks(len(whole), 8)]
     image = Image.fromarray(from_unit(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()))
     image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(file)
 

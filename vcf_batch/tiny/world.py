@@ -65,6 +65,7 @@ _CENTERS = torch.tensor([[0.0, 0.0], [-0.36, 0.0], [0.36, 0.0], [0.0, 0.36], [0.
 _PALETTE = torch.tensor(list(COLORS.values()))
 _INK = 0.07
 _TILE = 4
+_VARIATIONS = 0x5CE9E5
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,32 @@ def sample_scenes(count: int, seed: int) -> Scenes:
     attributes = {name: torch.randint(len(values), (count,), generator=generator) for name, values in drawn.items()}
     palettes = torch.rand(count, len(COLORS), generator=generator).argsort(dim=1)
     attributes["color"], attributes["background"], attributes["background2"] = palettes[:, :3].unbind(1)
-    attributes["direction"] = torch.randint(len(DIRECTIONS), (count,), generator=generator)
-    return Scenes(attributes, seed)
+    return Scenes({**attributes, "direction": _directions(count, seed)}, seed)
+
+
+def _directions(count: int, seed: int) -> Tensor:
+    """Directions of stripes: those that :func:`render` drew before scenes had them, so that pictures stay the same."""
+    generator = torch.Generator().manual_seed(seed ^ _VARIATIONS)
+    for shape in ((count, 2), (count,), (count,)):  # Place, size and rotation of the objects come first.
+        torch.rand(*shape, generator=generator)
+    return torch.randint(len(DIRECTIONS), (count,), generator=generator)
 
 
 def compose(descriptions: Sequence[Mapping[str, str]], seed: int) -> Scenes:
-    """Scenes from words. Each description maps every attribute to its value."""
+    """Scenes from words. Each description maps every attribute to its value; the direction may be left out."""
+    plain = {"direction": DIRECTIONS[0]}
     return Scenes(
-        {name: torch.tensor([values.index(d[name]) for d in descriptions]) for name, values in VALUES.items()}, seed
+        {
+            name: torch.tensor([values.index((plain | {**d})[name]) for d in descriptions])
+            for name, values in VALUES.items()
+        },
+        seed,
     )
 
 
 def render(scenes: Scenes) -> Tensor:
     """Render the scenes: float32 ``[B, 3, 64, 64]`` in [0, 1]. Placement and tones vary a little with the seed."""
-    generator = torch.Generator().manual_seed(scenes.seed ^ 0x5CE9E5)
+    generator = torch.Generator().manual_seed(scenes.seed ^ _VARIATIONS)
     count = len(scenes)
     a = scenes.attributes
 
@@ -219,7 +232,7 @@ def _pattern(
     def uniform(low: float, high: float) -> Tensor:
         return (torch.rand(count, generator=generator) * (high - low) + low).view(count, 1, 1)
 
-    torch.randint(4, (count,), generator=generator)  # Once the direction; without it all other pictures would change.
+    torch.randint(4, (count,), generator=generator)  # The directions: what is drawn after them must not change.
     along, _ = _rotate(x, y, direction * (math.pi / 4))
     frequency, phase = uniform(2.2, 3.2) * math.pi, uniform(0, 2 * math.pi)
     cell = uniform(0.36, 0.48)
