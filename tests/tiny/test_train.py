@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from vcf_batch.images import from_unit
 from vcf_batch.metrics.clip_score import ClipJudge
+from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.tiny import measure, networks, train, workshop, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, fit, speed_up_cpu_autocast
 from vcf_batch.tiny.probe import HEADS, Probe, background_target, correct
@@ -90,10 +91,8 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 def test_the_stages_make_a_pipeline_with_judge_and_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of every stage, in order, then the directory that ``--model`` takes."""
-    for module in (train, workshop):
-        monkeypatch.setattr(module, "SCENES", 64)
     monkeypatch.setattr(train, "RECIPES", {stage: Recipe(steps=1, batch=4, lr=1e-3) for stage in train.RECIPES})
-    shop = workshop.Workshop(tmp_path, torch.device("cpu"), seconds=60.0, autocast=False)
+    shop = workshop.Workshop(tmp_path, torch.device("cpu"), seconds=60.0, autocast=False, count=64)
     for stage in train.STAGES.values():
         stage(shop)
 
@@ -106,6 +105,30 @@ def test_the_stages_make_a_pipeline_with_judge_and_probe(tmp_path: Path, monkeyp
     judge = ClipJudge.from_pretrained(str(weights / "judge"))
     assert measure.zero_shot(judge, world.render(scenes), scenes).keys() == HEADS.keys() - {"background"}
     assert len(Probe.from_pretrained(weights / "probe").features(torch.zeros(1, 3, 64, 64))) == 4
+
+
+def test_steps_that_are_prepared_ahead_are_those_asked_for() -> None:
+    """By any number of processes, and from the step on at which a stage resumes."""
+    for workers in (0, 2):
+        prepared = workshop.ahead(lambda step: (step, torch.tensor([step])), workers)
+        assert [prepared(step)[0] for step in range(3, 9)] == list(range(3, 9))
+
+
+def test_a_stage_begins_from_the_weights_of_an_earlier_family(tmp_path: Path) -> None:
+    """Each word that both tokenizers know keeps its embedding, whatever its number."""
+    older = Path(tiny_folder())
+    shop = workshop.Workshop(tmp_path, torch.device("cpu"), 60.0, autocast=False, start=older, count=64)
+    clip, unet = networks.clip(shop.tokenizer()), networks.unet()
+    shop.begin(clip.text_model, "text_encoder")
+    shop.begin_words(clip)
+    shop.begin(unet, "unet")
+    theirs = VCFPipeline.from_pretrained(older, dtype=torch.float32)
+    for name, value in theirs.unet.state_dict().items():
+        torch.testing.assert_close(unet.state_dict()[name], value)
+    numbers = (tokenizer.get_vocab()["circle</w>"] for tokenizer in (shop.tokenizer(), theirs.tokenizer))
+    towers = (clip.text_model, theirs.text_encoder)
+    ours, known = (tower.get_input_embeddings().weight[number] for tower, number in zip(towers, numbers, strict=True))
+    torch.testing.assert_close(ours, known)
 
 
 def test_the_shortcuts_of_bfloat16_keep_the_result() -> None:

@@ -200,7 +200,8 @@ def drawn(count: int) -> list[dict[str, Any]]:
         file = io.BytesIO()
         pair.reference.save(file, "png")
         image = {"bytes": file.getvalue(), "path": f"reference-{number:04d}.png"}
-        rows.append({"prompt": pair.prompt, "reference": image, **pair.wanted})
+        wanted = {name: value for name, value in pair.wanted.items() if name != "direction"}  # A column is a new run.
+        rows.append({"prompt": pair.prompt, "reference": image, **wanted})
     return rows
 
 

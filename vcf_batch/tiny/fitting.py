@@ -62,7 +62,9 @@ def fit(
     if autocast and device.type == "cpu":
         speed_up_cpu_autocast(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
+    )
     average = {name: value.detach().clone() for name, value in model.state_dict().items()} if recipe.ema else None
     first = 0
     if checkpoint.exists():
@@ -96,8 +98,7 @@ def fit(
             if average is not None:
                 # Early in the training the decay is smaller, so that the average forgets the random start.
                 decay = min(recipe.ema, (1 + step) / (10 + step))
-                for name, tensor in model.state_dict().items():
-                    average[name].lerp_(tensor, 1 - decay)
+                torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - decay)
             smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()

@@ -116,7 +116,7 @@ def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator(world.captions(scenes, random.Random(seed), full=0.5), trainer)
+    bpe.train_from_iterator(world.captions(scenes, random.Random(seed), 0.5, world.TAUGHT), trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     words = alphabet + [f"{symbol}</w>" for symbol in alphabet] + ["".join(merge) for merge in merges]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))}

@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from vcf_batch.tiny.world import VALUES, Scenes
 
-HEADS: Mapping[str, int] = {name: len(values) for name, values in VALUES.items() if name != "background2"}
-"""Number of values of each attribute. ``background`` stands for both background colours together."""
+HEADS: Mapping[str, int] = {
+    name: len(values) for name, values in VALUES.items() if name not in ("background2", "direction")
+}
+"""Number of values of each attribute that is read. ``background`` stands for both background colours together."""
 
 
 class Probe(ModelMixin, ConfigMixin):

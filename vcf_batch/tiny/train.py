@@ -1,39 +1,45 @@
 """Train the tiny family: ``python -m vcf_batch.tiny.train --stage all --out DIR``.
 
-The stages, in order: ``probe``; ``vae``; ``clip`` (the towers that condition) and ``vision`` (more of its image tower);
-``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the models together in DIR/weights. Each
-writes its model in diffusers layout into DIR and its checkpoint into DIR/checkpoints. Running a stage a second time
-resumes it from its checkpoint.
+The stages, in order: ``probe``; ``vae`` and ``decoder`` (more of its decoder); ``clip`` (the towers that condition) and
+``vision`` (more of its image tower); ``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the
+models together in DIR/weights. Each writes its model in diffusers layout into DIR and its checkpoint into
+DIR/checkpoints. Running a stage a second time resumes it from its checkpoint.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from vcf_batch.models.model_files import forget_paths
 from vcf_batch.tiny import networks, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, Probe, attribute_losses
-from vcf_batch.tiny.workshop import SCENES, SEED, Workshop
+from vcf_batch.tiny.workshop import SCENES, SEED, Workshop, ahead
 from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPES = {
     "probe": Recipe(steps=1800, batch=64, lr=2e-3),
     "vae": Recipe(steps=3200, batch=32, lr=2e-3),
+    "decoder": Recipe(steps=2000, batch=32, lr=5e-4),
     "clip": Recipe(steps=1000, batch=128, lr=1e-3),
     "vision": Recipe(steps=2000, batch=128, lr=1e-3),
     "judge": Recipe(steps=4000, batch=128, lr=1e-3),
     "unet": Recipe(steps=4800, batch=64, lr=8e-4, ema=0.998, warmup=200),
     "aligner": Recipe(steps=4000, batch=128, lr=2e-3),
 }
+
+LATENT_NOISE = 0.06
+"""Largest deviation of the noise on the latents that the decoder is trained on; the latents' own is 1."""
 
 
 def train_vae(shop: Workshop) -> None:
@@ -44,19 +50,14 @@ def train_vae(shop: Workshop) -> None:
     torch.manual_seed(SEED)
     probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
     model = networks.vae().to(shop.device, memory_format=torch.channels_last)
-    indices = batch_indices(SCENES, RECIPES["vae"].batch, SEED)
+    shop.begin(model, "vae")
+    indices = batch_indices(shop.count, RECIPES["vae"].batch, SEED)
 
     def loss(step: int) -> Tensor:
         pictures = shop.pictures(indices(step)).contiguous(memory_format=torch.channels_last)
         posterior = model.encode(pictures).latent_dist
         restored = model.decode(posterior.sample()).sample.float()
-        edges = sum(functional.l1_loss(restored.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
-        seen = [
-            functional.l1_loss(ours.float(), theirs.float())
-            for ours, theirs in zip(probe.features(restored), probe.features(pictures), strict=True)
-        ]
-        likeness = functional.l1_loss(restored, pictures) + 0.5 * edges + 0.5 * sum(seen) / len(seen)
-        return likeness + 3e-4 * posterior.kl().mean() / 1024
+        return likeness(probe, restored, pictures) + 3e-4 * posterior.kl().mean() / 1024
 
     shop.fit("vae", model, loss, RECIPES["vae"])
     with torch.no_grad():
@@ -65,25 +66,70 @@ def train_vae(shop: Workshop) -> None:
     model.save_pretrained(shop.out / "vae")
 
 
+def train_decoder(shop: Workshop) -> None:
+    """Train the autoencoder's decoder further. Its encoder is frozen, so the latents stay as they are.
+
+    The latents have a little noise, as those that the UNet makes are never exactly the encoder's.
+    """
+    torch.manual_seed(SEED + 21)
+    probe = Probe.from_pretrained(shop.out / "probe").requires_grad_(False).to(shop.device)
+    model = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device, memory_format=torch.channels_last)
+    model.encoder.requires_grad_(False)
+    model.quant_conv.requires_grad_(False)
+    latents = scene_latents(shop)
+    indices = batch_indices(shop.count, RECIPES["decoder"].batch, SEED + 21)
+
+    def loss(step: int) -> Tensor:
+        chosen = indices(step)
+        generator = torch.Generator().manual_seed(SEED + step)
+        noise = torch.randn(latents[chosen].shape, generator=generator)
+        noise *= torch.rand(len(chosen), 1, 1, 1, generator=generator) * LATENT_NOISE
+        given = (latents[chosen] + noise.to(shop.device)) / model.config.scaling_factor
+        restored = model.decode(given.contiguous(memory_format=torch.channels_last)).sample.float()
+        return likeness(probe, restored, shop.pictures(chosen).contiguous(memory_format=torch.channels_last))
+
+    shop.fit("decoder", model, loss, RECIPES["decoder"])
+    model.save_pretrained(shop.out / "vae")
+
+
+def likeness(probe: Probe, restored: Tensor, pictures: Tensor) -> Tensor:
+    """Absolute error of the pixels, of their differences to their neighbours, and of the probe's feature maps."""
+    edges = sum(functional.l1_loss(restored.diff(dim=axis), pictures.diff(dim=axis)) for axis in (2, 3))
+    seen = [
+        functional.l1_loss(ours.float(), theirs.float())
+        for ours, theirs in zip(probe.features(restored), probe.features(pictures), strict=True)
+    ]
+    return functional.l1_loss(restored, pictures) + 0.5 * edges + 0.5 * sum(seen) / len(seen)
+
+
 class AttributeHeads(nn.Module):
     """Linear classifiers of the world's attributes from an embedding. They make contrastive training several times
-    faster."""
+    faster, and an embedding tell the direction of stripes and which colour of two is where."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
+        colors = len(world.COLORS)
+        sizes = {**HEADS, "direction": len(world.DIRECTIONS), "first": colors, "second": colors}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
 
     def forward(self, embedding: Tensor, scenes: world.Scenes, named: Tensor | None = None) -> Tensor:
         """Mean classification loss over the attributes in ``named``.
 
         Args:
-            named: bool ``[B, 7]`` in the order of CAPTIONED; None is all attributes.
+            named: bool ``[B, 8]`` in the order of TAUGHT; None is all attributes.
         """
-        losses = []
+        a, losses = scenes.attributes, []
+        said = torch.ones(len(scenes), len(world.TAUGHT), dtype=torch.bool) if named is None else named
+        tells = dict(zip(world.TAUGHT, said.unbind(1), strict=True))
+        striped = a["pattern"] == world.PATTERNS.index("striped")
+        ordered = torch.isin(a["pattern"], torch.tensor([world.PATTERNS.index(name) for name in world.ORDERED]))
+        tells["direction"] = tells["direction"] & tells["pattern"] & striped
+        tells["first"] = tells["second"] = tells["background"] & ordered
         logits = {name: head(embedding) for name, head in self.heads.items()}
-        for name, loss in attribute_losses(logits, scenes.attributes).items():
-            said = loss.new_ones(len(loss)) if named is None else named[:, world.CAPTIONED.index(name)].to(loss)
-            losses.append((loss * said).sum() / said.sum().clamp(min=1))
+        targets = {**a, "first": a["background"], "second": a["background2"]}
+        for name, loss in attribute_losses(logits, targets).items():
+            weight = tells[name].to(loss)
+            losses.append((loss * weight).sum() / weight.sum().clamp(min=1))
         return torch.stack(losses).mean()
 
 
@@ -92,18 +138,29 @@ def train_towers(shop: Workshop, stage: str) -> CLIPModel:
     seed = SEED + (0 if stage == "clip" else 77)
     torch.manual_seed(seed)
     clip = networks.clip(shop.tokenizer()) if stage == "clip" else networks.judge(shop.tokenizer())
+    if stage == "clip":
+        shop.begin(clip.text_model, "text_encoder")
+        shop.begin(clip, "image_encoder")
+        shop.begin_words(clip)
     width = clip.config.projection_dim
     model = nn.ModuleDict({"clip": clip, "see": AttributeHeads(width), "read": AttributeHeads(width)}).to(shop.device)
-    indices = batch_indices(SCENES, RECIPES[stage].batch, seed)
+    indices = batch_indices(shop.count, RECIPES[stage].batch, seed)
 
-    def loss(step: int) -> Tensor:
+    def worded(step: int) -> tuple[Tensor, Tensor, Tensor]:
         chosen = indices(step)
         scenes = shop.scenes()[0].part(chosen)
         rng = random.Random(seed * 1_000_003 + step)
-        named = [world.draw_named(rng, full=0.6) for _ in chosen]
+        named = [world.draw_named(rng, 0.6, world.TAUGHT) for _ in chosen]
         texts = [world.caption(scenes.named(i), names, rng) for i, names in enumerate(named)]
-        said = torch.tensor([[name in names for name in world.CAPTIONED] for names in named])
-        out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
+        said = torch.tensor([[name in names for name in world.TAUGHT] for names in named])
+        return chosen, shop.tokenize(texts), said
+
+    prepared = ahead(worded, shop.workers)
+
+    def loss(step: int) -> Tensor:
+        chosen, tokens, said = prepared(step)
+        scenes = shop.scenes()[0].part(chosen)
+        out = clip(input_ids=tokens.to(shop.device), pixel_values=shop.clip_pixels(chosen))
         image, text = out.image_embeds.float(), out.text_embeds.float()
         contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
         scale = width**0.5  # unit vectors are too short for a linear classifier at these learning rates
@@ -133,13 +190,19 @@ def train_vision(shop: Workshop) -> None:
     clip.text_model.requires_grad_(False)
     clip.text_projection.requires_grad_(False)
     seed = SEED + 31
-    indices = batch_indices(SCENES, RECIPES["vision"].batch, seed)
+    indices = batch_indices(shop.count, RECIPES["vision"].batch, seed)
+
+    def worded(step: int) -> tuple[Tensor, Tensor]:
+        chosen = indices(step)
+        rng = random.Random(seed * 1_000_003 + step)
+        return chosen, shop.tokenize(world.captions(shop.scenes()[0].part(chosen), rng, 0.6, world.TAUGHT))
+
+    prepared = ahead(worded, shop.workers)
 
     def loss(step: int) -> Tensor:
-        chosen = indices(step)
+        chosen, tokens = prepared(step)
         scenes = shop.scenes()[0].part(chosen)
-        texts = world.captions(scenes, random.Random(seed * 1_000_003 + step), full=0.6)
-        out = clip(input_ids=shop.tokenize(texts), pixel_values=shop.clip_pixels(chosen))
+        out = clip(input_ids=tokens.to(shop.device), pixel_values=shop.clip_pixels(chosen))
         image, text = out.image_embeds.float(), out.text_embeds.float()
         contrast = info_nce_loss(image[:, None], text[:, None], 1 / clip.logit_scale.exp().clamp(max=100))
         return contrast + 2 * see(image * clip.config.projection_dim**0.5, scenes)
@@ -157,13 +220,14 @@ def save_image_encoder(shop: Workshop, clip: CLIPModel) -> None:
 def train_judge(shop: Workshop) -> None:
     """Train the CLIP that scores."""
     train_towers(shop, "judge").save_pretrained(shop.out / "judge")
+    shop.tokenizer().save_pretrained(shop.out / "judge")
 
 
 def train_probe(shop: Workshop) -> None:
     """Train the attribute classifier."""
     torch.manual_seed(SEED + 5)
     model = Probe().to(shop.device, memory_format=torch.channels_last)
-    indices = batch_indices(SCENES, RECIPES["probe"].batch, SEED + 5)
+    indices = batch_indices(shop.count, RECIPES["probe"].batch, SEED + 5)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
@@ -180,6 +244,14 @@ def frozen_text_encoder(shop: Workshop) -> CLIPTextModel:
     return CLIPTextModel.from_pretrained(shop.out / "text_encoder").requires_grad_(False).to(shop.device)
 
 
+def scene_latents(shop: Workshop) -> Tensor:
+    """The latents of all training pictures, scaled for the UNet: ``[N, 4, 16, 16]``."""
+    vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
+    with torch.no_grad():
+        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(shop.count, 500)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
 def train_unet(shop: Workshop) -> None:
     """Train the UNet by v-prediction over all timesteps, on the scenes' cached latents.
 
@@ -189,28 +261,37 @@ def train_unet(shop: Workshop) -> None:
     """
     torch.manual_seed(SEED + 9)
     model = networks.unet().to(shop.device, memory_format=torch.channels_last)
+    shop.begin(model, "unet")
     text_encoder = frozen_text_encoder(shop)
-    vae = AutoencoderKL.from_pretrained(shop.out / "vae").to(shop.device)
     alphas = networks.scheduler().alphas_cumprod.to(shop.device)
-    with torch.no_grad():
-        means = [vae.encode(shop.pictures(part)).latent_dist.mean for part in chunks(SCENES, 500)]
-    latents = torch.cat(means) * vae.config.scaling_factor
+    latents = scene_latents(shop)
     recipe = RECIPES["unet"]
-    indices = batch_indices(SCENES, recipe.batch, SEED + 9)
+    indices = batch_indices(shop.count, recipe.batch, SEED + 9)
 
-    def loss(step: int) -> Tensor:
+    with torch.no_grad():
+        empty = text_encoder(shop.tokenize([""]).to(shop.device)).last_hidden_state
+
+    def worded(step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         chosen = indices(step)
         scenes = shop.scenes()[0].part(chosen)
         rng = random.Random((SEED + 9) * 1_000_003 + step)
         parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
-        dropped = torch.tensor([rng.random() < 0.1 for _ in chosen], device=shop.device)
-        tokens = []
+        dropped = torch.tensor([rng.random() < 0.1 for _ in chosen])
+        return (
+            chosen,
+            dropped,
+            [shop.tokenize(world.captions(scenes, rng, 0.5 / parts, world.TAUGHT)) for _ in range(parts)],
+        )
+
+    prepared = ahead(worded, shop.workers)
+
+    def loss(step: int) -> Tensor:
+        chosen, dropped, captions = prepared(step)
+        dropped = dropped.to(shop.device)[:, None, None]
         with torch.no_grad():
-            nothing = text_encoder(shop.tokenize([""])).last_hidden_state
-            for _ in range(parts):
-                encoded = text_encoder(shop.tokenize(world.captions(scenes, rng, full=0.5 / parts))).last_hidden_state
-                tokens.append(torch.where(dropped[:, None, None], nothing, encoded))
-                nothing = torch.zeros_like(nothing)
+            tokens = [text_encoder(caption.to(shop.device)).last_hidden_state for caption in captions]
+            nothing = [empty, *(torch.zeros_like(empty) for _ in captions[1:])]
+            tokens = [torch.where(dropped, *pair) for pair in zip(nothing, tokens, strict=True)]
         clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step + SEED)).to(shop.device)
         timestep = torch.randint(1000, (len(chosen),), generator=torch.Generator().manual_seed(step)).to(shop.device)
@@ -236,7 +317,7 @@ def train_aligner(shop: Workshop) -> None:
     recipe = RECIPES["aligner"]
     seen, read = _features(shop)
     model = ImageAligner(networks.VISION_WIDTH, networks.TEXT_WIDTH).to(shop.device)
-    indices = batch_indices(SCENES, recipe.batch, SEED + 13)
+    indices = batch_indices(shop.count, recipe.batch, SEED + 13)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
@@ -250,17 +331,17 @@ def train_aligner(shop: Workshop) -> None:
 
 
 def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
-    """The aligner's data in float16: vision tokens ``[SCENES, 65, 192]`` and text tokens ``[SCENES, 48, 128]``."""
+    """The aligner's data in float16: vision tokens ``[N, 65, 192]`` and text tokens ``[N, 48, 128]``."""
     text_encoder = frozen_text_encoder(shop)
     vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").to(shop.device)
     scenes, _ = shop.scenes()
     seen, read = [], []
     with torch.no_grad(), torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
-        for part in chunks(SCENES, 500):
+        for part in chunks(shop.count, 500):
             batch = scenes.part(part)
             texts = [world.caption(batch.named(index), world.LOOKS, None) for index in range(len(batch))]
             seen.append(vision(shop.clip_pixels(part), output_hidden_states=True).hidden_states[-2].half().cpu())
-            read.append(text_encoder(shop.tokenize(texts)).last_hidden_state.half().cpu())
+            read.append(text_encoder(shop.tokenize(texts).to(shop.device)).last_hidden_state.half().cpu())
     return torch.cat(seen), torch.cat(read)
 
 
@@ -283,7 +364,7 @@ def pack(shop: Workshop) -> None:
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(weights, max_shard_size="12MB")
     CLIPModel.from_pretrained(shop.out / "judge").half().save_pretrained(weights / "judge")
-    shop.tokenizer().save_pretrained(weights / "judge")
+    CLIPTokenizer.from_pretrained(shop.out / "judge").save_pretrained(weights / "judge")
     networks.image_processor().save_pretrained(weights / "judge")
     Probe.from_pretrained(shop.out / "probe").half().save_pretrained(weights / "probe")
     forget_paths(weights)
@@ -292,6 +373,7 @@ def pack(shop: Workshop) -> None:
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "probe": train_probe,
     "vae": train_vae,
+    "decoder": train_decoder,
     "clip": train_clip,
     "vision": train_vision,
     "judge": train_judge,
@@ -307,9 +389,36 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
 @click.option("--minutes", type=float, default=600.0, show_default=True, help="Time limit of each stage.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--autocast/--no-autocast", default=torch.cuda.is_available(), help="Compute in bfloat16.")
-def main(stage: str, out: Path, minutes: float, device: str, autocast: bool) -> None:
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Weights of an earlier family, which vae, clip and unet begin from.",
+)
+@click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="Pictures to train on.")
+@click.option("--workers", default=0, show_default=True, help="Processes that word captions ahead; for a GPU.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of the stage instead of the recipe's.")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch size of the stage instead of the recipe's.")
+@click.option("--rate", type=float, help="Highest learning rate of the stage instead of the recipe's.")
+def main(
+    stage: str,
+    out: Path,
+    minutes: float,
+    device: str,
+    autocast: bool,
+    start: Path | None,
+    scenes: int,
+    workers: int,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+) -> None:
     """Train the embedded model family, one stage or all of them."""
-    shop = Workshop(out, torch.device(device), minutes * 60, autocast)
+    changes: dict[str, Any] = {k: v for k, v in (("steps", steps), ("batch", batch), ("lr", rate)) if v}
+    if changes and stage not in RECIPES:
+        raise click.UsageError(f"--steps, --batch and --rate are of one stage: {', '.join(RECIPES)}")
+    if changes:
+        RECIPES[stage] = replace(RECIPES[stage], **changes)
+    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start, workers, scenes)
     for name, train in STAGES.items():
         if stage in (name, "all"):
             train(shop)

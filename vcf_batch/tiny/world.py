@@ -37,6 +37,7 @@ PATTERNS = ("plain", "striped", "dotted", "checkered", "gradient", "wavy", "radi
 STYLES = ("flat", "outlined", "soft", "mosaic", "sketchy")
 POSITIONS = ("center", "left", "right", "top", "bottom")
 SIZES = ("small", "medium", "large")
+DIRECTIONS = ("vertical", "rising", "horizontal", "falling")
 
 VALUES: Mapping[str, Sequence[str]] = {
     "shape": SHAPES,
@@ -47,14 +48,24 @@ VALUES: Mapping[str, Sequence[str]] = {
     "style": STYLES,
     "position": POSITIONS,
     "size": SIZES,
+    "direction": DIRECTIONS,
 }
-"""Attribute name to its possible values. ``background2`` has no meaning where the pattern is plain."""
+"""Attribute name to its possible values.
+
+``background2`` has no meaning where the pattern is plain. ``direction`` is that of the lines, and has a meaning only
+where the pattern is striped. ``background`` is the upper colour of a gradient, the inner one of a radial pattern, and
+the one between dots.
+"""
+
+ORDERED = ("dotted", "gradient", "radial")
+"""Patterns whose two colours cannot be exchanged."""
 
 _RADII = torch.tensor([0.40, 0.51, 0.64])
 _CENTERS = torch.tensor([[0.0, 0.0], [-0.36, 0.0], [0.36, 0.0], [0.0, 0.36], [0.0, -0.36]])  # x right, y up
 _PALETTE = torch.tensor(list(COLORS.values()))
 _INK = 0.07
 _TILE = 4
+_VARIATIONS = 0x5CE9E5
 
 
 @dataclass(frozen=True)
@@ -79,22 +90,36 @@ class Scenes:
 def sample_scenes(count: int, seed: int) -> Scenes:
     """Draw ``count`` scenes. The object and the two background colours always differ from one another."""
     generator = torch.Generator().manual_seed(seed)
-    attributes = {name: torch.randint(len(values), (count,), generator=generator) for name, values in VALUES.items()}
+    drawn = {name: values for name, values in VALUES.items() if name != "direction"}
+    attributes = {name: torch.randint(len(values), (count,), generator=generator) for name, values in drawn.items()}
     palettes = torch.rand(count, len(COLORS), generator=generator).argsort(dim=1)
     attributes["color"], attributes["background"], attributes["background2"] = palettes[:, :3].unbind(1)
-    return Scenes(attributes, seed)
+    return Scenes({**attributes, "direction": _directions(count, seed)}, seed)
+
+
+def _directions(count: int, seed: int) -> Tensor:
+    """Directions of stripes: those that :func:`render` drew before scenes had them, so that pictures stay the same."""
+    generator = torch.Generator().manual_seed(seed ^ _VARIATIONS)
+    for shape in ((count, 2), (count,), (count,)):  # Place, size and rotation of the objects come first.
+        torch.rand(*shape, generator=generator)
+    return torch.randint(len(DIRECTIONS), (count,), generator=generator)
 
 
 def compose(descriptions: Sequence[Mapping[str, str]], seed: int) -> Scenes:
-    """Scenes from words. Each description maps every attribute to its value."""
+    """Scenes from words. Each description maps every attribute to its value; the direction may be left out."""
+    plain = {"direction": DIRECTIONS[0]}
     return Scenes(
-        {name: torch.tensor([values.index(d[name]) for d in descriptions]) for name, values in VALUES.items()}, seed
+        {
+            name: torch.tensor([values.index((plain | {**d})[name]) for d in descriptions])
+            for name, values in VALUES.items()
+        },
+        seed,
     )
 
 
 def render(scenes: Scenes) -> Tensor:
     """Render the scenes: float32 ``[B, 3, 64, 64]`` in [0, 1]. Placement and tones vary a little with the seed."""
-    generator = torch.Generator().manual_seed(scenes.seed ^ 0x5CE9E5)
+    generator = torch.Generator().manual_seed(scenes.seed ^ _VARIATIONS)
     count = len(scenes)
     a = scenes.attributes
 
@@ -110,7 +135,7 @@ def render(scenes: Scenes) -> Tensor:
     px, py = _rotate(x - center[:, 0, None, None], y - center[:, 1, None, None], jitter(scale=0.15))
     distance = _distance(px / radius, py / radius, a["shape"]) * radius
 
-    mask, edges = _pattern(x, y, a["pattern"], generator)
+    mask, edges = _pattern(x, y, a["pattern"], a["direction"], generator)
     tones = (_PALETTE + jitter(len(COLORS), 3, scale=0.025)).clamp(0, 1)
     rows = torch.arange(count)
     color, first, second = (tones[rows, a[name], :, None, None] for name in ("color", "background", "background2"))
@@ -198,15 +223,17 @@ _SDF = {
 }
 
 
-def _pattern(x: Tensor, y: Tensor, pattern: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _pattern(
+    x: Tensor, y: Tensor, pattern: Tensor, direction: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Share of the second colour in each pixel, and strength of hard edges. Both ``[B, H, W]`` in [0, 1]."""
     count = len(pattern)
 
     def uniform(low: float, high: float) -> Tensor:
         return (torch.rand(count, generator=generator) * (high - low) + low).view(count, 1, 1)
 
-    angle = torch.randint(4, (count,), generator=generator) * (math.pi / 4)
-    along, _ = _rotate(x, y, angle)
+    torch.randint(4, (count,), generator=generator)  # The directions: what is drawn after them must not change.
+    along, _ = _rotate(x, y, direction * (math.pi / 4))
     frequency, phase = uniform(2.2, 3.2) * math.pi, uniform(0, 2 * math.pi)
     cell = uniform(0.36, 0.48)
     dots = torch.hypot(
@@ -295,6 +322,12 @@ _STYLE_WORDS = {
     "mosaic": ("in mosaic style", "as a mosaic", "made of mosaic tiles"),
     "sketchy": ("in sketchy style", "as a pencil sketch", "sketchy hatching"),
 }
+_DIRECTION_WORDS = {
+    "vertical": ("vertical", "vertically"),
+    "rising": ("rising diagonal", "rising", "diagonal"),
+    "horizontal": ("horizontal", "horizontally"),
+    "falling": ("falling diagonal", "falling", "diagonal"),
+}
 _SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium", "medium sized"), "large": ("large", "big")}
 _COLOR_WORDS = {"gray": ("gray", "grey")}
 
@@ -319,29 +352,51 @@ def caption(scene: Mapping[str, str], named: Collection[str], rng: random.Random
         phrase = ("an " if words[0][0] in "aeio" else "a ") + " ".join(words)
         parts.append(phrase + (" " + word("position", _PLACES) if "position" in named else ""))
     if {"pattern", "background"} & set(named):
-        kind = word("pattern", _PATTERN_WORDS) + " " if "pattern" in named else ""
-        colors = [word("background", _COLOR_WORDS)]
-        if scene["pattern"] != "plain":
-            colors.append(word("background2", _COLOR_WORDS))
-        if "background" not in named:
-            text = f"{kind}background"
-        elif chance() < 0.5:
-            text = f"{kind}{' and '.join(colors)} background"
-        else:
-            text = f"{kind}background of {' and '.join(colors)}"
+        text = _background(scene, named, choose, chance, word)
         article = "an" if text[0] in "aeio" else "a"
         parts.append(f"{'on' if parts else 'over'} {article} {text}")
     if "style" in named:
-        parts.append(word("style", _STYLE_WORDS))
+        drawn_in_lines = "direction" in named and scene["style"] == "outlined"
+        parts.append("as line art" if drawn_in_lines and chance() < 0.25 else word("style", _STYLE_WORDS))
         if chance() < 0.2:
             parts = parts[-1:] + parts[:-1]
     return choose(_OPENINGS) + choose((", ", " ")).join(parts)
 
 
+def _background(
+    scene: Mapping[str, str],
+    named: Collection[str],
+    choose: Callable[[Sequence[str]], str],
+    chance: Callable[[], float],
+    word: Callable[[str, Mapping[str, Sequence[str]]], str],
+) -> str:
+    """The part of a caption that describes the background, without an article."""
+    pattern = scene["pattern"]
+    directed = {"pattern", "direction"} <= set(named)
+    kind = word("pattern", _PATTERN_WORDS) + " " if "pattern" in named else ""
+    line = word("direction", _DIRECTION_WORDS) + " " if directed and pattern == "striped" else ""
+    colors = [word("background", _COLOR_WORDS)]
+    if pattern != "plain":
+        colors.append(word("background2", _COLOR_WORDS))
+    stripes = line != "" and chance() < 0.4
+    if "background" not in named:
+        return f"background with {line}stripes" if stripes else f"{line}{kind}background"
+    if directed and pattern == "gradient":
+        forms = ("{}background from {} at the top to {} at the bottom", "{}background from {} down to {}")
+        return choose(forms).format(kind, *colors)
+    both = " and ".join(colors)
+    if stripes:
+        return choose((f"background with {line}{both} stripes", f"background with {line}stripes of {both}"))
+    return f"{line}{kind}{both} background" if chance() < 0.5 else f"{line}{kind}background of {both}"
+
+
 CAPTIONED = ("shape", "color", "pattern", "background", "style", "position", "size")
 """Attributes that a caption may name."""
 
-LOOKS = ("pattern", "background", "style", "position", "size")
+TAUGHT = (*CAPTIONED, "direction")
+"""What captions name in training: also the direction of stripes and gradients, and line art by that name."""
+
+LOOKS = ("pattern", "background", "style", "position", "size", "direction")
 """Attributes that a reference is used for: all except the object and its colour."""
 
 
