@@ -13,7 +13,7 @@ import pytest
 from support import runs
 from vcf_batch import storage
 from vcf_batch.driver import failing_shard
-from vcf_batch.driver.commit_queue import MAX_PENDING, CommitQueue, Finished
+from vcf_batch.driver.commit_queue import COMMITS_AT_ONCE, MAX_PENDING, CommitQueue, Finished
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, StorageError, VcfBatchError
 from vcf_batch.output import commits, lease, receipts, run_file
@@ -21,6 +21,7 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Status
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
+from vcf_batch.storage import drivers
 
 Outcome = tuple[str, BaseException | None]
 
@@ -221,6 +222,11 @@ def test_commits_are_under_way_side_by_side(run: Run) -> None:
     assert {name for name, error in run.commit(*run.finished) if error is None} == {"00000", "00001", "00002"}
     assert executor.peak == 3
     assert runs.data_files(Path(run.output)) == run.expected
+
+
+def test_commits_leave_connections_for_heartbeats() -> None:
+    """A lease whose heartbeat waits for commits that hang would be taken over."""
+    assert COMMITS_AT_ONCE < drivers._CONNECTIONS
 
 
 def test_a_storage_in_trouble_is_asked_for_one_commit_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

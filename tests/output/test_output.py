@@ -11,7 +11,7 @@ import vcf_batch
 from support import runs
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
-from vcf_batch.output import lease
+from vcf_batch.output import lease, run_file
 
 ROWS, SHARD_SIZE = 10, 4
 
@@ -57,7 +57,11 @@ def test_duckdb_over_the_receipts_reads_committed_rows_only(output: Path) -> Non
     assert [int(key) for (key,) in found] == [*range(4), 8, 9]
 
 
-def test_a_run_that_has_just_begun_is_not_called_damaged(tmp_path: Path) -> None:
-    """It takes its lease before it writes its record."""
-    with lease.hold(str(tmp_path)), pytest.raises(UsageError, match="holds no run yet"):
-        vcf_batch.Output(str(tmp_path))
+@pytest.mark.parametrize("record", [None, b""])
+def test_a_run_that_has_just_begun_is_not_called_damaged(tmp_path: Path, record: bytes | None) -> None:
+    """It takes its lease before it writes its record, which is empty for a moment where there are no hard links."""
+    with lease.hold(str(tmp_path)):
+        if record is not None:
+            (tmp_path / run_file.RUN_FILE_NAME).write_bytes(record)
+        with pytest.raises(UsageError, match="holds no run yet"):
+            vcf_batch.Output(str(tmp_path))

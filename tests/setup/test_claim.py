@@ -15,7 +15,7 @@ from support import runs
 from vcf_batch import __version__, storage
 from vcf_batch.commands import verify
 from vcf_batch.config import ADDED_SETTINGS, fingerprint
-from vcf_batch.errors import DamageFound, RefusedError, StorageError
+from vcf_batch.errors import DamageFound, RefusedError, StorageError, UsageError
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, lease, run_file
 from vcf_batch.output.output import Output
@@ -385,9 +385,11 @@ def test_an_empty_run_file_is_none(settle: Callable[..., Job], tmp_path: Path, m
     monkeypatch.setattr(local, "CREATOR_SECONDS", 0.05)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").touch()
-    with pytest.raises(DamageFound, match="it is missing, so nothing tells"):
+    with pytest.raises(UsageError, match="holds no run yet"):
         Output(str(tmp_path / "out"))
     (tmp_path / "out" / "00000.tar").touch()
+    with pytest.raises(DamageFound, match="it is missing, so nothing tells"):
+        Output(str(tmp_path / "out"))
     with pytest.raises(RefusedError, match=r"no run\.json"):
         claim.claim(settle())
     (tmp_path / "out" / "00000.tar").unlink()

@@ -140,12 +140,12 @@ def _record(url: str) -> RunRecord:
         return record
     with storage.refusals_as_storage_errors():
         there = storage.list_files(url)
-    # A run takes its lease before it writes its record.
+    # A run takes its lease before it writes its record, which is empty for a moment where there are no hard links.
     if run_file.RUN_FILE_NAME in there and (record := _record_there(url)) is not None:
         return record
     if not there:
         raise UsageError(f"{url} holds no run; check the path")
-    if there.keys() <= {lease.LEASE_NAME, lease.HEARTBEAT}:
+    if there.keys() <= {lease.LEASE_NAME, lease.HEARTBEAT, run_file.RUN_FILE_NAME}:
         raise UsageError(f"{url} holds no run yet: one begins there, or was killed when it began; look again later")
     raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is missing, so nothing tells what {url} holds")
 

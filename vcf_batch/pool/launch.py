@@ -124,11 +124,11 @@ def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> Non
 
 def loop_on(on_ray: RayCluster, job: Job, held: lease.Lease, ledger: Ledger, progress: Progress) -> Loop:
     """The driver's loop over the workers of a Ray cluster, with threads for its commits."""
-    thread = ThreadPoolExecutor(COMMITS_AT_ONCE, "commits")
+    threads = ThreadPoolExecutor(COMMITS_AT_ONCE, "commits")
 
     def check() -> None:
         run_file.check_stays(job.config.output, job.fingerprint)
 
-    queue = CommitQueue(job.config.output, held, ledger, progress.note, on_ray.now, thread, check)
+    queue = CommitQueue(job.config.output, held, ledger, progress.note, on_ray.now, threads, check)
     exporter = PrometheusExporter(job.config.output, job.manifest.num_rows)
     return Loop(job, on_ray, ledger, queue, progress, exporter)

@@ -10,7 +10,8 @@ from vcf_batch.errors import UsageError
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 20
 _HTTP_SECONDS = 1800
-_CONNECTIONS = 64
+_CONNECTIONS = 80
+"""More than the commits that are under way side by side: the heartbeat of a lease must not wait for one of them."""
 _NO_LISTINGS_CACHE = ("sftp", "ssh")
 """Drivers without a listings cache. They pass unknown options on to their connection, and it rejects them."""
 

@@ -229,7 +229,7 @@ class SimulatedRay:
             while worker.turn != number:
                 self._scheduler.sleep(1.0)
                 alive()
-            self._sample(worker, key, task, alive)
+            self._sample(worker, task, alive)
             worker.turn += 1
             result = None if task.selected is not None else self._stage(task, attempt_id, worker)
             self.answer(worker, key, result)
@@ -245,7 +245,7 @@ class SimulatedRay:
         finally:
             worker.progress.pop(attempt_id, None)
 
-    def _sample(self, worker: SimulatedWorker, key: Key, task: ShardTask, alive: Callable[[], None]) -> None:
+    def _sample(self, worker: SimulatedWorker, task: ShardTask, alive: Callable[[], None]) -> None:
         """Let time pass for each row, and let happen what rows, nodes and chance do."""
         ways, chance = self._ways, self._draw.random()
         if worker.node in ways.bad_nodes:

@@ -295,7 +295,7 @@ class ScaledRun(Universe):
         finally:
             self.own_cpu_seconds += time.thread_time()
 
-    def _chosen(self, redo: dict[int, bytes]) -> dict[int, bytes]:
+    def _chosen(self, group: str, redo: dict[int, bytes]) -> dict[int, bytes]:
         return {}
 
     def _timed(self, commit: Callable[..., Receipt]) -> Callable[..., Receipt]:

@@ -95,6 +95,10 @@ class Universe:
         """Token of each driver's lease."""
         self.stagers: dict[str, str] = {}
         """Workers by the staged files that they wrote: no two attempts share a name."""
+        self.published: set[tuple[str, str]] = set()
+        """Programs, each with the name of a shard's file that it has published."""
+        self.chosen: dict[str, list[str]] = {}
+        """Names of the shards that each driver has to generate again."""
         self.done: set[int] = set()
         """Rows that have had a sample, and were not asked for again."""
         self.readers = Readers(self)
@@ -200,8 +204,10 @@ class Universe:
         self.tell(f"{group} starts" + (f", to generate again {redo}" if redo else ""))
         code: int | str = "killed"
         try:
-            launch.generate_left(job, lambda: self._chosen(redo), lambda *given: self._loop(group, *given))
+            launch.generate_left(job, lambda: self._chosen(group, redo), lambda *given: self._loop(group, *given))
             code = 0
+            if kept := [name for name in self.chosen.get(group, []) if (group, name) not in self.published]:
+                raise self.violation(f"{group} ends well, and has not replaced {kept}")
         except (RefusedError, UsageError, VcfBatchError) as error:
             code = 4 if isinstance(error, RefusedError) else 2 if isinstance(error, UsageError) else 1
             self.errors[group] = error
@@ -213,10 +219,11 @@ class Universe:
                     worker.cluster.end(worker, fault(Failure.CRASH, worker.node, one_task=False))
             self.scheduler.kill(group)  # its threads end with it
 
-    def _chosen(self, redo: dict[int, bytes]) -> dict[int, bytes]:
+    def _chosen(self, group: str, redo: dict[int, bytes]) -> dict[int, bytes]:
         """The rows to generate again: of shards that exist, as a repair finds them."""
         there = {receipt.shard.index: receipt.shard for receipt in receipts.read(self.output)}
         chosen = {index: mask for index, mask in redo.items() if index in there}
+        self.chosen[group] = [there[index].name + RECEIPT_SUFFIX for index in chosen]
         for index, mask in chosen.items():
             shard = there[index]
             self.done -= {row for row, again in zip(range(shard.start, shard.stop), mask, strict=True) if again}
@@ -265,6 +272,8 @@ class Universe:
         if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
             return
         self.tell(f"{group} {written.action}s {written.key.partition('/')[2]}")
+        if written.data is not None:
+            self.published.add((group, name))
         if self.scheduler.current in self.senders:
             return  # the lease was looked at when the request was sent
         is_output = written.key.startswith(f"{OUT}/")
