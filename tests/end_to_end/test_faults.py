@@ -132,14 +132,15 @@ def test_workers_killed_in_every_phase_cost_no_byte(
     (folder / "pids").mkdir()
     commit, receipts = commits.commit, list[Receipt]()
 
-    def commit_while_workers_die(output: str, receipt: Receipt, staged: dict[str, str]) -> None:
+    def commit_while_workers_die(*given: Any) -> Receipt:
         """The first time: before its files are moved, and after its receipt is written."""
         if not receipts:
             kill_workers()
-        commit(output, receipt, staged)
+        receipt = commit(*given)
         if not receipts:
             kill_workers()
         receipts.append(receipt)
+        return receipt
 
     def kill_workers() -> None:
         for worker in faults.workers(folder):
