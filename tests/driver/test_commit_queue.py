@@ -258,3 +258,26 @@ def test_what_is_staged_is_bounded(run: Run) -> None:
     run.queue.add(run.finished[0])
     run.queue.add(run.finished[0])
     assert run.queue.is_full
+
+
+def test_of_an_attempt_at_a_shard_that_was_there_nothing_is_recorded(run: Run) -> None:
+    """A listing that lags behind did not show the shard, and the row that the attempt blames has its sample."""
+    there = run.finished[0]
+    run.commit(there)
+    staged = {kind: f"{commits.STAGING}/again/00000{suffix}" for kind, suffix in receipts.FILE_SUFFIXES.items()}
+    for path in staged.values():
+        storage.publish_bytes(storage.join(run.output, path), run.expected[storage.name(path)])
+    blamed = dataclasses.replace(
+        there,
+        task=dataclasses.replace(there.task, verdicts={0: "it dies"}),
+        receipt=dataclasses.replace(there.receipt, attempt=2),
+        staged=staged,
+    )
+    run.queue.add(blamed)
+    found: list[tuple[Finished, BaseException | None]] = []
+    while not found:
+        found += run.queue.outcomes()
+        time.sleep(0.01)
+    ((finished, error),) = found
+    assert (error, finished.receipt, finished.task.verdicts) == (None, there.receipt, {})
+    assert runs.read_receipts(run.output) == {0: there.receipt}

@@ -134,8 +134,10 @@ class CommitQueue:
                     continue
                 self._pending.remove(commit)
                 finished = commit.finished
-                if error is None:
-                    finished = dataclasses.replace(finished, receipt=commit.under_way.result())
+                if error is None and (there := commit.under_way.result()) is not finished.receipt:
+                    # The shard was there already, and nothing of this attempt is recorded.
+                    task = dataclasses.replace(finished.task, verdicts={})
+                    finished = dataclasses.replace(finished, task=task, receipt=there)
                 yield finished, error
         self._begin()
 

@@ -258,7 +258,7 @@ class Loop:
             "shard_finished",
             logging.DEBUG,
             shard=task.shard.name,
-            worker=receipt.timings["worker"],
+            worker=receipt.timings.get("worker"),
             node=finished.node,
             rows=len(task.shard),
             seconds=round(receipt.worker_seconds, 3),

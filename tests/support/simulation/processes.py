@@ -107,10 +107,6 @@ class Scheduler:
             self._hand_over()
             self._done.acquire()
 
-    def pause(self) -> None:
-        """Let somebody else go on, if it is drawn so. A killed process ends here."""
-        self.wait(None, self.now)
-
     def sleep(self, seconds: float) -> None:
         """Let time pass for the current process."""
         self.wait(None, self.now + seconds)

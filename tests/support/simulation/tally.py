@@ -49,11 +49,6 @@ class GpuTime:
         }
         return {name: value / total for name, value in found.items()}
 
-    def hours(self) -> float:
-        """Hours of all GPUs."""
-        self._pass()
-        return (self._seconds["all", False] + self._seconds["all", True]) / 3600
-
     def _pass(self) -> None:
         passed, self._since = self._now() - self._since, self._now()
         for state, number in self._states.items():
