@@ -293,14 +293,20 @@ def test_the_folder_of_a_training_is_refused(settle: Callable[..., Job], tmp_pat
         settle()
 
 
-def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job], tmp_path: Path) -> None:
-    """Extending a run by appending manifest rows is possible where shards stay the same, else refused."""
-    folder = tmp_path / "many"
+def begun_and_appended(settle: Callable[..., Job], folder: Path) -> Job:
+    """A run over 8 rows that has a shard of 4; 6 rows are appended to its manifest afterwards."""
     runs.write_manifest(folder, 8).rename(folder / "1.parquet")
     first = settle(manifest=str(folder), shard_size=4)
     claim.claim(first)
     commit_a_shard(first)
     runs.write_manifest(folder, 6).rename(folder / "2.parquet")
+    return first
+
+
+def test_appended_rows_keep_the_shards_that_are_there(settle: Callable[..., Job], tmp_path: Path) -> None:
+    """Extending a run by appending manifest rows is possible where shards stay the same, else refused."""
+    folder = tmp_path / "many"
+    first = begun_and_appended(settle, folder)
     second = settle(manifest=str(folder), shard_size=4)
     for _ in range(2):
         assert claim.claim(second) == (first.fingerprint,)
@@ -317,11 +323,7 @@ def test_a_longer_run_takes_over_shards_that_a_listing_does_not_show_yet(
     settle: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "many"
-    runs.write_manifest(folder, 8).rename(folder / "1.parquet")
-    first = settle(manifest=str(folder), shard_size=4)
-    claim.claim(first)
-    commit_a_shard(first)
-    runs.write_manifest(folder, 6).rename(folder / "2.parquet")
+    first = begun_and_appended(settle, folder)
     monkeypatch.setattr(commits, "any_committed", lambda output: False)
     assert claim.claim(settle(manifest=str(folder), shard_size=4)) == (first.fingerprint,)
 

@@ -104,7 +104,7 @@ class VCFPipeline(StableDiffusionPipeline):
                 f"the UNet takes the guidance scale as an input (its time_cond_proj_dim is {width}), as models "
                 "distilled for few steps do; use a model without distillation"
             )
-        # checks the limits
+        # This checks the limits.
         default_strengths(aligner and aligner.config, {"default_strength": default_strength})
         if tokenizer is not None:
             refuse_without_words(tokenizer)
