@@ -18,7 +18,10 @@ from support.simulation.object_store import Store, Strike
 from support.simulation.universe import Universe, Violation
 from vcf_batch import storage
 
-Place = Literal["S3", "S3 without If-Match", "S3 with stale listings", "a disk", "a file system without links"]
+Place = Literal[
+    "S3", "S3 without If-Match", "S3 without If-None-Match", "S3 with stale listings",
+    "a disk", "a file system without links",
+]  # fmt: skip
 Scenario = Literal[
     "fresh run", "resumed run", "repair", "appended rows", "run before a repair", "repair after a run",
     "push", "push again", "verify", "report",
@@ -34,7 +37,8 @@ Fate = Literal[
     "is read",
 ]
 PLACES: tuple[Place, ...] = (
-    "S3", "S3 without If-Match", "S3 with stale listings", "a disk", "a file system without links"
+    "S3", "S3 without If-Match", "S3 without If-None-Match", "S3 with stale listings",
+    "a disk", "a file system without links",
 )  # fmt: skip
 RUNS: tuple[Scenario, ...] = (
     "fresh run", "resumed run", "repair", "appended rows", "run before a repair", "repair after a run"
@@ -105,7 +109,12 @@ class Exploration(Universe):
         if place in ("a disk", "a file system without links"):
             return LocalFiles(*given, root=self._root, links=place == "a disk")
         stale = STALE_SECONDS if place == "S3 with stale listings" else 0.0
-        return Store(*given, if_match=place != "S3 without If-Match", stale_seconds=stale)
+        return Store(
+            *given,
+            if_match=place != "S3 without If-Match",
+            if_none_match=place != "S3 without If-None-Match",
+            stale_seconds=stale,
+        )
 
     def _is_read(self) -> bool:
         return self.case.scenario in READERS or self.case.fate == "is read"
@@ -190,12 +199,12 @@ class Exploration(Universe):
         """What the driver generates again that works while another program stands still.
 
         Beside a repair it is the first row, which fails now: its shard gets another receipt than the one that the
-        repair has looked at, and the other shard keeps it. Without ``If-Match`` samples are lost:
-        docs/reliability.md says so.
+        repair has looked at, and the other shard keeps it. Without ``If-Match`` samples are lost, and without
+        ``If-None-Match`` receipts are replaced: docs/reliability.md says so.
         """
         if self.case.scenario in READERS:
             return self._half()
-        if self.case.scenario == "repair" and self.store.if_match:
+        if self.case.scenario == "repair" and self.store.if_match and self.store.if_none_match:
             return {0: bytes(not row for row in range(self.shard_size))}
         return {}
 
@@ -219,8 +228,6 @@ class Exploration(Universe):
         fate = self.case.fate
         self.tell(f"{self.explored} {fate} at its request {self.number}, to {action} {storage.name(key)}")
         self.excused.add(self.explored)
-        if self.case.place == "S3 without If-Match":
-            self.excused.update(self.started)  # a lease that is deleted twice may be the next driver's
         if fate in ("dies", "dies twice"):
             self.scheduler.kill(self.explored)
         elif fate == "stands still":
@@ -230,6 +237,8 @@ class Exploration(Universe):
             for reader in ("verify", "report", "push"):
                 self.readers.start(reader)
             self.scheduler.suspend(self.explored, STANDS_STILL_SECONDS)
+        if not (self.store.if_match and self.store.if_none_match):
+            self.excused.update(self.started)  # a lease that is deleted or created twice may be the next driver's
         return _STRIKES.get(fate)
 
 

@@ -119,6 +119,8 @@ class Store:
     """Whether no request gets through."""
     if_match: bool = True
     """Whether deletes with ``If-Match`` compare, as on S3; some stores ignore the condition."""
+    if_none_match: bool = True
+    """Whether what is created with ``If-None-Match`` replaces nothing, as on S3; some stores ignore the condition."""
     stale_seconds: float = 0.0
     """Largest age of what a listing shows. A read shows what is there."""
     written: list[Written] = field(default_factory=list)
@@ -258,7 +260,10 @@ class SimulatedS3(AbstractFileSystem):
 
         def effect() -> None:
             if mode == "create" and key in self.store.objects:
-                raise FileExistsError(key)
+                if self.store.if_none_match:
+                    raise FileExistsError(key)
+                if self.store.objects[key] == value:
+                    return  # a request that was sent again
             self.store.write("put", key, value)
 
         self.store.request("put", key, effect)

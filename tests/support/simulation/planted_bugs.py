@@ -1,5 +1,6 @@
 """Bugs of kinds that such systems have had, each as a change of the product. The simulation has to find them all."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from vcf_batch.driver.workers import Workers
 from vcf_batch.output import commits, lease, receipts
 from vcf_batch.output.lease import Lease
 from vcf_batch.output.receipts import Receipt
+from vcf_batch.storage import writing
+from vcf_batch.storage.retries import Kinds
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -158,6 +161,23 @@ def innocent_on_a_bad_node(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FailingShard, "is_proven", lambda self, task, node: True)
 
 
+def lost_answer_swallowed(patch: pytest.MonkeyPatch) -> None:
+    """A file whose upload got no answer counts as written."""
+    retried = writing.retried
+
+    def trusting(action: str, url: str, call: Callable[[], Any], stay: Kinds, needed: int | None = None) -> Any:
+        def once() -> None:
+            if action in ("write", "upload"):
+                with contextlib.suppress(ConnectionError, TimeoutError):
+                    call()
+            else:
+                call()
+
+        retried(action, url, once, stay, needed)
+
+    patch.setattr(writing, "retried", trusting)
+
+
 def silence_unheard(patch: pytest.MonkeyPatch) -> None:
     """Nobody notices a worker that hangs."""
     patch.setattr(Watch, "timed_out", lambda self, requests: iter(()))
@@ -183,6 +203,7 @@ PLANTED: Mapping[str, Plant] = {
         older_receipt_stays,
         receipt_first,
         innocent_on_a_bad_node,
+        lost_answer_swallowed,
         silence_unheard,
         second_shard_blamed,
     )

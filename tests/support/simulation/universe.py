@@ -208,6 +208,9 @@ class Universe:
             code = 0
             if kept := [name for name in self.chosen.get(group, []) if (group, name) not in self.published]:
                 raise self.violation(f"{group} ends well, and has not replaced {kept}")
+            ever = {name for _, name in self.published}
+            if missing := [shard.name for shard in job.shards if shard.name + RECEIPT_SUFFIX not in ever]:
+                raise self.violation(f"{group} ends well, and {missing} have never had a receipt")
         except (RefusedError, UsageError, VcfBatchError) as error:
             code = 4 if isinstance(error, RefusedError) else 2 if isinstance(error, UsageError) else 1
             self.errors[group] = error
@@ -508,6 +511,8 @@ class Universe:
             error = self.errors.get(group)
             if code == 4 and group not in self.excused and "no longer owns" in str(error):
                 raise self.violation(f"{group} lost its lease although it was never suspended: {error}")
+            if code == 1 and group not in self.excused and "failed again and again" not in str(error):
+                raise self.violation(f"{group} ended with {code} although its storage was sound: {error}")
             if code not in (0, 1, 4, "killed"):
                 raise self.violation(f"{group} ended with {code}: {error}")
 
