@@ -146,7 +146,7 @@ class Exploration(Universe):
         if not self._is_shown_older_listings():
             return super()._knows_dead(owner)
         # At once: by the time at which a lease expires, listings would hardly lag behind any more.
-        group = self.tokens.get(str(owner.get("token")))
+        group = self.witness.tokens.get(str(owner.get("token")))
         return group is not None and not self.scheduler.is_alive(group)
 
     def _is_shown_older_listings(self) -> bool:

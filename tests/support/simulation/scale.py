@@ -27,7 +27,8 @@ from support.simulation.costs import Costs
 from support.simulation.object_store import Store, Strike, Written
 from support.simulation.processes import Killed, Process, Scheduler
 from support.simulation.tally import READY, SAMPLING, GpuTime, Requests
-from support.simulation.universe import OUT, Universe
+from support.simulation.universe import Universe
+from support.simulation.witness import OUT, Witness
 from vcf_batch import storage
 from vcf_batch.driver import commit_queue
 from vcf_batch.driver.cluster import Heartbeat, Loaded, Request
@@ -175,7 +176,7 @@ class ScaledRun(Universe):
         self.committed = 0
         self.ended = 0.0
         """Time at which the last driver has ended."""
-        self._shards = math.ceil(scenario.rows / scenario.shard_size)
+        self.shards = math.ceil(scenario.rows / scenario.shard_size)
         self._began: float | None = None
         self._cpu_free_at = 0.0
         self._given: set[int] = set()
@@ -193,6 +194,9 @@ class ScaledRun(Universe):
         return len(self._dead)
 
     # The world
+
+    def _witness(self) -> Witness:
+        return ScaledWitness(self)
 
     def _store(self) -> Store:
         # The time of a request passes in _count.
@@ -263,7 +267,7 @@ class ScaledRun(Universe):
                 scheduler.spawn(self._lose_nodes, "losses", "losses")
             first = self._start_after(scenario.costs.check_row_seconds * scenario.rows)
             if scenario.killed_at is not None:
-                enough = scenario.killed_at * (self._shards - scenario.finished)
+                enough = scenario.killed_at * (self.shards - scenario.finished)
                 scheduler.wait(lambda: self.committed >= enough, math.inf)
                 scheduler.kill(first)
                 scheduler.wait(lambda: not self._alive(), math.inf)
@@ -344,7 +348,7 @@ class ScaledRun(Universe):
             self.first_shards.append(self.scheduler.now - self._began)
             self._began = None
         self._given.add(shard)
-        if len(self._given) == self._shards - self.scenario.finished:
+        if len(self._given) == self.shards - self.scenario.finished:
             self.gpu_time.all_given()
 
     def ready(self, worker: SimulatedWorker) -> None:
@@ -379,27 +383,29 @@ class ScaledRun(Universe):
         self._states[worker] = state
         self.gpu_time.add(state, 1)
 
-    # What is watched
 
-    def _watch(self, written: Written) -> None:
-        super()._watch(written)
-        self.store.written.clear()
+class ScaledWitness(Witness):
+    """Counts the shards of one run. It trusts the files, which all runs share."""
+
+    def watch(self, written: Written) -> None:
+        super().watch(written)
+        self._universe.store.written.clear()
         if written.key.endswith(RECEIPT_SUFFIX) and written.data is not None:
-            self.committed += 1
+            self._universe.committed += 1
 
-    def _read_shard(self, stem: str) -> tuple[Receipt, dict[int, Any]]:
-        objects = self.store.objects
+    def read_shard(self, stem: str) -> tuple[Receipt, dict[int, Any]]:
+        objects = self._universe.store.objects
         receipt = Receipt.from_json(objects[stem + RECEIPT_SUFFIX])
         if any(objects.get(stem + suffix) != CONTENT for suffix in receipts.FILE_SUFFIXES.values()):
-            raise self.violation(f"the receipt of shard {stem} stands beside other files")
+            raise self._universe.violation(f"the receipt of shard {stem} stands beside other files")
         return receipt, {}
 
-    def _check_end(self) -> None:
-        found = self.store.objects.below[OUT]
+    def check_end(self) -> None:
+        found = self._universe.store.objects.below[OUT]
         if commits.STAGING in found:
-            raise self.violation("staged files are left")
-        if (number := sum(name.endswith(RECEIPT_SUFFIX) for name in found)) != self._shards:
-            raise self.violation(f"{number} of {self._shards} shards are there")
+            raise self._universe.violation("staged files are left")
+        if (number := sum(name.endswith(RECEIPT_SUFFIX) for name in found)) != self._universe.shards:
+            raise self._universe.violation(f"{number} of {self._universe.shards} shards are there")
 
 
 def _receipt(shard: Shard, fingerprint: str, attempt: int, worker: str) -> Receipt:

@@ -6,7 +6,6 @@ are generated again. At last the world heals, and one more driver has to end wha
 """
 
 import contextlib
-import hashlib
 import io
 import random
 from collections.abc import Callable
@@ -16,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from support.simulated import fault
-from support.simulation.cluster import GONE, HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, place
+from support.simulation.cluster import HANGS, KILLS, RAISES, Nodes, SimulatedRay, Ways, place
 from support.simulation.forms import Digests, Form, Pictures
-from support.simulation.object_store import Store, Strike, Trouble, Written
+from support.simulation.object_store import Store, Strike, Trouble
 from support.simulation.processes import Process, Scheduler
 from support.simulation.readers import ACTIONS, Readers
 from support.simulation.replacements import Notes, replaced
+from support.simulation.witness import Witness
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.driver.fault import Failure
@@ -29,14 +29,12 @@ from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import commits, lease, receipts
-from vcf_batch.output.receipts import RECEIPT_SUFFIX, SHARD_FILE, Receipt
+from vcf_batch.output import lease, receipts
+from vcf_batch.output.receipts import RECEIPT_SUFFIX
 from vcf_batch.pool import launch
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.run_models import Models
 
-OUT = "bucket/out"
-"""Key of the output."""
 NODES = ("a", "b", "c")
 CHANGES = ("put", "copy", "delete", "rename", "link")
 """Requests that change the store."""
@@ -65,7 +63,6 @@ class Universe:
         self.draw = draw = random.Random(seed)
         self.scheduler = Scheduler(draw, BOUND_SECONDS)
         self.store = self._store()
-        self.store.watcher, self.store.looked_at, self.store.numbered = self._watch, self._looked_at, self._count
         self.fatal = 0
         """Number of changes of the store by drivers after which one is killed, before the change; 0 for none."""
         self.shard_size = draw.randint(1, 6)
@@ -89,19 +86,12 @@ class Universe:
         self.errors: dict[str, Exception] = {}
         self.excused: set[str] = set()
         """Drivers that may lose their lease: they were suspended, or the storage failed them."""
-        self.owned: dict[int, bool] = {}
-        """Threads whose last look at the lease showed their own driver's."""
-        self.tokens: dict[str, str] = {}
-        """Token of each driver's lease."""
-        self.stagers: dict[str, str] = {}
-        """Workers by the staged files that they wrote: no two attempts share a name."""
-        self.published: set[tuple[str, str]] = set()
-        """Programs, each with the name of a shard's file that it has published."""
         self.chosen: dict[str, list[str]] = {}
         """Names of the shards that each driver has to generate again."""
-        self.done: set[int] = set()
-        """Rows that have had a sample, and were not asked for again."""
+        self.witness = self._witness()
         self.readers = Readers(self)
+        self.store.watcher, self.store.looked_at = self.witness.watch, self.witness.looked_at
+        self.store.numbered = self._count
 
     # The world
 
@@ -132,6 +122,9 @@ class Universe:
             greedy={draw.randrange(rows): 1} if draw.random() < 0.2 else {},
             slow_nodes={node for node in NODES if draw.random() < 0.2},
         )
+
+    def _witness(self) -> Witness:
+        return Witness(self)
 
     def _store(self) -> Store:
         given = self.draw, self.scheduler.sleep, lambda: self.scheduler.now, self._who, self._later
@@ -206,11 +199,7 @@ class Universe:
         try:
             launch.generate_left(job, lambda: self._chosen(group, redo), lambda *given: self._loop(group, *given))
             code = 0
-            if kept := [name for name in self.chosen.get(group, []) if (group, name) not in self.published]:
-                raise self.violation(f"{group} ends well, and has not replaced {kept}")
-            ever = {name for _, name in self.published}
-            if missing := [shard.name for shard in job.shards if shard.name + RECEIPT_SUFFIX not in ever]:
-                raise self.violation(f"{group} ends well, and {missing} have never had a receipt")
+            self.witness.check_good_end(group, job, self.chosen.get(group, []))
         except (RefusedError, UsageError, VcfBatchError) as error:
             code = 4 if isinstance(error, RefusedError) else 2 if isinstance(error, UsageError) else 1
             self.errors[group] = error
@@ -229,7 +218,7 @@ class Universe:
         self.chosen[group] = [there[index].name + RECEIPT_SUFFIX for index in chosen]
         for index, mask in chosen.items():
             shard = there[index]
-            self.done -= {row for row, again in zip(range(shard.start, shard.stop), mask, strict=True) if again}
+            self.witness.done -= {row for row, again in zip(range(shard.start, shard.stop), mask, strict=True) if again}
         return chosen
 
     def _loop(self, group: str, job: Job, held: lease.Lease, ledger: Ledger) -> None:
@@ -242,17 +231,11 @@ class Universe:
 
     def _knows_dead(self, owner: dict[str, Any]) -> bool:
         """Whether the current driver knows that an owner is dead: half of the others run on the owner's machine."""
-        group, asks = self.tokens.get(str(owner.get("token"))), self.scheduler.current.group
+        group, asks = self.witness.tokens.get(str(owner.get("token"))), self.scheduler.current.group
         same = group is not None and (int(group[7:]) + int(asks[7:])) % 2 == 0
         return bool(same and not self.scheduler.is_alive(str(group)))
 
     # What is watched
-
-    def _looked_at(self, key: str, data: bytes | None) -> None:
-        if key.endswith(lease.LEASE_NAME):
-            group, thread = self._who()
-            token = lease._parsed(data).get("token")
-            self.owned[thread] = token is not None and self.tokens.get(token) == group
 
     def _count(self, action: str, key: str) -> Strike | None:
         group, _ = self._who()
@@ -262,42 +245,6 @@ class Universe:
                 self.tell(f"{group} is killed before it {action}s {storage.name(key)}")
                 self.scheduler.kill(group)
         return None
-
-    def _watch(self, written: Written) -> None:
-        name = storage.name(written.key)
-        group = written.group
-        if written.data is not None and name == lease.LEASE_NAME:
-            self.tokens[str(lease._parsed(written.data).get("token"))] = group
-        if f"/{commits.STAGING}/" in written.key and SHARD_FILE.fullmatch(name) and written.data is not None:
-            stager = self.stagers.setdefault(written.key, group)
-            if stager != group:
-                raise self.violation(f"{group} stages {name} under the name of {stager}'s attempt")
-        if written.key.count("/") != 2 or (match := SHARD_FILE.fullmatch(name)) is None:
-            return
-        self.tell(f"{group} {written.action}s {written.key.partition('/')[2]}")
-        if written.data is not None:
-            self.published.add((group, name))
-        if self.scheduler.current in self.senders:
-            return  # the lease was looked at when the request was sent
-        is_output = written.key.startswith(f"{OUT}/")
-        if is_output and group in self.started and not self.owned.get(written.thread):
-            raise self.violation(f"{group} changes {name} without having found its own lease first")
-        stem = written.key.removesuffix(match[2])
-        if self.store.objects.get(stem + RECEIPT_SUFFIX):
-            _, entries = self._read_shard(stem)
-            if is_output and name.endswith(RECEIPT_SUFFIX):
-                self.owned[written.thread] = False  # the next shard needs another look
-                self.done |= {row for row, entry in entries.items() if entry["status"] == "success"}
-
-    def _read_shard(self, stem: str) -> tuple[Receipt, dict[int, Any]]:
-        """Receipt and entries of a shard, by the begin of the keys of its files."""
-        objects = self.store.objects
-        receipt = Receipt.from_json(objects[stem + RECEIPT_SUFFIX])
-        for kind, suffix in receipts.FILE_SUFFIXES.items():
-            data, entry = objects.get(stem + suffix), receipt.files.get(kind)
-            if (data and hashlib.sha256(data).hexdigest()) != (entry and entry.sha256):
-                raise self.violation(f"the receipt of shard {stem} stands beside another {kind}")
-        return receipt, self.form.entries(objects[f"{stem}.parquet"], receipt.shard)
 
     def violation(self, text: str) -> Violation:
         return Violation(f"seed {self.seed}, at {self.scheduler.now:.2f} s: {text}")
@@ -318,7 +265,7 @@ class Universe:
                 raise error
             if self.scheduler.ran_out:
                 raise self.violation(f"after {BOUND_SECONDS:g} s the run has not ended")
-            self._check_end()
+            self.witness.check_end()
         finally:
             storage.remove_tree(self.home)
 
@@ -484,49 +431,6 @@ class Universe:
         buffer = io.BytesIO()
         pq.write_table(pa.table({"prompt": ["a row"] * self.parts[number]}), buffer)
         storage.publish_bytes(f"{self.home}/in/part-{number}.parquet", buffer.getvalue())
-
-    # What must hold at the end
-
-    def _check_end(self) -> None:
-        objects = self.store.objects
-        names = {storage.name(key) for key in objects if storage.parent(key) == OUT}
-        if left := [key for key in objects if key.startswith(f"{OUT}/{commits.STAGING}/")]:
-            raise self.violation(f"staged files are left: {left}")
-        job, wanted = self.job(), {"run.json", "_progress.json"}
-        for shard in job.shards:
-            if shard.name + RECEIPT_SUFFIX not in names:
-                raise self.violation(f"shard {shard.name} is missing")
-            receipt, entries = self._read_shard(f"{OUT}/{shard.name}")
-            wanted |= {
-                shard.name + end for end in (RECEIPT_SUFFIX, *map(receipts.FILE_SUFFIXES.get, receipt.files)) if end
-            }
-            if [*entries] != [*range(shard.start, shard.stop)]:
-                raise self.violation(f"shard {shard.name} has the rows {[*entries]}")
-            for row, entry in entries.items():
-                self._check_row(row, entry, job)
-        if names - self.readers.files != wanted:
-            raise self.violation(f"the output has {sorted(names ^ wanted)} besides or without what it must have")
-        self.readers.check_ends()
-        for group, code in self.codes.items():
-            error = self.errors.get(group)
-            if code == 4 and group not in self.excused and "no longer owns" in str(error):
-                raise self.violation(f"{group} lost its lease although it was never suspended: {error}")
-            if code == 1 and group not in self.excused and "failed again and again" not in str(error):
-                raise self.violation(f"{group} ended with {code} although its storage was sound: {error}")
-            if code not in (0, 1, 4, "killed"):
-                raise self.violation(f"{group} ended with {code}: {error}")
-
-    def _check_row(self, row: int, entry: dict[str, Any], job: Job) -> None:
-        harm = self.ways.rows.get(row)
-        if entry["status"] == "success":
-            digest = hashlib.sha256(f"{row} {job.config.seed}".encode()).hexdigest()[:12]
-            if entry["told"] != digest or harm:
-                raise self.violation(f"row {row} has the sample {entry['told']}")
-        elif entry["told"] == GONE:
-            if row not in self.ways.gone or row in self.done:
-                raise self.violation(f"row {row} had a sample, which is lost")
-        elif not harm:
-            raise self.violation(f"row {row} is innocent and blamed: {entry['told']}")
 
 
 def simulate(seed: int, trace: Callable[[str], None] | None = None) -> Universe:
