@@ -203,6 +203,7 @@ def limits(shard_sizes: Sequence[int], speeds: Sequence[float], changes: Sequenc
 @contextmanager
 def s3_calls() -> Iterator[list[str]]:
     """A bucket ``s3://bucket`` on a real server. Yields the names of the requests, as s3fs sends them."""
+    import fsspec.asyn
     import fsspec.config
     import pytest
     from s3fs import S3FileSystem
@@ -220,6 +221,7 @@ def s3_calls() -> Iterator[list[str]]:
         patch.setitem(fsspec.config.conf, "s3", s3_server.options(endpoint))
         S3FileSystem(**s3_server.options(endpoint)).mkdir("bucket")
         patch.setattr(S3FileSystem, "_call_s3", counted)
+        patch.setattr(S3FileSystem, "call_s3", fsspec.asyn.sync_wrapper(counted))
         yield calls
 
 

@@ -695,6 +695,21 @@ def test_an_object_whose_download_is_cut_is_whole_in_the_end(s3: str, proxy: Any
     assert proxy.cuts == 0
 
 
+def test_an_object_is_read_in_one_request(s3: str, proxy: Any) -> None:
+    """No request asks for its size first, whether it is read as a whole or its begin, and whether there is one."""
+    for content in (b"content", b""):
+        storage.publish_bytes(f"{s3}/a", content)
+        for limit in (None, 3, 1000):
+            before = proxy.requests
+            assert storage.read_bytes(f"{s3}/a", limit) == content[:limit]
+            assert proxy.requests == before + 1
+    before = proxy.requests
+    for limit in (None, 3):
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(f"{s3}/none", limit)
+    assert proxy.requests == before + 2
+
+
 def test_an_s3_server_that_hangs_is_given_up(s3: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timeouts and retries are set explicitly: a hung endpoint costs a few requests, each with a time limit."""
     monkeypatch.setattr(drivers, "_READ_SECONDS", 0.1)

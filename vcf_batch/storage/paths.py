@@ -8,6 +8,11 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
+def is_s3(url: str) -> bool:
+    """Whether ``url`` is on S3, or on a storage that speaks its language."""
+    return url.startswith(("s3://", "s3a://"))
+
+
 def absolute(url: str) -> str:
     """The absolute path of a local ``url`` (``~`` is expanded); other URLs unchanged."""
     return os.path.abspath(os.path.expanduser(as_local_path(url))) if is_local(url) else url

@@ -9,16 +9,19 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, BinaryIO, cast
+
+import fsspec.asyn
 
 from vcf_batch.errors import StorageError, redact
 from vcf_batch.records import FileEntry
 from vcf_batch.storage import local, room
 from vcf_batch.storage.drivers import filesystem
 from vcf_batch.storage.listing import checksum
-from vcf_batch.storage.paths import as_local_path, is_local
+from vcf_batch.storage.paths import as_local_path, is_local, is_s3
 from vcf_batch.storage.resilient_file import ResilientFile
-from vcf_batch.storage.retries import NotAFileError, may_pass, retried, translated
+from vcf_batch.storage.retries import NotAFileError, http_status, may_pass, retried, translated
 
 CHUNK_BYTES = 1 << 20
 DATE_SECONDS = 2.0
@@ -58,6 +61,8 @@ def read_bytes(url: str, limit: int | None = None, under: str | None = None) -> 
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
+    if is_s3(url):
+        return _in_one_request(url, limit)
     if limit is None and not is_local(url):
         fs, path = _fresh(url)
         return retried("read", url, lambda: bytes(fs.cat_file(path)))
@@ -68,15 +73,37 @@ def read_bytes(url: str, limit: int | None = None, under: str | None = None) -> 
 def read_start(url: str, count: int) -> bytes:
     """The first ``count`` bytes of a file, all of a shorter one. Of a remote file no more than these are sent.
 
-    Some object stores refuse this for an empty file.
+    Some object stores, S3 not among them, refuse this for an empty file.
 
     Raises:
         FileNotFoundError, PermissionError, NotAFileError, StorageError: see :mod:`vcf_batch.storage`.
     """
-    if is_local(url):
+    if is_local(url) or is_s3(url):
         return read_bytes(url, count)
     fs, path = _fresh(url)
     return retried("read", url, lambda: bytes(fs.cat_file(path, start=0, end=count)))[:count]
+
+
+def _in_one_request(url: str, limit: int | None) -> bytes:
+    """The bytes of an object on S3, as :func:`read_bytes` gives them.
+
+    s3fs itself would ask for the size of the object first, to read the parts of a large one side by side, and would try
+    25 times where a server hangs.
+    """
+    fs, path = _fresh(url)
+    bucket, key, _ = fs.split_path(path)
+    part = {} if limit is None else {"Range": f"bytes=0-{limit - 1}"}
+
+    def read() -> bytes:
+        try:
+            answer = fs.call_s3("get_object", Bucket=bucket, Key=key, **part)
+            return bytes(fsspec.asyn.sync(fs.loop, answer["Body"].read))
+        except Exception as error:
+            if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return b""  # An empty object has no first byte.
+            raise
+
+    return retried("read", url, read)
 
 
 def read_text(url: str) -> str:
@@ -147,7 +174,7 @@ def version(url: str) -> str | None:
     Raises:
         FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
-    return _info(url).get("ETag") if url.partition("://")[0] in ("s3", "s3a") else None
+    return _info(url).get("ETag") if is_s3(url) else None
 
 
 def remote_checksum(url: str) -> str | None:

@@ -102,7 +102,7 @@ def retried(
         time.sleep(pause)
 
 
-def _http_status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status of the server's answer. A broken connection has none, although aiohttp reports status 400."""
     if _classes(error) & _PASSING_CLASSES:
         return None
@@ -128,7 +128,7 @@ def may_pass(error: Exception) -> bool:
     return (
         isinstance(error, (TimeoutError, ConnectionError))
         or getattr(error, "errno", None) in _PASSING_ERRNO
-        or _http_status(error) in _PASSING_HTTP
+        or http_status(error) in _PASSING_HTTP
         or bool(_classes(error) & _PASSING_CLASSES)
     )
 
@@ -139,7 +139,7 @@ def translated(
     """The error that :mod:`vcf_batch.storage` lists for ``error``; ``error`` itself if it is a mistake in the code."""
     if isinstance(error, (VcfBatchError, *_MISTAKES)):
         return error
-    where, status = redact(url), _http_status(error)
+    where, status = redact(url), http_status(error)
     reason = redact(f"{type(error).__name__}: {error}")
     refused = isinstance(error, PermissionError) or status in (401, 403) or bool(_classes(error) & _REFUSED_CLASSES)
     known: OSError | None = None

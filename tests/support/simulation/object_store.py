@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec.asyn
 import pytest
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
@@ -195,6 +196,16 @@ def _etag(data: bytes) -> str:
     return f'"{hashlib.md5(data).hexdigest()}"'
 
 
+@dataclass
+class Body:
+    """The content of an answer."""
+
+    content: bytes
+
+    async def read(self) -> bytes:
+        return self.content
+
+
 class SimulatedS3(AbstractFileSystem):
     """The driver of ``s3://`` that the product's storage uses. One store at a time stands behind it."""
 
@@ -235,9 +246,6 @@ class SimulatedS3(AbstractFileSystem):
             return [objects.entry(f"{key}/{name}") for name in sorted(objects.below[key])]
 
         return self.store.request("ls", key, effect)
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        return self._get("cat", path)[start:end]
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
         assert mode == "rb", "objects are written in one request"
@@ -285,9 +293,16 @@ class SimulatedS3(AbstractFileSystem):
         key = self._strip_protocol(path)
         self.store.request("delete", key, lambda: self.store.write("delete", key, None))
 
-    def call_s3(self, method: str, Bucket: str, Key: str, IfMatch: str) -> None:
-        assert method == "delete_object"
+    @property
+    def loop(self) -> Any:
+        return fsspec.asyn.get_loop()
+
+    def call_s3(self, method: str, Bucket: str, Key: str, IfMatch: str = "", Range: str = "") -> dict[str, Any]:
         key = f"{Bucket}/{Key}"
+        if method == "get_object":
+            data = self._get("cat", key)
+            return {"Body": Body(data[: int(Range.rpartition("-")[2]) + 1] if Range else data)}
+        assert method == "delete_object"
 
         def effect() -> None:
             data = self.store.objects.get(key)
@@ -298,3 +313,4 @@ class SimulatedS3(AbstractFileSystem):
             self.store.write("delete", key, None)
 
         self.store.request("delete", key, effect)
+        return {}
