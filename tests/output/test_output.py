@@ -65,3 +65,8 @@ def test_a_run_that_has_just_begun_is_not_called_damaged(tmp_path: Path, record:
             (tmp_path / run_file.RUN_FILE_NAME).write_bytes(record)
         with pytest.raises(UsageError, match="holds no run yet"):
             vcf_batch.Output(str(tmp_path))
+
+
+def test_a_url_without_a_driver_is_a_mistake_and_no_damage() -> None:
+    with pytest.raises(UsageError, match="Install the fsspec driver of foo"):
+        vcf_batch.Output("foo://bar")

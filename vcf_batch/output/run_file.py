@@ -166,14 +166,20 @@ def read_document(output: str) -> dict[str, Any] | None:
     Raises:
         RefusedError: it is there, but is not what vcf-batch writes.
         AnotherVersion: it is what another version writes.
+        UsageError: there is no driver for the URL.
         StorageError: the storage failed.
     """
     url = storage.join(output, RUN_FILE_NAME)
     try:
         with storage.refusals_as_storage_errors():
             data = storage.read_bytes(url, limit=MAX_RUN_FILE_BYTES)
-        if not data:
-            return None
+    except FileNotFoundError:
+        return None
+    except storage.NotAFileError as error:
+        raise _damaged(url) from error
+    if not data:
+        return None
+    try:
         there = json.loads(data)
         if isinstance(there["fields"], dict) and there["fingerprint"] == fingerprint(there["fields"]):
             if (layout := there.get("layout")) != LAYOUT:
@@ -182,11 +188,13 @@ def read_document(output: str) -> dict[str, Any] | None:
                     f"version that wrote it, which {url} names, or another output"
                 )
             return there
-    except FileNotFoundError:
-        return None
-    except (storage.NotAFileError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         pass
-    raise RefusedError(f"{url} is damaged or was not written by vcf-batch; use another output")
+    raise _damaged(url)
+
+
+def _damaged(url: str) -> RefusedError:
+    return RefusedError(f"{url} is damaged or was not written by vcf-batch; use another output")
 
 
 def read(output: str) -> RunRecord | None:
