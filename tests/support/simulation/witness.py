@@ -34,6 +34,8 @@ class Witness:
         """Workers by the staged files that they wrote: no two attempts share a name."""
         self._published: set[tuple[str, str]] = set()
         """Programs, each with the name of a shard's file that it has published."""
+        self._writers: dict[str, int] = {}
+        """Threads that have changed a shard's file last, by its key. Each may try again what it could not do."""
 
     def looked_at(self, key: str, data: bytes | None) -> None:
         """Note whether a program has found its own lease."""
@@ -62,7 +64,9 @@ class Witness:
         if universe.scheduler.current in universe.senders:
             return  # the lease was looked at when the request was sent
         is_output = written.key.startswith(f"{OUT}/")
-        if is_output and group in universe.started and not self._owned.get(written.thread):
+        is_repeated = self._writers.get(written.key) == written.thread
+        self._writers[written.key] = written.thread
+        if is_output and group in universe.started and not is_repeated and not self._owned.get(written.thread):
             raise universe.violation(f"{group} changes {name} without having found its own lease first")
         stem = written.key.removesuffix(match[2])
         if universe.store.objects.get(stem + RECEIPT_SUFFIX):
