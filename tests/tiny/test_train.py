@@ -146,7 +146,7 @@ def test_the_shortcuts_of_bfloat16_keep_the_result() -> None:
 
 
 def test_the_tokenizer_splits_any_text_and_pads_to_its_length(tmp_path: Path) -> None:
-    tokenizer = networks.train_tokenizer(tmp_path, seed=0)
+    tokenizer = networks.train_tokenizer(tmp_path, world.sample_scenes(4000, seed=0))
     out = tokenizer(
         ["a red star", "Grüße, 世界"], padding="max_length", max_length=networks.TEXT_TOKENS, truncation=True
     )
@@ -158,7 +158,7 @@ def test_the_tokenizer_splits_any_text_and_pads_to_its_length(tmp_path: Path) ->
 
 def test_guide_and_judge_are_different_networks(tmp_path: Path) -> None:
     """The CLIP that scores is another one than the CLIP that conditions."""
-    tokenizer = networks.train_tokenizer(tmp_path, seed=0)
+    tokenizer = networks.train_tokenizer(tmp_path, world.sample_scenes(4000, seed=0))
     towers = networks.clip(tokenizer), networks.judge(tokenizer)
     shapes = [[tuple(p.shape) for p in clip.parameters()] for clip in towers]
     assert shapes[0] != shapes[1]
