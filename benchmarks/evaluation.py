@@ -322,8 +322,8 @@ def main(
     evaluation = Evaluation(out, weights, steps, autocast)
     probe = load_probe(second_probe or out / "second_probe.safetensors")
 
-    tuning = cases_of.of_the_world("tuning", world.sample_scenes(tuning_pairs, pairs.HELD_OUT + 101), probe)
-    reported = cases_of.of_the_world("pairs", world.sample_scenes(count, pairs.HELD_OUT + 1), probe)
+    tuning = cases_of.of_the_world("tuning", world.sample_scenes(tuning_pairs, cases_of.TUNING_SEED), probe)
+    reported = cases_of.of_the_world("pairs", world.sample_scenes(count, cases_of.REPORTED_SEED), probe)
     further = [
         cases_of.of_sketches(others, probe, shape_named=True),
         cases_of.of_sketches(others, probe, shape_named=False),

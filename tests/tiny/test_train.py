@@ -14,6 +14,7 @@ from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.tiny import measure, networks, train, workshop, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, fit, speed_up_cpu_autocast
 from vcf_batch.tiny.probe import HEADS, Probe, background_target, correct
+from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPE = Recipe(steps=12, batch=4, lr=1e-2, warmup=2, ema=0.9)
@@ -96,6 +97,8 @@ def test_the_stages_make_a_pipeline_with_judge_and_probe(tmp_path: Path, monkeyp
     for stage in train.STAGES.values():
         stage(shop)
 
+    aligners = [ImageAligner.from_pretrained(tmp_path / name).proj[1].weight for name in train.ALIGNERS]
+    assert len({weight.detach().numpy().tobytes() for weight in aligners}) == len(train.ALIGNERS) == 4
     weights = tmp_path / "weights"
     assert "_name_or_path" not in "".join(file.read_text() for file in weights.glob("*/config.json"))
     pipeline = VCFPipeline.from_pretrained(weights, dtype=torch.float32)

@@ -361,6 +361,7 @@ def _fit_aligner(shop: Workshop, name: str, seen: Tensor) -> None:
 @torch.no_grad()
 def _seen(shop: Workshop) -> Tensor:
     """What the image tower sees of the training pictures: float16 ``[N, 65, 192]``."""
+    shop.scenes()  # They are rendered in float32, so before the block below.
     vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder", dtype=torch.float32)
     vision = vision.to(shop.device)
     with torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
