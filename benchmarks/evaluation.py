@@ -35,7 +35,7 @@ from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.report.contact_sheet import Cell, grid
 from vcf_batch.tiny import pairs, world
-from vcf_batch.tiny.families import HELD_OUT
+from vcf_batch.tiny.families import HELD_OUT_FAMILY
 from vcf_batch.tiny.fitting import chunks
 from vcf_batch.tiny.second_probe import SecondProbe
 from vcf_batch.tiny.second_probe import second_probe as load_probe
@@ -143,7 +143,7 @@ class Evaluation:
         """The aligners of the embedded family are those of the plain one too: they have the same towers."""
         if method.aligner == LOOKS_AND_TETHER:
             return (
-                self.out / HELD_OUT.name / "weights" if method.family == HELD_OUT.name else self.weights
+                self.out / HELD_OUT_FAMILY.name / "weights" if method.family == HELD_OUT_FAMILY.name else self.weights
             ) / "aligner"
         return self.out / "embedded" / method.aligner
 
@@ -155,7 +155,7 @@ class Evaluation:
             command = [sys.executable, "-m", "vcf_batch.tiny.train", "--family", family, "--stage", stage]
             command += ["--out", str(self.out / family), "--scenes", str(scenes), "--length", str(length)]
             command += ["--minutes", "100000"]
-            if family != HELD_OUT.name:
+            if family != HELD_OUT_FAMILY.name:
                 command += ["--parts", str(self.weights)]
             if self.autocast and stage not in ("vae", "decoder"):  # Their details do not survive bfloat16.
                 command.append("--autocast")
@@ -180,8 +180,8 @@ def stages(families: Sequence[str]) -> list[tuple[str, str]]:
     wanted = [("embedded", OTHER_ALIGNERS)]
     if "plain" in families:
         wanted += [("plain", stage) for stage in ("unet", "pack")]
-    if HELD_OUT.name in families:
-        wanted += [(HELD_OUT.name, stage) for stage in HELD_OUT.stages]
+    if HELD_OUT_FAMILY.name in families:
+        wanted += [(HELD_OUT_FAMILY.name, stage) for stage in HELD_OUT_FAMILY.stages]
     return wanted
 
 
@@ -190,7 +190,7 @@ def swept(families: Sequence[str]) -> list[Method]:
     return [
         Method(family, aligner, fusion, strength)
         for family in families
-        for aligner in ([LOOKS_AND_TETHER] if family == HELD_OUT.name else ALIGNERS)
+        for aligner in ([LOOKS_AND_TETHER] if family == HELD_OUT_FAMILY.name else ALIGNERS)
         for fusion in FUSIONS
         for strength in STRENGTHS[fusion]
     ]
@@ -276,9 +276,9 @@ def estimate(evaluation: Evaluation, missing: int, training: Sequence[tuple[str,
 @click.option(
     "--family",
     "families",
-    type=click.Choice(["embedded", "plain", HELD_OUT.name]),
+    type=click.Choice(["embedded", "plain", HELD_OUT_FAMILY.name]),
     multiple=True,
-    default=["plain", "embedded", HELD_OUT.name],
+    default=["plain", "embedded", HELD_OUT_FAMILY.name],
     show_default=True,
     help="Families to measure; may be repeated.",
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from vcf_batch.images import from_unit
 from vcf_batch.metrics.texture import texture_similarity
 from vcf_batch.tiny import pairs, world
-from vcf_batch.tiny.families import HELD_OUT, Concepts
+from vcf_batch.tiny.families import HELD_OUT_FAMILY, Concepts
 from vcf_batch.tiny.second_probe import SecondProbe, shown
 
 ATTRIBUTES = ("shape", "color", "pattern", "background", "style", "position", "size", "gradients")
@@ -88,7 +88,7 @@ def of_the_world(
 
 def of_concept(kind: str, count: int, probe: SecondProbe) -> Cases:
     """References that show a style, a pattern or a pair of colours that the family ``held-out`` has never seen."""
-    concepts: Concepts | None = HELD_OUT.unseen
+    concepts: Concepts | None = HELD_OUT_FAMILY.unseen
     assert concepts is not None
     scenes = concepts.scenes_of(kind, count, pairs.HELD_OUT + 301)
     return of_the_world(f"unseen {kind}", scenes, probe, ("shape", "color", kind))
@@ -169,16 +169,7 @@ def of_photographs(folder: Path | None, probe: SecondProbe) -> Cases:
     ``palette`` and ``texture`` are right if of all the photographs the picture's own one is the nearest: chance is one
     in as many as there are.
     """
-    if folder is None:
-        found = importlib.util.find_spec("skimage")
-        if found is None or found.origin is None:
-            raise click.UsageError(
-                "the rows of photographs use those of scikit-image: install it, or name --photographs"
-            )
-        files = [Path(found.origin).parent / "data" / name for name in PHOTOGRAPHS]
-    else:
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".png", ".jpg", ".jpeg"))
-        files = [file for file in files if file.name in PHOTOGRAPHS] or files
+    files = photograph_files(folder)
     photographs = [Image.open(file).convert("RGB") for file in files]
     edge = (world.SIZE, world.SIZE)
     small = [np.asarray(image.resize(edge, Image.Resampling.BOX), np.float32) / 255 for image in photographs]
@@ -204,6 +195,21 @@ def of_photographs(folder: Path | None, probe: SecondProbe) -> Cases:
         read,
         targets[own],
     )
+
+
+def photograph_files(folder: Path | None) -> list[Path]:
+    """The photographs of a folder, or those of :data:`PHOTOGRAPHS` that scikit-image brings.
+
+    Raises:
+        UsageError: no folder is named, and scikit-image is not installed.
+    """
+    if folder is None:
+        found = importlib.util.find_spec("skimage")
+        if found is None or found.origin is None:
+            raise click.UsageError("photographs are those of scikit-image: install it, or name others by --photographs")
+        folder = Path(found.origin).parent / "data"
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".png", ".jpg", ".jpeg"))
+    return [file for file in files if file.name in PHOTOGRAPHS] or files
 
 
 def colors_in_order(made: Tensor) -> Tensor:

@@ -7,13 +7,17 @@ last column is how often the palette alone has the higher score than nothing: 50
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import click
 import torch
+from evaluation_cases import photograph_files
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from triplets import COLORS, CONTENT, Scenes
 
+from vcf_batch.images import to_unit
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.metrics.texture import texture_similarity
 from vcf_batch.models.resolution import tiny_folder
@@ -122,11 +126,28 @@ def auc(higher: Tensor, lower: Tensor) -> float:
     return ((higher[:, None] > lower).float() + 0.5 * (higher[:, None] == lower).float()).mean().item()
 
 
+def of_photographs(folder: Path | None, edge: int) -> float:
+    """AUC of the texture score for two quarters of one photograph against quarters of two, reduced to ``edge``."""
+    quarters = []
+    for file in photograph_files(folder):
+        picture = torch.from_numpy(to_unit(Image.open(file).convert("RGB").resize((512, 512)))).permute(2, 0, 1)
+        parts = functional.unfold(picture[None], 256, stride=256).mT.view(4, 3, 256, 256)
+        quarters.append(functional.interpolate(parts, (edge, edge), mode="area"))
+    whole = torch.cat(quarters)
+    owner = torch.arange(len(whole)) // 4
+    one, two = torch.combinations(torch.arange(len(whole))).T
+    alike = torch.cat(
+        [texture_similarity(whole[a], whole[b]) for a, b in zip(one.split(64), two.split(64), strict=True)]
+    )
+    return auc(alike[owner[one] == owner[two]], alike[owner[one] != owner[two]])
+
+
 @click.command()
 @click.option("--count", type=click.IntRange(min=2), default=400, show_default=True, help="Pairs of each kind.")
+@click.option("--photographs", type=click.Path(path_type=Path, exists=True), help="[default: those of scikit-image]")
 @torch.no_grad()
-def main(count: int) -> None:
-    """Print the table: minutes on one CPU core."""
+def main(count: int, photographs: Path | None) -> None:
+    """Print the table, in minutes of one CPU core, and what the texture score tells of photographs."""
     probe = Probe.from_pretrained(f"{tiny_folder()}/probe", dtype=torch.float32).eval()
     scenes = Scenes(count)
     original = scenes.draw(scenes.original)
@@ -142,6 +163,9 @@ def main(count: int) -> None:
         asked = [auc(found["style"], found[kind]) for kind in ("nothing", "palette", "palette and pattern")]
         cells = (f"{100 * share:.0f} %" for share in (*asked, auc(found["palette"], found["nothing"])))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    for edge in (64, 128, 256):
+        share = of_photographs(photographs, edge)
+        print(f"quarters of one photograph or of two, {edge} pixels a side, `texture_similarity`: {100 * share:.0f} %")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ _TABLE = (
         "clip_reference",
         _NUMBER,
         "result",
-        "How much the image resembles the reference, by the judge, -1 to 1. Higher is better.",
+        "How much the image resembles the reference, by the judge, -1 to 1. The same object counts as much as the same "
+        "looks. Higher is better.",
     ),
     Column("lpips", _NUMBER, "result", "The perceptual distance of image and reference. Lower is better."),
     Column(
@@ -138,7 +139,8 @@ _TABLE = (
         "style_similarity",
         _NUMBER,
         "result",
-        "How alike the channel statistics of image and reference are, 0 to 1. Higher is better.",
+        "How alike the channel statistics of image and reference are, 0 to 1: above all their palettes. Higher is "
+        "better.",
     ),
     Column(
         "nsfw", pa.bool_(), "result", "Whether the safety checker flagged the image. Null without a safety checker."

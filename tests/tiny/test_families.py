@@ -14,18 +14,18 @@ from vcf_batch.tiny.fitting import Recipe
 from vcf_batch.tiny.workshop import Workshop
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-UNSEEN = families.HELD_OUT.unseen
+UNSEEN = families.HELD_OUT_FAMILY.unseen
 
 
 def test_the_embedded_family_is_trained_on_the_world_as_it_is() -> None:
-    scenes, same = families.EMBEDDED.scenes(50, seed=4), world.sample_scenes(50, seed=4)
+    scenes, same = families.EMBEDDED_FAMILY.scenes(50, seed=4), world.sample_scenes(50, seed=4)
     assert all(torch.equal(scenes.attributes[name], values) for name, values in same.attributes.items())
 
 
 def test_no_scene_of_the_held_out_family_shows_a_held_out_concept() -> None:
     """Nor does any caption name its style or pattern. All else is seen, both colours of a pair apart among it."""
     assert UNSEEN is not None
-    scenes = families.HELD_OUT.scenes(3000, seed=4)
+    scenes = families.HELD_OUT_FAMILY.scenes(3000, seed=4)
     assert len(scenes) == 3000
     assert not any(shown.any() for shown in UNSEEN.shown(scenes).values())
     named = [scenes.named(number) for number in range(len(scenes))]
@@ -51,7 +51,7 @@ def test_references_show_one_held_out_concept_each(name: str) -> None:
     assert all((a != b).all() for a, b in zip(colors, colors[1:] + colors[:1], strict=True))
 
 
-@pytest.mark.parametrize("family", [families.PLAIN, families.EMBEDDED])
+@pytest.mark.parametrize("family", [families.PLAIN_FAMILY, families.EMBEDDED_FAMILY])
 def test_a_plain_unet_is_trained_on_one_caption_alone(
     family: families.Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_plain_unet_is_trained_on_one_caption_alone(
     shop = Workshop(tmp_path, torch.device("cpu"), seconds=600.0, autocast=False, count=32, family=family)
     shop.take(Path(tiny_folder()))
     train.train_unet(shop)
-    if family is families.PLAIN:
+    if family is families.PLAIN_FAMILY:
         assert (lengths, padded) == ({1}, {False})
     else:
         assert (lengths, padded) == ({1, 2, 3}, {False, True})
@@ -79,9 +79,11 @@ def test_a_plain_unet_is_trained_on_one_caption_alone(
 def test_a_plain_family_has_the_parts_of_the_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the UNet, which is its own. So the same aligners fit both."""
     monkeypatch.setitem(train.RECIPES, "unet", Recipe(steps=1, batch=4, lr=1e-3))
-    shop = Workshop(tmp_path, torch.device("cpu"), seconds=600.0, autocast=False, count=32, family=families.PLAIN)
+    shop = Workshop(
+        tmp_path, torch.device("cpu"), seconds=600.0, autocast=False, count=32, family=families.PLAIN_FAMILY
+    )
     shop.take(Path(tiny_folder()))
-    for stage in families.PLAIN.stages:
+    for stage in families.PLAIN_FAMILY.stages:
         train.STAGES[stage](shop)
     VCFPipeline.from_pretrained(tmp_path / "weights")
     for part in ("vae", "text_encoder", "image_encoder", "aligner", "unet"):

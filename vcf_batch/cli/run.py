@@ -212,7 +212,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "min-style-similarity",
     float,
-    "Reject samples with a lower style_similarity, the likeness of their style to the reference's: 0 to 1.  "
+    "Reject samples with a lower style_similarity, the likeness of their palette and look to the reference's: 0 to 1.  "
     "[default: no gate]",
 )
 @_option(

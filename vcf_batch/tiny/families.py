@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vcf_batch.tiny.world import COLORS, PATTERNS, STYLES, Scenes, sample_scenes
 
-STAGES = ("probe", "vae", "decoder", "clip", "vision", "judge", "aligner", "unet", "pack")
+STAGE_ORDER = ("probe", "vae", "decoder", "clip", "vision", "judge", "aligner", "unet", "pack")
 """The stages of a whole training, in their order."""
 
 SPARE = 3
@@ -65,7 +65,7 @@ class Family:
     """What sets the training of a family apart from that of the embedded one."""
 
     name: str
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = STAGE_ORDER
     """The stages of its own. All other parts are those of the embedded family."""
     joined_captions: bool = True
     """Whether its UNet is trained on one to three captions, joined as ``concat`` joins tokens, and on the zeros of the
@@ -82,11 +82,11 @@ class Family:
         return drawn.part((~unseen).nonzero().flatten()[:count], seed)
 
 
-EMBEDDED = Family("embedded")
-PLAIN = Family("plain", stages=("unet", "pack"), joined_captions=False)
-HELD_OUT = Family(
+EMBEDDED_FAMILY = Family("embedded")
+PLAIN_FAMILY = Family("plain", stages=("unet", "pack"), joined_captions=False)
+HELD_OUT_FAMILY = Family(
     "held-out",
-    stages=tuple(stage for stage in STAGES if stage != "judge"),
+    stages=tuple(stage for stage in STAGE_ORDER if stage != "judge"),
     unseen=Concepts("mosaic", "wavy", (("purple", "yellow"), ("green", "pink"))),
 )
-FAMILIES = {family.name: family for family in (EMBEDDED, PLAIN, HELD_OUT)}
+FAMILIES = {family.name: family for family in (EMBEDDED_FAMILY, PLAIN_FAMILY, HELD_OUT_FAMILY)}

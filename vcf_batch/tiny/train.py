@@ -426,7 +426,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "pack": pack,
     OTHER_ALIGNERS: train_other_aligners,
 }
-assert tuple(STAGES)[:-1] == families.STAGES
+assert tuple(STAGES)[:-1] == families.STAGE_ORDER
 
 
 @click.command()

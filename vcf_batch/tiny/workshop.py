@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vcf_batch.tiny import networks, world
-from vcf_batch.tiny.families import EMBEDDED, Family
+from vcf_batch.tiny.families import EMBEDDED_FAMILY, Family
 from vcf_batch.tiny.fitting import Recipe, chunks, fit
 
 SEED = 20260523
@@ -70,7 +70,7 @@ class Workshop:
         start: Path | None = None,
         workers: int = 0,
         count: int = SCENES,
-        family: Family = EMBEDDED,
+        family: Family = EMBEDDED_FAMILY,
     ) -> None:
         self.out, self.device, self.seconds, self.autocast, self.start = out, device, seconds, autocast, start
         self.workers, self.count, self.family = workers, count, family
