@@ -6,7 +6,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from vcf_batch.records import SCORES
+from vcf_batch.records import SCORES, TEXTURE
 
 Origin = Literal["manifest", "setting", "result"]
 
@@ -143,6 +143,13 @@ _TABLE = (
         "better.",
     ),
     Column(
+        TEXTURE,
+        _NUMBER,
+        "result",
+        "How alike image and reference are drawn, whatever their colours: about -1 to 1. Higher is better. Only runs "
+        "with `--texture` have this column.",
+    ),
+    Column(
         "nsfw", pa.bool_(), "result", "Whether the safety checker flagged the image. Null without a safety checker."
     ),
     Column(
@@ -154,8 +161,8 @@ _TABLE = (
 )
 
 COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
-"""The columns of every shard's parquet by name, in order. The manifest's carried columns follow and may not reuse these
-names."""
+"""The columns of a shard's parquet by name, in order. The manifest's carried columns follow and may not reuse these
+names. All runs have all of them but :data:`vcf_batch.records.TEXTURE`, which is asked for."""
 
 SETTINGS = tuple(column.name for column in _TABLE if column.origin == "setting")
 """The names of the columns that say what a row was generated with."""

@@ -98,10 +98,15 @@ class Scores:
     style_similarity: float | None = None
     """Similarity of the channel statistics of output and reference, 0 to 1: above all of their palettes, and hardly of
     how they are drawn (docs/quality.md)."""
+    texture_similarity: float | None = None
+    """Correlation of the textures of output and reference (docs/quality.md). None unless it was asked for."""
 
 
-SCORES = tuple(field.name for field in dataclasses.fields(Scores))
-"""The names of the scores, in the order of their columns."""
+TEXTURE = "texture_similarity"
+"""The score that only runs which ask for it have."""
+
+SCORES = tuple(field.name for field in dataclasses.fields(Scores) if field.name != TEXTURE)
+"""The names of the scores of every run, in the order of their columns."""
 
 
 @dataclass(frozen=True, slots=True)

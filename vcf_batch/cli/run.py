@@ -216,6 +216,13 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "[default: no gate]",
 )
 @_option(
+    "texture",
+    bool,
+    "Also measure texture_similarity, how alike image and reference are drawn, whatever their colours, in a column of "
+    "its own.",
+    is_flag=True,
+)
+@_option(
     "triplets",
     bool,
     "Write two more images beside each image: KEY.content, drawn from the same noise by the prompt alone, and "
