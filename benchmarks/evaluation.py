@@ -56,11 +56,11 @@ SHOWN = 8
 STEPS_OF_A_BATCH = 13.0
 """Steps of the UNet's training that take the time of a batch of :data:`AT_ONCE` pictures in 20 steps."""
 STEP_COSTS = {
-    "probe": 0.6,
-    "vae": 1.0,
-    "decoder": 1.0,
-    "clip": 1.5,
-    "vision": 1.5,
+    "probe": 0.3,
+    "vae": 1.1,
+    "decoder": 0.8,
+    "clip": 1.0,
+    "vision": 0.8,
     "aligner": 0.1,
     OTHER_ALIGNERS: 0.1,
     "unet": 1.0,

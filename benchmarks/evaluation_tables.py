@@ -1,6 +1,7 @@
 """The tables of ``benchmarks/evaluation.py``: shares in, Markdown out."""
 
 import functools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -180,7 +181,7 @@ def table(rows: Mapping[Method, Shares], perfect: Shares, marked: Sequence[Metho
 
 
 def _cell(found: Interval) -> str:
-    if found.value != found.value:  # Of no pair was it wanted.
+    if math.isnan(found.value):  # Of no pair was it wanted.
         return ""
     if found.low is None or found.high is None:
         return f"{found.value:.0%}"
@@ -210,7 +211,7 @@ def document(found: Found, perfect: Mapping[str, Shares], settings: Mapping[str,
     """The same as JSON."""
 
     def plain(shares: Shares) -> dict[str, Any]:
-        return {name: asdict(interval) for name, interval in shares.items()}
+        return {name: asdict(found) for name, found in shares.items() if not math.isnan(found.value)}
 
     return {
         "settings": settings,
