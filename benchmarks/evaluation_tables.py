@@ -15,9 +15,9 @@ LOOKS_AND_TETHER = "aligner"
 ALIGNER_WORDS = {
     "": "",
     "aligner-paper": "the paper's loss",
-    "aligner-tether": "and a tether",
-    "aligner-looks": "and captions of looks",
-    LOOKS_AND_TETHER: "and both",
+    "aligner-tether": "+ tether",
+    "aligner-looks": "+ captions of looks",
+    LOOKS_AND_TETHER: "+ both",
 }
 """What an aligner was trained with, by its folder's name."""
 

@@ -313,10 +313,10 @@ def train_unet(shop: Workshop) -> None:
 
 
 ALIGNERS: Mapping[str, tuple[float, Sequence[str]]] = {
-    "aligner": (1.0, world.LOOKS),
+    "aligner-paper": (0.0, world.TAUGHT),
     "aligner-tether": (1.0, world.TAUGHT),
     "aligner-looks": (0.0, world.LOOKS),
-    "aligner-paper": (0.0, world.TAUGHT),
+    "aligner": (1.0, world.LOOKS),
 }
 """The weight of the tether, and what captions name, for the family's aligner and for those that show what each does."""
 
