@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images
 from vcf_batch.config import Sampling
-from vcf_batch.metrics.clip_score import ClipJudge, content_alignment
+from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
@@ -31,6 +31,7 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 
 COLORS = ("color", "background", "background2")
 CONTENT = ("shape", "position", "size")
+OBJECT = ("shape", "color")
 
 
 class Scenes:
@@ -106,6 +107,19 @@ def scores(count: int) -> None:
         aligned(scenes.changed(restyled, *CONTENT)),
     )
 
+    other = scenes.changed(scenes.original, *CONTENT, "style", "pattern", "colors")
+
+    def resembling(*shared: str) -> Tensor:
+        drawn = scenes.draw(other | {name: scenes.original[name] for name in shared})
+        return cosine(judge.embed_images(uint8(original)), judge.embed_images(uint8(drawn)))
+
+    looks = resembling("style", "pattern", "background", "background2")
+    report(
+        "clip_reference, nothing shared but shape and colour of the object, or the looks", resembling(*OBJECT), looks
+    )
+    report("clip_reference, nothing shared but the looks, or nothing", looks, resembling())
+    report("clip_reference, nothing shared but the style, or nothing", resembling("style"), resembling())
+
     def similar(attributes: Mapping[str, Tensor]) -> Tensor:
         pictures = scenes.draw(attributes)
         return PerceptualDistance(probe.features).compare(original * 2 - 1, pictures * 2 - 1)[1]
@@ -121,6 +135,9 @@ def scores(count: int) -> None:
     report("style_similarity, other content in the same look, or another look", same, similar(whole))
     alone = similar({**whole, "style": scenes.original["style"]})
     report("style_similarity, nothing shared but the style, or nothing", alone, similar(whole))
+    palette = similar({**whole, **{name: scenes.original[name] for name in COLORS}})
+    report("style_similarity, nothing shared but the palette, or nothing", palette, similar(whole))
+    report("style_similarity, nothing shared but the style, or the palette", alone, palette)
 
 
 @main.command()

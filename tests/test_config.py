@@ -40,7 +40,7 @@ OTHER: dict[str, Any] = {
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
-    "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True,
+    "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True, "texture": True,
     "safety_checker": "own", "guidance_lo": 0.1, "guidance_hi": 0.9, "compile": True, "one_device_type": True,
     "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2, "ip_adapter": 0.7},
     "prompt_column": "caption", "reference_column": "image", "id_column": "uid", "seed_column": "noise",

@@ -193,6 +193,8 @@ class RunConfig:
     max_lpips: float | None = None
     min_content_alignment: float | None = None
     min_style_similarity: float | None = None
+    texture: bool = False
+    """Measure ``texture_similarity``, in a column of its own."""
     triplets: bool = False
     """Write each sample's text-only twin from the same noise, and its reference, beside it."""
     safety_checker: str | None = None
@@ -500,7 +502,7 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {}
+ADDED_SETTINGS: dict[str, Any] = {"texture": False}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.

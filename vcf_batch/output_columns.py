@@ -6,7 +6,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from vcf_batch.records import SCORES
+from vcf_batch.records import SCORES, TEXTURE
 
 Origin = Literal["manifest", "setting", "result"]
 
@@ -125,7 +125,8 @@ _TABLE = (
         "clip_reference",
         _NUMBER,
         "result",
-        "How much the image resembles the reference, by the judge, -1 to 1. Higher is better.",
+        "How much the image resembles the reference, by the judge, -1 to 1. The same object counts as much as the same "
+        "looks. Higher is better.",
     ),
     Column("lpips", _NUMBER, "result", "The perceptual distance of image and reference. Lower is better."),
     Column(
@@ -138,7 +139,15 @@ _TABLE = (
         "style_similarity",
         _NUMBER,
         "result",
-        "How alike the channel statistics of image and reference are, 0 to 1. Higher is better.",
+        "How alike the channel statistics of image and reference are, 0 to 1: above all their palettes. Higher is "
+        "better.",
+    ),
+    Column(
+        TEXTURE,
+        _NUMBER,
+        "result",
+        "How alike image and reference are drawn, whatever their colours: about -1 to 1. Higher is better. Only runs "
+        "with `--texture` have this column.",
     ),
     Column(
         "nsfw", pa.bool_(), "result", "Whether the safety checker flagged the image. Null without a safety checker."
@@ -152,8 +161,8 @@ _TABLE = (
 )
 
 COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
-"""The columns of every shard's parquet by name, in order. The manifest's carried columns follow and may not reuse these
-names."""
+"""The columns of a shard's parquet by name, in order. The manifest's carried columns follow and may not reuse these
+names. All runs have all of them but :data:`vcf_batch.records.TEXTURE`, which is asked for."""
 
 SETTINGS = tuple(column.name for column in _TABLE if column.origin == "setting")
 """The names of the columns that say what a row was generated with."""

@@ -90,17 +90,23 @@ class Scores:
     clip_score: float | None = None
     """Cosine of the judge's embeddings of output and prompt, -1 to 1."""
     clip_reference: float | None = None
-    """Cosine of the judge's embeddings of output and reference, -1 to 1."""
+    """Cosine of the judge's embeddings of output and reference, -1 to 1. The object counts as much as the looks."""
     lpips: float | None = None
     """Perceptual distance of output and reference, 0 or more; lower is closer."""
     content_alignment: float | None = None
     """Similarity of the layouts of output and text-only twin, -1 to 1 (docs/quality.md). None without triplets."""
     style_similarity: float | None = None
-    """Similarity of the channel statistics of output and reference, 0 to 1 (docs/quality.md)."""
+    """Similarity of the channel statistics of output and reference, 0 to 1: above all of their palettes, and hardly of
+    how they are drawn (docs/quality.md)."""
+    texture_similarity: float | None = None
+    """Correlation of the textures of output and reference (docs/quality.md). None unless it was asked for."""
 
 
-SCORES = tuple(field.name for field in dataclasses.fields(Scores))
-"""The names of the scores, in the order of their columns."""
+TEXTURE = "texture_similarity"
+"""The score that only runs which ask for it have."""
+
+SCORES = tuple(field.name for field in dataclasses.fields(Scores) if field.name != TEXTURE)
+"""The names of the scores of every run, in the order of their columns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact_name
 from vcf_batch.output import row_json, sample_records, shards
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.records import Draw, Reference, Row, Sample, Scores, Shard, Status
+from vcf_batch.records import TEXTURE, Draw, Reference, Row, Sample, Scores, Shard, Status
 
 NO_COLUMNS = pa.schema([])
 SHARD = Shard(0, 0, 2, "00000")
@@ -213,7 +213,7 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
             for one in in_tar
         ]
 
-    assert table.schema.names == [*COLUMNS, *carried.names]
+    assert table.schema.names == [*(name for name in COLUMNS if name != TEXTURE), *carried.names]
     for name in carried.names:
         kind = carried.field(name).type
         assert table.schema.field(name).type == kind
@@ -333,7 +333,9 @@ def test_a_carried_column_may_not_take_an_output_columns_name() -> None:
 
 def test_columns_and_types() -> None:
     found = sample_records.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
-    assert tuple(found.names) == (*COLUMNS, "extra")
+    assert tuple(found.names) == (*(name for name in COLUMNS if name != TEXTURE), "extra")
+    asked = sample_records.schema(pa.schema([("extra", pa.int8())]), False, texture=True)
+    assert tuple(asked.names) == (*COLUMNS, "extra")
     assert found.field("reference").type == pa.list_(pa.string())
     assert sample_records.schema(NO_COLUMNS, False).field("reference").type == pa.string()
     assert {found.field(name).type for name in ("strength", "guidance_scale", "clip_score", "lpips")} == {pa.float64()}

@@ -14,6 +14,7 @@ from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.tiny import measure, networks, train, workshop, world
 from vcf_batch.tiny.fitting import Recipe, batch_indices, fit, speed_up_cpu_autocast
 from vcf_batch.tiny.probe import HEADS, Probe, background_target, correct
+from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPE = Recipe(steps=12, batch=4, lr=1e-2, warmup=2, ema=0.9)
@@ -96,6 +97,8 @@ def test_the_stages_make_a_pipeline_with_judge_and_probe(tmp_path: Path, monkeyp
     for stage in train.STAGES.values():
         stage(shop)
 
+    aligners = [ImageAligner.from_pretrained(tmp_path / name).proj[1].weight for name in train.ALIGNERS]
+    assert len({weight.detach().numpy().tobytes() for weight in aligners}) == len(train.ALIGNERS) == 4
     weights = tmp_path / "weights"
     assert "_name_or_path" not in "".join(file.read_text() for file in weights.glob("*/config.json"))
     pipeline = VCFPipeline.from_pretrained(weights, dtype=torch.float32)
@@ -146,7 +149,7 @@ def test_the_shortcuts_of_bfloat16_keep_the_result() -> None:
 
 
 def test_the_tokenizer_splits_any_text_and_pads_to_its_length(tmp_path: Path) -> None:
-    tokenizer = networks.train_tokenizer(tmp_path, seed=0)
+    tokenizer = networks.train_tokenizer(tmp_path, world.sample_scenes(4000, seed=0))
     out = tokenizer(
         ["a red star", "Grüße, 世界"], padding="max_length", max_length=networks.TEXT_TOKENS, truncation=True
     )
@@ -158,7 +161,7 @@ def test_the_tokenizer_splits_any_text_and_pads_to_its_length(tmp_path: Path) ->
 
 def test_guide_and_judge_are_different_networks(tmp_path: Path) -> None:
     """The CLIP that scores is another one than the CLIP that conditions."""
-    tokenizer = networks.train_tokenizer(tmp_path, seed=0)
+    tokenizer = networks.train_tokenizer(tmp_path, world.sample_scenes(4000, seed=0))
     towers = networks.clip(tokenizer), networks.judge(tokenizer)
     shapes = [[tuple(p.shape) for p in clip.parameters()] for clip in towers]
     assert shapes[0] != shapes[1]

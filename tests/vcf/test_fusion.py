@@ -138,3 +138,13 @@ def test_samples_out_of_their_range_are_text_alone() -> None:
     assert bias[::2, 0, length:].isneginf().all() and not bias[1::2].any()
     tokens, settings = conditioning.select((False, False), guided=True)
     assert torch.equal(tokens, torch.cat([-text, text])) and not settings
+
+
+@pytest.mark.parametrize("mode", ["naive", "cross_attention", "concat"])
+def test_tokens_are_fused_in_float32_within_autocast_too(mode: str) -> None:
+    """Under bfloat16 autocast, sampling may round; what it is conditioned on does not."""
+    generator = torch.Generator().manual_seed(0)
+    text, image = (torch.randn(2, count, 16, generator=generator) for count in (5, 7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = fuse(text, image, mode, 0.3)
+    assert torch.equal(within, fuse(text, image, mode, 0.3))

@@ -212,8 +212,15 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "min-style-similarity",
     float,
-    "Reject samples with a lower style_similarity, the likeness of their style to the reference's: 0 to 1.  "
+    "Reject samples with a lower style_similarity, the likeness of their palette and look to the reference's: 0 to 1.  "
     "[default: no gate]",
+)
+@_option(
+    "texture",
+    bool,
+    "Also measure texture_similarity, how alike image and reference are drawn, whatever their colours, in a column of "
+    "its own.",
+    is_flag=True,
 )
 @_option(
     "triplets",

@@ -28,7 +28,8 @@ class Repair:
     def __init__(self, output: Output, where: str) -> None:
         manifest = output.need_manifest()
         self._output = output
-        self._condition = Condition(where, sample_records.schema(manifest.carried_schema, manifest.reference_is_list))
+        schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, output.config.texture)
+        self._condition = Condition(where, schema)
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
         """Read the output and choose the rows to redo.

@@ -125,7 +125,7 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
         with shards.open_parquet(url) as parquet:
             if parquet.metadata.num_rows != len(shard):
                 raise DamageFound(f"{name} has {parquet.metadata.num_rows} rows; {_rows(shard)} has {len(shard)}")
-            _check_columns(manifest, name, parquet.schema_arrow)
+            _check_columns(output.config.texture, manifest, name, parquet.schema_arrow)
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
                     record = json_values(batch.slice(at, 1))
@@ -138,12 +138,12 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
         raise DamageFound(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _check_columns(manifest: Manifest | None, name: str, found: pa.Schema) -> None:
+def _check_columns(texture: bool, manifest: Manifest | None, name: str, found: pa.Schema) -> None:
     carried = pa.schema([field for field in found if field.name not in COLUMNS])
     is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
     if manifest:
         carried, is_list = manifest.carried_schema, manifest.reference_is_list
-    if not found.equals(expected := sample_records.schema(carried, is_list)):
+    if not found.equals(expected := sample_records.schema(carried, is_list, texture)):
         # Not compared as text: what a list calls its items is another name once it has been in a file.
         different = [
             str(field)

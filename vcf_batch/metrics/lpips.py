@@ -46,7 +46,7 @@ class PerceptualDistance:
 
     @torch.inference_mode()
     def compare(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare each image of ``a`` with its counterpart in ``b``: distance and style in one pass.
+        """Compare each image of ``a`` with its counterpart in ``b``: distance and channel statistics in one pass.
 
         Nothing is resized here: :class:`vcf_batch.metrics.scorer.Scorer` squashes references to the output's size.
 
@@ -242,7 +242,10 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def _style_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Overlap of the channels' means and deviations over the image, ``[B]``, 0 to 1 (docs/quality.md)."""
+    """Overlap of the channels' means and deviations over the image, ``[B]``, 0 to 1 (docs/quality.md).
+
+    It follows the palette, and hardly the style: :func:`vcf_batch.metrics.texture.texture_similarity` does that.
+    """
     x, y = _statistics(a), _statistics(b)
     apart, size = (x - y).abs().sum(dim=1), (x.abs() + y.abs()).sum(dim=1)
     return 1 - apart / (size + _EPS)

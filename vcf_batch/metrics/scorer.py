@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,8 +15,9 @@ from vcf_batch import images
 from vcf_batch.config import reference_shares
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
+from vcf_batch.metrics.texture import texture_similarity
 from vcf_batch.models.forward_pass import ForwardPass
-from vcf_batch.records import Scores
+from vcf_batch.records import TEXTURE, Scores
 
 REFERENCES_KEPT = 256
 """Most distinct references with kept embedding and pixels: 450 MB at 768 x 768."""
@@ -25,7 +26,7 @@ WAITING_BYTES = 1 << 28
 """Most bytes of references that wait to be embedded. Beyond it, those that wait longest are embedded before they are
 needed."""
 
-OF_REFERENCES = ("clip_reference", "lpips", "style_similarity")
+OF_REFERENCES = ("clip_reference", "lpips", "style_similarity", TEXTURE)
 """Scores that an output has for each of its references."""
 
 _PIXELS_AT_ONCE = 2**20
@@ -81,17 +82,19 @@ class Scorer:
     Args:
         judge: the CLIP that scores.
         perceptual: the perceptual distance; without it, ``lpips`` and ``style_similarity`` are None.
+        texture: measure ``texture_similarity``; else it is None.
     """
 
-    def __init__(self, judge: ClipJudge, perceptual: PerceptualDistance | None = None) -> None:
+    def __init__(self, judge: ClipJudge, perceptual: PerceptualDistance | None = None, texture: bool = False) -> None:
         self.judge = judge
         self.perceptual = perceptual
+        self.texture = texture
         self._texts: dict[str, ForwardPass[str, str, Tensor]] = {}
         self._references: dict[bytes, _Reference] = {}
 
     def new_shard(self) -> "Scorer":
         """A new scorer with the same judge and distance, and without embeddings."""
-        return Scorer(self.judge, self.perceptual)
+        return Scorer(self.judge, self.perceptual, self.texture)
 
     def targets(
         self,
@@ -139,9 +142,12 @@ class Scorer:
         if targets.references:
             known = torch.stack([entry.embedding for entry in targets.references])
             found["clip_reference"] = cosine(pictures[targets.owners], known)
+            shown = [outputs[owner] for owner in targets.owners]
             if self.perceptual is not None:
-                shown = [outputs[owner] for owner in targets.owners]
-                found["lpips"], found["style_similarity"] = self._compared(self.perceptual, shown, targets)
+                device, compare = self.perceptual.device, self.perceptual.compare
+                found["lpips"], found["style_similarity"] = _compared(compare, device, shown, targets)
+            if self.texture:
+                (found[TEXTURE],) = _compared(_textures, known.device, shown, targets)
         if twins:
             layouts, twin_layouts = self.judge.embed_layouts([*outputs, *twins]).split(len(outputs))
             found["content_alignment"] = content_alignment(layouts, twin_layouts)
@@ -181,23 +187,30 @@ class Scorer:
                 own.make()
                 excess -= held[number]
 
-    def _compared(
-        self, perceptual: PerceptualDistance, outputs: Sequence[NDArray[np.uint8]], targets: Targets
-    ) -> tuple[Tensor, Tensor]:
-        """Perceptual distance and style similarity of each output and the reference at its position, ``[R]`` each."""
-        height, width, _ = outputs[0].shape
-        for image, entry in zip(targets.pictures, targets.references, strict=True):
-            if (width, height) not in entry.resized:
-                entry.resized[width, height] = np.asarray(images.resize(image, width, height))
-        step = max(1, _PIXELS_AT_ONCE // (height * width))
-        parts = []
-        for start in range(0, len(outputs), step):
-            part = slice(start, start + step)
-            resized = [entry.resized[width, height] for entry in targets.references[part]]
-            shown = (_signed(pictures, perceptual.device) for pictures in (outputs[part], resized))
-            parts.append(perceptual.compare(*shown))
-        distances, similarities = zip(*parts, strict=True)
-        return torch.cat(distances), torch.cat(similarities)
+
+def _compared(
+    compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    device: torch.device,
+    outputs: Sequence[NDArray[np.uint8]],
+    targets: Targets,
+) -> list[Tensor]:
+    """What ``compare`` gives for each output and the reference at its position, ``[R]`` each."""
+    height, width, _ = outputs[0].shape
+    for image, entry in zip(targets.pictures, targets.references, strict=True):
+        if (width, height) not in entry.resized:
+            entry.resized[width, height] = np.asarray(images.resize(image, width, height))
+    step = max(1, _PIXELS_AT_ONCE // (height * width))
+    parts = []
+    for start in range(0, len(outputs), step):
+        part = slice(start, start + step)
+        resized = [entry.resized[width, height] for entry in targets.references[part]]
+        parts.append(compare(*(_signed(pictures, device) for pictures in (outputs[part], resized))))
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+
+def _textures(outputs: Tensor, references: Tensor) -> tuple[Tensor]:
+    """Texture scores of pictures in [-1, 1], ``[R]``."""
+    return (texture_similarity(outputs / 2 + 0.5, references / 2 + 0.5),)
 
 
 def _signed(pictures: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:

@@ -11,22 +11,23 @@ import pyarrow as pa
 from vcf_batch.errors import printable, redact_name
 from vcf_batch.output.row_json import finite
 from vcf_batch.output_columns import COLUMNS, SETTINGS
-from vcf_batch.records import SCORES, Draw, Objective, Row, Sample, Scores
+from vcf_batch.records import SCORES, TEXTURE, Draw, Objective, Row, Sample, Scores
 
 
-def schema(carried_schema: pa.Schema, reference_is_list: bool) -> pa.Schema:
+def schema(carried_schema: pa.Schema, reference_is_list: bool, texture: bool = False) -> pa.Schema:
     """The schema of a shard's parquet: :data:`~vcf_batch.output_columns.COLUMNS`, then the carried columns.
 
     Args:
         carried_schema: columns that the manifest hands through. Its metadata is left out.
         reference_is_list: ``reference`` is a list of strings, as in the manifest, rather than a string.
+        texture: there is a column of the texture score.
 
     Raises:
         ValueError: a carried column has the name of an output column.
     """
     if taken := [name for name in carried_schema.names if name in COLUMNS]:
         raise ValueError(f"carried columns {taken} have names of output columns; rename them in the manifest")
-    types = {name: column.type for name, column in COLUMNS.items()}
+    types = {name: column.type for name, column in COLUMNS.items() if texture or name != TEXTURE}
     if reference_is_list:
         types["reference"] = pa.list_(types["reference"])
     return pa.schema(
@@ -59,6 +60,7 @@ def record_of(
         "sha256": None if sample.image is None else hashlib.sha256(sample.image).hexdigest(),
         "phash": sample.phash,
         **_finite(sample.scores),
+        TEXTURE: finite(sample.scores.texture_similarity),
         "nsfw": sample.nsfw,
         "attempts": [{"seed": each.seed, **_finite(each.scores), "nsfw": each.nsfw} for each in sample.attempts]
         or None,
@@ -97,7 +99,7 @@ def sample_of(
 
     Args:
         row: of the manifest.
-        record: the row of the parquet, with every one of :data:`~vcf_batch.output_columns.COLUMNS` at least.
+        record: the row of the parquet, with the columns of :func:`schema` at least.
         image: the member of the tar, if there is one.
         triplet: the images beside it, by :data:`vcf_batch.records.TRIPLET`.
     """
@@ -111,7 +113,7 @@ def sample_of(
         width=record["width"],
         height=record["height"],
         phash=record["phash"],
-        scores=_scores(record),
+        scores=dataclasses.replace(_scores(record), texture_similarity=record.get(TEXTURE)),
         error_message=record["error_message"],
         pno_objective=objective and Objective(**objective),
         nsfw=record["nsfw"],

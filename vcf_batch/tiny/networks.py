@@ -105,9 +105,8 @@ def image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=size)
 
 
-def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
-    """Train CLIP's byte-level BPE on the world's captions. Any other text is split into bytes."""
-    scenes = world.sample_scenes(4000, seed)
+def train_tokenizer(folder: Path, scenes: world.Scenes) -> CLIPTokenizer:
+    """Train CLIP's byte-level BPE on the captions of scenes. Any other text is split into bytes."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
@@ -116,7 +115,7 @@ def train_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator(world.captions(scenes, random.Random(seed), 0.5, world.TAUGHT), trainer)
+    bpe.train_from_iterator(world.captions(scenes, random.Random(scenes.seed), 0.5, world.TAUGHT), trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     words = alphabet + [f"{symbol}</w>" for symbol in alphabet] + ["".join(merge) for merge in merges]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))}

@@ -27,21 +27,33 @@ class PromptAndReference:
     """Attributes of a correct picture: the prompt's shape and colour, and the reference's other attributes."""
 
 
-def draw(count: int) -> list[PromptAndReference]:
-    """Draw ``count`` held-out pairs. The prompt's shape is not the reference's, and its colour does not occur in it."""
-    shown = world.sample_scenes(count, HELD_OUT + 1)
-    generator = torch.Generator().manual_seed(HELD_OUT + 2)
+def draw(count: int, seed: int = HELD_OUT + 1) -> list[PromptAndReference]:
+    """Draw ``count`` held-out pairs. Other seeds give other pairs."""
+    return with_prompts(world.sample_scenes(count, seed))
+
+
+def wanted(shown: world.Scenes) -> world.Scenes:
+    """Scenes that correct pictures show: another shape, a colour that does not occur, and else what references show."""
+    count = len(shown)
+    generator = torch.Generator().manual_seed(shown.seed + 1)
     other = torch.randint(1, len(SHAPES), (count,), generator=generator)
     chances = torch.rand(count, len(world.COLORS), generator=generator)
     for name in ("color", "background", "background2"):
         chances.scatter_(1, shown.attributes[name][:, None], -1.0)
     named = {"shape": (shown.attributes["shape"] + other) % len(SHAPES), "color": chances.argmax(dim=1)}
-    wanted = world.Scenes({**shown.attributes, **named}, shown.seed)
-    rng = random.Random(HELD_OUT + 1)
+    return world.Scenes({**shown.attributes, **named}, shown.seed)
+
+
+def with_prompts(shown: world.Scenes) -> list[PromptAndReference]:
+    """Pairs whose references show these scenes.
+
+    The prompt's shape is not the reference's, and its colour does not occur in it.
+    """
+    scenes, rng = wanted(shown), random.Random(shown.seed)
     pixels = from_unit(world.render(shown).permute(0, 2, 3, 1).numpy())
     return [
         PromptAndReference(
-            world.caption(wanted.named(number), PROMPT, rng), Image.fromarray(picture), wanted.named(number)
+            world.caption(scenes.named(number), PROMPT, rng), Image.fromarray(picture), scenes.named(number)
         )
         for number, picture in enumerate(pixels)
     ]

@@ -4,10 +4,13 @@ The stages, in order: ``probe``; ``vae`` and ``decoder`` (more of its decoder); 
 ``vision`` (more of its image tower); ``judge`` (the CLIP that scores); ``aligner``; ``unet``; ``pack``, which puts the
 models together in DIR/weights. Each writes its model in diffusers layout into DIR and its checkpoint into
 DIR/checkpoints. Running a stage a second time resumes it from its checkpoint.
+
+``--family`` trains another family (:mod:`vcf_batch.tiny.families`): ``plain`` takes everything but the UNet from the
+embedded weights, or from those of ``--parts``.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,13 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from vcf_batch.models.model_files import forget_paths
-from vcf_batch.tiny import networks, world
+from vcf_batch.models.resolution import tiny_folder
+from vcf_batch.tiny import families, networks, world
+from vcf_batch.tiny.families import FAMILIES
 from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
 from vcf_batch.tiny.probe import HEADS, Probe, attribute_losses
 from vcf_batch.tiny.workshop import SCENES, SEED, Workshop, ahead
-from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
+from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, tether_loss
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 RECIPES = {
@@ -241,7 +246,8 @@ def train_probe(shop: Workshop) -> None:
 
 def frozen_text_encoder(shop: Workshop) -> CLIPTextModel:
     """The frozen text tower that conditions the UNet and the aligner."""
-    return CLIPTextModel.from_pretrained(shop.out / "text_encoder").requires_grad_(False).to(shop.device)
+    tower = CLIPTextModel.from_pretrained(shop.out / "text_encoder", dtype=torch.float32)
+    return tower.requires_grad_(False).to(shop.device)
 
 
 def scene_latents(shop: Workshop) -> Tensor:
@@ -257,7 +263,8 @@ def train_unet(shop: Workshop) -> None:
 
     The conditioning is one, two or three captions of the same scene, joined along the token axis. A UNet trained on
     single captions only handles the longer sequences of `concat` badly. One row in ten is unconditional: the empty
-    prompt, followed by zeros as in the padding of fusion.
+    prompt, followed by zeros as in the padding of fusion. A family without joined captions has one caption, or the
+    empty prompt alone: so Stable Diffusion is trained.
     """
     torch.manual_seed(SEED + 9)
     model = networks.unet().to(shop.device, memory_format=torch.channels_last)
@@ -275,7 +282,7 @@ def train_unet(shop: Workshop) -> None:
         chosen = indices(step)
         scenes = shop.scenes()[0].part(chosen)
         rng = random.Random((SEED + 9) * 1_000_003 + step)
-        parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]
+        parts = rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0] if shop.family.joined_captions else 1
         dropped = torch.tensor([rng.random() < 0.1 for _ in chosen])
         return (
             chosen,
@@ -305,6 +312,15 @@ def train_unet(shop: Workshop) -> None:
     model.save_pretrained(shop.out / "unet", max_shard_size="12MB")
 
 
+ALIGNERS: Mapping[str, tuple[float, Sequence[str]]] = {
+    "aligner-paper": (0.0, world.TAUGHT),
+    "aligner-tether": (1.0, world.TAUGHT),
+    "aligner-looks": (0.0, world.LOOKS),
+    "aligner": (1.0, world.LOOKS),
+}
+"""The weight of the tether, and what captions name, for the family's aligner and for those that show what each does."""
+
+
 def train_aligner(shop: Workshop) -> None:
     """Train the aligner on the paper's loss and a tether, with captions of a picture's looks.
 
@@ -313,36 +329,60 @@ def train_aligner(shop: Workshop) -> None:
     same, because a picture does not show how its caption is worded. The tether keeps every image token close to the
     text tokens. Without it, image tokens that no text token needs drift away, and the logits of some hide the prompt.
     """
+    _fit_aligner(shop, "aligner", _seen(shop))
+
+
+def train_other_aligners(shop: Workshop) -> None:
+    """Train the aligners of :data:`ALIGNERS` that lack the tether, the captions of looks, or both."""
+    seen = _seen(shop)
+    for name in ALIGNERS:
+        if name != "aligner":
+            _fit_aligner(shop, name, seen)
+
+
+def _fit_aligner(shop: Workshop, name: str, seen: Tensor) -> None:
+    weight, named = ALIGNERS[name]
     torch.manual_seed(SEED + 13)
-    recipe = RECIPES["aligner"]
-    seen, read = _features(shop)
+    read = _read(shop, named)
     model = ImageAligner(networks.VISION_WIDTH, networks.TEXT_WIDTH).to(shop.device)
+    recipe = RECIPES["aligner"]
     indices = batch_indices(shop.count, recipe.batch, SEED + 13)
 
     def loss(step: int) -> Tensor:
         chosen = indices(step)
         image_tokens, text_tokens = model(seen[chosen].to(shop.device).float()), read[chosen].to(shop.device).float()
-        # Reconstruction with the roles exchanged: each image token rebuilt from the text tokens.
-        tether = reconstruction_loss(text_tokens, image_tokens)
-        return alignment_loss(image_tokens, text_tokens) + tether
+        total = alignment_loss(image_tokens, text_tokens)
+        return total + weight * tether_loss(image_tokens, text_tokens) if weight else total
 
-    shop.fit("aligner", model, loss, recipe)
-    model.save_pretrained(shop.out / "aligner")
+    shop.fit(name, model, loss, recipe)
+    model.save_pretrained(shop.out / name)
 
 
-def _features(shop: Workshop) -> tuple[Tensor, Tensor]:
-    """The aligner's data in float16: vision tokens ``[N, 65, 192]`` and text tokens ``[N, 48, 128]``."""
-    text_encoder = frozen_text_encoder(shop)
-    vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder").to(shop.device)
-    scenes, _ = shop.scenes()
-    seen, read = [], []
-    with torch.no_grad(), torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
+@torch.no_grad()
+def _seen(shop: Workshop) -> Tensor:
+    """What the image tower sees of the training pictures: float16 ``[N, 65, 192]``."""
+    shop.scenes()  # They are rendered in float32, so before the block below.
+    vision = CLIPVisionModelWithProjection.from_pretrained(shop.out / "image_encoder", dtype=torch.float32)
+    vision = vision.to(shop.device)
+    with torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
+        parts = [
+            vision(shop.clip_pixels(part), output_hidden_states=True).hidden_states[-2].half().cpu()
+            for part in chunks(shop.count, 500)
+        ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _read(shop: Workshop, named: Sequence[str]) -> Tensor:
+    """Text tokens of captions that name these attributes, always in the same words: float16 ``[N, 48, 128]``."""
+    text_encoder, scenes = frozen_text_encoder(shop), shop.scenes()[0]
+    parts = []
+    with torch.autocast(shop.device.type, dtype=torch.bfloat16, enabled=shop.autocast):
         for part in chunks(shop.count, 500):
             batch = scenes.part(part)
-            texts = [world.caption(batch.named(index), world.LOOKS, None) for index in range(len(batch))]
-            seen.append(vision(shop.clip_pixels(part), output_hidden_states=True).hidden_states[-2].half().cpu())
-            read.append(text_encoder(shop.tokenize(texts).to(shop.device)).last_hidden_state.half().cpu())
-    return torch.cat(seen), torch.cat(read)
+            texts = [world.caption(batch.named(index), named, None) for index in range(len(batch))]
+            parts.append(text_encoder(shop.tokenize(texts).to(shop.device)).last_hidden_state.half().cpu())
+    return torch.cat(parts)
 
 
 def pack(shop: Workshop) -> None:
@@ -363,12 +403,16 @@ def pack(shop: Workshop) -> None:
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(weights, max_shard_size="12MB")
-    CLIPModel.from_pretrained(shop.out / "judge").half().save_pretrained(weights / "judge")
-    CLIPTokenizer.from_pretrained(shop.out / "judge").save_pretrained(weights / "judge")
-    networks.image_processor().save_pretrained(weights / "judge")
+    if (shop.out / "judge").exists():  # A family that is only measured needs none.
+        CLIPModel.from_pretrained(shop.out / "judge").half().save_pretrained(weights / "judge")
+        CLIPTokenizer.from_pretrained(shop.out / "judge").save_pretrained(weights / "judge")
+        networks.image_processor().save_pretrained(weights / "judge")
     Probe.from_pretrained(shop.out / "probe").half().save_pretrained(weights / "probe")
     forget_paths(weights)
 
+
+OTHER_ALIGNERS = "other-aligners"
+"""A stage that is run by its name only: no model is made of what it trains."""
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "probe": train_probe,
@@ -380,12 +424,21 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "aligner": train_aligner,
     "unet": train_unet,
     "pack": pack,
+    OTHER_ALIGNERS: train_other_aligners,
 }
+assert tuple(STAGES)[:-1] == families.STAGE_ORDER
 
 
 @click.command()
 @click.option("--stage", type=click.Choice([*STAGES, "all"]), default="all", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the models go.")
+@click.option("--family", type=click.Choice([*FAMILIES]), default="embedded", show_default=True)
+@click.option(
+    "--parts",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Weights whose parts, all but the UNet, --out gets where it lacks them.  [default: the embedded ones for "
+    "--family plain, none for others]",
+)
 @click.option("--minutes", type=float, default=600.0, show_default=True, help="Time limit of each stage.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--autocast/--no-autocast", default=torch.cuda.is_available(), help="Compute in bfloat16.")
@@ -396,32 +449,42 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
 )
 @click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="Pictures to train on.")
 @click.option("--workers", default=0, show_default=True, help="Processes that word captions ahead; for a GPU.")
+@click.option("--length", type=float, default=1.0, show_default=True, help="Factor of every recipe's steps.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of the stage instead of the recipe's.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch size of the stage instead of the recipe's.")
 @click.option("--rate", type=float, help="Highest learning rate of the stage instead of the recipe's.")
 def main(
     stage: str,
     out: Path,
+    family: str,
+    parts: Path | None,
     minutes: float,
     device: str,
     autocast: bool,
     start: Path | None,
     scenes: int,
     workers: int,
+    length: float,
     steps: int | None,
     batch: int | None,
     rate: float | None,
 ) -> None:
-    """Train the embedded model family, one stage or all of them."""
+    """Train a model family, one stage or all of its own."""
+    recipe = "aligner" if stage == OTHER_ALIGNERS else stage
     changes: dict[str, Any] = {k: v for k, v in (("steps", steps), ("batch", batch), ("lr", rate)) if v}
-    if changes and stage not in RECIPES:
+    if changes and recipe not in RECIPES:
         raise click.UsageError(f"--steps, --batch and --rate are of one stage: {', '.join(RECIPES)}")
+    for name, own in RECIPES.items():
+        RECIPES[name] = replace(own, steps=max(1, round(own.steps * length)))
     if changes:
-        RECIPES[stage] = replace(RECIPES[stage], **changes)
-    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start, workers, scenes)
-    for name, train in STAGES.items():
-        if stage in (name, "all"):
-            train(shop)
+        RECIPES[recipe] = replace(RECIPES[recipe], **changes)
+    shop = Workshop(out, torch.device(device), minutes * 60, autocast, start, workers, scenes, FAMILIES[family])
+    if parts is None and family == "plain":
+        parts = Path(tiny_folder())
+    if parts is not None:
+        shop.take(parts)
+    for name in shop.family.stages if stage == "all" else [stage]:
+        STAGES[name](shop)
 
 
 if __name__ == "__main__":

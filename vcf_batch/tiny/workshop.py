@@ -1,6 +1,7 @@
 """Things that all training stages share: the rendered world, the tokenizer, the device, the checkpoints' folder."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,10 +16,15 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vcf_batch.tiny import networks, world
+from vcf_batch.tiny.families import EMBEDDED_FAMILY, Family
 from vcf_batch.tiny.fitting import Recipe, chunks, fit
 
 SEED = 20260523
 SCENES = 32_000
+CAPTIONED_SCENES = 4000
+"""Scenes whose captions the tokenizer is trained on."""
+SHARED_PARTS = ("tokenizer", "text_encoder", "image_encoder", "vae", "probe", "judge", "aligner")
+"""What a family with a UNet of its own may have from another one."""
 
 
 class _Steps(IterableDataset[Any]):
@@ -64,15 +70,16 @@ class Workshop:
         start: Path | None = None,
         workers: int = 0,
         count: int = SCENES,
+        family: Family = EMBEDDED_FAMILY,
     ) -> None:
         self.out, self.device, self.seconds, self.autocast, self.start = out, device, seconds, autocast, start
-        self.workers, self.count = workers, count
+        self.workers, self.count, self.family = workers, count, family
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     @cache  # noqa: B019 - one workshop lives as long as the process
     def scenes(self) -> tuple[world.Scenes, Tensor]:
         """The training scenes and their pictures, uint8 ``[N, 3, 64, 64]``: rendered once."""
-        scenes = world.sample_scenes(self.count, SEED)
+        scenes = self.family.scenes(self.count, SEED)
         pictures = torch.cat([world.render(scenes.part(part, SEED + part.start)) for part in chunks(self.count, 2000)])
         return scenes, (pictures * 255).round().to(torch.uint8)
 
@@ -90,7 +97,7 @@ class Workshop:
         """The tokenizer, trained on first use."""
         folder = self.out / "tokenizer"
         if not folder.exists():
-            networks.train_tokenizer(folder, SEED)
+            networks.train_tokenizer(folder, self.family.scenes(CAPTIONED_SCENES, SEED))
         return CLIPTokenizer.from_pretrained(folder)
 
     def tokenize(self, texts: list[str]) -> Tensor:
@@ -98,6 +105,14 @@ class Workshop:
         length = networks.TEXT_TOKENS
         tokens = self.tokenizer()(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokens.input_ids
+
+    def take(self, weights: Path) -> None:
+        """Copy all parts of other weights but the UNet, those that are there already left as they are."""
+        for part in SHARED_PARTS:
+            if not (self.out / part).exists():
+                partial = self.out / f"{part}.partial"
+                shutil.copytree(weights / part, partial, dirs_exist_ok=True)
+                partial.rename(self.out / part)
 
     def checkpoint(self, stage: str) -> Path:
         """The file that a stage resumes from."""

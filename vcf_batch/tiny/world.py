@@ -117,8 +117,14 @@ def compose(descriptions: Sequence[Mapping[str, str]], seed: int) -> Scenes:
     )
 
 
-def render(scenes: Scenes) -> Tensor:
-    """Render the scenes: float32 ``[B, 3, 64, 64]`` in [0, 1]. Placement and tones vary a little with the seed."""
+def render(scenes: Scenes, centers: Tensor | None = None) -> Tensor:
+    """Render the scenes: float32 ``[B, 3, 64, 64]`` in [0, 1]. Placement and tones vary a little with the seed.
+
+    Args:
+        scenes: the scenes.
+        centers: where the objects are instead of at their named positions: ``[B, 2]``, x to the right and y upwards,
+            from -1 to 1.
+    """
     generator = torch.Generator().manual_seed(scenes.seed ^ _VARIATIONS)
     count = len(scenes)
     a = scenes.attributes
@@ -130,7 +136,7 @@ def render(scenes: Scenes) -> Tensor:
     x, y = axis.view(1, 1, SIZE).expand(count, SIZE, SIZE), -axis.view(1, SIZE, 1).expand(count, SIZE, SIZE)
     pixel = 2 / SIZE
 
-    center = _CENTERS[a["position"]] + jitter(2, scale=0.04)
+    center = (_CENTERS[a["position"]] if centers is None else centers) + jitter(2, scale=0.04)
     radius = (_RADII[a["size"]] + jitter(scale=0.03)).view(count, 1, 1)
     px, py = _rotate(x - center[:, 0, None, None], y - center[:, 1, None, None], jitter(scale=0.15))
     distance = _distance(px / radius, py / radius, a["shape"]) * radius

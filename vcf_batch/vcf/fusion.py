@@ -22,7 +22,8 @@ def fuse(
 ) -> Tensor:
     """Fuse text tokens with the aligned image tokens of the same samples.
 
-    The fusion is computed in float32, sample by sample: nothing is averaged or scaled over the batch.
+    The fusion is computed in float32, within ``torch.autocast`` too, and sample by sample: nothing is averaged or
+    scaled over the batch.
 
     Args:
         text_tokens: ``[B, T, Dt]``.
@@ -45,7 +46,8 @@ def fuse(
         return torch.cat([text_tokens, image_tokens.to(text_tokens.dtype)], dim=1)
     text, image = text_tokens.float(), image_tokens.float()
     weights = torch.ones_like(image[..., 0]) if weights is None else weights
-    mixed = _mean(image, weights) if mode == "naive" else _attend(text, image, weights)
+    with torch.autocast(text.device.type, enabled=False):
+        mixed = _mean(image, weights) if mode == "naive" else _attend(text, image, weights)
     return torch.lerp(text, mixed.expand_as(text), strength).to(text_tokens.dtype)
 
 

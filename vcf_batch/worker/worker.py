@@ -64,7 +64,9 @@ def load(job: Job) -> "Worker":
     judge_folder = os.path.join(folder, OWN_JUDGE) if models.judge is None else fetch(models.judge)
     pipeline = _load_pipeline(folder, models, device)
     scorer = Scorer(
-        ClipJudge.from_pretrained(judge_folder, device=device.kind), _load_perceptual(models, folder, device)
+        ClipJudge.from_pretrained(judge_folder, device=device.kind),
+        _load_perceptual(models, folder, device),
+        config.texture,
     )
     guide = None
     if job.guided:
@@ -236,6 +238,7 @@ class Worker:
                     manifest.carried_schema,
                     manifest.reference_is_list,
                     manifest.reference_is_web,
+                    config.texture,
                 ) as writer:
 
                     def add(sample: Sample) -> None:
