@@ -10,7 +10,7 @@ from vcf_batch.errors import UsageError
 from vcf_batch.records import TRIPLET
 
 FORMATS = ("webdataset", "parquet", "energon")
-"""``webdataset`` and ``energon`` are tars with a parquet of rows beside each; ``parquet`` has the images in the rows."""
+"""``webdataset`` and ``energon`` are tars with a parquet of rows beside each, ``parquet`` has images in the rows."""
 
 REFERENCES = ("relative", "copy")
 """What is handed on of references: names without paths of this machine, or the images too."""
@@ -81,7 +81,7 @@ class ExportSettings:
 
 
 def parse_images(text: str) -> tuple[str, ...]:
-    """The names in ``content,style``, in the order of :data:`vcf_batch.records.TRIPLET`, with those that are unknown."""
+    """The names in ``content,style``: those of :data:`vcf_batch.records.TRIPLET` in order, then what is unknown."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     return (*(name for name in TRIPLET if name in names), *sorted(names - {*TRIPLET}))
 
