@@ -7,8 +7,7 @@ Several shards are read at the same time, and each is streamed.
 import functools
 import hashlib
 import tarfile
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +18,7 @@ from vcf_batch.commands.export.record import ExportReceipt, misfit, read, shard_
 from vcf_batch.commands.export.references import FOLDER
 from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES
 from vcf_batch.commands.export.sources import REFERENCE_HASH
-from vcf_batch.commands.verify import MAX_REPEATS, Finding
+from vcf_batch.commands.verify import Finding
 from vcf_batch.errors import DamageFound
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import shards
@@ -28,16 +27,8 @@ from vcf_batch.output.receipts import RECEIPT_SUFFIX
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.shards import side_by_side
 
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A shard whose receipt was found."""
-
-    split: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.split}/{self.name}"
+_PICTURES_AT_ONCE = 16
+"""Rows with their images that are held at once, for each thread."""
 
 
 class ExportCheck:
@@ -58,8 +49,8 @@ class ExportCheck:
         if record is None:
             raise DamageFound(f"{EXPORT_NAME}: it is missing, so nothing tells what {url} holds")
         self.record = record
-        self.shards = 0
-        """Number of shards with a receipt."""
+        self.shards = self.rows = 0
+        """Number of shards with a receipt, and of the rows of those without a fault."""
         self._references: Mapping[str, int] = {}
 
     def findings(self) -> Iterator[Finding]:
@@ -75,43 +66,43 @@ class ExportCheck:
             yield from self._check_references()
         is_whole = True
         with RepeatFinder(self.record.rows) as finder:
-            number = 0
-            for split, rows in self.record.splits.items():
-                found = 0
-                with storage.refusals_as_storage_errors():
-                    sizes = storage.list_files(storage.join(self.url, split))
-                names = sorted(
-                    (name for name in sizes if name.endswith(RECEIPT_SUFFIX)), key=lambda each: (len(each), each)
-                )
-                places = [_Place(split, name.removesuffix(RECEIPT_SUFFIX)) for name in names]
-                self.shards += len(places)
-                for place, result in side_by_side(functools.partial(self._keys_or_fault, sizes), places):
-                    if isinstance(result, DamageFound):
-                        is_whole = False
-                        yield Finding(str(place), str(result))
-                    else:
-                        finder.add(result, number)
-                        found, number = found + len(result), number + len(result)
-                expected = [shard_stem(index) for index in range(len(places))]
-                if [place.name for place in places] != expected:
-                    is_whole = False
-                    missing = next(iter({*expected} - {place.name for place in places}), expected[-1])
-                    yield Finding(f"{split}/{missing}", "it has no receipt, and later shards have one")
-                elif found != rows and is_whole:
-                    is_whole = False
-                    cause = f"it has {found:,} rows, the record says {rows:,}"
-                    yield Finding(split, cause, kind="unfinished" if found < rows else "damage")
-                yield from self._strangers(split, sizes, {place.name for place in places})
-            count, repeats = finder.repeats(MAX_REPEATS)
+            for split in self.record.splits:
+                for finding in self._check_split(split, finder):
+                    is_whole = is_whole and finding.kind == "note"
+                    yield finding
+            count, repeats = finder.repeats(1)
         if repeats:
-            yield Finding("keys", f"{count:,} rows have a key that another row has")
+            yield Finding("keys", f"{count:,} rows have a key that an earlier row has")
         if is_whole:
             yield from self._check_described()
 
-    def _keys_or_fault(self, sizes: Mapping[str, int], place: _Place) -> pa.Array | DamageFound:
+    def _check_split(self, split: str, finder: RepeatFinder) -> Iterator[Finding]:
+        """Findings about one split, whose keys are added to those that were read before."""
+        with storage.refusals_as_storage_errors():
+            sizes = storage.list_files(storage.join(self.url, split))
+        count = sum(name.endswith(RECEIPT_SUFFIX) for name in sizes)
+        names = [shard_stem(index) for index in range(count)]
+        rows, is_sound = 0, True
+        for name, result in side_by_side(functools.partial(self._keys_or_fault, split, sizes), names):
+            if isinstance(result, DamageFound):
+                is_sound = False
+                yield Finding(f"{split}/{name}", str(result))
+            else:
+                finder.add(result, self.rows)
+                self.rows, rows = self.rows + len(result), rows + len(result)
+        self.shards += count
+        said = self.record.splits[split]
+        if is_sound and rows != said:
+            cause = f"it has {rows:,} rows, {EXPORT_NAME} says {said:,}"
+            yield Finding(split, cause, kind="unfinished" if rows < said else "damage")
+        known = {name + suffix for name in names for suffix in (RECEIPT_SUFFIX, *SUFFIXES.values())}
+        for name in sorted({*sizes} - known):
+            yield Finding(f"{split}/{name}", "no receipt stands for it: it is no part of the dataset", kind="note")
+
+    def _keys_or_fault(self, split: str, sizes: Mapping[str, int], name: str) -> pa.Array | DamageFound:
         try:
             with storage.refusals_as_storage_errors():
-                return self._check_shard(place, sizes)
+                return self._check_shard(split, name, sizes)
         except DamageFound as fault:
             return fault
         # A damaged file may hold anything.
@@ -119,22 +110,22 @@ class ExportCheck:
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
             return DamageFound(f"it cannot be read: {told}")
 
-    def _check_shard(self, place: _Place, sizes: Mapping[str, int]) -> pa.Array:
-        base = storage.join(self.url, place.split, place.name)
+    def _check_shard(self, split: str, name: str, sizes: Mapping[str, int]) -> pa.Array:
+        base = storage.join(self.url, split, name)
+        if name + RECEIPT_SUFFIX not in sizes:
+            raise DamageFound("it has no receipt, and a later shard has one")
         receipt = ExportReceipt.from_json(storage.read_bytes(base + RECEIPT_SUFFIX))
-        if reason := misfit(self.record, place.split, place.name, receipt, sizes):
+        if reason := misfit(self.record, split, name, receipt, sizes):
             raise DamageFound(reason)
         for kind, entry in receipt.files.items():
             if (found := storage.digest(base + SUFFIXES[kind]).sha256) != entry.sha256:
-                raise DamageFound(
-                    f"{place.name}{SUFFIXES[kind]} has the sha256 {found}, its receipt says {entry.sha256}"
-                )
+                raise DamageFound(f"{name}{SUFFIXES[kind]} has the sha256 {found}, its receipt says {entry.sha256}")
         keys: list[str] = []
         with shards.open_parquet(base + SUFFIXES["parquet"]) as parquet:
             if parquet.metadata.num_rows != receipt.rows:
                 raise DamageFound(f"its parquet has {parquet.metadata.num_rows} rows, its receipt says {receipt.rows}")
             if "tar" not in receipt.files:
-                for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
+                for batch in parquet.iter_batches(_PICTURES_AT_ONCE, use_threads=False):
                     for row in batch.to_pylist():
                         keys.append(self._checked(row, row[IMAGE]["bytes"]))
             else:
@@ -182,12 +173,6 @@ class ExportCheck:
                 found = storage.digest(storage.join(self.url, place)).sha256
             if found != storage.name(name).partition(".")[0]:
                 yield Finding(place, f"it has the sha256 {found}")
-
-    def _strangers(self, split: str, sizes: Mapping[str, int], names: Set[str]) -> Iterator[Finding]:
-        known = {name + suffix for name in names for suffix in (RECEIPT_SUFFIX, *SUFFIXES.values())}
-        for name in sorted({*sizes} - known):
-            cause = "no receipt stands for it: rerun the command of the export, or delete it"
-            yield Finding(f"{split}/{name}", cause, kind="note")
 
     def _check_described(self) -> Iterator[Finding]:
         """Findings about what describes the export. The card may have been changed."""

@@ -54,11 +54,10 @@ _CONTEXT = {
 _ROWS, _TARS, _SAMPLES = "rows", "tars", "samples"
 
 
-def describe(name: str, record: ExportRecord, schema: pa.Schema) -> bytes:
+def describe(record: ExportRecord, schema: pa.Schema) -> bytes:
     """The document, as indented UTF-8 JSON. Columns of objects are left out, as readers of Croissant lack them.
 
     Args:
-        name: the dataset's name.
         record: the export.
         schema: columns of its parquets.
     """
@@ -69,7 +68,7 @@ def describe(name: str, record: ExportRecord, schema: pa.Schema) -> bytes:
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": name,
+        "name": record.name,
         "description": f"{record.rows:,} synthetic images with their prompts, made with vcf-batch and selected by it.",
         "version": "1.0.0",
         "identifier": record.fingerprint,

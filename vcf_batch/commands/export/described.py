@@ -30,8 +30,8 @@ _TEXT = """\
 
 # {name}
 
-{rows} synthetic images, each generated from a text prompt and, where it has one, a reference image. They are selected from
-what runs of vcf-batch have written. Written by `vcf-batch export` of vcf-batch {version}.
+{rows} synthetic images, each generated from a text prompt and, where it has one, a reference image. They are selected
+from what runs of vcf-batch have written. Written by `vcf-batch export` of vcf-batch {version}.
 
 | split | rows |
 |---|---|
@@ -85,8 +85,8 @@ def files(target: str, record: ExportRecord) -> Iterator[tuple[str, bytes]]:
     schema = _schema(target, record)
     if record.fields["format"] == "energon":
         yield from _energon(target, record)
-    yield _CROISSANT, croissant.describe(storage.name(target), record, schema)
-    yield CARD, _card(storage.name(target), record, schema).encode()
+    yield _CROISSANT, croissant.describe(record, schema)
+    yield CARD, _card(record, schema).encode()
 
 
 def _schema(target: str, record: ExportRecord) -> pa.Schema:
@@ -98,7 +98,7 @@ def _schema(target: str, record: ExportRecord) -> pa.Schema:
         raise DamageFound(f"{url} cannot be read: {error}; see 'vcf-batch verify {target}'") from error
 
 
-def _card(name: str, record: ExportRecord, schema: pa.Schema) -> str:
+def _card(record: ExportRecord, schema: pa.Schema) -> str:
     ending, images, format = record.image_format, record.fields["images"], record.fields["format"]
     suffix = SUFFIXES["parquet" if format == "parquet" else "tar"]
     data: dict[str, Any] = {"description": f"Export {record.fingerprint[:16]}"}
@@ -106,7 +106,7 @@ def _card(name: str, record: ExportRecord, schema: pa.Schema) -> str:
         first, *others = card_header.features(schema, ending, triplets=False)
         data["features"] = [first, *({"name": f"{each}.{ending}", "dtype": "image"} for each in images), *others]
     header = DatasetCardData(
-        pretty_name=name,
+        pretty_name=record.name,
         task_categories=["text-to-image", "image-to-image"],
         tags=["synthetic", "visual-concept-fusion", *(["webdataset"] if format != "parquet" else [])],
         size_categories=[card_header.size_category(record.rows)],
@@ -122,7 +122,7 @@ def _card(name: str, record: ExportRecord, schema: pa.Schema) -> str:
     left_out = [f"{count:,} {reason}" for reason, count in record.left_out.items()]
     return _TEXT.format(
         header="# license: yours to choose\n" + header.to_yaml(),
-        name=name,
+        name=record.name,
         rows=f"{record.rows:,}",
         version=record.vcf_batch,
         splits="\n".join(f"| `{split}` | {rows:,} |" for split, rows in record.splits.items()),

@@ -69,7 +69,7 @@ def export(
         refuse_gaps(survey, sources)
     selection = Selection(sources, settings)
     choice = selection.choose(sources)
-    there = record.claim(target, record.of(sources, survey, settings, choice))
+    there = record.claim(target, record.of(storage.name(target), sources, survey, settings, choice))
     lines = [f"left out: {line}" for line in survey.left_out]
     if choice.unknown:
         lines.append(

@@ -30,6 +30,8 @@ MAX_RECORD_BYTES = 1 << 24
 class ExportRecord:
     """An export as its ``export.json`` describes it."""
 
+    name: str
+    """Name of the dataset: that of its folder when it was made."""
     fields: Mapping[str, Any]
     """The settings, and the identity of each output: what decides on the bytes."""
     sources: Sequence[Mapping[str, Any]]
@@ -81,7 +83,7 @@ class ExportRecord:
             raise ValueError(f"not the record of an export: {error}") from error
 
 
-def of(sources: Sources, survey: Survey, settings: ExportSettings, choice: Choice) -> ExportRecord:
+def of(name: str, sources: Sources, survey: Survey, settings: ExportSettings, choice: Choice) -> ExportRecord:
     """The record of an export that is begun."""
     described = [
         {
@@ -101,6 +103,7 @@ def of(sources: Sources, survey: Survey, settings: ExportSettings, choice: Choic
         [source.output.record.fingerprint, digest] for source, digest in zip(sources.all, survey.digests, strict=True)
     ]
     return ExportRecord(
+        name=name,
         fields={**settings.fields(), "sources": identities},
         sources=described,
         image_format=sources.all[0].output.config.image_format,

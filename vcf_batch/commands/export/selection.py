@@ -203,9 +203,9 @@ class Selection:
         (key, first), (_, second) = named
         where = f"in {first} and in {second}" if first != second else f"twice in {first}"
         raise UsageError(
-            f"the key {key!r} is {where}, and {count - 1:,} more rows have a key of an earlier one. A key names files and "
-            "may be there once: choose one of the rows with --where and run_fingerprint, leave both out with --exclude, "
-            "or export the outputs apart"
+            f"the key {key!r} is {where}, and {count - 1:,} more rows have a key of an earlier one. A key names files "
+            "and may be there once: choose one of the rows with --where and run_fingerprint, leave both out with "
+            "--exclude, or export the outputs apart"
         )
 
     def _refuse_empty(self, choice: Choice) -> None:
