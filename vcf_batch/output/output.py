@@ -153,8 +153,8 @@ def _record(url: str) -> RunRecord:
         return record
     if EXPORT_NAME in there:
         raise AnExport(
-            f"{url} is an export, a dataset that was made of outputs: 'vcf-batch verify' takes it, and any program copies "
-            "it; other commands take the outputs that it was made of"
+            f"{url} is an export, a dataset that was made of outputs: 'vcf-batch verify' takes it, and any program "
+            "copies it; other commands take the outputs that it was made of"
         )
     if not there:
         raise UsageError(f"{url} holds no run; check the path")
