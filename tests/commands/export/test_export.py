@@ -1,4 +1,4 @@
-"""An export has the rows that are asked for, once each, with the bytes of their images; or the reason why there is none."""
+"""An export has the rows that are asked for, once each, with the bytes of their images; or a reason why there is none."""
 
 import errno
 import hashlib
@@ -77,21 +77,22 @@ def test_an_export_has_each_row_with_an_image_once(output: Path, tmp_path: Path,
         assert exports.hashes(exports.images(tmp_path / "t")) == exports.hashes(pictures)
 
 
-@pytest.mark.parametrize("format", options.FORMATS)
-def test_an_export_that_is_killed_goes_on(output: Path, tmp_path: Path, format: str) -> None:
-    """Killed before or after any change of its target, or twice: the same command makes the very bytes."""
-    given: dict[str, Any] = {"format": format, "references": "copy", "shard_bytes": 40_000}
-    exports.make(tmp_path / "calm/t", output, **given)
+@pytest.mark.parametrize("format", ["webdataset", "parquet"])
+def test_an_export_that_is_killed_goes_on(tmp_path: Path, format: str) -> None:
+    """Killed before or after a change of its target, or twice: the same command makes the very bytes."""
+    source = another(tmp_path / "b", rows=12)
+    given: dict[str, Any] = {"format": format, "references": "copy", "shard_bytes": 20_000}
+    exports.make(tmp_path / "calm/t", source, **given)
     calm = exports.tree(tmp_path / "calm/t")
     steps = 0
-    # Of three steps one, with what comes before it in one half of them and what comes after it in the other.
-    while exports.killed_after(steps, steps % 2 == 0, target := tmp_path / f"{steps}/t", output, **given):
-        if steps % 4 == 1:
-            exports.killed_after(2, True, target, output, **given)
-        exports.make(target, output, **given)
+    # Of the changes, every third one, in turns before and after its effect.
+    while exports.killed_after(steps, steps % 2 == 0, target := tmp_path / f"{steps}/t", source, **given):
+        if steps == 3:
+            exports.killed_after(2, True, target, source, **given)
+        exports.make(target, source, **given)
         assert exports.tree(target) == calm, steps
         steps += 3
-    assert steps > 15
+    assert steps > 12
 
 
 def test_what_is_there_is_not_written_again(output: Path, tmp_path: Path) -> None:
@@ -152,13 +153,13 @@ def test_no_value_is_in_two_splits(tmp_path: Path, by: str) -> None:
     [
         (
             {"where": "clip_scor > 0.1"},
-            "'clip_scor > 0.1' is not a condition on the columns key, run_fingerprint, status",
+            "'clip_scor > 0.1' is not a condition on the columns key, run_fingerprint",
         ),
         (
             {"where": "clip_score > 9"},
-            "no row is left of 24: 22 not selected by --where, 2 without an image. Select more",
+            "no row is left of 24: 22 not selected by --where, 2 without an image. Select",
         ),
-        ({"split": "train=0.99,test=0.01"}, "the split 'test' has the share 0.01 and gets none of the 22 rows"),
+        ({"split": "train=0.999,test=0.001"}, "the split 'test' has the share 0.001 and gets none of the 22 rows"),
         ({"split_by": "label"}, "--split-by is 'label'; it must be one of key, prompt, reference, prompt,reference"),
         ({"format": "tar"}, "--format is 'tar'; it must be one of webdataset, parquet, energon"),
         ({"references": "all"}, "--references is 'all'; it must be one of relative, copy"),
@@ -214,21 +215,15 @@ def test_outputs_that_do_not_fit_are_refused(output: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("prepare", "told"),
+    ("file", "told"),
     [
-        (
-            lambda target: runs.write_files(target, {"mine.txt": b"x"}),
-            "holds files, such as mine.txt, and no export.json",
-        ),
-        (
-            lambda target: runs.write_files(target, {"export.json": b"{}"}),
-            "export.json is damaged, or of another version",
-        ),
+        ("mine.txt", "holds files, such as mine.txt, and no export.json: name a new or empty folder"),
+        ("export.json", "export.json is damaged, or of another version"),
     ],
 )
-def test_nobody_elses_files_are_touched(output: Path, tmp_path: Path, prepare: Any, told: str) -> None:
+def test_nobody_elses_files_are_touched(output: Path, tmp_path: Path, file: str, told: str) -> None:
     """A folder that is not empty, and holds no export: exit code 4, and nothing is written."""
-    prepare(tmp_path / "t")
+    runs.write_files(tmp_path / "t", {file: b"{}"})
     before = exports.tree(tmp_path / "t")
     with pytest.raises(RefusedError, match=told):
         exports.make(tmp_path / "t", output)
@@ -244,7 +239,7 @@ def test_another_export_is_refused(output: Path, tmp_path: Path) -> None:
     assert 'where: null there, "clip_score > 0.1" now' in str(caught.value)
     assert 'format: "webdataset" there, "parquet" now' in str(caught.value)
     for target in (output, output / "export"):
-        with pytest.raises(UsageError, match="name an"):
+        with pytest.raises(UsageError, match="; name an?"):
             exports.make(target, output)
     with pytest.raises(UsageError, match="is an export, a dataset that was made of outputs"):
         exports.make(tmp_path / "u", tmp_path / "t")
@@ -260,10 +255,10 @@ def test_damaged_and_unfinished_outputs_are_told(tmp_path: Path) -> None:
     assert f"1 shards of {source} are not generated yet: 00001" in str(caught.value)
     assert "Rerun the command of the run, or leave them out with --partial" in str(caught.value)
     (source / "00002.tar").unlink()
-    with pytest.raises(
-        DamageFound, match=r"1 shards are damaged, and nothing is exported:\n00002 of .* is damaged: 00002.tar is"
-    ):
+    with pytest.raises(DamageFound) as damaged:
         exports.make(tmp_path / "t", source)
+    assert "1 shards are damaged, and nothing is exported:" in str(damaged.value)
+    assert f"00002 of {source} is damaged: 00002.tar is missing" in str(damaged.value)
     assert not (tmp_path / "t").exists()
     done = exports.make(tmp_path / "t", source, partial=True, split="train=1")
     assert [row["key"] for row in exports.rows(tmp_path / "t")] == ["b0", "b1", "b2", "b3"]
@@ -282,7 +277,7 @@ def test_bytes_that_have_changed_are_not_handed_on(tmp_path: Path, kind: str) ->
     path.write_bytes(data)
     for number, images in enumerate(((), ("content",))):
         with pytest.raises(DamageFound, match="00001"):
-            exports.make(tmp_path / f"t{number}", source, images=images)
+            exports.make(tmp_path / f"t{number}", source, images=images, split="train=1")
 
 
 def test_an_output_that_changes_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,9 +294,9 @@ def test_an_output_that_changes_meanwhile_is_told(tmp_path: Path, monkeypatch: p
     finish = OpenShard.finish
     monkeypatch.setattr(OpenShard, "finish", repaired)
     with pytest.raises(RefusedError, match="an output has changed while it was exported"):
-        exports.make(tmp_path / "t", source)
+        exports.make(tmp_path / "t", source, split="train=1")
     with pytest.raises(RefusedError, match="the outputs: others there, or they have changed since"):
-        exports.make(tmp_path / "t", source)
+        exports.make(tmp_path / "t", source, split="train=1")
 
 
 def test_a_full_disk_is_told_and_the_same_command_goes_on(
@@ -317,9 +312,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
         publish(path, *arguments, **given)
 
     monkeypatch.setattr(local, "publish", full)
-    with pytest.raises(
-        StorageError, match=r"cannot upload .*00000.tar: No space left .* bytes are needed in .*Make room"
-    ):
+    with pytest.raises(StorageError, match=r"cannot upload .*00000.tar: No space left .* bytes are needed.*Make room"):
         exports.make(target, output)
     monkeypatch.undo()
 
