@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from vcf_batch.cli import main
 from vcf_batch.commands.export import settings as options
 from vcf_batch.commands.export.check import ExportCheck
 from vcf_batch.commands.export.shard_files import OpenShard
+from vcf_batch.commands.push import ABANDONED_SECONDS
 from vcf_batch.errors import DamageFound, RefusedError, StorageError, Unfinished, UsageError
 from vcf_batch.output import receipts
 from vcf_batch.storage import local
@@ -130,6 +133,12 @@ def test_rows_are_selected_by_a_condition_and_a_list(output: Path, tmp_path: Pat
     assert told["notes"] == ["1 of 3 keys of --exclude are none of a row with an image"]
     assert [row["key"] for row in exports.rows(tmp_path / "t")][:3] == ["000000005", "000000006", "000000009"]
     assert "keys.txt" not in (tmp_path / "t/export.json").read_text()
+    runs.write_output(runs.write_manifest(tmp_path / "in", 9), tmp_path / "out", 9, seed=5)
+    keys.write_text("\n".join(f"{row:09d}" for row in range(9)))
+    result = call("export", output, tmp_path / "out", tmp_path / "u", "--exclude", keys, "--json")
+    told = json.loads(result.stdout)
+    assert told["left_out"]["in --exclude"] == 17
+    assert told["notes"] == []
 
 
 @pytest.mark.parametrize("by", ["prompt", "reference", "prompt,reference"])
@@ -155,6 +164,8 @@ def test_no_value_is_in_two_splits(tmp_path: Path, by: str) -> None:
             {"where": "clip_scor > 0.1"},
             "'clip_scor > 0.1' is not a condition on the columns key, run_fingerprint",
         ),
+        ({"where": "random() < 0.5"}, "random sees more than the row; leave it out"),
+        ({"where": "now() > '2000-01-01'"}, "now sees more than the row; leave it out"),
         (
             {"where": "clip_score > 9"},
             "no row is left of 24: 22 not selected by --where, 2 without an image. Select",
@@ -359,6 +370,19 @@ def test_the_commands_tell_what_they_do(output: Path, tmp_path: Path) -> None:
             keys.write_text(text)
         result = call("export", output, tmp_path / "u", "--exclude", keys)
         assert result.exit_code == 2 and told in result.stderr
+
+
+def test_what_a_killed_export_left_half_written_is_deleted(output: Path, tmp_path: Path) -> None:
+    """Once nobody has written it for an hour: another export may be at work."""
+    exports.make(tmp_path / "t", output, references="copy", where="clip_score >= 0")
+    for folder in (tmp_path / "t", tmp_path / "t/train", next((tmp_path / "t/references").iterdir())):
+        for name, age in (("left", ABANDONED_SECONDS + 60), ("at-work", 60)):
+            path = folder / f".tmp-{name}"
+            path.write_bytes(b"half")
+            os.utime(path, (time.time() - age,) * 2)
+    exports.make(tmp_path / "t", output, references="copy", where="clip_score >= 0")
+    assert {path.name for path in (tmp_path / "t").rglob(".tmp-*")} == {".tmp-at-work"}
+    assert damage(tmp_path / "t") == []
 
 
 def test_receipts_are_those_of_the_bytes(output: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vcf_batch import storage
 from vcf_batch.commands.export import described, record
 from vcf_batch.commands.export.images import ShardImages
 from vcf_batch.commands.export.record import ExportReceipt, ExportRecord, shard_stem
+from vcf_batch.commands.export.references import FOLDER
 from vcf_batch.commands.export.selection import Judged, Selection
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.shard_files import SUFFIXES, OpenShard, PackedRow, pack
@@ -69,6 +70,7 @@ def export(
         refuse_gaps(survey, sources)
     selection = Selection(sources, settings)
     choice = selection.choose(sources)
+    _remove_unfinished(target, settings)
     there = record.claim(target, record.of(storage.name(target), sources, survey, settings, choice))
     lines = [f"left out: {line}" for line in survey.left_out]
     if choice.unknown:
@@ -87,6 +89,15 @@ def export(
         if name != described.CARD or not storage.exists(url):
             storage.publish_bytes(url, data)
     return Exported(there, writing.shards, writing.written, lines)
+
+
+def _remove_unfinished(target: str, settings: ExportSettings) -> None:
+    """Delete what a killed export has left half written in a local target."""
+    folders = ["", *settings.shares]
+    if settings.references == "copy":
+        folders += [f"{FOLDER}/{number:02x}" for number in range(256)]
+    for folder in folders:
+        storage.remove_unfinished(storage.join(target, folder), ABANDONED_SECONDS)
 
 
 def _check_images(sources: Sources, settings: ExportSettings) -> None:
@@ -135,7 +146,6 @@ class _Writing:
     def go_on(self) -> None:
         """Write the shards that are not there. For errors see :func:`export`."""
         for split, rows in self._there.splits.items():
-            storage.remove_unfinished(storage.join(self._target, split), ABANDONED_SECONDS)
             found = shards = begin = 0
             for receipt in record.whole_shards(self._target, self._there, split):
                 found, shards, begin = found + receipt.rows, shards + 1, receipt.next

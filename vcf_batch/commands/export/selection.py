@@ -74,7 +74,8 @@ class Selection:
 
     def __init__(self, sources: Sources, settings: ExportSettings) -> None:
         self._sources, self._settings = sources, settings
-        self._read = sources.schema()
+        self.schema = sources.schema()
+        """The columns of the rows that are handed on."""
         self.names = Names(sources)
         self._split = Split(settings.shares, settings.split_by)
         names_hash = bool(settings.where and re.search(rf"(?i)\b{REFERENCE_HASH}\b", settings.where))
@@ -82,12 +83,11 @@ class Selection:
         self.images = ReferenceImages(sources) if names_hash or copies else None
         """Where references are read; None if they are not."""
         self._hashes_first = names_hash
-        self.schema = self._read
-        """The columns of the rows that are handed on."""
-        if self.images and REFERENCE_HASH not in self._read.names:
-            at = self._read.get_field_index("reference")
-            self.schema = self._read.insert(at + 1, pa.field(REFERENCE_HASH, self._read.field(at).type))
-        self._condition = Condition(settings.where, self.schema) if settings.where is not None else None
+        if self.images and REFERENCE_HASH not in self.schema.names:
+            at = self.schema.get_field_index("reference")
+            self.schema = self.schema.insert(at + 1, pa.field(REFERENCE_HASH, self.schema.field(at).type))
+        where = settings.where
+        self._condition = None if where is None else Condition(where, self.schema, is_repeatable=True)
 
     def choose(self, sources: Sources) -> Choice:
         """Judge every row. No image of an output is read.
@@ -98,16 +98,18 @@ class Selection:
             StorageError: the storage failed.
         """
         choice, found = Choice(), 0
+        unknown = set(self._settings.exclude)
         with RepeatFinder(sources.rows) as finder:
-            for _, (splits, left_out, keys) in side_by_side(self._judge_shard, sources.shards()):
+            for _, (splits, left_out, keys, excluded) in side_by_side(self._judge_shard, sources.shards()):
                 choice.splits.update(splits)
                 choice.left_out.update(left_out)
+                unknown -= excluded
                 finder.add(keys, found)
                 found += len(keys)
             count, repeats = finder.repeats(1)
         if repeats:
             self._refuse_repeats(count, (repeats[0].first, repeats[0].row))
-        choice.unknown = len(self._settings.exclude) - choice.left_out[EXCLUDED]
+        choice.unknown = len(unknown)
         self._refuse_empty(choice)
         return choice
 
@@ -122,20 +124,10 @@ class Selection:
         rows = images.rows(shard) if images else None
         columns = None if whole or self._condition else _NEEDED
         position = shard.start
-        for batch in self._sources.batches(shard, self._read, columns):
+        for batch in self._sources.batches(shard, self.schema, columns):
             given = [next(rows) if rows else None for _ in range(batch.num_rows)]
             if images and self._hashes_first:
                 batch = self._with_hashes(batch, shard, given)
-            elif whole and REFERENCE_HASH not in batch.schema.names and REFERENCE_HASH in self.schema.names:
-                batch = pa.RecordBatch.from_arrays(
-                    [
-                        batch.column(each.name)
-                        if each.name in batch.schema.names
-                        else pa.nulls(batch.num_rows, each.type)
-                        for each in self.schema
-                    ],
-                    schema=self.schema,
-                )
             selected = self._selected(batch)
             records = (batch if whole else batch.select([*_NEEDED])).to_pylist()
             for record, row in zip(records, given, strict=True):
@@ -175,17 +167,19 @@ class Selection:
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    def _judge_shard(self, shard: SourceShard) -> tuple[Counter[str], Counter[str], pa.Array]:
-        """Number of rows by split, number of rows left out by reason, and the keys of those that are kept, binary."""
+    def _judge_shard(self, shard: SourceShard) -> tuple[Counter[str], Counter[str], pa.Array, set[str]]:
+        """Number of rows by split, number of rows left out by reason, keys of those that are kept, binary, and those
+        that are excluded."""
         self._sources.check_hash(shard, "parquet")
-        splits, left_out, keys = Counter[str](), Counter[str](), list[str]()
+        splits, left_out, keys, excluded = Counter[str](), Counter[str](), list[str](), set[str]()
         for each in self.judged(shard, whole=False):
             if each.split is None:
                 left_out[str(each.reason)] += 1
+                excluded |= {each.record["key"]} if each.reason == EXCLUDED else set()
             else:
                 splits[each.split] += 1
                 keys.append(each.record["key"])
-        return splits, left_out, pa.array(keys, pa.string()).cast(pa.binary())
+        return splits, left_out, pa.array(keys, pa.string()).cast(pa.binary()), excluded
 
     def _refuse_repeats(self, count: int, numbers: tuple[int, int]) -> None:
         """Name the first key that two rows have, by the numbers of both among the rows that are kept."""
