@@ -208,14 +208,15 @@ def test_outputs_that_do_not_fit_are_refused(output: Path, tmp_path: Path) -> No
     )
     twice = tmp_path / "twice"
     runs.write_output(runs.write_manifest(twice / "in", 6), twice / "out", 6, seed=5)
-    for outputs, given, told in (
+    refused: tuple[tuple[tuple[Path, ...], dict[str, Any], str], ...] = (
         ((output, output), {}, f"{output} is named twice; name each output once"),
         ((output, twice / "out"), {}, "the key '000000000' is in "),
         ((output, twice / "out"), {}, "and 4 more rows have a key of an earlier one"),
         ((output, webp), {}, f"the images have several formats: png in {output}, webp in {webp}"),
         ((output, plain / "out"), {}, f"column 'label' is int64 in {plain}/out and string in the outputs before it"),
         ((webp,), {"images": ("style",)}, f"{webp} has no such images, as it was made without --triplets"),
-    ):
+    )
+    for outputs, given, told in refused:
         with pytest.raises(UsageError) as caught:
             exports.make(tmp_path / "t", *outputs, **given)
         assert told in str(caught.value)

@@ -28,7 +28,7 @@ def output(folder: Path, references: list[object], roots: tuple[str, ...] = (), 
 def test_no_path_of_this_machine_leaves(tmp_path: Path) -> None:
     """Names under the manifest's folder or a root become relative, of another path the last part stays, URLs stay."""
     root = tmp_path / "root"
-    given = [
+    given: list[object] = [
         "reference0.png",
         str(tmp_path / "in/more/reference1.png"),
         f"file://{tmp_path}/in/reference2.png",
