@@ -35,7 +35,7 @@ PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 _ROWS_PER_GROUP = 1024
 _PICTURES_PER_GROUP = 100
-_BYTES_PER_GROUP = 1 << 25
+_BYTES_PER_GROUP = 1 << 24
 
 
 class PackedRow(NamedTuple):
@@ -152,15 +152,18 @@ def with_pictures(schema: pa.Schema, images: tuple[str, ...]) -> pa.Schema:
 
 
 def _writer(path: str, schema: pa.Schema, images: tuple[str, ...]) -> pq.ParquetWriter:
-    # The bytes of images are not worth statistics or a dictionary.
+    # The bytes of images are not worth statistics, a dictionary or compression.
     told = [path for field in schema if field.name not in images for path in _leaves(field.name, field.type)]
     return pq.ParquetWriter(
         path,
         schema,
         version="2.6",
         data_page_version="1.0",
-        compression="zstd",
-        compression_level=3,
+        compression={
+            **dict.fromkeys(told, "zstd"),
+            **{f"{name}.{part}": "none" for name in images for part in ("bytes", "path")},
+        },
+        compression_level=dict.fromkeys(told, 3),
         use_dictionary=told,
         write_statistics=told,
         write_page_index=True,
