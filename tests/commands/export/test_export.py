@@ -51,7 +51,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("format", options.FORMATS)
+@pytest.mark.parametrize("format", options.EXPORT_FORMATS)
 def test_an_export_has_each_row_with_an_image_once(output: Path, tmp_path: Path, format: str) -> None:
     """In the order of the outputs, in splits, with run and key; images are those of the outputs, byte for byte."""
     second = another(tmp_path, triplets=True)

@@ -23,7 +23,7 @@ from vcf_batch.sharding import MIN_DIGITS
 EXPORT_LAYOUT = 1
 """Version of an export's layout."""
 
-MAX_RECORD_BYTES = 1 << 24
+MAX_EXPORT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def read(target: str) -> ExportRecord | None:
     url = storage.join(target, EXPORT_NAME)
     try:
         with storage.refusals_as_storage_errors():
-            return ExportRecord.from_json(storage.read_bytes(url, limit=MAX_RECORD_BYTES))
+            return ExportRecord.from_json(storage.read_bytes(url, limit=MAX_EXPORT_BYTES))
     except FileNotFoundError:
         return None
     except (storage.NotAFileError, ValueError) as error:

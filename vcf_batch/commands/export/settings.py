@@ -9,10 +9,10 @@ from typing import Any
 from vcf_batch.errors import UsageError
 from vcf_batch.records import TRIPLET
 
-FORMATS = ("webdataset", "parquet", "energon")
+EXPORT_FORMATS = ("webdataset", "parquet", "energon")
 """``webdataset`` and ``energon`` are tars with a parquet of rows beside each, ``parquet`` has images in the rows."""
 
-REFERENCES = ("relative", "copy")
+REFERENCE_FORMS = ("relative", "copy")
 """What is handed on of references: names without paths of this machine, or the images too."""
 
 SPLIT_BY = ("key", "prompt", "reference", "prompt,reference")
@@ -55,8 +55,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         for option, value, choices in (
-            ("--format", self.format, FORMATS),
-            ("--references", self.references, REFERENCES),
+            ("--format", self.format, EXPORT_FORMATS),
+            ("--references", self.references, REFERENCE_FORMS),
             ("--split-by", self.split_by, SPLIT_BY),
         ):
             if value not in choices:
