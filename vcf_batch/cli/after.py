@@ -1,9 +1,150 @@
-"""``push`` and ``card``: an output to hand on."""
+"""``export``, ``push`` and ``card``: an output to hand on."""
+
+import hashlib
 
 import click
 
+from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, hand_on, json_option, tell
-from vcf_batch.errors import redact
+from vcf_batch.errors import UsageError, redact
+
+MAX_KEYS_BYTES = 1 << 30
+
+
+@click.command(cls=Command)
+@click.argument("outputs", nargs=-1, required=True, metavar="OUTPUT...")
+@click.argument("target")
+@click.option(
+    "--where",
+    metavar="SQL",
+    help="Rows to keep: a condition on the columns of the parquets and run_fingerprint.  [default: all with an image]",
+)
+@click.option("--exclude", metavar="FILE", help="A text file with a key on each line: rows to leave out.")
+@click.option(
+    "--split",
+    metavar="NAME=SHARE,...",
+    default="train=1",
+    show_default=True,
+    help="Splits and the share of the rows that each gets, such as train=0.98,validation=0.02.",
+)
+@click.option(
+    "--split-by",
+    metavar="COLUMN",
+    default="key",
+    show_default=True,
+    help="What decides on the split: key, prompt, reference, or prompt,reference. By the last, rows whose prompt and "
+    "reference are of different splits are left out.",
+)
+@click.option(
+    "--format",
+    metavar="FORMAT",
+    default="webdataset",
+    show_default=True,
+    help="webdataset: tars, and a parquet of rows beside each. energon: the same with Energon's .nv-meta. parquet: the "
+    "images in the rows, as Hugging Face has them.",
+)
+@click.option(
+    "--images",
+    metavar="NAME,...",
+    default="",
+    help="Images of triplets that go along: content, style, or both.  [default: none]",
+)
+@click.option(
+    "--references",
+    metavar="HOW",
+    default="relative",
+    show_default=True,
+    help="relative: names of references, without paths of this machine. copy: each image too, once, named by its hash.",
+)
+@click.option(
+    "--shard-bytes",
+    metavar="SIZE",
+    default="512MB",
+    show_default=True,
+    help="Size at which a shard is closed, such as 1GB or 256MiB.",
+)
+@click.option("--partial", is_flag=True, help="Leave out shards that are damaged or not generated yet.")
+@json_option
+@debug_option
+def export(
+    outputs: tuple[str, ...],
+    target: str,
+    where: str | None,
+    exclude: str | None,
+    split: str,
+    split_by: str,
+    format: str,
+    images: str,
+    references: str,
+    shard_bytes: str,
+    partial: bool,
+    as_json: bool,
+) -> None:
+    """Make a new dataset, TARGET, of the rows of OUTPUT... that have an image.
+
+    Rows are selected, split, put into new shards and written in the form that a training reads. Images are copied byte
+    for byte. Several outputs become one dataset, if no key is in two of them. The dataset has receipts of its own, and
+    'vcf-batch verify TARGET' compares it with them. An export that was interrupted goes on with the same command.
+
+    \b
+    Exit codes: 0 exported; 1 unexpected; 2 wrong option, no row left, or a key twice; 4 TARGET holds something else;
+    5 an output is damaged; 6 an output has shards that are not generated yet.
+    """
+    from vcf_batch.commands.export import settings as options
+    from vcf_batch.commands.export import split as splits
+    from vcf_batch.commands.export.exporting import export  # pyarrow and DuckDB are not needed to print a help text
+
+    keys, sha256 = _keys(exclude) if exclude is not None else (frozenset[str](), None)
+    settings = options.ExportSettings(
+        where=where,
+        exclude=keys,
+        exclude_sha256=sha256,
+        shares=splits.parse(split),
+        split_by=split_by,
+        format=format,
+        images=options.parse_images(images),
+        references=references,
+        shard_bytes=options.parse_bytes(shard_bytes),
+        partial=partial,
+    )
+    exported = export(outputs, target, settings, lambda line: click.echo(line, err=True))
+    record = exported.record
+    shards = sum(exported.shards.values())
+    parts = ", ".join(f"{name} {rows:,}" for name, rows in record.splits.items())
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in record.left_out.items())
+    words = [f"{redact(target)}: {record.rows:,} rows in {shards:,} shards ({parts})"]
+    words += [f"left out: {left_out}"] if left_out else []
+    document = {
+        "target": redact(target),
+        "rows": record.rows,
+        "splits": dict(record.splits),
+        "left_out": dict(record.left_out),
+        "shards": shards,
+        "written": exported.written,
+        "notes": [redact(line) for line in exported.lines],
+    }
+    tell("\n".join([*words, *exported.lines]), document, as_json)
+
+
+def _keys(url: str) -> tuple[frozenset[str], str]:
+    """The keys in a file, and the file's hash.
+
+    Raises:
+        UsageError: the file cannot be read, or is none of keys.
+    """
+    try:
+        data = storage.read_bytes(url, limit=MAX_KEYS_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--exclude {redact(url)} cannot be read: {error}. Give a text file with a key on each line"
+        ) from error
+    if len(data) > MAX_KEYS_BYTES:
+        raise UsageError(f"--exclude {redact(url)} has more than {MAX_KEYS_BYTES:,} bytes; use --where instead")
+    keys = frozenset(line.strip() for line in text.splitlines() if line.strip())
+    if not keys:
+        raise UsageError(f"--exclude {redact(url)} has no key; give a key on each line, or leave the option out")
+    return keys, hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
 @click.command(cls=Command)

@@ -7,7 +7,7 @@ import click
 
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
 from vcf_batch.cli.run import generate
-from vcf_batch.errors import DamageFound, Unfinished, redact
+from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 if TYPE_CHECKING:
     from vcf_batch.commands.verify import Finding
@@ -33,7 +33,8 @@ def verify(
     """Read all of OUTPUT again, and tell what is damaged, and why.
 
     Each shard that is damaged or not generated yet is named. Receipts are compared with the files, tars with parquets,
-    parquets with the manifest; every image is decoded.
+    parquets with the manifest; every image is decoded. OUTPUT may be an export: its files are compared with its
+    receipts and its rows, and keys with one another.
 
     \b
     Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not that of the run; 5 damage; 6 no damage,
@@ -41,9 +42,13 @@ def verify(
     """
     from vcf_batch.commands import verify
     from vcf_batch.output import lease
-    from vcf_batch.output.output import Output
+    from vcf_batch.output.output import AnExport, Output
 
-    opened = Output(output, given(ctx))
+    try:
+        opened = Output(output, given(ctx))
+    except AnExport:
+        _verify_export(output, ctx, as_json)
+        return
     findings = _found(verify.check(opened), as_json)
     unfinished = sum(finding.kind == "unfinished" for finding in findings)
     if regenerate is not None and not _damaged(findings) and not unfinished:
@@ -67,10 +72,7 @@ def verify(
             "shards": len(opened.plan),
             "damaged": _damaged(findings),
             "unfinished": unfinished,
-            "findings": [
-                {"place": one.place, "cause": redact(one.cause), "kind": one.kind, "is_damage": one.is_damage}
-                for one in findings
-            ],
+            "findings": [_told(one) for one in findings],
         }
         words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage"
         tell(words, document, as_json)
@@ -81,6 +83,44 @@ def verify(
             f"{output} is unfinished: {unfinished:,} of {len(opened.plan):,} shards are not generated yet, the others "
             f"have no damage; {state}"
         )
+
+
+def _verify_export(output: str, ctx: click.Context, as_json: bool) -> None:
+    """Check what ``export`` wrote, and tell of it as :func:`verify` does."""
+    from vcf_batch.commands.export.check import ExportCheck
+
+    moved_things = (name for name in given(ctx) if name != "output")
+    if needless := [name for name in (*moved_things, "regenerate") if ctx.params.get(name) is not None]:
+        option = needless[0].replace("_", "-")
+        raise UsageError(f"{output} is an export, which --{option} is not for: verify the outputs that it was made of")
+    check = ExportCheck(output)
+    findings = _found(check.findings(), as_json)
+    unfinished = sum(finding.kind == "unfinished" for finding in findings)
+    if as_json or not (_damaged(findings) or unfinished):
+        document = {
+            "output": redact(output),
+            "rows": check.record.rows,
+            "shards": check.shards,
+            "damaged": _damaged(findings),
+            "unfinished": unfinished,
+            "findings": [_told(one) for one in findings],
+        }
+        tell(f"{redact(output)}: {check.record.rows:,} rows in {check.shards:,} shards, no damage", document, as_json)
+    if _damaged(findings):
+        raise DamageFound(
+            f"{output} is damaged. To mend it: delete what is damaged, and rerun the command of the export"
+        )
+    if unfinished:
+        raise Unfinished(f"{output} is unfinished; rerun the command of the export")
+
+
+def _told(finding: "Finding") -> dict[str, object]:
+    return {
+        "place": finding.place,
+        "cause": redact(finding.cause),
+        "kind": finding.kind,
+        "is_damage": finding.is_damage,
+    }
 
 
 def _found(findings: Iterable["Finding"], as_json: bool) -> list["Finding"]:

@@ -109,20 +109,34 @@ class ReferenceReader:
         """
         shown = _named(reference)
         with _blamed(shown):
-            if reference.data is not None:
-                data = reference.data
-            else:
-                place, root = self._locate(reference)
-                data = self._fetch(place, root, shown)
-            if reference.sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != reference.sha256:
-                raise RowError(
-                    f"reference {shown} has the SHA-256 {found}, and the manifest says {reference.sha256}: put the "
-                    "image back that the manifest means and repair the run, or correct the manifest for a new run"
-                )
+            data = self._content(reference, shown)
             try:
                 return images.decode(data, self._max_pixels, f"reference {shown}")
             except RowError as error:
                 raise RowError(f"reference {shown}: {error}") from error
+
+    def read_bytes(self, reference: Reference) -> bytes:
+        """The reference's image file as it is, not decoded.
+
+        Raises:
+            RowError, StorageError: see :meth:`read`.
+        """
+        shown = _named(reference)
+        with _blamed(shown):
+            return self._content(reference, shown)
+
+    def _content(self, reference: Reference, shown: str) -> bytes:
+        if reference.data is not None:
+            data = reference.data
+        else:
+            place, root = self._locate(reference)
+            data = self._fetch(place, root, shown)
+        if reference.sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != reference.sha256:
+            raise RowError(
+                f"reference {shown} has the SHA-256 {found}, and the manifest says {reference.sha256}: put the "
+                "image back that the manifest means and repair the run, or correct the manifest for a new run"
+            )
+        return data
 
     def _locate(self, reference: Reference) -> tuple[_Place, _Place]:
         """The reference's place and the root that allows it."""

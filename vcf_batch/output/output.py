@@ -16,6 +16,13 @@ from vcf_batch.output.run_file import AnotherVersion, RunRecord
 from vcf_batch.records import Row
 from vcf_batch.sharding import ShardPlan
 
+EXPORT_NAME = "export.json"
+"""Name of the file that says what an export is made of. An output has none."""
+
+
+class AnExport(UsageError):
+    """What is there is no output: it was made of outputs by ``vcf-batch export``."""
+
 
 class ManifestLost(VcfBatchError):
     """The manifest of an output was lost, or has changed, while its rows were read."""
@@ -29,6 +36,7 @@ class Output:
         changes: settings that have changed, such as the place of a manifest that has moved.
 
     Raises:
+        AnExport: an export is there.
         UsageError: there is no output.
         AnotherVersion: another version of vcf-batch wrote it.
         DamageFound: ``run.json`` is missing or damaged, so that the run of the shards is unknown.
@@ -143,6 +151,11 @@ def _record(url: str) -> RunRecord:
     # A run takes its lease before it writes its record, which is empty for a moment where there are no hard links.
     if run_file.RUN_FILE_NAME in there and (record := _record_there(url)) is not None:
         return record
+    if EXPORT_NAME in there:
+        raise AnExport(
+            f"{url} is an export, a dataset that was made of outputs: 'vcf-batch verify' takes it, and any program "
+            "copies it; other commands take the outputs that it was made of"
+        )
     if not there:
         raise UsageError(f"{url} holds no run; check the path")
     if there.keys() <= {lease.LEASE_NAME, lease.HEARTBEAT, run_file.RUN_FILE_NAME}:

@@ -286,10 +286,13 @@ def read_members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
 SHARD_READERS = 8
 """Threads that read shards side by side."""
 
+ReadShard = TypeVar("ReadShard")
 ReadResult = TypeVar("ReadResult")
 
 
-def side_by_side(read: Callable[[Shard], ReadResult], some: Iterable[Shard]) -> Iterator[tuple[Shard, ReadResult]]:
+def side_by_side(
+    read: Callable[[ReadShard], ReadResult], some: Iterable[ReadShard]
+) -> Iterator[tuple[ReadShard, ReadResult]]:
     """Each shard, in order, with the result of ``read``, which runs in threads a few shards ahead."""
     threads = ThreadPoolExecutor(SHARD_READERS, "shards")
     try:

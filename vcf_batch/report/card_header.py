@@ -32,7 +32,7 @@ def header(output: Output, schema: pa.Schema, samples: int, licence: str | None)
         pretty_name=storage.name(output.url),
         task_categories=["text-to-image", "image-to-image"],
         tags=["synthetic", "webdataset", "visual-concept-fusion"],
-        size_categories=[next((name for below, name in _SIZES.items() if samples < below), "n>10M")],
+        size_categories=[size_category(samples)],
         # Without this field, the parquets would be taken for more of the same data.
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
         # `datasets` keeps what it has loaded by this field and by patterns, and does not look at the files again.
@@ -43,6 +43,11 @@ def header(output: Output, schema: pa.Schema, samples: int, licence: str | None)
     )
     text = data.to_yaml()
     return text if licence else "# license: yours to choose\n" + text
+
+
+def size_category(samples: int) -> str:
+    """The number of samples in the words of Hugging Face."""
+    return next((name for below, name in _SIZES.items() if samples < below), "n>10M")
 
 
 def _digest(output: Output) -> str:

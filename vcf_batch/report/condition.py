@@ -34,13 +34,14 @@ class Condition:
     Args:
         where: the condition, such as ``status = 'failed' OR clip_score < 0.2``.
         schema: the columns of the rows.
+        is_repeatable: whether it has to select the same rows each time, so that clock and chance are refused.
 
     Raises:
         UsageError: ``where`` is not a condition on these columns.
     """
 
-    def __init__(self, where: str, schema: pa.Schema) -> None:
-        self._where = where
+    def __init__(self, where: str, schema: pa.Schema, is_repeatable: bool = False) -> None:
+        self._where, self._is_repeatable = where, is_repeatable
         self._database = duckdb.connect(":memory:", config=_CLOSED)
         self._columns = [field.name for field in schema if self._takes(field)]
         self._relation(schema.empty_table())
@@ -74,6 +75,7 @@ class Condition:
         if parsed["error"]:
             raise self._not_a_condition(parsed["error_message"])
         outside, columns = _functions_that_see_more(self._database), {name.lower() for name in self._columns}
+        outside |= _CLOCK_AND_CHANCE - {"error"} if self._is_repeatable else set()
         for node in _nodes(parsed):
             if node.get("class") == "SUBQUERY" or ("from_table" in node and node["from_table"]["type"] != "EMPTY"):
                 raise self._not_a_condition("a subquery sees more than the row; write the values out")

@@ -1,0 +1,286 @@
+"""The outputs that an export is made of, read as one sequence of rows.
+
+A row has a *position*: its number among the rows of all outputs, in the order in which they are named. Positions count
+rows that are missing, too, so they do not change with what is finished.
+"""
+
+import contextlib
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from vcf_batch import storage
+from vcf_batch.errors import DamageFound, Unfinished, UsageError, VcfBatchError
+from vcf_batch.output import shards
+from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import Damaged, Receipt
+from vcf_batch.records import Shard
+
+RUN = "run_fingerprint"
+"""Column that names the run of a row."""
+REFERENCE_HASH = "reference_sha256"
+"""Column with the hash of a row's reference, which a manifest may have; a list where ``reference`` is one."""
+
+MOST_NAMED = 3
+"""Shards that are named of those that are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One of the outputs."""
+
+    output: Output
+    index: int
+    start: int
+    """Position of its first row."""
+
+    @property
+    def stop(self) -> int:
+        """Position behind its last row."""
+        return self.start + self.output.plan.num_rows
+
+    @property
+    def name(self) -> str:
+        """Last part of the output's address: the rest is of this machine."""
+        return storage.name(self.output.url)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceShard:
+    """A committed shard of one of the outputs."""
+
+    source: Source
+    receipt: Receipt
+
+    @property
+    def shard(self) -> Shard:
+        return self.receipt.shard
+
+    @property
+    def start(self) -> int:
+        """Position of its first row."""
+        return self.source.start + self.shard.start
+
+    def __str__(self) -> str:
+        return f"shard {self.shard.name} of {self.source.output.url}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the receipts of the outputs say."""
+
+    digests: tuple[str, ...]
+    """Hex SHA-256 over the committed shards of each output. A repair changes it, and so does a further shard."""
+    damaged: tuple[int, ...]
+    """Number of damaged shards of each output."""
+    unfinished: tuple[int, ...]
+    """Number of shards of each output that are not generated yet."""
+    left_out: tuple[str, ...]
+    """Lines that name what is left out."""
+
+
+class Sources:
+    """The outputs, opened.
+
+    Args:
+        urls: the outputs, in order.
+
+    Raises:
+        UsageError: one is no output, or is named twice.
+        RefusedError: another version of vcf-batch wrote it.
+        DamageFound: its ``run.json`` is missing or damaged.
+        StorageError: the storage failed.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        found: list[Source] = []
+        for index, output in enumerate(map(Output, urls)):
+            if output.url in (each.output.url for each in found):
+                raise UsageError(f"{output.url} is named twice; name each output once")
+            found.append(Source(output, index, found[-1].stop if found else 0))
+        self.all = tuple(found)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of all outputs, finished or not."""
+        return self.all[-1].stop
+
+    def survey(self) -> Survey:
+        """Read all receipts.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        digests: list[str] = []
+        damaged: list[int] = []
+        unfinished: list[int] = []
+        lines: list[str] = []
+        for source in self.all:
+            plan, digest = source.output.plan, hashlib.sha256()
+            broken = whole = behind = 0
+            missing: list[str] = []
+            for found in source.output.examine():
+                index = int(found.name) if isinstance(found, Damaged) else found.shard.index
+                missing += [plan[at].name for at in range(behind, index)[: MOST_NAMED - len(missing)]]
+                behind = index + 1
+                if isinstance(found, Damaged):
+                    broken += 1
+                    lines += [f"{found.name} of {source.output.url} is damaged: {found.reason}"][: broken <= MOST_NAMED]
+                    continue
+                whole += 1
+                files = "".join(entry.sha256 for _, entry in sorted(found.files.items()))
+                digest.update(f"{found.shard.name} {found.fingerprint} {files}\n".encode())
+            missing += [plan[at].name for at in range(behind, len(plan))[: MOST_NAMED - len(missing)]]
+            left = len(plan) - whole - broken
+            digests.append(digest.hexdigest())
+            damaged.append(broken)
+            unfinished.append(left)
+            if left:
+                named = ", ".join(missing) + (", ..." if left > MOST_NAMED else "")
+                lines.append(f"{left:,} shards of {source.output.url} are not generated yet: {named}")
+        return Survey(tuple(digests), tuple(damaged), tuple(unfinished), tuple(lines))
+
+    def _whole(self, source: Source) -> Iterator[Receipt]:
+        return (found for found in source.output.examine() if isinstance(found, Receipt))
+
+    def shards(self, start: int = 0) -> Iterator[SourceShard]:
+        """The committed shards in order, from the one with the row at position ``start`` on.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        for source in self.all:
+            if source.stop <= start:
+                continue
+            for receipt in self._whole(source):
+                if source.start + receipt.shard.stop > start:
+                    yield SourceShard(source, receipt)
+
+    def schema(self) -> pa.Schema:
+        """The columns of all outputs, and :data:`RUN` behind the key. A column that an output lacks is null there.
+
+        Raises:
+            UsageError: outputs have a column of the same name with different types, or one that an export adds.
+            DamageFound: a parquet cannot be read.
+            StorageError: the storage failed.
+        """
+        merged: pa.Schema | None = None
+        for source in self.all:
+            first = next(self._whole(source), None)
+            if first is None:
+                continue
+            shard = SourceShard(source, first)
+            with reading(shard), shards.open_parquet(_parquet(shard)) as parquet:
+                own = parquet.schema_arrow.remove_metadata()
+            if RUN in own.names:
+                raise UsageError(
+                    f"{source.output.url} has a column {RUN!r}, which an export adds: rename it for a new run"
+                )
+            for field in own:
+                there = field if merged is None or field.name not in merged.names else merged.field(field.name)
+                if there.type != field.type and pa.null() not in (there.type, field.type):
+                    raise UsageError(
+                        f"column {field.name!r} is {field.type} in {source.output.url} and {there.type} in the outputs "
+                        "before it; export them apart"
+                    )
+            merged = own if merged is None else pa.unify_schemas([merged, own])
+        if merged is None:
+            raise UsageError(f"none of {', '.join(each.output.url for each in self.all)} has a finished shard")
+        return merged.insert(merged.get_field_index("key") + 1, pa.field(RUN, pa.string()))
+
+    def batches(
+        self, shard: SourceShard, schema: pa.Schema, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of a shard, :data:`vcf_batch.output.shards.ROWS_AT_ONCE` at once. Columns come from here alone.
+
+        Args:
+            shard: one of :meth:`shards`.
+            schema: see :meth:`schema`.
+            columns: those that are read; None reads all.
+
+        Raises:
+            DamageFound: the parquet cannot be read, or has other columns.
+            StorageError: the storage failed.
+        """
+        wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+        with reading(shard), shards.open_parquet(_parquet(shard)) as parquet:
+            there = set(parquet.schema_arrow.names)
+            if unknown := sorted(there - {*schema.names}):
+                raise DamageFound(
+                    f"{shard} has a column {unknown[0]!r} that others do not have; see 'vcf-batch verify'"
+                )
+            read = [name for name in wanted.names if name in there]
+            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=read, use_threads=False):
+                yield pa.RecordBatch.from_arrays(
+                    [_column(batch, field, shard.receipt.fingerprint) for field in wanted], schema=wanted
+                )
+
+    def check_hash(self, shard: SourceShard, kind: str) -> None:
+        """Compare a file of a shard with its receipt.
+
+        Raises:
+            DamageFound: it has another hash, or is missing.
+            StorageError: the storage failed.
+        """
+        name, said = shards.file_name(shard.shard, kind), shard.receipt.files[kind].sha256
+        with reading(shard), storage.refusals_as_storage_errors():
+            found = storage.digest(shards.file_url(shard.source.output.url, shard.shard, kind)).sha256
+        if found != said:
+            raise DamageFound(
+                f"{name} of {shard.source.output.url} has the sha256 {found}, its receipt says {said}; mend it with "
+                f"'vcf-batch repair {shard.source.output.url}'"
+            )
+
+
+def refuse_gaps(survey: Survey, sources: Sources) -> None:
+    """Refuse outputs with shards that would be left out.
+
+    Raises:
+        DamageFound: shards are damaged.
+        Unfinished: shards are not generated yet.
+    """
+    lines = "\n".join(survey.left_out)
+    if any(survey.damaged):
+        first = next(each for each, count in zip(sources.all, survey.damaged, strict=True) if count)
+        raise DamageFound(
+            f"{sum(survey.damaged):,} shards are damaged, and nothing is exported:\n{lines}\n"
+            f"Mend them with 'vcf-batch repair {first.output.url}', or leave them out with --partial."
+        )
+    if any(survey.unfinished):
+        raise Unfinished(
+            f"{sum(survey.unfinished):,} shards are not generated yet, and nothing is exported:\n{lines}\n"
+            "Rerun the command of the run, or leave them out with --partial."
+        )
+
+
+def _column(batch: pa.RecordBatch, field: pa.Field, fingerprint: str) -> pa.Array:
+    if field.name == RUN:
+        return pa.array([fingerprint] * batch.num_rows, field.type)
+    if field.name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, field.type)
+    column = batch.column(field.name)
+    return column if column.type == field.type else column.cast(field.type)
+
+
+def _parquet(shard: SourceShard) -> str:
+    return shards.file_url(shard.source.output.url, shard.shard, "parquet")
+
+
+@contextlib.contextmanager
+def reading(shard: SourceShard) -> Iterator[None]:
+    """Tell of damage in the block by the name of the shard that is read.
+
+    Raises:
+        DamageFound: a file is missing, or is not what a run writes.
+    """
+    try:
+        yield
+    except VcfBatchError:
+        raise
+    # A damaged file may hold anything.
+    except (pa.ArrowException, tarfile.TarError, OSError, ValueError, LookupError, OverflowError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamageFound(f"{shard} cannot be read: {told}; see 'vcf-batch verify'") from error
