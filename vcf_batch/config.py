@@ -22,6 +22,10 @@ ALIGNED_FUSIONS = ("naive", "concat", "cross_attention")
 IP_ADAPTER = "ip_adapter"
 """The fusion by the published weights of an IP-Adapter, which needs no aligner."""
 FUSIONS = (*ALIGNED_FUSIONS, IP_ADAPTER)
+ROLES = ("all", "style", "palette", "layout")
+"""What a reference may decide on: :mod:`vcf_batch.vcf.roles.role`. ``all`` is no limit."""
+ROLED_FUSIONS = ("concat", IP_ADAPTER)
+"""Fusions that keep the tokens of references apart, so that roles and masks can limit them."""
 UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")

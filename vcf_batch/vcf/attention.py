@@ -28,6 +28,9 @@ from vcf_batch.errors import NodeError, UsageError
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of queries, keys and values ``[B, heads, L, D]`` without a bias and without gradients."""
 
+ByQueries = Tensor | dict[int, Tensor]
+"""What is one for all layers, or one for each number of queries."""
+
 MAX_HEAD_DIM = 128
 """Largest head dimension that a kernel of its own is given."""
 
@@ -84,10 +87,10 @@ class TokenBiasAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        token_bias: Tensor | None = None,
+        token_bias: ByQueries | None = None,
         ip_tokens: Tensor | None = None,
-        ip_bias: Tensor | None = None,
-        ip_strength: Tensor | None = None,
+        ip_bias: ByQueries | None = None,
+        ip_strength: ByQueries | None = None,
     ) -> Tensor:
         """Compute the attention.
 
@@ -97,7 +100,8 @@ class TokenBiasAttention:
             encoder_hidden_states: tokens, ``[B, S, Dt]``; None in self-attention, which ignores what follows.
             attention_mask: diffusers' own mask, used if there is no bias.
             temb: time embedding.
-            token_bias: ``[B, 1, S]``, added to the logits of every query and head; ``-inf`` hides a token.
+            token_bias: ``[B, 1, S]``, added to the logits of every query and head; ``-inf`` hides a token. With ``[B,
+                Q, S]`` each query has its own, in this argument and the next ones.
             ip_tokens: tokens of an IP-Adapter, ``[B, M, Dt]``.
             ip_bias: ``[B, 1, M]``, added to the logits of those tokens.
             ip_strength: ``[B, 1, 1]``, the factor of what those tokens give. 0 is exactly the text alone.
@@ -106,6 +110,9 @@ class TokenBiasAttention:
             ``[B, Q, D]``.
         """
         bias, is_cross = attention_mask, encoder_hidden_states is not None
+        if is_cross:
+            queries = hidden_states.shape[1]
+            token_bias, ip_bias, ip_strength = (_of(each, queries) for each in (token_bias, ip_bias, ip_strength))
         if is_cross and token_bias is not None:
             bias = token_bias.to(hidden_states.dtype)
         if not _is_plain(attn, hidden_states):
@@ -129,13 +136,17 @@ class TokenBiasAttention:
         return attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1, L]`` or none, and the heads side by side."""
+        """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1 or Q, L]`` or none, and the heads side by side."""
         if self.kernel and bias is None and not torch.is_grad_enabled() and _is_for_kernel(query.shape[-1]):
             attended = self.kernel(query, key, value)
         else:
             mask = None if bias is None else bias[:, None]  # one for all heads
             attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
         return attended.transpose(1, 2).flatten(2)
+
+
+def _of(value: ByQueries | None, queries: int) -> Tensor | None:
+    return value[queries] if isinstance(value, dict) else value
 
 
 def _heads(tokens: Tensor, attn: Attention) -> Tensor:

@@ -35,6 +35,7 @@ from vcf_batch.vcf.attention import Kernel, use_kernel
 from vcf_batch.vcf.call import call
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.ip_adapter import IPAdapter, load_ip_adapter
+from vcf_batch.vcf.roles.role import Role
 from vcf_batch.vcf.sampling import Generators, denoise, prepare_scheduler, recomputed
 
 _log = logging.getLogger(__name__)
@@ -301,6 +302,10 @@ class VCFPipeline(StableDiffusionPipeline):
             hidden_states.append(tower(pixels, output_hidden_states=True).hidden_states[-2])
         return torch.cat(hidden_states)
 
+    def project(self, tokens: Tensor, role: Role, adapted: bool = False) -> Tensor:
+        """The part of a reference's tokens ``[N, Dt]`` that a role uses."""
+        return tokens
+
     def squash(self, image: Image.Image, *, adapted: bool = False) -> Image.Image:
         """The first step of :meth:`encode_references`, which is costly for a large image.
 
@@ -486,6 +491,8 @@ class VCFPipeline(StableDiffusionPipeline):
         fusion_lo: float | Sequence[float] = 0.0,
         fusion_hi: float | Sequence[float] = 1.0,
         reference_weights: Sequence[Sequence[float] | None] | None = None,
+        reference_roles: str | Sequence[str | Sequence[str] | None] | None = None,
+        reference_masks: Sequence[References] | None = None,
         negative_references: Image.Image | Sequence[Image.Image | None] | None = None,
         unconditional: str = "zeros",
         image_tokens: str | None = None,
@@ -531,6 +538,8 @@ class VCFPipeline(StableDiffusionPipeline):
             count,
             references,
             reference_weights=reference_weights,
+            reference_roles=reference_roles,
+            reference_masks=reference_masks,
             negative_references=negative_references,
             fusion=fusion,
             strength=strength,
