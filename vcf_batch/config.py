@@ -137,6 +137,8 @@ class RunConfig:
     """Start of the part of the schedule that uses references, as a fraction; 1 is pure noise. It ends at
     ``fusion_hi``."""
     fusion_hi: float = 1.0
+    role: str = "all"
+    """What references decide on, in rows without roles of their own: one of :data:`ROLES`."""
     ip_adapter: str | None = None
     """Weights of an IP-Adapter, for the fusion ``ip_adapter``: :func:`vcf_batch.models.adapters.resolve_adapter`."""
     image_encoder: str | None = None
@@ -276,6 +278,12 @@ class RunConfig:
             raise UsageError(
                 f"image_encoder is {_SHORT.repr(self.image_encoder)}, which is for an IP-Adapter: name its weights "
                 "with --ip-adapter, or leave it out"
+            )
+        _choice("role", self.role, ROLES)
+        if self.role != "all" and self.fusion not in ROLED_FUSIONS:
+            raise UsageError(
+                f"role is {self.role}, and the fusion {self.fusion} cannot limit references: use --fusion "
+                f"{' or '.join(ROLED_FUSIONS)}, or leave the role out"
             )
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
@@ -471,7 +479,7 @@ EVALUATED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 DECIDED_BY_EVALUATION = frozenset(
     {
         *("manifest", "output", *COLUMN_SETTINGS.values(), "carry"),
-        *("fusion", "strength", "pno_steps", "seed", "limit"),
+        *("fusion", "strength", "role", "pno_steps", "seed", "limit"),
         *("triplets", "safety_checker", "attempts", "best_by", *GATES),
     }
 )
@@ -504,7 +512,7 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {}
+ADDED_SETTINGS: dict[str, Any] = {"role": "all"}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.

@@ -21,6 +21,8 @@ class Column:
     """What decides the value: the ``manifest`` alone, a ``setting`` of the row, or the ``result`` of generating it."""
     meaning: str
     """One or two sentences for people, in Markdown."""
+    with_limits: bool = False
+    """Whether only outputs have it whose run may limit references: :func:`columns_of`."""
 
 
 _TEXT, _NUMBER, _COUNT = pa.string(), pa.float64(), pa.int32()
@@ -43,6 +45,21 @@ _TABLE = (
         pa.list_(_NUMBER),
         "setting",
         "The share of each reference, summing to 1. Null where there are fewer than two references.",
+    ),
+    Column(
+        "reference_roles",
+        pa.list_(_TEXT),
+        "setting",
+        "What each reference decided on: `all`, `style`, `palette` or `layout`. Null where all had `all`. Only outputs "
+        "with roles or masks have this column and the next one.",
+        with_limits=True,
+    ),
+    Column(
+        "reference_masks",
+        pa.list_(_TEXT),
+        "manifest",
+        "The image that says where in the picture each reference could act, or null for everywhere.",
+        with_limits=True,
     ),
     Column("negative_reference", _TEXT, "manifest", "An image that the result was not to resemble."),
     Column("seed", pa.int64(), "setting", "The seed of the noise that the image was made from."),
@@ -152,8 +169,18 @@ _TABLE = (
 )
 
 COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
-"""The columns of every shard's parquet by name, in order. The manifest's carried columns follow and may not reuse these
-names."""
+"""All columns that a shard's parquet may have by name, in order. The manifest's carried columns follow. They may not
+reuse these names."""
+
+
+def columns_of(limited: bool) -> dict[str, Column]:
+    """The columns that the parquet of a run has, in order.
+
+    Args:
+        limited: whether roles or masks may limit references: :func:`vcf_batch.setup.job.is_limited`.
+    """
+    return {name: column for name, column in COLUMNS.items() if limited or not column.with_limits}
+
 
 SETTINGS = tuple(column.name for column in _TABLE if column.origin == "setting")
 """The names of the columns that say what a row was generated with."""

@@ -11,6 +11,7 @@ from vcf_batch.output.output import Output
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
+from vcf_batch.setup.job import is_limited
 
 
 class Repair:
@@ -28,7 +29,9 @@ class Repair:
     def __init__(self, output: Output, where: str) -> None:
         manifest = output.need_manifest()
         self._output = output
-        self._condition = Condition(where, sample_records.schema(manifest.carried_schema, manifest.reference_is_list))
+        limited = is_limited(output.config, manifest)
+        columns = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, limited)
+        self._condition = Condition(where, columns)
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
         """Read the output and choose the rows to redo.

@@ -22,7 +22,7 @@ from vcf_batch.errors import ManifestError, StorageError
 from vcf_batch.manifest import contents, parquet
 from vcf_batch.manifest.carried import carried_schema, changes, left_out
 from vcf_batch.manifest.check import Census, check, large_texts
-from vcf_batch.manifest.columns import MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
+from vcf_batch.manifest.columns import LIMITS, MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
 from vcf_batch.manifest.contract import check_schema, has_embedded_references, has_reference_lists, parse_rows
 from vcf_batch.manifest.parquet import ParquetFile
 from vcf_batch.records import Row
@@ -174,6 +174,11 @@ class Manifest:
     def reference_is_web(self) -> bool:
         """Whether relative references are on a web server, so that what follows a ``?`` may be secret."""
         return self.base.lower().startswith(("http://", "https://"))
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether there are columns that may limit where references act."""
+        return not {*LIMITS}.isdisjoint(self._columns)
 
     @property
     def is_whole(self) -> bool:

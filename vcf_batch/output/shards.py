@@ -73,6 +73,7 @@ class ShardWriter:
         carried_schema: see :func:`vcf_batch.output.sample_records.schema`.
         reference_is_list: see :func:`vcf_batch.output.sample_records.schema`.
         reference_is_web: see :func:`vcf_batch.output.sample_records.of_manifest`.
+        limited: see :func:`vcf_batch.output.sample_records.schema`.
 
     Raises:
         StorageError: the scratch cannot be written.
@@ -86,11 +87,12 @@ class ShardWriter:
         carried_schema: pa.Schema,
         reference_is_list: bool,
         reference_is_web: bool = False,
+        limited: bool = False,
     ) -> None:
         self._shard = shard
         self._image_format = image_format
         self._reference_is_list, self._reference_is_web = reference_is_list, reference_is_web
-        self._schema = sample_records.schema(carried_schema, reference_is_list)
+        self._schema = sample_records.schema(carried_schema, reference_is_list, limited)
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0

@@ -61,6 +61,11 @@ def fusions_of(config: RunConfig, manifest: Manifest) -> set[str]:
     return {own or config.fusion for own in manifest.values("fusion", (*FUSIONS, None))}
 
 
+def is_limited(config: RunConfig, manifest: Manifest) -> bool:
+    """Whether roles or masks may limit the references of a run."""
+    return config.role != "all" or manifest.has_limits
+
+
 def is_guided(config: RunConfig, manifest: Manifest) -> bool:
     """Whether a row may be brought closer to its reference by prompt-noise optimisation."""
     return (config.pno_steps > 0 or manifest.has_any("pno_steps")) and manifest.has_any("reference")

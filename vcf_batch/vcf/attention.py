@@ -109,21 +109,19 @@ class TokenBiasAttention:
         Returns:
             ``[B, Q, D]``.
         """
-        bias, is_cross = attention_mask, encoder_hidden_states is not None
-        if is_cross:
-            queries = hidden_states.shape[1]
-            token_bias, ip_bias, ip_strength = (_of(each, queries) for each in (token_bias, ip_bias, ip_strength))
-        if is_cross and token_bias is not None:
-            bias = token_bias.to(hidden_states.dtype)
+        is_cross, queries = encoder_hidden_states is not None, hidden_states.shape[1]
+        bias = _of(token_bias, queries) if is_cross else None
+        bias = attention_mask if bias is None else bias.to(hidden_states.dtype)
         if not _is_plain(attn, hidden_states):
             processor = FusedAttnProcessor2_0() if self.fused else AttnProcessor2_0()
             return processor(attn, hidden_states, encoder_hidden_states, bias, temb)
         projected = self._project(attn, hidden_states, encoder_hidden_states)
         query, key, value = [_heads(each, attn) for each in projected]
         attended = self._attend(query, key, value, bias)
-        if is_cross and ip_tokens is not None and ip_strength is not None and self.to_k_ip and self.to_v_ip:
+        strength = _of(ip_strength, queries) if is_cross else None
+        if ip_tokens is not None and strength is not None and self.to_k_ip and self.to_v_ip:
             key, value = _heads(self.to_k_ip(ip_tokens), attn), _heads(self.to_v_ip(ip_tokens), attn)
-            attended = attended + ip_strength * self._attend(query, key, value, ip_bias)
+            attended = attended + strength * self._attend(query, key, value, _of(ip_bias, queries))
         return attn.to_out[1](attn.to_out[0](attended))
 
     def _project(self, attn: Attention, hidden_states: Tensor, tokens: Tensor | None) -> tuple[Tensor, ...]:

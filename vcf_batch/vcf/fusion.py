@@ -1,6 +1,5 @@
 """Fusion: how image tokens join the text tokens (docs/method.md, sections 4 and 8)."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, ROLED_FUSIONS, reference_shares
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.acceleration import upload
-from vcf_batch.vcf.roles.reach import Reach, is_empty, logarithm
+from vcf_batch.vcf.roles.reach import Reach, logarithm
 from vcf_batch.vcf.roles.role import ALL, Layers, Role
 
 
@@ -133,14 +132,10 @@ class Fusion:
         """Whether a role or mask limits a reference."""
         return any(role != ALL for role in self.roles or ()) or any(mask is not None for mask in self.masks or ())
 
-    @functools.cached_property
+    @property
     def shares(self) -> tuple[float, ...]:
-        """Share of each reference, 0 where it is left out because its weight is 0 or its mask black."""
-        shares = reference_shares(self.weights, len(self.image_tokens))
-        return tuple(
-            0.0 if is_empty(mask) else share
-            for share, mask in zip(shares, self.masks or [None] * len(shares), strict=True)
-        )
+        """Share of each reference; one of share 0 is left out."""
+        return reference_shares(self.weights, len(self.image_tokens))
 
     @property
     def reach(self) -> Reach | None:
@@ -166,8 +161,6 @@ class Fusion:
 
     def negative(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse the tokens of the negative prompt for the unconditional side; shapes as in :meth:`positive`."""
-        if self.image_tokens and not any(self.shares):
-            return self._fuse(text, [], [])
         if self.unconditional is not None:
             return self._fuse(text, [self.unconditional], [1.0])
         zeros = [torch.zeros_like(tokens) for tokens in self.image_tokens[:1] if self.mode == "concat"]
@@ -191,7 +184,7 @@ class Fusion:
 
     def negative_image_prompt(self) -> "ImagePrompt | None":
         """What the IP-Adapter adds on the unconditional side; None without an adapter or without effect."""
-        if self.unconditional is None or (self.image_tokens and not any(self.shares)):
+        if self.unconditional is None:
             return None
         # As many as on the other side: repeated tokens change nothing, and padding would need a bias.
         count = max(1, sum(share > 0 for share in self.shares))
@@ -306,7 +299,7 @@ class Conditioning:
 
     def select(
         self, inside: Sequence[Inside], guided: bool, layers: Sequence[Layers] = ()
-    ) -> tuple[Tensor, dict[str, Tensor | dict[int, Tensor]]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The UNet's input in a step.
 
         Args:
@@ -330,7 +323,7 @@ class Conditioning:
         ip_bias = torch.cat([own.bias for own in prompts])[:, None].where(strength > 0, 0)
         settings: dict[str, Any] = {}
         if any(each and reach for each, reach in zip(inside, self.reaches, strict=False)):
-            settings = self._limited(bias, strength, ip_bias, inside, layers)
+            settings |= self._limited(bias, strength, ip_bias, inside, layers)
         else:
             settings = {"token_bias": bias, "ip_strength": strength, "ip_bias": ip_bias}
         if not strength.any():
@@ -349,8 +342,8 @@ class Conditioning:
         """The arguments of a step with limits, by the number of queries.
 
         Args:
-            bias, strength, ip_bias: ``[R, 1, S]``, ``[R, 1, 1]`` and ``[R, 1, M]``, those without limits. The R rows are
-                one or two for each sample, the unconditional side first.
+            bias, strength, ip_bias: ``[R, 1, S]``, ``[R, 1, 1]`` and ``[R, 1, M]``, those without limits. There are one
+                or two of the R rows for each sample, the unconditional side first.
             inside, layers: see :meth:`select`.
         """
         samples, text = len(inside), self.positive.text.shape[1]
@@ -374,9 +367,7 @@ class Conditioning:
         return limits
 
 
-def _limit(
-    own: Mapping[str, Tensor], text: int, weights: Tensor, total: Tensor, strength: float
-) -> dict[str, Tensor]:
+def _limit(own: Mapping[str, Tensor], text: int, weights: Tensor, total: Tensor, strength: float) -> dict[str, Tensor]:
     """One row's arguments in layers of one resolution.
 
     Args:

@@ -65,15 +65,9 @@ def on_grid(mask: Image.Image, layers: Layers) -> Tensor:
     return torch.from_numpy(cells / 255).flatten()
 
 
-def mask_of(image: Image.Image) -> Image.Image | None:
-    """A mask from an image of any size and mode: its brightness (ITU-R 601). None if it is white throughout."""
-    grey = image.convert("L")
-    return None if grey.getextrema()[0] == 255 else grey
-
-
-def is_empty(mask: Image.Image | None) -> bool:
-    """Whether a mask of :func:`mask_of` is black throughout, so that its reference acts nowhere."""
-    return mask is not None and mask.getextrema()[1] == 0
+def mask_of(image: Image.Image) -> Image.Image:
+    """A mask from an image of any size and mode: its brightness (ITU-R 601)."""
+    return image.convert("L")
 
 
 def logarithm(weights: Tensor) -> Tensor:
