@@ -26,6 +26,9 @@ ROLES = ("all", "style", "palette", "layout")
 """What a reference may decide on: :mod:`vcf_batch.vcf.roles.role`. ``all`` is no limit."""
 ROLED_FUSIONS = ("concat", IP_ADAPTER)
 """Fusions that keep the tokens of references apart, so that roles and masks can limit them."""
+ADAPTED_ROLES = ("all", "style", "layout")
+"""Roles of the fusion ``ip_adapter``. Its tokens have no projections, and without one nothing tells ``palette`` from
+``style``."""
 UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
@@ -285,6 +288,8 @@ class RunConfig:
                 f"role is {self.role}, and the fusion {self.fusion} cannot limit references: use --fusion "
                 f"{' or '.join(ROLED_FUSIONS)}, or leave the role out"
             )
+        if self.fusion == IP_ADAPTER and self.role not in ADAPTED_ROLES:
+            raise UsageError(f"role is {self.role}; with the fusion ip_adapter it must be {', '.join(ADAPTED_ROLES)}")
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
             _choice("image_tokens", self.image_tokens, IMAGE_TOKENS)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from vcf_batch.config import IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
+from vcf_batch.config import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
 from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Row
 
@@ -65,4 +65,7 @@ def checked(row: Row, config: RunConfig) -> Row:
                 f"{name} is set, and the fusion {used['fusion']} cannot limit references; use "
                 f"{' or '.join(ROLED_FUSIONS)} in the row, or leave {name} out"
             )
+    for role in used["reference_roles"] or ():
+        if used["fusion"] == IP_ADAPTER and role not in ADAPTED_ROLES:
+            error = f"a role is {role}; with the fusion ip_adapter it must be one of {', '.join(ADAPTED_ROLES)}"
     return dataclasses.replace(row, error=error) if error and not row.error else row

@@ -27,6 +27,7 @@ from vcf_batch.output import row_json, sample_records, shards
 from vcf_batch.output_columns import columns_of
 from vcf_batch.records import Draw, Reference, Row, Sample, Scores, Shard, Status
 
+COLUMNS = columns_of(False)
 NO_COLUMNS = pa.schema([])
 SHARD = Shard(0, 0, 2, "00000")
 SETTINGS = {

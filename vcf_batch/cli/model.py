@@ -252,6 +252,43 @@ def assemble(
     tell(written, {"model": written}, as_json)
 
 
+@model.command("fit-roles", cls=Command)
+@click.option("--model", "name", required=True, metavar="MODEL", help="Folder or URL of a model with an aligner.")
+@click.option(
+    "--pairs",
+    metavar="DATA",
+    help="Parquet file of pairs that differ in one attribute, with the columns first, second and attribute (style, "
+    "palette, or any other); or a folder of images, which are recoloured, turned grey, blurred and shuffled.  "
+    "[default: pictures from the tiny model's world, for models of its family]",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=8),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Pairs of each attribute that are rendered, or images of the folder that are used.",
+)
+@click.option("--out", metavar="FILE", help="File or URL to write.  [default: aligner/roles.safetensors in MODEL]")
+@json_option
+@debug_option
+def fit_roles(name: str, pairs: str | None, count: int, out: str | None, as_json: bool) -> None:
+    """Fit the roles style and palette to a model, from pairs of pictures that differ in one attribute.
+
+    The file beside the aligner is a part of the model from then on, so that the model is another one for every run. The
+    table shows the share of each attribute that a role keeps.
+    """
+    from vcf_batch.commands import fit_roles as fitting  # torch is not needed to print a help text
+
+    found = fitting.fit_roles(name, pairs, count, out, lambda line: click.echo(printable(redact(line)), err=True))
+    attributes = [*found.pairs]
+    lines = [f"{'kept':10}" + " ".join(f"{attribute:>9}" for attribute in attributes)]
+    for role, shares in found.kept.items():
+        lines.append(f"{role:10}" + " ".join(f"{shares[attribute]:>8.0%} " for attribute in attributes).rstrip())
+    place = redact(found.file)
+    tell("\n".join([*lines, place]), dataclasses.asdict(found) | {"file": place}, as_json)
+
+
 @model.command(cls=Command, params=[option for option in generate.params if option.name not in _DECIDED])
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for manifest, samples, table and plot.")
 @click.option("--prompts", metavar="FILE", help=f"{PROMPTS_HELP} Each prompt is paired with every reference.")

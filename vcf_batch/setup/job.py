@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcf_batch.config import FUSIONS, RunConfig, fingerprint
+from vcf_batch.config import FUSIONS, ROLES, RunConfig, fingerprint
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.records import RowMask
 from vcf_batch.setup.run_models import Models
@@ -59,6 +59,15 @@ def fusions_of(config: RunConfig, manifest: Manifest) -> set[str]:
         ManifestError, StorageError: the manifest cannot be read.
     """
     return {own or config.fusion for own in manifest.values("fusion", (*FUSIONS, None))}
+
+
+def roles_of(config: RunConfig, manifest: Manifest) -> set[str]:
+    """The roles that rows of a run may ask for.
+
+    Raises:
+        ManifestError, StorageError: the manifest cannot be read.
+    """
+    return {config.role, *(own for own in manifest.values("reference_roles", ROLES) if own)}
 
 
 def is_limited(config: RunConfig, manifest: Manifest) -> bool:

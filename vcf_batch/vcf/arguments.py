@@ -124,11 +124,11 @@ def _images_of(name: str, entry: Any) -> list[Image.Image]:
     return images
 
 
-def _roles_of(entry: Any) -> list[Role] | None:
-    """The roles of one prompt's references, from one name, several, or None for no limit."""
+def _roles_of(entry: Any, references: int) -> list[Role] | None:
+    """The roles of one prompt's references, from one name for all, one for each, or None for no limit."""
     if entry is None:
         return None
-    return [role_of(each) for each in ([entry] if isinstance(entry, str) else entry)]
+    return [role_of(each) for each in ([entry] * references if isinstance(entry, str) else entry)]
 
 
 def _masks_of(entry: Any) -> list[Image.Image | None] | None:
@@ -250,7 +250,10 @@ def fuse_references(
         own = roles[number] or [ALL] * len(tokens)
         return [pipeline.project(each, role, by_adapter[number]) for each, role in zip(tokens, own, strict=False)]
 
-    roles = [_roles_of(entry) for entry in per_sample("reference_roles", reference_roles, count)]
+    roles = [
+        _roles_of(entry, len(own))
+        for entry, own in zip(per_sample("reference_roles", reference_roles, count), images, strict=True)
+    ]
     masks = [_masks_of(entry) for entry in per_sample("reference_masks", reference_masks, count)]
     strengths = numbers_of("strength", strength, count)
     weights = per_sample("reference_weights", reference_weights, count)

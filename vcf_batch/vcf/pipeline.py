@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from vcf_batch.config import (
+    ADAPTED_ROLES,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     FUSIONS,
@@ -303,8 +304,29 @@ class VCFPipeline(StableDiffusionPipeline):
         return torch.cat(hidden_states)
 
     def project(self, tokens: Tensor, role: Role, adapted: bool = False) -> Tensor:
-        """The part of a reference's tokens ``[N, Dt]`` that a role uses."""
-        return tokens
+        """The part of a reference's tokens ``[N, Dt]`` that a role uses.
+
+        Args:
+            tokens: tokens of the aligner, or of an IP-Adapter, which has no projections.
+            role: the role of the reference.
+            adapted: whether they are an IP-Adapter's.
+
+        Raises:
+            ModelError: the role needs a projection, and the aligner has none.
+            UsageError: an IP-Adapter does not take the role.
+        """
+        if adapted and role.name not in ADAPTED_ROLES:
+            raise UsageError(
+                f"the role is {role.name}; with the fusion ip_adapter it must be one of {', '.join(ADAPTED_ROLES)}"
+            )
+        if adapted or not role.projected:
+            return tokens
+        if (projection := self.aligner.projections.get(role.name)) is None:
+            raise ModelError(
+                f"the role {role.name} needs a projection, and this model's aligner has none: fit one with 'vcf-batch "
+                "model fit-roles'"
+            )
+        return projection(tokens)
 
     def squash(self, image: Image.Image, *, adapted: bool = False) -> Image.Image:
         """The first step of :meth:`encode_references`, which is costly for a large image.

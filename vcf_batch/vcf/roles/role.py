@@ -7,6 +7,9 @@ from typing import Any
 from vcf_batch.config import ROLES
 from vcf_batch.errors import UsageError
 
+ROLE_FILE = "roles.safetensors"
+"""File beside an aligner's weights with the projections of its tokens."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -42,8 +45,8 @@ ALL = Role()
 
 _ROLES = (
     ALL,
-    Role("style", coarse=0.0, projected=True),
-    Role("palette", coarse=0.0, projected=True),
+    Role("style", coarse=4.0, fine=4.0, projected=True),
+    Role("palette", coarse=0.0, fine=4.0, projected=True),
     Role("layout", fine=0.0, lo=0.8),
 )
 
