@@ -14,7 +14,7 @@ from vcf_batch.vcf.roles.role import ROLE_FILE
 RIDGE = 0.01
 """Variance that is added in every direction, as a share of the mean one, so that rare directions are left out."""
 
-REMOVED = 0.5
+REMOVED = 1.0
 """Weight of what a projection removes, beside what it keeps."""
 
 SMALLEST = 0.05
@@ -41,8 +41,8 @@ class Projection:
         places = {len(self.mean): slice(None), len(self.mean) - 1: slice(1, None), 1: slice(1)}
         if len(tokens) not in places or tokens.shape[1] != self.mean.shape[1]:
             raise ModelError(
-                f"the aligner's {ROLE_FILE} is for {len(self.mean)} tokens of width {self.mean.shape[1]}, and there are "
-                f"{len(tokens)} of width {tokens.shape[1]}: fit the roles of this model with 'vcf-batch model fit-roles'"
+                f"the aligner's {ROLE_FILE} is for {len(self.mean)} tokens of width {self.mean.shape[1]}, and there "
+                f"are {len(tokens)} of width {tokens.shape[1]}: fit the roles with 'vcf-batch model fit-roles'"
             )
         mean, down, up = (each.to(tokens.device, torch.float32) for each in (self.mean, self.down, self.up))
         mean = mean[places[len(tokens)]]
@@ -105,7 +105,5 @@ def read(folder: str) -> dict[str, Projection]:
             if not all(value.isfinite().all() for value in vars(each).values()):
                 raise ValueError("it has values that are not finite")
     except Exception as error:  # safetensors and torch have no common error type
-        raise ModelError(
-            f"{file} is damaged ({error}): fit the roles again with 'vcf-batch model fit-roles'"
-        ) from error
+        raise ModelError(f"{file} is damaged ({error}): fit them with 'vcf-batch model fit-roles'") from error
     return found
