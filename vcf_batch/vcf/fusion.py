@@ -379,8 +379,8 @@ def _limit(own: Mapping[str, Tensor], text: int, weights: Tensor, total: Tensor,
     """
     queries = len(weights)
     bias, ip_bias = (own[name].expand(queries, -1).clone() for name in ("token_bias", "ip_bias"))
-    count = int((bias[0, text:] > -math.inf).sum())
-    bias[:, text : text + count] = logarithm(strength * weights).expand(-1, count)
+    if count := int((bias[0, text:] > -math.inf).sum()):
+        bias[:, text : text + count] = logarithm(strength * weights).expand(-1, count)
     factor = own["ip_strength"]
     if factor.any():
         count = int((ip_bias[0] > -math.inf).sum())
