@@ -108,7 +108,7 @@ def test_where_a_mask_is_black_queries_attend_to_the_text_alone(
 ) -> None:
     """In each cross-attention layer, for its queries in that region; the others are as without a mask."""
     text, image = torch.randn(1, 6, TEXT_WIDTH), torch.randn(4, TEXT_WIDTH)
-    settings = {"mode": fusion, "strength": 0.8, "unconditional": image * 2}
+    settings: dict[str, Any] = {"mode": fusion, "strength": 0.8, "unconditional": image * 2}
     block = pipeline.unet.down_blocks[int(layers.is_coarse)].attentions[0].transformer_blocks[0].attn2
     hidden = torch.randn(2, layers.queries, block.query_dim)
     accept_token_bias(pipeline.unet)
