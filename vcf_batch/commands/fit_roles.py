@@ -103,10 +103,10 @@ def fit_roles(model: str, pairs: str | None, count: int, out: str | None, tell: 
             tokens[attribute].append((own[0], own[1]))
     counts = {attribute: len(each) for attribute, each in tokens.items()}
     for role in FITTED:
-        if counts.get(role, 0) < LEAST or len(counts) < 2:
+        if counts.get(role, 0) < LEAST:
             raise UsageError(
-                f"there are {counts.get(role, 0)} pairs that differ in {role} alone, of {len(counts)} attributes: give "
-                f"{LEAST} or more of {' and of '.join(FITTED)}, and others to tell them from"
+                f"there are {counts.get(role, 0)} pairs that differ in {role} alone; give {LEAST} or more of each of "
+                f"{', '.join(FITTED)}"
             )
     found = {role: projections.fit(tokens, role) for role in FITTED}
     storage.publish_bytes(out, projections.to_bytes(found), create=True)

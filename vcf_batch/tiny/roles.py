@@ -24,12 +24,9 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 WANTED: Mapping[str, Sequence[str]] = {"style": ("style",), "palette": ("background",), "layout": ("position",)}
 """What a role takes from its reference."""
 
-BESIDE: Mapping[str, Sequence[str]] = {"layout": ("size",)}
-"""What a role may take besides. Everything else it should leave as it is with the prompt alone."""
-
 SHARE, POINTS, KEPT = 0.70, 0.10, 0.90
-"""Goals of a role: smallest share of pictures with what it takes; most points by which another attribute of the
-reference occurs more often than with the prompt alone; smallest part of the prompt that is kept."""
+"""Goals of a role: smallest share of pictures with what it takes; most points by which what another role takes occurs
+more often than with the prompt alone; smallest part of the prompt that is kept. Pattern and size belong to no role."""
 
 TEXT_ONLY, EVERYTHING, TOGETHER = "text only", "all", "three at once"
 TRIO = tuple(WANTED)
@@ -84,11 +81,13 @@ def measure(
 def misses(role: str, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The goals that a role misses, in words."""
     found, alone = rows[role], rows[TEXT_ONLY]
+    unwanted = [name for other, names in WANTED.items() if other != role for name in names]
     wrong = [f"{name} {found[name]:.0%} < {SHARE:.0%}" for name in WANTED[role] if found[name] < SHARE]
-    for name in READ:
-        if name in pairs.PROMPT and found[name] < KEPT * alone[name]:
+    for name in pairs.PROMPT:
+        if found[name] < KEPT * alone[name]:
             wrong.append(f"{name} {found[name]:.0%} < {KEPT * alone[name]:.0%}")
-        elif name not in (*pairs.PROMPT, *WANTED[role], *BESIDE.get(role, ())) and found[name] > alone[name] + POINTS:
+    for name in unwanted:
+        if found[name] > alone[name] + POINTS:
             wrong.append(f"{name} {found[name]:.0%} > {alone[name] + POINTS:.0%}")
     return wrong
 

@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from vcf_batch.config import ROLES
 from vcf_batch.errors import ModelError
 from vcf_batch.vcf.roles.role import ROLE_FILE
 
 RIDGE = 0.01
 """Variance that is added in every direction, as a share of the mean one, so that rare directions are left out."""
 
-REMOVED = 1.0
-"""Weight of what a projection removes, beside what it keeps."""
+REMOVED, RIVAL = 0.5, 3.0
+"""Weights of what a projection removes, beside what it keeps: of any other attribute, and of one that is another role.
+"""
 
 SMALLEST = 0.05
 """Smallest singular value of a projection that is stored; a kept direction has about 1."""
@@ -52,9 +54,8 @@ class Projection:
 def fit(pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]], kept: str) -> Projection:
     """The projection that keeps what differs in pairs of one attribute, and removes what differs in the others.
 
-    It minimises the squared error of both, summed over all tokens, with a ridge: the filter of Wiener for the
-    differences ``d``, ``A = C (C + w C' + r I)^-1`` with the covariances ``C`` of those that are kept and ``C'`` of the
-    others.
+    It minimises the squared error of both, summed over all tokens, with a ridge: Wiener's filter ``A = C (C + C' + r
+    I)^-1``, with the covariance ``C`` of the differences that are kept, and the weighted sum ``C'`` of the others'.
 
     Args:
         pairs: pairs of aligned tokens ``[1 + P, Dt]``, by the attribute that differs.
@@ -62,9 +63,11 @@ def fit(pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]], kept: str) -> Proj
     """
     covariances = {name: _covariance(each) for name, each in pairs.items()}
     own = covariances.pop(kept)
-    others = torch.stack([*covariances.values(), torch.zeros_like(own)]).sum(0)
+    others = torch.zeros_like(own)
+    for name, each in covariances.items():
+        others = others + (RIVAL if name in ROLES else REMOVED) * each
     ridge = RIDGE * (own + others).trace() * torch.eye(len(own), dtype=own.dtype) / len(own)
-    matrix = own @ torch.linalg.inv(own + REMOVED * others + ridge)
+    matrix = own @ torch.linalg.inv(own + others + ridge)
     left, values, right = torch.linalg.svd(matrix)
     rank = max(1, int((values > SMALLEST).sum()))
     mean = torch.stack([tokens for each in pairs.values() for pair in each for tokens in pair]).double().mean(0)

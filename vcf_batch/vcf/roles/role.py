@@ -45,8 +45,8 @@ ALL = Role()
 
 _ROLES = (
     ALL,
-    Role("style", coarse=4.0, fine=4.0, projected=True),
-    Role("palette", coarse=0.0, fine=4.0, projected=True),
+    Role("style", coarse=3.0, fine=3.0, projected=True),
+    Role("palette", coarse=0.0, fine=3.0, projected=True),
     Role("layout", fine=0.0, lo=0.8),
 )
 
