@@ -211,8 +211,8 @@ def test_published_lpips_needs_its_weights(lpips: str) -> None:
 
 
 def test_mapping_round_trip() -> None:
-    # No other scheduler takes an eta, and what is compiled no deep cache.
-    run = config(**OTHER | {"scheduler": "ddim", "compile": False})
+    # No other scheduler takes an eta, what is compiled no deep cache, and the fusion naive no role.
+    run = config(**OTHER | {"scheduler": "ddim", "compile": False, "role": "all"})
     assert RunConfig.from_mapping(run.to_dict()) == run
     assert run.replace(steps=9).steps == 9
     with pytest.raises(UsageError, match="steps is 0"):
