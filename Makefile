@@ -46,6 +46,9 @@ explore: install
 reference: install
 	$(BIN)/python docs/make_reference.py
 
+roles: install
+	$(BIN)/python docs/make_roles.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

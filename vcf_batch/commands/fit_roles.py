@@ -33,7 +33,7 @@ from vcf_batch.vcf.roles import projections
 from vcf_batch.vcf.roles.projections import Projection
 from vcf_batch.vcf.roles.role import BY_NAME, ROLE_FILE
 
-COLUMNS = ("first", "second", "attribute")
+PAIR_COLUMNS = ("first", "second", "attribute")
 """Columns of a table of pairs: two images, and what they differ in. ``style`` and ``palette`` are fitted; pairs of any
 other attribute say what both leave out."""
 
@@ -43,7 +43,7 @@ FITTED = tuple(name for name, role in BY_NAME.items() if role.projected)
 LEAST = 8
 """Fewest pairs of an attribute that a projection is fitted to."""
 
-AT_ONCE = 32
+ENCODED_AT_ONCE = 32
 PIECES = 4
 """Pieces along each edge that a picture is shuffled in."""
 BLUR = 1 / 40
@@ -71,7 +71,7 @@ def fit_roles(model: str, pairs: str | None, count: int, out: str | None, tell: 
 
     Args:
         model: a folder or URL with a model that has an aligner; or another name of a model, with ``out``.
-        pairs: Parquet file with the columns :data:`COLUMNS`, or folder of images, which are then recoloured, turned
+        pairs: Parquet file with the columns :data:`PAIR_COLUMNS`, or folder of images, which are then recoloured, turned
             grey, blurred and shuffled. None renders pairs from the world of a model of the tiny family.
         count: number of pairs of each attribute that are rendered, or of images that are used.
         out: the file to write; None is :data:`~vcf_batch.vcf.roles.projections.ROLE_FILE` beside the aligner.
@@ -176,15 +176,15 @@ def _of_table(url: str) -> Iterator[Pair]:
         table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
     except (pa.ArrowException, FileNotFoundError) as error:
         raise UsageError(f"{redact(url)} is no Parquet file of pairs: {error}") from error
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
+    if missing := [name for name in PAIR_COLUMNS if name not in table.column_names]:
         raise UsageError(
-            f"{redact(url)} has no column {missing[0]!r}; a table of pairs has {', '.join(COLUMNS)}: two images, as in "
+            f"{redact(url)} has no column {missing[0]!r}; a table of pairs has {', '.join(PAIR_COLUMNS)}: two images, as in "
             "a manifest, and what they differ in"
         )
     reader = ReferenceReader(storage.parent(url), (), MAX_PIXELS)
-    for number, row in enumerate(table.select(COLUMNS).to_pylist()):
+    for number, row in enumerate(table.select(PAIR_COLUMNS).to_pylist()):
         try:
-            both = [reader.read(parse_references(row[name], name)[0]) for name in COLUMNS[:2]]
+            both = [reader.read(parse_references(row[name], name)[0]) for name in PAIR_COLUMNS[:2]]
         except (RowError, IndexError) as error:
             raise UsageError(f"pair {number} of {redact(url)} cannot be used: {error}") from error
         if not isinstance(row["attribute"], str) or not row["attribute"]:
@@ -196,7 +196,7 @@ def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
     some: list[Pair] = []
     for pair in pairs:
         some.append(pair)
-        if len(some) == AT_ONCE:
+        if len(some) == ENCODED_AT_ONCE:
             yield some
             some = []
     if some:

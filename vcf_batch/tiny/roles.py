@@ -24,11 +24,11 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 WANTED: Mapping[str, Sequence[str]] = {"style": ("style",), "palette": ("background",), "layout": ("position",)}
 """What a role takes from its reference."""
 
-SHARE, POINTS, KEPT = 0.70, 0.10, 0.90
+SHARE, MOST_POINTS, KEPT = 0.70, 0.10, 0.90
 """Goals of a role: smallest share of pictures with what it takes; most points by which what another role takes occurs
 more often than with the prompt alone; smallest part of the prompt that is kept. Pattern and size belong to no role."""
 
-TEXT_ONLY, EVERYTHING, TOGETHER = "text only", "all", "three at once"
+WITHOUT, EVERYTHING, TOGETHER = "text only", "all", "three at once"
 TRIO = tuple(WANTED)
 READ = (*pairs.PROMPT, "style", "background", "position", "pattern", "size")
 
@@ -71,7 +71,7 @@ def measure(
         rows[what] = {name: right[name].float().mean().item() for name in READ}
 
     rows: dict[str, dict[str, float]] = {}
-    read(TEXT_ONLY, [[] for _ in drawn], (), wanted)
+    read(WITHOUT, [[] for _ in drawn], (), wanted)
     for role in ROLES:
         read(role, references, [role], wanted)
     read(TOGETHER, trios, TRIO, of_trios)
@@ -80,15 +80,15 @@ def measure(
 
 def misses(role: str, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The goals that a role misses, in words."""
-    found, alone = rows[role], rows[TEXT_ONLY]
+    found, alone = rows[role], rows[WITHOUT]
     unwanted = [name for other, names in WANTED.items() if other != role for name in names]
     wrong = [f"{name} {found[name]:.0%} < {SHARE:.0%}" for name in WANTED[role] if found[name] < SHARE]
     for name in pairs.PROMPT:
         if found[name] < KEPT * alone[name]:
             wrong.append(f"{name} {found[name]:.0%} < {KEPT * alone[name]:.0%}")
     for name in unwanted:
-        if found[name] > alone[name] + POINTS:
-            wrong.append(f"{name} {found[name]:.0%} > {alone[name] + POINTS:.0%}")
+        if found[name] > alone[name] + MOST_POINTS:
+            wrong.append(f"{name} {found[name]:.0%} > {alone[name] + MOST_POINTS:.0%}")
     return wrong
 
 
