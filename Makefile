@@ -8,7 +8,7 @@ TOOLS := build/tools/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos simulate explore reference check lint tools lock sbom clean
+.PHONY: install demo test test-all chaos simulate explore reference roles check lint tools lock sbom clean
 
 install: $(INSTALLED)
 

@@ -71,8 +71,8 @@ def fit_roles(model: str, pairs: str | None, count: int, out: str | None, tell: 
 
     Args:
         model: a folder or URL with a model that has an aligner; or another name of a model, with ``out``.
-        pairs: Parquet file with the columns :data:`PAIR_COLUMNS`, or folder of images, which are then recoloured, turned
-            grey, blurred and shuffled. None renders pairs from the world of a model of the tiny family.
+        pairs: Parquet file with the columns :data:`PAIR_COLUMNS`, or folder of images, which are then recoloured,
+            turned grey, blurred and shuffled. None renders pairs from the world of a model of the tiny family.
         count: number of pairs of each attribute that are rendered, or of images that are used.
         out: the file to write; None is :data:`~vcf_batch.vcf.roles.projections.ROLE_FILE` beside the aligner.
         tell: called with each line about files that are left out.
@@ -178,8 +178,8 @@ def _of_table(url: str) -> Iterator[Pair]:
         raise UsageError(f"{redact(url)} is no Parquet file of pairs: {error}") from error
     if missing := [name for name in PAIR_COLUMNS if name not in table.column_names]:
         raise UsageError(
-            f"{redact(url)} has no column {missing[0]!r}; a table of pairs has {', '.join(PAIR_COLUMNS)}: two images, as in "
-            "a manifest, and what they differ in"
+            f"{redact(url)} has no column {missing[0]!r}; a table of pairs has {', '.join(PAIR_COLUMNS)}: two images, as "
+            "in a manifest, and what they differ in"
         )
     reader = ReferenceReader(storage.parent(url), (), MAX_PIXELS)
     for number, row in enumerate(table.select(PAIR_COLUMNS).to_pylist()):
