@@ -178,8 +178,8 @@ def _of_table(url: str) -> Iterator[Pair]:
         raise UsageError(f"{redact(url)} is no Parquet file of pairs: {error}") from error
     if missing := [name for name in PAIR_COLUMNS if name not in table.column_names]:
         raise UsageError(
-            f"{redact(url)} has no column {missing[0]!r}; a table of pairs has {', '.join(PAIR_COLUMNS)}: two images, as "
-            "in a manifest, and what they differ in"
+            f"{redact(url)} has no column {missing[0]!r}; a table of pairs has {', '.join(PAIR_COLUMNS)}: two images, "
+            "as in a manifest, and what they differ in"
         )
     reader = ReferenceReader(storage.parent(url), (), MAX_PIXELS)
     for number, row in enumerate(table.select(PAIR_COLUMNS).to_pylist()):
