@@ -47,7 +47,7 @@ _ROLES = (
     ALL,
     Role("style", coarse=3.0, fine=3.0, projected=True),
     Role("palette", coarse=0.0, fine=3.0, projected=True),
-    Role("layout", fine=0.0, lo=0.8),
+    Role("layout", fine=0.0, lo=0.7),
 )
 
 BY_NAME: Mapping[str, Role] = {role.name: role for role in _ROLES}
