@@ -313,8 +313,8 @@ def _replaced(conditioning: Conditioning, tokens: Tensor | None, negative: Tenso
     positive = conditioning.positive.tokens
     if any(span != (0, 1) for span in conditioning.ranges) or conditioning.is_limited:
         raise UsageError(
-            "callback_on_step_end replaced tokens of a call with fusion_lo, fusion_hi, roles or masks, whose steps "
-            "have different tokens; leave these out, or the tokens as they are"
+            "callback_on_step_end replaced tokens of a call with fusion_lo or fusion_hi, or with roles or masks, "
+            "whose steps have different tokens; leave these out, or the tokens as they are"
         )
     if tokens is not None and len(tokens) == 2 * len(positive):
         negative, tokens = tokens.chunk(2)
