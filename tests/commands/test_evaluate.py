@@ -127,7 +127,7 @@ def test_roles_are_methods_of_a_model_that_has_projections(model: Path, tmp_path
     rows = {}
     for name, folder in (("plain", model), ("roled", roled)):
         places = evaluate.places(str(tmp_path / name))
-        config = RunConfig(**places, model=str(folder), gpus_per_worker=0)
+        config = RunConfig.from_mapping({**places, "model": str(folder), "gpus_per_worker": 0})
         evaluate.write_manifest(config, 2, 1, [0.5], 1, 1)
         rows[name] = pq.read_table(places["manifest"]).to_pylist()
     assert not any("reference_roles" in row for row in rows["plain"])

@@ -32,7 +32,7 @@ def check(folder: Path, model: Path, columns: dict[str, list[Any]], **settings: 
 
 def test_roles_are_those_of_the_run_and_of_its_rows(tmp_path: Path, model: Path) -> None:
     """In lists, too. A run without roles and masks has no limits."""
-    lists = {"reference": [["reference0.png"]] * 3, "reference_roles": [["style"], [None], None]}
+    lists: dict[str, list[Any]] = {"reference": [["reference0.png"]] * 3, "reference_roles": [["style"], [None], None]}
     config, manifest = opened(tmp_path, model, lists, role="layout")
     assert roles_of(config, manifest) == {"style", "layout"}
     config, manifest = opened(tmp_path, model, {"reference_roles": ["palette", "all", None]})
