@@ -8,7 +8,7 @@ TOOLS := build/tools/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos simulate explore reference check lint tools lock sbom clean
+.PHONY: install demo test test-all chaos simulate explore reference roles check lint tools lock sbom clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,9 @@ explore: install
 
 reference: install
 	$(BIN)/python docs/make_reference.py
+
+roles: install
+	$(BIN)/python docs/make_roles.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from vcf_batch.config import (
     NOT_CONTENT,
     RunConfig,
     Sampling,
+    field_of,
     fingerprint,
     fingerprint_fields,
     load_yaml,
@@ -38,6 +39,7 @@ OTHER: dict[str, Any] = {
     "cpus_per_worker": 2,
     "mark": False, "log_format": "json", "allow_smaller_batches": True, "profile": True, "stall_timeout": 60.0,
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
+    "role": "layout",
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True, "texture": True,
@@ -209,8 +211,8 @@ def test_published_lpips_needs_its_weights(lpips: str) -> None:
 
 
 def test_mapping_round_trip() -> None:
-    # No other scheduler takes an eta, and what is compiled no deep cache.
-    run = config(**OTHER | {"scheduler": "ddim", "compile": False})
+    # No other scheduler takes an eta, what is compiled no deep cache, and the fusion naive no role.
+    run = config(**OTHER | {"scheduler": "ddim", "compile": False, "role": "all"})
     assert RunConfig.from_mapping(run.to_dict()) == run
     assert run.replace(steps=9).steps == 9
     with pytest.raises(UsageError, match="steps is 0"):
@@ -242,3 +244,26 @@ def test_yaml_with_either_spelling_of_a_name() -> None:
     values = load_yaml("manifest: m.parquet\noutput: out\nguidance-scale: 5\nimage_format: webp\n", "run.yaml")
     assert RunConfig.from_mapping(values) == config(guidance_scale=5.0, image_format="webp")
     assert load_yaml("", "run.yaml") == {}
+
+
+def test_a_run_without_roles_has_the_fingerprint_of_before() -> None:
+    """The setting came later, and stays out of the fingerprint while references decide on everything."""
+    assert "role" not in fingerprint_fields(config(), **IDENTITIES)
+    assert fingerprint_fields(config(role="layout"), **IDENTITIES)["role"] == "layout"
+    assert field_of({}, "role") == "all"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"role": "shape"}, "role is 'shape'; it must be one of all, style, palette, layout"),
+        ({"role": "style", "fusion": "naive"}, "the fusion naive cannot limit references: use --fusion concat or"),
+        (
+            {"role": "palette", "fusion": "ip_adapter", "ip_adapter": "w"},
+            "with the fusion ip_adapter it must be all, style, layout",
+        ),
+    ],
+)
+def test_a_role_that_cannot_be_had_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        config(**settings)

@@ -22,6 +22,13 @@ ALIGNED_FUSIONS = ("naive", "concat", "cross_attention")
 IP_ADAPTER = "ip_adapter"
 """The fusion by the published weights of an IP-Adapter, which needs no aligner."""
 FUSIONS = (*ALIGNED_FUSIONS, IP_ADAPTER)
+ROLES = ("all", "style", "palette", "layout")
+"""What a reference may decide on: :mod:`vcf_batch.vcf.roles.role`. ``all`` is no limit."""
+ROLED_FUSIONS = ("concat", IP_ADAPTER)
+"""Fusions that keep the tokens of references apart, so that roles and masks can limit them."""
+ADAPTED_ROLES = ("all", "style", "layout")
+"""Roles of the fusion ``ip_adapter``. Its tokens have no projections, and without one nothing tells ``palette`` from
+``style``."""
 UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
@@ -133,6 +140,8 @@ class RunConfig:
     """Start of the part of the schedule that uses references, as a fraction; 1 is pure noise. It ends at
     ``fusion_hi``."""
     fusion_hi: float = 1.0
+    role: str = "all"
+    """What references decide on, in rows without roles of their own: one of :data:`ROLES`."""
     ip_adapter: str | None = None
     """Weights of an IP-Adapter, for the fusion ``ip_adapter``: :func:`vcf_batch.models.adapters.resolve_adapter`."""
     image_encoder: str | None = None
@@ -275,6 +284,14 @@ class RunConfig:
                 f"image_encoder is {_SHORT.repr(self.image_encoder)}, which is for an IP-Adapter: name its weights "
                 "with --ip-adapter, or leave it out"
             )
+        _choice("role", self.role, ROLES)
+        if self.role != "all" and self.fusion not in ROLED_FUSIONS:
+            raise UsageError(
+                f"role is {self.role}, and the fusion {self.fusion} cannot limit references: use --fusion "
+                f"{' or '.join(ROLED_FUSIONS)}, or leave the role out"
+            )
+        if self.fusion == IP_ADAPTER and self.role not in ADAPTED_ROLES:
+            raise UsageError(f"role is {self.role}; with the fusion ip_adapter it must be {', '.join(ADAPTED_ROLES)}")
         _choice("unconditional", self.unconditional, UNCONDITIONALS)
         if self.image_tokens is not None:
             _choice("image_tokens", self.image_tokens, IMAGE_TOKENS)
@@ -469,7 +486,7 @@ EVALUATED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 DECIDED_BY_EVALUATION = frozenset(
     {
         *("manifest", "output", *COLUMN_SETTINGS.values(), "carry"),
-        *("fusion", "strength", "pno_steps", "seed", "limit"),
+        *("fusion", "strength", "role", "pno_steps", "seed", "limit"),
         *("triplets", "safety_checker", "attempts", "best_by", *GATES),
     }
 )
@@ -502,7 +519,7 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {"texture": False}
+ADDED_SETTINGS: dict[str, Any] = {"texture": False, "role": "all"}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.

@@ -1,6 +1,6 @@
 """The table of an output's columns. Schema, JSON, settings, dataset card and reference page are made from it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +9,8 @@ import pyarrow as pa
 from vcf_batch.records import SCORES, TEXTURE
 
 Origin = Literal["manifest", "setting", "result"]
+Extra = Literal["limits", "texture"]
+"""What not every run has: roles or masks that may limit references, and the score of texture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class Column:
     """What decides the value: the ``manifest`` alone, a ``setting`` of the row, or the ``result`` of generating it."""
     meaning: str
     """One or two sentences for people, in Markdown."""
+    extra: Extra | None = None
+    """What a run must have, so that its outputs have this column; None for a column of every run."""
 
 
 _TEXT, _NUMBER, _COUNT = pa.string(), pa.float64(), pa.int32()
@@ -43,6 +47,21 @@ _TABLE = (
         pa.list_(_NUMBER),
         "setting",
         "The share of each reference, summing to 1. Null where there are fewer than two references.",
+    ),
+    Column(
+        "reference_roles",
+        pa.list_(_TEXT),
+        "setting",
+        "What each reference decided on: `all`, `style`, `palette` or `layout`. Null where all had `all`. Only outputs "
+        "with roles or masks have this column and the next one.",
+        extra="limits",
+    ),
+    Column(
+        "reference_masks",
+        pa.list_(_TEXT),
+        "manifest",
+        "The image that says where in the picture each reference could act, or null for everywhere.",
+        extra="limits",
     ),
     Column("negative_reference", _TEXT, "manifest", "An image that the result was not to resemble."),
     Column("seed", pa.int64(), "setting", "The seed of the noise that the image was made from."),
@@ -148,6 +167,7 @@ _TABLE = (
         "result",
         "How alike image and reference are drawn, whatever their colours: about -1 to 1. Higher is better. Only runs "
         "with `--texture` have this column.",
+        extra="texture",
     ),
     Column(
         "nsfw", pa.bool_(), "result", "Whether the safety checker flagged the image. Null without a safety checker."
@@ -161,8 +181,18 @@ _TABLE = (
 )
 
 COLUMNS: Mapping[str, Column] = {column.name: column for column in _TABLE}
-"""The columns of a shard's parquet by name, in order. The manifest's carried columns follow and may not reuse these
-names. All runs have all of them but :data:`vcf_batch.records.TEXTURE`, which is asked for."""
+"""All columns that a shard's parquet may have by name, in order. The manifest's carried columns follow. They may not
+reuse these names."""
+
+
+def columns_of(extras: Collection[Extra | None] = ()) -> dict[str, Column]:
+    """The columns that the parquet of a run has, in order.
+
+    Args:
+        extras: what the run has that others do not have: :func:`vcf_batch.setup.job.extras_of`.
+    """
+    return {name: column for name, column in COLUMNS.items() if column.extra is None or column.extra in extras}
+
 
 SETTINGS = tuple(column.name for column in _TABLE if column.origin == "setting")
 """The names of the columns that say what a row was generated with."""

@@ -20,6 +20,7 @@ OVERRIDES = (
     "fusion_lo",
     "fusion_hi",
     "reference_weights",
+    "reference_roles",
     "pno_steps",
 )
 """Manifest columns that replace the run's setting for one row."""
@@ -62,11 +63,18 @@ class Row:
     """Columns of the manifest that the outputs repeat."""
     error: str | None = None
     """Reason why the row cannot be generated, if the manifest alone tells; else None."""
+    masks: tuple[Reference | None, ...] = ()
+    """Where each reference may act in the picture; empty for no masks."""
+
+    @property
+    def encoded(self) -> tuple[Reference, ...]:
+        """The images that an encoder sees: the row's references, then its negative one."""
+        return self.references if self.negative_reference is None else (*self.references, self.negative_reference)
 
     @property
     def images(self) -> tuple[Reference, ...]:
-        """Every image that the row names: its references, then its negative one."""
-        return self.references if self.negative_reference is None else (*self.references, self.negative_reference)
+        """Every image that the row names: those that an encoder sees, then its masks."""
+        return (*self.encoded, *(mask for mask in self.masks if mask is not None))
 
 
 @dataclass(frozen=True, slots=True, order=True)

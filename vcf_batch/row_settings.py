@@ -1,9 +1,10 @@
 """The settings of a row: the run's settings, with the row's own in their place."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from vcf_batch.config import IP_ADAPTER, RunConfig, reference_shares
+from vcf_batch.config import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
 from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Row
 
@@ -23,6 +24,7 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
     return {
         "seed": row.seed,
         "reference_weights": list(shares) if len(shares) > 1 else None,
+        "reference_roles": _roles(own.get("reference_roles"), row, config),
         "negative_prompt": own.get("negative_prompt", config.negative_prompt),
         "fusion": fusion,
         "strength": float(own.get("strength", config.strength_of(fusion))),
@@ -34,6 +36,12 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         **{name: value for name, value in vars(sampling).items() if name in SETTINGS},
         "pno_steps": pno_steps,
     }
+
+
+def _roles(own: Sequence[str | None] | None, row: Row, config: RunConfig) -> list[str] | None:
+    """The role of each reference; None if none has a limit."""
+    roles = [role or config.role for role in own or [None] * len(row.references)]
+    return roles if any(role != "all" for role in roles) else None
 
 
 def _unconditional(row: Row, config: RunConfig) -> str:
@@ -50,4 +58,14 @@ def checked(row: Row, config: RunConfig) -> Row:
             f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; set both in the "
             "row, the lower one first"
         )
-    return dataclasses.replace(row, error=error) if error else row
+    limits = used["reference_roles"] and "reference_roles", any(row.masks) and "reference_masks"
+    for name in filter(None, limits):
+        if used["fusion"] not in ROLED_FUSIONS:
+            error = (
+                f"{name} is set, and the fusion {used['fusion']} cannot limit references; use "
+                f"{' or '.join(ROLED_FUSIONS)} in the row, or leave {name} out"
+            )
+    for role in used["reference_roles"] or ():
+        if used["fusion"] == IP_ADAPTER and role not in ADAPTED_ROLES:
+            error = f"a role is {role}; with the fusion ip_adapter it must be one of {', '.join(ADAPTED_ROLES)}"
+    return dataclasses.replace(row, error=error) if error and not row.error else row

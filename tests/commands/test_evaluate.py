@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from diffusers import UNet2DConditionModel
 
@@ -17,10 +18,11 @@ from support import hub_server, ip_adapters, runs, sd_layouts
 from vcf_batch import pool
 from vcf_batch.cli import main
 from vcf_batch.commands import evaluate
-from vcf_batch.config import RunConfig
+from vcf_batch.config import ROLES, RunConfig
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.models.names import ADAPTERS_ID, PRESETS
 from vcf_batch.tiny.probe import HEADS, Probe
+from vcf_batch.vcf.roles import projections
 
 PAIRS, SEEDS = 3, 2
 METHODS = [("text only", 0.0), ("naive", 0.3), ("cross-attention", 0.3), ("concat", 0.5), ("concat", 1.0)]
@@ -114,6 +116,25 @@ def test_other_questions_do_not_mix_with_an_evaluation(model: Path, out: Path) -
     result = run(model, out, "--strength", 0.7)
     assert (result.exit_code, "belongs to an evaluation of other prompts" in result.output) == (4, True)
     assert (out / "manifest.parquet").read_bytes() == before
+
+
+def test_roles_are_methods_of_a_model_that_has_projections(model: Path, tmp_path: Path) -> None:
+    """At the strength of concat. A model without them has the manifest of before."""
+    roled = shutil.copytree(model, tmp_path / "model")
+    pairs = {name: [(torch.randn(5, 32), torch.randn(5, 32)) for _ in range(9)] for name in ("style", "palette")}
+    fitted = {name: projections.fit(pairs, name) for name in pairs}
+    (roled / "aligner" / "roles.safetensors").write_bytes(projections.to_bytes(fitted))
+    rows = {}
+    for name, folder in (("plain", model), ("roled", roled)):
+        places = evaluate.places(str(tmp_path / name))
+        config = RunConfig.from_mapping({**places, "model": str(folder), "gpus_per_worker": 0})
+        evaluate.write_manifest(config, 2, 1, [0.5], 1, 1)
+        rows[name] = pq.read_table(places["manifest"]).to_pylist()
+    assert not any("reference_roles" in row for row in rows["plain"])
+    added = [row for row in rows["roled"] if row.pop("reference_roles")]
+    assert [row["method"] for row in added] == [f"concat, role {role}" for role in ROLES[1:]] * 2
+    assert {row["strength"] for row in added} == {1.0}
+    assert [row for row in rows["roled"] if row not in added] == rows["plain"]
 
 
 def test_an_ip_adapter_is_a_method_with_and_without_an_aligner(model: Path, tmp_path: Path) -> None:

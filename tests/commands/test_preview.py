@@ -38,6 +38,7 @@ def test_sweeps_are_multiplied() -> None:
         {"strength": 0.5, "fusion": "concat"},
     ]
     assert variants(parsed([]), CONFIG) == [{}]
+    assert variants(parsed(["role=all,layout"]), CONFIG) == [{"role": "all"}, {"role": "layout"}]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,7 @@ def test_sweeps_are_multiplied() -> None:
         ("strength=much", "could not convert"),
         ("strength=-1", "strength is -1"),
         ("fusion=glue", "fusion is 'glue'"),
+        ("role=shape", "role is 'shape'"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(sweep: str, reason: str) -> None:
@@ -94,6 +96,11 @@ def test_what_comes_out_alike_is_generated_once(tmp_path: Path, model: Path, mon
     images = [sample.image for sample in samples]
     assert images[0] == images[1] == images[2]
     assert len(set(images)) == 3
+    roles = [preview._changed(row, column) for column in variants(parsed(["role=all,layout"]), CONFIG)]
+    assert [sample.settings["reference_roles"] for sample in preview._generated(loaded.components, roles)] == [
+        None,
+        ["layout"],
+    ]
 
 
 def test_python_gets_the_picture_of_the_command_and_its_process_back(tmp_path: Path, model: Path) -> None:

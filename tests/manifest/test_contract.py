@@ -257,6 +257,43 @@ def test_bad_weights_fail_their_row_alone(weights: list[float | None], message: 
     assert [dict(each.overrides) for each in parsed] == [{"reference_weights": (3.0, 1.0)}, {}, {}]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reference_roles": ["shape", None]}, "a role in reference_roles is 'shape'; it must be one of all, style"),
+        ({"reference_roles": ["style"]}, "reference_roles has 1 values for 2 references; give each one role, or null"),
+        ({"reference_masks": ["a.png"]}, "reference_masks has 1 values for 2 references; give each one mask, or null"),
+        ({"reference_masks": ["", None]}, "reference_masks is an empty text; use null for none"),
+    ],
+)
+def test_bad_limits_fail_their_row_alone(values: dict[str, Any], message: str) -> None:
+    columns = {name: [None, value, None] for name, value in values.items()}
+    parsed = rows(prompt=["a cat"] * 3, reference=[["a.png", "b.png"]] * 3, **columns)
+    assert parsed[1].error is not None and parsed[1].error.startswith(message)
+    assert (parsed[0].error, parsed[2].error) == (None, None)
+
+
+def test_roles_and_masks_belong_to_their_references() -> None:
+    """One value each, or null; one text for one reference. Masks count as images of the row, after its others."""
+    parsed = row(
+        reference=["a.png", "b.png"],
+        negative_reference="c.png",
+        reference_roles=["style", None],
+        reference_masks=[None, "m.png"],
+    )
+    assert parsed.error is None and parsed.overrides == {"reference_roles": ("style", None)}
+    assert parsed.masks == (None, Reference("m.png"))
+    assert parsed.encoded == (Reference("a.png"), Reference("b.png"), Reference("c.png"))
+    assert parsed.images == (*parsed.encoded, Reference("m.png"))
+    single = row(reference="a.png", reference_roles="layout", reference_masks={"bytes": b"x", "path": None})
+    assert (single.overrides, single.masks) == ({"reference_roles": ("layout",)}, (Reference(data=b"x"),))
+    without = row(reference=["a.png"] * 2, reference_roles=[None, None], reference_masks=[None])
+    assert (without.error, without.masks) == (None, ())
+    for name in ("reference_roles", "reference_masks"):
+        with pytest.raises(ManifestError, match=f"column '{name}' is int64; it must be string"):
+            check(**{name: pa.int64()})
+
+
 def test_a_negative_reference_is_an_image_of_the_row() -> None:
     parsed = row(reference="a.png", negative_reference="b.png", fusion_lo=0.25)
     assert parsed.images == (Reference("a.png"), Reference("b.png"))

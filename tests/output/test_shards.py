@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, printable, redact_name
 from vcf_batch.output import row_json, sample_records, shards
-from vcf_batch.output_columns import COLUMNS
-from vcf_batch.records import TEXTURE, Draw, Reference, Row, Sample, Scores, Shard, Status
+from vcf_batch.output_columns import COLUMNS, Extra, columns_of
+from vcf_batch.records import Draw, Reference, Row, Sample, Scores, Shard, Status
 
 NO_COLUMNS = pa.schema([])
 SHARD = Shard(0, 0, 2, "00000")
@@ -213,7 +213,7 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
             for one in in_tar
         ]
 
-    assert table.schema.names == [*(name for name in COLUMNS if name != TEXTURE), *carried.names]
+    assert table.schema.names == [*columns_of(), *carried.names]
     for name in carried.names:
         kind = carried.field(name).type
         assert table.schema.field(name).type == kind
@@ -333,8 +333,8 @@ def test_a_carried_column_may_not_take_an_output_columns_name() -> None:
 
 def test_columns_and_types() -> None:
     found = sample_records.schema(pa.schema([("extra", pa.int8())]), reference_is_list=True)
-    assert tuple(found.names) == (*(name for name in COLUMNS if name != TEXTURE), "extra")
-    asked = sample_records.schema(pa.schema([("extra", pa.int8())]), False, texture=True)
+    assert tuple(found.names) == (*columns_of(), "extra")
+    asked = sample_records.schema(pa.schema([("extra", pa.int8())]), False, get_args(Extra))
     assert tuple(asked.names) == (*COLUMNS, "extra")
     assert found.field("reference").type == pa.list_(pa.string())
     assert sample_records.schema(NO_COLUMNS, False).field("reference").type == pa.string()

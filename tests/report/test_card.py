@@ -13,8 +13,7 @@ from vcf_batch.cli import main
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import receipts
 from vcf_batch.output.output import Output
-from vcf_batch.output_columns import COLUMNS
-from vcf_batch.records import TEXTURE
+from vcf_batch.output_columns import columns_of
 from vcf_batch.report import card
 
 
@@ -42,7 +41,7 @@ def test_hugging_face_reads_the_header(text: str, output: Path) -> None:
 
 def test_every_column_is_told(text: str) -> None:
     shown = re.findall(r"^\| `(.*?)` \| `.*?` \| (.*?) \|$", text, re.MULTILINE)
-    told = [(column.name, column.meaning) for column in COLUMNS.values() if column.name != TEXTURE]
+    told = [(column.name, column.meaning) for column in columns_of().values()]
     assert shown[: len(told)] == told
     assert "| `label` | `string` | from the manifest |" in text
     assert "| `a b <i>` | `int64` | from the manifest |" in text

@@ -220,6 +220,47 @@ def test_rows_control_what_transfers(loaded: Worker, tmp_path: Path) -> None:
     assert sample["json"]["reference_weights"] == [0.5, 0.5]
 
 
+def test_rows_limit_their_references_by_roles_and_masks(loaded: Worker, tmp_path: Path) -> None:
+    """Roles and masks of a row are obeyed and recorded, and concern that row alone; a bad one fails its row.
+
+    Rows 0 and 1 would be the same image, had the second one no role; row 2 has the role of no limit.
+    """
+    (tmp_path / "in").mkdir()
+    for name, brightness in (("white", 255), ("black", 0)):
+        Image.new("L", (5, 3), brightness).save(tmp_path / "in" / f"{name}.png")
+    one, pair = ["reference0.png"], ["reference0.png", "reference1.png"]
+    columns: dict[str, list[Any]] = {
+        "prompt": ["same"] * 10,
+        "seed": [5] * 10,
+        "reference": [one, one, one, one, one, pair, one, one, pair, one],
+        "reference_roles": [None, ["layout"], ["all"], None, None, ["all", "layout"], ["shape"], None, ["all"], None],
+        "reference_masks": [*[None] * 3, ["white.png"], ["black.png"], None, None, ["../black.png"], None, ["no.png"]],
+        "strength": [*[None] * 9, 0.5],
+    }
+    manifest = runs.write_manifest(tmp_path / "in", 10, columns)
+    commit(another(loaded, manifest, tmp_path / "out", steps=8, mark=False))
+    rows = runs.rows_of(tmp_path / "out")
+    errors = [row["error_message"] for row in rows]
+    assert errors[:6] == [None] * 6
+    assert errors[6] == "a role in reference_roles is 'shape'; it must be one of all, style, palette, layout"
+    assert errors[7].startswith("reference_masks: reference '../black.png' lies outside the places")
+    assert errors[8] == "reference_roles has 1 values for 2 references; give each one role, or null"
+    assert errors[9] == "reference_masks: reference 'no.png' does not exist"
+    assert [row["reference_roles"] for row in rows[:6]] == [None, ["layout"], None, None, None, ["all", "layout"]]
+    assert [row["reference_masks"] for row in rows[2:5]] == [None, ["white.png"], ["black.png"]]
+    hashes = [row["sha256"] for row in rows]
+    assert hashes[0] == hashes[2] and len({*hashes[:6]}) >= 4
+    sample = next(shards.read_samples(str(tmp_path / "out" / "00000.tar")))
+    assert not {"reference_roles", "reference_masks"} & sample["json"].keys()
+
+
+def test_a_run_without_limits_has_the_columns_of_before(loaded: Worker, tmp_path: Path) -> None:
+    """Whoever names no role gets the columns, and so the bytes, of a version without roles."""
+    manifest = runs.write_manifest(tmp_path / "in", 2)
+    commit(another(loaded, manifest, tmp_path / "out"))
+    assert not {"reference_roles", "reference_masks"} & runs.rows_of(tmp_path / "out")[0].keys()
+
+
 def test_rows_are_optimised_as_they_ask(loaded: Worker, model: Path, tmp_path: Path) -> None:
     """PNO concerns the rows that ask for it and have a reference; the others' bytes stay."""
     columns: dict[str, list[Any]] = {"seed": [5] * 6, "pno_steps": [None, 0, 2, 2, 2, 1]}

@@ -75,6 +75,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option("fusion-hi", float, "Upper end of the part of the schedule that uses references.  [default: 1]")
 @_option(
+    "role",
+    click.Choice(settings.ROLES),
+    "What references decide on, in rows without roles of their own: everything, the style, the palette or the layout "
+    "alone. The column reference_roles has one for each reference.  [default: all]",
+)
+@_option(
     "unconditional",
     click.Choice(settings.UNCONDITIONALS),
     "What guidance leads away from besides the negative prompt, in rows without a negative reference: zeros, as in the "

@@ -27,6 +27,7 @@ from vcf_batch.config import (
     IP_ADAPTER,
     MAX_PIXELS,
     REFERENCE_PARTS,
+    ROLES,
     RunConfig,
     default_strengths,
     with_settings_of,
@@ -42,7 +43,7 @@ from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import Shard
 from vcf_batch.report import comparison
 from vcf_batch.report.comparison import RELATIVE, TABLE_SCORES, Line
-from vcf_batch.setup import default_model, run_models
+from vcf_batch.setup import default_model, model_check, run_models
 from vcf_batch.setup.absolute_paths import absolute
 from vcf_batch.setup.run_models import OWN_PROBE
 
@@ -50,8 +51,8 @@ TEXT_ONLY, PNO, SAME = "text only", "concat + PNO", "concat, those of PNO"
 """Three special methods: the baseline; PNO, run on the first samples only because it is slow; and ``concat`` on those
 same samples."""
 
-Method = tuple[str, str, float, int | None]
-"""Name, fusion, strength, and steps of prompt-noise optimisation."""
+Method = tuple[str, str, float, int | None, str | None]
+"""Name, fusion, strength, steps of prompt-noise optimisation, and role."""
 
 Case = tuple[str, str, int]
 """Prompt, reference and seed. All methods sample the same cases."""
@@ -92,7 +93,7 @@ def evaluate(
     pno_samples: int = 16,
     **settings: Any,
 ) -> Evaluation:
-    """Compare text only with each fusion of a model, on the same prompts, references and noise.
+    """Compare text only with each fusion of a model, and with its roles, on the same prompts, references and noise.
 
     The samples are an ordinary run in the folder ``samples`` of ``out``; the same call again resumes it. It is
     ``vcf-batch model evaluate``.
@@ -262,23 +263,28 @@ def write_manifest(
         config = config if has_aligner else config.replace(fusion=IP_ADAPTER)
 
     def swept(name: str, fusion: str) -> list[Method]:
-        return [(name, fusion, strength, None) for strength in sorted({*sweep, own[fusion]} - {0.0})]
+        return [(name, fusion, strength, None, None) for strength in sorted({*sweep, own[fusion]} - {0.0})]
 
-    methods: list[Method] = [(TEXT_ONLY, config.fusion if not has_aligner else "concat", 0.0, None)]
+    methods: list[Method] = [(TEXT_ONLY, config.fusion if not has_aligner else "concat", 0.0, None, None)]
     if has_aligner:
         methods += [
-            ("naive", "naive", own["naive"], None),
-            ("cross-attention", "cross_attention", own["cross_attention"], None),
+            ("naive", "naive", own["naive"], None, None),
+            ("cross-attention", "cross_attention", own["cross_attention"], None, None),
             *swept("concat", "concat"),
-            (PNO, "concat", own["concat"], pno_steps),
+            *(
+                (f"concat, role {role}", "concat", own["concat"], None, role)
+                for role in (ROLES[1:] if model_check.stored_roles(resolved.pipeline) else ())
+            ),
+            (PNO, "concat", own["concat"], pno_steps, None),
         ]
     if resolved.ip_adapter is not None:
         methods += swept("IP-Adapter", IP_ADAPTER)
     cases = [(number * seeds + seed, pair) for number, pair in enumerate(pairs) for seed in range(seeds)]
     rows = [
         {**pair, "seed": seed, "method": name, "fusion": fusion, "strength": strength, "pno_steps": steps}
+        | ({"reference_roles": role} if any(each[-1] for each in methods) else {})
         for seed, pair in cases
-        for name, fusion, strength, steps in methods
+        for name, fusion, strength, steps, role in methods
         if name != PNO or seed < pno_samples
     ]
     if not has_aligner:

@@ -140,7 +140,7 @@ def _written(table: pa.Table, config: RunConfig) -> RunConfig:
         found_relative = True
         return os.path.join(folder, value)
 
-    for name in (config.reference_column or "reference", "negative_reference"):
+    for name in (config.reference_column or "reference", "reference_masks", "negative_reference"):
         if name in table.column_names:
             place, column = table.column_names.index(name), table[name]
             values = pa.array([absolute(value) for value in column.to_pylist()], column.type)

@@ -31,6 +31,7 @@ SWEPT = {
     "fusion": str,
     "fusion_lo": float,
     "fusion_hi": float,
+    "role": str,
     "guidance_scale": float,
     "pno_steps": int,
     "seed": int,
@@ -60,8 +61,8 @@ def preview(
         manifest: as :func:`vcf_batch.run` takes it.
         rows: largest number of rows to draw.
         sweep: values by setting, such as ``{"strength": [0, 0.5, 1]}``. The settings are ``strength``, ``fusion``,
-            ``fusion_lo``, ``fusion_hi``, ``guidance_scale``, ``pno_steps`` and ``seed``. Without any, one column has
-            the settings of the run.
+            ``fusion_lo``, ``fusion_hi``, ``role``, ``guidance_scale``, ``pno_steps`` and ``seed``. Without any, one
+            column has the settings of the run.
         settings: fields of :class:`RunConfig`, such as ``model``.
 
     Raises:
@@ -166,7 +167,9 @@ def draw(config: RunConfig, rows: int, sweep: Mapping[str, Sequence[Any]]) -> Im
 
 
 def _changed(row: Row, variant: Variant) -> Row:
-    overrides = {name: value for name, value in variant.items() if name != "seed"}
+    overrides = {name: value for name, value in variant.items() if name not in ("seed", "role")}
+    if "role" in variant:
+        overrides["reference_roles"] = (variant["role"],) * len(row.references)
     return dataclasses.replace(row, seed=variant.get("seed", row.seed), overrides={**row.overrides, **overrides})
 
 
@@ -194,7 +197,9 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
 
 
 def _label(variant: Variant) -> list[str]:
-    return [str(value) if name == "fusion" else f"{name} {value:g}" for name, value in variant.items()] or ["as asked"]
+    return [str(value) if name in ("fusion", "role") else f"{name} {value:g}" for name, value in variant.items()] or [
+        "as asked"
+    ]
 
 
 def _cell(sample: Sample) -> Cell:

@@ -11,6 +11,7 @@ from vcf_batch.output.output import Output
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
+from vcf_batch.setup.job import extras_of
 
 
 class Repair:
@@ -28,7 +29,8 @@ class Repair:
     def __init__(self, output: Output, where: str) -> None:
         manifest = output.need_manifest()
         self._output = output
-        schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, output.config.texture)
+        extras = extras_of(output.config, manifest)
+        schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, extras)
         self._condition = Condition(where, schema)
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -21,9 +21,10 @@ from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import json_text, json_value, json_values
 from vcf_batch.output.sums import ShardSums
-from vcf_batch.output_columns import COLUMNS
+from vcf_batch.output_columns import COLUMNS, Extra
 from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Row, Shard
 from vcf_batch.row_settings import checked, settings_of
+from vcf_batch.setup.job import extras_of
 
 
 def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Array:
@@ -125,7 +126,7 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
         with shards.open_parquet(url) as parquet:
             if parquet.metadata.num_rows != len(shard):
                 raise DamageFound(f"{name} has {parquet.metadata.num_rows} rows; {_rows(shard)} has {len(shard)}")
-            _check_columns(output.config.texture, manifest, name, parquet.schema_arrow)
+            _check_columns(output.config, manifest, name, parquet.schema_arrow)
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
                 for at in range(batch.num_rows):
                     record = json_values(batch.slice(at, 1))
@@ -138,12 +139,14 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
         raise DamageFound(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _check_columns(texture: bool, manifest: Manifest | None, name: str, found: pa.Schema) -> None:
+def _check_columns(config: RunConfig, manifest: Manifest | None, name: str, found: pa.Schema) -> None:
     carried = pa.schema([field for field in found if field.name not in COLUMNS])
     is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
+    extras: Collection[Extra | None] = {COLUMNS[name].extra for name in found.names if name in COLUMNS}
     if manifest:
         carried, is_list = manifest.carried_schema, manifest.reference_is_list
-    if not found.equals(expected := sample_records.schema(carried, is_list, texture)):
+        extras = extras_of(config, manifest)
+    if not found.equals(expected := sample_records.schema(carried, is_list, extras)):
         # Not compared as text: what a list calls its items is another name once it has been in a file.
         different = [
             str(field)
@@ -164,7 +167,8 @@ def _check_row(config: RunConfig, manifest: Manifest, row: Row, record: Mapping[
     if [each["seed"] for each in attempts] != [sharding.draw_seed(row.seed, number) for number in range(len(attempts))]:
         raise DamageFound(f"row {row.number}: attempts have other seeds than those that follow from {row.seed}")
     said["seed"] = record["seed"] if record["seed"] in [each["seed"] for each in attempts] else row.seed
-    for column, value in said.items():
+    for column in [name for name in said if name in schema.names]:
+        value = said[column]
         if record[column] != (value := json_value(pa.scalar(value, schema.field(column).type))):
             raise DamageFound(f"row {row.number}: {column} is {record[column]!r}, the run has {value!r} there")
 

@@ -9,8 +9,11 @@ from vcf_batch.config import COLUMN_SETTINGS
 from vcf_batch.errors import redact
 from vcf_batch.records import OVERRIDES
 
-MANIFEST_COLUMNS = ("prompt", "reference", "negative_reference", "sample_id", "seed", *OVERRIDES)
+MANIFEST_COLUMNS = ("prompt", "reference", "reference_masks", "negative_reference", "sample_id", "seed", *OVERRIDES)
 """Columns with a meaning for the run; every other column is carried through to the outputs."""
+
+LIMITS = ("reference_roles", "reference_masks")
+"""Columns that limit where references act."""
 
 HASH_COLUMNS = {"reference_sha256": "reference", "negative_reference_sha256": "negative_reference"}
 """Columns with the hashes of the images in another column. They are carried through, too."""

@@ -14,7 +14,15 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from vcf_batch import output_columns, sharding
-from vcf_batch.config import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEED, MAX_STRENGTH, reference_shares
+from vcf_batch.config import (
+    FUSIONS,
+    MAX_GUIDANCE_SCALE,
+    MAX_PNO_STEPS,
+    MAX_SEED,
+    MAX_STRENGTH,
+    ROLES,
+    reference_shares,
+)
 from vcf_batch.errors import ManifestError, RowError, UsageError
 from vcf_batch.manifest import carried as carrying
 from vcf_batch.manifest import columns as naming
@@ -110,8 +118,11 @@ def has_reference_lists(schema: pa.Schema) -> bool:
 
 
 def has_embedded_references(schema: pa.Schema) -> bool:
-    """Whether rows of a checked schema may have references as bytes."""
-    return "reference" in schema.names and carrying.holds_bytes(schema.field("reference").type)
+    """Whether rows of a checked schema may have references or their masks as bytes."""
+    return any(
+        name in schema.names and carrying.holds_bytes(schema.field(name).type)
+        for name in ("reference", "reference_masks")
+    )
 
 
 def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa.Schema) -> list[Row]:
@@ -151,6 +162,7 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
         prompt, seed, error = values["prompt"] or "", sharding.derive_seed(run_seed, key), errors.get(at)
         references: tuple[Reference, ...] = ()
         negative: tuple[Reference, ...] = ()
+        masks: tuple[Reference | None, ...] = ()
         overrides: dict[str, Any] = {}
         try:
             if error is None:
@@ -160,6 +172,7 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 references = _hashed(parse_references(values.get("reference")), values, "reference_sha256")
                 negative = parse_references(values.get("negative_reference"), "negative_reference")
                 negative = _hashed(negative, values, "negative_reference_sha256")
+                masks = _parse_masks(values.get("reference_masks"), len(references))
                 if values.get("seed") is not None:
                     seed = _check_number("seed", values["seed"], MAX_SEED)
                 overrides = _parse_overrides(values, len(references))
@@ -172,6 +185,7 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
                 prompt=prompt[:MAX_TEXT_BYTES],
                 references=references,
                 negative_reference=next(iter(negative), None),
+                masks=masks,
                 seed=seed,
                 overrides=overrides,
                 carried={name: values[name] for name in carried.names},
@@ -211,6 +225,23 @@ def parse_references(value: Any, column: str = "reference") -> tuple[Reference, 
     return (Reference(uri=uri or None, data=data),)
 
 
+def _parse_masks(value: Any, references: int) -> tuple[Reference | None, ...]:
+    """The masks of a row that has ``references`` references, None for one that may act everywhere.
+
+    Raises:
+        RowError: there is not one value for each reference, or a mask is empty or not usable as text.
+    """
+    values = value if isinstance(value, list) else [value]
+    masks = tuple(next(iter(parse_references(each, "reference_masks")), None) for each in values)
+    if not any(masks):
+        return ()
+    if len(masks) != references:
+        raise RowError(
+            f"reference_masks has {len(masks)} values for {references} references; give each one mask, or null"
+        )
+    return masks
+
+
 def _hashed(references: tuple[Reference, ...], values: Mapping[str, Any], column: str) -> tuple[Reference, ...]:
     """The references of a row with the hashes that a column of :data:`HASH_COLUMNS` gives; null gives none.
 
@@ -248,9 +279,11 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
     if name == "reference_weights":
         numbers = is_list(kind) and is_number(plain(kind.value_type))
         return None if numbers or pt.is_null(kind) else "a list of numbers, such as list<double>"
+    if name == "reference_roles":
+        return None if is_text(plain(kind.value_type if is_list(kind) else kind)) else "string, or list<string>"
     if name == "reference_sha256":
         return None if is_text(plain(kind.value_type if is_list(kind) else kind)) else "string, or list<string>"
-    if name == "reference":
+    if name in ("reference", "reference_masks"):
         item = kind.value_type if is_list(kind) else kind
         return None if is_text(plain(item)) or is_image(item) else _REFERENCE_TYPES
     return None
@@ -279,6 +312,8 @@ def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, An
         _check_number("pno_steps", given["pno_steps"], MAX_PNO_STEPS)
     if "reference_weights" in given:
         given["reference_weights"] = _check_weights(given["reference_weights"], references)
+    if "reference_roles" in given:
+        given["reference_roles"] = _check_roles(given["reference_roles"], references)
     return given
 
 
@@ -289,6 +324,19 @@ def _check_weights(weights: Sequence[float | None], references: int) -> tuple[fl
     except UsageError as error:
         raise RowError(str(error)) from error
     return numbers
+
+
+def _check_roles(given: str | Sequence[str | None], references: int) -> tuple[str | None, ...]:
+    """One role for each reference; None for that of the run."""
+    roles = (given,) if isinstance(given, str) else tuple(given)
+    for role in roles:
+        if role is not None and role not in ROLES:
+            raise RowError(f"a role in reference_roles is {shown(role)}; it must be one of {', '.join(ROLES)}")
+    if len(roles) != references and any(roles):
+        raise RowError(
+            f"reference_roles has {len(roles)} values for {references} references; give each one role, or null"
+        )
+    return roles if any(roles) else (None,) * references
 
 
 def _check_text(name: str, text: str) -> None:

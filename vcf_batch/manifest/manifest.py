@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 from vcf_batch import storage
 from vcf_batch.errors import ManifestError, StorageError
 from vcf_batch.manifest import contents, parquet
-from vcf_batch.manifest.carried import carried_schema, changes, left_out
+from vcf_batch.manifest.carried import carried_schema, changes, is_list, left_out
 from vcf_batch.manifest.check import Census, check, large_texts
-from vcf_batch.manifest.columns import MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
+from vcf_batch.manifest.columns import LIMITS, MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
 from vcf_batch.manifest.contract import check_schema, has_embedded_references, has_reference_lists, parse_rows
 from vcf_batch.manifest.parquet import ParquetFile
 from vcf_batch.records import Row
@@ -176,6 +176,11 @@ class Manifest:
         return self.base.lower().startswith(("http://", "https://"))
 
     @property
+    def has_limits(self) -> bool:
+        """Whether there are columns that may limit where references act."""
+        return not {*LIMITS}.isdisjoint(self._columns)
+
+    @property
     def is_whole(self) -> bool:
         """Whether all rows of the files are in use."""
         return self.num_rows == sum(file.num_rows for file in self._files)
@@ -209,7 +214,9 @@ class Manifest:
         return any(_holds_any(batch[column]) for _, batch in batches)
 
     def values(self, column: str, among: Collection[str | None]) -> set[str | None]:
-        """Those of some texts that rows in use have in a column; None stands for no value. Reads until all are found.
+        """Those of some texts that rows in use have in a column, or in its lists. Reads until all are found.
+
+        None stands for no value, and for none in a list.
 
         Raises:
             ManifestError, StorageError: see :meth:`iter_rows`.
@@ -219,7 +226,9 @@ class Manifest:
         found: set[str | None] = set()
         for _, batch in self._batches([column], 0, self.num_rows, _TEXTS_PER_READ):
             has = column in batch.schema.names
-            found |= {*among}.intersection(pc.unique(large_texts(batch[column])).to_pylist() if has else [None])
+            texts = batch[column] if has else pa.nulls(1, pa.string())
+            texts = pc.list_flatten(texts) if is_list(texts.type) else texts
+            found |= {*among}.intersection(pc.unique(large_texts(texts)).to_pylist())
             if len(found) == len(among):
                 break
         return found

@@ -12,7 +12,7 @@ from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import sample_records, shards
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.records import TEXTURE, TRIPLET, RowMask, Sample, Shard
+from vcf_batch.records import TRIPLET, RowMask, Sample, Shard
 
 
 class KeptSamples(Mapping[int, Sample]):
@@ -91,7 +91,7 @@ def _read(config: RunConfig, manifest: Manifest, shard: Shard) -> Iterator[Sampl
     rows = manifest.iter_rows(shard.start, shard.stop, config.seed)
     samples = shards.read_samples(shards.file_url(config.output, shard, "tar"))
     with shards.open_parquet(shards.file_url(config.output, shard, "parquet")) as parquet:
-        columns = [name for name in COLUMNS if config.texture or name != TEXTURE]
+        columns = [name for name in parquet.schema_arrow.names if name in COLUMNS]
         for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=columns, use_threads=False):
             for row, record in zip(itertools.islice(rows, batch.num_rows), batch.to_pylist(), strict=True):
                 image, triplet = None, {}

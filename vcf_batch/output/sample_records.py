@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,24 +10,24 @@ import pyarrow as pa
 
 from vcf_batch.errors import printable, redact_name
 from vcf_batch.output.row_json import finite
-from vcf_batch.output_columns import COLUMNS, SETTINGS
+from vcf_batch.output_columns import COLUMNS, SETTINGS, Extra, columns_of
 from vcf_batch.records import SCORES, TEXTURE, Draw, Objective, Row, Sample, Scores
 
 
-def schema(carried_schema: pa.Schema, reference_is_list: bool, texture: bool = False) -> pa.Schema:
-    """The schema of a shard's parquet: :data:`~vcf_batch.output_columns.COLUMNS`, then the carried columns.
+def schema(carried_schema: pa.Schema, reference_is_list: bool, extras: Collection[Extra | None] = ()) -> pa.Schema:
+    """The schema of a shard's parquet: :func:`~vcf_batch.output_columns.columns_of`, then the carried columns.
 
     Args:
         carried_schema: columns that the manifest hands through. Its metadata is left out.
         reference_is_list: ``reference`` is a list of strings, as in the manifest, rather than a string.
-        texture: there is a column of the texture score.
+        extras: see :func:`~vcf_batch.output_columns.columns_of`.
 
     Raises:
         ValueError: a carried column has the name of an output column.
     """
     if taken := [name for name in carried_schema.names if name in COLUMNS]:
         raise ValueError(f"carried columns {taken} have names of output columns; rename them in the manifest")
-    types = {name: column.type for name, column in COLUMNS.items() if texture or name != TEXTURE}
+    types = {name: column.type for name, column in columns_of(extras).items()}
     if reference_is_list:
         types["reference"] = pa.list_(types["reference"])
     return pa.schema(
@@ -87,6 +87,7 @@ def of_manifest(
         "key": row.key,
         "prompt": row.prompt,
         "reference": (uris or None) if reference_is_list else next(iter(uris), None),
+        "reference_masks": [named(mask.uri if mask else None) for mask in row.masks] or None,
         "negative_reference": named(negative),
         **{name: row.carried.get(name) for name in carried},
     }
@@ -99,7 +100,7 @@ def sample_of(
 
     Args:
         row: of the manifest.
-        record: the row of the parquet, with the columns of :func:`schema` at least.
+        record: the row of the parquet, with every one of :func:`~vcf_batch.output_columns.columns_of` at least.
         image: the member of the tar, if there is one.
         triplet: the images beside it, by :data:`vcf_batch.records.TRIPLET`.
     """
@@ -107,7 +108,7 @@ def sample_of(
     return Sample(
         row=row,
         status=record["status"],
-        settings={name: record[name] for name in SETTINGS},
+        settings={name: record.get(name) for name in SETTINGS},
         image=image,
         triplet=triplet,
         width=record["width"],

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Self, TypeVar
@@ -29,6 +29,7 @@ from vcf_batch.output import sample_records
 from vcf_batch.output.receipts import FILE_SUFFIXES
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.sums import ShardSums
+from vcf_batch.output_columns import Extra
 from vcf_batch.records import FileEntry, Sample, Shard, Status
 from vcf_batch.storage import room, tar
 
@@ -73,7 +74,7 @@ class ShardWriter:
         carried_schema: see :func:`vcf_batch.output.sample_records.schema`.
         reference_is_list: see :func:`vcf_batch.output.sample_records.schema`.
         reference_is_web: see :func:`vcf_batch.output.sample_records.of_manifest`.
-        texture: see :func:`vcf_batch.output.sample_records.schema`.
+        extras: see :func:`vcf_batch.output.sample_records.schema`.
 
     Raises:
         StorageError: the scratch cannot be written.
@@ -87,12 +88,12 @@ class ShardWriter:
         carried_schema: pa.Schema,
         reference_is_list: bool,
         reference_is_web: bool = False,
-        texture: bool = False,
+        extras: Collection[Extra] = (),
     ) -> None:
         self._shard = shard
         self._image_format = image_format
         self._reference_is_list, self._reference_is_web = reference_is_list, reference_is_web
-        self._schema = sample_records.schema(carried_schema, reference_is_list, texture)
+        self._schema = sample_records.schema(carried_schema, reference_is_list, extras)
         self._carried = carried_schema.names
         self._pending: list[dict[str, Any]] = []
         self._added = 0

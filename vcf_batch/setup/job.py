@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcf_batch.config import FUSIONS, RunConfig, fingerprint
+from vcf_batch.config import FUSIONS, ROLES, RunConfig, fingerprint
 from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.output_columns import Extra
 from vcf_batch.records import RowMask
 from vcf_batch.setup.run_models import Models
 from vcf_batch.sharding import ShardPlan
@@ -59,6 +60,26 @@ def fusions_of(config: RunConfig, manifest: Manifest) -> set[str]:
         ManifestError, StorageError: the manifest cannot be read.
     """
     return {own or config.fusion for own in manifest.values("fusion", (*FUSIONS, None))}
+
+
+def roles_of(config: RunConfig, manifest: Manifest) -> set[str]:
+    """The roles that rows of a run may ask for.
+
+    Raises:
+        ManifestError, StorageError: the manifest cannot be read.
+    """
+    return {config.role, *(own for own in manifest.values("reference_roles", ROLES) if own)}
+
+
+def is_limited(config: RunConfig, manifest: Manifest) -> bool:
+    """Whether roles or masks may limit the references of a run."""
+    return config.role != "all" or manifest.has_limits
+
+
+def extras_of(config: RunConfig, manifest: Manifest) -> frozenset[Extra]:
+    """What a run has that not every run has, and for which its outputs have columns."""
+    has: dict[Extra, bool] = {"limits": is_limited(config, manifest), "texture": config.texture}
+    return frozenset(extra for extra, there in has.items() if there)
 
 
 def is_guided(config: RunConfig, manifest: Manifest) -> bool:

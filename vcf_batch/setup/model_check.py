@@ -1,17 +1,21 @@
 """The checks of a run's models before a worker starts: they fit each other, and can do what the run asks for."""
 
+import json
 from collections.abc import Mapping, Set
 from typing import Any
 
-from vcf_batch.config import ALIGNED_FUSIONS, IP_ADAPTER, REFERENCE_PARTS, RunConfig
+from vcf_batch.config import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE, REFERENCE_PARTS, RunConfig
 from vcf_batch.errors import ModelError, UsageError, redact
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import adapter_layout, resolution
 from vcf_batch.models.prompt_tokens import require_vocabulary
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
-from vcf_batch.setup.job import is_guided
+from vcf_batch.setup.job import is_guided, roles_of
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
+from vcf_batch.vcf.roles.role import BY_NAME, ROLE_FILE, layers_of
+
+MAX_ROLE_BYTES = 1 << 28
 
 UNET_INPUTS = (
     "time_cond_proj_dim",
@@ -55,6 +59,7 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
     check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, model)
     _check_fusions(config, fusions)
     _check_references(model, config, manifest, index, fusions)
+    _check_roles(config, manifest, resolved, unet, fusions)
     if is_guided(config, manifest):
         _check_guide(resolved, index)
     _check_quality(config, resolved, manifest)
@@ -133,6 +138,40 @@ def _check_references(
             f"pno_steps is {config.pno_steps}, but the manifest has no references to follow: give them in a column "
             "'reference', or leave pno_steps at 0"
         )
+
+
+def _check_roles(
+    config: RunConfig, manifest: Manifest, resolved: Models, unet: Mapping[str, Any], fusions: Set[str]
+) -> None:
+    """Refuse roles without references, without a projection that they need, or with a UNet that has nothing to choose.
+
+    Raises:
+        ModelError, UsageError: see :func:`check`.
+    """
+    if config.role != "all" and not manifest.has_any("reference"):
+        raise UsageError(
+            f"role is {config.role}, but the manifest has no references: give them in a column 'reference', or leave "
+            "the role out"
+        )
+    roles = roles_of(config, manifest) - {"all"}
+    if roles or manifest.has_any("reference_masks"):
+        layers_of(unet, MIN_EDGE, MIN_EDGE)
+    projected = sorted(role for role in roles if BY_NAME[role].projected)
+    if projected and "concat" in fusions and (lacking := {*projected} - stored_roles(resolved.pipeline)):
+        raise ModelError(
+            f"the role {min(lacking)} needs a projection, and {config.model or resolved.pipeline.name} has none: fit "
+            "one with 'vcf-batch model fit-roles', or use the roles all and layout"
+        )
+
+
+def stored_roles(model: ResolvedModel) -> set[str]:
+    """The roles that a model has projections for. Only the file's header counts."""
+    data = resolution.read_file(model, f"aligner/{ROLE_FILE}", MAX_ROLE_BYTES) or b""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")] or b"{}")
+    except ValueError as error:
+        raise ModelError(f"aligner/{ROLE_FILE} of {model.name} is damaged ({error}): fit the roles again") from error
+    return {name.partition(".")[0] for name in header}
 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:

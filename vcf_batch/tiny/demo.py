@@ -1,16 +1,22 @@
-"""Make the demo manifest and its reference images: ``python -m vcf_batch.tiny.demo manifests``.
+"""Make the demo manifests and their reference images: ``python -m vcf_batch.tiny.demo manifests``.
 
 There are sixteen prompts, which name an object and its colour, and eight references, which differ in everything else.
 Each prompt is generated four times from the same noise: once at strength 0, then with three references.
+
+A second manifest shows roles: four prompts, each at strength 0, with the style, the palette and the layout of one
+reference each, with all three at once, and with a reference in the left half alone.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vcf_batch.config import ROLES
 from vcf_batch.images import from_unit
 from vcf_batch.tiny import world
 
@@ -48,10 +54,16 @@ PROMPTS = (
 )
 
 
+ROLED_PROMPTS = 4
+"""Number of the prompts that the manifest of roles has."""
+
+LEFT_HALF = "references/left-half.png"
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    """Write FOLDER/demo.parquet and FOLDER/references/."""
+    """Write FOLDER/demo.parquet, FOLDER/roles.parquet and FOLDER/references/."""
     order = ("shape", "color", "pattern", "background", "background2", "style", "position", "size")
     scenes = world.compose([dict(zip(order, text.split(), strict=True)) for text in REFERENCES.values()], DEMO_SEED)
     (folder / "references").mkdir(parents=True, exist_ok=True)
@@ -83,6 +95,38 @@ def main(folder: Path) -> None:
         }
     )
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "demo.parquet")
+    mask = Image.new("L", (world.SIZE, world.SIZE))
+    mask.paste(255, (0, 0, world.SIZE // 2, world.SIZE))
+    mask.save(folder / LEFT_HALF)
+    pq.write_table(_roles(files), folder / "roles.parquet")
+
+
+def _roles(files: Sequence[str]) -> pa.Table:
+    """The manifest of roles."""
+    rows: list[dict[str, Any]] = []
+    for number, prompt in enumerate(PROMPTS[:ROLED_PROMPTS]):
+        three = [files[(3 * number + step) % len(files)] for step in range(3)]
+        variants: list[dict[str, Any]] = [{"reference": three[:1], "strength": 0.0}]
+        variants += [{"reference": [file], "roles": [role]} for file, role in zip(three, ROLES[1:], strict=False)]
+        variants.append({"reference": three, "roles": ROLES[1:]})
+        variants.append({"reference": three[:1], "masks": [LEFT_HALF]})
+        rows += [
+            {
+                "sample_id": f"roles-{number}-{variant}",
+                "prompt": prompt,
+                "reference": own["reference"],
+                "reference_roles": own.get("roles"),
+                "reference_masks": own.get("masks"),
+                "seed": number,
+                "strength": own.get("strength"),
+            }
+            for variant, own in enumerate(variants)
+        ]
+    texts = pa.list_(pa.string())
+    lists = {"reference": texts, "reference_roles": texts, "reference_masks": texts}
+    names = {"sample_id": pa.string(), "prompt": pa.string()}
+    schema = pa.schema({**names, **lists, "seed": pa.int64(), "strength": pa.float64()})
+    return pa.Table.from_pylist(rows, schema)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Pairs of prompt and reference for which the attributes of a correct picture are known."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +58,33 @@ def with_prompts(shown: world.Scenes) -> list[PromptAndReference]:
         )
         for number, picture in enumerate(pixels)
     ]
+
+
+DIFFERING = 880_000_000
+"""Seed of the scenes that :func:`differing` changes."""
+
+ATTRIBUTES = ("palette", "style", "position", "size", "pattern", "shape", "color")
+"""What the pairs of :func:`differing` differ in. The palette is both background colours."""
+
+
+def differing(count: int) -> Iterator[tuple[str, Image.Image, Image.Image]]:
+    """Yield ``count`` pairs of pictures for each of :data:`ATTRIBUTES`, which differ in that attribute alone."""
+    scenes = world.sample_scenes(count, DIFFERING)
+    generator = torch.Generator().manual_seed(DIFFERING + 1)
+    first = _pictures(scenes)
+    for attribute in ATTRIBUTES:
+        values = dict(scenes.attributes)
+        if attribute == "palette":
+            chances = torch.rand(count, len(world.COLORS), generator=generator)
+            for name in ("color", "background", "background2"):
+                chances.scatter_(1, values[name][:, None], -1.0)
+            values["background"], values["background2"] = chances.argsort(dim=1, descending=True)[:, :2].unbind(1)
+        else:
+            number = len(world.VALUES[attribute])
+            values[attribute] = (values[attribute] + torch.randint(1, number, (count,), generator=generator)) % number
+        for one, other in zip(first, _pictures(world.Scenes(values, scenes.seed)), strict=True):
+            yield attribute, one, other
+
+
+def _pictures(scenes: world.Scenes) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in from_unit(world.render(scenes).permute(0, 2, 3, 1).numpy())]

@@ -1,10 +1,12 @@
 """The image aligner, its input, and its training losses (docs/method.md, sections 1 to 3)."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from vcf_batch.config import IMAGE_TOKENS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.loading import refuse_missing_weights
 from vcf_batch.models.model_files import lone_variant
+from vcf_batch.vcf.roles import projections
+from vcf_batch.vcf.roles.projections import Projection
+from vcf_batch.vcf.roles.role import ROLE_FILE
 
 INFO_NCE_TEMPERATURE = 0.07
 INFO_NCE_WEIGHT = 0.2
@@ -56,6 +61,9 @@ class ImageAligner(ModelMixin, ConfigMixin):
         ModelError: ``tokens`` is none of :data:`vcf_batch.config.IMAGE_TOKENS`.
     """
 
+    projections: Mapping[str, Projection] = MappingProxyType({})
+    """The projections of its tokens for roles that need one, by role, as ``vcf-batch model fit-roles`` stores them."""
+
     @register_to_config
     def __init__(
         self,
@@ -72,6 +80,24 @@ class ImageAligner(ModelMixin, ConfigMixin):
         self.proj = nn.Sequential(
             nn.LayerNorm(vision_dim), nn.Linear(vision_dim, text_dim), nn.ReLU(), nn.Linear(text_dim, text_dim)
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """Load a saved aligner as other models of diffusers, with its :attr:`projections`.
+
+        Raises:
+            ModelError: the file of the projections is damaged.
+        """
+        aligner: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        aligner.projections = projections.read(folder)
+        return aligner
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the aligner as other models of diffusers, with its :attr:`projections`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.projections:
+            Path(save_directory, ROLE_FILE).write_bytes(projections.to_bytes(self.projections))
 
     def forward(self, image_tokens: Tensor, return_dict: bool | None = None) -> Tensor | AlignerOutput | tuple[Tensor]:
         """Align image tokens.

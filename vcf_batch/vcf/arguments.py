@@ -15,6 +15,8 @@ from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.roles.reach import mask_of
+from vcf_batch.vcf.roles.role import ALL, Role, role_of
 from vcf_batch.vcf.sampling import Generators
 
 if TYPE_CHECKING:
@@ -122,6 +124,21 @@ def _images_of(name: str, entry: Any) -> list[Image.Image]:
     return images
 
 
+def _roles_of(entry: Any, references: int) -> list[Role] | None:
+    """The roles of one prompt's references, from one name for all, one for each, or None for no limit."""
+    if entry is None:
+        return None
+    return [role_of(each) for each in ([entry] * references if isinstance(entry, str) else entry)]
+
+
+def _masks_of(entry: Any) -> list[Image.Image | None] | None:
+    """The masks of one prompt's references, from one image, several with None for none, or None."""
+    if entry is None:
+        return None
+    masks = list(entry) if isinstance(entry, list | tuple) else [entry]
+    return [mask_of(_images_of("reference_masks", mask)[0]) if mask is not None else None for mask in masks]
+
+
 def generators_of(
     seed: int | Sequence[int] | None, generator: Generator | Sequence[Generator] | None, prompts: int, images: int
 ) -> Generators:
@@ -182,6 +199,8 @@ def fuse_references(
     references: Sequence[References] | References,
     *,
     reference_weights: Any,
+    reference_roles: Any = None,
+    reference_masks: Any = None,
     negative_references: Any,
     fusion: str | Sequence[str],
     strength: float | Sequence[float | None] | None,
@@ -226,18 +245,30 @@ def fuse_references(
             return encoded[by_adapter[number], id(paddings[number])]
         return pipeline.adapter.nothing() if by_adapter[number] and images[number] else None
 
+    def tokens_of(number: int) -> list[Tensor]:
+        tokens = [encoded[by_adapter[number], id(image)] for image in images[number]]
+        own = roles[number] or [ALL] * len(tokens)
+        return [pipeline.project(each, role, by_adapter[number]) for each, role in zip(tokens, own, strict=False)]
+
+    roles = [
+        _roles_of(entry, len(own))
+        for entry, own in zip(per_sample("reference_roles", reference_roles, count), images, strict=True)
+    ]
+    masks = [_masks_of(entry) for entry in per_sample("reference_masks", reference_masks, count)]
     strengths = numbers_of("strength", strength, count)
     weights = per_sample("reference_weights", reference_weights, count)
     lows, highs = numbers_of("fusion_lo", fusion_lo, count), numbers_of("fusion_hi", fusion_hi, count)
     return [
         Fusion(
-            [encoded[by_adapter[i], id(image)] for image in images[i]],
+            tokens_of(i),
             modes[i],
             pipeline.resolve_strength(modes[i], strengths[i]),
             weights[i],
             unconditional_of(i),
             lows[i],
             highs[i],
+            roles[i],
+            masks[i],
         )
         for i in range(count)
     ]

@@ -28,6 +28,9 @@ from vcf_batch.errors import NodeError, UsageError
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of queries, keys and values ``[B, heads, L, D]`` without a bias and without gradients."""
 
+ByQueries = Tensor | dict[int, Tensor]
+"""What is one for all layers, or one for each number of queries."""
+
 MAX_HEAD_DIM = 128
 """Largest head dimension that a kernel of its own is given."""
 
@@ -84,10 +87,10 @@ class TokenBiasAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        token_bias: Tensor | None = None,
+        token_bias: ByQueries | None = None,
         ip_tokens: Tensor | None = None,
-        ip_bias: Tensor | None = None,
-        ip_strength: Tensor | None = None,
+        ip_bias: ByQueries | None = None,
+        ip_strength: ByQueries | None = None,
     ) -> Tensor:
         """Compute the attention.
 
@@ -97,7 +100,8 @@ class TokenBiasAttention:
             encoder_hidden_states: tokens, ``[B, S, Dt]``; None in self-attention, which ignores what follows.
             attention_mask: diffusers' own mask, used if there is no bias.
             temb: time embedding.
-            token_bias: ``[B, 1, S]``, added to the logits of every query and head; ``-inf`` hides a token.
+            token_bias: ``[B, 1, S]``, added to the logits of every query and head; ``-inf`` hides a token. With ``[B,
+                Q, S]`` each query has its own, in this argument and the next ones.
             ip_tokens: tokens of an IP-Adapter, ``[B, M, Dt]``.
             ip_bias: ``[B, 1, M]``, added to the logits of those tokens.
             ip_strength: ``[B, 1, 1]``, the factor of what those tokens give. 0 is exactly the text alone.
@@ -105,18 +109,19 @@ class TokenBiasAttention:
         Returns:
             ``[B, Q, D]``.
         """
-        bias, is_cross = attention_mask, encoder_hidden_states is not None
-        if is_cross and token_bias is not None:
-            bias = token_bias.to(hidden_states.dtype)
+        is_cross, queries = encoder_hidden_states is not None, hidden_states.shape[1]
+        bias = _of(token_bias, queries) if is_cross else None
+        bias = attention_mask if bias is None else bias.to(hidden_states.dtype)
         if not _is_plain(attn, hidden_states):
             processor = FusedAttnProcessor2_0() if self.fused else AttnProcessor2_0()
             return processor(attn, hidden_states, encoder_hidden_states, bias, temb)
         projected = self._project(attn, hidden_states, encoder_hidden_states)
         query, key, value = [_heads(each, attn) for each in projected]
         attended = self._attend(query, key, value, bias)
-        if is_cross and ip_tokens is not None and ip_strength is not None and self.to_k_ip and self.to_v_ip:
+        strength = _of(ip_strength, queries) if is_cross else None
+        if ip_tokens is not None and strength is not None and self.to_k_ip and self.to_v_ip:
             key, value = _heads(self.to_k_ip(ip_tokens), attn), _heads(self.to_v_ip(ip_tokens), attn)
-            attended = attended + ip_strength * self._attend(query, key, value, ip_bias)
+            attended = attended + strength * self._attend(query, key, value, _of(ip_bias, queries))
         return attn.to_out[1](attn.to_out[0](attended))
 
     def _project(self, attn: Attention, hidden_states: Tensor, tokens: Tensor | None) -> tuple[Tensor, ...]:
@@ -129,13 +134,17 @@ class TokenBiasAttention:
         return attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1, L]`` or none, and the heads side by side."""
+        """Attention of ``[B, heads, L, D]``, with a bias ``[B, 1 or Q, L]`` or none, and the heads side by side."""
         if self.kernel and bias is None and not torch.is_grad_enabled() and _is_for_kernel(query.shape[-1]):
             attended = self.kernel(query, key, value)
         else:
             mask = None if bias is None else bias[:, None]  # one for all heads
             attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
         return attended.transpose(1, 2).flatten(2)
+
+
+def _of(value: ByQueries | None, queries: int) -> Tensor | None:
+    return value[queries] if isinstance(value, dict) else value
 
 
 def _heads(tokens: Tensor, attn: Attention) -> Tensor:

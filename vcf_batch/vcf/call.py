@@ -40,6 +40,8 @@ def call(
     references: References | Sequence[References] = None,
     *,
     reference_weights: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
+    reference_roles: str | Sequence[str] | Sequence[str | Sequence[str] | None] | None = None,
+    reference_masks: References | Sequence[References] = None,
     fusion: str | Sequence[str] = "concat",
     strength: float | Sequence[float | None] | None = None,
     fusion_lo: float | Sequence[float] = 0.0,
@@ -82,6 +84,11 @@ def call(
             all of them, or a sequence with one entry per prompt: an image, several, or None.
         reference_weights: with one prompt, one weight per reference. With several prompts, such a sequence or None for
             each of them. Only ratios matter; None is equal weights.
+        reference_roles: what each reference decides on: ``all``, ``style``, ``palette`` or ``layout`` (docs/roles.md).
+            With one prompt, one role for all references or one for each. With several prompts, one for all, or for each
+            of them such a value. None is ``all``.
+        reference_masks: where in the picture each reference may act: images whose white parts say yes, of any size. As
+            ``references``, with None for everywhere.
         fusion: ``concat``, ``naive``, ``cross_attention``, or ``ip_adapter`` after :meth:`use_ip_adapter`.
         strength: weight of the references, 0 or more. 0 is text only; None is the default of model and fusion.
         fusion_lo, fusion_hi: the part of the schedule in which references are used, as fractions of t / 999 (1 is pure
@@ -141,6 +148,7 @@ def call(
         raise UsageError(f"callback_on_step_end is {callback_on_step_end!r}; give a function")
     if isinstance(prompt, str):
         references, reference_weights = [references], [reference_weights]  # type: ignore[list-item, assignment]
+        reference_roles, reference_masks = [reference_roles], [reference_masks]  # type: ignore[list-item]
     prompt = prompt if prompt is None else texts_of("prompt", prompt)
     for name, texts, tokens in (
         ("prompt", prompt, prompt_embeds),
@@ -172,6 +180,8 @@ def call(
         count,
         references,
         reference_weights=reference_weights,
+        reference_roles=reference_roles,
+        reference_masks=reference_masks,
         negative_references=negative_references,
         fusion=fusion,
         strength=strength,
@@ -301,10 +311,10 @@ def guided_scales(scales: Sequence[Any]) -> list[float]:
 def _replaced(conditioning: Conditioning, tokens: Tensor | None, negative: Tensor | None = None) -> Conditioning:
     """A conditioning with other tokens: those of both sides, the unconditional one first, or those of one side."""
     positive = conditioning.positive.tokens
-    if any(span != (0, 1) for span in conditioning.ranges):
+    if any(span != (0, 1) for span in conditioning.ranges) or conditioning.is_limited:
         raise UsageError(
-            "callback_on_step_end replaced tokens of a call with fusion_lo or fusion_hi, whose steps have different "
-            "tokens; leave these two out, or the tokens as they are"
+            "callback_on_step_end replaced tokens of a call with fusion_lo or fusion_hi, or with roles or masks, "
+            "whose steps have different tokens; leave these out, or the tokens as they are"
         )
     if tokens is not None and len(tokens) == 2 * len(positive):
         negative, tokens = tokens.chunk(2)

@@ -1,16 +1,20 @@
 """Fusion: how image tokens join the text tokens (docs/method.md, sections 4 and 8)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, reference_shares
+from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, ROLED_FUSIONS, reference_shares
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.acceleration import upload
+from vcf_batch.vcf.roles.reach import Reach, logarithm
+from vcf_batch.vcf.roles.role import ALL, Layers, Role
 
 
 def fuse(
@@ -98,6 +102,11 @@ class Fusion:
     """Start of the fusion range; 1 is pure noise. Steps with ``lo <= t / 999 <= hi`` use the fused tokens, the others
     use text alone."""
     hi: float = 1.0
+    roles: Sequence[Role] | None = None
+    """Roles, one per reference, of ``concat`` and IP-Adapters alone; None is no limit. The image tokens have been
+    projected already."""
+    masks: Sequence[Image.Image | None] | None = None
+    """Where each reference may act in the picture, as :func:`vcf_batch.vcf.roles.reach.mask_of` gives it."""
 
     def __post_init__(self) -> None:
         _check_mode(self.mode, FUSIONS)
@@ -108,6 +117,41 @@ class Fusion:
                 f"fusion_lo is {self.lo} and fusion_hi {self.hi}; both must be between 0 and 1, the lower one first"
             )
         reference_shares(self.weights, len(self.image_tokens))
+        for name, values in (("roles", self.roles), ("masks", self.masks)):
+            if values is not None and len(values) != len(self.image_tokens):
+                raise UsageError(
+                    f"reference_{name} has {len(values)} values for {len(self.image_tokens)} references; give one for "
+                    "each"
+                )
+        if self.is_limited and self.mode not in ROLED_FUSIONS:
+            raise UsageError(
+                f"fusion is {self.mode}, whose references cannot be limited by roles or masks; use "
+                f"{' or '.join(ROLED_FUSIONS)}, or leave them out"
+            )
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a role or mask limits a reference."""
+        return any(role != ALL for role in self.roles or ()) or any(mask is not None for mask in self.masks or ())
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of each reference; one of share 0 is left out."""
+        return reference_shares(self.weights, len(self.image_tokens))
+
+    @property
+    def reach(self) -> Reach | None:
+        """The limits of the references that are not left out; None if there are none."""
+        used = [number for number, share in enumerate(self.shares) if share > 0]
+        if not self.is_limited or not used or not self.strength:
+            return None
+        roles, masks = self.roles or [ALL] * len(self.shares), self.masks or [None] * len(self.shares)
+        return Reach(
+            [roles[number] for number in used],
+            [self.shares[number] for number in used],
+            [masks[number] for number in used],
+            [len(self.image_tokens[number]) for number in used],
+        )
 
     def positive(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse the tokens ``[T, Dt]`` of the prompt.
@@ -115,7 +159,7 @@ class Fusion:
         Returns:
             The fused tokens ``[S, Dt]``, and on the CPU the bias ``[S]`` of their attention logits.
         """
-        return self._fuse(text, self.image_tokens, reference_shares(self.weights, len(self.image_tokens)))
+        return self._fuse(text, self.image_tokens, self.shares)
 
     def negative(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse the tokens of the negative prompt for the unconditional side; shapes as in :meth:`positive`."""
@@ -138,14 +182,14 @@ class Fusion:
 
     def positive_image_prompt(self) -> "ImagePrompt | None":
         """What the IP-Adapter adds on the prompt's side; None without an adapter or without effect."""
-        return self._prompt(self.image_tokens, reference_shares(self.weights, len(self.image_tokens)))
+        return self._prompt(self.image_tokens, self.shares)
 
     def negative_image_prompt(self) -> "ImagePrompt | None":
         """What the IP-Adapter adds on the unconditional side; None without an adapter or without effect."""
         if self.unconditional is None:
             return None
         # As many as on the other side: repeated tokens change nothing, and padding would need a bias.
-        count = max(1, sum(share > 0 for share in reference_shares(self.weights, len(self.image_tokens))))
+        count = max(1, sum(share > 0 for share in self.shares))
         return self._prompt([self.unconditional] * count, [1 / count] * count)
 
     def _prompt(self, images: Sequence[Tensor], shares: Sequence[float]) -> "ImagePrompt | None":
@@ -225,6 +269,10 @@ class Side:
         return tokens, torch.where(fused, self.bias, bias)
 
 
+Inside = bool | tuple[int, ...]
+"""Whether a sample is fused in a step; for one with limits the numbers of the references that act, () for none."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """Both sides of the guidance, with the same number of tokens, and the fusion range of each sample."""
@@ -233,34 +281,123 @@ class Conditioning:
     negative: Side
     ranges: Sequence[tuple[float, float]]
     """``lo`` and ``hi`` of each sample."""
+    reaches: Sequence[Reach | None] = ()
+    """The limits of each sample's references; None, or an empty sequence, for none."""
+    strengths: Sequence[float] = ()
+    """Strength of each sample with limits."""
 
-    def inside(self, time: float) -> tuple[bool, ...]:
-        """For each sample, whether it is fused at ``time`` (t / 999)."""
-        return tuple(lo <= time <= hi for lo, hi in self.ranges)
+    @property
+    def is_limited(self) -> bool:
+        """Whether a sample has references that roles or masks limit."""
+        return any(reach is not None for reach in self.reaches)
 
-    def select(self, inside: Sequence[bool], guided: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The UNet's input in a step in which the samples marked with True are fused.
+    def inside(self, time: float) -> tuple[Inside, ...]:
+        """For each sample, whether it is fused at ``time`` (t / 999), or which of its references act."""
+        reaches = self.reaches or [None] * len(self.ranges)
+        return tuple(
+            lo <= time <= hi if reach is None else reach.acting(time) if lo <= time <= hi else ()
+            for (lo, hi), reach in zip(self.ranges, reaches, strict=True)
+        )
+
+    def select(
+        self, inside: Sequence[Inside], guided: bool, layers: Sequence[Layers] = ()
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The UNet's input in a step.
+
+        Args:
+            inside: the result of :meth:`inside`.
+            guided: whether the unconditional side is computed, too.
+            layers: the UNet's resolutions; needed if :attr:`is_limited`.
 
         Returns:
             Tokens ``[B, S, Dt]``, or ``[2B, S, Dt]`` with the unconditional side first if ``guided``; and further
-            arguments of :class:`vcf_batch.vcf.attention.TokenBiasAttention` with as many rows. What would change
-            nothing is left out, so that attention takes its fastest path.
+            arguments of :class:`vcf_batch.vcf.attention.TokenBiasAttention` with as many rows, where limits apply by
+            the number of queries. What would change nothing is left out, so that attention takes its fastest path.
         """
         used = [self.negative, self.positive] if guided else [self.positive]
-        sides = [side.select(inside) for side in used]
+        fused = [bool(each) for each in inside]
+        sides = [side.select(fused) for side in used]
         tokens = torch.cat([tokens for tokens, _ in sides])
-        bias = torch.cat([bias for _, bias in sides])
-        settings = {"token_bias": upload(bias[:, None], tokens.device)} if bias.any() else {}
-        fused = torch.tensor(inside)
-        strength = torch.cat([side.image_prompts.strength * fused for side in used])
-        if strength.any():
-            settings["ip_tokens"] = torch.cat([side.image_prompts.tokens for side in used])
-            settings["ip_strength"] = upload(strength[:, None, None], tokens.device)
-            # What samples that are text alone attend to does not count.
-            ip_bias = torch.cat([side.image_prompts.bias for side in used]).where(strength[:, None] > 0, 0)
-            if ip_bias.any():
-                settings["ip_bias"] = upload(ip_bias[:, None], tokens.device)
-        return tokens, settings
+        bias = torch.cat([bias for _, bias in sides])[:, None]
+        prompts = [side.image_prompts for side in used]
+        strength = torch.cat([own.strength * torch.tensor(fused) for own in prompts])[:, None, None]
+        # What samples that are text alone attend to does not count.
+        ip_bias = torch.cat([own.bias for own in prompts])[:, None].where(strength > 0, 0)
+        settings: dict[str, Any] = {}
+        if any(each and reach for each, reach in zip(inside, self.reaches, strict=False)):
+            settings |= self._limited(bias, strength, ip_bias, inside, layers)
+        else:
+            settings = {"token_bias": bias, "ip_strength": strength, "ip_bias": ip_bias}
+        if not strength.any():
+            del settings["ip_strength"], settings["ip_bias"]
+        else:
+            settings["ip_tokens"] = torch.cat([own.tokens for own in prompts])
+        return tokens, {
+            name: _each(value, lambda each: upload(each, tokens.device))
+            for name, value in settings.items()
+            if name in ("ip_tokens", "ip_strength") or _any(value)
+        }
+
+    def _limited(
+        self, bias: Tensor, strength: Tensor, ip_bias: Tensor, inside: Sequence[Inside], layers: Sequence[Layers]
+    ) -> dict[str, dict[int, Tensor]]:
+        """The arguments of a step with limits, by the number of queries.
+
+        Args:
+            bias, strength, ip_bias: ``[R, 1, S]``, ``[R, 1, 1]`` and ``[R, 1, M]``, those without limits. There are one
+                or two of the R rows for each sample, the unconditional side first.
+            inside, layers: see :meth:`select`.
+        """
+        samples, text = len(inside), self.positive.text.shape[1]
+        limits: dict[str, dict[int, Tensor]] = {"token_bias": {}, "ip_strength": {}, "ip_bias": {}}
+        for each in layers:
+            rows: dict[str, list[Tensor]] = {name: [] for name in limits}
+            for row in range(len(bias)):
+                sample = row % samples
+                own = {"token_bias": bias[row], "ip_strength": strength[row], "ip_bias": ip_bias[row]}
+                reach = self.reaches[sample]
+                acting = inside[sample]
+                if reach is not None and isinstance(acting, tuple) and acting:
+                    weights, total = reach.in_layers(each, acting)
+                    is_positive = row >= len(bias) - samples
+                    own = _limit(own, text, weights if is_positive else total, total, self.strengths[sample])
+                for name, value in own.items():
+                    rows[name].append(value)
+            for name, values in rows.items():
+                queries = max(map(len, values))
+                limits[name][each.queries] = torch.stack([value.expand(queries, -1) for value in values])
+        return limits
+
+
+def _limit(own: Mapping[str, Tensor], text: int, weights: Tensor, total: Tensor, strength: float) -> dict[str, Tensor]:
+    """One row's arguments in layers of one resolution.
+
+    Args:
+        own: the arguments without limits: ``[1, S]``, ``[1, 1]`` and ``[1, M]``.
+        text: number of text tokens.
+        weights: ``[Q, N]`` of the image tokens, or ``[Q, 1]`` for all of them.
+        total: ``[Q, 1]``, of all references together.
+        strength: the sample's strength.
+    """
+    queries = len(weights)
+    bias, ip_bias = (own[name].expand(queries, -1).clone() for name in ("token_bias", "ip_bias"))
+    if count := int((bias[0, text:] > -math.inf).sum()):
+        bias[:, text : text + count] = logarithm(strength * weights).expand(-1, count)
+    factor = own["ip_strength"]
+    if factor.any():
+        count = int((ip_bias[0] > -math.inf).sum())
+        # Where none of them acts, what is attended to does not count.
+        ip_bias[:, :count] = torch.where(total > 0, logarithm(weights), 0.0).expand(-1, count)
+        factor = factor * total
+    return {"token_bias": bias, "ip_strength": factor.expand(queries, -1), "ip_bias": ip_bias}
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return {key: change(each) for key, each in value.items()} if isinstance(value, dict) else change(value)
+
+
+def _any(value: Tensor | dict[int, Tensor]) -> bool:
+    return any(bool(each.any()) for each in (value.values() if isinstance(value, dict) else [value]))
 
 
 def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fusion]) -> Conditioning:
@@ -291,6 +428,8 @@ def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fu
         side(positive, text_tokens, prompts),
         side(negative, negative_tokens, avoided),
         [(fusion.lo, fusion.hi) for fusion in fusions],
+        [fusion.reach for fusion in fusions],
+        [fusion.strength for fusion in fusions],
     )
 
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from vcf_batch.config import (
+    ADAPTED_ROLES,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     FUSIONS,
@@ -35,6 +36,7 @@ from vcf_batch.vcf.attention import Kernel, use_kernel
 from vcf_batch.vcf.call import call
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.ip_adapter import IPAdapter, load_ip_adapter
+from vcf_batch.vcf.roles.role import Role
 from vcf_batch.vcf.sampling import Generators, denoise, prepare_scheduler, recomputed
 
 _log = logging.getLogger(__name__)
@@ -301,6 +303,31 @@ class VCFPipeline(StableDiffusionPipeline):
             hidden_states.append(tower(pixels, output_hidden_states=True).hidden_states[-2])
         return torch.cat(hidden_states)
 
+    def project(self, tokens: Tensor, role: Role, adapted: bool = False) -> Tensor:
+        """The part of a reference's tokens ``[N, Dt]`` that a role uses.
+
+        Args:
+            tokens: tokens of the aligner, or of an IP-Adapter, which has no projections.
+            role: the role of the reference.
+            adapted: whether they are an IP-Adapter's.
+
+        Raises:
+            ModelError: the role needs a projection, and the aligner has none.
+            UsageError: an IP-Adapter does not take the role.
+        """
+        if adapted and role.name not in ADAPTED_ROLES:
+            raise UsageError(
+                f"the role is {role.name}; with the fusion ip_adapter it must be one of {', '.join(ADAPTED_ROLES)}"
+            )
+        if adapted or not role.projected:
+            return tokens
+        if (projection := self.aligner.projections.get(role.name)) is None:
+            raise ModelError(
+                f"the role {role.name} needs a projection, and this model's aligner has none: fit one with 'vcf-batch "
+                "model fit-roles'"
+            )
+        return projection(tokens)
+
     def squash(self, image: Image.Image, *, adapted: bool = False) -> Image.Image:
         """The first step of :meth:`encode_references`, which is costly for a large image.
 
@@ -486,6 +513,8 @@ class VCFPipeline(StableDiffusionPipeline):
         fusion_lo: float | Sequence[float] = 0.0,
         fusion_hi: float | Sequence[float] = 1.0,
         reference_weights: Sequence[Sequence[float] | None] | None = None,
+        reference_roles: str | Sequence[str | Sequence[str] | None] | None = None,
+        reference_masks: Sequence[References] | None = None,
         negative_references: Image.Image | Sequence[Image.Image | None] | None = None,
         unconditional: str = "zeros",
         image_tokens: str | None = None,
@@ -531,6 +560,8 @@ class VCFPipeline(StableDiffusionPipeline):
             count,
             references,
             reference_weights=reference_weights,
+            reference_roles=reference_roles,
+            reference_masks=reference_masks,
             negative_references=negative_references,
             fusion=fusion,
             strength=strength,

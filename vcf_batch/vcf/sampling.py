@@ -17,9 +17,10 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.schedule import PINNED, SCHEDULER_CONFIG, check_schedule
 from vcf_batch.vcf.acceleration import upload
-from vcf_batch.vcf.attention import accept_token_bias
+from vcf_batch.vcf.attention import ByQueries, accept_token_bias
 from vcf_batch.vcf.deep_cache import DeepCache
-from vcf_batch.vcf.fusion import Conditioning
+from vcf_batch.vcf.fusion import Conditioning, Inside
+from vcf_batch.vcf.roles.role import layers_of
 
 _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -241,7 +242,8 @@ def denoise(
     scale, any_guided = scales(guidance_scale)
     initial, *added = noise.float().unbind(1)
     latents = initial * scheduler.init_noise_sigma
-    selected: tuple[tuple[bool, ...], bool] | None = None
+    layers = layers_of(unet.config, *noise.shape[-2:]) if conditioning.is_limited else []
+    selected: tuple[tuple[Inside, ...], bool] | None = None
     computed: tuple[bool, bool] | None = None
     # The scheduler reads its tables with CPU timesteps and the UNet takes device ones, so no step waits for a copy.
     timesteps = zip(scheduler.timesteps, upload(scheduler.timesteps, noise.device), strict=True)
@@ -254,11 +256,11 @@ def denoise(
             cache.begin_step(number, is_new_batch=computed != (inside, any_guided))
             computed = inside, any_guided
             if selected != (selected := (conditioning.inside(time), guided)):
-                tokens, settings = conditioning.select(*selected)
+                tokens, settings = conditioning.select(*selected, layers)
                 tokens, attention = tokens.to(unet.dtype), None
                 if settings:
                     accept_token_bias(unet, adapted="ip_tokens" in settings)
-                    attention = {name: value.to(unet.dtype) for name, value in settings.items()}
+                    attention = {name: _in(unet.dtype, value) for name, value in settings.items()}
             scaled = scheduler.scale_model_input(latents, cpu_timestep).to(unet.dtype)
             predict = functools.partial(
                 unet, encoder_hidden_states=tokens, cross_attention_kwargs=attention, return_dict=False
@@ -284,6 +286,10 @@ def denoise(
             if moment.conditioning is not conditioning:
                 conditioning, selected = moment.conditioning, None
     return latents
+
+
+def _in(dtype: torch.dtype, value: ByQueries) -> ByQueries:
+    return {key: own.to(dtype) for key, own in value.items()} if isinstance(value, dict) else value.to(dtype)
 
 
 def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:

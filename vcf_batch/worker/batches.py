@@ -20,10 +20,11 @@ Sight = tuple[bool, Reference]
 """A reference as an encoder sees it: the IP-Adapter's (True), or the aligner's."""
 
 
-def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Number of PNO updates, and of references whose tokens lengthen the conditioning, or have attention of their own.
+def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Number of PNO updates, and of references whose tokens lengthen the conditioning, or have attention of their own;
+    and how these are limited: not at all (0), by roles (1), or by masks (2), which need a bias for each query.
 
-    Rows share a batch if all three are equal.
+    Rows share a batch if all four are equal.
 
     Args:
         row: a row of a shard.
@@ -31,7 +32,8 @@ def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int, int]:
     """
     pictures = max(len(row.references), int(row.negative_reference is not None))
     lengthens, apart = (pictures if used["fusion"] == fusion else 0 for fusion in ("concat", IP_ADAPTER))
-    return used["pno_steps"], lengthens, apart
+    limits = 2 if any(row.masks) else 1 if used["reference_roles"] else 0
+    return used["pno_steps"], lengthens, apart, limits
 
 
 def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
@@ -45,7 +47,12 @@ def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
     """
     keys = [batch_key(row, used) for row, used in zip(rows.rows, rows.settings, strict=True)]
     return [
-        Batch(number, positions, [rows.rows[position].images for position in positions])
+        Batch(
+            number,
+            positions,
+            [rows.rows[position].images for position in positions],
+            [rows.rows[position].encoded for position in positions],
+        )
         for number, positions in enumerate(sorted(sharding.batches(keys, batch_size)))
     ]
 
@@ -86,9 +93,13 @@ class Batch:
     positions: list[int]
     """Places of the rows in the shard, from 0."""
     references: list[tuple[Reference, ...]]
-    """The references of each row, its negative one last."""
+    """The images that each row names, see :attr:`vcf_batch.records.Row.images`."""
+    encoded: list[tuple[Reference, ...]]
+    """Those of them that an encoder sees."""
     pictures: list[list[Image.Image]] = field(default_factory=list)
     """The decoded references of each row, without the negative one."""
+    masks: dict[int, list[Image.Image | None]] = field(default_factory=dict)
+    """The decoded masks of each row that has some, by position."""
     errors: dict[int, str] = field(default_factory=dict)
     """Reasons of the rows that fail, by position."""
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -119,5 +130,5 @@ class Batch:
             settings: the settings of all rows of the shard.
         """
         adapted = [settings[position]["fusion"] == IP_ADAPTER for position in self.positions]
-        pairs = zip(adapted, self.references, strict=True)
+        pairs = zip(adapted, self.encoded, strict=True)
         return list(dict.fromkeys((own, reference) for own, references in pairs for reference in references))

@@ -24,8 +24,10 @@ from vcf_batch.records import Objective, Sample
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.guide import Guide
+from vcf_batch.vcf.roles.reach import mask_of
+from vcf_batch.vcf.roles.role import role_of
 from vcf_batch.worker import batches
-from vcf_batch.worker.batches import Batch, Pictures, Sight
+from vcf_batch.worker.batches import Batch, Pictures
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.finishing import Finisher
@@ -215,7 +217,7 @@ class Generation:
         return {
             "text_tokens": torch.stack([batch.text_tokens[self.rows[position].prompt] for position in positions]),
             "negative_tokens": torch.stack([batch.text_tokens[used["negative_prompt"]] for used in settings]),
-            "fusions": [self._fusion(position, batch.image_tokens) for position in positions],
+            "fusions": [self._fusion(batch, position) for position in positions],
             "seeds": [sharding.draw_seed(used["seed"], batch.draw) for used in settings],
             "guidance_scale": [used["guidance_scale"] for used in settings],
             # The rows of a batch have the same deep_cache, because they have the same pno_steps.
@@ -242,22 +244,29 @@ class Generation:
         )
         return found, [*course]
 
-    def _fusion(self, position: int, image_tokens: Mapping[Sight, Tensor]) -> Fusion:
+    def _fusion(self, batch: Batch, position: int) -> Fusion:
         """Fusion of a row, with its references' tokens ``[N, Dt]``."""
-        row, used = self.rows[position], self.settings[position]
+        row, used, image_tokens = self.rows[position], self.settings[position], batch.image_tokens
         adapted, unconditional = used["fusion"] == IP_ADAPTER, None
         if row.negative_reference is not None:
             unconditional = image_tokens[adapted, row.negative_reference]
         elif row.references:
             unconditional = self.references.unconditional(used["unconditional"], adapted)
+        tokens = [image_tokens[adapted, reference] for reference in row.references]
+        roles = used["reference_roles"] and [role_of(name) for name in used["reference_roles"]]
+        if roles:
+            tokens = [self.pipeline.project(*each, adapted) for each in zip(tokens, roles, strict=True)]
+        masks = batch.masks.get(position)
         return Fusion(
-            image_tokens=[image_tokens[adapted, reference] for reference in row.references],
+            image_tokens=tokens,
             mode=used["fusion"],
             strength=used["strength"],
             weights=used["reference_weights"],
             unconditional=unconditional,
             lo=used["fusion_lo"],
             hi=used["fusion_hi"],
+            roles=roles,
+            masks=masks and [mask and mask_of(mask) for mask in masks],
         )
 
     def _texts(self, batch: Batch) -> dict[str, ForwardPass[str, str, Tensor]]:
@@ -274,5 +283,6 @@ class Generation:
     def _release(self, batch: Batch) -> None:
         """Release the contents of the batch, and the references that no later batch needs."""
         batch.pictures, batch.images, batch.twins, batch.targets = [], None, None, None
+        batch.masks = {}
         batch.text_tokens, batch.image_tokens = {}, {}
         self.references.release(batch)

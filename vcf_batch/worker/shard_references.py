@@ -117,7 +117,7 @@ class ShardReferences:
             return image, {adapted: squash(image, adapted=adapted) for adapted in sorted(needed)}
 
     def collect(self, batch: Batch) -> None:
-        """Wait for the batch's references; fill in its ``pictures``, and the ``errors`` of rows that fail.
+        """Wait for the batch's references; fill in its pictures and masks, and the errors of rows that fail.
 
         Raises:
             StorageError: storage or network failed, and this is not the last attempt.
@@ -126,9 +126,14 @@ class ShardReferences:
             entries = [self._entries[reference] for reference in references]
             for entry in entries:
                 entry.wait(self._blamed)
-            shown = entries[: len(self._rows.rows[position].references)]
+            row = self._rows.rows[position]
+            shown = entries[: len(row.references)]
             batch.pictures.append([cast(Image.Image, entry.image) for entry in shown])
-            error = next((entry.error for entry in entries if entry.error), None)
+            if any(row.masks):
+                decoded = iter(entries[len(row.encoded) :])
+                batch.masks[position] = [next(decoded).image if mask else None for mask in row.masks]
+            error = next((entry.error for entry in entries[: len(row.encoded)] if entry.error), None)
+            error = error or next((f"reference_masks: {each.error}" for each in entries if each.error), None)
             if error:
                 batch.errors[position] = error
 

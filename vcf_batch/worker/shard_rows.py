@@ -77,6 +77,7 @@ def neutral(rows: Sequence[Row], padding: Container[int], run_text: str) -> list
             prompt=text_of[row.prompt],
             references=tuple(reference_of[reference] for reference in row.references),
             negative_reference=row.negative_reference and reference_of[row.negative_reference],
+            masks=tuple(mask and reference_of[mask] for mask in row.masks),
             overrides={
                 name: text_of[value] if name == "negative_prompt" else value for name, value in row.overrides.items()
             },

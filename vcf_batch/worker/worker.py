@@ -26,7 +26,7 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Row, Sample
 from vcf_batch.row_settings import checked, settings_of
-from vcf_batch.setup.job import TRACE, Job
+from vcf_batch.setup.job import TRACE, Job, extras_of
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
@@ -238,7 +238,7 @@ class Worker:
                     manifest.carried_schema,
                     manifest.reference_is_list,
                     manifest.reference_is_web,
-                    config.texture,
+                    extras_of(config, manifest),
                 ) as writer:
 
                     def add(sample: Sample) -> None:

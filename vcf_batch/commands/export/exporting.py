@@ -176,7 +176,9 @@ class _Writing:
 
     def _handed_on(self, shard: SourceShard, judged: Judged) -> dict[str, Any]:
         """The columns of a row, with the names that references have for receivers."""
-        given = judged.record
+        names, given = self._selection.names, dict(judged.record)
+        if masks := given.get("reference_masks"):
+            given["reference_masks"] = [next(iter(names.of(shard.source, mask)), None) for mask in masks]
         if self._settings.references == "copy":
             assert self._selection.images and judged.row
             copies, negative = self._selection.images.copies(shard.source, judged.row, self._target)
@@ -186,7 +188,6 @@ class _Writing:
                 REFERENCE_HASH: self._formed(REFERENCE_HASH, [copy.sha256 for copy in copies]),
             }
         columns = ("reference", "negative_reference")
-        names = self._selection.names
         return given | {name: self._formed(name, names.of(shard.source, given[name])) for name in columns}
 
     def _formed(self, column: str, values: list[str]) -> list[str] | str | None:
