@@ -64,7 +64,7 @@ def test_a_hundred_gpus_do_not_wait_for_commits_to_an_object_store() -> None:
     """A commit of a thousand images of a megabyte takes eight seconds there; another one is due every 4.5 seconds."""
     (found,) = simulated("--gpus", "100", "--rows", "400000")
     number, seconds = Costs().commit(1000)
-    assert number == 37 and found["commit_seconds"] == pytest.approx(seconds - 4 * Costs().request_seconds, rel=0.05)
+    assert number == 34 and found["commit_seconds"] == pytest.approx(seconds - 2 * Costs().request_seconds, rel=0.05)
     assert found["waiting"] < 0.02
 
 
@@ -89,5 +89,5 @@ def test_the_requests_of_a_commit_are_those_that_a_real_server_gets() -> None:
     # The lease, run.json and the progress file need some requests more.
     assert real["commit"] < found["driver_requests"] * found["hours"] * 3600 / 400 < real["commit"] + 1
     assert real["commit"] == Costs().commit(10)[0]
-    assert real["resume"] == pytest.approx(2.0, abs=0.1)
+    assert real["resume"] == pytest.approx(1.0, abs=0.15), "and a listing or two"
     assert real["reference"] == Costs().reference_requests

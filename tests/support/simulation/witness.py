@@ -95,7 +95,7 @@ class Witness:
         universe = self._universe
         if kept := [name for name in chosen if (group, name) not in self._published]:
             raise universe.violation(f"{group} ends well, and has not replaced {kept}")
-        ever = {name for _, name in self._published}
+        ever = {name for _, name in self._published} | universe.store.objects.below.get(OUT, set())
         if missing := [shard.name for shard in job.shards if shard.name + RECEIPT_SUFFIX not in ever]:
             raise universe.violation(f"{group} ends well, and {missing} have never had a receipt")
 
