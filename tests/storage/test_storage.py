@@ -710,6 +710,17 @@ def test_an_object_is_read_in_one_request(s3: str, proxy: Any) -> None:
     assert proxy.requests == before + 2
 
 
+def test_an_object_is_read_in_the_version_that_its_url_names(s3: str) -> None:
+    fs, _ = drivers.filesystem(s3)
+    fs.mkdir("versions")
+    fs.call_s3("put_bucket_versioning", Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    storage.publish_bytes("s3://versions/a", b"first")
+    version = fs.call_s3("head_object", Bucket="versions", Key="a")["VersionId"]
+    storage.publish_bytes("s3://versions/a", b"second")
+    assert storage.read_bytes("s3://versions/a") == b"second"
+    assert storage.read_bytes(f"s3://versions/a?versionId={version}", limit=3) == b"fir"
+
+
 def test_an_s3_server_that_hangs_is_given_up(s3: str, proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timeouts and retries are set explicitly: a hung endpoint costs a few requests, each with a time limit."""
     monkeypatch.setattr(drivers, "_READ_SECONDS", 0.1)

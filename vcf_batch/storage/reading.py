@@ -91,12 +91,16 @@ def _in_one_request(url: str, limit: int | None) -> bytes:
     25 times where a server hangs.
     """
     fs, path = _fresh(url)
-    bucket, key, _ = fs.split_path(path)
-    part = {} if limit is None else {"Range": f"bytes=0-{limit - 1}"}
+    bucket, key, version_id = fs.split_path(path)
+    given = {"Bucket": bucket, "Key": key}
+    if version_id is not None:
+        given["VersionId"] = version_id
+    if limit is not None:
+        given["Range"] = f"bytes=0-{limit - 1}"
 
     def read() -> bytes:
         try:
-            answer = fs.call_s3("get_object", Bucket=bucket, Key=key, **part)
+            answer = fs.call_s3("get_object", **given)
             return bytes(fsspec.asyn.sync(fs.loop, answer["Body"].read))
         except Exception as error:
             if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
