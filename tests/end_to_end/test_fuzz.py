@@ -19,7 +19,7 @@ from vcf_batch import images
 from vcf_batch.config import RunConfig, load_yaml
 from vcf_batch.errors import ManifestError, RowError, UsageError
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.output import shards
+from vcf_batch.output import sample_records, shards
 from vcf_batch.records import Sample, Shard
 
 LIMIT = 1_000_000
@@ -130,7 +130,9 @@ def use(manifest: Path, scratch: Path) -> None:
     opened.check()
     rows = opened.rows(0, min(opened.num_rows, 50), 0)
     shard = Shard(0, 0, len(rows), "00000")
-    with shards.ShardWriter(str(scratch), shard, "png", opened.carried_schema, opened.reference_is_list) as writer:
+    with shards.ShardWriter(
+        str(scratch), shard, "png", sample_records.schema(opened.carried_schema, opened.reference_is_list)
+    ) as writer:
         for row in rows:
             good = row.error is None
             writer.add(

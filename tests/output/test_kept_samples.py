@@ -10,7 +10,7 @@ import pytest
 
 from support import runs
 from vcf_batch.errors import StorageError
-from vcf_batch.output import shards
+from vcf_batch.output import sample_records, shards
 from vcf_batch.output.kept_samples import KeptSamples
 from vcf_batch.setup.job import Job
 
@@ -45,7 +45,7 @@ def test_what_is_read_is_what_was_written(job: Job, tmp_path: Path) -> None:
     shard, manifest = job.shards[0], job.manifest
     kept = KeptSamples(job.config, job.manifest, shard, bytes(ROWS))
     carried, is_list = manifest.carried_schema, manifest.reference_is_list
-    with shards.ShardWriter(str(tmp_path / "again"), shard, "png", carried, is_list) as writer:
+    with shards.ShardWriter(str(tmp_path / "again"), shard, "png", sample_records.schema(carried, is_list)) as writer:
         for number in range(ROWS):
             writer.add(kept[number])
         writer.finish()

@@ -60,7 +60,9 @@ def write(
     reference_is_list: bool = False,
 ) -> shards.ShardFiles:
     shard = Shard(0, 0, len(samples), "00000")
-    with shards.ShardWriter(str(folder), shard, image_format, carried, reference_is_list) as writer:
+    with shards.ShardWriter(
+        str(folder), shard, image_format, sample_records.schema(carried, reference_is_list)
+    ) as writer:
         for sample in samples:
             writer.add(sample)
         return writer.finish()
@@ -393,7 +395,7 @@ def test_finish_tells_what_the_receipt_says(tmp_path: Path) -> None:
 def test_a_row_never_disappears_from_its_shard(tmp_path: Path) -> None:
     """A row never disappears. Each manifest row ends as success, rejected or failed."""
     shard = Shard(1, 10, 13, "00001")
-    with shards.ShardWriter(str(tmp_path), shard, "png", NO_COLUMNS, False) as writer:
+    with shards.ShardWriter(str(tmp_path), shard, "png", sample_records.schema(NO_COLUMNS, False)) as writer:
         writer.add(success(10))
         with pytest.raises(ValueError, match="expected row 11, got 12"):
             writer.add(success(12))
@@ -417,7 +419,9 @@ def test_a_row_never_disappears_from_its_shard(tmp_path: Path) -> None:
 )
 def test_samples_that_contradict_themselves_are_refused(tmp_path: Path, sample: Sample) -> None:
     with (
-        shards.ShardWriter(str(tmp_path), Shard(0, 0, 1, "00000"), "png", NO_COLUMNS, False) as writer,
+        shards.ShardWriter(
+            str(tmp_path), Shard(0, 0, 1, "00000"), "png", sample_records.schema(NO_COLUMNS, False)
+        ) as writer,
         pytest.raises(ValueError, match="000000000"),
     ):
         writer.add(sample)
@@ -427,7 +431,7 @@ def test_an_abandoned_shard_leaves_no_files(tmp_path: Path) -> None:
     """Nothing is ever half-written: an exception within the shard leaves nothing that looks whole."""
 
     def interrupted() -> None:
-        with shards.ShardWriter(str(tmp_path), SHARD, "png", NO_COLUMNS, False) as writer:
+        with shards.ShardWriter(str(tmp_path), SHARD, "png", sample_records.schema(NO_COLUMNS, False)) as writer:
             writer.add(success(0))
             raise KeyboardInterrupt
 
@@ -453,7 +457,9 @@ def test_a_full_scratch_disk_is_a_storage_error(tmp_path: Path) -> None:
     os.symlink("/dev/full", tmp_path / "00000.tar")
     with (
         pytest.raises(StorageError, match=r"No space left.*TMPDIR"),
-        shards.ShardWriter(str(tmp_path), Shard(0, 0, 1, "00000"), "png", NO_COLUMNS, False) as writer,
+        shards.ShardWriter(
+            str(tmp_path), Shard(0, 0, 1, "00000"), "png", sample_records.schema(NO_COLUMNS, False)
+        ) as writer,
     ):
         writer.add(success(0, image=b"x" * 1_000_000))
     assert os.listdir(tmp_path) == []

@@ -12,7 +12,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import commits, shards
+from vcf_batch.output import commits, sample_records, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Sample
 from vcf_batch.report import contact_sheet
@@ -34,7 +34,9 @@ def output(tmp_path: Path) -> Path:
     job = Job(config, manifest, Models(model, None, "none", "none"), fields)
     claim.claim(job)
     shard = job.shards[0]
-    with shards.ShardWriter(str(tmp_path / "scratch"), shard, "png", manifest.carried_schema, False) as writer:
+    with shards.ShardWriter(
+        str(tmp_path / "scratch"), shard, "png", sample_records.schema(manifest.carried_schema, False)
+    ) as writer:
         for row in manifest.rows(0, 6, 0):
             if row.number in (1, 5):
                 writer.add(Sample(row, "failed", {}, error_message="no"))

@@ -14,7 +14,7 @@ import pytest
 from vcf_batch import storage
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.manifest.check import RepeatFinder
-from vcf_batch.output import shards
+from vcf_batch.output import sample_records, shards
 from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Row, Sample, Shard
 from vcf_batch.storage import local, room, scratch
@@ -58,7 +58,9 @@ def test_a_shard_without_room_is_told(tmp_path: Path) -> None:
     """What the whole shard needs is estimated by the rows that were written."""
     (tmp_path / "00000.tar").symlink_to(FULL)
     sample = Sample(Row(0, "a", "a fox"), "success", dict.fromkeys(SETTINGS), bytes(10**6), 8, 8)
-    writer = shards.ShardWriter(str(tmp_path), Shard(0, 0, 10, "00000"), "png", pa.schema([]), False)
+    writer = shards.ShardWriter(
+        str(tmp_path), Shard(0, 0, 10, "00000"), "png", sample_records.schema(pa.schema([]), False)
+    )
     with pytest.raises(StorageError, match=told(tmp_path, r"[\d,]+ bytes")) as caught, writer:
         writer.add(sample)
     assert "set TMPDIR to a larger disk" in str(caught.value)

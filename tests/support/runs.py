@@ -26,7 +26,7 @@ from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import commits, receipts, shards
+from vcf_batch.output import commits, receipts, sample_records, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.run_file import RunRecord
@@ -133,7 +133,9 @@ def commit_pictures(job: Job, shard: Shard, failed: Container[int] = (), rejecte
     manifest, ending = job.manifest, job.config.image_format
     with (
         tempfile.TemporaryDirectory() as scratch,
-        shards.ShardWriter(scratch, shard, ending, manifest.carried_schema, manifest.reference_is_list) as writer,
+        shards.ShardWriter(
+            scratch, shard, ending, sample_records.schema(manifest.carried_schema, manifest.reference_is_list)
+        ) as writer,
     ):
         for row in manifest.rows(shard.start, shard.stop, job.config.seed):
             used = settings_of(row, job.config)

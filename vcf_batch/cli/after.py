@@ -80,7 +80,7 @@ def export(
     partial: bool,
     as_json: bool,
 ) -> None:
-    """Make a new dataset, TARGET, of the rows of OUTPUT... that have an image.
+    """Make TARGET, a new dataset of images of OUTPUT.
 
     Rows are selected, split, put into new shards and written in the form that a training reads. Images are copied byte
     for byte. Several outputs become one dataset, if no key is in two of them. The dataset has receipts of its own, and

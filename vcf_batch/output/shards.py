@@ -15,13 +15,14 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.types import is_list
 
 from vcf_batch import storage
 from vcf_batch.errors import StorageError
@@ -29,7 +30,7 @@ from vcf_batch.output import sample_records
 from vcf_batch.output.receipts import FILE_SUFFIXES
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.sums import ShardSums
-from vcf_batch.output_columns import Extra
+from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import FileEntry, Sample, Shard, Status
 from vcf_batch.storage import room, tar
 
@@ -71,10 +72,8 @@ class ShardWriter:
         scratch_dir: a local folder that no other attempt uses; made if there is none.
         shard: the rows to be written.
         image_format: extension of the images in the tar: ``png``, ``webp`` or ``jpg``.
-        carried_schema: see :func:`vcf_batch.output.sample_records.schema`.
-        reference_is_list: see :func:`vcf_batch.output.sample_records.schema`.
+        schema: that of the parquet, made by :func:`vcf_batch.output.sample_records.schema`.
         reference_is_web: see :func:`vcf_batch.output.sample_records.of_manifest`.
-        extras: see :func:`vcf_batch.output.sample_records.schema`.
 
     Raises:
         StorageError: the scratch cannot be written.
@@ -85,16 +84,14 @@ class ShardWriter:
         scratch_dir: str,
         shard: Shard,
         image_format: str,
-        carried_schema: pa.Schema,
-        reference_is_list: bool,
+        schema: pa.Schema,
         reference_is_web: bool = False,
-        extras: Collection[Extra] = (),
     ) -> None:
         self._shard = shard
         self._image_format = image_format
-        self._reference_is_list, self._reference_is_web = reference_is_list, reference_is_web
-        self._schema = sample_records.schema(carried_schema, reference_is_list, extras)
-        self._carried = carried_schema.names
+        self._schema = schema
+        self._reference_is_list, self._reference_is_web = is_list(schema.field("reference").type), reference_is_web
+        self._carried = [name for name in schema.names if name not in COLUMNS]
         self._pending: list[dict[str, Any]] = []
         self._added = 0
         self._sums = ShardSums()

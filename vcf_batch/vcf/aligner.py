@@ -1,5 +1,6 @@
 """The image aligner, its input, and its training losses (docs/method.md, sections 1 to 3)."""
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
         aligner.projections = projections.read(folder)
         return aligner
 
+    @functools.wraps(ModelMixin.save_pretrained)  # Pipelines look at its parameters.
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the aligner as other models of diffusers, with its :attr:`projections`."""
         super().save_pretrained(save_directory, *args, **kwargs)

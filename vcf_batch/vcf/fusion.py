@@ -1,5 +1,6 @@
 """Fusion: how image tokens join the text tokens (docs/method.md, sections 4 and 8)."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,9 +51,15 @@ def fuse(
         return torch.cat([text_tokens, image_tokens.to(text_tokens.dtype)], dim=1)
     text, image = text_tokens.float(), image_tokens.float()
     weights = torch.ones_like(image[..., 0]) if weights is None else weights
-    with torch.autocast(text.device.type, enabled=False):
+    with _in_float32(text.device.type):
         mixed = _mean(image, weights) if mode == "naive" else _attend(text, image, weights)
     return torch.lerp(text, mixed.expand_as(text), strength).to(text_tokens.dtype)
+
+
+def _in_float32(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off, where a device has it: its matrix products would be in bfloat16."""
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 def _check_mode(mode: str, known: Sequence[str]) -> None:

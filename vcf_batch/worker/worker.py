@@ -21,7 +21,7 @@ from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.prompt_tokens import text_lengths
-from vcf_batch.output import commits, shards
+from vcf_batch.output import commits, sample_records, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Row, Sample
@@ -230,15 +230,10 @@ class Worker:
                     rows = [row if row.error else dataclasses.replace(row, error=error) for row, error in told]
                 # A kept sample is asked for only if its row is not decided otherwise.
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
-                manifest = self.manifest
+                manifest, extras = self.manifest, extras_of(config, self.manifest)
+                schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, extras)
                 with shards.ShardWriter(
-                    folder,
-                    task.shard,
-                    config.image_format,
-                    manifest.carried_schema,
-                    manifest.reference_is_list,
-                    manifest.reference_is_web,
-                    extras_of(config, manifest),
+                    folder, task.shard, config.image_format, schema, manifest.reference_is_web
                 ) as writer:
 
                     def add(sample: Sample) -> None:

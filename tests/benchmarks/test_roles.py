@@ -1,6 +1,8 @@
 """Roles of the tiny family: the pairs that they are fitted to, their table, and the manifest that shows them."""
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,11 +12,19 @@ from click.testing import CliRunner
 
 from vcf_batch.models.resolution import resolve, tiny_folder
 from vcf_batch.setup.model_check import stored_roles
-from vcf_batch.tiny import demo, pairs, roles, world
+from vcf_batch.tiny import demo, pairs, world
 from vcf_batch.tiny.probe import Probe, agreement
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-MANIFESTS = Path(__file__).parents[2] / "manifests"
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "manifests"
+
+
+@pytest.fixture
+def roles(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark, as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("roles")
 
 
 def test_pairs_differ_in_one_attribute() -> None:
@@ -36,7 +46,7 @@ def test_the_projections_of_tiny_are_those_of_its_aligner() -> None:
     assert (tokens.mean(0) - mean).norm(dim=-1).mean() < 0.35 * spread
 
 
-def test_three_references_each_say_their_part() -> None:
+def test_three_references_each_say_their_part(roles: Any) -> None:
     prompts, references, wanted = roles.drawn_apart(4)
     drawn = pairs.draw(4)
     assert prompts == [pair.prompt for pair in drawn] and all(len(each) == 3 for each in references)
@@ -46,7 +56,7 @@ def test_three_references_each_say_their_part() -> None:
     assert parts == [*given, drawn[1].wanted["position"]]
 
 
-def test_a_goal_that_is_missed_is_named() -> None:
+def test_a_goal_that_is_missed_is_named(roles: Any) -> None:
     alone = dict.fromkeys(roles.READ, 0.2) | {"shape": 0.9, "color": 0.8}
     good = alone | {"style": 0.7, "background": 0.3, "pattern": 0.9}
     bad = alone | {"style": 0.69, "background": 0.31, "shape": 0.8}
@@ -70,8 +80,8 @@ def test_the_manifests_are_what_their_command_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_roles_of_tiny_take_what_they_should() -> None:
-    """A small version of ``python -m vcf_batch.tiny.roles``, read by the model's own probe."""
+def test_roles_of_tiny_take_what_they_should(roles: Any) -> None:
+    """A small version of ``python benchmarks/roles.py``, read by the model's own probe."""
     pipeline = VCFPipeline.from_pretrained("tiny")
     pipeline.set_progress_bar_config(disable=True)
     probe = Probe.from_pretrained(Path(tiny_folder(), "probe"), dtype=torch.float32)

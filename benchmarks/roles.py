@@ -1,4 +1,4 @@
-"""Measure the roles of the tiny family: ``python -m vcf_batch.tiny.roles --second-probe build/probe.safetensors``.
+"""Measure the roles of the tiny family: ``python benchmarks/roles.py --second-probe build/probe.safetensors``.
 
 Prompts name shape and colour, and references differ in everything. The second probe reads what the pictures have of the
 reference by each role; and what they have of three references at once, the style of one, the palette of another and
