@@ -244,7 +244,7 @@ def test_manifest_says_what_is_wrong(tmp_path: Path) -> None:
     result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts, "--references", tmp_path)
     assert (result.exit_code, "holds no image" in result.output) == (2, True)
     result = call("manifest", tmp_path / "m.parquet", "--prompts", prompts, "--references", tmp_path / "nowhere")
-    assert (result.exit_code, "there is no folder of references" in result.output) == (2, True)
+    assert (result.exit_code, "there is no folder of images" in result.output) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 

@@ -73,6 +73,14 @@ def test_a_change_is_of_one_kind() -> None:
     assert sorted(map(tuple, shuffled.reshape(-1, 3))) == sorted(map(tuple, pixels.reshape(-1, 3)))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2000, 3)])
+def test_a_picture_of_few_pixels_is_not_shuffled(size: tuple[int, int]) -> None:
+    """Its pieces would be empty, which no encoder takes."""
+    made = [*changed(Image.new("RGB", size, "red"), 5)]
+    assert [kind for kind, *_ in made] == ["palette", "palette", "style"]
+    assert all(picture.size == size for _, *both in made for picture in both)
+
+
 def test_pairs_of_a_table(model: Path, tmp_path: Path) -> None:
     def table(attributes: list[str | None]) -> str:
         rows = [
@@ -98,6 +106,9 @@ def test_what_cannot_be_fitted_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.parquet").write_bytes(b"text")
     with pytest.raises(UsageError, match="is no Parquet file of pairs"):
         fit_roles(str(model), str(tmp_path / "pairs.parquet"), 9, None, print)
+    (tmp_path / "pairs.csv").write_text("first,second,attribute")
+    with pytest.raises(UsageError, match=r"pairs\.csv is a file; name the folder that holds the images$"):
+        fit_roles(str(model), str(tmp_path / "pairs.csv"), 9, None, print)
     pq.write_table(pa.table({"first": ["a.png"]}), tmp_path / "pairs.parquet")
     with pytest.raises(UsageError, match="has no column 'second'"):
         fit_roles(str(model), str(tmp_path / "pairs.parquet"), 9, None, print)

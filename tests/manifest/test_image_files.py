@@ -94,8 +94,8 @@ def test_a_folder_without_images_is_not_taken_for_one_that_is_missing(tmp_path: 
     write(tmp_path, {"refs/a.txt": b"text"})
     (tmp_path / "empty").mkdir()
     for name, told in (
-        ("nowhere", f"there is no folder of references {tmp_path}/nowhere"),
-        ("refs/a.txt", "a.txt is a file; --references names the folder"),
+        ("nowhere", f"there is no folder of images {tmp_path}/nowhere"),
+        ("refs/a.txt", "a.txt is a file; name the folder that holds the images"),
         ("empty", "empty holds no image .* It is empty"),
         ("refs", r"refs holds no image .*\n  skipped: 1 files \(no image\): a.txt"),
     ):

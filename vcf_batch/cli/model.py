@@ -279,7 +279,9 @@ def fit_roles(name: str, pairs: str | None, count: int, out: str | None, as_json
     table shows the share of each attribute that a role keeps.
     """
     from vcf_batch.commands import fit_roles as fitting  # torch is not needed to print a help text
+    from vcf_batch.vcf import quiet
 
+    quiet()
     found = fitting.fit_roles(name, pairs, count, out, lambda line: click.echo(printable(redact(line)), err=True))
     attributes = [*found.pairs]
     lines = [f"{'kept':10}" + " ".join(f"{attribute:>9}" for attribute in attributes)]

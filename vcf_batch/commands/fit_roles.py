@@ -147,6 +147,8 @@ def read(url: str, count: int, tell: Callable[[str], object]) -> Iterator[Pair]:
 def changed(picture: Image.Image, seed: int) -> Iterator[Pair]:
     """Pairs of a picture and what differs from it in one attribute: other colours, grey, blurred, and shuffled.
 
+    A picture with an edge of fewer than :data:`PIECES` pixels is not shuffled.
+
     Args:
         picture: any RGB image.
         seed: seed of the new colours and of the order of the pieces.
@@ -158,7 +160,8 @@ def changed(picture: Image.Image, seed: int) -> Iterator[Pair]:
     yield "palette", picture, Image.merge("HSV", (turned, saturation, value)).convert("RGB")
     yield "palette", picture, picture.convert("L").convert("RGB")
     yield "style", picture, picture.filter(ImageFilter.GaussianBlur(BLUR * min(picture.size)))
-    yield "layout", picture, _shuffled(picture, draw)
+    if min(picture.size) >= PIECES:
+        yield "layout", picture, _shuffled(picture, draw)
 
 
 def _shuffled(picture: Image.Image, draw: random.Random) -> Image.Image:

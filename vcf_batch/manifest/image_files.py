@@ -91,11 +91,11 @@ def _listed(folder: str) -> dict[str, int]:
         sizes = storage.list_tree(folder)
         if not sizes:
             storage.size(folder)
-            raise UsageError(f"{folder} is a file; --references names the folder that holds the images")
+            raise UsageError(f"{folder} is a file; name the folder that holds the images")
     except FileNotFoundError as error:
-        raise UsageError(f"there is no folder of references {folder}; check its name") from error
+        raise UsageError(f"there is no folder of images {folder}; check its name") from error
     except PermissionError as error:
-        raise UsageError(f"cannot list the references in {folder}: {error}") from error
+        raise UsageError(f"cannot list the images in {folder}: {error}") from error
     except storage.NotAFileError:
         pass
     return sizes

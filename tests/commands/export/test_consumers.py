@@ -98,6 +98,15 @@ def test_croissant_describes_the_columns(made: Path) -> None:
         assert all(field["source"]["fileSet"]["@id"] in sets for field in records["field"])
 
 
+def test_croissant_has_one_field_of_a_name(tmp_path: Path) -> None:
+    """The split of the export is there, rather than a column of that name that the manifest carries."""
+    runs.write_output(runs.write_manifest(tmp_path / "in", 3, {"split": ["old"] * 3}), tmp_path / "out", 3)
+    exports.make(tmp_path / "t", tmp_path / "out", split="train=1")
+    told = json.loads((tmp_path / "t/croissant.json").read_text())
+    (field,) = [each for each in told["recordSet"][0]["field"] if each["name"] == "split"]
+    assert "transform" in field["source"]
+
+
 @pytest.mark.slow
 def test_mlcroissant_reads_it(made: Path) -> None:
     """MLCommons' own library finds no error, and gives every row with its images."""

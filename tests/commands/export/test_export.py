@@ -406,3 +406,17 @@ def test_a_column_that_an_output_lacks_is_null(tmp_path: Path) -> None:
     exports.make(tmp_path / "t", tmp_path / "out", another(tmp_path / "b", rows=3), split="train=1")
     assert [row["colour"] for row in exports.rows(tmp_path / "t")] == ["red"] * 3 + [None] * 3
     assert pq.read_schema(tmp_path / "t/train/00000.parquet").names[:2] == ["key", "run_fingerprint"]
+
+
+@pytest.mark.parametrize("column", ["image", "style"])
+def test_carried_columns_may_have_names_of_images_in_tars(tmp_path: Path, column: str) -> None:
+    """In a parquet with images, columns of these names hold them, so that a carried one is refused there."""
+    manifest = runs.write_manifest(tmp_path / "in", 3, {column: ["a"] * 3})
+    source = tmp_path / "out"
+    runs.write_output(manifest, source, 3, triplets=True, carry=(column,))
+    told = f"{source} has a column '{column}', where --format parquet puts images; use tars, or rename it for a new run"
+    with pytest.raises(UsageError, match=told):
+        exports.make(tmp_path / "t", source, split="train=1", format="parquet", images=("style",))
+    assert not (tmp_path / "t").exists()
+    exports.make(tmp_path / "t", source, split="train=1", images=("style",))
+    assert damage(tmp_path / "t") == [] and exports.rows(tmp_path / "t")[0][column] == "a"

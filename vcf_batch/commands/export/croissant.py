@@ -53,6 +53,9 @@ _CONTEXT = {
 
 _ROWS, _TARS, _SAMPLES = "rows", "tars", "samples"
 
+_SPLIT = "split"
+"""Name of the field with the split of a row. A column of this name has none: names of fields are there once."""
+
 
 def describe(record: ExportRecord, schema: pa.Schema) -> bytes:
     """The document, as indented UTF-8 JSON. Columns of objects are left out, as readers of Croissant lack them.
@@ -99,8 +102,8 @@ def _file_set(name: str, record: ExportRecord, ending: str, format: str) -> dict
 def _split() -> dict[str, Any]:
     return {
         "@type": "cr:Field",
-        "@id": f"{_SAMPLES}/split",
-        "name": "split",
+        "@id": f"{_SAMPLES}/{_SPLIT}",
+        "name": _SPLIT,
         "description": "The split of the row, which is the folder of its file.",
         "dataType": "sc:Text",
         "source": {
@@ -115,7 +118,7 @@ def _fields(schema: pa.Schema) -> Iterator[dict[str, Any]]:
     for column in schema:
         is_list = pt.is_list(column.type)
         kind = "sc:ImageObject" if column.type == PICTURE else _kind(column.type.value_type if is_list else column.type)
-        if kind is None:
+        if kind is None or column.name == _SPLIT:
             continue
         known = COLUMNS.get(column.name)
         yield {

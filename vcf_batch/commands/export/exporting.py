@@ -20,7 +20,7 @@ from vcf_batch.commands.export.record import ExportReceipt, ExportRecord, shard_
 from vcf_batch.commands.export.references import FOLDER
 from vcf_batch.commands.export.selection import Judged, Selection
 from vcf_batch.commands.export.settings import ExportSettings
-from vcf_batch.commands.export.shard_files import SUFFIXES, OpenShard, PackedRow, pack
+from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES, OpenShard, PackedRow, pack
 from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceShard, refuse_gaps
 from vcf_batch.commands.push import ABANDONED_SECONDS, check_target
 from vcf_batch.errors import RefusedError, UsageError
@@ -69,6 +69,7 @@ def export(
     if not settings.partial:
         refuse_gaps(survey, sources)
     selection = Selection(sources, settings)
+    _check_columns(sources, selection.schema, settings)
     choice = selection.choose(sources)
     _remove_unfinished(target, settings)
     there = record.claim(target, record.of(storage.name(target), sources, survey, settings, choice))
@@ -112,6 +113,17 @@ def _check_images(sources: Sources, settings: ExportSettings) -> None:
     if len(formats) > 1 and settings.format != "parquet":
         told = ", ".join(f"{ending} in {url}" for ending, url in formats.items())
         raise UsageError(f"the images have several formats: {told}. Export them apart, or with --format parquet")
+
+
+def _check_columns(sources: Sources, schema: pa.Schema, settings: ExportSettings) -> None:
+    """Refuse columns with the names of those that images get in a parquet."""
+    taken = [name for name in (IMAGE, *settings.images) if name in schema.names and settings.format == "parquet"]
+    if taken:
+        urls = ", ".join(source.output.url for source in sources.all)
+        raise UsageError(
+            f"{urls} has a column {taken[0]!r}, where --format parquet puts images; use tars, or rename it for a new "
+            "run"
+        )
 
 
 class _Writing:
