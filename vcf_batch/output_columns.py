@@ -189,7 +189,7 @@ def columns_of(extras: Collection[Extra | None] = ()) -> dict[str, Column]:
     """The columns that the parquet of a run has, in order.
 
     Args:
-        extras: what the run has that others do not have: :func:`vcf_batch.setup.job.extras_of`.
+        extras: what the run has that others do not have: :func:`vcf_batch.setup.job.schema_of`.
     """
     return {name: column for name, column in COLUMNS.items() if column.extra is None or column.extra in extras}
 

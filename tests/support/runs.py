@@ -26,14 +26,14 @@ from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.output import commits, receipts, sample_records, shards
+from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import TRIPLET, Objective, Sample, Scores, Shard, Status
 from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
-from vcf_batch.setup.job import Job, fusions_of
+from vcf_batch.setup.job import Job, fusions_of, schema_of
 from vcf_batch.setup.run_models import Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker import worker
@@ -133,9 +133,7 @@ def commit_pictures(job: Job, shard: Shard, failed: Container[int] = (), rejecte
     manifest, ending = job.manifest, job.config.image_format
     with (
         tempfile.TemporaryDirectory() as scratch,
-        shards.ShardWriter(
-            scratch, shard, ending, sample_records.schema(manifest.carried_schema, manifest.reference_is_list)
-        ) as writer,
+        shards.ShardWriter(scratch, shard, ending, schema_of(job.config, manifest)) as writer,
     ):
         for row in manifest.rows(shard.start, shard.stop, job.config.seed):
             used = settings_of(row, job.config)

@@ -6,12 +6,12 @@ import pyarrow as pa
 
 from vcf_batch.commands.verify import check
 from vcf_batch.errors import DamageFound
-from vcf_batch.output import sample_records, shards
+from vcf_batch.output import shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
-from vcf_batch.setup.job import extras_of
+from vcf_batch.setup.job import schema_of
 
 
 class Repair:
@@ -29,9 +29,7 @@ class Repair:
     def __init__(self, output: Output, where: str) -> None:
         manifest = output.need_manifest()
         self._output = output
-        extras = extras_of(output.config, manifest)
-        schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, extras)
-        self._condition = Condition(where, schema)
+        self._condition = Condition(where, schema_of(output.config, manifest))
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
         """Read the output and choose the rows to redo.

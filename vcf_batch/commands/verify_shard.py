@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import io
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -21,10 +21,10 @@ from vcf_batch.output.output import ManifestLost, Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import json_text, json_value, json_values
 from vcf_batch.output.sums import ShardSums
-from vcf_batch.output_columns import COLUMNS, Extra
+from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Row, Shard
 from vcf_batch.row_settings import checked, settings_of
-from vcf_batch.setup.job import extras_of
+from vcf_batch.setup.job import schema_of
 
 
 def check_shard(output: Output, shard: Shard, sizes: Mapping[str, int]) -> pa.Array:
@@ -140,13 +140,14 @@ def _records(output: Output, shard: Shard, url: str) -> Iterator[tuple[dict[str,
 
 
 def _check_columns(config: RunConfig, manifest: Manifest | None, name: str, found: pa.Schema) -> None:
-    carried = pa.schema([field for field in found if field.name not in COLUMNS])
-    is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
-    extras: Collection[Extra | None] = {COLUMNS[name].extra for name in found.names if name in COLUMNS}
     if manifest:
-        carried, is_list = manifest.carried_schema, manifest.reference_is_list
-        extras = extras_of(config, manifest)
-    if not found.equals(expected := sample_records.schema(carried, is_list, extras)):
+        expected = schema_of(config, manifest)
+    else:
+        carried = pa.schema([field for field in found if field.name not in COLUMNS])
+        is_list = "reference" in found.names and pa.types.is_list(found.field("reference").type)
+        extras = {COLUMNS[name].extra for name in found.names if name in COLUMNS}
+        expected = sample_records.schema(carried, is_list, extras)
+    if not found.equals(expected):
         # Not compared as text: what a list calls its items is another name once it has been in a file.
         different = [
             str(field)

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from vcf_batch.config import FUSIONS, ROLES, RunConfig, fingerprint
 from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.output import sample_records
 from vcf_batch.output_columns import Extra
 from vcf_batch.records import RowMask
 from vcf_batch.setup.run_models import Models
@@ -76,10 +79,11 @@ def is_limited(config: RunConfig, manifest: Manifest) -> bool:
     return config.role != "all" or manifest.has_limits
 
 
-def extras_of(config: RunConfig, manifest: Manifest) -> frozenset[Extra]:
-    """What a run has that not every run has, and for which its outputs have columns."""
+def schema_of(config: RunConfig, manifest: Manifest) -> pa.Schema:
+    """The schema of the parquets that a run writes."""
     has: dict[Extra, bool] = {"limits": is_limited(config, manifest), "texture": config.texture}
-    return frozenset(extra for extra, there in has.items() if there)
+    extras = [extra for extra, there in has.items() if there]
+    return sample_records.schema(manifest.carried_schema, manifest.reference_is_list, extras)
 
 
 def is_guided(config: RunConfig, manifest: Manifest) -> bool:

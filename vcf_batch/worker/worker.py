@@ -21,12 +21,12 @@ from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.prompt_tokens import text_lengths
-from vcf_batch.output import commits, sample_records, shards
+from vcf_batch.output import commits, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Row, Sample
 from vcf_batch.row_settings import checked, settings_of
-from vcf_batch.setup.job import TRACE, Job, extras_of
+from vcf_batch.setup.job import TRACE, Job, schema_of
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
@@ -230,11 +230,8 @@ class Worker:
                     rows = [row if row.error else dataclasses.replace(row, error=error) for row, error in told]
                 # A kept sample is asked for only if its row is not decided otherwise.
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
-                manifest, extras = self.manifest, extras_of(config, self.manifest)
-                schema = sample_records.schema(manifest.carried_schema, manifest.reference_is_list, extras)
-                with shards.ShardWriter(
-                    folder, task.shard, config.image_format, schema, manifest.reference_is_web
-                ) as writer:
+                schema, is_web = schema_of(config, self.manifest), self.manifest.reference_is_web
+                with shards.ShardWriter(folder, task.shard, config.image_format, schema, is_web) as writer:
 
                     def add(sample: Sample) -> None:
                         place = sample.row.number - task.shard.start

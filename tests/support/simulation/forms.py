@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import images
-from vcf_batch.output import sample_records, shards
+from vcf_batch.output import shards
 from vcf_batch.records import Sample, Scores, Shard
 from vcf_batch.row_settings import settings_of
-from vcf_batch.setup.job import Job
+from vcf_batch.setup.job import Job, schema_of
 
 FILE_BYTES = 2048
 
@@ -59,9 +59,7 @@ class Pictures:
         manifest, ending = job.manifest, job.config.image_format
         with (
             tempfile.TemporaryDirectory() as scratch,
-            shards.ShardWriter(
-                scratch, shard, ending, sample_records.schema(manifest.carried_schema, manifest.reference_is_list)
-            ) as writer,
+            shards.ShardWriter(scratch, shard, ending, schema_of(job.config, manifest)) as writer,
         ):
             for row in manifest.rows(shard.start, shard.stop, job.config.seed):
                 used, entry = settings_of(row, job.config), entries[row.number]
