@@ -112,3 +112,13 @@ def test_what_cannot_be_fitted_is_refused(model: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"first": ["a.png"]}), tmp_path / "pairs.parquet")
     with pytest.raises(UsageError, match="has no column 'second'"):
         fit_roles(str(model), str(tmp_path / "pairs.parquet"), 9, None, print)
+
+
+@pytest.mark.parametrize("images", [[], ["a.png", "b.png"]], ids=["none", "two"])
+def test_a_pair_has_one_image_in_each_column(model: Path, tmp_path: Path, images: list[str]) -> None:
+    """A list in the column of a pair is not cut to its first image."""
+    row = {"first": images, "second": ["a.png"], "attribute": "style"}
+    schema = pa.schema({"first": pa.list_(pa.string()), "second": pa.list_(pa.string()), "attribute": pa.string()})
+    pq.write_table(pa.Table.from_pylist([row], schema), tmp_path / "pairs.parquet")
+    with pytest.raises(UsageError, match=rf"pair 0 of .* the column 'first' has {len(images)} images; a pair has one"):
+        fit_roles(str(model), str(tmp_path / "pairs.parquet"), 9, None, print)

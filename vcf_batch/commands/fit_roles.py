@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.loading import load_errors
+from vcf_batch.records import Reference
 from vcf_batch.setup.run_models import OWN_PROBE
 from vcf_batch.vcf.aligner import ImageAligner, load_preprocessing, load_vision_tower
 from vcf_batch.vcf.roles import projections
@@ -187,12 +189,20 @@ def _of_table(url: str) -> Iterator[Pair]:
     reader = ReferenceReader(storage.parent(url), (), MAX_PIXELS)
     for number, row in enumerate(table.select(PAIR_COLUMNS).to_pylist()):
         try:
-            both = [reader.read(parse_references(row[name], name)[0]) for name in PAIR_COLUMNS[:2]]
-        except (RowError, IndexError) as error:
+            both = [reader.read(_one_image(row[name], name)) for name in PAIR_COLUMNS[:2]]
+        except RowError as error:
             raise UsageError(f"pair {number} of {redact(url)} cannot be used: {error}") from error
         if not isinstance(row["attribute"], str) or not row["attribute"]:
             raise UsageError(f"pair {number} of {redact(url)} does not say what differs in the column 'attribute'")
         yield row["attribute"], both[0], both[1]
+
+
+def _one_image(value: Any, column: str) -> Reference:
+    """The only image of a cell. Raises RowError if it has none or several."""
+    named = parse_references(value, column)
+    if len(named) != 1:
+        raise RowError(f"the column '{column}' has {len(named)} images; a pair has one in each column")
+    return named[0]
 
 
 def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
