@@ -443,7 +443,7 @@ def test_diffusers_loads_a_saved_pipeline(epsilon: VCFPipeline, images: list[Ima
 def test_the_embedded_model_is_loaded_by_its_name() -> None:
     """As the commands' --model tiny, wherever the program runs."""
     loaded = VCFPipeline.from_pretrained("tiny", dtype=torch.float32)
-    assert loaded.config.default_strength == 0.1 and loaded.aligner is not None
+    assert loaded.config.default_strength == 0.3 and loaded.aligner is not None
     by_path = VCFPipeline.from_pretrained(tiny_folder(), dtype=torch.float32)
     weights = zip(loaded.unet.parameters(), by_path.unet.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in weights)

@@ -399,7 +399,7 @@ def pack(shop: Workshop) -> None:
         aligner=ImageAligner.from_pretrained(shop.out / "aligner"),
         default_steps=20,
         default_guidance_scale=3.0,
-        default_strength=0.1,
+        default_strength=0.3,
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(weights, max_shard_size="12MB")
