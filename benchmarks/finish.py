@@ -76,7 +76,7 @@ def main(rounds: int) -> None:
         worker = load(Path(folder))
         worker.components.device.use_threads()
         without_networks(worker.components.scorer)
-        rows = ShardRows.of(worker.manifest.rows(0, BATCH, 0), {}, worker.components.config)
+        rows = ShardRows.of(worker.manifest.rows(0, BATCH, 0), {}, worker.components.config, [1] * BATCH)
         pictures = [[worker.components.references.read(row.references[0])] for row in rows.rows]
         clocks: dict[str, Clock] = {}
 

@@ -32,7 +32,9 @@ ADAPTED_ROLES = ("all", "style", "layout")
 UNCONDITIONALS = ("zeros", "blank", "negative")
 IMAGE_TOKENS = ("all", "patches", "cls")
 SCHEDULERS = ("ddim", "dpm++", "euler")
-LONG_PROMPTS = ("truncate", "refuse")
+LONG_PROMPTS = ("truncate", "refuse", "chunk")
+MAX_WINDOWS = 16
+"""Largest number of windows of a prompt that is encoded in windows (``long_prompts="chunk"``)."""
 IMAGE_FORMATS = ("png", "webp", "jpg")
 LOG_FORMATS = ("text", "json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -215,7 +217,8 @@ class RunConfig:
     """Score that decides which attempt at a rejected row is recorded."""
     long_prompts: str = "truncate"
     """What becomes of a row whose prompt or negative prompt has more tokens than the text encoder takes: one of
-    :data:`LONG_PROMPTS`. ``truncate`` cuts off the rest, ``refuse`` fails the row."""
+    :data:`LONG_PROMPTS`. ``truncate`` cuts off the rest, ``refuse`` fails the row, and ``chunk`` encodes the text in
+    windows (:meth:`vcf_batch.vcf.pipeline.VCFPipeline.encode_windows`)."""
     image_format: str = "png"
     mark: bool = True
     """Mark every image as synthetic, with its settings: :mod:`vcf_batch.output.marking`."""

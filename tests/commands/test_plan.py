@@ -155,6 +155,8 @@ def test_long_prompts_are_counted_before_the_run(tmp_path: Path, model: Path) ->
     told = f"1 of the first 4 rows have prompts of more than {found.max_tokens} tokens, which are cut off there"
     assert told in found.told(None)
     assert f"the prompt has {202} tokens" in call(tmp_path, model, "--long-prompts", "refuse").output
+    told = "tokens, which are encoded in windows of that length (--long-prompts)"
+    assert told in call(tmp_path, model, "--long-prompts", "chunk").output
 
 
 def test_an_output_in_the_manifests_folder_is_told(tmp_path: Path, model: Path) -> None:

@@ -370,9 +370,9 @@ def test_distinct_inputs_are_encoded_once(
     encoded: list[int] = []
     prompts, references = epsilon.encode_prompts, epsilon.encode_references
 
-    def counted_prompts(texts: list[str]) -> torch.Tensor:
+    def counted_prompts(texts: list[str], clip_skip: int | None = None) -> torch.Tensor:
         encoded.append(len(texts))
-        return prompts(texts)
+        return prompts(texts, clip_skip)
 
     def counted_references(found: list[Image.Image], image_tokens: str | None, **given: bool) -> torch.Tensor:
         encoded.append(len(found))

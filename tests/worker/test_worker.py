@@ -187,6 +187,47 @@ def test_prompts_beyond_the_text_encoders_length_are_refused_on_request(loaded: 
     assert receipt.truncated == 0
 
 
+def test_prompts_of_any_length_are_encoded_in_windows_on_request(loaded: Worker, tmp_path: Path) -> None:
+    """What follows the first window counts, and the rows beside are those of a run that cuts prompts off."""
+    most = loaded.components.pipeline.max_tokens
+    long = "a " * (most - 2)
+    columns: dict[str, list[Any]] = {
+        "prompt": ["a", long, f"{long} a", f"{long} b", "b", "a " * (most * 17)],
+        "negative_prompt": ["", "", "", "b", long * 2, ""],
+        "reference": ["reference0.png"] * 6,
+        "seed": [7] * 6,
+    }
+    manifest = runs.write_manifest(tmp_path / "in", 6, columns)
+    receipt = commit(another(loaded, manifest, tmp_path / "chunk", long_prompts="chunk"))
+    commit(another(loaded, manifest, tmp_path / "cut"))
+    rows, cut = runs.rows_of(tmp_path / "chunk"), runs.rows_of(tmp_path / "cut")
+    assert [row["status"] for row in rows] == ["success"] * 5 + ["failed"]
+    assert rows[5]["error_message"].startswith(f"the longer text of the row has {most * 17 + 2} tokens, or 20 windows")
+    assert [row["prompt_truncated"] for row in rows] == [False] * 5 + [None] and receipt.truncated == 0
+    assert rows[2]["prompt_tokens"] == most + 1
+    assert len({row["sha256"] for row in rows[:5]}) == 5
+    assert [row["sha256"] for row in rows[:2]] == [row["sha256"] for row in cut[:2]]
+
+
+def test_a_row_in_windows_has_its_bytes_without_its_neighbours(loaded: Worker, tmp_path: Path) -> None:
+    """Those that are kept are padding without their texts, and of as many windows as before."""
+    long = "a " * loaded.components.pipeline.max_tokens
+    columns: dict[str, list[Any]] = {
+        "prompt": [f"{long} a", f"{long} b", "c", f"{long * 2} d"],
+        "negative_prompt": ["", long, f"{long} c", ""],
+    }
+    manifest = runs.write_manifest(tmp_path / "in", 4, columns)
+    commit(another(loaded, manifest, tmp_path / "whole", long_prompts="chunk"))
+    again = another(loaded, manifest, tmp_path / "again", long_prompts="chunk")
+    images = {sample["__key__"]: sample["png"] for sample in shards.read_samples(str(tmp_path / "whole" / "00000.tar"))}
+    existing = {}
+    for row, found in zip(again.manifest.rows(0, 4, 0), runs.rows_of(tmp_path / "whole"), strict=True):
+        if row.number != 2:
+            existing[row.number] = sample_records.sample_of(row, found, images[row.key])
+    commit(again, existing=existing)
+    assert runs.data_files(tmp_path / "again") == runs.data_files(tmp_path / "whole")
+
+
 def test_rows_control_what_transfers(loaded: Worker, tmp_path: Path) -> None:
     """Range, weights and negative reference of a row are obeyed and recorded, and concern that row alone.
 

@@ -257,7 +257,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "long-prompts",
     click.Choice(settings.LONG_PROMPTS),
     "What to do with a prompt or negative prompt of more tokens than the text encoder takes, 77 for Stable Diffusion: "
-    "truncate cuts off the rest and marks the row, refuse fails the row.  [default: truncate]",
+    "truncate cuts off the rest and marks the row, refuse fails the row, chunk encodes the text in windows of that "
+    "length.  [default: truncate]",
 )
 @_option(
     "image-format",

@@ -27,6 +27,11 @@ from vcf_batch.worker import in_process
 
 PLANNED_ROWS = 1000
 """Rows at the manifest's start that are checked for whether they would fail."""
+_FATES_OF_LONG_PROMPTS = {
+    "truncate": "are cut off there",
+    "refuse": "fail",
+    "chunk": "are encoded in windows of that length",
+}
 SHOWN_ROWS = 8
 CALIBRATION_BATCHES = 2
 """Batches that a calibration generates: the second one is sampled beside the scoring of the first."""
@@ -141,7 +146,7 @@ class Forecast:
         yield "rows", f"{figures['rows']:,}, {figures['rows_done']:,} of them done"
         if self.long_prompts:
             first = min(PLANNED_ROWS, figures["rows"])
-            fate = "fail" if self.job and self.job.config.long_prompts == "refuse" else "are cut off there"
+            fate = _FATES_OF_LONG_PROMPTS[self.job.config.long_prompts if self.job else "truncate"]
             told = f"{self.long_prompts:,} of the first {first:,} rows have prompts of more than {self.max_tokens}"
             yield "prompts", f"{told} tokens, which {fate} (--long-prompts)"
         yield (
@@ -223,8 +228,8 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         lengths = text_lengths(tokenizer, [row for row, _ in first], job.config)
         long = [found.excess(forecast.max_tokens) for found in lengths]
         forecast.long_prompts = sum(reason is not None for reason in long)
-        if job.config.long_prompts == "refuse":
-            first = [(row, reason or too_long) for (row, reason), too_long in zip(first, long, strict=True)]
+        refused = [found.error(forecast.max_tokens, job.config.long_prompts) for found in lengths]
+        first = [(row, reason or too_long) for (row, reason), too_long in zip(first, refused, strict=True)]
     forecast.doomed = [f"{row.key}: {reason}" for row, reason in first if reason]
     extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()

@@ -13,6 +13,7 @@ from PIL import Image
 from vcf_batch.commands.generate import ManifestLike, configured
 from vcf_batch.config import RunConfig, checked_values, with_settings_of
 from vcf_batch.errors import RowError, StorageError, UsageError
+from vcf_batch.models.prompt_tokens import windows_of
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
 from vcf_batch.row_settings import checked, settings_of
@@ -191,7 +192,8 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
     }
     made: list[Sample] = []
     components.device.use_threads()
-    whole = ShardRows.of(chosen, failed, components.config)
+    windows = windows_of(components.pipeline.tokenizer, chosen, components.config)
+    whole = ShardRows.of(chosen, failed, components.config, windows)
     Generation(components, whole, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
     return [made[number] for number in numbers]
 

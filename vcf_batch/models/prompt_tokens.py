@@ -1,11 +1,12 @@
 """The tokens of prompts, counted as the text encoder of a model gets them."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config import MAX_WINDOWS, RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.resolution import ResolvedModel, read_file
@@ -13,6 +14,8 @@ from vcf_batch.records import Row
 from vcf_batch.row_settings import settings_of
 from vcf_batch.storage import scratch
 
+_ENDS = 2
+"""Tokens of a window that are no words: its begin and its end."""
 _TOKENIZER = "tokenizer"
 _FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -37,8 +40,32 @@ class TextLengths(NamedTuple):
             if count > most:
                 return (
                     f"the {name.replace('_', ' ')} has {count} tokens, and the text encoder takes {most}: shorten it, "
-                    "or leave --long-prompts at truncate"
+                    "leave --long-prompts at truncate, or set it to chunk"
                 )
+        return None
+
+    def windows(self, most: int, long_prompts: str) -> int:
+        """Number of windows that the longer text is encoded in: 1 unless ``long_prompts`` is ``chunk``.
+
+        Each window has a begin and an end of its own. For the arguments see :meth:`error`.
+        """
+        needed = (math.ceil((count - _ENDS) / (most - _ENDS)) for count in self)
+        return max(1, *needed) if long_prompts == "chunk" else 1
+
+    def error(self, most: int, long_prompts: str) -> str | None:
+        """Why a row fails whose texts have these lengths, in words; None if it does not.
+
+        Args:
+            most: see :meth:`excess`.
+            long_prompts: one of :data:`vcf_batch.config.LONG_PROMPTS`.
+        """
+        if long_prompts == "refuse":
+            return self.excess(most)
+        if (windows := self.windows(most, long_prompts)) > MAX_WINDOWS:
+            return (
+                f"the longer text of the row has {max(self)} tokens, or {windows} windows of the text encoder, and "
+                f"{MAX_WINDOWS} are the most: shorten it, or leave --long-prompts at truncate"
+            )
         return None
 
 
@@ -55,6 +82,12 @@ def text_lengths(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list
     tokens = tokenizer(texts, truncation=False, padding=False)["input_ids"] if texts else []
     lengths = dict(zip(texts, map(len, tokens), strict=True))
     return [TextLengths(lengths[prompt], lengths[negative]) for prompt, negative in pairs]
+
+
+def windows_of(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list[int]:
+    """Number of windows that the texts of each row are encoded in; for the arguments see :func:`text_lengths`."""
+    lengths = text_lengths(tokenizer, rows, config)
+    return [found.windows(int(tokenizer.model_max_length), config.long_prompts) for found in lengths]
 
 
 def refuse_without_words(tokenizer: Any) -> None:

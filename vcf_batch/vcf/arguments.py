@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
 from vcf_batch.errors import UsageError
-from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.fusion import Fusion, filled
 from vcf_batch.vcf.roles.reach import mask_of
 from vcf_batch.vcf.roles.role import ALL, Role, role_of
 from vcf_batch.vcf.sampling import Generators
@@ -27,6 +27,9 @@ References = Image.Image | Sequence[Image.Image] | None
 
 BLANK = Image.new("RGB", (32, 32), (128, 128, 128))
 """The plain image that the unconditional side is fused with for ``unconditional="blank"``."""
+
+ENCODED_LONG_PROMPTS = ("truncate", "chunk")
+"""What a call does with prompts of more tokens than the text encoder takes."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,6 +194,42 @@ def draw(generators: Generators, shape: Sequence[int], count: int | None) -> Ten
         assert count is not None
         return torch.randn(count, *shape, generator=generators, device=generators.device)
     return torch.stack([torch.randn(*shape, generator=each, device=each.device) for each in generators])
+
+
+def encode_texts(
+    pipeline: "VCFPipeline", texts: Sequence[str], long_prompts: str, clip_skip: int | None = None
+) -> list[Tensor]:
+    """Tokens ``[T, Dt]`` of texts, each distinct one encoded once.
+
+    Args:
+        pipeline: the pipeline.
+        texts: prompts or negative prompts.
+        long_prompts: ``truncate`` or ``chunk``, see :meth:`VCFPipeline.generate`.
+        clip_skip: see :meth:`VCFPipeline.encode_prompts`.
+
+    Raises:
+        UsageError: a value outside its limits.
+    """
+    if long_prompts not in ENCODED_LONG_PROMPTS:
+        raise UsageError(f"long_prompts is {long_prompts!r}; it must be one of {', '.join(ENCODED_LONG_PROMPTS)}")
+    encode = pipeline.encode_windows if long_prompts == "chunk" else pipeline.encode_prompts
+    distinct = [*dict.fromkeys(texts)]
+    tokens = encode(distinct, clip_skip)
+    return [tokens[distinct.index(text)] for text in texts]
+
+
+def leveled(
+    pipeline: "VCFPipeline", positive: Sequence[Tensor], negative: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tokens of prompts and negative prompts, both of each sample filled up to the longer one's windows."""
+    lengths = [max(map(len, both)) for both in zip(positive, negative, strict=True)]
+    if all(len(own) == length for side in (positive, negative) for own, length in zip(side, lengths, strict=True)):
+        return [*positive], [*negative]
+    empty = pipeline.encode_prompts([""])[0]
+    first, second = (
+        [filled(*each, empty) for each in zip(side, lengths, strict=True)] for side in (positive, negative)
+    )
+    return first, second
 
 
 def fuse_references(

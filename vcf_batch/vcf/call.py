@@ -16,8 +16,10 @@ from vcf_batch.config import MAX_EDGE, MAX_STEPS, Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.arguments import (
     References,
+    encode_texts,
     fuse_references,
     generators_of,
+    leveled,
     per_sample,
     tell_unknown,
     texts_of,
@@ -66,6 +68,7 @@ def call(
     latents: Tensor | None = None,
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
+    long_prompts: str = "truncate",
     clip_skip: int | None = None,
     output_type: str = "pil",
     return_dict: bool = True,
@@ -116,6 +119,8 @@ def call(
             depend on the batch. They go on where they are, so that the next call gets other noise.
         latents: ``[B, C, H / f, W / f]``, the initial noise, standard normal; None draws it.
         prompt_embeds, negative_prompt_embeds: ``[B, T, Dt]``, text tokens in place of texts.
+        long_prompts: ``truncate`` cuts off what the text encoder does not take, ``chunk`` encodes it in windows
+            (:meth:`VCFPipeline.encode_windows`).
         clip_skip: number of the text encoder's last layers that the prompts leave out; negative prompts do not.
         output_type: ``pil`` for PIL images, ``np`` for an array ``[B, H, W, 3]`` and ``pt`` for a tensor
             ``[B, 3, H, W]`` on the pipeline's device, both float32 in [0, 1]; ``latent`` for the float32 latents
@@ -163,17 +168,24 @@ def call(
         raise UsageError("prompt is empty; give at least one prompt")
     scales = guided_scales(self._scales(guidance_scale, count))
     device, images = self._execution_device, num_images_per_prompt
-    positive = prompt_embeds.to(device) if prompt is None else _encode(self, prompt, clip_skip)  # type: ignore[union-attr]
-    if negative_prompt_embeds is not None:
-        negative = negative_prompt_embeds.to(device)
-    elif any(scale != 1 for scale in scales) or (callback_on_step_end and self.text_encoder is not None):
-        negative = _encode(self, [text or "" for text in per_sample("negative_prompt", negative_prompt, count)])
+    if prompt is not None:
+        positive = encode_texts(self, prompt, long_prompts, clip_skip)
     else:
-        negative = torch.zeros_like(positive)
-    if negative.shape != positive.shape:
+        positive = [*prompt_embeds.to(device)]  # type: ignore[union-attr]
+    if negative_prompt_embeds is not None:
+        negative = [*negative_prompt_embeds.to(device)]
+    elif any(scale != 1 for scale in scales) or (callback_on_step_end and self.text_encoder is not None):
+        texts = [text or "" for text in per_sample("negative_prompt", negative_prompt, count)]
+        negative = encode_texts(self, texts, long_prompts)
+    else:
+        negative = [torch.zeros_like(own) for own in positive]
+    if prompt_embeds is None and negative_prompt_embeds is None:
+        positive, negative = leveled(self, positive, negative)
+    shapes = [[len(side), *side[0].shape] for side in (positive, negative)]
+    if shapes[0] != shapes[1]:
         raise UsageError(
-            f"prompt_embeds or the tokens of the prompts have the shape {[*positive.shape]}, and those of the negative "
-            f"ones {[*negative.shape]}; give prompt_embeds and negative_prompt_embeds of one shape"
+            f"prompt_embeds or the tokens of the prompts have the shape {shapes[0]}, and those of the negative ones "
+            f"{shapes[1]}; give prompt_embeds and negative_prompt_embeds of one shape"
         )
     fusions = fuse_references(
         self,
@@ -216,8 +228,8 @@ def call(
             used,
             noise,
             condition(
-                positive.repeat_interleave(images, dim=0),
-                negative.repeat_interleave(images, dim=0),
+                [each for each in positive for _ in range(images)],
+                [each for each in negative for _ in range(images)],
                 [each for each in fusions for _ in range(images)],
             ),
             guidance_scale=[each for each in scales for _ in range(images)],
@@ -233,12 +245,6 @@ def call(
         result = self.image_processor.numpy_to_pil(result)
     self.maybe_free_model_hooks()
     return StableDiffusionPipelineOutput(result, None) if return_dict else (result, None)
-
-
-def _encode(pipeline: "VCFPipeline", texts: Sequence[str], clip_skip: int | None = None) -> Tensor:
-    """Tokens of texts, each distinct one encoded once."""
-    distinct = [*dict.fromkeys(texts)]
-    return pipeline.encode_prompts(distinct, clip_skip)[[distinct.index(text) for text in texts]]
 
 
 class StepEnd:

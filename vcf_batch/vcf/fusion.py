@@ -260,7 +260,9 @@ class Side:
     """float32 ``[B, S]`` on the CPU, added to the attention logits of the tokens: 0 on text, log(strength x share) on
     the image tokens of ``concat``, ``-inf`` on padding."""
     text: Tensor
-    """``[B, T, Dt]``: the tokens used in steps outside a sample's fusion range."""
+    """``[B, T, Dt]``: the tokens used in steps outside a sample's fusion range, padded with zeros."""
+    text_bias: Tensor
+    """float32 ``[B, T]`` on the CPU: 0 on text, ``-inf`` on padding."""
     image_prompts: ImagePrompts
     """The tokens of an IP-Adapter."""
 
@@ -269,9 +271,9 @@ class Side:
         if all(inside):
             return self.tokens, self.bias
         if not any(inside):
-            return self.text, torch.zeros(self.text.shape[:2])
+            return self.text, self.text_bias
         fused = torch.tensor(inside)[:, None]
-        text, bias = _padded(self.text, torch.zeros(self.text.shape[:2]), self.tokens.shape[1])
+        text, bias = _padded(self.text, self.text_bias, self.tokens.shape[1])
         tokens = torch.where(upload(fused[..., None], text.device), self.tokens, text)
         return tokens, torch.where(fused, self.bias, bias)
 
@@ -355,7 +357,7 @@ class Conditioning:
                 or two of the R rows for each sample, the unconditional side first.
             inside, layers: see :meth:`select`.
         """
-        samples, text = len(inside), self.positive.text.shape[1]
+        samples, texts = len(inside), (self.positive.text_bias > -math.inf).sum(dim=1).tolist()
         limits: dict[str, dict[int, Tensor]] = {"token_bias": {}, "ip_strength": {}, "ip_bias": {}}
         for each in layers:
             rows: dict[str, list[Tensor]] = {name: [] for name in limits}
@@ -367,7 +369,7 @@ class Conditioning:
                 if reach is not None and isinstance(acting, tuple) and acting:
                     weights, total = reach.in_layers(each, acting)
                     is_positive = row >= len(bias) - samples
-                    own = _limit(own, text, weights if is_positive else total, total, self.strengths[sample])
+                    own = _limit(own, texts[sample], weights if is_positive else total, total, self.strengths[sample])
                 for name, value in own.items():
                     rows[name].append(value)
             for name, values in rows.items():
@@ -407,15 +409,26 @@ def _any(value: Tensor | dict[int, Tensor]) -> bool:
     return any(bool(each.any()) for each in (value.values() if isinstance(value, dict) else [value]))
 
 
-def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fusion]) -> Conditioning:
+def filled(tokens: Tensor, length: int, empty: Tensor) -> Tensor:
+    """Fill the tokens ``[T, Dt]`` of a text up to ``length`` with windows of the empty text, ``[W, Dt]`` each.
+
+    The shorter of a prompt and its negative prompt is filled in this way, so that both sides of the guidance have as
+    many tokens.
+    """
+    return torch.cat([tokens, *[empty] * ((length - len(tokens)) // len(empty))])
+
+
+def condition(
+    text_tokens: Tensor | Sequence[Tensor], negative_tokens: Tensor | Sequence[Tensor], fusions: Sequence[Fusion]
+) -> Conditioning:
     """Fuse each sample in its own way and put all samples into one batch.
 
     A sample's tokens do not depend on its neighbours: shorter samples are padded, and the bias hides the padding. A
     sample at strength 0 has no image tokens at all, so it is exactly text only.
 
     Args:
-        text_tokens: tokens of the prompts, ``[B, T, Dt]``.
-        negative_tokens: tokens of the negative prompts, ``[B, T, Dt]``.
+        text_tokens: tokens of the prompts, ``[B, T, Dt]``; or ``[T, Dt]`` of each, which may differ in T.
+        negative_tokens: tokens of the negative prompts, as many for each sample.
         fusions: one per sample.
     """
     positive = [fusion.positive(text) for fusion, text in zip(fusions, text_tokens, strict=True)]
@@ -426,18 +439,26 @@ def condition(text_tokens: Tensor, negative_tokens: Tensor, fusions: Sequence[Fu
     avoided = [fusion.negative_image_prompt() for fusion in fusions]
     most = max((len(each.tokens) for each in (*prompts, *avoided) if each), default=0)
 
-    def side(samples: Sequence[tuple[Tensor, Tensor]], text: Tensor, own: Sequence[ImagePrompt | None]) -> Side:
-        padded = [_padded(tokens, bias, longest) for tokens, bias in samples]
-        tokens, bias = (torch.stack([each[part] for each in padded]) for part in (0, 1))
-        return Side(tokens, bias, text, ImagePrompts.of(own, text, most))
+    def side(
+        samples: Sequence[tuple[Tensor, Tensor]], texts: Sequence[Tensor], own: Sequence[ImagePrompt | None]
+    ) -> Side:
+        tokens, bias = _batched(samples, longest)
+        text, text_bias = _batched([(each, torch.zeros(len(each))) for each in texts], max(map(len, texts)))
+        return Side(tokens, bias, text, text_bias, ImagePrompts.of(own, text, most))
 
     return Conditioning(
-        side(positive, text_tokens, prompts),
-        side(negative, negative_tokens, avoided),
+        side(positive, [*text_tokens], prompts),
+        side(negative, [*negative_tokens], avoided),
         [(fusion.lo, fusion.hi) for fusion in fusions],
         [fusion.reach for fusion in fusions],
         [fusion.strength for fusion in fusions],
     )
+
+
+def _batched(samples: Sequence[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[B, S, Dt]`` and biases ``[B, S]`` of samples, each padded with hidden tokens to ``length``."""
+    padded = [_padded(tokens, bias, length) for tokens, bias in samples]
+    return torch.stack([tokens for tokens, _ in padded]), torch.stack([bias for _, bias in padded])
 
 
 def _padded(tokens: Tensor, bias: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,15 @@ from vcf_batch.models.prompt_tokens import refuse_without_words
 from vcf_batch.models.resolution import TINY, tiny_folder
 from vcf_batch.vcf.acceleration import compile_forward, replay_small_batches, upload
 from vcf_batch.vcf.aligner import ENCODE_BATCH, ImageAligner, squash
-from vcf_batch.vcf.arguments import References, draw, fuse_references, per_sample, tell_unknown
+from vcf_batch.vcf.arguments import (
+    References,
+    draw,
+    encode_texts,
+    fuse_references,
+    leveled,
+    per_sample,
+    tell_unknown,
+)
 from vcf_batch.vcf.attention import Kernel, use_kernel
 from vcf_batch.vcf.call import call
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
@@ -236,27 +244,57 @@ class VCFPipeline(StableDiffusionPipeline):
         Raises:
             UsageError: the text encoder has fewer layers.
         """
-        most = self.text_encoder.config.num_hidden_layers
-        if clip_skip is not None and not 0 <= clip_skip <= most:
-            raise UsageError(f"clip_skip is {clip_skip}; it must be between 0 and {most}, the text encoder's layers")
-        parts, device = [], self._execution_device
+        parts = []
         for start in range(0, len(prompts), ENCODE_BATCH):
             texts = self.maybe_convert_prompt(list(prompts[start : start + ENCODE_BATCH]), self.tokenizer)
             lengths = map(len, self.tokenizer(texts, verbose=False).input_ids)
             if too_long := sum(length > self.max_tokens for length in lengths):
                 _log.warning("%d prompts have more than %d tokens, and the rest is cut off", too_long, self.max_tokens)
             tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-            mask = upload(tokens.attention_mask, device) if masked else None
-            ids = upload(tokens.input_ids, device)
-            if clip_skip is None:
-                parts.append(self.text_encoder(ids, attention_mask=mask)[0])
-                continue
-            layers = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-            # transformers 5 has the tower itself where earlier versions had a model around it.
-            tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
-            parts.append(tower.final_layer_norm(layers[-1 - clip_skip]))
+            parts.append(self._encode(tokens.input_ids, tokens.attention_mask, clip_skip))
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode_windows(self, prompts: Sequence[str], clip_skip: int | None = None) -> list[Tensor]:
+        """Text tokens of prompts of any length, in windows of :attr:`max_tokens` tokens with a begin and an end each.
+
+        Each window is encoded alone, and the tokens of a prompt's windows stand one after the other: the way of
+        AUTOMATIC1111's web UI and of compel, without the former's break at commas. The first window is what
+        :meth:`encode_prompts` gives.
+
+        Args:
+            prompts: one or more.
+            clip_skip: see :meth:`encode_prompts`.
+
+        Returns:
+            ``[W * T, Dt]`` for each prompt, with W windows, on the pipeline's device.
+
+        Raises:
+            UsageError: the text encoder has fewer layers.
+        """
+        texts = self.maybe_convert_prompt(list(prompts), self.tokenizer)
+        windows = self.tokenizer(
+            texts, padding="max_length", truncation=True, return_overflowing_tokens=True, return_tensors="pt"
+        )
+        ids, masks = (part.split(ENCODE_BATCH) for part in (windows.input_ids, windows.attention_mask))
+        encoded = torch.cat([self._encode(*part, clip_skip) for part in zip(ids, masks, strict=True)])
+        counts = windows.overflow_to_sample_mapping.bincount().tolist()
+        return [own.flatten(0, 1) for own in encoded.split(counts)]
+
+    def _encode(self, ids: Tensor, masks: Tensor, clip_skip: int | None) -> Tensor:
+        """Text tokens ``[B, T, Dt]`` of token ids and their masks, ``[B, T]``; see :meth:`encode_prompts`."""
+        most = self.text_encoder.config.num_hidden_layers
+        if clip_skip is not None and not 0 <= clip_skip <= most:
+            raise UsageError(f"clip_skip is {clip_skip}; it must be between 0 and {most}, the text encoder's layers")
+        device = self._execution_device
+        mask = upload(masks, device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        ids = upload(ids, device)
+        if clip_skip is None:
+            return self.text_encoder(ids, attention_mask=mask)[0]
+        layers = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        # transformers 5 has the tower itself where earlier versions had a model around it.
+        tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return tower.final_layer_norm(layers[-1 - clip_skip])
 
     @property
     def max_tokens(self) -> int:
@@ -435,8 +473,8 @@ class VCFPipeline(StableDiffusionPipeline):
     @torch.no_grad()
     def prepare(
         self,
-        text_tokens: Tensor,
-        negative_tokens: Tensor,
+        text_tokens: Tensor | Sequence[Tensor],
+        negative_tokens: Tensor | Sequence[Tensor],
         fusions: Sequence[Fusion],
         *,
         seeds: Sequence[int],
@@ -446,8 +484,8 @@ class VCFPipeline(StableDiffusionPipeline):
         """Prepare the sampling, from the tokens of :meth:`encode_prompts` and :meth:`encode_references`.
 
         Args:
-            text_tokens: ``[B, T, Dt]``, of the prompts.
-            negative_tokens: ``[B, T, Dt]``, of the negative prompts.
+            text_tokens, negative_tokens: those of the prompts and of the negative prompts, see
+                :func:`vcf_batch.vcf.fusion.condition`.
             fusions: one per sample, with its references' tokens and the way they join the prompt.
             seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
             guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
@@ -508,6 +546,7 @@ class VCFPipeline(StableDiffusionPipeline):
         *,
         seeds: Sequence[int],
         negative_prompts: str | Sequence[str | None] | None = "",
+        long_prompts: str = "truncate",
         fusion: str | Sequence[str] = "concat",
         strength: float | Sequence[float | None] | None = None,
         fusion_lo: float | Sequence[float] = 0.0,
@@ -538,6 +577,8 @@ class VCFPipeline(StableDiffusionPipeline):
             references: for each prompt one image, several, or None for text only. None is text only throughout.
             seeds: one per prompt.
             negative_prompts: texts that the images should not show.
+            long_prompts: ``truncate`` cuts off what the text encoder does not take, ``chunk`` encodes it in windows
+                (:meth:`encode_windows`).
             reference_weights: for each prompt one weight per reference; None is equal weights.
             guidance_scale: 1 is no guidance, 0 the unconditional side alone; None is the model's default.
             steps: number of denoising steps; None is the model's default.
@@ -553,8 +594,7 @@ class VCFPipeline(StableDiffusionPipeline):
         if not (count := len(prompts)):
             raise UsageError("prompts is empty; give at least one prompt")
         negatives = [negative or "" for negative in per_sample("negative_prompts", negative_prompts, count)]
-        texts = list(dict.fromkeys([*prompts, *negatives]))
-        tokens = self.encode_prompts(texts)
+        text_tokens = encode_texts(self, [*prompts, *negatives], long_prompts)
         fusions = fuse_references(
             self,
             count,
@@ -581,8 +621,7 @@ class VCFPipeline(StableDiffusionPipeline):
             width=width,
         )
         return self.generate_from_tokens(
-            tokens[[texts.index(prompt) for prompt in prompts]],
-            tokens[[texts.index(prompt) for prompt in negatives]],
+            *leveled(self, text_tokens[:count], text_tokens[count:]),
             fusions,
             seeds=seeds,
             guidance_scale=guidance_scale,

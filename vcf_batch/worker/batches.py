@@ -20,20 +20,22 @@ Sight = tuple[bool, Reference]
 """A reference as an encoder sees it: the IP-Adapter's (True), or the aligner's."""
 
 
-def batch_key(row: Row, used: Mapping[str, Any]) -> tuple[int, int, int, int]:
+def batch_key(row: Row, used: Mapping[str, Any], windows: int) -> tuple[int, int, int, int, int]:
     """Number of PNO updates, and of references whose tokens lengthen the conditioning, or have attention of their own;
-    and how these are limited: not at all (0), by roles (1), or by masks (2), which need a bias for each query.
+    how these are limited: not at all (0), by roles (1), or by masks (2), which need a bias for each query; and the
+    number of windows that the texts are encoded in.
 
-    Rows share a batch if all four are equal.
+    Rows share a batch if all five are equal.
 
     Args:
         row: a row of a shard.
         used: its settings.
+        windows: see :attr:`vcf_batch.worker.shard_rows.ShardRows.windows`.
     """
     pictures = max(len(row.references), int(row.negative_reference is not None))
     lengthens, apart = (pictures if used["fusion"] == fusion else 0 for fusion in ("concat", IP_ADAPTER))
     limits = 2 if any(row.masks) else 1 if used["reference_roles"] else 0
-    return used["pno_steps"], lengthens, apart, limits
+    return used["pno_steps"], lengthens, apart, limits, windows
 
 
 def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
@@ -45,7 +47,7 @@ def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
         rows: the rows of the shard, padding included.
         batch_size: largest number of rows of a batch.
     """
-    keys = [batch_key(row, used) for row, used in zip(rows.rows, rows.settings, strict=True)]
+    keys = [batch_key(*each) for each in zip(rows.rows, rows.settings, rows.windows, strict=True)]
     return [
         Batch(
             number,

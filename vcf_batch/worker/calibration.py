@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.manifest.manifest import Manifest
+from vcf_batch.models.prompt_tokens import windows_of
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.worker.batches import batch_key
@@ -71,7 +72,10 @@ def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -
     for size in itertools.takewhile(lambda size: size <= limit, map((2).__pow__, itertools.count())):
         config = components.config.replace(batch_size=size, steps=min(components.config.steps or STEPS, STEPS))
         rows = [dataclasses.replace(row, number=number, seed=number) for number in range(BATCHES * size)]
-        plain = neutral(rows, range(len(rows)), config.negative_prompt)
+        plain = [
+            dataclasses.replace(each, prompt=row.prompt, overrides=row.overrides)  # Their length counts.
+            for each in neutral(rows, range(len(rows)), config.negative_prompt)
+        ]
         try:
             seconds = seconds_per_image(dataclasses.replace(components, config=config), plain)
         except OutOfDeviceMemory:
@@ -86,7 +90,8 @@ def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -
 
 def _generate(components: Components, rows: Sequence[Row]) -> None:
     components.device.use_threads()
-    whole = ShardRows.of(rows, {}, components.config)
+    windows = windows_of(components.pipeline.tokenizer, rows, components.config)
+    whole = ShardRows.of(rows, {}, components.config, windows)
     Generation(components, whole, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
 
 
@@ -94,6 +99,9 @@ def _most_demanding(components: Components, manifest: Manifest) -> Row:
     """Row that needs the most memory among the first rows. If it has PNO updates, they are reduced to one."""
     rows = manifest.rows(0, min(CALIBRATION_ROWS, manifest.num_rows), components.config.seed)
     sound = [row for row in rows if not checked(row, components.config).error]
-    row = max(sound, key=lambda row: batch_key(row, settings_of(row, components.config)), default=Row(0, "text", ""))
-    updates = min(settings_of(row, components.config)["pno_steps"], 1)
+    config = components.config
+    windows = windows_of(components.pipeline.tokenizer, sound, config)
+    demands = {each: batch_key(row, settings_of(row, config), windows[each]) for each, row in enumerate(sound)}
+    row = sound[max(demands, key=lambda each: demands[each])] if demands else Row(0, "text", "")
+    updates = min(settings_of(row, config)["pno_steps"], 1)
     return dataclasses.replace(row, overrides={**row.overrides, "pno_steps": updates})

@@ -22,7 +22,7 @@ from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.models.forward_pass import ForwardPass, outputs
 from vcf_batch.records import Objective, Sample
 from vcf_batch.vcf import pno
-from vcf_batch.vcf.fusion import Fusion
+from vcf_batch.vcf.fusion import Fusion, filled
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.roles.reach import mask_of
 from vcf_batch.vcf.roles.role import role_of
@@ -214,15 +214,25 @@ class Generation:
         """The arguments of :meth:`vcf_batch.vcf.pipeline.VCFPipeline.prepare` for some rows of a batch."""
         positions = batch.positions[part]
         settings = [self.settings[position] for position in positions]
+        texts = [self._text_tokens(batch, position) for position in positions]
         return {
-            "text_tokens": torch.stack([batch.text_tokens[self.rows[position].prompt] for position in positions]),
-            "negative_tokens": torch.stack([batch.text_tokens[used["negative_prompt"]] for used in settings]),
+            "text_tokens": torch.stack([prompt for prompt, _ in texts]),
+            "negative_tokens": torch.stack([negative for _, negative in texts]),
             "fusions": [self._fusion(batch, position) for position in positions],
             "seeds": [sharding.draw_seed(used["seed"], batch.draw) for used in settings],
             "guidance_scale": [used["guidance_scale"] for used in settings],
             # The rows of a batch have the same deep_cache, because they have the same pno_steps.
             "sampling": dataclasses.replace(self.config.sampling, deep_cache=settings[0]["deep_cache"]),
         }
+
+    def _text_tokens(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
+        """The tokens ``[T, Dt]`` of a row's prompt and negative prompt, of as many windows."""
+        windows, (prompt, negative, *empty) = self.shard_rows.windows[position], self.shard_rows.texts(position)
+        both = batch.text_tokens[prompt], batch.text_tokens[negative]
+        if not empty:
+            return both
+        length, nothing = windows * self.pipeline.max_tokens, batch.text_tokens[empty[0]]
+        return filled(both[0], length, nothing), filled(both[1], length, nothing)
 
     def _optimize(
         self, settings: Sequence[Mapping[str, Any]], pictures: Sequence[list[Image.Image]], inputs: Mapping[str, Any]
@@ -273,7 +283,9 @@ class Generation:
         """The passes of the batch's prompts and negative prompts. Each distinct text is in one pass of the shard."""
         wanted = dict.fromkeys(text for position in batch.positions for text in self.shard_rows.texts(position))
         new = {text: text for text in wanted if text not in self.text_passes}
-        self.text_passes.update(dict.fromkeys(new, ForwardPass(new, self.pipeline.encode_prompts)))
+        chunked = self.config.long_prompts == "chunk"
+        encode = self.pipeline.encode_windows if chunked else self.pipeline.encode_prompts
+        self.text_passes.update(dict.fromkeys(new, ForwardPass(new, encode)))
         passes = {text: self.text_passes[text] for text in wanted}
         for text in wanted:
             if self.text_last_batch[text] == batch.number:

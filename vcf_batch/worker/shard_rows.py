@@ -27,23 +27,29 @@ class ShardRows:
     """Samples that exist already, by the number of their row."""
     padding: frozenset[int]
     """Positions of the rows with a known sample: they are not generated, and keep their slot in their batch."""
+    windows: Sequence[int]
+    """Number of windows that the texts of each row are encoded in; that of padding is its content's."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], known: Mapping[int, Sample], config: RunConfig) -> "ShardRows":
+    def of(
+        cls, rows: Sequence[Row], known: Mapping[int, Sample], config: RunConfig, windows: Sequence[int]
+    ) -> "ShardRows":
         """Make padding of the rows that have a sample, and look up the settings of all rows.
 
         Args:
             rows: the rows of the shard, in the order of the manifest.
             known: samples by the number of their row, in any order; see :attr:`known`.
             config: the run, with every default settled.
+            windows: see :attr:`windows`.
         """
         padding = frozenset(position for position, row in enumerate(rows) if row.number in known)
         kept = neutral(rows, padding, config.negative_prompt)
-        return cls(kept, [settings_of(row, config) for row in kept], known, padding)
+        return cls(kept, [settings_of(row, config) for row in kept], known, padding, windows)
 
-    def texts(self, position: int) -> tuple[str, str]:
-        """The prompt and the negative prompt of a row."""
-        return self.rows[position].prompt, self.settings[position]["negative_prompt"]
+    def texts(self, position: int) -> tuple[str, ...]:
+        """The texts that a row needs: prompt, negative prompt, and the empty one that fills the shorter of both up."""
+        both = self.rows[position].prompt, self.settings[position]["negative_prompt"]
+        return both if self.windows[position] == 1 else (*both, "")
 
     def known_sample(self, position: int) -> Sample:
         """The sample of a row that is padding. Ask for each once, in order: some are read only then.

@@ -224,10 +224,9 @@ class Worker:
                     read = self.manifest.rows(task.shard.start, task.shard.stop, config.seed)
                     rows = [checked(row, config) for row in read]
                 lengths = text_lengths(components.pipeline.tokenizer, rows, config)
-                too_long = [found.excess(components.pipeline.max_tokens) for found in lengths]
-                if config.long_prompts == "refuse":
-                    told = zip(rows, too_long, strict=True)
-                    rows = [row if row.error else dataclasses.replace(row, error=error) for row, error in told]
+                most, way = components.pipeline.max_tokens, config.long_prompts
+                told = zip(rows, (found.error(most, way) for found in lengths), strict=True)
+                rows = [row if row.error else dataclasses.replace(row, error=error) for row, error in told]
                 # A kept sample is asked for only if its row is not decided otherwise.
                 known = ChainMap(self._decided(task, rows), cast(dict[int, Sample], existing))
                 schema, is_web = schema_of(config, self.manifest), self.manifest.reference_is_web
@@ -235,13 +234,13 @@ class Worker:
 
                     def add(sample: Sample) -> None:
                         place = sample.row.number - task.shard.start
-                        cut = None if sample.status == "failed" else too_long[place] is not None
-                        tokens = lengths[place].prompt
+                        is_cut = way == "truncate" and lengths[place].excess(most) is not None
+                        cut, tokens = None if sample.status == "failed" else is_cut, lengths[place].prompt
                         writer.add(dataclasses.replace(sample, prompt_tokens=tokens, prompt_truncated=cut))
 
                     Generation(
                         components,
-                        ShardRows.of(rows, known, config),
+                        ShardRows.of(rows, known, config, [found.windows(most, way) for found in lengths]),
                         add,
                         clock,
                         last_attempt=task.last_attempt or task.is_trial,
