@@ -76,7 +76,7 @@ def check(output: Output) -> Iterator[Finding]:
                 finder.add(result, shard.start)
         count, repeats = finder.repeats(MAX_REPEATS)
     for repeat in repeats:
-        shard, first = (output.plan[row // output.plan.shard_size] for row in (repeat.row, repeat.first))
+        shard, first = (output.plan[output.plan.index_of(row)] for row in (repeat.row, repeat.first))
         yield Finding(
             shard.name, f"row {repeat.row} has the key of row {repeat.first} in {file_name(first, 'parquet')}", shard
         )

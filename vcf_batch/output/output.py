@@ -52,7 +52,10 @@ class Output:
         try:
             self.config = self.record.run_config(self.url, changes)
             """Configuration of the record, with the changes that were asked for."""
-            self.plan = ShardPlan(self.record.manifest.rows, cast(int, self.config.shard_size))
+            part = self.config.part
+            self.plan = ShardPlan(
+                self.record.manifest.rows, cast(int, self.config.shard_size), part.start if part else 0
+            )
         except (TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is damaged: {error}") from error
 
