@@ -147,25 +147,22 @@ class Sources:
         unfinished: list[int] = []
         lines: list[str] = []
         for source in self.all:
-            plan, digest = source.output.plan, hashlib.sha256()
-            broken = whole = behind = 0
+            digest = hashlib.sha256()
+            broken = left = 0
             missing: list[str] = []
             kept: list[_Committed] = []
-            for found in source.output.examine():
-                index = int(found.name) if isinstance(found, Damaged) else found.shard.index
-                missing += [plan[at].name for at in range(behind, index)[: MOST_NAMED - len(missing)]]
-                behind = index + 1
-                if isinstance(found, Damaged):
+            for shard, found in source.output.each_shard():
+                if found is None:
+                    left += 1
+                    missing += [shard.name][: MOST_NAMED - len(missing)]
+                elif isinstance(found, Damaged):
                     broken += 1
                     lines += [f"{found.name} of {source.output.url} is damaged: {found.reason}"][: broken <= MOST_NAMED]
-                    continue
-                whole += 1
-                hashes = [entry.sha256 for _, entry in sorted(found.files.items())]
-                digest.update(f"{found.shard.name} {found.fingerprint} {''.join(hashes)}\n".encode())
-                # Interned, as all shards of an output have one of few fingerprints.
-                kept.append(_Committed(index, sys.intern(found.fingerprint), " ".join(hashes)))
-            missing += [plan[at].name for at in range(behind, len(plan))[: MOST_NAMED - len(missing)]]
-            left = len(plan) - whole - broken
+                else:
+                    hashes = [entry.sha256 for _, entry in sorted(found.files.items())]
+                    digest.update(f"{shard.name} {found.fingerprint} {''.join(hashes)}\n".encode())
+                    # Interned, as all shards of an output have one of few fingerprints.
+                    kept.append(_Committed(shard.index, sys.intern(found.fingerprint), " ".join(hashes)))
             committed.append(kept)
             digests.append(digest.hexdigest())
             damaged.append(broken)
