@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from vcf_batch.errors import UsageError
+from vcf_batch.metrics.perceptual_hash import BITS
 
-BITS = 64
 MAX_DISTANCE = 16
 """Largest distance. Time grows fast with it; two random hashes have a distance of 32."""
 
