@@ -63,7 +63,7 @@ def sample(plan: ShardPlan, fraction: float) -> frozenset[int]:
         fraction: above 0, at most 1.
     """
     lots = [_lot(index) for index in range(len(plan))]
-    most = max(fraction * 2**_LOT_BITS, min(lots))
+    most = max(min(lots), fraction * 2**_LOT_BITS)
     return frozenset(index for index, lot in enumerate(lots) if lot <= most)
 
 
