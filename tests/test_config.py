@@ -39,7 +39,7 @@ OTHER: dict[str, Any] = {
     "cpus_per_worker": 2,
     "mark": False, "log_format": "json", "allow_smaller_batches": True, "profile": True, "stall_timeout": 60.0,
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
-    "role": "layout",
+    "role": "layout", "rows": "2:4",
     "eta": 0.5, "pno_steps": 10, "pno_guide": "org/guide", "pno_lr_conditioning": 0.002, "pno_lr_noise": 0.002,
     "pno_gamma": 0.3, "min_clip_score": 0.2, "min_clip_reference": 0.2, "max_lpips": 0.7, "best_by": "lpips",
     "attempts": 3, "min_content_alignment": 0.3, "min_style_similarity": 0.5, "triplets": True, "texture": True,
@@ -212,7 +212,7 @@ def test_published_lpips_needs_its_weights(lpips: str) -> None:
 
 def test_mapping_round_trip() -> None:
     # No other scheduler takes an eta, what is compiled no deep cache, and the fusion naive no role.
-    run = config(**OTHER | {"scheduler": "ddim", "compile": False, "role": "all"})
+    run = config(**OTHER | {"scheduler": "ddim", "compile": False, "role": "all", "rows": None})
     assert RunConfig.from_mapping(run.to_dict()) == run
     assert run.replace(steps=9).steps == 9
     with pytest.raises(UsageError, match="steps is 0"):
@@ -251,6 +251,29 @@ def test_a_run_without_roles_has_the_fingerprint_of_before() -> None:
     assert "role" not in fingerprint_fields(config(), **IDENTITIES)
     assert fingerprint_fields(config(role="layout"), **IDENTITIES)["role"] == "layout"
     assert field_of({}, "role") == "all"
+
+
+def test_a_part_of_the_rows_has_one_spelling() -> None:
+    """And a part from the first row on is a limit. Without a part, the fingerprint is that of before."""
+    assert "rows" not in fingerprint_fields(config(limit=4), **IDENTITIES)
+    assert config(rows="007:20") == config(rows="7:20") and config(rows="7:20").part == range(7, 20)
+    assert config(rows="0:20") == config(limit=20)
+    assert name_of(config(rows="7:20")) != name_of(config(rows="7:21"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rows": "5"}, "rows is '5'; give the number of the first row, a colon, and the number behind the last row"),
+        ({"rows": "5:"}, "rows is '5:'; give the number"),
+        ({"rows": "-1:5"}, "rows is '-1:5'; give the number"),
+        ({"rows": "5:5"}, "rows is 5:5, which has no row; the second number must be larger than the first"),
+        ({"rows": "5:9", "limit": 3}, "rows is 5:9, and limit is 3, which is another part of the manifest: leave one"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        config(**settings)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -224,6 +225,9 @@ class RunConfig:
     """Mark every image as synthetic, with its settings: :mod:`vcf_batch.output.marking`."""
     seed: int = 0
     limit: int | None = None
+    rows: str | None = None
+    """Part ``A:B`` of the manifest that is generated: the rows with the numbers A to B - 1. None is all of it. ``0:B``
+    becomes ``limit``."""
     prompt_column: str | None = None
     """The manifest's column that is read as ``prompt``; None is the one of that name."""
     reference_column: str | None = None
@@ -271,6 +275,15 @@ class RunConfig:
         for field in dataclasses.fields(self):
             if field.type in (float, float | None) and getattr(self, field.name) is not None:
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
+        if self.rows is not None:
+            part = part_of(self.rows)
+            if self.limit is not None:
+                raise UsageError(
+                    f"rows is {self.rows}, and limit is {self.limit}, which is another part of the manifest: leave one "
+                    "of them out"
+                )
+            object.__setattr__(self, "rows", f"{part.start}:{part.stop}" if part.start else None)
+            object.__setattr__(self, "limit", None if part.start else part.stop)
         for name, value in vars(self).items():
             for text in value if isinstance(value, tuple) else (value,):
                 # A shell variable that is not set gives an empty text, which as a place would be the working directory.
@@ -381,6 +394,11 @@ class RunConfig:
         return {name: column for name, field in COLUMN_SETTINGS.items() if (column := getattr(self, field)) is not None}
 
     @property
+    def part(self) -> range | None:
+        """Numbers of the manifest's rows that :attr:`rows` names; None if it names none."""
+        return None if self.rows is None else part_of(self.rows)
+
+    @property
     def gates(self) -> dict[str, float]:
         """The gates that are set, by the names of :data:`GATES`."""
         return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
@@ -476,6 +494,7 @@ COLUMN_SETTINGS = {
 }
 """Settings that name a column of the manifest, by the column that it is read as."""
 
+_PART = re.compile(r"([0-9]{1,18}):([0-9]{1,18})")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2  # aliases can make a few lines of YAML very deep and wide
 _SHORT.maxstring = 1000
@@ -489,7 +508,7 @@ EVALUATED_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 DECIDED_BY_EVALUATION = frozenset(
     {
         *("manifest", "output", *COLUMN_SETTINGS.values(), "carry"),
-        *("fusion", "strength", "role", "pno_steps", "seed", "limit"),
+        *("fusion", "strength", "role", "pno_steps", "seed", "limit", "rows"),
         *("triplets", "safety_checker", "attempts", "best_by", *GATES),
     }
 )
@@ -522,7 +541,7 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {"texture": False, "role": "all"}
+ADDED_SETTINGS: dict[str, Any] = {"texture": False, "role": "all", "rows": None}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.
@@ -607,6 +626,24 @@ def reference_shares(weights: Sequence[float] | None, count: int) -> tuple[float
     if weights and not total:
         raise UsageError("reference_weights are all 0; give one a weight above 0, or strength 0 for text only")
     return tuple(weight / total for weight in weights)
+
+
+def part_of(text: str) -> range:
+    """Numbers of the rows in a part ``A:B`` of a manifest.
+
+    Raises:
+        UsageError: the text is something else, or the part has no row.
+    """
+    numbers = _PART.fullmatch(text)
+    if numbers is None:
+        raise UsageError(
+            f"rows is {_SHORT.repr(text)}; give the number of the first row, a colon, and the number behind the last "
+            "row, such as 1000:2000. The first row of a manifest has the number 0"
+        )
+    start, stop = map(int, numbers.groups())
+    if start >= stop:
+        raise UsageError(f"rows is {text}, which has no row; the second number must be larger than the first")
+    return range(start, stop)
 
 
 def load_yaml(text: str, source: str) -> dict[str, Any]:

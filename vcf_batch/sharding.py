@@ -38,8 +38,9 @@ class ShardPlan(Sequence[Shard]):
     Shards are computed on access, so a plan takes the same memory for any number of rows.
 
     Args:
-        num_rows: rows of the manifest, 0 or more.
+        num_rows: rows of the run, 0 or more.
         shard_size: rows in a shard, 1 or more.
+        first_row: number of the run's first row in the manifest, 0 or more.
 
     Raises:
         ValueError: a size is out of range.
@@ -47,12 +48,15 @@ class ShardPlan(Sequence[Shard]):
 
     num_rows: int
     shard_size: int
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         if self.num_rows < 0:
             raise ValueError(f"num_rows is {self.num_rows}; it must be at least 0")
         if self.shard_size < 1:
             raise ValueError(f"shard_size is {self.shard_size}; it must be at least 1")
+        if self.first_row < 0:
+            raise ValueError(f"first_row is {self.first_row}; it must be at least 0")
 
     def __len__(self) -> int:
         return (self.num_rows + self.shard_size - 1) // self.shard_size
@@ -69,7 +73,11 @@ class ShardPlan(Sequence[Shard]):
         position = range(len(self))[index]
         start = position * self.shard_size
         stop = min(start + self.shard_size, self.num_rows)
-        return Shard(position, start, stop, shard_name(position, len(self)))
+        return Shard(position, self.first_row + start, self.first_row + stop, shard_name(position, len(self)))
+
+    def index_of(self, row: int) -> int:
+        """Index of the shard with a row, by the row's number in the manifest. The row may be none of the run."""
+        return (row - self.first_row) // self.shard_size
 
 
 def remaining(plan: Sequence[Shard], done: Container[int]) -> Iterator[Shard]:

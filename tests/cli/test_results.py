@@ -124,7 +124,8 @@ def test_a_manifest_is_a_document(tmp_path: Path) -> None:
 def test_what_verify_finds_is_a_document(output: Path) -> None:
     """With the exit code and the message of the same command without --json."""
     whole = document("verify", output)
-    assert whole == {"output": str(output), "rows": 10, "shards": 3, "damaged": False, "unfinished": 0, "findings": []}
+    counts = {"rows": 10, "shards": 3, "rows_read": 10, "shards_read": 3}
+    assert whole == {"output": str(output), **counts, "damaged": False, "unfinished": 0, "findings": []}
     (output / "00001.tar").unlink()
     damaged = document("verify", output, code=5)
     [finding] = damaged["findings"]

@@ -4,13 +4,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
 from support import runs
-from vcf_batch import pool
+from vcf_batch import pool, storage
 from vcf_batch.cli import main
 from vcf_batch.commands.repair import Repair
 from vcf_batch.config import RunConfig
@@ -18,6 +20,7 @@ from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
+from vcf_batch.report.condition import Condition
 
 ROWS, SHARD_SIZE = 10, 4
 FAILED = "status = 'failed'"
@@ -38,10 +41,10 @@ def output(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "out")
 
 
-def needed(output: Path, where: str = FAILED) -> dict[int, list[int]]:
-    """Shard and numbers of the rows that are generated again."""
+def needed(output: Path, where: str = FAILED, **given: Any) -> dict[int, list[int]]:
+    """Shard and numbers of the rows that are generated again. ``given`` are further arguments of :class:`Repair`."""
     opened = Output(str(output))
-    again = Repair(opened, where).rows(lambda line: None)
+    again = Repair(opened, where, **given).rows(lambda line: None)
     for index, rows in again.items():
         assert len(rows) == len(opened.plan[index])
     return {index: [row for row, anew in enumerate(rows, index * SHARD_SIZE) if anew] for index, rows in again.items()}
@@ -65,7 +68,29 @@ def test_failed_rows_are_generated_again(whole: Path) -> None:
     ],
 )
 def test_a_condition_selects_rows(whole: Path, where: str, expected: Mapping[int, list[int]]) -> None:
-    assert needed(whole, where) == expected
+    """Whether all files are read before, or receipts are trusted."""
+    assert needed(whole, where) == needed(whole, where, trust_receipts=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "columns"),
+    [
+        (FAILED, ["key", "status"]),
+        ("Status = 'failed' AND \"LABEL\" LIKE '%7'", ["key", "status", "label"]),
+        ("list_filter([label], lambda seed: contains(seed, '7')) <> []", ["key", "seed", "label"]),
+        ("attempts[1].seed = 3", ["key", "attempts"]),
+        ("false", ["key"]),
+        ("COLUMNS(*) IS NOT NULL", None),
+        ("COLUMNS('.*_score') > 0.5", None),
+        ("#1 = 'x'", None),
+    ],
+)
+def test_a_condition_tells_the_columns_that_it_reads(whole: Path, where: str, columns: list[str] | None) -> None:
+    """Rows with these alone give the same keys. Expressions that name no column read all."""
+    rows = pa.concat_tables([runs.Files(whole, f"0000{shard}").table for shard in range(3)])
+    condition = Condition(where, rows.schema)
+    assert [*condition.columns] == (columns or [name for name in rows.column_names if name != "half"])
+    assert condition.keys(rows.select([*condition.columns])) == condition.keys(rows)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +147,49 @@ def test_damaged_and_missing_shards_are_generated_whole(output: Path) -> None:
     (output / "00001.tar").write_bytes(data[:-5] + b"\1" + data[-4:])
     assert needed(output) == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [9]}
     assert needed(output, "false") == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}
+
+
+def test_receipts_are_trusted_if_that_is_asked_for(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but receipts and the columns of the condition is read, so damage of the same size is not found."""
+    (output / "00000_stats.json").unlink()
+    data = (output / "00001.tar").read_bytes()
+    (output / "00001.tar").write_bytes(data[:-5] + b"\1" + data[-4:])
+    columns, iter_batches = set[str](), pq.ParquetFile.iter_batches
+
+    def noted(self: pq.ParquetFile, *given: Any, columns_read: set[str] = columns, **options: Any) -> Any:
+        columns_read |= {*options["columns"]}
+        return iter_batches(self, *given, **options)
+
+    def refused(*given: Any) -> Any:
+        raise AssertionError("a file is read")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
+    monkeypatch.setattr(storage, "digest", refused)
+    monkeypatch.setattr(shards, "read_members", refused)
+    assert needed(output, trust_receipts=True) == {0: [0, 1, 2, 3], 1: [5], 2: [9]}
+    assert columns == {"key", "status"}
+    (output / "00001.tar").write_bytes(data[:-1])
+    assert needed(output, trust_receipts=True) == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [9]}
+
+
+@pytest.mark.parametrize("damage", ["footer", "page", "rows", "columns", "receipt"])
+def test_a_parquet_that_cannot_be_read_costs_its_shard(output: Path, damage: str) -> None:
+    """Where receipts are trusted, the shard is generated whole, and told."""
+    files = runs.Files(output, "00001")
+    data = bytearray(files.parquet.read_bytes())
+    if damage == "receipt":
+        files.edit_receipt(shard={"index": 1, "name": "00001", "start": 3, "stop": 7})
+    elif damage in ("rows", "columns"):
+        files.table = files.table.slice(1) if damage == "rows" else files.table.drop(["status"])
+        files.write()
+    else:
+        at = len(data) - 8 if damage == "footer" else 10
+        data[at : at + 8] = bytes(8)
+        files.parquet.write_bytes(data)
+    lines: list[str] = []
+    redo = Repair(Output(str(output)), FAILED, trust_receipts=True).rows(lines.append)
+    assert {index: sum(mask) for index, mask in redo.items()} == {1: 4, 2: 1}
+    assert lines[0].startswith("00001: its ") and lines[-1] == "5 rows in 2 shards are to be generated again"
 
 
 @pytest.mark.parametrize("survived", range(6))

@@ -1,6 +1,7 @@
 """Verify finds whatever was done to an output, and names the shard and the cause."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from vcf_batch.cli import main
 from vcf_batch.commands import verify
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import StorageError
-from vcf_batch.output import lease, shards
+from vcf_batch.output import lease, progress_file, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.shards import side_by_side
@@ -42,9 +43,9 @@ def output(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "out")
 
 
-def run(output: Path) -> tuple[int, list[str]]:
+def run(output: Path, *options: str) -> tuple[int, list[str]]:
     """Exit code and lines of the command."""
-    result = CliRunner().invoke(main, ["verify", str(output)])
+    result = CliRunner().invoke(main, ["verify", str(output), *options])
     assert "Traceback" not in result.output
     return result.exit_code, result.output.splitlines()
 
@@ -408,3 +409,41 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_not_accused(
     monkeypatch.setattr(storage, "digest", late)
     assert run(output) == (0, [f"{output}: 10 rows in 3 shards, no damage"])
     assert done
+
+
+# A sample
+
+
+def test_a_sample_is_the_same_each_time() -> None:
+    """A larger one has the shards of a smaller one, and none is empty."""
+    plan = ShardPlan(100_000, 10)
+    samples = [verify.sample(plan, fraction) for fraction in (1e-9, 0.001, 0.01, 0.1, 0.5, 1.0)]
+    assert samples == [verify.sample(plan, fraction) for fraction in (1e-9, 0.001, 0.01, 0.1, 0.5, 1.0)]
+    assert all(smaller < larger for smaller, larger in itertools.pairwise(samples))
+    assert [len(samples[0]), len(samples[-1])] == [1, len(plan)]
+    assert [len(found) for found in samples[1:4]] == pytest.approx([10, 100, 1000], rel=0.3)
+    assert sorted(samples[1])[:4] == [1825, 2155, 2909, 3912]
+
+
+def test_only_the_sample_is_read(output: Path) -> None:
+    """What is damaged elsewhere is not found, and the answer says what was read. Missing shards are all told."""
+    (chosen,) = verify.sample(Output(output).plan, 0.1)
+    others = [index for index in range(3) if index != chosen]
+    other = output / f"{others[0]:05d}.parquet"
+    data = other.read_bytes()
+    other.write_bytes(data[:50] + b"\1" + data[51:])
+    rows = len(Output(output).plan[chosen])
+    said = f"{output}: 10 rows in 3 shards; 1 of them, with {rows} rows, were read, no damage"
+    assert run(output, "--sample", "0.1") == (0, [said])
+    assert run(output, "--sample", "1")[0] == 5
+    told = json.loads(CliRunner().invoke(main, ["verify", str(output), "--sample", "0.1", "--json"]).stdout)
+    assert (told["shards_read"], told["rows_read"], told["shards"]) == (1, rows, 3)
+    for name in (f"{others[1]:05d}_stats.json", progress_file.PROGRESS_NAME):
+        (output / name).unlink()
+    code, lines = run(output, "--sample", "0.1")
+    assert code == 6 and lines[0].startswith(f"{others[1]:05d}: it has no receipt")
+    assert "1 of 3 shards are not generated yet, those that were read have no damage" in lines[1]
+    other.write_bytes(data)
+    (output / f"{chosen:05d}.tar").write_bytes(b"")
+    assert run(output, "--sample", "0.1")[0] == 5
+    assert run(output, "--sample", "0")[0] == 2

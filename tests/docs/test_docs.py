@@ -38,11 +38,13 @@ SHOWN = {"text", "yaml", "dockerfile"}
 SMALLER = {
     "plan": "--limit 4 --steps 2",
     "preview": "--rows 2 --steps 2",
+    'generate "*" --rows': '--steps 2 --address "$RAY_ADDRESS"',
     "generate": '--limit 4 --steps 2 --address "$RAY_ADDRESS"',
     "model evaluate": "--pairs 2 --steps 2 --pno-samples 0",
     "model train": "--limit 300 --epochs 1 --transfer-pairs 2",
 }
-"""What commands get in addition, so that a page takes seconds. Of an option that is given twice the last counts."""
+"""What commands get in addition, so that a page takes seconds. Of an option that is given twice the last counts, and of
+the commands here the first that fits. A part of the rows takes no limit beside it."""
 
 JOBS = {"generate": ["generate"], "train_aligner": ["model", "train"], "evaluate": ["model", "evaluate"]}
 """The command that each file of jobs/ is the entry point of."""

@@ -129,5 +129,5 @@ def test_the_embedded_models_draw_what_captions_say() -> None:
 
 def test_the_model_card_shows_the_measurement() -> None:
     card = (Path(resolution.tiny_folder()) / "README.md").read_text()
-    assert "text only, full captions" in card
-    assert "python -m vcf_batch.tiny.measure" in card
+    assert "text only, all named" in card
+    assert "python -m vcf_batch.tiny.goals" in card

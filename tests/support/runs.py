@@ -107,6 +107,14 @@ def write_output(
 ) -> Job:
     """What a run leaves behind, without a model: random pictures and scores by row number, but for the failed and the
     rejected rows. ``model`` is the name in its record, ``options`` are further settings."""
+    job = begin_output(manifest, output, shard_size, model, **options)
+    for shard in job.shards:
+        commit_pictures(job, shard, failed, rejected)
+    return job
+
+
+def begin_output(manifest: Path, output: Path, shard_size: int, model: str = "m", **options: Any) -> Job:
+    """What a run without a model leaves behind that has finished no shard; see :func:`write_output`."""
     opened = Manifest.open(str(manifest))
     chosen = {"strength": 1.0, "steps": 4, "guidance_scale": 5.0, "dtype": "float32", "gpus_per_worker": 0}
     settings: dict[str, Any] = {**SIZE, **chosen, "shard_size": shard_size, **options}
@@ -123,8 +131,6 @@ def write_output(
     )
     job = Job(config, opened, Models(ResolvedModel(model, "hub", model, "0" * 40), None, "none", "none"), fields)
     claim.claim(job)
-    for shard in job.shards:
-        commit_pictures(job, shard, failed, rejected)
     return job
 
 

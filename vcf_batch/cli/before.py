@@ -140,9 +140,16 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     ctx.exit(max((problem.exit_code for problem in found.problems), default=0))
 
 
-@click.command(cls=Command, params=[option for option in generate.params if option.name not in ("output", "push")])
+@click.command(
+    cls=Command, params=[option for option in generate.params if option.name not in ("output", "push", "rows")]
+)
 @click.option(
-    "--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Number of rows of MANIFEST to show."
+    "--rows",
+    "shown",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Number of rows of MANIFEST to show.",
 )
 @click.option(
     "--sweep",
@@ -156,7 +163,7 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
 @click.option("--out", default="preview.png", show_default=True, metavar="FILE", help="The PNG to write.")
 @json_option
 @click.pass_context
-def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, as_json: bool, **_: Any) -> None:
+def preview(ctx: click.Context, shown: int, sweeps: tuple[str, ...], out: str, as_json: bool, **_: Any) -> None:
     """Draw the first rows of MANIFEST with several settings.
 
     They are drawn side by side in one picture, with their scores. Its columns are the reference, text only, and each
@@ -173,6 +180,6 @@ def preview(ctx: click.Context, rows: int, sweeps: tuple[str, ...], out: str, as
     from vcf_batch.commands import preview as previews  # brings what would warn
 
     picture = io.BytesIO()
-    previews.draw(run_config(ctx, output=out), rows, previews.parsed(sweeps)).save(picture, "png")
+    previews.draw(run_config(ctx, output=out), shown, previews.parsed(sweeps)).save(picture, "png")
     storage.publish_bytes(target := storage.absolute(out), picture.getvalue())
     tell(redact(target), {"picture": redact(target)}, as_json)

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("output")
 @click.option(
+    "--sample",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="FRACTION",
+    help="Read only about this fraction of the shards, 0 to 1, and at least one: the same each time, and with a larger "
+    "fraction these and more. Shards that are not generated yet are all told.  [default: 1]",
+)
+@click.option(
     "--regenerate",
     type=click.IntRange(min=1),
     metavar="N",
@@ -28,7 +35,13 @@ if TYPE_CHECKING:
 @debug_option
 @click.pass_context
 def verify(
-    ctx: click.Context, output: str, regenerate: int | None, regenerate_seed: int, as_json: bool, **_: Any
+    ctx: click.Context,
+    output: str,
+    sample: float | None,
+    regenerate: int | None,
+    regenerate_seed: int,
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Read all of OUTPUT again, and tell what is damaged, and why.
 
@@ -49,7 +62,8 @@ def verify(
     except AnExport:
         _verify_export(output, ctx, as_json)
         return
-    findings = _found(verify.check(opened), as_json)
+    chosen = None if sample is None else verify.sample(opened.plan, sample)
+    findings = _found(verify.check(opened, chosen), as_json)
     unfinished = sum(finding.kind == "unfinished" for finding in findings)
     if regenerate is not None and not _damaged(findings) and not unfinished:
         from vcf_batch.vcf import quiet  # nor torch to read files
@@ -65,22 +79,28 @@ def verify(
             state = f"process {owner.pid} on {owner.host} is at work since {owner.started}"
         else:
             state = "nobody is at work. Rerun the command of the run to go on"
+    rows_read = opened.plan.num_rows if chosen is None else sum(len(opened.plan[index]) for index in chosen)
+    shards_read = len(opened.plan) if chosen is None else len(chosen)
     if as_json or not (_damaged(findings) or unfinished):
         document = {
             "output": redact(output),
             "rows": opened.plan.num_rows,
             "shards": len(opened.plan),
+            "rows_read": rows_read,
+            "shards_read": shards_read,
             "damaged": _damaged(findings),
             "unfinished": unfinished,
             "findings": [_told(one) for one in findings],
         }
-        words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards, no damage"
+        share = "" if chosen is None else f"; {shards_read:,} of them, with {rows_read:,} rows, were read"
+        words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards{share}, no damage"
         tell(words, document, as_json)
     if _damaged(findings):
         raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
     if unfinished:
+        others = "the others" if chosen is None else "those that were read"
         raise Unfinished(
-            f"{output} is unfinished: {unfinished:,} of {len(opened.plan):,} shards are not generated yet, the others "
+            f"{output} is unfinished: {unfinished:,} of {len(opened.plan):,} shards are not generated yet, {others} "
             f"have no damage; {state}"
         )
 
@@ -90,7 +110,7 @@ def _verify_export(output: str, ctx: click.Context, as_json: bool) -> None:
     from vcf_batch.commands.export.check import ExportCheck
 
     moved_things = (name for name in given(ctx) if name != "output")
-    if needless := [name for name in (*moved_things, "regenerate") if ctx.params.get(name) is not None]:
+    if needless := [name for name in (*moved_things, "regenerate", "sample") if ctx.params.get(name) is not None]:
         option = needless[0].replace("_", "-")
         raise UsageError(f"{output} is an export, which --{option} is not for: verify the outputs that it was made of")
     check = ExportCheck(output)
@@ -150,15 +170,22 @@ _OWN = {"address": None, "log_format": "text", "num_workers": None, "max_failed"
     show_default=True,
     help="Which rows to generate again: a condition on the columns of the parquets.",
 )
+@click.option(
+    "--trust-receipts",
+    is_flag=True,
+    help="Do not read all of OUTPUT first. A shard counts as whole if its files have the sizes in its receipt, and of "
+    "its rows only the columns in --where are read. Risk: damage that keeps the size of a file is not found, stays "
+    "there, and may hide rows from --where.",
+)
 @moved
 @debug_option
 @click.pass_context
-def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
+def repair(ctx: click.Context, output: str, where: str, trust_receipts: bool, **_: Any) -> None:
     """Generate again what is damaged, missing or failed in OUTPUT.
 
-    OUTPUT is read first, as 'verify' reads it. Damaged and missing shards are generated whole. Of the other shards,
-    only the rows that --where selects are generated: their other samples stay, byte for byte. Keys, shards and settings
-    stay as they are.
+    OUTPUT is read first, as 'verify' reads it, unless --trust-receipts is given. Damaged and missing shards are
+    generated whole. Of the other shards, only the rows that --where selects are generated: their other samples stay,
+    byte for byte. Keys, shards and settings stay as they are.
 
     \b
     Exit codes: those of 'generate'; 5 if OUTPUT is damaged in a way that generating does not mend.
@@ -167,5 +194,5 @@ def repair(ctx: click.Context, output: str, where: str, **_: Any) -> None:
     from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
 
     opened = Output(output, _OWN | given(ctx))
-    needed = Repair(opened, where)
+    needed = Repair(opened, where, trust_receipts)
     run(opened.config, lambda: needed.rows(click.echo))

@@ -357,7 +357,7 @@ def evaluate(
     """
     from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
 
-    config = run_config(ctx, **evaluation.places(out), limit=None, pno_steps=0)
+    config = run_config(ctx, **evaluation.places(out), limit=None, rows=None, pno_steps=0)
     config = evaluation.prepared(
         config,
         lambda line: click.echo(printable(line), err=True),

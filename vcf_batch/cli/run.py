@@ -280,6 +280,14 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "Use only the first ROWS rows of the manifest. If it has no more, this changes nothing.",
     metavar="ROWS",
 )
+@_option(
+    "rows",
+    str,
+    "Use only the rows of the manifest from number A to B - 1; the first one is 0. Keys and seeds are those of the "
+    "whole manifest. So several clusters can each generate a part into an output of its own, and 'vcf-batch export' "
+    "makes one dataset of them. 0:B is --limit B.",
+    metavar="A:B",
+)
 @_option("prompt-column", str, "Column of MANIFEST to read as 'prompt'.  [default: prompt]", metavar="NAME")
 @_option("reference-column", str, "Column of MANIFEST to read as 'reference'.  [default: reference]", metavar="NAME")
 @_option("id-column", str, "Column of MANIFEST to read as 'sample_id'.  [default: sample_id]", metavar="NAME")

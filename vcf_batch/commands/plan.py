@@ -143,7 +143,9 @@ class Forecast:
 
     def _lines(self, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         guess = ", sized by a rough guess of the speed (--shard-size sets it)" if self.guessed_shard_size else ""
-        yield "rows", f"{figures['rows']:,}, {figures['rows_done']:,} of them done"
+        part = self.job.config.part if self.job else None
+        which = f" (from {part.start:,} to {part.stop - 1:,} of the manifest)" if part else ""
+        yield "rows", f"{figures['rows']:,}{which}, {figures['rows_done']:,} of them done"
         if self.long_prompts:
             first = min(PLANNED_ROWS, figures["rows"])
             fate = _FATES_OF_LONG_PROMPTS[self.job.config.long_prompts if self.job else "truncate"]
@@ -255,7 +257,7 @@ def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
     """Yield the manifest's first rows, each with the reason why it would fail; None if the manifest tells of none."""
     config, manifest = job.config, job.manifest
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
-    for row in manifest.iter_rows(0, min(PLANNED_ROWS, manifest.num_rows), config.seed):
+    for row in manifest.first_rows(PLANNED_ROWS, config.seed):
         refused = next(filter(None, map(reader.policy_error, row.images)), None)
         yield row, checked(row, config).error or refused
 
@@ -272,7 +274,7 @@ def _recorded(totals: RunSums) -> Measurement:
 def _calibrated(job: Job) -> Measurement:
     """Load a worker in this process, let it write a small shard into scratch, and time the rows that do not fail."""
     count = min(CALIBRATION_BATCHES * cast(int, job.config.batch_size), job.manifest.num_rows)
-    shard = ShardPlan(job.manifest.num_rows, count)[0]
+    shard = ShardPlan(job.manifest.num_rows, count, job.manifest.first_row)[0]
     with scratch.temporary("a small shard") as folder:
         begin = time.perf_counter()
         loaded = in_process.load(job, folder)

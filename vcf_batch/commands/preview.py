@@ -140,7 +140,11 @@ def draw(config: RunConfig, rows: int, sweep: Mapping[str, Sequence[Any]]) -> Im
         VcfBatchError: the storage or the network failed.
     """
     with scratch.temporary("the pictures") as folder:
-        config = absolute_paths.absolute(config.replace(output=folder, limit=min(rows, config.limit or rows)))
+        if part := config.part:
+            shown_rows: dict[str, Any] = {"rows": f"{part.start}:{min(part.start + rows, part.stop)}"}
+        else:
+            shown_rows = {"limit": min(rows, config.limit or rows)}
+        config = absolute_paths.absolute(config.replace(output=folder, **shown_rows))
         config = in_process.settled(config)
         columns = [TEXT_ONLY_COLUMN, *variants(sweep, config)]
         manifest = manifest_check.open_checked(config, None)
@@ -154,7 +158,7 @@ def draw(config: RunConfig, rows: int, sweep: Mapping[str, Sequence[Any]]) -> Im
         model_check.check(config, manifest, models, fusions_of(config, manifest) | swept)
         job = defaults.settle(config, manifest, models)
         components = in_process.load(job, folder).components
-        shown = [checked(row, job.config) for row in manifest.rows(0, manifest.num_rows, config.seed)]
+        shown = [checked(row, job.config) for row in manifest.first_rows(rows, config.seed)]
         samples = _generated(components, [_changed(row, column) for row in shown for column in columns])
     heads = [["reference"], ["text only"], *(_label(column) for column in columns[1:])]
     cells = [_cell(sample) for sample in samples]

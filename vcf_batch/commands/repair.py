@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from vcf_batch.commands.verify import check
-from vcf_batch.errors import DamageFound
+from vcf_batch.commands.verify import check, check_receipts
+from vcf_batch.errors import DamageFound, VcfBatchError
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import side_by_side
@@ -20,15 +20,17 @@ class Repair:
     Args:
         output: the output.
         where: the condition, see :class:`vcf_batch.report.condition.Condition`.
+        trust_receipts: whether a shard counts as whole if its files have the sizes in its receipt. Else all files are
+            read first, as :func:`vcf_batch.commands.verify.check` does.
 
     Raises:
         UsageError: ``where`` is not a condition on the output's columns, or the manifest cannot be read.
         RefusedError: the manifest has changed since the run.
     """
 
-    def __init__(self, output: Output, where: str) -> None:
+    def __init__(self, output: Output, where: str, trust_receipts: bool = False) -> None:
         manifest = output.need_manifest()
-        self._output = output
+        self._output, self._trust_receipts = output, trust_receipts
         self._condition = Condition(where, schema_of(output.config, manifest))
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
@@ -46,25 +48,40 @@ class Repair:
             StorageError: the storage failed.
         """
         redo: dict[int, RowMask] = {}
-        for finding in check(self._output):
+        for finding in (check_receipts if self._trust_receipts else check)(self._output):
             if finding.shard is None and finding.is_damage:
                 raise DamageFound(str(finding))
             show(str(finding))
             if finding.shard is not None:
                 redo[finding.shard.index] = bytes([True]) * len(finding.shard)
         whole = (shard for shard in self._output.plan if shard.index not in redo)
-        for shard, selected in side_by_side(self._selected_of, whole):
-            if any(selected):
+        for shard, selected in side_by_side(self._selected_or_fault, whole):
+            if isinstance(selected, DamageFound):
+                show(f"{shard.name}: {selected}")
+                redo[shard.index] = bytes([True]) * len(shard)
+            elif any(selected):
                 redo[shard.index] = selected
         rows = sum(selected.count(True) for selected in redo.values())
         show(f"{rows:,} rows in {len(redo):,} shards are to be generated again")
         return redo
 
+    def _selected_or_fault(self, shard: Shard) -> RowMask | DamageFound:
+        """The rows of a shard that the condition selects, or what is wrong with its parquet."""
+        try:
+            selected = self._selected_of(shard)
+        except VcfBatchError:
+            raise
+        # A damaged file may hold anything.
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+            return DamageFound(f"its parquet cannot be read: {str(error).partition(chr(10))[0]}")
+        if len(selected) != len(shard):
+            return DamageFound(f"its parquet has {len(selected)} rows, and it has {len(shard)}")
+        return selected
+
     def _selected_of(self, shard: Shard) -> RowMask:
-        """The rows of a shard that the condition selects."""
-        selected = bytearray()
+        selected, columns = bytearray(), [*self._condition.columns]
         with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
-            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
+            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=columns, use_threads=False):
                 keys = self._condition.keys(pa.Table.from_batches([batch]))
                 selected += bytes(key in keys for key in batch["key"].to_pylist())
         return bytes(selected)

@@ -7,6 +7,7 @@ number.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
@@ -19,11 +20,16 @@ from vcf_batch.errors import DamageFound, Unfinished
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import commits, progress_file, receipts
 from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import Damaged
 from vcf_batch.output.shards import file_name, side_by_side
 from vcf_batch.records import Shard
+from vcf_batch.sharding import ShardPlan
 
 MAX_REPEATS = 100
 """Number of repeated keys that are named."""
+
+_LOT_BITS = 64
+_NOT_GENERATED = "it has no receipt: it is not generated yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,51 @@ class Finding:
         return f"{self.place}: {self.cause}" if self.kind != "note" else f"note: {self.place}: {self.cause}"
 
 
-def check(output: Output) -> Iterator[Finding]:
+def sample(plan: ShardPlan, fraction: float) -> frozenset[int]:
+    """Indices of the shards of a sample: about this fraction of all, and at least one.
+
+    A hash of its index decides on a shard. So the choice is the same each time, and a larger sample has the shards of
+    a smaller one.
+
+    Args:
+        plan: the shards of an output.
+        fraction: above 0, at most 1.
+    """
+    lots = [_lot(index) for index in range(len(plan))]
+    most = max(min(lots), fraction * 2**_LOT_BITS)
+    return frozenset(index for index, lot in enumerate(lots) if lot <= most)
+
+
+def _lot(index: int) -> int:
+    digest = hashlib.blake2b(str(index).encode(), digest_size=_LOT_BITS // 8, person=b"vcf-batch verify").digest()
+    return int.from_bytes(digest, "big")
+
+
+def check_receipts(output: Output) -> Iterator[Finding]:
+    """Yield the shards that are not generated yet, or whose files do not have the sizes in their receipts.
+
+    Receipts are read and nothing else, so damage that keeps the size of a file is not found.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    for shard, found in output.each_shard():
+        if found is None:
+            yield Finding(shard.name, _NOT_GENERATED, shard, "unfinished")
+        elif isinstance(found, Damaged):
+            yield Finding(shard.name, found.reason, shard)
+        elif found.shard != shard:
+            yield Finding(
+                shard.name, f"its receipt is that of rows {found.shard.start} to {found.shard.stop - 1}", shard
+            )
+
+
+def check(output: Output, chosen: Set[int] | None = None) -> Iterator[Finding]:
     """Read an output again and yield what is wrong with it. Of each shard, only the first fault is reported.
+
+    Args:
+        output: the output.
+        chosen: indices of the shards that are read; None reads all. Of the others, those are told that have no receipt.
 
     Raises:
         StorageError: the storage failed.
@@ -66,8 +115,14 @@ def check(output: Output) -> Iterator[Finding]:
             # A driver may have replaced the shard between the listing, the receipt and the files.
             return second_look(shard)
 
-    with RepeatFinder(output.plan.num_rows) as finder:
-        for shard, result in side_by_side(keys_or_fault, output.plan):
+    read = (
+        shard
+        for shard in output.plan
+        if chosen is None or shard.index in chosen or not sizes.get(shard.name + receipts.RECEIPT_SUFFIX)
+    )
+    rows = output.plan.num_rows if chosen is None else sum(len(output.plan[index]) for index in chosen)
+    with RepeatFinder(rows) as finder:
+        for shard, result in side_by_side(keys_or_fault, read):
             if isinstance(result, Unfinished):
                 yield Finding(shard.name, str(result), shard, "unfinished")
             elif isinstance(result, DamageFound):
@@ -76,7 +131,7 @@ def check(output: Output) -> Iterator[Finding]:
                 finder.add(result, shard.start)
         count, repeats = finder.repeats(MAX_REPEATS)
     for repeat in repeats:
-        shard, first = (output.plan[row // output.plan.shard_size] for row in (repeat.row, repeat.first))
+        shard, first = (output.plan[output.plan.index_of(row)] for row in (repeat.row, repeat.first))
         yield Finding(
             shard.name, f"row {repeat.row} has the key of row {repeat.first} in {file_name(first, 'parquet')}", shard
         )
@@ -112,7 +167,7 @@ class _SecondLook:
                 return check_shard(self._output, shard, sizes)
             except (DamageFound, Unfinished) as fault:
                 return fault
-        return Unfinished("it has no receipt: it is not generated yet" + _strays(shard, self._later_sizes))
+        return Unfinished(_NOT_GENERATED + _strays(shard, self._later_sizes))
 
     @functools.cached_property
     def _later_sizes(self) -> Mapping[str, int]:

@@ -68,7 +68,9 @@ def check(manifest: "Manifest") -> Census:
     has_ids = "sample_id" in columns
     census = Census(total, dict.fromkeys(OPTIONS, 0))
     with RepeatFinder(total) as finder:
-        for first_row, batch in manifest._batches(columns, 0, total, _ROWS_PER_CHECK, counting=True):
+        for first_row, batch in manifest._batches(
+            columns, manifest.first_row, manifest.stop, _ROWS_PER_CHECK, counting=True
+        ):
             prompts = large_texts(batch["prompt"])
             findings.add("prompt", "null", first_row, pc.is_null(prompts))
             findings.add("prompt", "empty", first_row, _each(_blank, prompts))

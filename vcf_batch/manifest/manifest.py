@@ -61,7 +61,9 @@ class Manifest:
     base: str
     """The folder that relative references resolve against."""
     num_rows: int
-    """Rows in use: all, or the first ``limit``."""
+    """Number of rows in use: all, the first ``limit``, or those of a part."""
+    first_row: int
+    """Number of the first row in use, which is not 0 if a part is used."""
     identity: str
     """Hex SHA-256 over the files: their names, sizes, footers and the contents of rows in use, bytes of images aside.
     A copy elsewhere has the same one."""
@@ -92,6 +94,7 @@ class Manifest:
         known: Mapping[str, FileVersion] = MappingProxyType({}),
         mapped: Mapping[str, str] = MappingProxyType({}),
         carry: Sequence[str] = (),
+        part: range | None = None,
     ) -> "Manifest":
         """Open a Parquet file, or the ``.parquet`` files in a folder; local or any fsspec URL.
 
@@ -105,9 +108,11 @@ class Manifest:
                 row groups in use, are not hashed again.
             mapped: name of the column to read in place of each of these columns of the contract.
             carry: columns to carry through though their names suggest another meaning.
+            part: use only the rows with these numbers, in place of ``limit``; None uses all.
 
         Raises:
-            ManifestError: there is no such file, it is not Parquet, it has no rows, or columns break the contract.
+            ManifestError: there is no such file, it is not Parquet, it has no rows, or not all rows of the part; or
+                columns break the contract.
             StorageError: the storage failed.
         """
         url = storage.absolute(url)
@@ -115,10 +120,11 @@ class Manifest:
         with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
             footers = list(threads.map(lambda name: _footer(storage.join(base, name)), names))
         unhashed: list[tuple[ParquetFile, pa.Schema, bytes]] = []
+        stop = limit if part is None else part.stop
         rows = 0
         for name, (stamp, size, footer) in zip(names, footers, strict=True):
             file, schema = parquet.parse_footer(storage.join(base, name), size, footer, rows)
-            in_use = file.num_rows if limit is None else min(max(limit - rows, 0), file.num_rows)
+            in_use = file.num_rows if stop is None else min(max(stop - rows, 0), file.num_rows)
             groups = int(np.searchsorted(file.group_stops, in_use, side="left")) + 1 if in_use else 0
             groups = len(file.group_stops) if in_use == file.num_rows else groups
             unhashed.append((dataclasses.replace(file, stamp=stamp, groups_used=groups), schema, footer))
@@ -135,6 +141,11 @@ class Manifest:
         rows = sum(file.num_rows for file in files)
         if not rows:
             raise ManifestError(f"{url} has no rows; there is nothing to generate")
+        if part is not None and part.stop > rows:
+            raise ManifestError(
+                f"rows is {part.start}:{part.stop}, and {url} has {rows:,} rows, numbered from 0: end at {rows} at most"
+            )
+        first_row = 0 if part is None else part.start
         for name, schema in schemas.items():
             check_schema(name, schema, names[0], schemas[names[0]], mapped, carry)
         meanings = {column: name for name, column in mapped.items()}
@@ -157,7 +168,8 @@ class Manifest:
         return cls(
             url=url,
             base=base,
-            num_rows=rows if limit is None else min(rows, limit),
+            num_rows=(rows if stop is None else min(rows, stop)) - first_row,
+            first_row=first_row,
             identity=digest.hexdigest(),
             carried_schema=carried,
             reference_is_list=any(map(has_reference_lists, schemas.values())),
@@ -179,6 +191,11 @@ class Manifest:
     def has_limits(self) -> bool:
         """Whether there are columns that may limit where references act."""
         return not {*LIMITS}.isdisjoint(self._columns)
+
+    @property
+    def stop(self) -> int:
+        """Number behind the last row in use."""
+        return self.first_row + self.num_rows
 
     @property
     def is_whole(self) -> bool:
@@ -210,7 +227,9 @@ class Manifest:
         Raises:
             ManifestError, StorageError: see :meth:`iter_rows`.
         """
-        batches = self._batches([column], 0, self.num_rows, _ROWS_PER_READ) if column in self._columns else ()
+        if column not in self._columns:
+            return False
+        batches = self._batches([column], self.first_row, self.stop, _ROWS_PER_READ)
         return any(_holds_any(batch[column]) for _, batch in batches)
 
     def values(self, column: str, among: Collection[str | None]) -> set[str | None]:
@@ -224,7 +243,7 @@ class Manifest:
         if column not in self._columns:
             return {value for value in among if value is None}
         found: set[str | None] = set()
-        for _, batch in self._batches([column], 0, self.num_rows, _TEXTS_PER_READ):
+        for _, batch in self._batches([column], self.first_row, self.stop, _TEXTS_PER_READ):
             has = column in batch.schema.names
             texts = batch[column] if has else pa.nulls(1, pa.string())
             texts = pc.list_flatten(texts) if is_list(texts.type) else texts
@@ -247,19 +266,24 @@ class Manifest:
             RefusedError: a file has changed since it was opened.
             StorageError: the storage failed.
         """
-        if not 0 <= start <= stop <= self.num_rows:
-            raise ValueError(f"rows {start} to {stop} were asked for; the manifest has 0 to {self.num_rows}")
+        if not self.first_row <= start <= stop <= self.stop:
+            raise ValueError(f"rows {start} to {stop} were asked for; the manifest has {self.first_row} to {self.stop}")
         wanted = [*self._columns, *self.carried_schema.names]
         for first_row, batch in self._batches(wanted, start, stop, _ROWS_PER_READ):
             yield from parse_rows(batch, first_row, run_seed, self.carried_schema)
 
-    def prompts(self, stop: int) -> list[str]:
-        """The prompts of the rows before ``stop``, without those that cannot be used. No other column is read.
+    def first_rows(self, count: int, run_seed: int) -> Iterator[Row]:
+        """The first ``count`` rows in use, or all if they are fewer; see :meth:`iter_rows`."""
+        return self.iter_rows(self.first_row, min(self.first_row + count, self.stop), run_seed)
+
+    def prompts(self, count: int) -> list[str]:
+        """The prompts of the first ``count`` rows in use, without those that cannot be used. No other column is read.
 
         Raises:
             ManifestError, RefusedError, StorageError: see :meth:`iter_rows`.
         """
-        batches = self._batches(["prompt"], 0, min(stop, self.num_rows), _ROWS_PER_READ)
+        stop = min(self.first_row + count, self.stop)
+        batches = self._batches(["prompt"], self.first_row, stop, _ROWS_PER_READ)
         rows = (row for first_row, batch in batches for row in parse_rows(batch, first_row, 0, pa.schema([])))
         return [row.prompt for row in rows if row.error is None]
 

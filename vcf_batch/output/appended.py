@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vcf_batch.config import field_of, part_of
 from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.sharding import ShardPlan
 
@@ -31,6 +32,7 @@ def obstacle(
         known=manifest.versions,
         mapped=manifest.mapped,
         carry=manifest.carry,
+        part=None if (rows := field_of(fields, "rows")) is None else part_of(rows),
     )
     if fields["limit"] != limit and not before.is_whole:
         return "The run that is there used only the first rows of its manifest, so it keeps its limit."
@@ -48,7 +50,8 @@ def obstacle(
             "types as the existing files."
         )
     size = fields["shard_size"]
-    last, plan = ShardPlan(before.num_rows, size)[-1], ShardPlan(manifest.num_rows, size)
+    last = ShardPlan(before.num_rows, size, before.first_row)[-1]
+    plan = ShardPlan(manifest.num_rows, size, manifest.first_row)
     if plan[last.index] != last:
         return (
             f"Appended rows would change the last shard, {last.name} with {len(last)} rows. Rows can be appended only "

@@ -83,7 +83,8 @@ def _committed(config: RunConfig, manifest: Manifest, shard: Shard) -> Iterator[
 
 def _damaged(shard: Shard, how: str) -> StorageError:
     return StorageError(
-        f"shard {shard.name} was damaged while it was repaired ({how}); rerun the command: it generates it whole"
+        f"shard {shard.name} is damaged, which was found while it was repaired ({how}); rerun the command, without "
+        "--trust-receipts: it generates the shard whole"
     )
 
 

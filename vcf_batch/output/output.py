@@ -13,7 +13,7 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import appended, lease, receipts, run_file
 from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.run_file import AnotherVersion, RunRecord
-from vcf_batch.records import Row
+from vcf_batch.records import Row, Shard
 from vcf_batch.sharding import ShardPlan
 
 EXPORT_NAME = "export.json"
@@ -52,7 +52,10 @@ class Output:
         try:
             self.config = self.record.run_config(self.url, changes)
             """Configuration of the record, with the changes that were asked for."""
-            self.plan = ShardPlan(self.record.manifest.rows, cast(int, self.config.shard_size))
+            part = self.config.part
+            self.plan = ShardPlan(
+                self.record.manifest.rows, cast(int, self.config.shard_size), part.start if part else 0
+            )
         except (TypeError, ValueError) as error:
             raise DamageFound(f"{run_file.RUN_FILE_NAME}: it is damaged: {error}") from error
 
@@ -129,6 +132,22 @@ class Output:
             if isinstance(found, Receipt) and found.fingerprint not in self.fingerprints:
                 found = receipts.of_another_run(found)
             yield found
+
+    def each_shard(self) -> Iterator[tuple[Shard, Receipt | Damaged | None]]:
+        """Yield every shard of the run, in order, with its receipt, or what is wrong with it, or None.
+
+        None stands for a shard that is not generated yet.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        behind = 0
+        for found in self.examine():
+            index = int(found.name) if isinstance(found, Damaged) else found.shard.index
+            yield from ((self.plan[at], None) for at in range(behind, index))
+            yield self.plan[index], found
+            behind = index + 1
+        yield from ((self.plan[at], None) for at in range(behind, len(self.plan)))
 
     def need_manifest(self) -> Manifest:
         """The manifest of the run.

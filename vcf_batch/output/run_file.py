@@ -138,7 +138,9 @@ def open_manifest(config: RunConfig, record: RunRecord | None) -> Manifest:
     known: Mapping[str, FileVersion] = {}
     if record and redact_name(config.manifest) == record.manifest.url:
         known = record.manifest.files
-    return Manifest.open(config.manifest, config.limit, known=known, mapped=config.columns, carry=config.carry)
+    return Manifest.open(
+        config.manifest, config.limit, known=known, mapped=config.columns, carry=config.carry, part=config.part
+    )
 
 
 def document(fields: Mapping[str, Any], description: Mapping[str, Any], extends: Sequence[str] = ()) -> dict[str, Any]:

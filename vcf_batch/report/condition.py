@@ -7,7 +7,7 @@ anything but their arguments, the clock and chance.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import duckdb
@@ -27,6 +27,9 @@ _CLOCK_AND_CHANCE = {
 }
 """Functions that a condition may call although their result depends on more than their arguments."""
 
+_WITHOUT_NAMES = ("STAR", "POSITIONAL_REFERENCE")
+"""Expressions that stand for columns without naming them, such as ``COLUMNS(*)`` and ``#1``."""
+
 
 class Condition:
     """A condition on a row. Threads may share it.
@@ -44,12 +47,17 @@ class Condition:
         self._where, self._is_repeatable = where, is_repeatable
         self._database = duckdb.connect(":memory:", config=_CLOSED)
         self._columns = [field.name for field in schema if self._takes(field)]
+        self.columns: Sequence[str] = self._columns
+        """Columns that have to be in the rows of :meth:`keys`: the key, and those that the condition reads."""
         self._relation(schema.empty_table())
-        self._check_sight()
+        self.columns = self._read(self._check_sight())
         self.keys(schema.empty_table())
 
     def keys(self, rows: pa.Table) -> set[str]:
         """Keys of the rows for which the condition is true.
+
+        Args:
+            rows: a table with at least :attr:`columns`.
 
         Raises:
             UsageError: the condition does not fit a row.
@@ -64,19 +72,20 @@ class Condition:
         """The rows for which the condition is true, not evaluated yet."""
         try:
             # Threads do not share a cursor.
-            return self._database.cursor().from_arrow(rows.select(self._columns)).filter(self._where)
+            return self._database.cursor().from_arrow(rows.select([*self.columns])).filter(self._where)
         except duckdb.Error as error:
             raise self._not_a_condition(str(error)) from error
 
-    def _check_sight(self) -> None:
-        """Refuse a condition that sees more than a row."""
+    def _check_sight(self) -> list[dict[str, Any]]:
+        """Refuse a condition that sees more than a row; the objects of its syntax tree."""
         ((text,),) = self._database.execute("SELECT json_serialize_sql(?)", [f"SELECT (\n{self._where}\n)"]).fetchall()
         parsed = json.loads(text)
         if parsed["error"]:
             raise self._not_a_condition(parsed["error_message"])
         outside, columns = _functions_that_see_more(self._database), {name.lower() for name in self._columns}
         outside |= _CLOCK_AND_CHANCE - {"error"} if self._is_repeatable else set()
-        for node in _nodes(parsed):
+        nodes = [*_nodes(parsed)]
+        for node in nodes:
             if node.get("class") == "SUBQUERY" or ("from_table" in node and node["from_table"]["type"] != "EMPTY"):
                 raise self._not_a_condition("a subquery sees more than the row; write the values out")
             names = [node["function_name"]] if "function_name" in node else node.get("column_names", [])[:1]
@@ -84,6 +93,15 @@ class Condition:
                 # Some functions are called without parentheses, unless a column has their name.
                 if name in outside and ("function_name" in node or name not in columns):
                     raise self._not_a_condition(f"{name} sees more than the row; leave it out")
+        return nodes
+
+    def _read(self, nodes: list[dict[str, Any]]) -> list[str]:
+        """The columns that a condition reads, and the key. All of them if it reads some without their names."""
+        if any(node.get("class") in _WITHOUT_NAMES for node in nodes):
+            return self._columns
+        # A name may be that of a field or a parameter: to read a column more does not change the result.
+        named = {name.lower() for node in nodes for name in node.get("column_names", [])}
+        return [name for name in self._columns if name == "key" or name.lower() in named]
 
     def _not_a_condition(self, reason: str) -> UsageError:
         return UsageError(

@@ -122,7 +122,7 @@ class OpenOutput(Output):
             complete = receipts.complete(storage.list_files(self.url))
         indices = [index for index in sorted(complete) if index < len(self.plan)]
         # A stable sort: the shard of the row with this number comes first.
-        likely = int(key) // self.plan.shard_size if key.isascii() and key.isdecimal() else None
+        likely = self.plan.index_of(int(key)) if key.isascii() and key.isdecimal() else None
         indices.sort(key=lambda index: index != likely)
         there = (self.plan[index] for index in indices)
         for shard, row in side_by_side(lambda shard: self._row_of(shard, key), there):

@@ -112,7 +112,7 @@ def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str,
     return {
         "number": number,
         "key": record["key"],
-        "shard": output.plan[number // output.plan.shard_size].name,
+        "shard": output.plan[output.plan.index_of(number)].name,
         "prompt": _shortened(record["prompt"]),
         "seed": str(record["seed"]),  # as text, because JavaScript's numbers cannot hold it
         "setting": setting_of(record),

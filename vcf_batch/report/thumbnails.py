@@ -66,7 +66,7 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, T
         outputs = _outputs(shards.file_url(output.url, shard, "tar"), numbers, config.image_format)
         return {numbers[key]: Thumbnails(picture, reference(numbers[key])) for key, picture in outputs.items()}
 
-    wanted = (output.plan[index] for index in sorted({number // output.plan.shard_size for number in chosen}))
+    wanted = (output.plan[index] for index in sorted({output.plan.index_of(number) for number in chosen}))
     return dict(itertools.chain.from_iterable(found.items() for _, found in side_by_side(pairs, wanted)))
 
 

@@ -137,8 +137,8 @@ def _refuse_another(
         if (why := obstacle(there)) is None:
             return
         reason = why + " "
-    if "limit" in differing:
-        # The identity covers the rows in use: those of another limit have another one.
+    if not {"limit", "rows"}.isdisjoint(differing):
+        # The identity covers the rows in use: those of another limit or part have another one.
         differing = [name for name in differing if name != "manifest_id"]
     lines = "".join(_difference(name, there, fields) for name in differing)
     if version not in (None, __version__) and all(_is_of_one_version(name, there) for name in differing):

@@ -53,7 +53,7 @@ class Job:
     def shards(self) -> ShardPlan:
         """Every shard of the run, in order."""
         assert self.config.shard_size is not None
-        return ShardPlan(self.manifest.num_rows, self.config.shard_size)
+        return ShardPlan(self.manifest.num_rows, self.config.shard_size, self.manifest.first_row)
 
 
 def fusions_of(config: RunConfig, manifest: Manifest) -> set[str]:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
-from vcf_batch.errors import UsageError
+from vcf_batch.config import RunConfig, field_of
+from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.columns import cut, shown
 from vcf_batch.manifest.manifest import Manifest
@@ -15,6 +15,7 @@ from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.embedded import EMBEDDED
 from vcf_batch.models.resolution import TINY
 from vcf_batch.output import run_file
+from vcf_batch.output.output import EXPORT_NAME
 from vcf_batch.output.run_file import RunRecord
 from vcf_batch.setup import default_model
 
@@ -41,6 +42,7 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
         UsageError: most of its first rows have references that may not be read, or prompts that the default model
             cannot draw where no model is named; or the output is where its files would become a part of the manifest
             or the model.
+        RefusedError: the output is an export.
     """
     manifest = run_file.open_manifest(config, record)
     found = [check() for check in checks(manifest, config, record)]
@@ -56,7 +58,8 @@ def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> l
     """The checks that :func:`open_checked` runs, in order. Each raises on failure; one of them counts."""
     fields = record.fields if record else {}
     limit = None if manifest.is_whole else config.limit
-    known = (fields.get("manifest_id"), fields.get("limit")) == (manifest.identity, limit)
+    was = tuple(field_of(fields, name) for name in ("manifest_id", "limit", "rows"))
+    known = was == (manifest.identity, limit, config.rows)
     return [
         lambda: _check_output(manifest, config),
         # Before all rows are read, which takes a while.
@@ -105,6 +108,13 @@ def _count(census: Census, name: str) -> str:
 
 
 def _check_output(manifest: Manifest, config: RunConfig) -> None:
+    with storage.refusals_as_storage_errors():
+        is_export = storage.exists(storage.join(config.output, EXPORT_NAME))
+    if is_export:
+        raise RefusedError(
+            f"output {config.output} is an export, a dataset that was made of outputs, and would be mixed with a run; "
+            "name another folder"
+        )
     output = _real(config.output)
     if output == _real(manifest.base):
         raise UsageError(
@@ -124,9 +134,9 @@ def _real(url: str) -> str:
 
 def _check_policy(manifest: Manifest, config: RunConfig) -> None:
     reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
-    rows = manifest.rows(0, min(POLICY_ROWS_EMBEDDED, manifest.num_rows), config.seed)
+    rows = [*manifest.first_rows(POLICY_ROWS_EMBEDDED, config.seed)]
     if not any(reference.data for row in rows for reference in row.images):
-        rows += manifest.rows(len(rows), min(POLICY_ROWS, manifest.num_rows), config.seed)
+        rows = [*manifest.first_rows(POLICY_ROWS, config.seed)]
     reasons = [next(filter(None, map(reader.policy_error, row.images)), None) for row in rows]
     refused = [reason for reason in reasons if reason]
     if 2 * len(refused) > len(rows):

@@ -97,7 +97,7 @@ def _generate(components: Components, rows: Sequence[Row]) -> None:
 
 def _most_demanding(components: Components, manifest: Manifest) -> Row:
     """Row that needs the most memory among the first rows. If it has PNO updates, they are reduced to one."""
-    rows = manifest.rows(0, min(CALIBRATION_ROWS, manifest.num_rows), components.config.seed)
+    rows = [*manifest.first_rows(CALIBRATION_ROWS, components.config.seed)]
     sound = [row for row in rows if not checked(row, components.config).error]
     config = components.config
     windows = windows_of(components.pipeline.tokenizer, sound, config)

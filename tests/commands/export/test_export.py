@@ -18,6 +18,7 @@ from vcf_batch.cli import main
 from vcf_batch.commands.export import settings as options
 from vcf_batch.commands.export.check import ExportCheck
 from vcf_batch.commands.export.shard_files import OpenShard
+from vcf_batch.commands.export.sources import Sources
 from vcf_batch.commands.push import ABANDONED_SECONDS
 from vcf_batch.errors import DamageFound, RefusedError, StorageError, Unfinished, UsageError
 from vcf_batch.output import receipts
@@ -290,6 +291,36 @@ def test_bytes_that_have_changed_are_not_handed_on(tmp_path: Path, kind: str) ->
     for number, images in enumerate(((), ("content",))):
         with pytest.raises(DamageFound, match="00001"):
             exports.make(tmp_path / f"t{number}", source, images=images, split="train=1")
+
+
+def test_receipts_are_read_twice(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once at the beginning, and once at the end to see whether they have changed."""
+    content, read = receipts.content, list[str]()
+
+    def counted(url: str, stem: str) -> bytes | None:
+        read.append(stem)
+        return content(url, stem)
+
+    monkeypatch.setattr(receipts, "content", counted)
+    exports.make(tmp_path / "t", output)
+    assert sorted(read) == sorted(2 * [f"0000{number}" for number in range(4)])
+
+
+def test_a_shard_that_changes_before_it_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its receipt is read again before damage is told."""
+    source = another(tmp_path)
+    schema = Sources.schema
+
+    def repaired(self: Sources) -> Any:
+        found = schema(self)
+        files = runs.Files(source, "00001")
+        files.edit_everywhere(0, clip_score=0.75)
+        files.write()
+        return found
+
+    monkeypatch.setattr(Sources, "schema", repaired)
+    with pytest.raises(RefusedError, match=r"shard 00001 of .* has changed while it was exported, by a repair; rerun"):
+        exports.make(tmp_path / "t", source)
 
 
 def test_an_output_that_changes_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

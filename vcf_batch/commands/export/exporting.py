@@ -65,7 +65,7 @@ def export(
         check_target(source.output.url, target)
     _check_images(sources, settings)
     record.refuse_foreign(target, record.read(target))
-    survey = sources.survey()
+    survey = sources.survey
     if not settings.partial:
         refuse_gaps(survey, sources)
     selection = Selection(sources, settings)
@@ -80,7 +80,7 @@ def export(
         )
     writing = _Writing(sources, selection, settings, target, there, show)
     writing.go_on()
-    if sources.survey().digests != survey.digests:
+    if sources.have_changed():
         raise RefusedError(
             f"an output has changed while it was exported, by a repair or by more finished shards; delete {target} and "
             "rerun this command"

@@ -122,7 +122,8 @@ class Selection:
         """
         images = self.images if whole or self._hashes_first else None
         rows = images.rows(shard) if images else None
-        columns = None if whole or self._condition else _NEEDED
+        named = self._condition.columns if self._condition else ()
+        columns = None if whole else [*dict.fromkeys((*_NEEDED, *named))]
         position = shard.start
         for batch in self._sources.batches(shard, self.schema, columns):
             given = [next(rows) if rows else None for _ in range(batch.num_rows)]
@@ -163,9 +164,9 @@ class Selection:
             found = self.images.hashes(shard.source, row) if status == "success" else []
             hashes.append((found or None) if pa.types.is_list(kind) else next(iter(found), None))
         columns = [
-            pa.array(hashes, kind) if each.name == REFERENCE_HASH else batch.column(each.name) for each in self.schema
+            pa.array(hashes, kind) if each.name == REFERENCE_HASH else batch.column(each.name) for each in batch.schema
         ]
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+        return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
     def _judge_shard(self, shard: SourceShard) -> tuple[Counter[str], Counter[str], pa.Array, set[str]]:
         """Number of rows by split, number of rows left out by reason, keys of those that are kept, binary, and those

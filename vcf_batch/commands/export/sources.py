@@ -5,18 +5,21 @@ rows that are missing, too, so they do not change with what is finished.
 """
 
 import contextlib
+import functools
 import hashlib
+import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from vcf_batch import storage
-from vcf_batch.errors import DamageFound, Unfinished, UsageError, VcfBatchError
-from vcf_batch.output import shards
+from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, VcfBatchError
+from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
-from vcf_batch.output.receipts import Damaged, Receipt
+from vcf_batch.output.receipts import Damaged
 from vcf_batch.records import Shard
 
 RUN = "run_fingerprint"
@@ -53,24 +56,36 @@ class SourceShard:
     """A committed shard of one of the outputs."""
 
     source: Source
-    receipt: Receipt
-
-    @property
-    def shard(self) -> Shard:
-        return self.receipt.shard
+    shard: Shard
+    fingerprint: str
+    """That of the run that has made it."""
+    hashes: Mapping[str, str]
+    """Hex SHA-256 of each file by its receipt, by kind."""
 
     @property
     def start(self) -> int:
         """Position of its first row."""
-        return self.source.start + self.shard.start
+        return self.source.start + self.shard.start - self.source.output.plan.first_row
 
     def __str__(self) -> str:
         return f"shard {self.shard.name} of {self.source.output.url}"
 
 
+class _Committed(NamedTuple):
+    """What is kept of a receipt. There may be millions, so this is small."""
+
+    shard_index: int
+    fingerprint: str
+    hashes: str
+    """Hex SHA-256 of each file in the order of their kinds, with spaces between."""
+
+
 @dataclass(frozen=True)
 class Survey:
-    """What the receipts of the outputs say."""
+    """What the receipts of the outputs say. It takes 300 bytes of memory a shard."""
+
+    committed: tuple[Sequence[_Committed], ...]
+    """The committed shards of each output, in order."""
 
     digests: tuple[str, ...]
     """Hex SHA-256 over the committed shards of each output. A repair changes it, and so does a further shard."""
@@ -108,43 +123,54 @@ class Sources:
         """Number of rows of all outputs, finished or not."""
         return self.all[-1].stop
 
+    @functools.cached_property
     def survey(self) -> Survey:
-        """Read all receipts.
+        """What the receipts say. They are read when this is first asked for.
 
         Raises:
             StorageError: the storage failed.
         """
+        return self._read()
+
+    def have_changed(self) -> bool:
+        """Whether the receipts say something else now than in :attr:`survey`. They are read again.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        return self._read().digests != self.survey.digests
+
+    def _read(self) -> Survey:
+        committed: list[Sequence[_Committed]] = []
         digests: list[str] = []
         damaged: list[int] = []
         unfinished: list[int] = []
         lines: list[str] = []
         for source in self.all:
-            plan, digest = source.output.plan, hashlib.sha256()
-            broken = whole = behind = 0
+            digest = hashlib.sha256()
+            broken = left = 0
             missing: list[str] = []
-            for found in source.output.examine():
-                index = int(found.name) if isinstance(found, Damaged) else found.shard.index
-                missing += [plan[at].name for at in range(behind, index)[: MOST_NAMED - len(missing)]]
-                behind = index + 1
-                if isinstance(found, Damaged):
+            kept: list[_Committed] = []
+            for shard, found in source.output.each_shard():
+                if found is None:
+                    left += 1
+                    missing += [shard.name][: MOST_NAMED - len(missing)]
+                elif isinstance(found, Damaged):
                     broken += 1
                     lines += [f"{found.name} of {source.output.url} is damaged: {found.reason}"][: broken <= MOST_NAMED]
-                    continue
-                whole += 1
-                files = "".join(entry.sha256 for _, entry in sorted(found.files.items()))
-                digest.update(f"{found.shard.name} {found.fingerprint} {files}\n".encode())
-            missing += [plan[at].name for at in range(behind, len(plan))[: MOST_NAMED - len(missing)]]
-            left = len(plan) - whole - broken
+                else:
+                    hashes = [entry.sha256 for _, entry in sorted(found.files.items())]
+                    digest.update(f"{shard.name} {found.fingerprint} {''.join(hashes)}\n".encode())
+                    # Interned, as all shards of an output have one of few fingerprints.
+                    kept.append(_Committed(shard.index, sys.intern(found.fingerprint), " ".join(hashes)))
+            committed.append(kept)
             digests.append(digest.hexdigest())
             damaged.append(broken)
             unfinished.append(left)
             if left:
                 named = ", ".join(missing) + (", ..." if left > MOST_NAMED else "")
                 lines.append(f"{left:,} shards of {source.output.url} are not generated yet: {named}")
-        return Survey(tuple(digests), tuple(damaged), tuple(unfinished), tuple(lines))
-
-    def _whole(self, source: Source) -> Iterator[Receipt]:
-        return (found for found in source.output.examine() if isinstance(found, Receipt))
+        return Survey(tuple(committed), tuple(digests), tuple(damaged), tuple(unfinished), tuple(lines))
 
     def shards(self, start: int = 0) -> Iterator[SourceShard]:
         """The committed shards in order, from the one with the row at position ``start`` on.
@@ -152,12 +178,12 @@ class Sources:
         Raises:
             StorageError: the storage failed.
         """
-        for source in self.all:
-            if source.stop <= start:
-                continue
-            for receipt in self._whole(source):
-                if source.start + receipt.shard.stop > start:
-                    yield SourceShard(source, receipt)
+        for source, committed in zip(self.all, self.survey.committed, strict=True):
+            yield from (
+                shard
+                for shard in map(functools.partial(_opened, source), committed)
+                if shard.start + len(shard.shard) > start
+            )
 
     def schema(self) -> pa.Schema:
         """The columns of all outputs, and :data:`RUN` behind the key. A column that an output lacks is null there.
@@ -168,11 +194,10 @@ class Sources:
             StorageError: the storage failed.
         """
         merged: pa.Schema | None = None
-        for source in self.all:
-            first = next(self._whole(source), None)
-            if first is None:
+        for source, committed in zip(self.all, self.survey.committed, strict=True):
+            if not committed:
                 continue
-            shard = SourceShard(source, first)
+            shard = _opened(source, committed[0])
             with reading(shard), shards.open_parquet(_parquet(shard)) as parquet:
                 own = parquet.schema_arrow.remove_metadata()
             if RUN in own.names:
@@ -215,7 +240,7 @@ class Sources:
             read = [name for name in wanted.names if name in there]
             for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=read, use_threads=False):
                 yield pa.RecordBatch.from_arrays(
-                    [_column(batch, field, shard.receipt.fingerprint) for field in wanted], schema=wanted
+                    [_column(batch, field, shard.fingerprint) for field in wanted], schema=wanted
                 )
 
     def check_hash(self, shard: SourceShard, kind: str) -> None:
@@ -223,15 +248,20 @@ class Sources:
 
         Raises:
             DamageFound: it has another hash, or is missing.
+            RefusedError: its receipt is another one by now.
             StorageError: the storage failed.
         """
-        name, said = shards.file_name(shard.shard, kind), shard.receipt.files[kind].sha256
+        name, said = shards.file_name(shard.shard, kind), shard.hashes[kind]
         with reading(shard), storage.refusals_as_storage_errors():
             found = storage.digest(shards.file_url(shard.source.output.url, shard.shard, kind)).sha256
         if found != said:
+            url = shard.source.output.url
+            now = receipts.read_one(url, shard.shard)
+            if now is None or now.files.get(kind) is None or now.files[kind].sha256 != said:
+                raise RefusedError(f"{shard} has changed while it was exported, by a repair; rerun this command")
             raise DamageFound(
-                f"{name} of {shard.source.output.url} has the sha256 {found}, its receipt says {said}; mend it with "
-                f"'vcf-batch repair {shard.source.output.url}'"
+                f"{name} of {url} has the sha256 {found}, its receipt says {said}; mend it with 'vcf-batch repair "
+                f"{url}'"
             )
 
 
@@ -254,6 +284,12 @@ def refuse_gaps(survey: Survey, sources: Sources) -> None:
             f"{sum(survey.unfinished):,} shards are not generated yet, and nothing is exported:\n{lines}\n"
             "Rerun the command of the run, or leave them out with --partial."
         )
+
+
+def _opened(source: Source, kept: _Committed) -> SourceShard:
+    # A shard without a sample has no tar.
+    hashes = dict(zip(sorted(receipts.FILE_SUFFIXES), kept.hashes.split(), strict=False))
+    return SourceShard(source, source.output.plan[kept.shard_index], kept.fingerprint, hashes)
 
 
 def _column(batch: pa.RecordBatch, field: pa.Field, fingerprint: str) -> pa.Array:

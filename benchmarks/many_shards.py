@@ -1,0 +1,144 @@
+"""Measure what commands take with an output of very many shards: ``python benchmarks/many_shards.py``.
+
+The benchmark writes an output as a run leaves it behind, without a model: shards of few rows, all with the same small
+image, in a scratch folder. Then each work is done in a process of its own. ``--shards 1000000`` takes hours and 40 GB
+to build; use ``--scratch`` to keep what is built.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+from plan import peak_memory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+SHARD_SIZE = 10
+FAILED_SHARDS = 100
+"""In every shard with such a number one row has failed."""
+
+
+def build(folder: Path, shards: int) -> None:
+    """Write a manifest of :data:`SHARD_SIZE` rows for each shard, and the output of its run."""
+    from support import runs
+    from vcf_batch.output import shards as shard_files
+    from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
+    from vcf_batch.records import Sample, Scores
+    from vcf_batch.row_settings import settings_of
+    from vcf_batch.setup.job import schema_of
+
+    (folder / "in").mkdir(parents=True)
+    rows = shards * SHARD_SIZE
+    prompts = pa.array([f"a photograph of thing {number}" for number in range(1000)])
+    numbers = pa.array(range(rows), pa.int64())
+    table = pa.table({"prompt": prompts.take(pa.array([row % 1000 for row in range(rows)])), "label": numbers})
+    pq.write_table(table, folder / "in/manifest.parquet", row_group_size=10_000)
+    output = folder / "out"
+    job = runs.begin_output(folder / "in/manifest.parquet", output, SHARD_SIZE)
+    schema, image, staged = schema_of(job.config, job.manifest), runs.png(0, 32), folder / "staged"
+    staged.mkdir()
+    for shard in job.shards:
+        with shard_files.ShardWriter(str(staged), shard, "png", schema) as writer:
+            for row in job.manifest.iter_rows(shard.start, shard.stop, 0):
+                used = settings_of(row, job.config)
+                if shard.index % FAILED_SHARDS == 0 and row.number == shard.start:
+                    writer.add(Sample(row, "failed", used, error_message="no"))
+                else:
+                    writer.add(Sample(row, "success", used, image, 32, 32, Scores(row.number % 97 / 97, None, None)))
+            files = writer.finish()
+            for path in (files.tar, files.parquet):
+                os.replace(path, output / os.path.basename(path))
+        receipt = Receipt(
+            shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
+        )
+        (output / f"{shard.name}{RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
+
+
+def resume(folder: Path) -> str:
+    """Find what is finished, as a driver does when it resumes a run."""
+    from vcf_batch.output import receipts
+    from vcf_batch.output.sums import RunSums
+
+    totals = RunSums()
+    for receipt in receipts.read(str(folder / "out")):
+        totals.add(receipt)
+    return f"{len(totals.done):,} shards"
+
+
+def choose(folder: Path, **given: Any) -> str:
+    from vcf_batch.commands.repair import Repair
+    from vcf_batch.output.output import Output
+
+    redo = Repair(Output(folder / "out"), "status = 'failed'", **given).rows(lambda line: None)
+    return f"{sum(mask.count(True) for mask in redo.values()):,} rows"
+
+
+def command(*arguments: str) -> Callable[[Path], str]:
+    """A command, whose arguments may name ``{out}`` and a new ``{target}``."""
+
+    def call(folder: Path) -> str:
+        from click.testing import CliRunner
+
+        from vcf_batch.cli import main as cli
+
+        with tempfile.TemporaryDirectory(dir=folder) as target:
+            places = {"out": folder / "out", "target": os.path.join(target, "t")}
+            result = CliRunner().invoke(cli, [argument.format(**places) for argument in arguments])
+        if result.exit_code:
+            raise SystemExit(result.output)
+        return ""
+
+    return call
+
+
+WORKS: dict[str, Callable[[Path], str]] = {
+    "resume: read the receipts": resume,
+    "status": command("status", "{out}"),
+    "verify": command("verify", "{out}"),
+    "verify --sample 0.01": command("verify", "{out}", "--sample", "0.01"),
+    "repair: choose the failed rows": choose,
+    "repair --trust-receipts: the same": lambda folder: choose(folder, trust_receipts=True),
+    "export": command("export", "{out}", "{target}"),
+    "report": command("report", "{out}", "--out", "{target}.html"),
+}
+
+
+@click.command()
+@click.option("--shards", default=10_000, show_default=True)
+@click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder to use and keep.")
+@click.option("--work", "works", type=click.Choice([*WORKS]), multiple=True, help="[default: all]")
+@click.option("--only", type=click.Choice([*WORKS]), hidden=True)
+def main(shards: int, scratch: Path | None, works: tuple[str, ...], only: str | None) -> None:
+    """Measure commands with an output of many shards."""
+    if only is not None:
+        assert scratch is not None
+        begin, used = time.perf_counter(), time.process_time()
+        done = WORKS[only](scratch)
+        figures = (time.perf_counter() - begin, time.process_time() - used, peak_memory() / (1 << 30))
+        click.echo(json.dumps([done, *figures]))
+        return
+    with tempfile.TemporaryDirectory(prefix="vcf-batch-shards-") as temporary:
+        folder = scratch or Path(temporary)
+        begin = time.perf_counter()
+        if not (folder / "out").exists():
+            build(folder, shards)
+            click.echo(f"built in {time.perf_counter() - begin:,.0f} s", err=True)
+        click.echo("| work | found | seconds | of a processor | peak memory, GiB |\n|---|---|---|---|---|")
+        for name in works or WORKS:
+            call = [sys.executable, __file__, "--only", name, "--scratch", str(folder)]
+            found = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
+            done, seconds, processor, gib = json.loads(found.splitlines()[-1])
+            click.echo(f"| {name} | {done} | {seconds:.1f} | {processor:.1f} | {gib:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
