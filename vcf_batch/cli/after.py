@@ -1,14 +1,83 @@
-"""``export``, ``push`` and ``card``: an output to hand on."""
+"""``score``, ``export``, ``push`` and ``card``: an output to select from and to hand on."""
 
 import hashlib
+from typing import Any
 
 import click
 
 from vcf_batch import storage
-from vcf_batch.cli.command import Command, debug_option, hand_on, json_option, tell
-from vcf_batch.errors import UsageError, redact
+from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved_option, repair_command, tell
+from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
+
+
+@click.command(cls=Command)
+@click.argument("output")
+@click.option(
+    "--with",
+    "wanted",
+    metavar="KIND[:NAME][=MODEL]",
+    multiple=True,
+    help="A score to add. Repeatable. clip=MODEL: cosines with prompt and reference. dino=MODEL: cosines of patches "
+    "with reference and twin, by a DINOv2. lpips-alex=FOLDER, lpips-vgg=FOLDER: distance from the reference, by the "
+    "published weights. aesthetic=FILE: a linear head on a CLIP. texture: how alike image and reference are drawn. "
+    "python=MODULE:FUNCTION: numbers of your own. MODEL is a directory, a Hub id or a URL; NAME is that of the "
+    "columns, where it is not KIND.",
+)
+@click.option(
+    "--aesthetic-clip",
+    metavar="MODEL",
+    help="The CLIP that the head of --with aesthetic was trained on.  [default: openai/clip-vit-large-patch14]",
+)
+@moved_option("manifest")
+@json_option
+@debug_option
+@click.pass_context
+def score(
+    ctx: click.Context, output: str, wanted: tuple[str, ...], aesthetic_clip: str | None, as_json: bool, **_: Any
+) -> None:
+    """Add scores to OUTPUT, without generating anything.
+
+    Every image gets the scores that --with asks for, in files of their own below OUTPUT/_scores; no other file changes.
+    'export', 'repair --where', 'report' and 'status' see them as further columns, and 'verify' checks them. A call that
+    was interrupted goes on with the same command, and so does one for shards that were generated or repaired since.
+
+    \b
+    Exit codes: 0 every shard has its scores; 1 unexpected; 2 wrong option or model; 4 a score of this name is there by
+    another model or other settings, or a run is at work in OUTPUT; 5 damaged shards are left out; 6 shards that are not
+    generated yet are left out; 130 or 143 interrupted.
+    """
+    from vcf_batch.commands.score import wanted as wants
+    from vcf_batch.commands.score.command import score as add  # torch is not needed to print a help text
+
+    asked = [*map(wants.parse, wanted)]
+    if not asked:
+        raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}")
+    added = add(output, asked, aesthetic_clip, given(ctx), lambda line: click.echo(line, err=True))
+    names = ", ".join(each.name for each in added.scores)
+    words = [f"{redact(output)}: {names} of {added.shards:,} shards, {added.scored:,} of them scored now"]
+    if added.without:
+        words.append(f"{added.without:,} images could not be scored; the first: {added.reason}")
+    document = {
+        "output": redact(output),
+        "scores": {each.name: [column.name for column in each.columns] for each in added.scores},
+        "shards": added.shards,
+        "scored": added.scored,
+        "without": added.without,
+        "damaged": added.damaged,
+        "unfinished": added.unfinished,
+    }
+    tell("\n".join(words), document, as_json)
+    if added.damaged:
+        raise DamageFound(
+            f"{added.damaged:,} damaged shards are left out. To mend them: {repair_command(output)}; then score again"
+        )
+    if added.unfinished:
+        raise Unfinished(
+            f"{added.unfinished:,} shards are left out, as they are not generated yet. Rerun the command of the run, "
+            "then score again"
+        )
 
 
 @click.command(cls=Command)

@@ -109,7 +109,7 @@ def resolve(config: RunConfig) -> Models:
     elif lpips in ("alex", "vgg"):
         assert source is not None
         source = storage.absolute(source)
-        identity = _lpips_identity(lpips, source)
+        identity = lpips_identity_of(lpips, source)
     return Models(
         pipeline=pipeline,
         judge=None if own_judge else _resolve_judge(config, pipeline),
@@ -166,7 +166,7 @@ def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel
     return pipeline
 
 
-def _lpips_identity(network: str, source: str) -> str:
+def lpips_identity_of(network: str, source: str) -> str:
     """Hex SHA-256 of the two weight files' contents."""
     # Imported here, because it brings torch, which only these networks need.
     from vcf_batch.metrics.lpips import weight_files

@@ -1,0 +1,62 @@
+"""``vcf-batch score``: an output is opened, its scores are found out, and what it lacks is scored."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vcf_batch.commands.score import in_process
+from vcf_batch.commands.score.scoring import Added, add
+from vcf_batch.commands.score.wanted import Wanted, resolve
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.output.output import Output
+from vcf_batch.vcf import quiet
+from vcf_batch.worker.in_process import has_gpu
+from vcf_batch.worker.scoring.resolved_score import ResolvedScore
+from vcf_batch.worker.scoring.worker import ScoreJob, needs
+
+
+def score(
+    output_url: str,
+    wanted: Sequence[Wanted],
+    aesthetic_clip: str | None,
+    changes: Mapping[str, Any],
+    show: Callable[[str], object],
+) -> Added:
+    """Add scores to the finished shards of an output.
+
+    Args:
+        output_url: folder or URL of the output.
+        wanted: the scores.
+        aesthetic_clip: the CLIP of aesthetic heads; None for the one of LAION's.
+        changes: settings that have changed, such as the place of the manifest.
+        show: called with a line for each shard that is scored.
+
+    Raises:
+        UsageError: there is no output, or a score cannot be had.
+        VcfBatchError: see :func:`vcf_batch.commands.score.scoring.add`.
+    """
+    quiet()
+    output = Output(output_url, changes)
+    scores = resolve(wanted, aesthetic_clip)
+    refuse_lost_manifest(output, scores)
+    job = ScoreJob(output, scoring_config(output), scores)
+    return add(output, scores, functools.partial(in_process.score, job), show)
+
+
+def scoring_config(output: Output) -> RunConfig:
+    """The settings of workers that score: those of the run, but for its kind of numbers."""
+    return output.config.replace(dtype="float32", compile=False, gpus_per_worker=float(has_gpu()))
+
+
+def refuse_lost_manifest(output: Output, scores: Sequence[ResolvedScore]) -> None:
+    """Refuse scores that need references, if the manifest that names them is not there.
+
+    Raises:
+        UsageError: it cannot be read any more, or has changed.
+    """
+    if needs(scores, "reference") and output.manifest is None:
+        raise UsageError(
+            f"the manifest of {output.url} is needed to find references, and cannot be read: {output.manifest_error}. "
+            "Name its new place with --manifest"
+        )
