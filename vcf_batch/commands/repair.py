@@ -6,8 +6,9 @@ import pyarrow as pa
 
 from vcf_batch.commands.verify import check
 from vcf_batch.errors import DamageFound
-from vcf_batch.output import shards
+from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
@@ -29,7 +30,8 @@ class Repair:
     def __init__(self, output: Output, where: str) -> None:
         manifest = output.need_manifest()
         self._output = output
-        self._condition = Condition(where, schema_of(output.config, manifest))
+        self._scores = JoinedScores(output.url)
+        self._condition = Condition(where, self._scores.schema(schema_of(output.config, manifest)))
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
         """Read the output and choose the rows to redo.
@@ -64,7 +66,10 @@ class Repair:
         """The rows of a shard that the condition selects."""
         selected = bytearray()
         with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
-            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False):
+            batches = parquet.iter_batches(shards.ROWS_AT_ONCE, use_threads=False)
+            if self._scores.definitions and (receipt := receipts.read_one(self._output.url, shard)):
+                batches = self._scores.batches(batches, receipt)
+            for batch in batches:
                 keys = self._condition.keys(pa.Table.from_batches([batch]))
                 selected += bytes(key in keys for key in batch["key"].to_pylist())
         return bytes(selected)

@@ -115,7 +115,7 @@ function showGallery() {
 
 function setUpGallery() {
   const form = $("controls");
-  options(form.elements.score, (scored.length ? scored : data.scores).map((score) => [score.name, `${score.label} (${score.name})`]));
+  options(form.elements.score, (scored.length ? scored : data.scores).filter((score) => !score.added).map((score) => [score.name, `${score.label} (${score.name})`]));
   const settings = [...new Set(data.samples.map((sample) => sample.setting))].sort();
   options(form.elements.setting, settings.map((setting) => [setting, setting]));
   $("setting-field").hidden = settings.length < 2;
@@ -175,7 +175,7 @@ function showHistograms() {
 
 function showScatter() {
   const column = (name) => 3 + scoreNames.indexOf(name);
-  const across = scored.filter((score) => score.name !== "clip_score");
+  const across = scored.filter((score) => score.name !== "clip_score" && score.higher !== null);
   if (!scored.some((score) => score.name === "clip_score") || !across.length) {
     $("tradeoff-section").hidden = true;
     return;

@@ -127,7 +127,9 @@ def test_aesthetic_heads_take_their_own_clip(output: Path, models: Path) -> None
 
 def test_a_function_of_ones_own(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is imported by its path from the working directory, and sees rows with all of their columns."""
-    code = "def f(images, rows):\n    return {'width': [i.width for i in images], 'own': [len(r['label']) for r in rows]}"
+    code = (
+        "def f(images, rows):\n    return {'own': [5 for r in rows if r['label']], 'width': [i.width for i in images]}"
+    )
     (tmp_path / "my_own_scores.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -53,7 +53,9 @@ def parse(text: str) -> Wanted:
     if kind not in EXAMPLES:
         near = difflib.get_close_matches(kind, EXAMPLES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"--with {redact(text)} is of no kind that is known{hint or '.'} The kinds are {', '.join(EXAMPLES)}")
+        raise UsageError(
+            f"--with {redact(text)} is of no kind that is known{hint or '.'} The kinds are {', '.join(EXAMPLES)}"
+        )
     kind = cast(Kind, kind)
     if bool(source) != ("=" in EXAMPLES[kind]):
         raise UsageError(
