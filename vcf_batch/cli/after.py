@@ -1,12 +1,13 @@
 """``score``, ``export``, ``push`` and ``card``: an output to select from and to hand on."""
 
 import hashlib
+import json
 from typing import Any
 
 import click
 
 from vcf_batch import storage
-from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved_option, repair_command, tell
+from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved, repair_command, tell
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
@@ -30,12 +31,24 @@ MAX_KEYS_BYTES = 1 << 30
     metavar="MODEL",
     help="The CLIP that the head of --with aesthetic was trained on.  [default: openai/clip-vit-large-patch14]",
 )
-@moved_option("manifest")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Also measure how well scores separate images beside what they were made from, and beside something else: "
+    "the scores of the run and those of --with. Thresholds go to OUTPUT/_scores/calibration.json.",
+)
+@moved
 @json_option
 @debug_option
 @click.pass_context
 def score(
-    ctx: click.Context, output: str, wanted: tuple[str, ...], aesthetic_clip: str | None, as_json: bool, **_: Any
+    ctx: click.Context,
+    output: str,
+    wanted: tuple[str, ...],
+    aesthetic_clip: str | None,
+    calibrate: bool,
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Add scores to OUTPUT, without generating anything.
 
@@ -48,17 +61,23 @@ def score(
     another model or other settings, or a run is at work in OUTPUT; 5 damaged shards are left out; 6 shards that are not
     generated yet are left out; 130 or 143 interrupted.
     """
+    from vcf_batch.commands.score import command  # torch is not needed to print a help text
     from vcf_batch.commands.score import wanted as wants
-    from vcf_batch.commands.score.command import score as add  # torch is not needed to print a help text
+    from vcf_batch.report.calibration_table import markdown
 
     asked = [*map(wants.parse, wanted)]
-    if not asked:
-        raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}")
-    added = add(output, asked, aesthetic_clip, given(ctx), lambda line: click.echo(line, err=True))
-    names = ", ".join(each.name for each in added.scores)
-    words = [f"{redact(output)}: {names} of {added.shards:,} shards, {added.scored:,} of them scored now"]
+    if not asked and not calibrate:
+        raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}; or --calibrate")
+    added = command.score(output, asked, aesthetic_clip, given(ctx), lambda line: click.echo(line, err=True))
+    measured = command.calibrate(output, asked, aesthetic_clip, given(ctx)) if calibrate else None
+    words = []
+    if asked:
+        names = ", ".join(each.name for each in added.scores)
+        words.append(f"{redact(output)}: {names} of {added.shards:,} shards, {added.scored:,} of them scored now")
     if added.without:
         words.append(f"{added.without:,} images could not be scored; the first: {added.reason}")
+    if measured:
+        words.append(markdown(measured))
     document = {
         "output": redact(output),
         "scores": {each.name: [column.name for column in each.columns] for each in added.scores},
@@ -67,6 +86,7 @@ def score(
         "without": added.without,
         "damaged": added.damaged,
         "unfinished": added.unfinished,
+        "calibration": measured and json.loads(measured.to_json()),
     }
     tell("\n".join(words), document, as_json)
     if added.damaged:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,9 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch.metrics.scorer import REFERENCES_KEPT, digest, means
-
-Input = TypeVar("Input")
-Output = TypeVar("Output")
+from vcf_batch.models.forward_pass import Input, Output
 
 
 @dataclass(frozen=True, slots=True)

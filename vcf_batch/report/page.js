@@ -171,6 +171,15 @@ function showHistograms() {
   if (!scored.length) $("histograms").append(make("p", { class: "quiet" }, "No sample has a score."));
 }
 
+function showCalibration() {
+  const [heads, ...lines] = data.calibration;
+  $("calibration-section").hidden = !heads;
+  if (!heads) return;
+  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
+  const rows = lines.map((line) => make("tr", {}, ...line.map((text) => make("td", {}, text))));
+  $("calibration").append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+}
+
 // Trade-off
 
 function showScatter() {
@@ -300,6 +309,7 @@ function showConfiguration() {
 showKeys();
 setUpGallery();
 showHistograms();
+showCalibration();
 showScatter();
 showFailures();
 showTime();

@@ -19,10 +19,11 @@ from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import redact
 from vcf_batch.models import embedded
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores import calibration
 from vcf_batch.output.scores.definition import ScoreColumn
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.report import figures, thumbnails
+from vcf_batch.report import calibration_table, figures, thumbnails
 from vcf_batch.report.figures import SCORE_LABELS, Chosen, Figures, Histogram, setting_of
 
 PAGE_NAME = "index.html"
@@ -43,7 +44,7 @@ def render(output: Output) -> str:
         StorageError: the storage failed.
     """
     found, store = figures.read(output), ScoreStore(output.url)
-    groups = _groups(found)
+    groups, calibrated = _groups(found), calibration.of_output(output.url)
     chosen = {row.number: row.record for rows in groups.values() for row in rows}
     pairs = thumbnails.read(output, chosen)
     pictures = {data: None for pair in pairs.values() for data in pair if data}
@@ -59,6 +60,7 @@ def render(output: Output) -> str:
             *(_score(found, name) for name in SCORE_LABELS),
             *(_added(found, column) for score in store.definitions() for column in score.columns),
         ],
+        "calibration": [] if calibrated is None else calibration_table.table(calibrated),
         "points": [_point(row, found.added) for row in found.points.rows],
         "samples": [
             {

@@ -10,6 +10,7 @@ from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
 from vcf_batch.models.names import ADAPTERS, PRESETS
 from vcf_batch.models.resolution import ResolvedModel
+from vcf_batch.records import TEXTURE
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
@@ -43,6 +44,12 @@ class Models:
     @property
     def judge_identity(self) -> str:
         return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
+
+    def identity_of(self, score: str) -> str:
+        """Identity of what computes a score of the run; empty if no model does."""
+        if score in ("lpips", "style_similarity"):
+            return self.lpips_identity
+        return "" if score == TEXTURE else self.judge_identity
 
     @property
     def guide_identity(self) -> str:

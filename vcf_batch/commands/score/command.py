@@ -4,13 +4,18 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vcf_batch.commands.score import in_process
+from vcf_batch import storage
+from vcf_batch.commands.score import calibrating, in_process
 from vcf_batch.commands.score.scoring import Added, add
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
+from vcf_batch.output import lease
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores import calibration
+from vcf_batch.output.scores.calibration import Calibration
 from vcf_batch.vcf import quiet
+from vcf_batch.worker.device import Device
 from vcf_batch.worker.in_process import has_gpu
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
 from vcf_batch.worker.scoring.worker import ScoreJob, needs
@@ -42,6 +47,24 @@ def score(
     refuse_lost_manifest(output, scores)
     job = ScoreJob(output, scoring_config(output), scores)
     return add(output, scores, functools.partial(in_process.score, job), show)
+
+
+def calibrate(
+    output_url: str, wanted: Sequence[Wanted], aesthetic_clip: str | None, changes: Mapping[str, Any]
+) -> Calibration:
+    """Measure the scores of an output's run, and those that are asked for, and write ``_scores/calibration.json``.
+
+    Raises:
+        UsageError, VcfBatchError: see :func:`vcf_batch.commands.score.calibrating.calibrate`.
+    """
+    quiet()
+    output = Output(output_url, changes)
+    device = Device.set_up(scoring_config(output))
+    with lease.hold(output.url) as held:
+        found = calibrating.calibrate(output, resolve(wanted, aesthetic_clip), device)
+        held.confirm()
+        storage.publish_bytes(calibration.place(output.url), found.to_json())
+    return found
 
 
 def scoring_config(output: Output) -> RunConfig:

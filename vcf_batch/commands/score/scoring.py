@@ -15,7 +15,7 @@ from vcf_batch.records import Shard
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
 from vcf_batch.worker.scoring.worker import ScoredShard
 
-Work = Callable[[Iterable[Shard]], Iterator[Sequence[ScoredShard]]]
+ScoreShards = Callable[[Iterable[Shard]], Iterator[Sequence[ScoredShard]]]
 """Function that scores shards, in any order."""
 
 
@@ -37,7 +37,7 @@ class Added:
     """Number of shards of the run that are damaged, and that are not generated yet."""
 
 
-def add(output: Output, scores: Sequence[ResolvedScore], work: Work, show: Callable[[str], object]) -> Added:
+def add(output: Output, scores: Sequence[ResolvedScore], work: ScoreShards, show: Callable[[str], object]) -> Added:
     """Score the finished shards of an output that lack a score, and commit the files.
 
     Args:

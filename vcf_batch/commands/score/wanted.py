@@ -16,9 +16,9 @@ from vcf_batch.models.names import AESTHETIC_CLIP
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output.scores.definition import CALIBRATION_NAME, SCORE_NAME, ScoreDefinition
 from vcf_batch.setup.run_models import lpips_identity_of
-from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, PARTS, Kind, ResolvedScore, with_columns
+from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, PARTS, ResolvedScore, ScoreKind, with_columns
 
-EXAMPLES: Mapping[Kind, str] = {
+EXAMPLES: Mapping[ScoreKind, str] = {
     "clip": "clip=openai/clip-vit-large-patch14",
     "dino": "dino=facebook/dinov2-base",
     "lpips-alex": "lpips-alex=FOLDER",
@@ -36,7 +36,7 @@ _FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<functio
 class Wanted(NamedTuple):
     """A score as the command line asks for it: ``KIND[:NAME][=SOURCE]``."""
 
-    kind: Kind
+    kind: ScoreKind
     name: str
     source: str
 
@@ -56,7 +56,7 @@ def parse(text: str) -> Wanted:
         raise UsageError(
             f"--with {redact(text)} is of no kind that is known{hint or '.'} The kinds are {', '.join(EXAMPLES)}"
         )
-    kind = cast(Kind, kind)
+    kind = cast(ScoreKind, kind)
     if bool(source) != ("=" in EXAMPLES[kind]):
         raise UsageError(
             f"--with {redact(text)} {'takes no model' if source else 'lacks its model'}: --with {EXAMPLES[kind]}"

@@ -17,7 +17,7 @@ from vcf_batch.models.cache import fetch
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output.scores.definition import Against, ScoreColumn, ScoreDefinition
 
-Kind = Literal["clip", "dino", "lpips-alex", "lpips-vgg", "aesthetic", "texture", "python"]
+ScoreKind = Literal["clip", "dino", "lpips-alex", "lpips-vgg", "aesthetic", "texture", "python"]
 
 IMAGES_AT_ONCE = 32
 """Images of one forward pass. It is part of a score's settings, as it changes the last bits of a value."""
@@ -28,7 +28,7 @@ class ResolvedScore:
     """A score that is asked for. Picklable, so that every node can load its scorer."""
 
     definition: ScoreDefinition
-    kind: Kind
+    kind: ScoreKind
     models: Mapping[str, ResolvedModel] = field(default_factory=dict)
     """Models by their part in the score: ``model``, or ``head`` and ``clip``."""
     place: str = ""
@@ -65,7 +65,7 @@ class ResolvedScore:
         return ClipCosines(ClipJudge.from_pretrained(fetch(self.models["model"]), device, "--with clip="))
 
 
-PARTS: Mapping[Kind, Mapping[str, Part]] = {
+PARTS: Mapping[ScoreKind, Mapping[str, Part]] = {
     "clip": ClipCosines.parts,
     "dino": DinoPatches.parts,
     "lpips-alex": Pixelwise.LPIPS_PARTS,
