@@ -102,7 +102,7 @@ def calibrate(output: Output, scores: Sequence[ResolvedScore], device: Device) -
             found[names[part]] = _calibrated(scorer.parts[part], identities[names[part]], *each)
     if not found:
         raise UsageError(
-            f"{output.url} has fewer than {LEAST_PAIRED} images with another prompt or another reference to compare with; "
+            f"{output.url} has fewer than {LEAST_PAIRED} images with another prompt or reference to compare with; "
             "calibrate an output with more rows"
         )
     return Calibration(output.record.fingerprint, len(drawn), found)
