@@ -8,12 +8,16 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved, repair_command, tell
+from vcf_batch.cli.run import generate
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
 
 
-@click.command(cls=Command)
+_MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", "address")
+
+
+@click.command(cls=Command, params=[option for option in generate.params if option.name in _MACHINES])
 @click.argument("output")
 @click.option(
     "--with",
@@ -68,7 +72,7 @@ def score(
     asked = [*map(wants.parse, wanted)]
     if not asked and not calibrate:
         raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}; or --calibrate")
-    added = command.score(output, asked, aesthetic_clip, given(ctx), lambda line: click.echo(line, err=True))
+    added = command.score(output, asked, aesthetic_clip, given(ctx))
     measured = command.calibrate(output, asked, aesthetic_clip, given(ctx)) if calibrate else None
     words = []
     if asked:

@@ -1,11 +1,10 @@
 """``vcf-batch score``: an output is opened, its scores are found out, and what it lacks is scored."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.commands.score import calibrating, in_process
+from vcf_batch.commands.score import calibrating
 from vcf_batch.commands.score.scoring import Added, add
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
@@ -14,11 +13,12 @@ from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores import calibration
 from vcf_batch.output.scores.calibration import Calibration
+from vcf_batch.setup.defaults import SILENT_SECONDS
 from vcf_batch.vcf import quiet
 from vcf_batch.worker.device import Device
 from vcf_batch.worker.in_process import has_gpu
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
-from vcf_batch.worker.scoring.worker import ScoreJob, needs
+from vcf_batch.worker.scoring.worker import needs
 
 
 def score(
@@ -26,7 +26,6 @@ def score(
     wanted: Sequence[Wanted],
     aesthetic_clip: str | None,
     changes: Mapping[str, Any],
-    show: Callable[[str], object],
 ) -> Added:
     """Add scores to the finished shards of an output.
 
@@ -35,7 +34,6 @@ def score(
         wanted: the scores.
         aesthetic_clip: the CLIP of aesthetic heads; None for the one of LAION's.
         changes: settings that have changed, such as the place of the manifest.
-        show: called with a line for each shard that is scored.
 
     Raises:
         UsageError: there is no output, or a score cannot be had.
@@ -45,8 +43,7 @@ def score(
     output = Output(output_url, changes)
     scores = resolve(wanted, aesthetic_clip)
     refuse_lost_manifest(output, scores)
-    job = ScoreJob(output, scoring_config(output), scores)
-    return add(output, scores, functools.partial(in_process.score, job), show)
+    return add(output, scores, scoring_config(output, changes))
 
 
 def calibrate(
@@ -59,7 +56,10 @@ def calibrate(
     """
     quiet()
     output = Output(output_url, changes)
-    device = Device.set_up(scoring_config(output))
+    config = scoring_config(output, changes)
+    if config.gpus_per_worker is None:
+        config = config.replace(gpus_per_worker=float(has_gpu()))
+    device = Device.set_up(config)
     with lease.hold(output.url) as held:
         found = calibrating.calibrate(output, resolve(wanted, aesthetic_clip), device)
         held.confirm()
@@ -67,9 +67,23 @@ def calibrate(
     return found
 
 
-def scoring_config(output: Output) -> RunConfig:
-    """The settings of workers that score: those of the run, but for its kind of numbers."""
-    return output.config.replace(dtype="float32", compile=False, gpus_per_worker=float(has_gpu()))
+_OWN: Mapping[str, Any] = {
+    "address": None,
+    "log_format": "text",
+    "num_workers": None,
+    "gpus_per_worker": None,
+    "cpus_per_worker": 1,
+}
+"""Settings of workers that are not taken from the run."""
+
+
+def scoring_config(output: Output, changes: Mapping[str, Any]) -> RunConfig:
+    """The settings of workers that score: those of the run, but for its kind of numbers and its machines."""
+    own = {name: changes.get(name, value) for name, value in _OWN.items()}
+    silent = output.config.stall_timeout or SILENT_SECONDS
+    return output.config.replace(
+        dtype="float32", compile=False, one_device_type=False, profile=False, stall_timeout=silent, **own
+    )
 
 
 def refuse_lost_manifest(output: Output, scores: Sequence[ResolvedScore]) -> None:

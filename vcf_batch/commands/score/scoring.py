@@ -1,8 +1,10 @@
 """Scores added to an output: what is asked for is claimed, and the shards that lack it are scored and committed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.output import lease, shards
 from vcf_batch.output.output import Output
@@ -11,12 +13,12 @@ from vcf_batch.output.scores.definition import ScoreDefinition
 from vcf_batch.output.scores.receipt import ScoreReceipt
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output.shards import side_by_side
+from vcf_batch.pool import log
+from vcf_batch.pool import scoring as pool_scoring
+from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
-from vcf_batch.worker.scoring.worker import ScoredShard
-
-ScoreShards = Callable[[Iterable[Shard]], Iterator[Sequence[ScoredShard]]]
-"""Function that scores shards, in any order."""
+from vcf_batch.worker.scoring.worker import ScoredShard, ScoreJob
 
 
 @dataclass
@@ -37,39 +39,60 @@ class Added:
     """Number of shards of the run that are damaged, and that are not generated yet."""
 
 
-def add(output: Output, scores: Sequence[ResolvedScore], work: ScoreShards, show: Callable[[str], object]) -> Added:
+def add(output: Output, scores: tuple[ResolvedScore, ...], config: RunConfig) -> Added:
     """Score the finished shards of an output that lack a score, and commit the files.
 
     Args:
         output: the output. No byte of its own files changes.
         scores: the scores that it is to have.
-        work: scores shards.
-        show: called with a line for each shard that is scored.
+        config: the settings of workers.
 
     Raises:
-        UsageError: a column has the name of another one.
+        UsageError: a column has the name of another one, or a function of the user's fails.
         RefusedError: a score is there by other models or settings, or another run owns the output.
         DamageFound: the definition of a score is damaged.
-        StorageError: the storage failed.
+        StorageError, VcfBatchError: the storage failed, or shards failed again and again; what is finished is kept.
+        Interrupted: Ctrl-C or SIGTERM. Rerunning goes on.
     """
     store = ScoreStore(output.url)
-    with lease.hold(output.url) as held:
-        added = Added([store.claim(score.definition, publish=False) for score in scores])
-        _refuse_repeated(output, store, added.scores)
-        for scored in work(_lacking(output, store, added)):
-            held.confirm()
-            for each in scored:
-                definition = store.claim(each.definition)
-                _refuse_repeated(output, store, [definition])
-                store.commit(definition, each.parquet, each.receipt)
-                added.without += each.receipt.without
-                added.reason = added.reason or each.receipt.reason
-            added.scored += 1
-            if scored:
-                shard = scored[0].receipt.shard
-                show(f"shard {shard.name}: {len(shard):,} rows, {', '.join(each.definition.name for each in scored)}")
-        added.scores = [store.claim(each, publish=False) for each in added.scores]
+    log.configure(config.log_format)
+    with Signals() as signals:
+        signals.hold()
+        with lease.hold(output.url) as held:
+            added = Added([store.claim(score.definition, publish=False) for score in scores])
+            _refuse_repeated(output, store, added.scores)
+            if lacking := [*_lacking(output, store, added)]:
+                job = ScoreJob(output, config, scores, held.token)
+                pool_scoring.score(job, lacking, held, _Committing(output, store, added), signals)
+            added.scores = [store.claim(each, publish=False) for each in added.scores]
     return added
+
+
+class _Committing:
+    """The commits of scored shards. Several may be under way, but one looks at the definitions at a time."""
+
+    def __init__(self, output: Output, store: ScoreStore, added: Added) -> None:
+        self._output, self._store, self._added = output, store, added
+        self._lock = threading.Lock()
+        self._claimed: dict[str, ScoreDefinition] = {}
+
+    def __call__(self, scored: Sequence[ScoredShard]) -> None:
+        for each in scored:
+            with self._lock:
+                self._claim(each.definition)
+            self._store.commit(each.definition, each.parquet, each.receipt)
+        with self._lock:
+            self._added.scored += 1
+            self._added.without += sum(each.receipt.without for each in scored)
+            reasons = (each.receipt.reason for each in scored)
+            self._added.reason = self._added.reason or next(filter(None, reasons), None)
+
+    def _claim(self, definition: ScoreDefinition) -> None:
+        """Publish the definition of a score before its first shard is committed, or find that it is there."""
+        if self._claimed.get(definition.name) != definition:
+            if definition.columns:
+                _refuse_repeated(self._output, self._store, [definition])
+            self._claimed[definition.name] = self._store.claim(definition)
 
 
 def _lacking(output: Output, store: ScoreStore, added: Added) -> Iterator[Shard]:

@@ -7,12 +7,14 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError
+from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.shown import ImageScorer, Seen
 from vcf_batch.output import receipts, shards
@@ -21,8 +23,9 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.scores.definition import ScoreDefinition
 from vcf_batch.output.scores.receipt import ScoreReceipt
 from vcf_batch.output.scores.store import ScoreStore, parquet_bytes
-from vcf_batch.records import FileEntry, Shard
+from vcf_batch.records import FileEntry, RowMask, Shard
 from vcf_batch.setup.shard_task import ShardTask
+from vcf_batch.setup.storage_check import is_seen
 from vcf_batch.storage import scratch
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.device import Device
@@ -48,6 +51,21 @@ class ScoreJob:
     config: RunConfig
     """The settings of workers: GPUs, CPUs, and where Ray is."""
     scores: tuple[ResolvedScore, ...]
+    token: str = ""
+    """The token of the driver's lease, which every node has to see."""
+    redo: Mapping[int, RowMask] = field(default_factory=dict)
+    """Always empty: rows are scored together."""
+    profiled: int | None = None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the output; None if no score needs references."""
+        return self.output.manifest if needs(self.scores, "reference") else None
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Places of references that the driver sees, besides the manifest's own folder."""
+        return tuple(filter(is_seen, self.config.reference_root)) if self.manifest else ()
 
 
 def load(job: ScoreJob) -> "ScoringWorker":
@@ -102,7 +120,7 @@ class ScoringWorker:
             attempt_id: a name that no other task under way has.
 
         Returns:
-            The receipt of the shard itself, and its new scores. None for a trial.
+            A receipt for the driver's counts, and the new scores. None for a trial.
 
         Raises:
             UsageError: the manifest is needed and cannot be read, or a function of the user's fails.
@@ -125,9 +143,26 @@ class ScoringWorker:
                 "total": round(clock.elapsed(), 3),
                 "worker": f"{socket.gethostname()}:{os.getpid()}",
             }
-            return receipt, [self._finished(number, receipt, found, timings) for number in chosen]
+            scored = [self._finished(number, receipt, found, timings) for number in chosen]
+            return self._told(task, scored, timings, len(found.errors)), scored
         finally:
             del self._under_way[attempt_id]
+
+    def _told(
+        self, task: ShardTask, scored: Sequence[ScoredShard], timings: Mapping[str, Any], without: int
+    ) -> Receipt:
+        """What the driver counts of a shard: its rows, and the means of its new scores. It is never published."""
+        return Receipt(
+            shard=task.shard,
+            fingerprint="",
+            attempt=task.attempt,
+            counts={"success": len(task.shard) - without, "rejected": 0, "failed": without},
+            files={},
+            device=self.device.description,
+            timings=timings,
+            means={name: mean for each in scored for name, mean in each.receipt.means.items()},
+            sampled=len(task.shard) - without,
+        )
 
     def _score(self, task: ShardTask, chosen: Sequence[int], clock: Clock) -> "_Found":
         found = _Found(len(task.shard), [*chosen])
@@ -162,7 +197,7 @@ class ScoringWorker:
                 self._turn.release()
         return found
 
-    def _finished(self, number: int, receipt: Receipt, found: "_Found", timings: Mapping[str, object]) -> ScoredShard:
+    def _finished(self, number: int, receipt: Receipt, found: "_Found", timings: Mapping[str, Any]) -> ScoredShard:
         definition = self._scores[number].definition
         if not definition.columns:
             definition = with_columns(definition, self._scorers[number].parts)
