@@ -13,7 +13,6 @@ from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
 
-
 _MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", "address")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.output import lease, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged, Receipt
@@ -17,8 +17,9 @@ from vcf_batch.pool import log
 from vcf_batch.pool import scoring as pool_scoring
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
+from vcf_batch.setup.storage_check import is_seen
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
-from vcf_batch.worker.scoring.worker import ScoredShard, ScoreJob
+from vcf_batch.worker.scoring.worker import ScoredShard, ScoreJob, needs
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Added:
     scored: int = 0
     """Number of shards that this call has scored; the others had their scores."""
     without: int = 0
-    """Number of rows with an image that this call could not score, by some score."""
+    """Number of rows with an image that this call could not score."""
     reason: str | None = None
     """Why the first of them could not."""
     damaged: int = 0
@@ -62,7 +63,8 @@ def add(output: Output, scores: tuple[ResolvedScore, ...], config: RunConfig) ->
             added = Added([store.claim(score.definition, publish=False) for score in scores])
             _refuse_repeated(output, store, added.scores)
             if lacking := [*_lacking(output, store, added)]:
-                job = ScoreJob(output, config, scores, held.token)
+                roots = tuple(filter(is_seen, config.reference_root)) if needs(scores, "reference") else ()
+                job = ScoreJob(output, config, scores, held.token, roots)
                 pool_scoring.score(job, lacking, held, _Committing(output, store, added), signals)
             added.scores = [store.claim(each, publish=False) for each in added.scores]
     return added
@@ -83,15 +85,17 @@ class _Committing:
             self._store.commit(each.definition, each.parquet, each.receipt)
         with self._lock:
             self._added.scored += 1
-            self._added.without += sum(each.receipt.without for each in scored)
+            self._added.without += max((each.receipt.without for each in scored), default=0)
             reasons = (each.receipt.reason for each in scored)
             self._added.reason = self._added.reason or next(filter(None, reasons), None)
 
     def _claim(self, definition: ScoreDefinition) -> None:
         """Publish the definition of a score before its first shard is committed, or find that it is there."""
         if self._claimed.get(definition.name) != definition:
-            if definition.columns:
+            try:
                 _refuse_repeated(self._output, self._store, [definition])
+            except UsageError as error:  # Of a function, whose columns nobody knew before. It ends the whole call.
+                raise RefusedError(str(error)) from error
             self._claimed[definition.name] = self._store.claim(definition)
 
 

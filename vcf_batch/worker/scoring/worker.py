@@ -25,12 +25,14 @@ from vcf_batch.output.scores.receipt import ScoreReceipt
 from vcf_batch.output.scores.store import ScoreStore, parquet_bytes
 from vcf_batch.records import FileEntry, RowMask, Shard
 from vcf_batch.setup.shard_task import ShardTask
-from vcf_batch.setup.storage_check import is_seen
 from vcf_batch.storage import scratch
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.device import Device
 from vcf_batch.worker.scoring.pictures import Seat, ShardPictures
 from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, ResolvedScore, column_name, with_columns
+
+TURN_WAIT_SECONDS = 5.0
+"""Seconds after which a shard that waits for its turn notes progress."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ScoreJob:
     scores: tuple[ResolvedScore, ...]
     token: str = ""
     """The token of the driver's lease, which every node has to see."""
+    roots: tuple[str, ...] = ()
+    """Places of references that the driver sees, besides the manifest's own folder."""
     redo: Mapping[int, RowMask] = field(default_factory=dict)
     """Always empty: rows are scored together."""
     profiled: int | None = None
@@ -61,11 +65,6 @@ class ScoreJob:
     def manifest(self) -> Manifest | None:
         """The manifest of the output; None if no score needs references."""
         return self.output.manifest if needs(self.scores, "reference") else None
-
-    @property
-    def roots(self) -> tuple[str, ...]:
-        """Places of references that the driver sees, besides the manifest's own folder."""
-        return tuple(filter(is_seen, self.config.reference_root)) if self.manifest else ()
 
 
 def load(job: ScoreJob) -> "ScoringWorker":
@@ -182,7 +181,8 @@ class ScoringWorker:
         with pictures as seats:
             first = [*itertools.islice(seats, IMAGES_AT_ONCE)]  # read before it is this shard's turn
             with clock("wait_for_turn"):
-                self._turn.acquire()
+                while not self._turn.acquire(timeout=TURN_WAIT_SECONDS):
+                    clock.note_progress()  # the shard before this one has the device, and its own heartbeat
             try:
                 seen = Seen()
                 for batch in _batches(itertools.chain(first, seats), found):
