@@ -9,6 +9,7 @@ decide, without a random number, so the same output gives the same pairs.
 import functools
 import hashlib
 import heapq
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,7 +188,7 @@ def _read(output: Output, shard: Shard, wanted: frozenset[str]) -> Iterator[_Dra
                 yield _Drawn(records[key], rows[key], sample[ending], sample.get(f"content.{ending}"))
     except VcfBatchError:
         raise
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+    except (tarfile.TarError, pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise DamageFound(
             f"shard {shard.name} of {output.url} cannot be read: {error}; see 'vcf-batch verify'"
         ) from error
