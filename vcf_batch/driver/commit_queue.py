@@ -71,7 +71,7 @@ class CommitQueue:
         executor: carries out the commits, and is shut down at the end.
         check: raises if the output does not hold the record of this run any more. Called before each commit.
         put: the commit itself, which takes the output, the receipt, what is staged, and the fingerprints of shards that
-            are not replaced.
+            are not replaced; None is :func:`vcf_batch.output.commits.commit`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class CommitQueue:
         now: Callable[[], float],
         executor: Executor,
         check: Callable[[], object] = lambda: None,
-        put: Callable[[str, Receipt, Any, Container[str]], Receipt] = commits.commit,
+        put: Callable[[str, Receipt, Any, Container[str]], Receipt] | None = None,
     ) -> None:
         self._output, self._lease, self._ledger = output, held, ledger
         self._note, self._now, self._executor, self._check, self._put = note, now, executor, check, put
@@ -185,4 +185,5 @@ class CommitQueue:
         self._lease.confirm()
         self._check()
         stays = self._ledger.stays(finished.task.shard)
-        return self._put(self._output, finished.receipt, finished.staged, stays)
+        put = self._put or commits.commit
+        return put(self._output, finished.receipt, finished.staged, stays)
