@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2, "ip_adapter": 0.7},
     "prompt_column": "caption", "reference_column": "image", "id_column": "uid", "seed_column": "noise",
     "carry": ("Seed",), "ip_adapter": "org/weights:x.safetensors", "image_encoder": "org/clip",
+    "calibration": "calibration.json",
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 

@@ -51,6 +51,9 @@ GATES: Mapping[str, str] = {
 }
 """Settings that limit the scores of samples, each with its score."""
 
+FALSE_ACCEPTS = (0.01, 0.05, 0.1)
+"""Shares of false accepts that a calibration has thresholds for, and that a gate may name."""
+
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 9.0
 DEFAULT_STRENGTHS: Mapping[str, float] = {"naive": 0.3, "concat": 1.0, "cross_attention": 0.3, "ip_adapter": 1.0}
@@ -199,12 +202,16 @@ class RunConfig:
     lpips: str = "auto"
     lpips_weights: str | None = None
     """Folder or URL with the official backbone and linear-head files, for ``alex`` and ``vgg``."""
-    min_clip_score: float | None = None
-    """Smallest CLIP score of a sample that is not rejected; None is no limit. :data:`GATES` lists every limit."""
-    min_clip_reference: float | None = None
-    max_lpips: float | None = None
-    min_content_alignment: float | None = None
-    min_style_similarity: float | None = None
+    min_clip_score: float | str | None = None
+    """Smallest CLIP score of a sample that is not rejected; None is no limit. :data:`GATES` lists every limit. A text
+    such as ``far=0.05`` is the limit that a share of :data:`FALSE_ACCEPTS` keeps by mistake, by the ``calibration``;
+    the number is settled before the run."""
+    min_clip_reference: float | str | None = None
+    max_lpips: float | str | None = None
+    min_content_alignment: float | str | None = None
+    min_style_similarity: float | str | None = None
+    calibration: str | None = None
+    """File that ``vcf-batch score --calibrate`` has written, for gates that name a share of false accepts."""
     texture: bool = False
     """Measure ``texture_similarity``, in a column of its own."""
     triplets: bool = False
@@ -273,8 +280,9 @@ class RunConfig:
                 object.__setattr__(self, column, None)
         # One spelling of a number, as 5 and 5.0 would be two fingerprints.
         for field in dataclasses.fields(self):
-            if field.type in (float, float | None) and getattr(self, field.name) is not None:
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+            value = getattr(self, field.name)
+            if field.type in (float, float | None, float | str | None) and isinstance(value, int | float):
+                object.__setattr__(self, field.name, float(value))
         if self.rows is not None:
             part = part_of(self.rows)
             if self.limit is not None:
@@ -342,7 +350,11 @@ class RunConfig:
         for name in ("pno_lr_conditioning", "pno_lr_noise", "pno_gamma"):
             _between(name, getattr(self, name), 0, 1)
         for name, score in GATES.items():
-            _between(name, getattr(self, name), *((0, None) if score == "lpips" else (-1, 1)))
+            limit = getattr(self, name)
+            if isinstance(limit, str):
+                self._check_share(name, limit)
+            else:
+                _between(name, limit, *((0, None) if score == "lpips" else (-1, 1)))
         _choice("best_by", self.best_by, tuple(GATES.values()))
         _between("attempts", self.attempts, 1, MAX_ATTEMPTS)
         if self.best_by != "clip_score" and not self.is_gated:
@@ -357,7 +369,7 @@ class RunConfig:
             )
         if self.min_content_alignment is not None and not self.triplets:
             raise UsageError(
-                f"min_content_alignment is {self.min_content_alignment:g}, but only --triplets draw what the content "
+                f"min_content_alignment is {self.min_content_alignment}, but only --triplets draw what the content "
                 "is compared with: add them, or leave the gate out"
             )
         _between("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
@@ -383,6 +395,17 @@ class RunConfig:
                 "or turn the score off with --lpips none"
             )
 
+    def _check_share(self, name: str, limit: str) -> None:
+        """Refuse a gate in words that names no share of false accepts, or that nothing gives a number."""
+        if limit not in {f"far={share:g}": share for share in FALSE_ACCEPTS}:
+            shares = ", ".join(f"far={share:g}" for share in FALSE_ACCEPTS)
+            raise UsageError(f"{name} is {_SHORT.repr(limit)}; it must be a number, or one of {shares}")
+        if self.calibration is None:
+            raise UsageError(
+                f"{name} is {limit}, which a calibration gives its number: name the file that 'vcf-batch score OUTPUT "
+                "--calibrate' writes with --calibration, or give a number"
+            )
+
     @property
     def sampling(self) -> Sampling:
         """The settings of :class:`Sampling`."""
@@ -400,7 +423,7 @@ class RunConfig:
 
     @property
     def gates(self) -> dict[str, float]:
-        """The gates that are set, by the names of :data:`GATES`."""
+        """The gates that are set, by the names of :data:`GATES`. They are numbers once defaults are settled."""
         return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
 
     @property
@@ -509,7 +532,7 @@ DECIDED_BY_EVALUATION = frozenset(
     {
         *("manifest", "output", *COLUMN_SETTINGS.values(), "carry"),
         *("fusion", "strength", "role", "pno_steps", "seed", "limit", "rows"),
-        *("triplets", "safety_checker", "attempts", "best_by", *GATES),
+        *("triplets", "safety_checker", "attempts", "best_by", "calibration", *GATES),
     }
 )
 """Settings of a run that an evaluation decides: what is compared is not selected."""
@@ -526,6 +549,7 @@ NOT_CONTENT = frozenset(
         "ip_adapter",
         "image_encoder",
         "lpips_weights",
+        "calibration",
         "num_workers",
         "gpus_per_worker",
         "one_device_type",

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from support.scorers import FILES, SHAPES, save_lpips
 from vcf_batch import images, storage
 from vcf_batch.errors import ModelError, StorageError
 from vcf_batch.metrics import scorer as scorer_module
@@ -240,49 +241,9 @@ def reference_features(network: str, weights: dict[str, Tensor], x: Tensor) -> l
     return maps
 
 
-CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
-SHAPES = {
-    "alex": {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)},
-    "vgg": {
-        0: (64, 3, 3),
-        2: (64, 64, 3),
-        5: (128, 64, 3),
-        7: (128, 128, 3),
-        10: (256, 128, 3),
-        12: (256, 256, 3),
-        14: (256, 256, 3),
-        17: (512, 256, 3),
-        19: (512, 512, 3),
-        21: (512, 512, 3),
-        24: (512, 512, 3),
-        26: (512, 512, 3),
-        28: (512, 512, 3),
-    },
-}
-"""torchvision's layers: number to output channels, input channels, kernel size."""
-FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
-
-
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the layout and under the names of torchvision and the lpips package."""
-    path = tmp_path_factory.mktemp("lpips")
-    generator = torch.Generator().manual_seed(0)
-    for network, layers in SHAPES.items():
-        state = {"classifier.1.weight": torch.zeros(2, 2)}
-        for number, (outputs, inputs, kernel) in layers.items():
-            spread = (2 / (inputs * kernel * kernel)) ** 0.5
-            state[f"features.{number}.weight"] = spread * torch.randn(
-                outputs, inputs, kernel, kernel, generator=generator
-            )
-            state[f"features.{number}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
-        torch.save(state, path / FILES[network])
-        heads = {
-            f"lin{n}.model.1.weight": torch.rand(1, c, 1, 1, generator=generator)
-            for n, c in enumerate(CHANNELS[network])
-        }
-        torch.save(heads, path / f"{network}.pth")
-    return path
+    return save_lpips(tmp_path_factory.mktemp("lpips"))
 
 
 @pytest.fixture(scope="module", params=["alex", "vgg"])
@@ -557,7 +518,7 @@ def test_memory_is_bounded_and_chunks_change_nothing(scorer: Scorer, monkeypatch
     batch = (["a"] * 6, [output(seed) for seed in range(6)], [[picture(10 + seed)] for seed in range(6)])
     expected = score_batch(scorer, *batch)
     monkeypatch.setattr(scorer_module, "REFERENCES_KEPT", 2)
-    monkeypatch.setattr(scorer_module, "_PIXELS_AT_ONCE", 2 * 40 * 40)
+    monkeypatch.setattr(scorer_module, "PIXELS_AT_ONCE", 2 * 40 * 40)
     scorer = scorer.new_shard()
     for _ in range(2):
         for score, other in zip(score_batch(scorer, *batch), expected, strict=True):

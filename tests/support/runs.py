@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from support.tiny_models import TEXT_TOKENS, build_pipeline, build_tokenizer
+from support.scorers import save_clip
+from support.tiny_models import build_pipeline
 from vcf_batch import sharding, storage
 from vcf_batch.config import RunConfig, fingerprint_fields
 from vcf_batch.manifest.manifest import Manifest
@@ -48,16 +47,7 @@ PROMPTS = ("a red disc", "a blue star on sand", "two rings", "green waves, soft"
 def save_model(folder: Path) -> Path:
     """A pipeline of 16x16 images with random weights, and a judge beside it."""
     build_pipeline().save_pretrained(folder)
-    tokenizer = build_tokenizer()
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = {**shape, **special, "vocab_size": len(tokenizer), "max_position_embeddings": TEXT_TOKENS}
-    config = CLIPConfig(text_config=text, vision_config={**shape, "image_size": 16, "patch_size": 8}, projection_dim=8)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        CLIPModel(config).save_pretrained(folder / "judge")
-    tokenizer.save_pretrained(folder / "judge")
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder / "judge")
+    save_clip(folder / "judge")
     return folder
 
 

@@ -74,7 +74,7 @@ def test_text_only_equals_stable_diffusion_on_the_joined_windows(
         generator=torch.Generator().manual_seed(4),
         **settings,
     ).images
-    given = {"negative_prompt": negative, "long_prompts": "chunk", "seed": 4}
+    given: dict[str, Any] = {"negative_prompt": negative, "long_prompts": "chunk", "seed": 4}
     np.testing.assert_allclose(pipeline(prompt, **given, **settings).images, expected, atol=1e-5)
     ours = pipeline.generate(
         [prompt], seeds=[4], negative_prompts=[negative], long_prompts="chunk", guidance_scale=6, steps=3

@@ -24,7 +24,7 @@ COMMANDS_BY_STAGE: Mapping[str, Sequence[click.Command]] = {
     "Run": (generate,),
     "Look": (look.status, look.report),
     "Mend": (mend.verify, mend.repair),
-    "After a run": (after.export, after.push, after.card),
+    "After a run": (after.score, after.export, after.push, after.card),
     "Models": (model.model,),
 }
 """Commands in the order of a run's life, under the headings of the help text."""

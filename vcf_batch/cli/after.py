@@ -1,14 +1,106 @@
-"""``export``, ``push`` and ``card``: an output to hand on."""
+"""``score``, ``export``, ``push`` and ``card``: an output to select from and to hand on."""
 
 import hashlib
+import json
+from typing import Any
 
 import click
 
 from vcf_batch import storage
-from vcf_batch.cli.command import Command, debug_option, hand_on, json_option, tell
-from vcf_batch.errors import UsageError, redact
+from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved, repair_command, tell
+from vcf_batch.cli.run import generate
+from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
+
+_MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", "address")
+
+
+@click.command(cls=Command, params=[option for option in generate.params if option.name in _MACHINES])
+@click.argument("output")
+@click.option(
+    "--with",
+    "wanted",
+    metavar="KIND[:NAME][=MODEL]",
+    multiple=True,
+    help="A score to add. Repeatable. clip=MODEL: cosines with prompt and reference. dino=MODEL: cosines of patches "
+    "with reference and twin, by a DINOv2. lpips-alex=FOLDER, lpips-vgg=FOLDER: distance from the reference, by the "
+    "published weights. aesthetic=FILE: a linear head on a CLIP. texture: how alike image and reference are drawn. "
+    "python=MODULE:FUNCTION: numbers of your own. MODEL is a directory, a Hub id or a URL; NAME is that of the "
+    "columns, where it is not KIND.",
+)
+@click.option(
+    "--aesthetic-clip",
+    metavar="MODEL",
+    help="The CLIP that the head of --with aesthetic was trained on.  [default: openai/clip-vit-large-patch14]",
+)
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Also measure how well scores separate images beside what they were made from, and beside something else: "
+    "the scores of the run and those of --with. Thresholds go to OUTPUT/_scores/calibration.json.",
+)
+@moved
+@json_option
+@debug_option
+@click.pass_context
+def score(
+    ctx: click.Context,
+    output: str,
+    wanted: tuple[str, ...],
+    aesthetic_clip: str | None,
+    calibrate: bool,
+    as_json: bool,
+    **_: Any,
+) -> None:
+    """Add scores to OUTPUT, without generating anything.
+
+    Every image gets the scores that --with asks for, in files of their own below OUTPUT/_scores; no other file changes.
+    'export', 'repair --where', 'report' and 'status' see them as further columns, and 'verify' checks them. A call that
+    was interrupted goes on with the same command, and so does one for shards that were generated or repaired since.
+
+    \b
+    Exit codes: 0 every shard has its scores; 1 unexpected; 2 wrong option or model; 4 a score of this name is there by
+    another model or other settings, or a run is at work in OUTPUT; 5 damaged shards are left out; 6 shards that are not
+    generated yet are left out; 130 or 143 interrupted.
+    """
+    from vcf_batch.commands.score import command  # torch is not needed to print a help text
+    from vcf_batch.commands.score import wanted as wants
+    from vcf_batch.report.calibration_table import markdown
+
+    asked = [*map(wants.parse, wanted)]
+    if not asked and not calibrate:
+        raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}; or --calibrate")
+    added = command.score(output, asked, aesthetic_clip, given(ctx))
+    measured = command.calibrate(output, asked, aesthetic_clip, given(ctx)) if calibrate else None
+    words = []
+    if asked:
+        names = ", ".join(each.name for each in added.scores)
+        words.append(f"{redact(output)}: {names} of {added.shards:,} shards, {added.scored:,} of them scored now")
+    if added.without:
+        words.append(f"{added.without:,} images could not be scored; the first: {added.reason}")
+    if measured:
+        words.append(markdown(measured))
+    document = {
+        "output": redact(output),
+        "scores": {each.name: [column.name for column in each.columns] for each in added.scores},
+        "shards": added.shards,
+        "scored": added.scored,
+        "without": added.without,
+        "damaged": added.damaged,
+        "unfinished": added.unfinished,
+        "calibration": measured and json.loads(measured.to_json()),
+    }
+    tell("\n".join(words), document, as_json)
+    if added.damaged:
+        raise DamageFound(
+            f"{added.damaged:,} damaged shards are left out. To mend them: {repair_command(output)}; then score again"
+        )
+    if added.unfinished:
+        raise Unfinished(
+            f"{added.unfinished:,} shards are left out, as they are not generated yet. Rerun the command of the run, "
+            "then score again"
+        )
 
 
 @click.command(cls=Command)

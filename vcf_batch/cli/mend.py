@@ -46,14 +46,15 @@ def verify(
     """Read all of OUTPUT again, and tell what is damaged, and why.
 
     Each shard that is damaged or not generated yet is named. Receipts are compared with the files, tars with parquets,
-    parquets with the manifest; every image is decoded. OUTPUT may be an export: its files are compared with its
-    receipts and its rows, and keys with one another.
+    parquets with the manifest; every image is decoded. Scores that were added are compared with their receipts. OUTPUT
+    may be an export: its files are compared with its receipts and its rows, and keys with one another.
 
     \b
     Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not that of the run; 5 damage; 6 no damage,
     but shards are not generated yet, whether a run is at work or not.
     """
     from vcf_batch.commands import verify
+    from vcf_batch.commands.score.check import check_scores
     from vcf_batch.output import lease
     from vcf_batch.output.output import AnExport, Output
 
@@ -64,6 +65,7 @@ def verify(
         return
     chosen = None if sample is None else verify.sample(opened.plan, sample)
     findings = _found(verify.check(opened, chosen), as_json)
+    of_scores = _found(check_scores(opened, chosen), as_json)
     unfinished = sum(finding.kind == "unfinished" for finding in findings)
     if regenerate is not None and not _damaged(findings) and not unfinished:
         from vcf_batch.vcf import quiet  # nor torch to read files
@@ -72,6 +74,8 @@ def verify(
         from vcf_batch.commands import regenerate as regeneration  # brings what would warn
 
         findings += _found(regeneration.regenerate(opened, regenerate, regenerate_seed), as_json)
+    damaged_scores = _damaged(of_scores)
+    findings, is_damaged = findings + of_scores, _damaged(findings)
     state = ""
     if unfinished:
         owner = lease.owner(opened.url)
@@ -95,8 +99,13 @@ def verify(
         share = "" if chosen is None else f"; {shards_read:,} of them, with {rows_read:,} rows, were read"
         words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards{share}, no damage"
         tell(words, document, as_json)
-    if _damaged(findings):
+    if is_damaged:
         raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
+    if damaged_scores:
+        raise DamageFound(
+            f"scores of {output} are damaged, and nothing else. To mend them: delete the files that are named, and "
+            "rerun the command of 'vcf-batch score'"
+        )
     if unfinished:
         others = "the others" if chosen is None else "those that were read"
         raise Unfinished(

@@ -16,6 +16,13 @@ class _CountOrAuto(click.ParamType):
         return None if value == "auto" else int(click.INT.convert(value, parameter, ctx))
 
 
+class _NumberOrShare(click.ParamType):
+    name = "number|far=share"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        return value if str(value).startswith("far=") else float(click.FLOAT.convert(value, parameter, ctx))
+
+
 def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], Any]:
     """An option of ``generate``. Its default stays with RunConfig, so that a configuration file can come in between."""
     return click.option(f"--{name}", type=kind, help=text, default=None, **extra)
@@ -196,30 +203,38 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option(
     "min-clip-score",
-    float,
+    _NumberOrShare(),
     "Reject samples with a lower clip_score, their likeness to the prompt: -1 to 1.  [default: no gate]",
 )
 @_option(
     "min-clip-reference",
-    float,
+    _NumberOrShare(),
     "Reject samples with a lower clip_reference, their likeness to the reference: -1 to 1.  [default: no gate]",
 )
 @_option(
     "max-lpips",
-    float,
+    _NumberOrShare(),
     "Reject samples with a higher lpips, their distance from the reference: 0 or more.  [default: no gate]",
 )
 @_option(
     "min-content-alignment",
-    float,
+    _NumberOrShare(),
     "Reject samples with a lower content_alignment, the likeness of their layout to that of their text-only twin: "
     "-1 to 1. Needs --triplets.  [default: no gate]",
 )
 @_option(
     "min-style-similarity",
-    float,
+    _NumberOrShare(),
     "Reject samples with a lower style_similarity, the likeness of their palette and look to the reference's: 0 to 1.  "
     "[default: no gate]",
+)
+@_option(
+    "calibration",
+    str,
+    "File that 'vcf-batch score OUTPUT --calibrate' has written, for gates such as --min-clip-reference far=0.05: the "
+    "limit that 5 % of the images would keep that share nothing with what they are compared with. Shares are 0.01, "
+    "0.05 and 0.1. The number is settled before the run, and part of its identity.",
+    metavar="URL",
 )
 @_option(
     "texture",

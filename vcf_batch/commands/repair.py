@@ -6,8 +6,9 @@ import pyarrow as pa
 
 from vcf_batch.commands.verify import check, check_receipts
 from vcf_batch.errors import DamageFound, VcfBatchError
-from vcf_batch.output import shards
+from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
@@ -31,7 +32,8 @@ class Repair:
     def __init__(self, output: Output, where: str, trust_receipts: bool = False) -> None:
         manifest = output.need_manifest()
         self._output, self._trust_receipts = output, trust_receipts
-        self._condition = Condition(where, schema_of(output.config, manifest))
+        self._scores = JoinedScores(output.url)
+        self._condition = Condition(where, self._scores.schema(schema_of(output.config, manifest)))
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
         """Read the output and choose the rows to redo.
@@ -81,7 +83,11 @@ class Repair:
     def _selected_of(self, shard: Shard) -> RowMask:
         selected, columns = bytearray(), [*self._condition.columns]
         with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
-            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=columns, use_threads=False):
+            own = [name for name in columns if name in parquet.schema_arrow.names]
+            batches = parquet.iter_batches(shards.ROWS_AT_ONCE, columns=own, use_threads=False)
+            if len(own) < len(columns) and (receipt := receipts.read_one(self._output.url, shard)):
+                batches = self._scores.batches(batches, shard, receipt.parquet_hash)
+            for batch in batches:
                 keys = self._condition.keys(pa.Table.from_batches([batch]))
                 selected += bytes(key in keys for key in batch["key"].to_pylist())
         return bytes(selected)

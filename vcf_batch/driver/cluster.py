@@ -33,7 +33,7 @@ class Loaded:
     """Whether other devices of the worker's node may be of other types."""
 
 
-Answer = Heartbeat | Loaded | tuple[Receipt, dict[str, str]] | Fault | None
+Answer = Heartbeat | Loaded | tuple[Receipt, Any] | Fault | None
 """Answer to a request: a heartbeat; the device of a worker that has loaded; None once it has survived a
 trial; a shard's receipt and its staged files by kind. A fault may be the answer to any request."""
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.ledger import MAX_SET_ASIDE, Ledger
@@ -32,8 +32,9 @@ class Finished:
     task: ShardTask
     node: str
     receipt: Receipt
-    staged: dict[str, str]
-    """The staged files by kind. :func:`vcf_batch.output.commits.commit` removes each entry once its file is moved."""
+    staged: Any
+    """What the commit takes: the staged files by kind. :func:`vcf_batch.output.commits.commit` removes each entry once
+    its file is moved."""
 
 
 @dataclass
@@ -69,6 +70,8 @@ class CommitQueue:
         now: reads the clock.
         executor: carries out the commits, and is shut down at the end.
         check: raises if the output does not hold the record of this run any more. Called before each commit.
+        put: the commit itself, which takes the output, the receipt, what is staged, and the fingerprints of shards that
+            are not replaced; None is :func:`vcf_batch.output.commits.commit`.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class CommitQueue:
         now: Callable[[], float],
         executor: Executor,
         check: Callable[[], object] = lambda: None,
+        put: Callable[[str, Receipt, Any, Container[str]], Receipt] | None = None,
     ) -> None:
         self._output, self._lease, self._ledger = output, held, ledger
-        self._note, self._now, self._executor, self._check = note, now, executor, check
+        self._note, self._now, self._executor, self._check, self._put = note, now, executor, check, put
         self._pending: list[_Commit] = []
         self._doubtful: list[Finished] = []
         self._in_trouble = False
@@ -181,4 +185,5 @@ class CommitQueue:
         self._lease.confirm()
         self._check()
         stays = self._ledger.stays(finished.task.shard)
-        return commits.commit(self._output, finished.receipt, finished.staged, stays)
+        put = self._put or commits.commit
+        return put(self._output, finished.receipt, finished.staged, stays)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from vcf_batch.output import progress_file, receipts
 from vcf_batch.output.progress_file import Told
 from vcf_batch.output.receipts import SEVERAL, Receipt, device_type
 from vcf_batch.output.sums import RunSums
-from vcf_batch.records import STATUSES, Shard, Status
+from vcf_batch.records import STATUSES, RowMask, Shard, Status
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
@@ -66,17 +66,16 @@ class Ledger:
         StorageError: the output cannot be read or written.
     """
 
+    _output: str | None
+    """The output that the counts are published in; None for none."""
+    _redo: Mapping[int, RowMask]
+    _fingerprints: frozenset[str]
+
     def __init__(self, job: Job, now: Callable[[], float] = time.monotonic) -> None:
-        self._output, self._shards, self._redo = job.config.output, job.shards, job.redo
-        self._now = now
+        self._begin(job.shards, now)
+        self._output, self._rows, self._redo = job.config.output, job.manifest.num_rows, job.redo
         self._fingerprint = job.fingerprint
-        self.totals = RunSums()
-        self._older: dict[int, Receipt] = {}
-        """An old receipt for each shard with kept samples, by index. Its device and batch marks are the shard's."""
-        self.devices: dict[str, Mapping[str, Any]] = {}
-        """One device for each type of the receipts that were there, by type, without shards of several types."""
-        self._rows = job.manifest.num_rows
-        self._fingerprints = fingerprints = frozenset((job.fingerprint, *job.extends))
+        fingerprints = self._fingerprints = frozenset((job.fingerprint, *job.extends))
         alike: dict[str, Receipt] = {}
         for receipt in receipts.read(job.config.output):
             index = receipt.shard.index
@@ -91,13 +90,39 @@ class Ledger:
         self.finished_rows = self.totals.counts.total()
         self.resumed_rows = self.finished_rows + sum(mask.count(False) for mask in job.redo.values())
         self.left = len(job.shards) - len(self.totals.done)
+        self._tell()
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], now: Callable[[], float] = time.monotonic) -> "Ledger":
+        """Count of some shards of an output that something else than generating is done with. Nothing is published.
+
+        Args:
+            shards: the shards, none of which is done.
+            now: reads the clock.
+        """
+        ledger = cls.__new__(cls)
+        ledger._begin(shards, now)
+        return ledger
+
+    def _begin(self, shards: Sequence[Shard], now: Callable[[], float]) -> None:
+        self._shards, self._now = shards, now
+        self._output = None
+        self._rows, self._fingerprint = 0, ""
+        self._redo, self._fingerprints = {}, frozenset()
+        self.totals = RunSums()
+        self._older: dict[int, Receipt] = {}
+        """An old receipt for each shard with kept samples, by index. Its device and batch marks are the shard's."""
+        self.devices: dict[str, Mapping[str, Any]] = {}
+        """One device for each type of the receipts that were there, by type, without shards of several types."""
+        self.finished_rows = self.resumed_rows = 0
+        self.left = len(shards)
         """Number of shards that are neither committed nor set aside."""
         self._set_aside: list[tuple[ShardTask, str]] = []
         """The first shards that were set aside, each with the reason."""
         self._set_aside_count = self._set_aside_in_a_row = 0
         self._last: Fault | None = None
         """Fault for which the last shard was set aside."""
-        self._tell()
+        self._told = now()
 
     @property
     def counts(self) -> Mapping[Status, int]:
@@ -167,6 +192,7 @@ class Ledger:
 
     def summary(self, seconds: float) -> Summary:
         """The counts of the whole run."""
+        assert self._output is not None
         return Summary(
             output=self._output,
             rows=self._rows,
@@ -177,8 +203,9 @@ class Ledger:
         )
 
     def _tell(self) -> None:
-        set_aside = {task.shard.name: why for task, why in self._set_aside}
-        progress_file.publish(self._output, Told(self._fingerprint, self.totals, set_aside))
+        if self._output is not None:
+            set_aside = {task.shard.name: why for task, why in self._set_aside}
+            progress_file.publish(self._output, Told(self._fingerprint, self.totals, set_aside))
         self._told = self._now()
 
     def _try_to_tell(self) -> None:

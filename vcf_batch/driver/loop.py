@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from vcf_batch.config import RunConfig
 from vcf_batch.driver.cluster import Answer, Cluster, Heartbeat, Loaded, Request, WorkerHandle
 from vcf_batch.driver.commit_queue import CommitQueue, Finished
 from vcf_batch.driver.device_types import DeviceTypes
@@ -16,7 +17,6 @@ from vcf_batch.driver.workers import Workers
 from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
 from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.receipts import Receipt
-from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
 
 SHARDS_AT_ONCE = 2
@@ -28,6 +28,18 @@ ANSWER_SECONDS = 1.0
 
 WAITING_SECONDS = 30.0
 """Seconds without a ready worker after which the user is told what the run waits for."""
+
+
+class Work(Protocol):
+    """What the loop knows of its work, such as a :class:`vcf_batch.setup.job.Job`."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Settings of the workers."""
+
+    @property
+    def profiled(self) -> int | None:
+        """See :attr:`vcf_batch.setup.job.Job.profiled`."""
 
 
 class Exporter(Protocol):
@@ -53,7 +65,7 @@ class Loop:
     """
 
     def __init__(
-        self, job: Job, cluster: Cluster, ledger: Ledger, commits: CommitQueue, progress: Progress, exporter: Exporter
+        self, job: Work, cluster: Cluster, ledger: Ledger, commits: CommitQueue, progress: Progress, exporter: Exporter
     ) -> None:
         config = job.config
         assert config.stall_timeout is not None
@@ -157,7 +169,7 @@ class Loop:
             self._did(worker, request.task, answer)
             self._give_tasks(worker)
 
-    def _did(self, worker: WorkerHandle, task: ShardTask, answer: tuple[Receipt, dict[str, str]] | None) -> None:
+    def _did(self, worker: WorkerHandle, task: ShardTask, answer: tuple[Receipt, Any] | None) -> None:
         """Queue the commit of a shard that a worker has generated, or go on after a trial that it has survived."""
         if task.selected is not None:
             self._queue.done(task)

@@ -1,6 +1,7 @@
 """The judge: the CLIP that scores images against prompts and references."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -37,12 +38,13 @@ class ClipJudge:
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> "ClipJudge":
+    def from_pretrained(cls, path: str, device: torch.device | str = "cpu", option: str = "--judge") -> "ClipJudge":
         """Load model, tokenizer and preprocessing.
 
         Args:
             path: folder of a CLIP in transformers' layout.
             device: device for the model; the model always runs in float32.
+            option: the option that names another CLIP, for messages.
 
         Raises:
             ModelError: a part is missing or does not fit.
@@ -50,7 +52,7 @@ class ClipJudge:
         """
         remedy = (
             ". It must hold a CLIP model, its tokenizer and preprocessor_config.json in transformers' layout; "
-            "name another with --judge"
+            f"name another with {option}"
         )
         with load_errors(f"the judge {path!r}", remedy):
             model, report = CLIPModel.from_pretrained(
@@ -58,13 +60,13 @@ class ClipJudge:
             )
             tokenizer = CLIPTokenizer.from_pretrained(path)
             processor = CLIPImageProcessorPil.from_pretrained(path)
-        refuse_missing_weights(report, f"the judge {path!r}", "name a complete CLIP with --judge")
+        refuse_missing_weights(report, f"the judge {path!r}", f"name a complete CLIP with {option}")
         vocabulary = model.config.text_config.vocab_size
         # A tokenizer without files knows three tokens.
         if not 3 < len(tokenizer) <= vocabulary:
             raise ModelError(
                 f"the judge {path!r} has a tokenizer of {len(tokenizer)} tokens for a model of {vocabulary}; "
-                "name a CLIP with its own tokenizer with --judge"
+                f"name a CLIP with its own tokenizer with {option}"
             )
         if processor.do_resize and processor.size.shortest_edge and not processor.do_center_crop:
             raise ModelError(
@@ -112,13 +114,25 @@ class ClipJudge:
         """
         parts = []
         for start in range(0, len(pictures), _CHUNK):
-            chunk = [*map(_rgb, pictures[start : start + _CHUNK])]
-            if self.processor.do_center_crop:
-                chunk = [*map(images.trimmed, chunk)]
-            pixels = self.processor(chunk, return_tensors="pt")["pixel_values"]
-            features = self.model.get_image_features(pixel_values=pixels.to(self.device))
-            parts.append(F.normalize(features.pooler_output, dim=-1))
+            parts.append(self.embed_pixels(self.pixels(pictures[start : start + _CHUNK])))
         return torch.cat(parts) if parts else self._nothing()
+
+    def pixels(self, pictures: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
+        """What the model sees of images, float32 ``[B, 3, h, w]`` on the CPU. Any thread may call this.
+
+        Args:
+            pictures: ``B`` RGB images or uint8 arrays ``[H, W, 3]`` of any sizes, 1 or more.
+        """
+        chunk = [*map(_rgb, pictures)]
+        if self.processor.do_center_crop:
+            chunk = [*map(images.trimmed, chunk)]
+        return cast(Tensor, self.processor(chunk, return_tensors="pt")["pixel_values"])
+
+    @torch.inference_mode()
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """L2-normalised embeddings, float32 ``[B, D]``, of what :meth:`pixels` gives."""
+        features = self.model.get_image_features(pixel_values=pixels.to(self.device))
+        return F.normalize(features.pooler_output, dim=-1)
 
     @torch.inference_mode()
     def embed_layouts(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -29,7 +29,7 @@ needed."""
 OF_REFERENCES = ("clip_reference", "lpips", "style_similarity", TEXTURE)
 """Scores that an output has for each of its references."""
 
-_PIXELS_AT_ONCE = 2**20
+PIXELS_AT_ONCE = 2**20
 """Most pixels of one perceptual forward pass, so that VGG16's feature maps stay near 2 GB for any batch size."""
 
 
@@ -154,7 +154,7 @@ class Scorer:
         # All scores are read at once, because each reading waits for the device.
         read = torch.cat([*found.values()]).cpu().split([*map(len, found.values())])
         columns = {name: values.tolist() for name, values in zip(found, read, strict=True)}
-        columns |= {name: _means(columns[name], targets.shares) for name in OF_REFERENCES if name in columns}
+        columns |= {name: means(columns[name], targets.shares) for name in OF_REFERENCES if name in columns}
         return [Scores(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
     def _text_passes(self, prompts: Sequence[str]) -> list[ForwardPass[str, str, Tensor]]:
@@ -164,7 +164,7 @@ class Scorer:
 
     def _known_references(self, pictures: Sequence[Image.Image]) -> list[_Reference]:
         """The stored reference of each image. An image of many rows is usually one object, and is hashed once."""
-        digests = {number: _digest(image) for number, image in {id(image): image for image in pictures}.items()}
+        digests = {number: digest(image) for number, image in {id(image): image for image in pictures}.items()}
         keys = [digests[id(image)] for image in pictures]
         new = {key: image for key, image in zip(keys, pictures, strict=True) if key not in self._references}
         embeddings = ForwardPass(new, self.judge.embed_images)
@@ -199,12 +199,12 @@ def _compared(
     for image, entry in zip(targets.pictures, targets.references, strict=True):
         if (width, height) not in entry.resized:
             entry.resized[width, height] = np.asarray(images.resize(image, width, height))
-    step = max(1, _PIXELS_AT_ONCE // (height * width))
+    step = max(1, PIXELS_AT_ONCE // (height * width))
     parts = []
     for start in range(0, len(outputs), step):
         part = slice(start, start + step)
         resized = [entry.resized[width, height] for entry in targets.references[part]]
-        parts.append(compare(*(_signed(pictures, device) for pictures in (outputs[part], resized))))
+        parts.append(compare(*(signed(pictures, device) for pictures in (outputs[part], resized))))
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
@@ -213,13 +213,14 @@ def _textures(outputs: Tensor, references: Tensor) -> tuple[Tensor]:
     return (texture_similarity(outputs / 2 + 0.5, references / 2 + 0.5),)
 
 
-def _signed(pictures: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
+def signed(pictures: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
     """Convert ``B`` uint8 arrays ``[H, W, 3]`` to float32 ``[B, 3, H, W]`` in [-1, 1], on a device."""
     # The device gets the bytes, and makes the four times larger floats itself.
     return (torch.from_numpy(np.stack(pictures)).to(device).float() / 255 * 2 - 1).permute(0, 3, 1, 2)
 
 
-def _digest(image: Image.Image) -> bytes:
+def digest(image: Image.Image) -> bytes:
+    """The name of a picture by its pixels, for one process."""
     return hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
 
 
@@ -227,7 +228,7 @@ def _bytes(image: Image.Image) -> int:
     return image.width * image.height * len(image.getbands())
 
 
-def _means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:
+def means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:
     """Weighted mean of each output's values; None for an output without values.
 
     Args:

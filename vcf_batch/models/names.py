@@ -48,6 +48,9 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 
+AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
+"""The CLIP whose embeddings LAION's aesthetic heads read."""
+
 ADAPTERS_ID = "h94/IP-Adapter"
 ADAPTERS_LICENCE = "Apache-2.0"
 

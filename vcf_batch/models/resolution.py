@@ -82,6 +82,22 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
     )
 
 
+def resolve_file(name: str) -> ResolvedModel:
+    """Find a single file of weights, in exactly one version.
+
+    Args:
+        name: the path or URL of the file; or a Hub id followed by ``:`` and the path of the file in it.
+
+    Raises:
+        ModelError: there is no such file, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    repository, _, file = name.partition(":")
+    if HUB_ID.fullmatch(repository) and file and not storage.exists(storage.absolute(name)):
+        return resolve(repository, within=file)
+    return resolve(storage.parent(name) or ".", within=storage.name(name))
+
+
 def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
     """One of the model's JSON files, without fetching its weights; None if the model has no such file.
 
@@ -199,7 +215,7 @@ def url_files(url: str, within: str = "") -> tuple[dict[str, int], str]:
         ModelError: there is no model, or one that may not be loaded.
         FileNotFoundError, PermissionError, StorageError: see :mod:`vcf_batch.storage`.
     """
-    if url.startswith(("http://", "https://")) and within.endswith(WEIGHTS):  # which cannot be listed
+    if url.startswith(("http://", "https://")) and PurePosixPath(within).suffix:  # cannot be listed
         entry = storage.digest(storage.join(url, within))
         return {within: entry.size}, _combine({_inside(within, within): entry.sha256})
     found = storage.list_checksums(url)

@@ -78,6 +78,11 @@ class Receipt:
     of the promise of identical bytes."""
 
     @property
+    def parquet_hash(self) -> str:
+        """Hex SHA-256 of the shard's parquet."""
+        return self.files["parquet"].sha256
+
+    @property
     def worker_seconds(self) -> float:
         """Seconds that the shard took of its worker, without the wait for its turn, in which another shard was
         sampled."""

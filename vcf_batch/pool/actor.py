@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
+def nothing_collected() -> Iterator[None]:
     """Keep Python from looking for garbage: imports and models make a million objects that stay, now and afterwards."""
     gc.disable()
     try:
@@ -55,7 +55,7 @@ class Actor:
         progress, samples = (self._worker.progress, self._worker.samples_done) if self._worker else ({}, {})
         return Heartbeat(ray.get_runtime_context().get_node_id(), progress, samples)
 
-    @_nothing_collected()
+    @nothing_collected()
     def load(self, job: "Job") -> "Loaded":
         """Check that this node sees the storage, load the worker, and return its device.
 

@@ -12,7 +12,6 @@ from vcf_batch.errors import UsageError
 from vcf_batch.models.resolution import TINY
 from vcf_batch.pool import ray_errors
 from vcf_batch.setup import storage_check
-from vcf_batch.setup.job import Job
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class StorageCheck:
         job: the run.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: storage_check.Places) -> None:
         look = ray.remote(num_cpus=0, max_retries=0)(storage_check.check_storage)
         self._asked = [
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(job)

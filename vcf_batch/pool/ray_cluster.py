@@ -4,7 +4,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
@@ -16,6 +16,9 @@ from vcf_batch.pool.actor import Actor
 from vcf_batch.pool.ray_errors import address, fault_of
 from vcf_batch.setup.job import Job
 
+if TYPE_CHECKING:
+    from vcf_batch.worker.scoring.worker import ScoreJob
+
 
 class RayCluster:
     """The Ray cluster that this process is connected to, and its actors.
@@ -25,9 +28,12 @@ class RayCluster:
     Args:
         job: the run that actors work on.
         check: called before each wait; raises to end the run.
+        actor: what the actors are.
     """
 
-    def __init__(self, job: Job, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, job: "Job | ScoreJob", check: Callable[[], None] = lambda: None, actor: type[Actor] = Actor
+    ) -> None:
         self._check = check
         self._config, self._redo = job.config, job.redo
         # The redo masks grow with the manifest, so each task carries its own.
@@ -40,7 +46,7 @@ class RayCluster:
             num_cpus=self._config.cpus_per_worker,
             num_gpus=self._config.gpus_per_worker,
             concurrency_groups={"heartbeats": 1, "shards": SHARDS_AT_ONCE},
-        )(Actor)
+        )(actor)
 
     def now(self) -> float:
         return time.monotonic()

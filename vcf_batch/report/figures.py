@@ -21,6 +21,7 @@ from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged, Receipt
+from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Shard, Status
@@ -190,6 +191,8 @@ class Figures(RunSums):
     worst: dict[str, Lowest] = field(default_factory=lambda: {name: Lowest(EXTREMES) for name in SCORE_LABELS})
     random: Lowest = field(default_factory=lambda: Lowest(RANDOM))
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
+    added: dict[str, Histogram] = field(default_factory=dict)
+    """Scores that were added to the output, by their column."""
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
     damaged: dict[str, str] = field(default_factory=dict)
@@ -206,7 +209,7 @@ class Figures(RunSums):
             self.intervals.add(end - receipt.worker_seconds, end, len(receipt.shard))
 
     def add_rows(self, shard: Shard, table: pa.Table) -> None:
-        """Add the rows of a shard, a table with the columns :data:`_COLUMNS`."""
+        """Add the rows of a shard, a table with the columns :data:`_COLUMNS` and those of :attr:`added`."""
         succeeded = np.array([status == "success" for status in table["status"].to_pylist()])
         lots = np.where(succeeded, _lots(np.arange(shard.start, shard.stop)), np.nan)
         self.random.add(lots, shard.start, table)
@@ -217,6 +220,9 @@ class Figures(RunSums):
             worse = -values if score.higher_is_better else values
             self.best[name].add(worse, shard.start, table)
             self.worst[name].add(-worse, shard.start, table)
+        for name, histogram in self.added.items():
+            values = table[name].to_numpy()
+            histogram.add(values[np.isfinite(values)])
         self.add_failures(table.filter(pa.array(~succeeded)))
 
     def add_failures(self, table: pa.Table) -> None:
@@ -241,18 +247,24 @@ def read(output: Output) -> Figures:
         DamageFound: a parquet is damaged, incomplete or of another version; or every shard is damaged.
         StorageError: the storage failed.
     """
-    figures = Figures()
+    scores = JoinedScores(output.url)
+    figures = Figures(added={field.name: Histogram() for field in scores.fields})
 
-    def finished() -> Iterator[Shard]:
+    def finished() -> Iterator[Receipt]:
         for found in output.examine():
             if isinstance(found, Damaged):
                 figures.damaged[found.name] = found.reason
             else:
                 figures.add(found)
-                yield found.shard
+                yield found
 
-    for shard, table in side_by_side(lambda shard: read_rows(output, shard), finished()):
-        figures.add_rows(shard, table)
+    def rows(receipt: Receipt) -> pa.Table:
+        table = read_rows(output, receipt.shard)
+        batches = scores.batches(table.combine_chunks().to_batches(), receipt.shard, receipt.parquet_hash)
+        return pa.Table.from_batches(batches, scores.schema(table.schema.remove_metadata()))
+
+    for receipt, table in side_by_side(rows, finished()):
+        figures.add_rows(receipt.shard, table)
     if figures.damaged and not figures.done:
         name, reason = next(iter(figures.damaged.items()))
         raise DamageFound(f"{output.url} has no shard that is whole; of shard {name}, {reason}; see 'vcf-batch verify'")

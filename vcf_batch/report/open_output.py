@@ -1,5 +1,6 @@
 """An output for those who work with it in Python: its rows, images and sums, and its cell in a notebook."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from vcf_batch.errors import UsageError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
+from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Shard
 from vcf_batch.report import notebook_cell, status, thumbnails
@@ -43,6 +45,8 @@ class OpenOutput(Output):
     def rows(self, where: str | None = None) -> Iterator[dict[str, Any]]:
         """Rows of the finished shards, in the order of the manifest, each as a dictionary of its columns.
 
+        Scores that were added to the output are further columns.
+
         They are streamed: one row group, of :data:`vcf_batch.output.shards.ROWS_PER_GROUP` rows, is held at once.
         ``pandas.DataFrame(output.rows(...))`` holds them all.
 
@@ -55,15 +59,15 @@ class OpenOutput(Output):
             DamageFound: a parquet cannot be read.
             StorageError: the storage failed.
         """
-        finished = (found.shard for found in self.examine() if isinstance(found, Receipt))
+        finished = (found for found in self.examine() if isinstance(found, Receipt))
         first = next(finished, None)
         if first is None:
             return iter(())
-        condition = None
+        scores, condition = JoinedScores(self.url), None
         if where is not None:
-            with parquet_of(self, first) as parquet:
-                condition = Condition(where, parquet.schema_arrow)
-        return self._rows(first, finished, condition)
+            with parquet_of(self, first.shard) as parquet:
+                condition = Condition(where, scores.schema(parquet.schema_arrow))
+        return self._rows(itertools.chain((first,), finished), scores, condition)
 
     def image(self, key: str) -> Image.Image:
         """The image of a row.
@@ -105,16 +109,17 @@ class OpenOutput(Output):
     def _repr_html_(self) -> str:
         return notebook_cell.render(self)
 
-    def _rows(self, first: Shard, others: Iterator[Shard], condition: Condition | None) -> Iterator[dict[str, Any]]:
-        shard: Shard | None = first
-        while shard is not None:
-            with parquet_of(self, shard) as parquet:
-                for batch in parquet.iter_batches(shards.ROWS_PER_GROUP, use_threads=False):
+    def _rows(
+        self, finished: Iterator[Receipt], scores: JoinedScores, condition: Condition | None
+    ) -> Iterator[dict[str, Any]]:
+        for receipt in finished:
+            with parquet_of(self, receipt.shard) as parquet:
+                rows = parquet.iter_batches(shards.ROWS_PER_GROUP, use_threads=False)
+                for batch in scores.batches(rows, receipt.shard, receipt.parquet_hash) if scores.definitions else rows:
                     if condition is not None:
                         keys = condition.keys(pa.Table.from_batches([batch]))
                         batch = batch.filter(pa.array([key in keys for key in batch["key"].to_pylist()]))
                     yield from batch.to_pylist()
-            shard = next(others, None)
 
     def _find(self, key: str) -> tuple[Shard, dict[str, Any]]:
         """The finished shard with a key, and the values of its row."""

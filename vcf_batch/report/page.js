@@ -115,7 +115,7 @@ function showGallery() {
 
 function setUpGallery() {
   const form = $("controls");
-  options(form.elements.score, (scored.length ? scored : data.scores).map((score) => [score.name, `${score.label} (${score.name})`]));
+  options(form.elements.score, (scored.length ? scored : data.scores).filter((score) => !score.added).map((score) => [score.name, `${score.label} (${score.name})`]));
   const settings = [...new Set(data.samples.map((sample) => sample.setting))].sort();
   options(form.elements.setting, settings.map((setting) => [setting, setting]));
   $("setting-field").hidden = settings.length < 2;
@@ -171,11 +171,20 @@ function showHistograms() {
   if (!scored.length) $("histograms").append(make("p", { class: "quiet" }, "No sample has a score."));
 }
 
+function showCalibration() {
+  const [heads, ...lines] = data.calibration;
+  $("calibration-section").hidden = !heads;
+  if (!heads) return;
+  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
+  const rows = lines.map((line) => make("tr", {}, ...line.map((text) => make("td", {}, text))));
+  $("calibration").append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+}
+
 // Trade-off
 
 function showScatter() {
   const column = (name) => 3 + scoreNames.indexOf(name);
-  const across = scored.filter((score) => score.name !== "clip_score");
+  const across = scored.filter((score) => score.name !== "clip_score" && score.higher !== null);
   if (!scored.some((score) => score.name === "clip_score") || !across.length) {
     $("tradeoff-section").hidden = true;
     return;
@@ -300,6 +309,7 @@ function showConfiguration() {
 showKeys();
 setUpGallery();
 showHistograms();
+showCalibration();
 showScatter();
 showFailures();
 showTime();

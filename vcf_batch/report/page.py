@@ -10,7 +10,7 @@ import html
 import importlib.resources
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,9 +19,12 @@ from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import redact
 from vcf_batch.models import embedded
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores import calibration
+from vcf_batch.output.scores.definition import ScoreColumn
+from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.report import figures, thumbnails
-from vcf_batch.report.figures import SCORE_LABELS, Chosen, Figures, setting_of
+from vcf_batch.report import calibration_table, figures, thumbnails
+from vcf_batch.report.figures import SCORE_LABELS, Chosen, Figures, Histogram, setting_of
 
 PAGE_NAME = "index.html"
 
@@ -40,8 +43,8 @@ def render(output: Output) -> str:
         DamageFound: a file does not match its receipt.
         StorageError: the storage failed.
     """
-    found = figures.read(output)
-    groups = _groups(found)
+    found, store = figures.read(output), ScoreStore(output.url)
+    groups, calibrated = _groups(found), calibration.of_output(output.url)
     chosen = {row.number: row.record for rows in groups.values() for row in rows}
     pairs = thumbnails.read(output, chosen)
     pictures = {data: None for pair in pairs.values() for data in pair if data}
@@ -53,11 +56,15 @@ def render(output: Output) -> str:
         "rows": output.plan.num_rows,
         "done": found.rows,
         "counts": found.counts,
-        "scores": [_score(found, name) for name in SCORE_LABELS],
-        "points": [_point(row) for row in found.points.rows],
+        "scores": [
+            *(_score(found, name) for name in SCORE_LABELS),
+            *(_added(found, column) for score in store.definitions() for column in score.columns),
+        ],
+        "calibration": [] if calibrated is None else calibration_table.table(calibrated),
+        "points": [_point(row, found.added) for row in found.points.rows],
         "samples": [
             {
-                **_sample(output, number, chosen[number]),
+                **_sample(output, number, chosen[number], found.added),
                 "groups": [group for group, rows in groups.items() if any(row.number == number for row in rows)],
                 "output": place[pairs[number].output],
                 "reference": place.get(pairs[number].reference or b""),
@@ -81,12 +88,23 @@ def _groups(found: Figures) -> dict[str, list[Chosen]]:
 
 
 def _score(found: Figures, name: str) -> dict[str, Any]:
-    score, histogram = SCORE_LABELS[name], found.scores[name]
+    score = SCORE_LABELS[name]
     about = {"name": name, "label": score.label, "meaning": COLUMNS[name].meaning, "higher": score.higher_is_better}
+    return about | {"added": False} | _distribution(found.scores[name])
+
+
+def _added(found: Figures, column: ScoreColumn) -> dict[str, Any]:
+    """A score that was added to the output. The page has no best and no worst samples by it."""
+    name = column.name
+    about = {"name": name, "label": name, "meaning": column.meaning, "higher": column.higher_is_better, "added": True}
+    return about | _distribution(found.added[name])
+
+
+def _distribution(histogram: Histogram) -> dict[str, Any]:
     if not histogram.count:
-        return about | {"count": 0}
+        return {"count": 0}
     start, width, bars = histogram.bars()
-    return about | {
+    return {
         "count": histogram.count,
         "mean": _rounded(histogram.mean),
         "low": _rounded(histogram.low),
@@ -98,16 +116,16 @@ def _score(found: Figures, name: str) -> dict[str, Any]:
     }
 
 
-def _point(row: Chosen) -> list[Any]:
+def _point(row: Chosen, added: Iterable[str]) -> list[Any]:
     return [
         row.number,
         row.record["key"],
         setting_of(row.record),
-        *(_rounded(row.record[name]) for name in SCORE_LABELS),
+        *(_rounded(row.record[name]) for name in (*SCORE_LABELS, *added)),
     ]
 
 
-def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(output: Output, number: int, record: Mapping[str, Any], added: Iterable[str]) -> dict[str, Any]:
     references = record["reference"] if isinstance(record["reference"], list) else [record["reference"]]
     return {
         "number": number,
@@ -117,7 +135,7 @@ def _sample(output: Output, number: int, record: Mapping[str, Any]) -> dict[str,
         "seed": str(record["seed"]),  # as text, because JavaScript's numbers cannot hold it
         "setting": setting_of(record),
         "references": len(references) if record["reference"] else 0,
-        "scores": {name: _rounded(record[name]) for name in SCORE_LABELS},
+        "scores": {name: _rounded(record[name]) for name in (*SCORE_LABELS, *added)},
     }
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from vcf_batch.models import embedded
 from vcf_batch.output import lease, progress_file
 from vcf_batch.output.lease import Owner
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import STATUSES, Shard
@@ -51,6 +52,8 @@ class Status:
     strength: float
     """Strength of rows without a fusion and a strength of their own."""
     owner: Owner | None
+    scores: Mapping[str, int] = field(default_factory=dict)
+    """Number of shards with each score that was added, by its name. Those replaced since count too."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -87,6 +90,7 @@ class Status:
             "device_busy": _ratio(totals.phases["sample"], totals.worker_seconds),
             "set_aside": self.set_aside,
             "damaged": self.damaged,
+            "scores": {name: {"shards": count} for name, count in self.scores.items()},
             "causes": [asdict(cause) for cause in self.causes],
             "owner": self.owner and asdict(self.owner),
         }
@@ -124,6 +128,9 @@ class Status:
             lines.append(("last", f"a shard ended {duration(max(time.time() - totals.latest, 0))} ago"))
         if totals.means:
             lines.append(("means", ", ".join(f"{name} {mean:.3f}" for name, mean in totals.means.items())))
+        if self.scores:
+            scored = (f"{name} of {plural(count, 'shard')}" for name, count in self.scores.items())
+            lines.append(("scores", ", ".join(scored)))
         lines += [("device", text) for text in self._devices()]
         lines.append(("lease", _described(self.owner)))
         lines += [("set aside", f"{name}: {why}") for name, why in self.set_aside.items()]
@@ -161,7 +168,7 @@ def of(output: Output) -> Status:
     owner = lease.owner(output.url)
     told = progress_file.look(output.url, output.fingerprints)
     totals, num_shards = told.totals, len(output.plan)
-    left = num_shards - len(totals.done)
+    left, store = num_shards - len(totals.done), ScoreStore(output.url)
     return Status(
         output=output.url,
         state="running" if owner and owner.alive else "stopped" if left else "finished",
@@ -176,6 +183,7 @@ def of(output: Output) -> Status:
         fusion=output.config.fusion,
         strength=output.config.strength_of(output.config.fusion),
         owner=owner,
+        scores={score.name: store.count(score.name) for score in store.definitions()},
     )
 
 

@@ -16,6 +16,7 @@ from vcf_batch.errors import UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution
 from vcf_batch.models.loading import load_errors
+from vcf_batch.setup.calibrated_gates import with_calibrated_gates
 from vcf_batch.setup.job import Job, fusions_of, is_guided
 from vcf_batch.setup.run_models import Models
 from vcf_batch.setup.storage_check import is_seen
@@ -48,11 +49,12 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
 
     Raises:
         ModelError: the model recommends a value that is no number or out of limits.
-        UsageError: the batch size is open.
+        UsageError: the batch size is open, or a calibration has no number for a gate.
         StorageError: the storage failed.
     """
     if config.batch_size is None:
         raise UsageError("the batch size is auto, which only a run on a cluster finds out: name a number")
+    config = with_calibrated_gates(config, resolved)
     on_gpu = bool(config.gpus_per_worker)
     model = config.model or resolved.pipeline.name
     index, unet, vae, aligner = (

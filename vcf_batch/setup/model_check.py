@@ -210,7 +210,7 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
     for name in sorted(config.gates.keys() & {"max_lpips", "min_style_similarity"}):
         if resolved.lpips == "none":
             raise UsageError(
-                f"{name} is {getattr(config, name):g}, but there is no perceptual network to measure it: name one with "
+                f"{name} is {config.gates[name]}, but there is no perceptual network to measure it: name one with "
                 "--lpips, or leave the gate out"
             )
     if config.best_by in ("lpips", "style_similarity") and resolved.lpips == "none":
@@ -227,6 +227,6 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
         )
     for name in sorted(config.gates.keys() - {"min_clip_score"}):
         raise UsageError(
-            f"{name} is {getattr(config, name):g}, but the manifest has no references to compare with: give them "
+            f"{name} is {config.gates[name]}, but the manifest has no references to compare with: give them "
             "in a column 'reference', or leave the gate out"
         )

@@ -10,6 +10,7 @@ from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
 from vcf_batch.models.names import ADAPTERS, PRESETS
 from vcf_batch.models.resolution import ResolvedModel
+from vcf_batch.records import TEXTURE
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
@@ -43,6 +44,12 @@ class Models:
     @property
     def judge_identity(self) -> str:
         return f"{self.pipeline.identity}/{OWN_JUDGE}" if self.judge is None else self.judge.identity
+
+    def identity_of(self, score: str) -> str:
+        """Identity of what computes a score of the run; empty if no model does."""
+        if score in ("lpips", "style_similarity"):
+            return self.lpips_identity
+        return "" if score == TEXTURE else self.judge_identity
 
     @property
     def guide_identity(self) -> str:
@@ -109,7 +116,7 @@ def resolve(config: RunConfig) -> Models:
     elif lpips in ("alex", "vgg"):
         assert source is not None
         source = storage.absolute(source)
-        identity = _lpips_identity(lpips, source)
+        identity = lpips_identity_of(lpips, source)
     return Models(
         pipeline=pipeline,
         judge=None if own_judge else _resolve_judge(config, pipeline),
@@ -166,7 +173,7 @@ def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel
     return pipeline
 
 
-def _lpips_identity(network: str, source: str) -> str:
+def lpips_identity_of(network: str, source: str) -> str:
     """Hex SHA-256 of the two weight files' contents."""
     # Imported here, because it brings torch, which only these networks need.
     from vcf_batch.metrics.lpips import weight_files

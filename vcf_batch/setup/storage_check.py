@@ -1,11 +1,13 @@
 """The check that a node sees the storage of a run."""
 
 import socket
+from typing import Protocol
 
 from vcf_batch import storage
+from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError, UsageError
+from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import lease
-from vcf_batch.setup.job import Job
 
 
 def is_seen(root: str) -> bool:
@@ -18,11 +20,31 @@ def is_seen(root: str) -> bool:
         return False
 
 
-def check_storage(job: Job) -> None:
+class Places(Protocol):
+    """What every node has to see, such as that of a :class:`vcf_batch.setup.job.Job`."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Settings, of which the output counts."""
+
+    @property
+    def token(self) -> str:
+        """The token of the driver's lease in the output."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest; None if nothing of it is read."""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Places of references."""
+
+
+def check_storage(job: Places) -> None:
     """Prove that this node sees the run's storage: the driver's lease in the output, the manifest, the reference roots.
 
     Args:
-        job: the run, with the token of the driver's lease.
+        job: the run, or what else is computed of its output, with the token of the driver's lease.
 
     Raises:
         UsageError: this node does not see one of them.
@@ -30,7 +52,8 @@ def check_storage(job: Job) -> None:
     """
     node, output = socket.gethostname(), job.config.output
     roots = [("--reference-root", root) for root in job.roots]
-    for what, place in [("output", output), ("manifest", job.manifest.url), *roots]:
+    manifest = [("manifest", job.manifest.url)] if job.manifest else []
+    for what, place in [("output", output), *manifest, *roots]:
         try:
             seen = lease.is_seen(output, job.token) if what == "output" else storage.exists(place)
         except PermissionError as error:

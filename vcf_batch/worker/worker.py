@@ -61,13 +61,8 @@ def load(job: Job) -> "Worker":
     config, manifest, models = job.config, job.manifest, job.models
     device = Device.set_up(config)
     folder = fetch(models.pipeline)
-    judge_folder = os.path.join(folder, OWN_JUDGE) if models.judge is None else fetch(models.judge)
     pipeline = _load_pipeline(folder, models, device)
-    scorer = Scorer(
-        ClipJudge.from_pretrained(judge_folder, device=device.kind),
-        _load_perceptual(models, folder, device),
-        config.texture,
-    )
+    scorer = load_scorer(models, folder, device.kind, config.texture)
     guide = None
     if job.guided:
         guide = _load_guide(models, pipeline, device)
@@ -77,6 +72,23 @@ def load(job: Job) -> "Worker":
     _model_loads += 1
     components = Components(config, pipeline, scorer, references, models.pipeline.identity, device, guide, safety)
     return Worker(components, manifest, job.fingerprint, job.profiled)
+
+
+def load_scorer(models: Models, folder: str, device: str, texture: bool) -> Scorer:
+    """Fetch and load the judge and the perceptual distance of a run.
+
+    Args:
+        models: the models of the run.
+        folder: where the model that generates lies on this node.
+        device: ``cuda`` or ``cpu``.
+        texture: whether the run measures texture.
+
+    Raises:
+        ModelError, StorageError: see :func:`load`.
+    """
+    judge_folder = os.path.join(folder, OWN_JUDGE) if models.judge is None else fetch(models.judge)
+    judge = ClipJudge.from_pretrained(judge_folder, device=device)
+    return Scorer(judge, _load_perceptual(models, folder, device), texture)
 
 
 def _load_pipeline(folder: str, models: Models, device: Device) -> VCFPipeline:
@@ -103,16 +115,16 @@ def _load_safety(models: Models, device: Device) -> SafetyChecker | None:
     return SafetyChecker.from_pretrained(folder, device=device.kind)
 
 
-def _load_perceptual(models: Models, folder: str, device: Device) -> PerceptualDistance | None:
+def _load_perceptual(models: Models, folder: str, device: str) -> PerceptualDistance | None:
     if models.lpips == TINY_PERCEPTUAL:
         from vcf_batch.tiny.probe import Probe  # only a model that brings one needs it
 
         with load_errors(f"the probe of the model in {folder}"):
             probe = Probe.from_pretrained(os.path.join(folder, OWN_PROBE), dtype=torch.float32)
-        return PerceptualDistance(probe.to(device.kind).eval().features, device=device.kind)
+        return PerceptualDistance(probe.to(device).eval().features, device=device)
     if models.lpips_source is None:
         return None
-    return LPIPS.from_pretrained(models.lpips, models.lpips_source, device=device.kind)
+    return LPIPS.from_pretrained(models.lpips, models.lpips_source, device=device)
 
 
 class Worker:

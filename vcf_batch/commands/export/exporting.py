@@ -73,7 +73,7 @@ def export(
     choice = selection.choose(sources)
     _remove_unfinished(target, settings)
     there = record.claim(target, record.of(storage.name(target), sources, survey, settings, choice))
-    lines = [f"left out: {line}" for line in survey.left_out]
+    lines = [*(f"left out: {line}" for line in survey.left_out), *survey.unscored]
     if choice.unknown:
         lines.append(
             f"{choice.unknown:,} of {len(settings.exclude):,} keys of --exclude are none of a row with an image"

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, 
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
+from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.records import Shard
 
 RUN = "run_fingerprint"
@@ -39,6 +41,8 @@ class Source:
     index: int
     start: int
     """Position of its first row."""
+    scores: JoinedScores
+    """The scores that were added to it."""
 
     @property
     def stop(self) -> int:
@@ -88,13 +92,15 @@ class Survey:
     """The committed shards of each output, in order."""
 
     digests: tuple[str, ...]
-    """Hex SHA-256 over the committed shards of each output. A repair changes it, and so does a further shard."""
+    """Hex SHA-256 over the committed shards of each output. A repair changes it, and so do more shards and scores."""
     damaged: tuple[int, ...]
     """Number of damaged shards of each output."""
     unfinished: tuple[int, ...]
     """Number of shards of each output that are not generated yet."""
     left_out: tuple[str, ...]
     """Lines that name what is left out."""
+    unscored: tuple[str, ...] = ()
+    """Lines that name the scores that finished shards lack."""
 
 
 class Sources:
@@ -115,7 +121,7 @@ class Sources:
         for index, output in enumerate(map(Output, urls)):
             if output.url in (each.output.url for each in found):
                 raise UsageError(f"{output.url} is named twice; name each output once")
-            found.append(Source(output, index, found[-1].stop if found else 0))
+            found.append(Source(output, index, found[-1].stop if found else 0, JoinedScores(output.url)))
         self.all = tuple(found)
 
     @property
@@ -146,8 +152,10 @@ class Sources:
         damaged: list[int] = []
         unfinished: list[int] = []
         lines: list[str] = []
+        unscored: list[str] = []
         for source in self.all:
             digest = hashlib.sha256()
+            lacking: Counter[str] = Counter()
             broken = left = 0
             missing: list[str] = []
             kept: list[_Committed] = []
@@ -161,16 +169,24 @@ class Sources:
                 else:
                     hashes = [entry.sha256 for _, entry in sorted(found.files.items())]
                     digest.update(f"{shard.name} {found.fingerprint} {''.join(hashes)}\n".encode())
+                    if source.scores.definitions:
+                        digest.update("\n".join(source.scores.entries(found)).encode())
+                        lacking.update(source.scores.lacking(found))
                     # Interned, as all shards of an output have one of few fingerprints.
                     kept.append(_Committed(shard.index, sys.intern(found.fingerprint), " ".join(hashes)))
             committed.append(kept)
             digests.append(digest.hexdigest())
+            unscored += [
+                f"{count:,} finished shards of {source.output.url} lack the score {name!r}"
+                for name, count in sorted(lacking.items())
+            ]
             damaged.append(broken)
             unfinished.append(left)
             if left:
                 named = ", ".join(missing) + (", ..." if left > MOST_NAMED else "")
                 lines.append(f"{left:,} shards of {source.output.url} are not generated yet: {named}")
-        return Survey(tuple(committed), tuple(digests), tuple(damaged), tuple(unfinished), tuple(lines))
+        told = tuple(lines), tuple(unscored)
+        return Survey(tuple(committed), tuple(digests), tuple(damaged), tuple(unfinished), *told)
 
     def shards(self, start: int = 0) -> Iterator[SourceShard]:
         """The committed shards in order, from the one with the row at position ``start`` on.
@@ -188,6 +204,8 @@ class Sources:
     def schema(self) -> pa.Schema:
         """The columns of all outputs, and :data:`RUN` behind the key. A column that an output lacks is null there.
 
+        Columns of scores are behind those of the rows.
+
         Raises:
             UsageError: outputs have a column of the same name with different types, or one that an export adds.
             DamageFound: a parquet cannot be read.
@@ -199,7 +217,7 @@ class Sources:
                 continue
             shard = _opened(source, committed[0])
             with reading(shard), shards.open_parquet(_parquet(shard)) as parquet:
-                own = parquet.schema_arrow.remove_metadata()
+                own = source.scores.schema(parquet.schema_arrow.remove_metadata())
             if RUN in own.names:
                 raise UsageError(
                     f"{source.output.url} has a column {RUN!r}, which an export adds: rename it for a new run"
@@ -238,7 +256,10 @@ class Sources:
                     f"{shard} has a column {unknown[0]!r} that others do not have; see 'vcf-batch verify'"
                 )
             read = [name for name in wanted.names if name in there]
-            for batch in parquet.iter_batches(shards.ROWS_AT_ONCE, columns=read, use_threads=False):
+            batches = parquet.iter_batches(shards.ROWS_AT_ONCE, columns=read, use_threads=False)
+            if any(field.name in wanted.names for field in shard.source.scores.fields):
+                batches = shard.source.scores.batches(batches, shard.shard, shard.hashes["parquet"])
+            for batch in batches:
                 yield pa.RecordBatch.from_arrays(
                     [_column(batch, field, shard.fingerprint) for field in wanted], schema=wanted
                 )
@@ -283,6 +304,12 @@ def refuse_gaps(survey: Survey, sources: Sources) -> None:
         raise Unfinished(
             f"{sum(survey.unfinished):,} shards are not generated yet, and nothing is exported:\n{lines}\n"
             "Rerun the command of the run, or leave them out with --partial."
+        )
+    if survey.unscored:
+        told = "\n".join(survey.unscored)
+        raise Unfinished(
+            f"shards lack scores that others have, and nothing is exported:\n{told}\n"
+            "Rerun 'vcf-batch score', or give --partial, which leaves these values null."
         )
 
 

@@ -1,0 +1,99 @@
+"""``vcf-batch score``: an output is opened, its scores are found out, and what it lacks is scored."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vcf_batch import storage
+from vcf_batch.commands.score import calibrating
+from vcf_batch.commands.score.scoring import Added, add
+from vcf_batch.commands.score.wanted import Wanted, resolve
+from vcf_batch.config import RunConfig
+from vcf_batch.errors import UsageError
+from vcf_batch.output import lease
+from vcf_batch.output.output import Output
+from vcf_batch.output.scores import calibration
+from vcf_batch.output.scores.calibration import Calibration
+from vcf_batch.setup.defaults import SILENT_SECONDS
+from vcf_batch.vcf import quiet
+from vcf_batch.worker.device import Device
+from vcf_batch.worker.in_process import has_gpu
+from vcf_batch.worker.scoring.resolved_score import ResolvedScore
+from vcf_batch.worker.scoring.worker import needs
+
+
+def score(
+    output_url: str,
+    wanted: Sequence[Wanted],
+    aesthetic_clip: str | None,
+    changes: Mapping[str, Any],
+) -> Added:
+    """Add scores to the finished shards of an output.
+
+    Args:
+        output_url: folder or URL of the output.
+        wanted: the scores.
+        aesthetic_clip: the CLIP of aesthetic heads; None for the one of LAION's.
+        changes: settings that have changed, such as the place of the manifest.
+
+    Raises:
+        UsageError: there is no output, or a score cannot be had.
+        VcfBatchError: see :func:`vcf_batch.commands.score.scoring.add`.
+    """
+    quiet()
+    output = Output(output_url, changes)
+    scores = resolve(wanted, aesthetic_clip)
+    refuse_lost_manifest(output, scores)
+    return add(output, scores, scoring_config(output, changes))
+
+
+def calibrate(
+    output_url: str, wanted: Sequence[Wanted], aesthetic_clip: str | None, changes: Mapping[str, Any]
+) -> Calibration:
+    """Measure the scores of an output's run, and those that are asked for, and write ``_scores/calibration.json``.
+
+    Raises:
+        UsageError, VcfBatchError: see :func:`vcf_batch.commands.score.calibrating.calibrate`.
+    """
+    quiet()
+    output = Output(output_url, changes)
+    config = scoring_config(output, changes)
+    if config.gpus_per_worker is None:
+        config = config.replace(gpus_per_worker=float(has_gpu()))
+    device = Device.set_up(config)
+    with lease.hold(output.url) as held:
+        found = calibrating.calibrate(output, resolve(wanted, aesthetic_clip), device)
+        held.confirm()
+        storage.publish_bytes(calibration.place(output.url), found.to_json())
+    return found
+
+
+_OWN: Mapping[str, Any] = {
+    "address": None,
+    "log_format": "text",
+    "num_workers": None,
+    "gpus_per_worker": None,
+    "cpus_per_worker": 1,
+}
+"""Settings of workers that are not taken from the run."""
+
+
+def scoring_config(output: Output, changes: Mapping[str, Any]) -> RunConfig:
+    """The settings of workers that score: those of the run, but for its kind of numbers and its machines."""
+    own = {name: changes.get(name, value) for name, value in _OWN.items()}
+    silent = output.config.stall_timeout or SILENT_SECONDS
+    return output.config.replace(
+        dtype="float32", compile=False, one_device_type=False, profile=False, stall_timeout=silent, **own
+    )
+
+
+def refuse_lost_manifest(output: Output, scores: Sequence[ResolvedScore]) -> None:
+    """Refuse scores that need references, if the manifest that names them is not there.
+
+    Raises:
+        UsageError: it cannot be read any more, or has changed.
+    """
+    if needs(scores, "reference") and output.manifest is None:
+        raise UsageError(
+            f"the manifest of {output.url} is needed to find references, and cannot be read: {output.manifest_error}. "
+            "Name its new place with --manifest"
+        )
