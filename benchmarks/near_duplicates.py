@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from plan import peak_memory
 
-from vcf_batch.metrics import near_duplicates
+from vcf_batch.commands.score import near_duplicates
 
 ROWS_AT_ONCE = 100_000
 _BITS = 64

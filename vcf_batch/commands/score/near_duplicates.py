@@ -23,7 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from vcf_batch.errors import UsageError
-from vcf_batch.metrics.perceptual_hash import BITS
+
+BITS = 64
+"""Number of bits of a hash, such as those of the column ``phash``."""
 
 MAX_DISTANCE = 16
 """Largest distance. Time grows fast with it; two random hashes have a distance of 32."""

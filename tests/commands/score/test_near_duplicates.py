@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vcf_batch.commands.score import near_duplicates
 from vcf_batch.errors import UsageError
-from vcf_batch.metrics import near_duplicates
 
 
 def one_by_one(hashes: Sequence[int], distance: int) -> list[int]:
