@@ -44,6 +44,13 @@ def test_the_interval_covers_the_truth() -> None:
     assert 88 <= hits <= 100
 
 
+def test_the_interval_lies_within_what_an_area_can_be() -> None:
+    """Scores that are nearly always in the right order have an interval that ends at 1."""
+    own, others = [5.0] * 62 + [-5.0] * 2, [[0.0, 1.0]] * 32 + [[-9.0]] * 32
+    found = separation(own, others, True, bootstrap(64), ()).auc
+    assert 0.95 < found.value < 1 and found.high == 1.0
+
+
 @pytest.mark.parametrize("higher", [True, False])
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.1, 0.5])
 def test_a_limit_lets_through_no_more_than_it_says(higher: bool, share: float) -> None:

@@ -52,7 +52,9 @@ def separation(
     interval = bootstrap.mean(
         placed + beaten * (len(counts) / counts.sum()) - auc * counts * len(counts) / counts.sum()
     )
-    return Separation(interval, {share: _limit(apart, share, sign) for share in shares})
+    # The sum of both placements is linear, so near 1 its resamples go beyond what an area can be.
+    low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (interval.low, interval.high))
+    return Separation(Interval(interval.value, low, high), {share: _limit(apart, share, sign) for share in shares})
 
 
 def _share_below(ordered: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
