@@ -8,6 +8,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from vcf_batch.vcf.pipeline import VCFPipeline
+
 HIDDEN, EMBEDDING = 40, 24
 """Widths of the image encoder: its tokens, and its embedding."""
 
@@ -81,3 +83,11 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> dict[str
 
 def _norm(name: str, width: int) -> dict[str, Tensor]:
     return {f"{name}.weight": 1 + 0.1 * torch.randn(width), f"{name}.bias": 0.1 * torch.randn(width)}
+
+
+def give_adapter(pipeline: VCFPipeline, folder: Path) -> None:
+    """Save an adapter of the kind ``base`` and its encoder in a folder, and load it into a pipeline."""
+    weights, encoder = folder / "base.safetensors", folder / "image_encoder"
+    save_adapter(weights, pipeline.unet)
+    save_encoder(encoder)
+    pipeline.use_ip_adapter(str(weights), str(encoder))

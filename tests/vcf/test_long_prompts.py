@@ -28,10 +28,8 @@ def picture(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> VCFPipeline:
-    folder, made = tmp_path_factory.mktemp("adapter"), build_pipeline()
-    ip_adapters.save_adapter(folder / "base.safetensors", made.unet)
-    ip_adapters.save_encoder(folder / "image_encoder")
-    made.use_ip_adapter(str(folder / "base.safetensors"), str(folder / "image_encoder"))
+    made = build_pipeline()
+    ip_adapters.give_adapter(made, tmp_path_factory.mktemp("adapter"))
     return made
 
 

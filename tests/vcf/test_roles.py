@@ -46,10 +46,8 @@ def mask(left: int, right: int, edge: int = 16) -> Image.Image:
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> VCFPipeline:
     """A pipeline with an aligner, projections of its tokens, and an IP-Adapter."""
-    folder, made = tmp_path_factory.mktemp("adapter"), build_pipeline()
-    ip_adapters.save_adapter(folder / "base.safetensors", made.unet)
-    ip_adapters.save_encoder(folder / "image_encoder")
-    made.use_ip_adapter(str(folder / "base.safetensors"), str(folder / "image_encoder"))
+    made = build_pipeline()
+    ip_adapters.give_adapter(made, tmp_path_factory.mktemp("adapter"))
     tokens = made.encode_references([picture(seed) for seed in range(40)])
     pairs = {name: [(tokens[n], tokens[n + 1]) for n in range(start, start + 19)] for name, start in START.items()}
     made.aligner.projections = {name: projections.fit(pairs, name) for name in START}
