@@ -37,7 +37,7 @@ def test_signatures_have_every_setting_that_is_not_decided() -> None:
     """`help()` and editors show them; a setting that is added is among them by itself."""
     run, training = {*RunConfig.__dataclass_fields__} - SETTLED, {*TrainingConfig.__dataclass_fields__}
     preview = {*inspect.signature(vcf_batch.preview).parameters}
-    assert preview - {"rows", "sweep"} == run
+    assert preview - {"sweep"} == run, "its rows are those to draw"
     evaluate = {*inspect.signature(vcf_batch.evaluate).parameters}
     assert run - DECIDED_BY_EVALUATION <= evaluate
     assert not (DECIDED_BY_EVALUATION - {"pno_steps", "prompt_column"}) & evaluate
@@ -50,7 +50,7 @@ def test_signatures_have_every_setting_that_is_not_decided() -> None:
 @pytest.mark.parametrize(
     ("command", "function", "names"),
     [
-        (("preview",), vcf_batch.preview, {"rows": "rows"}),
+        (("preview",), vcf_batch.preview, {"shown": "rows"}),
         (
             ("model", "evaluate"),
             vcf_batch.evaluate,

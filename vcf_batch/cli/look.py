@@ -45,6 +45,7 @@ def status(output: str, as_json: bool) -> None:
 )
 @click.option(
     "--rows",
+    "shown",
     type=click.IntRange(min=1),
     help=f"Number of samples in the picture of --png.  [default: {SHEET_ROWS}]",
 )
@@ -53,7 +54,7 @@ def status(output: str, as_json: bool) -> None:
 @debug_option
 @click.pass_context
 def report(
-    ctx: click.Context, output: str, out: str | None, png: str | None, rows: int | None, as_json: bool, **_: Any
+    ctx: click.Context, output: str, out: str | None, png: str | None, shown: int | None, as_json: bool, **_: Any
 ) -> None:
     """Write a page, or a picture, that shows OUTPUT.
 
@@ -64,8 +65,8 @@ def report(
     \b
     Exit codes: 0 written; 1 unexpected; 2 no finished shard there; 5 damage.
     """
-    if rows is not None and png is None:
-        raise UsageError(f"--rows {rows} is the number of samples in the picture: give --png FILE too")
+    if shown is not None and png is None:
+        raise UsageError(f"--rows {shown} is the number of samples in the picture: give --png FILE too")
     if out is not None:
         check_ending("--out", out, "text/html")
     if png is not None:
@@ -80,7 +81,7 @@ def report(
         storage.publish_bytes(target, page.render(opened).encode())
         written["page"] = redact(target)
     if png is not None:
-        written["picture"] = draw_sheet(output, png, rows or SHEET_ROWS, given(ctx))
+        written["picture"] = draw_sheet(output, png, shown or SHEET_ROWS, given(ctx))
     tell("\n".join(written.values()), written, as_json)
 
 
