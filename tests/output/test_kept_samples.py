@@ -76,7 +76,7 @@ def test_a_sample_that_was_damaged_meanwhile_is_not_kept(job: Job) -> None:
     data = bytearray(tar.read_bytes())
     data[data.index(b"\x89PNG") + 60] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(StorageError, match="00000 was damaged"):
+    with pytest.raises(StorageError, match="00000 is damaged"):
         KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0])[0]
 
 
@@ -92,7 +92,7 @@ def test_a_shard_that_cannot_be_read_any_more_is_trouble_of_the_storage(job: Job
     else:
         path.write_bytes(path.read_bytes()[:left])
     kept = KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0])
-    with pytest.raises(StorageError, match="00000 was damaged"):
+    with pytest.raises(StorageError, match="00000 is damaged"):
         list(kept.values())
 
 
@@ -101,5 +101,5 @@ def test_a_tar_with_fewer_samples_than_the_parquet_is_trouble_of_the_storage(job
     with tarfile.open(path) as tar:
         second = sorted(member.offset for member in tar)[3]
     path.write_bytes(path.read_bytes()[:second] + bytes(1024))
-    with pytest.raises(StorageError, match=r"00000 was damaged .*its tar ends before row 1"):
+    with pytest.raises(StorageError, match=r"00000 is damaged.*its tar ends before row 1"):
         list(KeptSamples(job.config, job.manifest, job.shards[0], job.redo[0]).values())
