@@ -28,11 +28,11 @@ class RayCluster:
     Args:
         job: the run that actors work on.
         check: called before each wait; raises to end the run.
-        actor: what the actors are.
+        actor: what the actors are; None is those that generate.
     """
 
     def __init__(
-        self, job: "Job | ScoreJob", check: Callable[[], None] = lambda: None, actor: type[Actor] = Actor
+        self, job: "Job | ScoreJob", check: Callable[[], None] = lambda: None, actor: type[Actor] | None = None
     ) -> None:
         self._check = check
         self._config, self._redo = job.config, job.redo
@@ -46,7 +46,7 @@ class RayCluster:
             num_cpus=self._config.cpus_per_worker,
             num_gpus=self._config.gpus_per_worker,
             concurrency_groups={"heartbeats": 1, "shards": SHARDS_AT_ONCE},
-        )(actor)
+        )(actor or Actor)
 
     def now(self) -> float:
         return time.monotonic()

@@ -205,13 +205,18 @@ def _check_judge(judge: ResolvedModel) -> None:
         )
 
 
+def _told(limit: float | str) -> str:
+    """The limit of a gate in words: a number, or a share of false accepts such as ``far=0.05``."""
+    return limit if isinstance(limit, str) else f"{limit:g}"
+
+
 def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> None:
     """Refuse gates that no sample can miss, and triplets without a reference: both are mistakes."""
     for name in sorted(config.gates.keys() & {"max_lpips", "min_style_similarity"}):
         if resolved.lpips == "none":
             raise UsageError(
-                f"{name} is {config.gates[name]}, but there is no perceptual network to measure it: name one with "
-                "--lpips, or leave the gate out"
+                f"{name} is {_told(config.gates[name])}, but there is no perceptual network to measure it: name one "
+                "with --lpips, or leave the gate out"
             )
     if config.best_by in ("lpips", "style_similarity") and resolved.lpips == "none":
         raise UsageError(
@@ -227,6 +232,6 @@ def _check_quality(config: RunConfig, resolved: Models, manifest: Manifest) -> N
         )
     for name in sorted(config.gates.keys() - {"min_clip_score"}):
         raise UsageError(
-            f"{name} is {config.gates[name]}, but the manifest has no references to compare with: give them "
+            f"{name} is {_told(config.gates[name])}, but the manifest has no references to compare with: give them "
             "in a column 'reference', or leave the gate out"
         )
