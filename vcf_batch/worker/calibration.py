@@ -101,7 +101,10 @@ def _most_demanding(components: Components, manifest: Manifest) -> Row:
     sound = [row for row in rows if not checked(row, components.config).error]
     config = components.config
     windows = windows_of(components.pipeline.tokenizer, sound, config)
-    demands = {each: batch_key(row, settings_of(row, config), windows[each]) for each, row in enumerate(sound)}
-    row = sound[max(demands, key=lambda each: demands[each])] if demands else Row(0, "text", "")
+    row, _ = max(
+        zip(sound, windows, strict=True),
+        key=lambda each: batch_key(each[0], settings_of(each[0], config), each[1]),
+        default=(Row(0, "text", ""), 1),
+    )
     updates = min(settings_of(row, config)["pno_steps"], 1)
     return dataclasses.replace(row, overrides={**row.overrides, "pno_steps": updates})

@@ -153,13 +153,22 @@ def _lot(*words: str) -> bytes:
     return hashlib.sha256("\0".join(words).encode()).digest()
 
 
-def _draw(output: Output) -> list[_Drawn]:
-    """The images that are compared, in the order of the manifest."""
+def require_manifest(output: Output) -> None:
+    """Refuse an output whose manifest, which names the references, is not there.
+
+    Raises:
+        UsageError: it cannot be read any more, or has changed.
+    """
     if output.manifest is None:
         raise UsageError(
             f"the manifest of {output.url} is needed to find references, and cannot be read: {output.manifest_error}. "
             "Name its new place with --manifest"
         )
+
+
+def _draw(output: Output) -> list[_Drawn]:
+    """The images that are compared, in the order of the manifest."""
+    require_manifest(output)
     whole = (found.shard for found in output.examine() if isinstance(found, Receipt) and found.counts["success"])
     chosen = heapq.nsmallest(SHARDS_READ, whole, key=lambda shard: _lot(shard.name))
     keys = heapq.nsmallest(DRAWN, (key for shard in sorted(chosen) for key in _keys(output, shard)), key=_lot)

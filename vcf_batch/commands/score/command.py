@@ -8,7 +8,6 @@ from vcf_batch.commands.score import calibrating
 from vcf_batch.commands.score.scoring import Added, add
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
-from vcf_batch.errors import UsageError
 from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores import calibration
@@ -92,8 +91,5 @@ def refuse_lost_manifest(output: Output, scores: Sequence[ResolvedScore]) -> Non
     Raises:
         UsageError: it cannot be read any more, or has changed.
     """
-    if needs(scores, "reference") and output.manifest is None:
-        raise UsageError(
-            f"the manifest of {output.url} is needed to find references, and cannot be read: {output.manifest_error}. "
-            "Name its new place with --manifest"
-        )
+    if needs(scores, "reference"):
+        calibrating.require_manifest(output)
