@@ -275,6 +275,10 @@ def test_projections_are_saved_with_the_aligner(pipeline: VCFPipeline, tmp_path:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"roles\.safetensors is damaged"):
         VCFPipeline.from_pretrained(tmp_path)
+    flat = projections.to_bytes({"style": projections.Projection(torch.zeros(8), torch.zeros(1, 8), torch.zeros(8, 1))})
+    file.write_bytes(flat)
+    with pytest.raises(ModelError, match="its tensors do not fit each other"):
+        VCFPipeline.from_pretrained(tmp_path)
 
 
 def test_a_projection_keeps_its_attribute_and_removes_the_others() -> None:
