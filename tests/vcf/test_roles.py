@@ -1,5 +1,6 @@
 """Roles and masks: the limits of where references act, and what must hold at their ends."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support import ip_adapters
 from support.tiny_models import TEXT_WIDTH, build_pipeline
+from vcf_batch import images
 from vcf_batch.config import ROLED_FUSIONS, ROLES, Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf import pno
@@ -20,7 +22,7 @@ from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.roles import projections
-from vcf_batch.vcf.roles.reach import Reach, on_grid
+from vcf_batch.vcf.roles.reach import Reach, mask_of, on_grid
 from vcf_batch.vcf.roles.role import ALL, BY_NAME, Layers, Role, layers_of
 
 SD15 = {
@@ -169,6 +171,16 @@ def test_a_query_gets_the_mean_brightness_of_the_pixels_behind_it() -> None:
     assert found[0, 0] == 1 and found[0, 1] == 31 / 255 and found.sum() == 1 + 31 / 255
 
 
+def test_a_mask_in_memory_is_read_as_one_in_a_file() -> None:
+    """What is transparent is white, and 16 bits are rounded to 8, not cut off at 255."""
+    clear, deep = Image.new("RGBA", (4, 4)), Image.fromarray(np.full((4, 4), 16448, np.uint16))
+    for made, brightness in ((clear, 255), (deep, 64), (Image.new("LA", (4, 4), (0, 128)), 127)):
+        file = io.BytesIO()
+        made.save(file, "png")
+        for each in (made, images.decode(file.getvalue(), 100)):
+            assert (np.asarray(mask_of(each)) == brightness).all(), each.mode
+
+
 def test_resolutions_of_stable_diffusion_fall_into_halves() -> None:
     assert layers_of(SD15, 64, 48) == [
         Layers(64, 48, False),
@@ -248,6 +260,10 @@ def test_calling_the_pipeline_takes_roles_and_masks(pipeline: VCFPipeline) -> No
         ({"reference_roles": [["style"] * 2]}, "reference_roles has 2 values for 1 references"),
         ({"reference_masks": [[None, mask(0, 1)]]}, "reference_masks has 2 values for 1 references"),
         ({"reference_masks": ["mask.png"]}, "reference_masks has a str"),
+        (
+            {"reference_masks": [Image.new("F", (4, 4))]},
+            "reference_masks: the image cannot be read because it has 32-bit",
+        ),
         ({"fusion": "ip_adapter", "reference_roles": "palette"}, "must be one of all, style, layout"),
     ],
 )

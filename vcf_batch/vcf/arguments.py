@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import RowError, UsageError
 from vcf_batch.vcf.fusion import Fusion, filled
 from vcf_batch.vcf.roles.reach import mask_of
 from vcf_batch.vcf.roles.role import ALL, Role, role_of
@@ -139,7 +139,10 @@ def _masks_of(entry: Any) -> list[Image.Image | None] | None:
     if entry is None:
         return None
     masks = list(entry) if isinstance(entry, list | tuple) else [entry]
-    return [mask_of(_images_of("reference_masks", mask)[0]) if mask is not None else None for mask in masks]
+    try:
+        return [mask_of(_images_of("reference_masks", mask)[0]) if mask is not None else None for mask in masks]
+    except RowError as error:
+        raise UsageError(f"reference_masks: {error}") from error
 
 
 def generators_of(
