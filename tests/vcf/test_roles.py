@@ -23,7 +23,7 @@ from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.roles import projections
 from vcf_batch.vcf.roles.reach import Reach, mask_of, on_grid
-from vcf_batch.vcf.roles.role import ALL, BY_NAME, Layers, Role, layers_of
+from vcf_batch.vcf.roles.role import ALL, BY_NAME, Layers, Role, layers_of, role_of
 
 SD15 = {
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
@@ -190,8 +190,10 @@ def test_resolutions_of_stable_diffusion_fall_into_halves() -> None:
     ]
     assert [layers.queries for layers in layers_of(SD15, 9, 13)] == [9 * 13, 5 * 7, 3 * 4, 2 * 2]
     assert layers_of(build_pipeline().unet.config, 8, 8) == [FINE, COARSE]
+    unnamed = {name: value for name, value in SD15.items() if name != "mid_block_type"}
+    assert layers_of(unnamed, 64, 48) == layers_of(SD15, 64, 48), "the published configuration leaves it out"
     with pytest.raises(UsageError, match="cross-attention at 1 resolution"):
-        layers_of({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}, 8, 8)
+        layers_of({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "mid_block_type": None}, 8, 8)
 
 
 @pytest.mark.parametrize("fusion", ROLED_FUSIONS)
@@ -234,6 +236,17 @@ def test_each_role_changes_the_picture_in_its_own_way(pipeline: VCFPipeline) -> 
         for second, other in made.items():
             assert first == second or (one - other).abs().max() > 0.001, (first, second)
     assert {*BY_NAME} == {*ROLES}
+
+
+def test_with_an_ip_adapter_style_acts_in_the_fine_layers_alone(pipeline: VCFPipeline) -> None:
+    """Its tokens have no projection, so that the role of an aligner's would be a larger strength and nothing else."""
+    style = role_of("style", adapted=True)
+    assert (style.weight(COARSE), style.weight(FINE), style.acts_at(0.0)) == (0, 1, True)
+    made = draw(pipeline, picture(1), fusion="ip_adapter", strength=0.3, reference_roles="style")
+    for strength in (0.3, 0.9):
+        other = draw(pipeline, picture(1), fusion="ip_adapter", strength=strength)
+        assert (made - other).abs().max() > 0.001, strength
+    assert role_of("layout", adapted=True) is BY_NAME["layout"]
 
 
 def test_calling_the_pipeline_takes_roles_and_masks(pipeline: VCFPipeline) -> None:
