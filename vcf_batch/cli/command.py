@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from vcf_batch import config as settings
 from vcf_batch import ending, storage
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import (
     DamageFound,
     Interrupted,
@@ -206,7 +207,7 @@ def hand_on(output: str, target: str, as_json: bool = False, partial: bool = Fal
         "damaged": dict(pushed.damaged),
         "unfinished": pushed.unfinished,
     }
-    words = f"{redact(target)}: {pushed.copied:,} shards copied, {pushed.there:,} were there"
+    words = f"{redact(target)}: {plural(pushed.copied, 'shard')} copied, {pushed.there:,} were there"
     tell("\n".join([words, *pushed.left_out]), document, as_json)
     left = f"{len(pushed.damaged) + pushed.unfinished:,} of {pushed.shards:,} shards are left out"
     again = "then push again; or push with --partial"
