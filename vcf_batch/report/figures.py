@@ -193,6 +193,8 @@ class Figures(RunSums):
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
     added: dict[str, Histogram] = field(default_factory=dict)
     """Scores that were added to the output, by their column."""
+    duplicates: dict[str, int] = field(default_factory=dict)
+    """Number of rows that are duplicates of another one, by the column that names it."""
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
     damaged: dict[str, str] = field(default_factory=dict)
@@ -223,6 +225,8 @@ class Figures(RunSums):
         for name, histogram in self.added.items():
             values = table[name].to_numpy()
             histogram.add(values[np.isfinite(values)])
+        for name in self.duplicates:
+            self.duplicates[name] += table.num_rows - table[name].null_count
         self.add_failures(table.filter(pa.array(~succeeded)))
 
     def add_failures(self, table: pa.Table) -> None:
@@ -248,7 +252,11 @@ def read(output: Output) -> Figures:
         StorageError: the storage failed.
     """
     scores = JoinedScores(output.url)
-    figures = Figures(added={field.name: Histogram() for field in scores.fields})
+    numbers = [field.name for field in scores.fields if pa.types.is_float64(field.type)]
+    figures = Figures(
+        added={name: Histogram() for name in numbers},
+        duplicates={field.name: 0 for field in scores.fields if field.name not in numbers},
+    )
 
     def finished() -> Iterator[Receipt]:
         for found in output.examine():

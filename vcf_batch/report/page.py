@@ -58,7 +58,12 @@ def render(output: Output) -> str:
         "counts": found.counts,
         "scores": [
             *(_score(found, name) for name in SCORE_LABELS),
-            *(_added(found, column) for score in store.definitions() for column in score.columns),
+            *(
+                _added(found, column)
+                for score in store.definitions()
+                for column in score.columns
+                if column.type == "number"
+            ),
         ],
         "calibration": [] if calibrated is None else calibration_table.table(calibrated),
         "points": [_point(row, found.added) for row in found.points.rows],
@@ -179,6 +184,7 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
         "size": f"{found.bytes / 1e6:,.1f} MB",
         "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
     }
+    run |= {name: f"{count:,} rows have one" for name, count in found.duplicates.items()}
     if found.truncated:
         run["cut off"] = told_truncated(found.truncated)
     if found.intervals.end > 0:
