@@ -269,9 +269,10 @@ def _keys(url: str) -> tuple[frozenset[str], str]:
 def push(output: str, target: str, partial: bool, as_json: bool) -> None:
     """Copy OUTPUT to TARGET, another storage.
 
-    The finished shards, the card and the report are copied. TARGET is a folder or any URL that fsspec opens, such as
-    s3://bucket/dataset, or hf://datasets/OWNER/NAME for a repository that exists. Shards that are there already are not
-    copied again, so a copy that was interrupted goes on. A README.md that somebody else wrote is never replaced.
+    The finished shards, the scores that were added to them, the card and the report are copied. TARGET is a folder or
+    any URL that fsspec opens, such as s3://bucket/dataset, or hf://datasets/OWNER/NAME for a repository that exists.
+    Shards that are there already are not copied again, so a copy that was interrupted goes on. A README.md that
+    somebody else wrote is never replaced.
 
     Shards that are damaged or not generated yet are left out and named, and the exit code says so unless --partial is
     given.
