@@ -66,6 +66,8 @@ def render(output: Output) -> str:
             ),
         ],
         "calibration": [] if calibrated is None else calibration_table.table(calibrated),
+        "categories": found.categories.tables(),
+        "duplicates": found.duplicates,
         "points": [_point(row, found.added) for row in found.points.rows],
         "samples": [
             {
@@ -184,7 +186,6 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
         "size": f"{found.bytes / 1e6:,.1f} MB",
         "computed on": ", ".join(f"{device} ({rows:,} rows)" for device, rows in found.devices.most_common()),
     }
-    run |= {name: f"{count:,} rows have one" for name, count in found.duplicates.items()}
     if found.truncated:
         run["cut off"] = told_truncated(found.truncated)
     if found.intervals.end > 0:

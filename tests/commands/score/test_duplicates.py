@@ -230,7 +230,7 @@ def test_status_and_report_show_duplicates(output: Path) -> None:
     assert call("report", output).exit_code == 0
     text = (output / "index.html").read_text()
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
-    assert data["configuration"]["Run"]["duplicate_of"] == "6 rows have one"
+    assert data["duplicates"] == {"duplicate_of": 6, "reference_duplicate_of": 4}
 
 
 @pytest.mark.parametrize(
