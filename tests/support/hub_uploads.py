@@ -43,8 +43,11 @@ class UploadHub(Hub):
         elif folder is None:
             self._refuse(404, "RepoNotFound")
         elif rest[:1] == ["tree"]:
-            listed = [self._entry(folder, file.name) for file in sorted(folder.iterdir())]
-            self._answer_json(listed)
+            within = folder.joinpath(*rest[2:])
+            if within.is_dir():
+                self._answer_json([self._listed(folder, each) for each in sorted(within.iterdir())])
+            else:
+                self._refuse(404, "EntryNotFound")
         elif rest[:1] == ["resolve"]:
             self._send_file("/".join(parts[:2]), "/".join(rest[2:]))
         else:
@@ -84,6 +87,10 @@ class UploadHub(Hub):
     def _folder(self, path: str) -> Path:
         return self.repositories["/".join(path.split("/")[3:5])]
 
+    def _listed(self, folder: Path, path: Path) -> dict[str, Any]:
+        name = str(path.relative_to(folder))
+        return self._entry(folder, name) if path.is_file() else {"type": "directory", "path": name, "oid": "0" * 40}
+
     def _entry(self, folder: Path, name: str) -> dict[str, Any]:
         data = (folder / name).read_bytes()
         entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": _git(data)}
@@ -114,6 +121,7 @@ class UploadHub(Hub):
                 file.unlink()
             else:
                 inline = line["key"] == "file"
+                file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(base64.b64decode(value["content"]) if inline else self.contents[value["oid"]])
             changed.append("-" * (line["key"] == "deletedFile") + value["path"])
         self.commits.append(changed)

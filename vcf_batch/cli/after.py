@@ -27,13 +27,26 @@ _MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", 
     help="A score to add. Repeatable. clip=MODEL: cosines with prompt and reference. dino=MODEL: cosines of patches "
     "with reference and twin, by a DINOv2. lpips-alex=FOLDER, lpips-vgg=FOLDER: distance from the reference, by the "
     "published weights. aesthetic=FILE: a linear head on a CLIP. texture: how alike image and reference are drawn. "
-    "python=MODULE:FUNCTION: numbers of your own. MODEL is a directory, a Hub id or a URL; NAME is that of the "
-    "columns, where it is not KIND.",
+    "python=MODULE:FUNCTION: numbers of your own. duplicates: the key of the first row with the same image, and of the "
+    "first one with the same reference. MODEL is a directory, a Hub id or a URL; NAME is that of the columns, where "
+    "it is not KIND.",
 )
 @click.option(
     "--aesthetic-clip",
     metavar="MODEL",
     help="The CLIP that the head of --with aesthetic was trained on.  [default: openai/clip-vit-large-patch14]",
+)
+@click.option(
+    "--by",
+    metavar="HOW",
+    help="What --with duplicates compares images by. phash: the perceptual hash in the column of that name.  "
+    "[default: phash]",
+)
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="T",
+    help="How far near-duplicates may be apart: 0 to 16 of the 64 bits of a hash.  [default: 4]",
 )
 @click.option(
     "--calibrate",
@@ -50,6 +63,8 @@ def score(
     output: str,
     wanted: tuple[str, ...],
     aesthetic_clip: str | None,
+    by: str | None,
+    threshold: float | None,
     calibrate: bool,
     as_json: bool,
     **_: Any,
@@ -72,24 +87,28 @@ def score(
     asked = [*map(wants.parse, wanted)]
     if not asked and not calibrate:
         raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}; or --calibrate")
-    added = command.score(output, asked, aesthetic_clip, given(ctx))
-    measured = command.calibrate(output, asked, aesthetic_clip, given(ctx)) if calibrate else None
+    searches = wants.searches(asked, by, threshold)
+    scores = [each for each in asked if each.kind != "duplicates"]
+    steps = [command.score(output, scores, aesthetic_clip, given(ctx))] if scores or not searches else []
+    steps += command.find_duplicates(output, searches, given(ctx))
+    measured = command.calibrate(output, scores, aesthetic_clip, given(ctx)) if calibrate else None
     words = []
-    if asked:
-        names = ", ".join(each.name for each in added.scores)
-        words.append(
-            f"{redact(output)}: {names} of {plural(added.shards, 'shard')}, {added.scored:,} of them scored now"
-        )
-    if added.without:
-        words.append(f"{added.without:,} images could not be scored; the first: {added.reason}")
+    for step in steps if asked else ():
+        names = ", ".join(each.name for each in step.scores)
+        words.append(f"{redact(output)}: {names} of {plural(step.shards, 'shard')}, {step.scored:,} of them scored now")
+        words += [f"  {note}" for note in step.notes]
+        if step.without:
+            words.append(f"{step.without:,} images could not be scored; the first: {step.reason}")
     if measured:
         words.append(markdown(measured))
+    added = steps[-1]
     document = {
         "output": redact(output),
-        "scores": {each.name: [column.name for column in each.columns] for each in added.scores},
+        "scores": {each.name: [column.name for column in each.columns] for step in steps for each in step.scores},
         "shards": added.shards,
-        "scored": added.scored,
-        "without": added.without,
+        "scored": max(step.scored for step in steps),
+        "without": sum(step.without for step in steps),
+        "notes": [note for step in steps for note in step.notes],
         "damaged": added.damaged,
         "unfinished": added.unfinished,
         "calibration": measured and json.loads(measured.to_json()),
@@ -251,9 +270,10 @@ def _keys(url: str) -> tuple[frozenset[str], str]:
 def push(output: str, target: str, partial: bool, as_json: bool) -> None:
     """Copy OUTPUT to TARGET, another storage.
 
-    The finished shards, the card and the report are copied. TARGET is a folder or any URL that fsspec opens, such as
-    s3://bucket/dataset, or hf://datasets/OWNER/NAME for a repository that exists. Shards that are there already are not
-    copied again, so a copy that was interrupted goes on. A README.md that somebody else wrote is never replaced.
+    The finished shards, the scores that were added to them, the card and the report are copied. TARGET is a folder or
+    any URL that fsspec opens, such as s3://bucket/dataset, or hf://datasets/OWNER/NAME for a repository that exists.
+    Shards that are there already are not copied again, so a copy that was interrupted goes on. A README.md that
+    somebody else wrote is never replaced.
 
     Shards that are damaged or not generated yet are left out and named, and the exit code says so unless --partial is
     given.

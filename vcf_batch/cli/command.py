@@ -206,8 +206,10 @@ def hand_on(output: str, target: str, as_json: bool = False, partial: bool = Fal
         "there": pushed.there,
         "damaged": dict(pushed.damaged),
         "unfinished": pushed.unfinished,
+        "scores": {"copied": pushed.scores.copied, "damaged": pushed.scores.damaged},
     }
     words = f"{redact(target)}: {plural(pushed.copied, 'shard')} copied, {pushed.there:,} were there"
+    words += f"; scores of {pushed.scores.copied:,} copied" if pushed.scores.copied else ""
     tell("\n".join([words, *pushed.left_out]), document, as_json)
     left = f"{len(pushed.damaged) + pushed.unfinished:,} of {pushed.shards:,} shards are left out"
     again = "then push again; or push with --partial"
@@ -215,5 +217,10 @@ def hand_on(output: str, target: str, as_json: bool = False, partial: bool = Fal
         return
     if pushed.damaged:
         raise DamageFound(f"{left}, {len(pushed.damaged):,} damaged. To mend them: {repair_command(output)}; {again}")
+    if pushed.scores.damaged:
+        raise DamageFound(
+            f"scores of {len(pushed.scores.damaged):,} shards are left out, as they are damaged. To mend them: delete "
+            f"the files that are named, rerun the command of 'vcf-batch score', {again}"
+        )
     if pushed.unfinished:
         raise Unfinished(f"{left}, as they are not generated yet. Rerun the command of the run, {again}")

@@ -37,8 +37,11 @@ def status(output: str, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @click.argument("output")
+@click.argument("other", required=False)
 @click.option(
-    "--out", metavar="FILE", help="The page to write, as HTML.  [default: index.html in OUTPUT, if --png is not given]"
+    "--out",
+    metavar="FILE",
+    help="The page to write, as HTML.  [default: index.html in OUTPUT, if neither --png nor OTHER is given]",
 )
 @click.option(
     "--png", metavar="FILE", help="Write a contact sheet: the first samples beside their references, as one picture."
@@ -54,13 +57,23 @@ def status(output: str, as_json: bool) -> None:
 @debug_option
 @click.pass_context
 def report(
-    ctx: click.Context, output: str, out: str | None, png: str | None, shown: int | None, as_json: bool, **_: Any
+    ctx: click.Context,
+    output: str,
+    other: str | None,
+    out: str | None,
+    png: str | None,
+    shown: int | None,
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Write a page, or a picture, that shows OUTPUT.
 
     The page has scores, samples, failures, throughput and configuration. It is one HTML file that needs nothing else,
     and shows the best, the worst and random samples beside their references. With --png, a picture of the first samples
     is written instead of the page; with --out as well, both. OUTPUT may be unfinished.
+
+    With OTHER, a second output, the two are compared row by row, by their keys: scores, and which rows are better or
+    worse in OTHER. Nothing is written, unless --out names a page, which also shows the rows that changed most.
 
     \b
     Exit codes: 0 written; 1 unexpected; 2 no finished shard there; 5 damage.
@@ -71,6 +84,11 @@ def report(
         check_ending("--out", out, "text/html")
     if png is not None:
         check_ending("--png", png, "image/png")
+    if other is not None:
+        if png is not None:
+            raise UsageError(f"--png {png} shows one output: leave it out, or leave {other} out")
+        _compare(output, other, out, as_json)
+        return
     written: dict[str, str] = {}
     if out is not None or png is None:
         from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text
@@ -83,6 +101,23 @@ def report(
     if png is not None:
         written["picture"] = draw_sheet(output, png, shown or SHEET_ROWS, given(ctx))
     tell("\n".join(written.values()), written, as_json)
+
+
+def _compare(first: str, second: str, out: str | None, as_json: bool) -> None:
+    """Compare two outputs, and write a page of it to ``out``, if there is one."""
+    from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text
+    from vcf_batch.report.two_outputs import beside, pairs
+
+    outputs = Output(first), Output(second)
+    found = pairs.compare(*outputs)
+    document = {"first": redact(first), "second": redact(second), **found.to_dict()}
+    words = beside.markdown(found)
+    if out is not None:
+        target = storage.absolute(out)
+        storage.publish_bytes(target, beside.render(found, outputs).encode())
+        document["page"] = redact(target)
+        words += f"\n\n{redact(target)}"
+    tell(words, document, as_json)
 
 
 def draw_sheet(output: str, target: str, rows: int, changes: Mapping[str, Any] = MappingProxyType({})) -> str:

@@ -1,14 +1,15 @@
-"""Copy an output's committed shards, its card and its report to another storage."""
+"""Copy an output's committed shards, their scores, its card and its report to another storage."""
 
 import contextlib
 import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from vcf_batch import storage
+from vcf_batch.commands.push_scores import PushedScores, push_scores
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.output import Output
@@ -44,11 +45,14 @@ class Pushed:
     """Number of shards that are left out because they are not generated yet."""
     first_unfinished: str | None
     """Name of the first of these."""
+    scores: PushedScores
+    """What became of the scores that were added to the output."""
 
     @property
     def left_out(self) -> list[str]:
         """Lines that say which shards are left out, and why."""
-        lines = [f"{name} is left out, as it is damaged: {reason}" for name, reason in self.damaged.items()]
+        damaged = {**self.damaged, **self.scores.damaged}
+        lines = [f"{name} is left out, as it is damaged: {reason}" for name, reason in damaged.items()]
         if self.unfinished == 1:
             lines.append(f"{self.first_unfinished} is left out, as it is not generated yet")
         elif self.unfinished:
@@ -60,6 +64,7 @@ class Pushed:
 def push(output: Output, target: str) -> Pushed:
     """Copy the committed shards of an output.
 
+    Scores that were added to them come behind, see :func:`vcf_batch.commands.push_scores.push_scores`.
     A shard's receipt is copied last, as in a run. So a shard that was copied in part does not exist, and calling this
     again continues the copy. On the Hub, all receipts are in the last commits, and files that are there are not sent
     again. Shards that are damaged or not generated yet are left out. Report and card are written
@@ -83,7 +88,8 @@ def push(output: Output, target: str) -> Pushed:
     storage.publish_bytes(storage.join(output.url, page.PAGE_NAME), page.render(output).encode())
     if is_repository(target):
         with HubCommits(target) as hub:
-            return _push_to_hub(output, hub)
+            tally = _push_to_hub(output, hub)
+        return tally.pushed(push_scores(output, target, tally.handed_on, HubCommits))
     return _push_to_folder(output, target)
 
 
@@ -113,12 +119,17 @@ class _Tally:
         if is_new is not None:
             self._handed_on[shard.index] = is_new
 
-    def pushed(self) -> Pushed:
-        """What became of the shards."""
+    @property
+    def handed_on(self) -> Set[int]:
+        """Indices of the shards that the target has."""
+        return self._handed_on.keys()
+
+    def pushed(self, scores: PushedScores) -> Pushed:
+        """What became of the shards, and of their scores."""
         plan, counts = self._output.plan, Counter(self._handed_on.values())
         left_out = [each.name for each in plan if each.index not in self._handed_on and each.name not in self._damaged]
         first = left_out[0] if left_out else None
-        return Pushed(len(plan), counts[True], counts[False], self._damaged, len(left_out), first)
+        return Pushed(len(plan), counts[True], counts[False], self._damaged, len(left_out), first, scores)
 
 
 class _Folder:
@@ -171,12 +182,13 @@ def _push_to_folder(output: Output, target: str) -> Pushed:
 
     for shard, is_new in side_by_side(copy, tally.finished()):
         tally.note(shard, is_new)
+    scores = push_scores(output, target, tally.handed_on, lambda url: contextlib.nullcontext(_Folder(url)))
     for name in (card.CARD_NAME, page.PAGE_NAME):
         _copy(output, folder, name)
-    return tally.pushed()
+    return tally.pushed(scores)
 
 
-def _push_to_hub(output: Output, hub: HubCommits) -> Pushed:
+def _push_to_hub(output: Output, hub: HubCommits) -> _Tally:
     """Copy all files of shards, and then all receipts, in few commits.
 
     A shard whose receipt has changed meanwhile, because a repair has replaced it, is copied again.
@@ -210,7 +222,7 @@ def _push_to_hub(output: Output, hub: HubCommits) -> Pushed:
         left = [shard for shard in sent if not publish(shard)]
     for shard in left:
         tally.note(shard, None)
-    return tally.pushed()
+    return tally
 
 
 def check_target(output: str, target: str) -> None:

@@ -6,7 +6,7 @@ Receipts and parquets are read once, several shards at a time. Memory does not g
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Shard, Status
+from vcf_batch.report.categories import Categories
 
 EXTREMES = 8
 """Number of best rows, and of worst rows, kept for each score."""
@@ -193,6 +194,9 @@ class Figures(RunSums):
     points: Lowest = field(default_factory=lambda: Lowest(POINTS))
     added: dict[str, Histogram] = field(default_factory=dict)
     """Scores that were added to the output, by their column."""
+    duplicates: dict[str, int] = field(default_factory=dict)
+    """Number of rows that are duplicates of another one, by the column that names it."""
+    categories: Categories = field(default_factory=Categories)
     causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
     damaged: dict[str, str] = field(default_factory=dict)
@@ -209,7 +213,11 @@ class Figures(RunSums):
             self.intervals.add(end - receipt.worker_seconds, end, len(receipt.shard))
 
     def add_rows(self, shard: Shard, table: pa.Table) -> None:
-        """Add the rows of a shard, a table with the columns :data:`_COLUMNS` and those of :attr:`added`."""
+        """Add the rows of a shard, a table with the columns :data:`_COLUMNS` and those of :attr:`added`.
+
+        It may have carried columns, which are counted.
+        """
+        self.categories.add(table.drop_columns([*self.added, *self.duplicates]))
         succeeded = np.array([status == "success" for status in table["status"].to_pylist()])
         lots = np.where(succeeded, _lots(np.arange(shard.start, shard.stop)), np.nan)
         self.random.add(lots, shard.start, table)
@@ -223,6 +231,8 @@ class Figures(RunSums):
         for name, histogram in self.added.items():
             values = table[name].to_numpy()
             histogram.add(values[np.isfinite(values)])
+        for name in self.duplicates:
+            self.duplicates[name] += table.num_rows - table[name].null_count
         self.add_failures(table.filter(pa.array(~succeeded)))
 
     def add_failures(self, table: pa.Table) -> None:
@@ -248,7 +258,11 @@ def read(output: Output) -> Figures:
         StorageError: the storage failed.
     """
     scores = JoinedScores(output.url)
-    figures = Figures(added={field.name: Histogram() for field in scores.fields})
+    numbers = [field.name for field in scores.fields if pa.types.is_float64(field.type)]
+    figures = Figures(
+        added={name: Histogram() for name in numbers},
+        duplicates={field.name: 0 for field in scores.fields if field.name not in numbers},
+    )
 
     def finished() -> Iterator[Receipt]:
         for found in output.examine():
@@ -259,7 +273,7 @@ def read(output: Output) -> Figures:
                 yield found
 
     def rows(receipt: Receipt) -> pa.Table:
-        table = read_rows(output, receipt.shard)
+        table = read_rows(output, receipt.shard, figures.categories.columns)
         batches = scores.batches(table.combine_chunks().to_batches(), receipt.shard, receipt.parquet_hash)
         return pa.Table.from_batches(batches, scores.schema(table.schema.remove_metadata()))
 
@@ -303,8 +317,15 @@ def parquet_of(output: Output, shard: Shard) -> Iterator[pq.ParquetFile]:
         raise DamageFound(f"{name} cannot be read: {error}; 'vcf-batch verify' tells what else is damaged") from error
 
 
-def read_rows(output: Output, shard: Shard) -> pa.Table:
+def read_rows(
+    output: Output, shard: Shard, further: Callable[[pa.Schema], Sequence[str]] = lambda schema: ()
+) -> pa.Table:
     """The rows of a finished shard, a table with the columns :data:`_COLUMNS`.
+
+    Args:
+        output: the output.
+        shard: the shard.
+        further: chooses further columns from the schema.
 
     Raises:
         DamageFound: the parquet is damaged, incomplete or of another version.
@@ -312,7 +333,7 @@ def read_rows(output: Output, shard: Shard) -> pa.Table:
     """
     name = shards.file_name(shard, "parquet")
     with parquet_of(output, shard) as parquet:
-        table = parquet.read([*_COLUMNS], use_threads=False)
+        table = parquet.read([*_COLUMNS, *further(parquet.schema_arrow)], use_threads=False)
     if missing := set(_COLUMNS) - set(table.column_names):
         raise DamageFound(f"{name} has no column {', '.join(sorted(missing))}: another version wrote it")
     if table.num_rows != len(shard):

@@ -65,6 +65,7 @@ function showKeys() {
     ["samples", count(data.counts.success)],
     ["failed", count(data.counts.failed), data.counts.failed ? "bad" : ""],
     ...(data.counts.rejected ? [["rejected", count(data.counts.rejected)]] : []),
+    ...Object.entries(data.duplicates).map(([name, rows]) => [name, count(rows)]),
     ...scored.map((score) => [`mean ${score.name}`, score3(score.mean)]),
     ...(busy ? [["rows a second", (data.done / (time.end - time.begin)).toFixed(2)], ["from first to last shard", duration(time.end - time.begin)]] : []),
   ]));
@@ -171,13 +172,24 @@ function showHistograms() {
   if (!scored.length) $("histograms").append(make("p", { class: "quiet" }, "No sample has a score."));
 }
 
+function table(heads, lines) {
+  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
+  const rows = lines.map((line) => make("tr", {}, ...line.map((text) => make("td", {}, text))));
+  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
+}
+
+function showCategories() {
+  $("categories-section").hidden = !data.categories.length;
+  for (const { name, lines } of data.categories) {
+    const told = lines.map(([value, ...counts]) => [value, ...counts.map(count)]);
+    $("categories").append(table([name, "rows", "rejected", "failed", "samples"], told));
+  }
+}
+
 function showCalibration() {
   const [heads, ...lines] = data.calibration;
   $("calibration-section").hidden = !heads;
-  if (!heads) return;
-  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
-  const rows = lines.map((line) => make("tr", {}, ...line.map((text) => make("td", {}, text))));
-  $("calibration").append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+  if (heads) $("calibration").append(table(heads, lines));
 }
 
 // Trade-off
@@ -309,6 +321,7 @@ function showConfiguration() {
 showKeys();
 setUpGallery();
 showHistograms();
+showCategories();
 showCalibration();
 showScatter();
 showFailures();

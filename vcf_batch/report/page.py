@@ -58,9 +58,16 @@ def render(output: Output) -> str:
         "counts": found.counts,
         "scores": [
             *(_score(found, name) for name in SCORE_LABELS),
-            *(_added(found, column) for score in store.definitions() for column in score.columns),
+            *(
+                _added(found, column)
+                for score in store.definitions()
+                for column in score.columns
+                if column.type == "number"
+            ),
         ],
         "calibration": [] if calibrated is None else calibration_table.table(calibrated),
+        "categories": found.categories.tables(),
+        "duplicates": found.duplicates,
         "points": [_point(row, found.added) for row in found.points.rows],
         "samples": [
             {

@@ -21,7 +21,7 @@ from vcf_batch.commands.export.references import FOLDER
 from vcf_batch.commands.export.selection import Judged, Selection
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES, OpenShard, PackedRow, pack
-from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceShard, refuse_gaps
+from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceShard, refuse_gaps, refuse_old_searches
 from vcf_batch.commands.push import ABANDONED_SECONDS, check_target
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.output.receipts import RECEIPT_SUFFIX
@@ -68,6 +68,7 @@ def export(
     survey = sources.survey
     if not settings.partial:
         refuse_gaps(survey, sources)
+    refuse_old_searches(survey)
     selection = Selection(sources, settings)
     _check_columns(sources, selection.schema, settings)
     choice = selection.choose(sources)

@@ -102,6 +102,8 @@ class Survey:
     """Lines that name what is left out."""
     unscored: tuple[str, ...] = ()
     """Lines that name the scores that finished shards lack."""
+    unsearched: tuple[str, ...] = ()
+    """Those of them that name searches for duplicates."""
 
 
 class Sources:
@@ -154,6 +156,7 @@ class Sources:
         unfinished: list[int] = []
         lines: list[str] = []
         unscored: list[str] = []
+        unsearched: list[str] = []
         for source in self.all:
             digest = hashlib.sha256()
             lacking: Counter[str] = Counter()
@@ -177,17 +180,21 @@ class Sources:
                     kept.append(_Committed(shard.index, sys.intern(found.fingerprint), " ".join(hashes)))
             committed.append(kept)
             digests.append(digest.hexdigest())
-            unscored += [
-                f"{plural(count, 'finished shard')} of {source.output.url} without the score {name!r}"
+            told = {
+                name: f"{plural(count, 'finished shard')} of {source.output.url} without the score {name!r}"
                 for name, count in sorted(lacking.items())
+            }
+            unscored += told.values()
+            unsearched += [
+                told[each.name] for each in source.scores.definitions if each.is_search and each.name in told
             ]
             damaged.append(broken)
             unfinished.append(left)
             if left:
                 named = ", ".join(missing) + (", ..." if left > MOST_NAMED else "")
                 lines.append(f"{plural(left, 'shard')} of {source.output.url} not generated yet: {named}")
-        told = tuple(lines), tuple(unscored)
-        return Survey(tuple(committed), tuple(digests), tuple(damaged), tuple(unfinished), *told)
+        words = tuple(lines), tuple(unscored), tuple(unsearched)
+        return Survey(tuple(committed), tuple(digests), tuple(damaged), tuple(unfinished), *words)
 
     def shards(self, start: int = 0) -> Iterator[SourceShard]:
         """The committed shards in order, from the one with the row at position ``start`` on.
@@ -311,6 +318,20 @@ def refuse_gaps(survey: Survey, sources: Sources) -> None:
         raise Unfinished(
             f"shards lack scores that others have, and nothing is exported:\n{told}\n"
             "Rerun 'vcf-batch score', or give --partial, which leaves these values null."
+        )
+
+
+def refuse_old_searches(survey: Survey) -> None:
+    """Refuse outputs whose duplicates were searched before shards came or changed, so that ``duplicate_of`` is null.
+
+    Raises:
+        Unfinished: there is such an output.
+    """
+    if survey.unsearched:
+        told = "\n".join(survey.unsearched)
+        raise Unfinished(
+            f"duplicates were searched before shards were finished or changed, and nothing is exported:\n{told}\n"
+            "Rerun 'vcf-batch score OUTPUT --with duplicates', which searches the shards that there are."
         )
 
 

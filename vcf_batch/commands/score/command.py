@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.commands.score import calibrating
+from vcf_batch.commands.score import calibrating, duplicates
+from vcf_batch.commands.score.duplicates import Search
 from vcf_batch.commands.score.scoring import Added, add
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
@@ -43,6 +44,17 @@ def score(
     scores = resolve(wanted, aesthetic_clip)
     refuse_lost_manifest(output, scores)
     return add(output, scores, scoring_config(output, changes))
+
+
+def find_duplicates(output_url: str, searches: Sequence[Search], changes: Mapping[str, Any]) -> list[Added]:
+    """Search an output for duplicates, once for each search.
+
+    Raises:
+        UsageError: there is no output.
+        VcfBatchError: see :func:`vcf_batch.commands.score.duplicates.add`.
+    """
+    output = Output(output_url, changes)
+    return [duplicates.add(output, search) for search in searches]
 
 
 def calibrate(

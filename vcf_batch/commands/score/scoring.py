@@ -38,6 +38,8 @@ class Added:
     damaged: int = 0
     unfinished: int = 0
     """Number of shards of the run that are damaged, and that are not generated yet."""
+    notes: Sequence[str] = ()
+    """Lines on what was found."""
 
 
 def add(output: Output, scores: tuple[ResolvedScore, ...], config: RunConfig) -> Added:
@@ -61,7 +63,7 @@ def add(output: Output, scores: tuple[ResolvedScore, ...], config: RunConfig) ->
         signals.hold()
         with lease.hold(output.url) as held:
             added = Added([store.claim(score.definition, publish=False) for score in scores])
-            _refuse_repeated(output, store, added.scores)
+            refuse_repeated(output, store, added.scores)
             if lacking := [*_lacking(output, store, added)]:
                 roots = tuple(filter(is_seen, config.reference_root)) if needs(scores, "reference") else ()
                 job = ScoreJob(output, config, scores, held.token, roots)
@@ -93,7 +95,7 @@ class _Committing:
         """Publish the definition of a score before its first shard is committed, or find that it is there."""
         if self._claimed.get(definition.name) != definition:
             try:
-                _refuse_repeated(self._output, self._store, [definition])
+                refuse_repeated(self._output, self._store, [definition])
             except UsageError as error:  # Of a function, whose columns nobody knew before. It ends the whole call.
                 raise RefusedError(str(error)) from error
             self._claimed[definition.name] = self._store.claim(definition)
@@ -120,7 +122,7 @@ def _lacking(output: Output, store: ScoreStore, added: Added) -> Iterator[Shard]
     added.unfinished = len(output.plan) - added.shards - added.damaged
 
 
-def _refuse_repeated(output: Output, store: ScoreStore, scores: Sequence[ScoreDefinition]) -> None:
+def refuse_repeated(output: Output, store: ScoreStore, scores: Sequence[ScoreDefinition]) -> None:
     """Refuse scores whose columns have the names of the output's columns, or of those of another score.
 
     Raises:

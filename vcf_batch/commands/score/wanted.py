@@ -7,9 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from vcf_batch import storage
+from vcf_batch.commands.score.duplicates import DISTANCE, Search
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.models import resolution
 from vcf_batch.models.names import AESTHETIC_CLIP
@@ -18,7 +19,9 @@ from vcf_batch.output.scores.definition import CALIBRATION_NAME, SCORE_NAME, Sco
 from vcf_batch.setup.run_models import lpips_identity_of
 from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, PARTS, ResolvedScore, ScoreKind, with_columns
 
-EXAMPLES: Mapping[ScoreKind, str] = {
+WantedKind = ScoreKind | Literal["duplicates"]
+
+EXAMPLES: Mapping[WantedKind, str] = {
     "clip": "clip=openai/clip-vit-large-patch14",
     "dino": "dino=facebook/dinov2-base",
     "lpips-alex": "lpips-alex=FOLDER",
@@ -26,6 +29,7 @@ EXAMPLES: Mapping[ScoreKind, str] = {
     "aesthetic": "aesthetic=sac+logos+ava1-l14-linearMSE.pth",
     "texture": "texture",
     "python": "python=my_module:my_function",
+    "duplicates": "duplicates",
 }
 """How each kind of score is asked for."""
 
@@ -36,7 +40,7 @@ _FUNCTION = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<functio
 class Wanted(NamedTuple):
     """A score as the command line asks for it: ``KIND[:NAME][=SOURCE]``."""
 
-    kind: ScoreKind
+    kind: WantedKind
     name: str
     source: str
 
@@ -56,7 +60,7 @@ def parse(text: str) -> Wanted:
         raise UsageError(
             f"--with {redact(text)} is of no kind that is known{hint or '.'} The kinds are {', '.join(EXAMPLES)}"
         )
-    kind = cast(ScoreKind, kind)
+    kind = cast(WantedKind, kind)
     if bool(source) != ("=" in EXAMPLES[kind]):
         raise UsageError(
             f"--with {redact(text)} {'takes no model' if source else 'lacks its model'}: --with {EXAMPLES[kind]}"
@@ -78,7 +82,7 @@ def resolve(wanted: Sequence[Wanted], aesthetic_clip: str | None) -> tuple[Resol
     """Find the models of scores.
 
     Args:
-        wanted: the scores.
+        wanted: the scores, none of them ``duplicates``.
         aesthetic_clip: the CLIP of aesthetic heads; None for the one of LAION's.
 
     Raises:
@@ -98,7 +102,7 @@ def resolve(wanted: Sequence[Wanted], aesthetic_clip: str | None) -> tuple[Resol
 
 
 def _resolved(wanted: Wanted, aesthetic_clip: str) -> ResolvedScore:
-    kind, name, source = wanted
+    kind, name, source = cast(ScoreKind, wanted.kind), wanted.name, wanted.source
     models: dict[str, ResolvedModel] = {}
     identities: dict[str, str] = {}
     place = folder = ""
@@ -140,3 +144,25 @@ def _hash_of_module(function: str, folder: str) -> str:
             "module:function"
         )
     return hashlib.sha256(storage.read_bytes(found.origin)).hexdigest()
+
+
+def searches(wanted: Sequence[Wanted], by: str | None, threshold: float | None) -> list[Search]:
+    """The searches for duplicates among what is wanted.
+
+    Args:
+        wanted: the scores.
+        by: see :class:`Search`; None for its default.
+        threshold: the distance, likewise.
+
+    Raises:
+        UsageError: see :class:`Search`; or a name is there twice, or something is given for no search.
+    """
+    names = [each.name for each in wanted]
+    given = {name: value for name, value in (("by", by), ("threshold", threshold)) if value is not None}
+    found = [each for each in wanted if each.kind == "duplicates"]
+    if given and not found:
+        name, value = next(iter(given.items()))
+        raise UsageError(f"--{name} {value} is for --with duplicates: add it, or leave --{name} out")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"two scores have the name {repeated[0]!r}: name one of them, as in --with KIND:NAME=...")
+    return [Search(each.name, by or "phash", DISTANCE if threshold is None else threshold) for each in found]

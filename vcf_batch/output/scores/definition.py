@@ -17,6 +17,9 @@ SCORE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 SCORE_LAYOUT = 1
 
+ColumnType = Literal["number", "key"]
+"""What a column of a score holds: numbers, or keys of other rows."""
+
 Against = Literal["prompt", "reference", "twin"]
 """What a picture is compared with: its prompt, its references, or its text-only twin, the ``content`` of a triplet."""
 
@@ -33,6 +36,7 @@ class ScoreColumn:
     """None where nobody knows."""
     against: Against | None = None
     """What the picture is compared with; None for a score of the picture alone, which has no calibration."""
+    type: ColumnType = "number"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class ScoreDefinition:
     def fingerprint(self) -> str:
         """Hex SHA-256 of :attr:`fields`."""
         return fingerprint(self.fields)
+
+    @property
+    def is_search(self) -> bool:
+        """Whether rows are compared with those of all shards. Its values are stale once any shard has changed."""
+        return any(column.type == "key" for column in self.columns)
 
     def to_json(self) -> bytes:
         """The definition as indented UTF-8 JSON."""

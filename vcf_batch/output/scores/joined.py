@@ -7,7 +7,7 @@ import pyarrow as pa
 from vcf_batch.errors import DamageFound
 from vcf_batch.output.receipts import Damaged, Receipt
 from vcf_batch.output.scores.definition import ScoreDefinition
-from vcf_batch.output.scores.store import ScoreStore
+from vcf_batch.output.scores.store import ScoreStore, field_of
 from vcf_batch.records import Shard
 
 
@@ -31,7 +31,7 @@ class JoinedScores:
     @property
     def fields(self) -> list[pa.Field]:
         """A field for each column of each score, in the order of the scores' names."""
-        return [pa.field(column.name, pa.float64()) for score in self.definitions for column in score.columns]
+        return [field_of(column) for score in self.definitions for column in score.columns]
 
     def schema(self, rows: pa.Schema) -> pa.Schema:
         """The schema of an output's rows with these fields behind them."""
@@ -84,7 +84,9 @@ class JoinedScores:
                         "its receipt, and score again"
                     )
                 columns += [
-                    pa.nulls(batch.num_rows, pa.float64()) if part is None else part[column.name].combine_chunks()
+                    pa.nulls(batch.num_rows, field_of(column).type)
+                    if part is None
+                    else part[column.name].combine_chunks()
                     for column in score.columns
                 ]
             yield pa.RecordBatch.from_arrays(columns, schema=self.schema(batch.schema.remove_metadata()))

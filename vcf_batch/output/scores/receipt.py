@@ -1,7 +1,8 @@
 """``_scores/NAME/00000_stats.json``: the receipt of a shard's scores, written last."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class ScoreReceipt:
     counts: Mapping[str, int]
     """Number of rows that have a value, by column."""
     means: Mapping[str, float | None]
-    """Mean of those values, by column; None without one."""
+    """Mean of those values, by column of numbers; None without one."""
     without: int = 0
     """Number of rows with an image that could not be scored."""
     reason: str | None = None
@@ -32,6 +33,8 @@ class ScoreReceipt:
     device: Mapping[str, Any] | None = None
     """The device type, as :func:`vcf_batch.worker.device_type.describe` tells it."""
     timings: Mapping[str, Any] | None = None
+    among: str | None = None
+    """Of a search, the digest of the shards that were searched, see :func:`among`; else None."""
 
     def to_json(self) -> bytes:
         """The receipt as indented UTF-8 JSON with sorted keys."""
@@ -57,3 +60,15 @@ class ScoreReceipt:
             return receipt
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a receipt of scores: {error}") from error
+
+
+def among(finished: Iterable[tuple[str, str]]) -> str:
+    """Hex SHA-256 of a set of shards.
+
+    Args:
+        finished: the name of each shard and the hex SHA-256 of its parquet, in order.
+    """
+    digest = hashlib.sha256()
+    for name, parquet_hash in finished:
+        digest.update(f"{name} {parquet_hash}\n".encode())
+    return digest.hexdigest()

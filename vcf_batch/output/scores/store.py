@@ -1,5 +1,6 @@
 """The scores of an output: their definitions, and the files of each shard, put into their places and found again."""
 
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -9,18 +10,26 @@ import pyarrow.parquet as pq
 
 from vcf_batch import storage
 from vcf_batch.errors import DamageFound, RefusedError, StorageError
-from vcf_batch.output.receipts import RECEIPT_SUFFIX, Damaged
-from vcf_batch.output.scores.definition import CALIBRATION_NAME, SCORES_FOLDER, ScoreDefinition
-from vcf_batch.output.scores.receipt import ScoreReceipt
+from vcf_batch.output.output import Output
+from vcf_batch.output.receipts import RECEIPT_SUFFIX, Damaged, Receipt
+from vcf_batch.output.scores.definition import (
+    CALIBRATION_NAME,
+    SCORES_FOLDER,
+    ColumnType,
+    ScoreColumn,
+    ScoreDefinition,
+)
+from vcf_batch.output.scores.receipt import ScoreReceipt, among
 from vcf_batch.output.shards import ROWS_PER_GROUP
 from vcf_batch.records import Shard
 
 PARQUET = ".parquet"
 _MOST_BYTES = 1 << 22
+_TYPES: Mapping[ColumnType, pa.DataType] = {"number": pa.float64(), "key": pa.string()}
 
 
 class ScoreStore:
-    """The scores of an output.
+    """The scores of an output. Threads may share it.
 
     Args:
         output_url: the output.
@@ -29,6 +38,16 @@ class ScoreStore:
     def __init__(self, output_url: str) -> None:
         self._output = output_url
         self._folder = storage.join(output_url, SCORES_FOLDER)
+
+    @functools.cached_property
+    def among(self) -> str:
+        """The digest of the finished shards, see :func:`vcf_batch.output.scores.receipt.among`. It is read once.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        finished = (found for found in Output(self._output).examine() if isinstance(found, Receipt))
+        return among((found.shard.name, found.parquet_hash) for found in finished)
 
     def definitions(self) -> list[ScoreDefinition]:
         """The scores that the output has, whether every shard has them or not, by their names.
@@ -99,6 +118,8 @@ class ScoreStore:
     def found(self, definition: ScoreDefinition, shard: Shard, parquet_hash: str) -> ScoreReceipt | Damaged | None:
         """The receipt of a shard's scores; None if the shard, as it is now, was not scored.
 
+        Those of a search count as absent too once any other shard has changed, or one more is finished.
+
         Args:
             definition: a score of the output.
             shard: the shard.
@@ -116,7 +137,7 @@ class ScoreStore:
             return None
         except (storage.NotAFileError, ValueError) as error:
             return Damaged(name, f"{name}{RECEIPT_SUFFIX} is damaged: {error}")
-        if there.of != parquet_hash:
+        if there.of != parquet_hash or (definition.is_search and there.among != self.among):
             return None
         if there.fingerprint != definition.fingerprint or there.shard != shard:
             return Damaged(name, f"{name}{RECEIPT_SUFFIX} is that of another score or shard")
@@ -183,11 +204,16 @@ class ScoreStore:
 
 def schema(definition: ScoreDefinition) -> pa.Schema:
     """The schema of a score's parquets."""
-    return pa.schema([("key", pa.string()), *((column.name, pa.float64()) for column in definition.columns)])
+    return pa.schema([("key", pa.string()), *map(field_of, definition.columns)])
+
+
+def field_of(column: ScoreColumn) -> pa.Field:
+    """The field of a column in tables."""
+    return pa.field(column.name, _TYPES[column.type])
 
 
 def parquet_bytes(
-    definition: ScoreDefinition, keys: Sequence[str], values: Mapping[str, Sequence[float | None]]
+    definition: ScoreDefinition, keys: Sequence[str], values: Mapping[str, Sequence[float | str | None]]
 ) -> bytes:
     """The parquet of a shard's scores. The same values give the same bytes, with the same version of pyarrow.
 
@@ -196,7 +222,7 @@ def parquet_bytes(
         values: the values of each column of the definition, one for each key.
     """
     own = schema(definition)
-    columns = [pa.array(keys, pa.string()), *(pa.array(values[name], pa.float64()) for name in own.names[1:])]
+    columns = [pa.array(keys, pa.string()), *(pa.array(values[field.name], field.type) for field in [*own][1:])]
     file = io.BytesIO()
     pq.write_table(pa.table(columns, schema=own), file, row_group_size=ROWS_PER_GROUP)
     return file.getvalue()

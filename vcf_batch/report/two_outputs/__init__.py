@@ -1,0 +1,1 @@
+"""``report A B``: two outputs side by side, row by row."""
