@@ -16,9 +16,10 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from support import sd_layouts
+from support import ip_adapters, sd_layouts
 from vcf_batch.config import Sampling
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models import adapter_layout
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.base.pipeline_xl import VCFXLPipeline
@@ -201,3 +202,24 @@ def test_tokens_without_their_pooled_embedding_are_refused(pipeline: VCFPipeline
     settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "seed": 1}
     given = pipeline(prompt_embeds=tokens, pooled_prompt_embeds=text.pooled[None], **settings).images
     assert torch.equal(given, pipeline("a red star", **settings).images)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_an_ip_adapter_of_its_layout_joins_sample_by_sample(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Its keys are those of the layers that the UNet's configuration tells, the middle last."""
+    pipeline = VCFPipeline.from_pretrained(str(folder)).set_up("cpu")
+    weights = ip_adapters.save_adapter(tmp_path / "adapter.safetensors", pipeline.unet, kind)
+    names = [name.removesuffix(".processor") for name in [*pipeline.unet.attn_processors][1::2]]
+    shapes = [tuple(pipeline.unet.get_submodule(name).to_k.weight.shape) for name in names]
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    assert adapter_layout.cross_attention_layers(config) == shapes
+    pipeline.use_ip_adapter(str(weights), str(ip_adapters.save_encoder(tmp_path / "image_encoder")))
+    strengths = [0.0, 0.6, 1.0]
+    together = draw(pipeline, ["a red star"] * 3, [RED, BLUE, RED], fusion="ip_adapter", strength=strengths)
+    for number, reference in enumerate([RED, BLUE, RED]):
+        own = {"fusion": "ip_adapter", "strength": strengths[number], "seeds": [number]}
+        alone = draw(pipeline, ["a red star"], [reference], **own)
+        torch.testing.assert_close(together[number : number + 1], alone, atol=1e-4, rtol=0)
+    text = draw(VCFPipeline.from_pretrained(str(folder)).set_up("cpu"), ["a red star"] * 3)
+    torch.testing.assert_close(together[0], text[0], atol=1e-4, rtol=0)
+    assert (together[2] - text[2]).abs().max() > 1e-3
