@@ -81,6 +81,11 @@ MIN_EDGE = 32
 """Shortest edge of an output image, in pixels. The perceptual networks cannot take less."""
 
 
+TOLD_SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
+"""Sizes in pixels that a Stable Diffusion XL is told, in the order of its time ids."""
+MAX_TOLD_SIZE = 16384
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The way from noise to an image, as all samples of a batch take it.
@@ -106,8 +111,20 @@ class Sampling:
     height: int | None = None
     """Height of an image in pixels. None is the model's native size."""
     width: int | None = None
+    original_height: int | None = None
+    """Height of the picture before any cropping, as a Stable Diffusion XL is told; small ones make blurred images. None
+    is that of the image. Other models are told none of these sizes."""
+    original_width: int | None = None
+    crop_top: int = 0
+    """Number of rows of pixels cut off at the top, as a Stable Diffusion XL is told."""
+    crop_left: int = 0
+    target_height: int | None = None
+    """Height of the picture that is meant, as a Stable Diffusion XL is told. None is that of the image."""
+    target_width: int | None = None
 
     def __post_init__(self) -> None:
+        for name in TOLD_SIZES:
+            _between(name, getattr(self, name), 0 if name.startswith("crop") else 1, MAX_TOLD_SIZE)
         _between("guidance_lo", self.guidance_lo, 0, 1)
         _between("guidance_hi", self.guidance_hi, self.guidance_lo, 1)
         _between("deep_cache", self.deep_cache, 1, MAX_DEEP_CACHE)
@@ -117,6 +134,11 @@ class Sampling:
         _between("eta", self.eta, 0, 1)
         if self.eta and self.scheduler not in (None, "ddim"):
             raise UsageError(f"eta is {self.eta:g}; the scheduler {self.scheduler!r} takes 0 only: use ddim")
+
+    @property
+    def told_sizes(self) -> list[str]:
+        """The names of :data:`TOLD_SIZES` that differ from their default."""
+        return [name for name in TOLD_SIZES if getattr(self, name) != getattr(Sampling, name)]
 
     @property
     def added_noises(self) -> int:
@@ -179,6 +201,12 @@ class RunConfig:
     height: int | None = Sampling.height
     """Height of an image in pixels, a multiple of 8."""
     width: int | None = Sampling.width
+    original_height: int | None = Sampling.original_height
+    original_width: int | None = Sampling.original_width
+    crop_top: int = Sampling.crop_top
+    crop_left: int = Sampling.crop_left
+    target_height: int | None = Sampling.target_height
+    target_width: int | None = Sampling.target_width
     dtype: str = "auto"
     """Number type of the networks. ``auto`` is bfloat16 where workers have GPUs, else float32. A GPU without bfloat16
     refuses the run."""
@@ -565,7 +593,12 @@ NOT_CONTENT = frozenset(
 """Settings that change neither the content of an output nor its layout. Manifest and models count by their
 identity, not by their name."""
 
-ADDED_SETTINGS: dict[str, Any] = {"texture": False, "role": "all", "rows": None}
+ADDED_SETTINGS: dict[str, Any] = {
+    "texture": False,
+    "role": "all",
+    "rows": None,
+    **{name: 0 if name.startswith("crop") else None for name in TOLD_SIZES},
+}
 """Settings added after 0.2.0, each with the value that means the behaviour before it.
 
 A setting stays out of the fingerprint while it has that value, so that a half-done run resumes under the next version.

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5, Stable Diffusion 2.1 and their CLIPs as their Hub repositories lay them out, at reduced width.
+"""Stable Diffusion 1.5, 2.1 and XL and their CLIPs as their Hub repositories lay them out, at reduced width.
 
 Everything that loading depends on is as it is there: names of files and folders, entries of ``model_index.json``,
 variants and single-file checkpoints beside the parts, shards, numbers of tokens and of text layers. Widths and depths
@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
     CLIPConfig,
@@ -18,6 +26,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
 
@@ -79,6 +88,51 @@ def save_sd21(folder: Path, width: int = 32) -> Path:
     return folder
 
 
+def save_sdxl(folder: Path, widths: tuple[int, int] = (24, 40), force_upcast: bool = True) -> Path:
+    """``stabilityai/stable-diffusion-xl-base-1.0``: two text encoders of unequal widths, Euler, no safety checker.
+
+    Three levels with 0, 1 and 2 transformer layers stand for the published 0, 2 and 10.
+    """
+    torch.manual_seed(100)
+    second = _text_config(widths[1], layers=3, hidden_act="gelu")
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=sum(widths),
+        transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[1, 2, 4],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+        norm_num_groups=8,
+    )
+    for name, parameter in unet.named_parameters():
+        # Text and references show in the images.
+        if "attn2.to_" in name and name.endswith("weight"):
+            parameter.data *= 4
+    StableDiffusionXLPipeline(
+        vae=_vae(force_upcast=force_upcast),
+        text_encoder=_text_encoder(widths[0], layers=3, hidden_act="quick_gelu"),
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        tokenizer=_tokenizer("<|endoftext|>"),
+        tokenizer_2=_tokenizer("!"),
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def save_clip(folder: Path, width: int = 40, act: str = "gelu") -> Path:
     """``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``: both towers of a CLIP, sharded, beside OpenCLIP's own file of them."""
     torch.manual_seed(14)
@@ -112,21 +166,23 @@ def _tokenizer(padding: str) -> CLIPTokenizer:
 
 
 def _text_encoder(width: int, layers: int, hidden_act: str) -> CLIPTextModel:
+    return CLIPTextModel(_text_config(width, layers, hidden_act)).eval()
+
+
+def _text_config(width: int, layers: int, hidden_act: str) -> CLIPTextConfig:
     tokenizer = _tokenizer("!")
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_TOKENS,
-            hidden_act=hidden_act,
-            projection_dim=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).eval()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        hidden_act=hidden_act,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def _unet(width: int, **settings: Any) -> UNet2DConditionModel:
@@ -142,7 +198,7 @@ def _unet(width: int, **settings: Any) -> UNet2DConditionModel:
     ).eval()
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -150,6 +206,7 @@ def _vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=32,
+        **settings,
     ).eval()
 
 

@@ -21,6 +21,8 @@ from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.arguments import BLANK
+from vcf_batch.vcf.base.family import EncodedText
+from vcf_batch.vcf.base.stable_diffusion import StableDiffusion
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -368,17 +370,17 @@ def test_distinct_inputs_are_encoded_once(
     epsilon: VCFPipeline, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    prompts, references = epsilon.encode_prompts, epsilon.encode_references
+    prompts, references = StableDiffusion.encode, epsilon.encode_references
 
-    def counted_prompts(texts: list[str], clip_skip: int | None = None) -> torch.Tensor:
+    def counted_prompts(self: StableDiffusion, texts: list[str], *settings: Any) -> list[EncodedText]:
         encoded.append(len(texts))
-        return prompts(texts, clip_skip)
+        return prompts(self, texts, *settings)
 
     def counted_references(found: list[Image.Image], image_tokens: str | None, **given: bool) -> torch.Tensor:
         encoded.append(len(found))
         return references(found, image_tokens, **given)
 
-    monkeypatch.setattr(epsilon, "encode_prompts", counted_prompts)
+    monkeypatch.setattr(StableDiffusion, "encode", counted_prompts)
     monkeypatch.setattr(epsilon, "encode_references", counted_references)
     epsilon.generate(["a", "a", "b"], [images[0], images[:2], images[1]], seeds=[1, 2, 3], steps=1)
     assert encoded == [3, 2], "prompts a, b and the empty negative prompt; two images"

@@ -146,6 +146,17 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option("height", int, "Height in pixels, a multiple of 8.  [default: the model's size]")
 @_option("width", int, "Width in pixels, a multiple of 8.  [default: the model's size]")
 @_option(
+    "original-height",
+    int,
+    "Height before any cropping, in pixels, as a Stable Diffusion XL is told. Small sizes make blurred images.  "
+    "[default: the height]",
+)
+@_option("original-width", int, "Width before any cropping, as a Stable Diffusion XL is told.  [default: the width]")
+@_option("crop-top", int, "Pixels cut off at the top, as a Stable Diffusion XL is told.  [default: 0]")
+@_option("crop-left", int, "Pixels cut off at the left, as a Stable Diffusion XL is told.  [default: 0]")
+@_option("target-height", int, "Height that is meant, as a Stable Diffusion XL is told.  [default: the height]")
+@_option("target-width", int, "Width that is meant, as a Stable Diffusion XL is told.  [default: the width]")
+@_option(
     "dtype",
     click.Choice(settings.DTYPES),
     "Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs.  [default: auto]",

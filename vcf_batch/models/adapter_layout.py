@@ -71,13 +71,15 @@ def cross_attention_layers(unet: Mapping[str, Any]) -> list[Shape] | None:
         unet: the configuration of a UNet.
 
     Returns:
-        None for a UNet that is not built as those of Stable Diffusion 1 and 2, which only a worker can look into.
+        None for a UNet that is not built as those of Stable Diffusion 1, 2 and XL, which only a worker can look into.
     """
     channels, width = unet.get("block_out_channels", ()), unet.get("cross_attention_dim", 0)
     down, up = unet.get("down_block_types", ()), unet.get("up_block_types", ())
     count, depth = unet.get("layers_per_block", 2), unet.get("transformer_layers_per_block", 1)
+    depths = depth if isinstance(depth, list | tuple) else [depth] * len(channels)
     if not (
-        all(isinstance(number, int) for number in (width, count, depth))
+        all(isinstance(number, int) for number in (width, count, *depths))
+        and len(depths) == len(channels)
         and {*down, *up} <= _PLAIN_BLOCKS
         and len(down) == len(up) == len(channels) > 0
         and unet.get("mid_block_type", _MIDDLE_BLOCK) == _MIDDLE_BLOCK
@@ -85,10 +87,11 @@ def cross_attention_layers(unet: Mapping[str, Any]) -> list[Shape] | None:
     ):
         return None
     found: list[Shape] = []
-    for kinds, widths, layers in ((down, channels, count), (up, channels[::-1], count + 1)):
-        for kind, own in zip(kinds, widths, strict=True):
-            found += [(own, width)] * (layers * depth if "CrossAttn" in kind else 0)
-    return [*found, *[(channels[-1], width)] * depth]
+    levels = [*zip(channels, depths, strict=True)]
+    for kinds, order, layers in ((down, levels, count), (up, levels[::-1], count + 1)):
+        for kind, (own, deep) in zip(kinds, order, strict=True):
+            found += [(own, width)] * (layers * deep if "CrossAttn" in kind else 0)
+    return [*found, *[(channels[-1], width)] * depths[-1]]
 
 
 def check(shapes: Mapping[str, Shape], what: str, layers: Sequence[Shape], encoder: Widths, encoder_name: str) -> None:

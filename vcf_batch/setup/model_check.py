@@ -14,6 +14,7 @@ from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
 from vcf_batch.setup.job import is_guided, roles_of
 from vcf_batch.setup.run_models import OWN_GUIDE, Models
+from vcf_batch.vcf.base.layout import Layout, layout_of
 from vcf_batch.vcf.roles.role import BY_NAME, ROLE_FILE, layers_of
 
 MAX_ROLE_BYTES = 1 << 28
@@ -55,7 +56,13 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
             f"{model} is not a Stable Diffusion model in diffusers layout: it needs model_index.json, "
             "unet/config.json and vae/config.json"
         )
-    _check_unet(model, unet, vae)
+    layout = layout_of(index, model)
+    _check_unet(model, layout, unet, vae)
+    if config.sampling.told_sizes and not layout.tells_sizes:
+        raise UsageError(
+            f"{config.sampling.told_sizes[0]} is given, and {model} is not told sizes: leave it out, or use a Stable "
+            "Diffusion XL"
+        )
     require_vocabulary(resolved.pipeline)
     check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, model)
     _check_fusions(config, fusions)
@@ -79,7 +86,7 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
         adapter_layout.check_files(resolved.ip_adapter, resolved.image_encoder, unet)
 
 
-def _check_unet(model: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+def _check_unet(model: str, layout: Layout, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """Refuse a UNet that takes more than noise, timestep and text, before its first batch fails or goes wrong."""
     latent = vae.get("latent_channels", 4)
     for name in ("in_channels", "out_channels"):
@@ -89,10 +96,10 @@ def _check_unet(model: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> 
                 f"{latent!r:.60} channels; use a model that needs text alone, not one for inpainting or editing"
             )
     for name in UNET_INPUTS:
-        if unet.get(name) is not None:
+        if unet.get(name) != layout.unet.get(name):
             raise ModelError(
-                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, so its UNet needs a further input; use "
-                "a Stable Diffusion 1 or 2, neither distilled nor XL"
+                f"{name} is {unet[name]!r:.60} in unet/config.json of {model}, so its UNet needs another input; use "
+                "a Stable Diffusion 1, 2 or XL that is not distilled"
             )
 
 

@@ -275,10 +275,10 @@ def _towers(job: TrainingJob, device: torch.device) -> Towers:
     config, parts = job.config, job.parts
     unused = {} if job.transfer_pairs else {"unet": None, "vae": None}
     pipeline = load(parts, getattr(torch, config.dtype), aligner=None, **unused)
-    widths = pipeline.image_encoder.config.hidden_size, pipeline.text_encoder.config.hidden_size
+    widths = pipeline.image_encoder.config.hidden_size, pipeline.family.width
     torch.manual_seed(config.seed)  # The first weights do not depend on which parts were loaded before.
     pipeline.register_modules(aligner=ImageAligner(*widths, tokens=config.tokens))
-    for tower in (pipeline.text_encoder, pipeline.image_encoder):
+    for tower in (*pipeline.family.encoders, pipeline.image_encoder):
         tower.requires_grad_(False).eval()
     encoder = parts.image_encoder or parts.base
     image_id, text_id = (f"{config.dtype}-{model.identity[:16]}" for model in (encoder, parts.base))

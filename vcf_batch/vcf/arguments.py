@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
 from vcf_batch.errors import RowError, UsageError
+from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.vcf.fusion import Fusion, filled
 from vcf_batch.vcf.roles.reach import mask_of
 from vcf_batch.vcf.roles.role import ALL, Role, role_of
@@ -96,6 +97,26 @@ def numbers_of(name: str, value: Any, count: int) -> list[Any]:
         if own is not None and not isinstance(own, Real):
             raise UsageError(f"{name} is {own!r}; it must be a number")
     return values
+
+
+def told_sizes(
+    original: tuple[int, int] | None, crop: tuple[int, int] | None, target: tuple[int, int] | None
+) -> dict[str, Any]:
+    """The fields of :class:`vcf_batch.config.Sampling` for sizes as diffusers gives them, heights and tops first.
+
+    Raises:
+        UsageError: one is no pair.
+    """
+    fields: dict[str, Any] = {}
+    for name, pair, own in (
+        ("original_size", original, ("original_height", "original_width")),
+        ("crops_coords_top_left", crop or (0, 0), ("crop_top", "crop_left")),
+        ("target_size", target, ("target_height", "target_width")),
+    ):
+        if pair is not None and (not isinstance(pair, list | tuple) or len(pair) != 2):
+            raise UsageError(f"{name} is {pair!r}; it must have two whole numbers")
+        fields |= dict(zip(own, pair or (None, None), strict=True))
+    return fields
 
 
 def texts_of(name: str, given: Any) -> list[str]:
@@ -207,8 +228,8 @@ def draw(generators: Generators, shape: Sequence[int], count: int | None) -> Ten
 
 def encode_texts(
     pipeline: "VCFPipeline", texts: Sequence[str], long_prompts: str, clip_skip: int | None = None
-) -> list[Tensor]:
-    """Tokens ``[T, Dt]`` of texts, each distinct one encoded once.
+) -> list[EncodedText]:
+    """Encoded texts, each distinct one encoded once.
 
     Args:
         pipeline: the pipeline.
@@ -221,22 +242,22 @@ def encode_texts(
     """
     if long_prompts not in ENCODED_LONG_PROMPTS:
         raise UsageError(f"long_prompts is {long_prompts!r}; it must be one of {', '.join(ENCODED_LONG_PROMPTS)}")
-    encode = pipeline.encode_windows if long_prompts == "chunk" else pipeline.encode_prompts
     distinct = [*dict.fromkeys(texts)]
-    tokens = encode(distinct, clip_skip)
-    return [tokens[distinct.index(text)] for text in texts]
+    encoded = pipeline.family.encode(distinct, long_prompts == "chunk", clip_skip)
+    return [encoded[distinct.index(text)] for text in texts]
 
 
 def leveled(
-    pipeline: "VCFPipeline", positive: Sequence[Tensor], negative: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tokens of prompts and negative prompts, both of each sample filled up to the longer one's windows."""
-    lengths = [max(map(len, both)) for both in zip(positive, negative, strict=True)]
-    if all(len(own) == length for side in (positive, negative) for own, length in zip(side, lengths, strict=True)):
+    pipeline: "VCFPipeline", positive: Sequence[EncodedText], negative: Sequence[EncodedText]
+) -> tuple[list[EncodedText], list[EncodedText]]:
+    """Prompts and negative prompts, both of each sample filled up to the longer one's windows."""
+    lengths = [max(len(text.tokens) for text in both) for both in zip(positive, negative, strict=True)]
+    sides = [[*zip(side, lengths, strict=True)] for side in (positive, negative)]
+    if all(len(text.tokens) == length for side in sides for text, length in side):
         return [*positive], [*negative]
-    empty = pipeline.encode_prompts([""])[0]
+    empty = pipeline.family.encode([""])[0].tokens
     first, second = (
-        [filled(*each, empty) for each in zip(side, lengths, strict=True)] for side in (positive, negative)
+        [text._replace(tokens=filled(text.tokens, length, empty)) for text, length in side] for side in sides
     )
     return first, second
 

@@ -23,9 +23,11 @@ from vcf_batch.vcf.arguments import (
     per_sample,
     tell_unknown,
     texts_of,
+    told_sizes,
     whole_number,
 )
-from vcf_batch.vcf.fusion import Conditioning, condition
+from vcf_batch.vcf.base.family import EncodedText
+from vcf_batch.vcf.fusion import Conditioning
 from vcf_batch.vcf.sampling import Moment, denoise, prepare_scheduler
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ def call(
     image_tokens: str | None = None,
     height: int | None = Sampling.height,
     width: int | None = Sampling.width,
+    original_size: tuple[int, int] | None = None,
+    crops_coords_top_left: tuple[int, int] = (0, 0),
+    target_size: tuple[int, int] | None = None,
     num_inference_steps: int | None = Sampling.steps,
     guidance_scale: float | Sequence[float | None] | None = None,
     guidance_lo: float = Sampling.guidance_lo,
@@ -68,6 +73,8 @@ def call(
     latents: Tensor | None = None,
     prompt_embeds: Tensor | None = None,
     negative_prompt_embeds: Tensor | None = None,
+    pooled_prompt_embeds: Tensor | None = None,
+    negative_pooled_prompt_embeds: Tensor | None = None,
     long_prompts: str = "truncate",
     clip_skip: int | None = None,
     output_type: str = "pil",
@@ -118,7 +125,12 @@ def call(
         generator: generators in place of seeds: one for each image, or one for the batch, in which case the images
             depend on the batch. They go on where they are, so that the next call gets other noise.
         latents: ``[B, C, H / f, W / f]``, the initial noise, standard normal; None draws it.
+        original_size, crops_coords_top_left, target_size: what a Stable Diffusion XL is told of the picture, heights
+            and tops first: the size before and the place of its cropping, and the size meant. None is the size of the
+            images, and (0, 0).
         prompt_embeds, negative_prompt_embeds: ``[B, T, Dt]``, text tokens in place of texts.
+        pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[B, Dp]``, for a Stable Diffusion XL, beside the text
+            tokens of that side.
         long_prompts: ``truncate`` cuts off what the text encoder does not take, ``chunk`` encodes it in windows
             (:meth:`VCFPipeline.encode_windows`).
         clip_skip: number of the text encoder's last layers that the prompts leave out; negative prompts do not.
@@ -145,7 +157,13 @@ def call(
             whole_number(name, edge, 1, MAX_EDGE)
     if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
         raise UsageError(f"guidance_rescale is {guidance_rescale}; it must be between 0 and 1")
-    given = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+    given = {
+        "latents": latents,
+        "prompt_embeds": prompt_embeds,
+        "negative_prompt_embeds": negative_prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+    }
     for name, tensor in given.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise UsageError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
@@ -171,17 +189,18 @@ def call(
     if prompt is not None:
         positive = encode_texts(self, prompt, long_prompts, clip_skip)
     else:
-        positive = [*prompt_embeds.to(device)]  # type: ignore[union-attr]
+        positive = _encoded(prompt_embeds.to(device), pooled_prompt_embeds)  # type: ignore[union-attr]
     if negative_prompt_embeds is not None:
-        negative = [*negative_prompt_embeds.to(device)]
+        negative = _encoded(negative_prompt_embeds.to(device), negative_pooled_prompt_embeds)
     elif any(scale != 1 for scale in scales) or (callback_on_step_end and self.text_encoder is not None):
         texts = [text or "" for text in per_sample("negative_prompt", negative_prompt, count)]
         negative = encode_texts(self, texts, long_prompts)
     else:
-        negative = [torch.zeros_like(own) for own in positive]
+        # No step computes their side.
+        negative = [text._replace(tokens=torch.zeros_like(text.tokens)) for text in positive]
     if prompt_embeds is None and negative_prompt_embeds is None:
         positive, negative = leveled(self, positive, negative)
-    shapes = [[len(side), *side[0].shape] for side in (positive, negative)]
+    shapes = [[len(side), *side[0].tokens.shape] for side in (positive, negative)]
     if shapes[0] != shapes[1]:
         raise UsageError(
             f"prompt_embeds or the tokens of the prompts have the shape {shapes[0]}, and those of the negative ones "
@@ -212,6 +231,7 @@ def call(
             eta=eta,
             height=height,
             width=width,
+            **told_sizes(original_size, crops_coords_top_left, target_size),
         )
     )
     generators = generators_of(seed, generator, count, images)
@@ -227,10 +247,12 @@ def call(
             self.unet,
             used,
             noise,
-            condition(
+            self.conditioned(
                 [each for each in positive for _ in range(images)],
                 [each for each in negative for _ in range(images)],
                 [each for each in fusions for _ in range(images)],
+                noise,
+                sampling,
             ),
             guidance_scale=[each for each in scales for _ in range(images)],
             sampling=sampling,
@@ -300,6 +322,21 @@ class StepEnd:
         scales = per_sample("the pipeline's _guidance_scale", self.pipeline._guidance_scale, len(moment.latents))
         moment.guidance_scale = guided_scales(scales)
         moment.stopped = self.pipeline.interrupt
+
+
+def _encoded(tokens: Tensor, pooled: Tensor | None) -> list[EncodedText]:
+    """Texts by their tokens ``[B, T, Dt]``, with their pooled embeddings ``[B, Dp]``.
+
+    Raises:
+        UsageError: there is another number of pooled embeddings.
+    """
+    if pooled is None:
+        return [EncodedText(own) for own in tokens]
+    if len(pooled) != len(tokens):
+        raise UsageError(
+            f"there are pooled embeddings of {len(pooled)} texts, and tokens of {len(tokens)}; give one for each"
+        )
+    return [EncodedText(*both) for both in zip(tokens, pooled.to(tokens.device), strict=True)]
 
 
 def guided_scales(scales: Sequence[Any]) -> list[float]:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, ROLED_FUSIONS, reference_shares
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.acceleration import upload
+from vcf_batch.vcf.base.family import AddedInputs
 from vcf_batch.vcf.roles.reach import Reach, logarithm
 from vcf_batch.vcf.roles.role import ALL, Layers, Role
 
@@ -294,6 +295,13 @@ class Conditioning:
     """The limits of each sample's references; None, or an empty sequence, for none."""
     strengths: Sequence[float] = ()
     """Strength of each sample with limits."""
+    added: AddedInputs = field(default_factory=dict)
+    """What else the UNet gets at each step."""
+
+    def added_inputs(self, guided: bool) -> dict[str, Tensor] | None:
+        """The UNet's ``added_cond_kwargs``, with the rows of :meth:`select`; None without any."""
+        sides = {name: both if guided else both[1:] for name, both in self.added.items()}
+        return {name: torch.cat(own) for name, own in sides.items()} or None
 
     @property
     def is_limited(self) -> bool:

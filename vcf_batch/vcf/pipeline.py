@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
 import diffusers
@@ -40,15 +40,17 @@ from vcf_batch.vcf.arguments import (
     leveled,
     per_sample,
     tell_unknown,
+    told_sizes,
 )
 from vcf_batch.vcf.attention import Kernel, use_kernel
+from vcf_batch.vcf.base.family import BaseFamily, EncodedText
+from vcf_batch.vcf.base.layout import layout_of
+from vcf_batch.vcf.base.stable_diffusion import StableDiffusion
 from vcf_batch.vcf.call import call
 from vcf_batch.vcf.fusion import Conditioning, Fusion, condition
 from vcf_batch.vcf.ip_adapter import IPAdapter, load_ip_adapter
 from vcf_batch.vcf.roles.role import Role
 from vcf_batch.vcf.sampling import Generators, denoise, prepare_scheduler, recomputed
-
-_log = logging.getLogger(__name__)
 
 Sampler = Callable[[Tensor, Conditioning], Tensor]
 """Function that makes images of noise and conditioning."""
@@ -119,16 +121,14 @@ class VCFPipeline(StableDiffusionPipeline):
         default_strengths(aligner and aligner.config, {"default_strength": default_strength})
         if tokenizer is not None:
             refuse_without_words(tokenizer)
-        super().__init__(
+        self._register_base(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
             scheduler=scheduler,
-            safety_checker=None,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
-            requires_safety_checker=False,
         )
         self.register_modules(aligner=aligner)
         self.register_to_config(
@@ -150,8 +150,37 @@ class VCFPipeline(StableDiffusionPipeline):
                 )
 
     @classmethod
+    def _class_for(cls, folder: str, given: Mapping[str, Any]) -> "type[VCFPipeline]":
+        """The class for the family of the model in a folder or on the Hub.
+
+        Raises:
+            ModelError: see :func:`vcf_batch.vcf.base.layout.layout_of`.
+        """
+        if cls is not VCFPipeline or folder == TINY or folder.endswith(single_file.SUFFIX):
+            return cls
+        names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+        try:
+            index = cls.load_config(folder, **{name: given[name] for name in names if name in given})
+        except OSError:  # loading tells what is wrong with it
+            return cls
+        module, _, name = layout_of(index, folder).pipeline.partition(":")
+        own: type[VCFPipeline] = getattr(importlib.import_module(module), name)
+        return own
+
+    @classmethod
+    def _dtypes(cls, place: str, dtype: Any) -> Any:
+        """The dtype of each part of a model in a folder or on the Hub, where ``dtype`` is asked for."""
+        return dtype
+
+    def _register_base(self, **parts: Any) -> None:
+        """Register the parts that the base model has, by name, as the pipeline of diffusers does."""
+        super().__init__(**parts, safety_checker=None, requires_safety_checker=False)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "VCFPipeline":
         """Load a saved VCFPipeline, or a plain Stable Diffusion model with the missing parts given as arguments.
+
+        For a Stable Diffusion XL it is a :class:`vcf_batch.vcf.base.pipeline_xl.VCFXLPipeline`.
 
         Takes what ``DiffusionPipeline.from_pretrained`` takes, ``tiny`` for the embedded model, and a local safetensors
         file with a whole Stable Diffusion 1.x or 2.x, whose configuration is the published model's; a safety checker is
@@ -159,16 +188,21 @@ class VCFPipeline(StableDiffusionPipeline):
         dtype every part is float32, however it is stored.
 
         Raises:
-            ModelError: the files of a network lack some of its weights, or a file is no Stable Diffusion.
+            ModelError: the files of a network lack some of its weights, a file is no Stable Diffusion, or the model is
+                a refiner or for inpainting.
         """
-        given, folder = {"safety_checker": None, **kwargs}, str(pretrained_model_name_or_path)
-        if not {"dtype", "torch_dtype"} & given.keys():
-            # transformers would keep the stored type of its parts, and diffusers gives float32 to its own.
-            given["torch_dtype"] = torch.float32
+        given, folder = dict(kwargs), str(pretrained_model_name_or_path)
+        if (own := cls._class_for(folder, given)) is not cls:
+            return own.from_pretrained(folder, **given)
+        if cls is VCFPipeline:
+            given = {"safety_checker": None, **given}
         if folder == TINY:
             folder = tiny_folder()
+        # Without a dtype transformers would keep the stored type of its parts, and diffusers gives float32 to its own.
+        dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
         if folder.endswith(single_file.SUFFIX):
-            return cls._from_file(folder, given)
+            return cls._from_file(folder, given | {"dtype": dtype})
+        given["dtype"] = cls._dtypes(folder, dtype)
         if "variant" in given:
             return super().from_pretrained(folder, **given)
         with loadable(folder, given) as (place, variant):
@@ -241,9 +275,7 @@ class VCFPipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
-        """Text tokens of prompts or negative prompts, exactly as ``encode_prompt`` of diffusers gives them.
-
-        That method would wait for the device.
+        """Text tokens of prompts, exactly as ``encode_prompt`` of diffusers gives them; it would wait for the device.
 
         Args:
             prompts: one or more; what exceeds :attr:`max_tokens` is cut off with a warning.
@@ -255,15 +287,7 @@ class VCFPipeline(StableDiffusionPipeline):
         Raises:
             UsageError: the text encoder has fewer layers.
         """
-        parts = []
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            texts = self.maybe_convert_prompt(list(prompts[start : start + ENCODE_BATCH]), self.tokenizer)
-            lengths = map(len, self.tokenizer(texts, verbose=False).input_ids)
-            if too_long := sum(length > self.max_tokens for length in lengths):
-                _log.warning("%d prompts have more than %d tokens, and the rest is cut off", too_long, self.max_tokens)
-            tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-            parts.append(self._encode(tokens.input_ids, tokens.attention_mask, clip_skip))
-        return torch.cat(parts)
+        return torch.stack([text.tokens for text in self.family.encode(prompts, clip_skip=clip_skip)])
 
     @torch.no_grad()
     def encode_windows(self, prompts: Sequence[str], clip_skip: int | None = None) -> list[Tensor]:
@@ -283,29 +307,12 @@ class VCFPipeline(StableDiffusionPipeline):
         Raises:
             UsageError: the text encoder has fewer layers.
         """
-        texts = self.maybe_convert_prompt(list(prompts), self.tokenizer)
-        windows = self.tokenizer(
-            texts, padding="max_length", truncation=True, return_overflowing_tokens=True, return_tensors="pt"
-        )
-        ids, masks = (part.split(ENCODE_BATCH) for part in (windows.input_ids, windows.attention_mask))
-        encoded = torch.cat([self._encode(*part, clip_skip) for part in zip(ids, masks, strict=True)])
-        counts = windows.overflow_to_sample_mapping.bincount().tolist()
-        return [own.flatten(0, 1) for own in encoded.split(counts)]
+        return [text.tokens for text in self.family.encode(prompts, True, clip_skip)]
 
-    def _encode(self, ids: Tensor, masks: Tensor, clip_skip: int | None) -> Tensor:
-        """Text tokens ``[B, T, Dt]`` of token ids and their masks, ``[B, T]``; see :meth:`encode_prompts`."""
-        most = self.text_encoder.config.num_hidden_layers
-        if clip_skip is not None and not 0 <= clip_skip <= most:
-            raise UsageError(f"clip_skip is {clip_skip}; it must be between 0 and {most}, the text encoder's layers")
-        device = self._execution_device
-        mask = upload(masks, device) if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        ids = upload(ids, device)
-        if clip_skip is None:
-            return self.text_encoder(ids, attention_mask=mask)[0]
-        layers = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        # transformers 5 has the tower itself where earlier versions had a model around it.
-        tower: Any = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return tower.final_layer_norm(layers[-1 - clip_skip])
+    @property
+    def family(self) -> BaseFamily:
+        """What is particular to the family of this base model."""
+        return StableDiffusion(self)
 
     @property
     def max_tokens(self) -> int:
@@ -484,19 +491,19 @@ class VCFPipeline(StableDiffusionPipeline):
     @torch.no_grad()
     def prepare(
         self,
-        text_tokens: Tensor | Sequence[Tensor],
-        negative_tokens: Tensor | Sequence[Tensor],
+        text_tokens: Tensor | Sequence[Tensor | EncodedText],
+        negative_tokens: Tensor | Sequence[Tensor | EncodedText],
         fusions: Sequence[Fusion],
         *,
         seeds: Sequence[int],
         guidance_scale: float | Sequence[float | None] | None = None,
         sampling: Sampling,
     ) -> tuple[Sampler, Tensor, Conditioning]:
-        """Prepare the sampling, from the tokens of :meth:`encode_prompts` and :meth:`encode_references`.
+        """Prepare the sampling, from encoded texts and the tokens of :meth:`encode_references`.
 
         Args:
-            text_tokens, negative_tokens: those of the prompts and of the negative prompts, see
-                :func:`vcf_batch.vcf.fusion.condition`.
+            text_tokens, negative_tokens: the prompts and negative prompts as :attr:`family` encodes them, of as many
+                tokens for each sample. Tokens ``[T, Dt]`` alone are enough for a family without pooled embeddings.
             fusions: one per sample, with its references' tokens and the way they join the prompt.
             seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
             guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
@@ -522,7 +529,31 @@ class VCFPipeline(StableDiffusionPipeline):
             settings: dict[str, Any] = {"guidance_scale": scales, "sampling": used, "generators": own}
             return self.decode(denoise(self.unet, scheduler, noise, conditioning, **settings))
 
-        return sample, noise, condition(text_tokens, negative_tokens, fusions)
+        return sample, noise, self.conditioned(text_tokens, negative_tokens, fusions, noise, used)
+
+    def conditioned(
+        self,
+        text_tokens: Tensor | Sequence[Tensor | EncodedText],
+        negative_tokens: Tensor | Sequence[Tensor | EncodedText],
+        fusions: Sequence[Fusion],
+        noise: Tensor,
+        sampling: Sampling,
+    ) -> Conditioning:
+        """The conditioning of a batch, with what the family gives the UNet besides; for the arguments see
+        :meth:`prepare`.
+
+        Args:
+            noise: ``[B, 1 + added, C, h, w]``, whose size is that of the images.
+
+        Raises:
+            UsageError: see :meth:`vcf_batch.vcf.base.family.BaseFamily.added_inputs`.
+        """
+        positive = [EncodedText.of(text) for text in text_tokens]
+        negative = [self.family.negative(EncodedText.of(text)) for text in negative_tokens]
+        height, width = (edge * self.vae_scale_factor for edge in noise.shape[-2:])
+        added = self.family.added_inputs(positive, negative, (height, width), sampling)
+        first, second = ([text.tokens for text in side] for side in (positive, negative))
+        return dataclasses.replace(condition(first, second, fusions), added=added)
 
     def _scales(self, guidance_scale: float | Sequence[float | None] | None, count: int) -> list[float]:
         """The guidance scale of each sample, from one for all or one each; None is the model's default."""
@@ -577,6 +608,9 @@ class VCFPipeline(StableDiffusionPipeline):
         eta: float = Sampling.eta,
         height: int | None = Sampling.height,
         width: int | None = Sampling.width,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Generate one image per prompt. Each distinct prompt and each distinct image object is encoded once.
 
@@ -605,7 +639,7 @@ class VCFPipeline(StableDiffusionPipeline):
         if not (count := len(prompts)):
             raise UsageError("prompts is empty; give at least one prompt")
         negatives = [negative or "" for negative in per_sample("negative_prompts", negative_prompts, count)]
-        text_tokens = encode_texts(self, [*prompts, *negatives], long_prompts)
+        texts = encode_texts(self, [*prompts, *negatives], long_prompts)
         fusions = fuse_references(
             self,
             count,
@@ -630,9 +664,10 @@ class VCFPipeline(StableDiffusionPipeline):
             eta=eta,
             height=height,
             width=width,
+            **told_sizes(original_size, crops_coords_top_left, target_size),
         )
         return self.generate_from_tokens(
-            *leveled(self, text_tokens[:count], text_tokens[count:]),
+            *leveled(self, texts[:count], texts[count:]),
             fusions,
             seeds=seeds,
             guidance_scale=guidance_scale,

@@ -257,13 +257,18 @@ def denoise(
             computed = inside, any_guided
             if selected != (selected := (conditioning.inside(time), guided)):
                 tokens, settings = conditioning.select(*selected, layers)
+                others = conditioning.added_inputs(guided)
                 tokens, attention = tokens.to(unet.dtype), None
                 if settings:
                     accept_token_bias(unet, adapted="ip_tokens" in settings)
                     attention = {name: _in(unet.dtype, value) for name, value in settings.items()}
             scaled = scheduler.scale_model_input(latents, cpu_timestep).to(unet.dtype)
             predict = functools.partial(
-                unet, encoder_hidden_states=tokens, cross_attention_kwargs=attention, return_dict=False
+                unet,
+                encoder_hidden_states=tokens,
+                cross_attention_kwargs=attention,
+                added_cond_kwargs=others,
+                return_dict=False,
             )
             prediction = recomputed(predict, torch.cat([scaled, scaled]) if guided else scaled, timestep)[0].float()
             if guided:

@@ -14,6 +14,7 @@ from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER
 from vcf_batch.metrics.scorer import Targets
 from vcf_batch.records import Objective, Reference, Row, Sample
+from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.worker.shard_rows import ShardRows
 
 Sight = tuple[bool, Reference]
@@ -104,8 +105,8 @@ class Batch:
     """The decoded masks of each row that has some, by position."""
     errors: dict[int, str] = field(default_factory=dict)
     """Reasons of the rows that fail, by position."""
-    text_tokens: dict[str, Tensor] = field(default_factory=dict)
-    """Tokens ``[T, Dt]`` of each prompt and negative prompt."""
+    texts: dict[str, EncodedText] = field(default_factory=dict)
+    """Each prompt and negative prompt, encoded."""
     image_tokens: dict[Sight, Tensor] = field(default_factory=dict)
     """Tokens ``[N, Dt]`` of each reference, as the fusions of its rows take it."""
     targets: Targets | None = None

@@ -7,6 +7,7 @@ first references are read, or its last samples are scored and written.
 
 import contextlib
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.models.forward_pass import ForwardPass, outputs
 from vcf_batch.records import Objective, Sample
 from vcf_batch.vcf import pno
+from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.vcf.fusion import Fusion, filled
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.roles.reach import mask_of
@@ -77,8 +79,8 @@ class Generation:
         self.batches = batches.cut(rows, batch_size)
         self.references = ShardReferences(components, self.batches, rows, last_attempt, clock)
         self.finisher = Finisher(components, rows, write, clock)
-        self.text_passes: dict[str, ForwardPass[str, str, Tensor]] = {}
-        """The passes that give the tokens ``[T, Dt]`` of the texts that this or a later batch needs."""
+        self.text_passes: dict[str, ForwardPass[str, str, EncodedText]] = {}
+        """The passes that encode the texts that this or a later batch needs."""
         self.text_last_batch = {
             text: batch.number
             for batch in self.batches
@@ -121,7 +123,7 @@ class Generation:
                     with self.clock("sample"):
                         texts, references = self._texts(batch), self.references.passes(batch)
                         if self._has_work(batch):
-                            batch.text_tokens = outputs(texts)
+                            batch.texts = outputs(texts)
                             batch.image_tokens = {sight: own[sight[1]] for sight, own in references.items()}
                             self._sample(batch)
                     while len(self.behind) >= BATCHES_BEHIND:
@@ -214,10 +216,10 @@ class Generation:
         """The arguments of :meth:`vcf_batch.vcf.pipeline.VCFPipeline.prepare` for some rows of a batch."""
         positions = batch.positions[part]
         settings = [self.settings[position] for position in positions]
-        texts = [self._text_tokens(batch, position) for position in positions]
+        texts = [self._encoded_texts(batch, position) for position in positions]
         return {
-            "text_tokens": torch.stack([prompt for prompt, _ in texts]),
-            "negative_tokens": torch.stack([negative for _, negative in texts]),
+            "text_tokens": [prompt for prompt, _ in texts],
+            "negative_tokens": [negative for _, negative in texts],
             "fusions": [self._fusion(batch, position) for position in positions],
             "seeds": [sharding.draw_seed(used["seed"], batch.draw) for used in settings],
             "guidance_scale": [used["guidance_scale"] for used in settings],
@@ -225,14 +227,15 @@ class Generation:
             "sampling": dataclasses.replace(self.config.sampling, deep_cache=settings[0]["deep_cache"]),
         }
 
-    def _text_tokens(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
-        """The tokens ``[T, Dt]`` of a row's prompt and negative prompt, of as many windows."""
+    def _encoded_texts(self, batch: Batch, position: int) -> tuple[EncodedText, EncodedText]:
+        """A row's prompt and negative prompt, of as many windows."""
         windows, (prompt, negative, *empty) = self.shard_rows.windows[position], self.shard_rows.texts(position)
-        both = batch.text_tokens[prompt], batch.text_tokens[negative]
+        both = batch.texts[prompt], batch.texts[negative]
         if not empty:
             return both
-        length, nothing = windows * self.pipeline.max_tokens, batch.text_tokens[empty[0]]
-        return filled(both[0], length, nothing), filled(both[1], length, nothing)
+        length, nothing = windows * self.pipeline.max_tokens, batch.texts[empty[0]].tokens
+        first, second = (text._replace(tokens=filled(text.tokens, length, nothing)) for text in both)
+        return first, second
 
     def _optimize(
         self, settings: Sequence[Mapping[str, Any]], pictures: Sequence[list[Image.Image]], inputs: Mapping[str, Any]
@@ -279,12 +282,11 @@ class Generation:
             masks=masks and [mask and mask_of(mask) for mask in masks],
         )
 
-    def _texts(self, batch: Batch) -> dict[str, ForwardPass[str, str, Tensor]]:
+    def _texts(self, batch: Batch) -> dict[str, ForwardPass[str, str, EncodedText]]:
         """The passes of the batch's prompts and negative prompts. Each distinct text is in one pass of the shard."""
         wanted = dict.fromkeys(text for position in batch.positions for text in self.shard_rows.texts(position))
         new = {text: text for text in wanted if text not in self.text_passes}
-        chunked = self.config.long_prompts == "chunk"
-        encode = self.pipeline.encode_windows if chunked else self.pipeline.encode_prompts
+        encode = functools.partial(self.pipeline.family.encode, chunked=self.config.long_prompts == "chunk")
         self.text_passes.update(dict.fromkeys(new, ForwardPass(new, encode)))
         passes = {text: self.text_passes[text] for text in wanted}
         for text in wanted:
@@ -296,5 +298,5 @@ class Generation:
         """Release the contents of the batch, and the references that no later batch needs."""
         batch.pictures, batch.images, batch.twins, batch.targets = [], None, None, None
         batch.masks = {}
-        batch.text_tokens, batch.image_tokens = {}, {}
+        batch.texts, batch.image_tokens = {}, {}
         self.references.release(batch)
