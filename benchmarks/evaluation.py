@@ -36,7 +36,7 @@ from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.report.contact_sheet import Cell, grid
 from vcf_batch.tiny import pairs, world
 from vcf_batch.tiny.families import HELD_OUT_FAMILY
-from vcf_batch.tiny.fitting import chunks
+from vcf_batch.tiny.fitting import bfloat16_is_fast, chunks
 from vcf_batch.tiny.second_probe import SecondProbe
 from vcf_batch.tiny.second_probe import second_probe as load_probe
 from vcf_batch.tiny.train import ALIGNERS, OTHER_ALIGNERS, RECIPES
@@ -175,9 +175,9 @@ def _strip(made: Tensor, file: Path) -> None:
     cases_of.pictures(torch.cat(list(made), dim=2)[None])[0].save(file)
 
 
-def stages(families: Sequence[str]) -> list[tuple[str, str]]:
-    """The training that these families need: family and stage."""
-    wanted = [("embedded", OTHER_ALIGNERS)]
+def stages(families: Sequence[str], aligners: Sequence[str]) -> list[tuple[str, str]]:
+    """The training that these families and aligners need: family and stage."""
+    wanted = [] if set(aligners) <= {LOOKS_AND_TETHER} else [("embedded", OTHER_ALIGNERS)]
     if "plain" in families:
         wanted += [("plain", stage) for stage in ("unet", "pack")]
     if HELD_OUT_FAMILY.name in families:
@@ -185,12 +185,12 @@ def stages(families: Sequence[str]) -> list[tuple[str, str]]:
     return wanted
 
 
-def swept(families: Sequence[str]) -> list[Method]:
-    """The methods whose strengths are tried: every fusion with every aligner of each family."""
+def swept(families: Sequence[str], aligners: Sequence[str]) -> list[Method]:
+    """The methods whose strengths are tried: every fusion with these aligners of each family."""
     return [
         Method(family, aligner, fusion, strength)
         for family in families
-        for aligner in ([LOOKS_AND_TETHER] if family == HELD_OUT_FAMILY.name else ALIGNERS)
+        for aligner in ([LOOKS_AND_TETHER] if family == HELD_OUT_FAMILY.name else aligners)
         for fusion in FUSIONS
         for strength in STRENGTHS[fusion]
     ]
@@ -282,6 +282,15 @@ def estimate(evaluation: Evaluation, missing: int, training: Sequence[tuple[str,
     show_default=True,
     help="Families to measure; may be repeated.",
 )
+@click.option(
+    "--aligner",
+    "aligners",
+    type=click.Choice([*ALIGNERS]),
+    multiple=True,
+    default=[*ALIGNERS],
+    show_default="all",
+    help="Aligners to measure; may be repeated. 'aligner' is the shipped one.",
+)
 @click.option("--pairs", "count", type=click.IntRange(min=2), default=256, show_default=True, help="Pairs reported.")
 @click.option(
     "--tuning-pairs",
@@ -295,7 +304,12 @@ def estimate(evaluation: Evaluation, missing: int, training: Sequence[tuple[str,
 @click.option("--scenes", type=click.IntRange(min=1), default=32_000, show_default=True, help="Pictures to train on.")
 @click.option("--length", type=float, default=1.0, show_default=True, help="Factor of all training steps.")
 @click.option("--photographs", type=click.Path(path_type=Path, exists=True), help="[default: those of scikit-image]")
-@click.option("--autocast/--no-autocast", default=True, show_default=True, help="bfloat16, for CPUs with AMX.")
+@click.option(
+    "--autocast/--no-autocast",
+    default=bfloat16_is_fast(),
+    show_default="--autocast where the CPU has AMX",
+    help="Compute in bfloat16.",
+)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--estimate-only", is_flag=True, help="Print the estimate and end.")
 def main(
@@ -303,6 +317,7 @@ def main(
     weights: Path,
     second_probe: Path | None,
     families: Sequence[str],
+    aligners: Sequence[str],
     count: int,
     tuning_pairs: int,
     others: int,
@@ -335,10 +350,12 @@ def main(
     groups = [(reported, families), *((each, both) for each in further)]
     groups += [(each, [family for family in families if family != "plain"]) for each in concepts]
 
-    left = [(f, s) for f, s in stages(families) if not (out / f / "done" / f"{s}.json").exists()]
-    missing = sum(len(tuning.prompts) for method in swept(families) if not evaluation.file(method, tuning).exists())
+    left = [(f, s) for f, s in stages(families, aligners) if not (out / f / "done" / f"{s}.json").exists()]
+    missing = sum(
+        len(tuning.prompts) for method in swept(families, aligners) if not evaluation.file(method, tuning).exists()
+    )
     for cases, shown_for in groups:  # Which strengths will be chosen is not known yet: their files are counted.
-        grid_size = sum(len(ALIGNERS) if cases is reported and f in both else 1 for f in shown_for)
+        grid_size = sum(len(aligners) if cases is reported and f in both else 1 for f in shown_for)
         wanted = grid_size * len(FUSIONS) + len(shown_for)
         there = len([*(out / "measured" / cases.name).glob("*.json")])
         missing += max(0, wanted - there) * len(cases.prompts)
@@ -346,7 +363,7 @@ def main(
     if estimate_only:
         return
 
-    for family, stage in stages(families):
+    for family, stage in stages(families, aligners):
         click.echo(f"training {family}: {stage}", err=True)
         evaluation.train(family, stage, scenes, length)
 
@@ -359,14 +376,14 @@ def main(
             rows[method] = evaluation.measure(method, cases)
         return rows
 
-    sweep = measured(tuning, swept(families))
+    sweep = measured(tuning, swept(families, aligners))
     chosen = best(sweep)
     for cases, shown_for in groups:
         methods = []
         for family in shown_for:
             methods.append(Method.text_only(family))
-            aligners = ALIGNERS if cases is reported else (LOOKS_AND_TETHER,)
-            methods += [m for m in chosen if m.family == family and m.aligner in aligners]
+            shown = aligners if cases is reported else (LOOKS_AND_TETHER,)
+            methods += [m for m in chosen if m.family == family and m.aligner in shown]
         measured(cases, methods)
         for family in shown_for:
             some = [m for m in methods if m.family == family and m.aligner in ("", LOOKS_AND_TETHER)]

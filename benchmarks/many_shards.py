@@ -2,7 +2,8 @@
 
 The benchmark writes an output as a run leaves it behind, without a model: shards of few rows, all with the same small
 image, in a scratch folder. Then each work is done in a process of its own. ``--shards 1000000`` takes hours and 40 GB
-to build; use ``--scratch`` to keep what is built.
+to build; use ``--scratch`` to keep what is built. With ``--linked`` it takes minutes and 4 GB: every shard's files are
+links to those of one of the first hundred, and only works that do not compare keys can be measured.
 """
 
 import json
@@ -17,50 +18,72 @@ from typing import Any
 
 import click
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from plan import peak_memory
 
+from vcf_batch.output.shards import ShardFiles, ShardWriter
+from vcf_batch.records import Sample, Scores, Shard
+from vcf_batch.row_settings import settings_of
+from vcf_batch.setup.job import Job, schema_of
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-SHARD_SIZE = 10
 FAILED_SHARDS = 100
 """In every shard with such a number one row has failed."""
+ROWS_AT_ONCE = 1000
+LINKED_WORKS = ("resume: read the receipts", "status", "repair --trust-receipts: the same")
 
 
-def build(folder: Path, shards: int) -> None:
-    """Write a manifest of :data:`SHARD_SIZE` rows for each shard, and the output of its run."""
+def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
+    """Write a manifest of ``shard_size`` rows for each shard, and the output of its run."""
     from support import runs
-    from vcf_batch.output import shards as shard_files
     from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
-    from vcf_batch.records import Sample, Scores
-    from vcf_batch.row_settings import settings_of
-    from vcf_batch.setup.job import schema_of
 
     (folder / "in").mkdir(parents=True)
-    rows = shards * SHARD_SIZE
+    rows = shards * shard_size
     prompts = pa.array([f"a photograph of thing {number}" for number in range(1000)])
-    numbers = pa.array(range(rows), pa.int64())
-    table = pa.table({"prompt": prompts.take(pa.array([row % 1000 for row in range(rows)])), "label": numbers})
-    pq.write_table(table, folder / "in/manifest.parquet", row_group_size=10_000)
+    with pq.ParquetWriter(
+        folder / "in/manifest.parquet", pa.schema({"prompt": pa.string(), "label": pa.int64()})
+    ) as to:
+        for first in range(0, rows, ROWS_AT_ONCE):
+            numbers = pa.array(range(first, min(first + ROWS_AT_ONCE, rows)), pa.int64())
+            to.write_table(pa.table({"prompt": prompts.take(pc.subtract(numbers, first)), "label": numbers}))
     output = folder / "out"
-    job = runs.begin_output(folder / "in/manifest.parquet", output, SHARD_SIZE)
-    schema, image, staged = schema_of(job.config, job.manifest), runs.png(0, 32), folder / "staged"
+    job = runs.begin_output(folder / "in/manifest.parquet", output, shard_size)
+    staged = folder / "staged"
     staged.mkdir()
+    written: dict[int, ShardFiles] = {}
     for shard in job.shards:
-        with shard_files.ShardWriter(str(staged), shard, "png", schema) as writer:
-            for row in job.manifest.iter_rows(shard.start, shard.stop, 0):
-                used = settings_of(row, job.config)
-                if shard.index % FAILED_SHARDS == 0 and row.number == shard.start:
-                    writer.add(Sample(row, "failed", used, error_message="no"))
-                else:
-                    writer.add(Sample(row, "success", used, image, 32, 32, Scores(row.number % 97 / 97, None, None)))
-            files = writer.finish()
+        files = written.get(shard.index % FAILED_SHARDS)
+        if files is None:
+            files = write_shard(job, shard, staged)
             for path in (files.tar, files.parquet):
                 os.replace(path, output / os.path.basename(path))
+            if linked:
+                written[shard.index] = files
+        else:
+            for path in (files.tar, files.parquet):
+                os.link(output / os.path.basename(path), output / (shard.name + os.path.splitext(path)[1]))
         receipt = Receipt(
             shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
         )
         (output / f"{shard.name}{RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
+
+
+def write_shard(job: Job, shard: Shard, folder: Path) -> ShardFiles:
+    """Write the files of a shard, whose first row has failed in every hundredth shard."""
+    from support import runs
+
+    image = runs.png(0, 32)
+    with ShardWriter(str(folder), shard, "png", schema_of(job.config, job.manifest)) as writer:
+        for row in job.manifest.iter_rows(shard.start, shard.stop, 0):
+            used = settings_of(row, job.config)
+            if shard.index % FAILED_SHARDS == 0 and row.number == shard.start:
+                writer.add(Sample(row, "failed", used, error_message="no"))
+            else:
+                writer.add(Sample(row, "success", used, image, 32, 32, Scores(row.number % 97 / 97, None, None)))
+        return writer.finish()
 
 
 def resume(folder: Path) -> str:
@@ -113,11 +136,15 @@ WORKS: dict[str, Callable[[Path], str]] = {
 
 
 @click.command()
-@click.option("--shards", default=10_000, show_default=True)
+@click.option("--shards", type=click.IntRange(1, 5_000_000), default=10_000, show_default=True)
+@click.option("--shard-size", default=10, show_default=True, help="Rows in a shard.")
+@click.option("--linked", is_flag=True, help="Link the files of most shards to those of a few.")
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder to use and keep.")
 @click.option("--work", "works", type=click.Choice([*WORKS]), multiple=True, help="[default: all]")
 @click.option("--only", type=click.Choice([*WORKS]), hidden=True)
-def main(shards: int, scratch: Path | None, works: tuple[str, ...], only: str | None) -> None:
+def main(
+    shards: int, shard_size: int, linked: bool, scratch: Path | None, works: tuple[str, ...], only: str | None
+) -> None:
     """Measure commands with an output of many shards."""
     if only is not None:
         assert scratch is not None
@@ -130,10 +157,10 @@ def main(shards: int, scratch: Path | None, works: tuple[str, ...], only: str | 
         folder = scratch or Path(temporary)
         begin = time.perf_counter()
         if not (folder / "out").exists():
-            build(folder, shards)
+            build(folder, shards, shard_size, linked)
             click.echo(f"built in {time.perf_counter() - begin:,.0f} s", err=True)
         click.echo("| work | found | seconds | of a processor | peak memory, GiB |\n|---|---|---|---|---|")
-        for name in works or WORKS:
+        for name in works or (LINKED_WORKS if linked else WORKS):
             call = [sys.executable, __file__, "--only", name, "--scratch", str(folder)]
             found = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
             done, seconds, processor, gib = json.loads(found.splitlines()[-1])

@@ -1,7 +1,7 @@
 """The settings of a row: the run's settings, with the row's own in their place."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vcf_batch.config import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
@@ -50,6 +50,16 @@ def _unconditional(row: Row, config: RunConfig) -> str:
     return "zeros" if config.unconditional == "negative" else config.unconditional
 
 
+def _limits(row: Row, used: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What limits the references of a row, and how to have no such limit."""
+    if used["reference_roles"] and config.role == "all":
+        yield "reference_roles is set", "leave reference_roles out"
+    elif used["reference_roles"]:
+        yield f"the run's role is {config.role}", "give each reference the role all in reference_roles"
+    if any(row.masks):
+        yield "reference_masks is set", "leave reference_masks out"
+
+
 def checked(row: Row, config: RunConfig) -> Row:
     """The row, with an error if its own settings contradict the run's."""
     used, error = settings_of(row, config), None
@@ -58,12 +68,11 @@ def checked(row: Row, config: RunConfig) -> Row:
             f"fusion_lo is {used['fusion_lo']:g}, above fusion_hi, which is {used['fusion_hi']:g}; set both in the "
             "row, the lower one first"
         )
-    limits = used["reference_roles"] and "reference_roles", any(row.masks) and "reference_masks"
-    for name in filter(None, limits):
-        if used["fusion"] not in ROLED_FUSIONS:
+    if used["fusion"] not in ROLED_FUSIONS:
+        for set_, remedy in _limits(row, used, config):
             error = (
-                f"{name} is set, and the fusion {used['fusion']} cannot limit references; use "
-                f"{' or '.join(ROLED_FUSIONS)} in the row, or leave {name} out"
+                f"{set_}, and the fusion {used['fusion']} cannot limit references; use {' or '.join(ROLED_FUSIONS)} in "
+                f"the row, or {remedy}"
             )
     for role in used["reference_roles"] or ():
         if used["fusion"] == IP_ADAPTER and role not in ADAPTED_ROLES:

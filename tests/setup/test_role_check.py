@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from support import runs
+from support import runs, tiny_models
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.manifest.manifest import Manifest
@@ -56,9 +58,54 @@ def test_a_role_without_references_is_refused(tmp_path: Path, model: Path) -> No
         check(tmp_path, model, {"reference": [None] * 3}, role="layout")
 
 
-def test_a_damaged_file_of_projections_is_told(tmp_path: Path) -> None:
+def projection(**others: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a projection of 5 tokens."""
+    width = tiny_models.TEXT_WIDTH
+    return {"mean": torch.zeros(5, width), "down": torch.zeros(1, width), "up": torch.zeros(width, 1)} | others
+
+
+def a_file(tensors: dict[str, torch.Tensor], role: str = "style") -> bytes:
+    return save({f"{role}.{name}": tensor for name, tensor in tensors.items()})
+
+
+def a_header(text: bytes) -> bytes:
+    """A safetensors file without tensors."""
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "header"),
+        (b"a web page, or a pointer of Git LFS", "header"),
+        (a_header(b"{"), "header"),
+        (a_header(b"[1]"), "header"),
+        (a_header(b"5"), "header"),
+        (a_header(b"[" * 100_000), "header"),
+        (a_file(projection())[:-3], "incomplete"),
+        (save({"style": torch.zeros(1)}), r"it lacks style\.mean"),
+        (a_file({"mean": torch.zeros(5, 4), "down": torch.zeros(1, 4)}), r"it lacks style\.up"),
+        (a_file(projection(mean=torch.zeros(32))), r"the shapes \[32\], \[1, 32\] and \[32, 1\], which do not fit"),
+        (a_file(projection(up=torch.zeros(32, 2))), "which do not fit each other"),
+        (
+            a_file({"mean": torch.zeros(5, 4), "down": torch.zeros(1, 4), "up": torch.zeros(4, 1)}),
+            "it is for tokens of width 4, and the aligner's have 32",
+        ),
+    ],
+    ids=["empty", "text", "json", "list", "number", "deep", "cut", "name", "lacking", "flat", "rank", "width"],
+)
+def test_a_file_of_projections_that_no_worker_could_use_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
+    """Its header is enough for it. Another aligner's file is one, too."""
     folder = runs.save_model(tmp_path / "model")
-    file = folder / "aligner" / "roles.safetensors"
-    file.write_bytes(b"\x09\0\0\0\0\0\0\0{")
-    with pytest.raises(ModelError, match=r"aligner/roles\.safetensors of .* is damaged"):
+    (folder / "aligner" / "roles.safetensors").write_bytes(data)
+    told = rf"aligner/roles\.safetensors of .* cannot be used: .*{reason}.*fit the roles again"
+    with pytest.raises(ModelError, match=told):
         model_check.stored_roles(resolution.resolve(str(folder)))
+
+
+def test_a_file_of_projections_may_say_who_wrote_it(tmp_path: Path) -> None:
+    """Metadata in its header are no role."""
+    folder = runs.save_model(tmp_path / "model")
+    tensors = {f"style.{name}": tensor for name, tensor in projection().items()}
+    (folder / "aligner" / "roles.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    assert model_check.stored_roles(resolution.resolve(str(folder))) == {"style"}

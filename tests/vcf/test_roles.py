@@ -1,5 +1,6 @@
 """Roles and masks: the limits of where references act, and what must hold at their ends."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support import ip_adapters
 from support.tiny_models import TEXT_WIDTH, build_pipeline
+from vcf_batch import images
 from vcf_batch.config import ROLED_FUSIONS, ROLES, Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf import pno
@@ -20,8 +22,8 @@ from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.roles import projections
-from vcf_batch.vcf.roles.reach import Reach, on_grid
-from vcf_batch.vcf.roles.role import ALL, BY_NAME, Layers, Role, layers_of
+from vcf_batch.vcf.roles.reach import Reach, mask_of, on_grid
+from vcf_batch.vcf.roles.role import ALL, BY_NAME, Layers, Role, layers_of, role_of
 
 SD15 = {
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
@@ -169,6 +171,16 @@ def test_a_query_gets_the_mean_brightness_of_the_pixels_behind_it() -> None:
     assert found[0, 0] == 1 and found[0, 1] == 31 / 255 and found.sum() == 1 + 31 / 255
 
 
+def test_a_mask_in_memory_is_read_as_one_in_a_file() -> None:
+    """What is transparent is white, and 16 bits are rounded to 8, not cut off at 255."""
+    clear, deep = Image.new("RGBA", (4, 4)), Image.fromarray(np.full((4, 4), 16448, np.uint16))
+    for made, brightness in ((clear, 255), (deep, 64), (Image.new("LA", (4, 4), (0, 128)), 127)):
+        file = io.BytesIO()
+        made.save(file, "png")
+        for each in (made, images.decode(file.getvalue(), 100)):
+            assert (np.asarray(mask_of(each)) == brightness).all(), each.mode
+
+
 def test_resolutions_of_stable_diffusion_fall_into_halves() -> None:
     assert layers_of(SD15, 64, 48) == [
         Layers(64, 48, False),
@@ -178,8 +190,10 @@ def test_resolutions_of_stable_diffusion_fall_into_halves() -> None:
     ]
     assert [layers.queries for layers in layers_of(SD15, 9, 13)] == [9 * 13, 5 * 7, 3 * 4, 2 * 2]
     assert layers_of(build_pipeline().unet.config, 8, 8) == [FINE, COARSE]
+    unnamed = {name: value for name, value in SD15.items() if name != "mid_block_type"}
+    assert layers_of(unnamed, 64, 48) == layers_of(SD15, 64, 48), "the published configuration leaves it out"
     with pytest.raises(UsageError, match="cross-attention at 1 resolution"):
-        layers_of({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}, 8, 8)
+        layers_of({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "mid_block_type": None}, 8, 8)
 
 
 @pytest.mark.parametrize("fusion", ROLED_FUSIONS)
@@ -224,6 +238,17 @@ def test_each_role_changes_the_picture_in_its_own_way(pipeline: VCFPipeline) -> 
     assert {*BY_NAME} == {*ROLES}
 
 
+def test_with_an_ip_adapter_style_acts_in_the_fine_layers_alone(pipeline: VCFPipeline) -> None:
+    """Its tokens have no projection, so that the role of an aligner's would be a larger strength and nothing else."""
+    style = role_of("style", adapted=True)
+    assert (style.weight(COARSE), style.weight(FINE), style.acts_at(0.0)) == (0, 1, True)
+    made = draw(pipeline, picture(1), fusion="ip_adapter", strength=0.3, reference_roles="style")
+    for strength in (0.3, 0.9):
+        other = draw(pipeline, picture(1), fusion="ip_adapter", strength=strength)
+        assert (made - other).abs().max() > 0.001, strength
+    assert role_of("layout", adapted=True) is BY_NAME["layout"]
+
+
 def test_calling_the_pipeline_takes_roles_and_masks(pipeline: VCFPipeline) -> None:
     expected = draw(pipeline, picture(1), reference_roles="style", reference_masks=[mask(0, 255)])
     made = pipeline(
@@ -248,6 +273,10 @@ def test_calling_the_pipeline_takes_roles_and_masks(pipeline: VCFPipeline) -> No
         ({"reference_roles": [["style"] * 2]}, "reference_roles has 2 values for 1 references"),
         ({"reference_masks": [[None, mask(0, 1)]]}, "reference_masks has 2 values for 1 references"),
         ({"reference_masks": ["mask.png"]}, "reference_masks has a str"),
+        (
+            {"reference_masks": [Image.new("F", (4, 4))]},
+            "reference_masks: the image cannot be read because it has 32-bit",
+        ),
         ({"fusion": "ip_adapter", "reference_roles": "palette"}, "must be one of all, style, layout"),
     ],
 )
@@ -274,6 +303,10 @@ def test_projections_are_saved_with_the_aligner(pipeline: VCFPipeline, tmp_path:
     file = tmp_path / "aligner" / "roles.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"roles\.safetensors is damaged"):
+        VCFPipeline.from_pretrained(tmp_path)
+    flat = projections.to_bytes({"style": projections.Projection(torch.zeros(8), torch.zeros(1, 8), torch.zeros(8, 1))})
+    file.write_bytes(flat)
+    with pytest.raises(ModelError, match="its tensors do not fit each other"):
         VCFPipeline.from_pretrained(tmp_path)
 
 

@@ -9,6 +9,7 @@ import click
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved, repair_command, tell
 from vcf_batch.cli.run import generate
+from vcf_batch.driver.progress import plural, plural_are
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
@@ -94,7 +95,7 @@ def score(
     words = []
     for step in steps if asked else ():
         names = ", ".join(each.name for each in step.scores)
-        words.append(f"{redact(output)}: {names} of {step.shards:,} shards, {step.scored:,} of them scored now")
+        words.append(f"{redact(output)}: {names} of {plural(step.shards, 'shard')}, {step.scored:,} of them scored now")
         words += [f"  {note}" for note in step.notes]
         if step.without:
             words.append(f"{step.without:,} images could not be scored; the first: {step.reason}")
@@ -115,11 +116,11 @@ def score(
     tell("\n".join(words), document, as_json)
     if added.damaged:
         raise DamageFound(
-            f"{added.damaged:,} damaged shards are left out. To mend them: {repair_command(output)}; then score again"
+            f"{plural_are(added.damaged, 'damaged shard')} left out. To mend: {repair_command(output)}; score again"
         )
     if added.unfinished:
         raise Unfinished(
-            f"{added.unfinished:,} shards are left out, as they are not generated yet. Rerun the command of the run, "
+            f"{plural_are(added.unfinished, 'shard')} left out, as not generated yet. Rerun the command of the run, "
             "then score again"
         )
 
@@ -225,7 +226,7 @@ def export(
     shards = sum(exported.shards.values())
     parts = ", ".join(f"{name} {rows:,}" for name, rows in record.splits.items())
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in record.left_out.items())
-    words = [f"{redact(target)}: {record.rows:,} rows in {shards:,} shards ({parts})"]
+    words = [f"{redact(target)}: {plural(record.rows, 'row')} in {plural(shards, 'shard')} ({parts})"]
     words += [f"left out: {left_out}"] if left_out else []
     document = {
         "target": redact(target),

@@ -7,6 +7,7 @@ import click
 
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
 from vcf_batch.cli.run import generate
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 if TYPE_CHECKING:
@@ -96,9 +97,9 @@ def verify(
             "unfinished": unfinished,
             "findings": [_told(one) for one in findings],
         }
-        share = "" if chosen is None else f"; {shards_read:,} of them, with {rows_read:,} rows, were read"
-        words = f"{redact(output)}: {opened.plan.num_rows:,} rows in {len(opened.plan):,} shards{share}, no damage"
-        tell(words, document, as_json)
+        share = "" if chosen is None else f"; {shards_read:,} of them, with {plural(rows_read, 'row')}, were read"
+        everything = f"{plural(opened.plan.num_rows, 'row')} in {plural(len(opened.plan), 'shard')}"
+        tell(f"{redact(output)}: {everything}{share}, no damage", document, as_json)
     if is_damaged:
         raise DamageFound(f"{output} is damaged. To mend it: {repair_command(output)}")
     if damaged_scores:
@@ -134,7 +135,8 @@ def _verify_export(output: str, ctx: click.Context, as_json: bool) -> None:
             "unfinished": unfinished,
             "findings": [_told(one) for one in findings],
         }
-        tell(f"{redact(output)}: {check.record.rows:,} rows in {check.shards:,} shards, no damage", document, as_json)
+        everything = f"{plural(check.record.rows, 'row')} in {plural(check.shards, 'shard')}"
+        tell(f"{redact(output)}: {everything}, no damage", document, as_json)
     if _damaged(findings):
         raise DamageFound(
             f"{output} is damaged. To mend it: delete what is damaged, and rerun the command of the export"

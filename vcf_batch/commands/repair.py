@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from vcf_batch.commands.verify import check, check_receipts
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import DamageFound, VcfBatchError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
@@ -64,7 +65,8 @@ class Repair:
             elif any(selected):
                 redo[shard.index] = selected
         rows = sum(selected.count(True) for selected in redo.values())
-        show(f"{rows:,} rows in {len(redo):,} shards are to be generated again")
+        where = plural(len(redo), "shard")
+        show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
         return redo
 
     def _selected_or_fault(self, shard: Shard) -> RowMask | DamageFound:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from vcf_batch import storage
 from vcf_batch.commands.verify_shard import check_shard
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import DamageFound, Unfinished
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import commits, progress_file, receipts
@@ -185,7 +186,9 @@ def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     """Findings about files that do not belong to the shards of the plan."""
     names = {match[1] for match in map(receipts.SHARD_FILE.fullmatch, sizes) if match}
     for name in sorted(names - {shard.name for shard in output.plan}):
-        yield Finding(name, f"the run has {len(output.plan)} shards, and this is none of them; delete its files")
+        yield Finding(
+            name, f"the run has {plural(len(output.plan), 'shard')}, and this is none of them; delete its files"
+        )
     with storage.refusals_as_storage_errors():
         left = len(storage.list_tree(storage.join(output.url, commits.STAGING)))
     if left:

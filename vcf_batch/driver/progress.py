@@ -106,6 +106,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def plural_are(count: int, noun: str) -> str:
+    """A count and its noun, with *is* or *are*."""
+    return f"{plural(count, noun)} {'is' if count == 1 else 'are'}"
+
+
 def told_truncated(count: int) -> str:
     """What is told of prompts that were cut off at the length of the text encoder."""
     return f"prompts of {plural(count, 'row')}, at the length of the text encoder"

@@ -89,6 +89,15 @@ def decode(data: bytes, max_pixels: int, name: str = "an image") -> Image.Image:
         raise RowError(kinds.not_readable(data, cause)) from cause
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in memory as plain RGB, as :func:`decode` gives one of a file, but without orientation and profile.
+
+    Raises:
+        RowError: it has 32-bit pixels, whose range is unknown.
+    """
+    return _to_rgb(image, None, "an image")
+
+
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """The whole image squashed to ``width`` x ``height``: bilinear with antialiasing, no crop."""
     if image.size == (width, height):

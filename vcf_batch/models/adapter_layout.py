@@ -8,11 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vcf_batch import storage
 from vcf_batch.errors import ModelError, redact
-from vcf_batch.models import hub
-from vcf_batch.models.model_files import read_header
-from vcf_batch.models.resolution import ResolvedModel, read_config
+from vcf_batch.models.resolution import ResolvedModel, read_config, tensor_shapes
 
 Shape = tuple[int, ...]
 
@@ -59,7 +56,7 @@ def check_files(adapter: ResolvedModel, encoder: ResolvedModel, unet: Mapping[st
     layers = cross_attention_layers(unet)
     if layers is not None and adapter.within.endswith(".safetensors"):
         what = f"the IP-Adapter {redact(adapter.name)}"
-        check(_read_shapes(adapter, what), what, layers, encoder_widths(config), name)
+        check(tensor_shapes(adapter), what, layers, encoder_widths(config), name)
 
 
 def encoder_widths(config: Mapping[str, Any]) -> Widths:
@@ -196,15 +193,3 @@ def _check_same(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], what: 
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ModelError(f"{what} have shape {[*shapes[name]]} in {name}, which must be {[*shape]}; {remedy}")
-
-
-def _read_shapes(adapter: ResolvedModel, what: str) -> dict[str, Shape]:
-    """Shape of each tensor of an adapter's file, by its name, from the file's header."""
-    if adapter.kind == "hub":
-        return hub.tensor_shapes(adapter.location, adapter.identity, adapter.within)
-    try:
-        return read_header(storage.join(adapter.location, adapter.within))
-    except ValueError as error:
-        raise ModelError(f"{what} is damaged or no safetensors file: {error}. Copy it again, or {REMEDY}") from error
-    except (FileNotFoundError, PermissionError) as error:
-        raise ModelError(f"{what} cannot be read: {error}") from error

@@ -21,7 +21,7 @@ FETCH_RECORD = "vcf_batch_model.json"
 
 WEIGHTS = (".safetensors", ".bin")
 _SUFFIXES = (*WEIGHTS, ".json", ".txt")
-_PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 _HEADER_START = 1 << 16
 """Number of bytes at a file's start that are read at once. They have the header of most models."""
 _MAX_HEADER_BYTES = 100_000_000
@@ -116,7 +116,7 @@ def select(where: str, files: Mapping[str, int], within: str = "") -> dict[str, 
     selected = chosen(list(files))
     weights = {str(PurePosixPath(file).parent) for file in selected if file.endswith(WEIGHTS)}
     components = {str(PurePosixPath(file).parent) for file in selected if PurePosixPath(file).name == "config.json"}
-    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    pickles = sorted(file for file in files if file.endswith(PICKLES))
     unsafe = [file for file in pickles if str(PurePosixPath(file).parent) in components - weights]
     if unsafe or (pickles and not weights):
         raise ModelError(

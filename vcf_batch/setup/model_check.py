@@ -1,8 +1,9 @@
 """The checks of a run's models before a worker starts: they fit each other, and can do what the run asks for."""
 
-import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
+
+from safetensors import SafetensorError, deserialize
 
 from vcf_batch.config import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE, REFERENCE_PARTS, RunConfig
 from vcf_batch.errors import ModelError, UsageError, redact
@@ -165,13 +166,50 @@ def _check_roles(
 
 
 def stored_roles(model: ResolvedModel) -> set[str]:
-    """The roles that a model has projections for. Only the file's header counts."""
-    data = resolution.read_file(model, f"aligner/{ROLE_FILE}", MAX_ROLE_BYTES) or b""
+    """The roles that a model has projections for.
+
+    Raises:
+        ModelError: the file of the projections is damaged, or was fitted to another aligner.
+        StorageError: the storage failed.
+    """
+    data = resolution.read_file(model, f"aligner/{ROLE_FILE}", MAX_ROLE_BYTES)
+    if data is None:
+        return set()
+    aligner = resolution.read_config(model, "aligner/config.json") or {}
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")] or b"{}")
-    except ValueError as error:
-        raise ModelError(f"aligner/{ROLE_FILE} of {model.name} is damaged ({error}): fit the roles again") from error
-    return {name.partition(".")[0] for name in header}
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in deserialize(data)}
+        found = {name.partition(".")[0] for name in shapes}
+        for role in found:
+            _check_projection([shapes[f"{role}.{name}"] for name in ("mean", "down", "up")], aligner.get("text_dim"))
+    except KeyError as error:
+        raise _damaged_roles(model, f"it lacks {error.args[0]}") from error
+    except (SafetensorError, ValueError) as error:
+        raise _damaged_roles(model, error) from error
+    return found
+
+
+def _check_projection(shapes: Sequence[Sequence[int]], width: int | None) -> None:
+    """Refuse a projection whose tensors do not fit: see :class:`vcf_batch.vcf.roles.projections.Projection`.
+
+    Args:
+        shapes: those of its mean, ``down`` and ``up``.
+        width: width of the aligner's tokens; None if its configuration does not say it.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or the width.
+    """
+    mean, down, up = shapes
+    if len(mean) != 2 or len(down) != 2 or [*down] != [*up][::-1] or mean[1] != down[1]:
+        raise ValueError(f"its tensors have the shapes {[*mean]}, {[*down]} and {[*up]}, which do not fit each other")
+    if width is not None and mean[1] != width:
+        raise ValueError(f"it is for tokens of width {mean[1]}, and the aligner's have {width}")
+
+
+def _damaged_roles(model: ResolvedModel, reason: object) -> ModelError:
+    return ModelError(
+        f"aligner/{ROLE_FILE} of {redact(model.name)} cannot be used: {reason}. Move it away, and fit the roles again "
+        "with 'vcf-batch model fit-roles'"
+    )
 
 
 def _check_guide(resolved: Models, index: Mapping[str, Any]) -> None:

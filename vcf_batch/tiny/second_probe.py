@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vcf_batch.tiny.fitting import Recipe, batch_indices, chunks
+from vcf_batch.tiny.fitting import Recipe, batch_indices, bfloat16_is_fast, chunks
 from vcf_batch.tiny.probe import HEADS, attribute_losses, correct
 from vcf_batch.tiny.world import COLORS, DIRECTIONS, PATTERNS, Scenes, render, sample_scenes
 
@@ -97,7 +97,7 @@ def _trained() -> SecondProbe:
         batch = pictures[chosen].float() / 127.5 - 1
         batch = batch + torch.randn_like(batch) * torch.rand(len(batch), 1, 1, 1) * 0.08
         batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16_is_fast()):
             logits = model(batch)
         losses = attribute_losses(logits, scenes.part(chosen).attributes)
         losses["direction"] = losses["direction"] * _striped(scenes.part(chosen))

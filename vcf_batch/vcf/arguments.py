@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
-from vcf_batch.errors import UsageError
+from vcf_batch.errors import RowError, UsageError
 from vcf_batch.vcf.fusion import Fusion, filled
 from vcf_batch.vcf.roles.reach import mask_of
 from vcf_batch.vcf.roles.role import ALL, Role, role_of
@@ -127,11 +127,17 @@ def _images_of(name: str, entry: Any) -> list[Image.Image]:
     return images
 
 
-def _roles_of(entry: Any, references: int) -> list[Role] | None:
-    """The roles of one prompt's references, from one name for all, one for each, or None for no limit."""
+def _roles_of(entry: Any, references: int, adapted: bool) -> list[Role] | None:
+    """The roles of one prompt's references, from one name for all, one for each, or None for no limit.
+
+    Args:
+        entry: the names.
+        references: number of references.
+        adapted: whether their tokens are those of an IP-Adapter.
+    """
     if entry is None:
         return None
-    return [role_of(each) for each in ([entry] * references if isinstance(entry, str) else entry)]
+    return [role_of(each, adapted) for each in ([entry] * references if isinstance(entry, str) else entry)]
 
 
 def _masks_of(entry: Any) -> list[Image.Image | None] | None:
@@ -139,7 +145,10 @@ def _masks_of(entry: Any) -> list[Image.Image | None] | None:
     if entry is None:
         return None
     masks = list(entry) if isinstance(entry, list | tuple) else [entry]
-    return [mask_of(_images_of("reference_masks", mask)[0]) if mask is not None else None for mask in masks]
+    try:
+        return [mask_of(_images_of("reference_masks", mask)[0]) if mask is not None else None for mask in masks]
+    except RowError as error:
+        raise UsageError(f"reference_masks: {error}") from error
 
 
 def generators_of(
@@ -290,8 +299,8 @@ def fuse_references(
         return [pipeline.project(each, role, by_adapter[number]) for each, role in zip(tokens, own, strict=False)]
 
     roles = [
-        _roles_of(entry, len(own))
-        for entry, own in zip(per_sample("reference_roles", reference_roles, count), images, strict=True)
+        _roles_of(entry, len(images[number]), by_adapter[number])
+        for number, entry in enumerate(per_sample("reference_roles", reference_roles, count))
     ]
     masks = [_masks_of(entry) for entry in per_sample("reference_masks", reference_masks, count)]
     strengths = numbers_of("strength", strength, count)

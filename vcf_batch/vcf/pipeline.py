@@ -25,10 +25,11 @@ from vcf_batch.config import (
     default_strengths,
 )
 from vcf_batch.errors import ModelError, UsageError
-from vcf_batch.models.loading import refuse_missing_weights
-from vcf_batch.models.model_files import loadable
+from vcf_batch.models.loading import load_errors, refuse_missing_weights
+from vcf_batch.models.model_files import loadable, read_header
 from vcf_batch.models.prompt_tokens import refuse_without_words
 from vcf_batch.models.resolution import TINY, tiny_folder
+from vcf_batch.models.single_file import layout as single_file
 from vcf_batch.vcf.acceleration import compile_forward, replay_small_batches, upload
 from vcf_batch.vcf.aligner import ENCODE_BATCH, ImageAligner, squash
 from vcf_batch.vcf.arguments import (
@@ -152,12 +153,13 @@ class VCFPipeline(StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "VCFPipeline":
         """Load a saved VCFPipeline, or a plain Stable Diffusion model with the missing parts given as arguments.
 
-        Takes what ``DiffusionPipeline.from_pretrained`` takes, and ``tiny`` for the embedded model; a safety checker is
+        Takes what ``DiffusionPipeline.from_pretrained`` takes, ``tiny`` for the embedded model, and a local safetensors
+        file with a whole Stable Diffusion 1.x or 2.x, whose configuration is the published model's; a safety checker is
         never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it. Without a
         dtype every part is float32, however it is stored.
 
         Raises:
-            ModelError: the files of a network lack some of its weights.
+            ModelError: the files of a network lack some of its weights, or a file is no Stable Diffusion.
         """
         given, folder = {"safety_checker": None, **kwargs}, str(pretrained_model_name_or_path)
         if not {"dtype", "torch_dtype"} & given.keys():
@@ -165,14 +167,23 @@ class VCFPipeline(StableDiffusionPipeline):
             given["torch_dtype"] = torch.float32
         if folder == TINY:
             folder = tiny_folder()
+        if folder.endswith(single_file.SUFFIX):
+            return cls._from_file(folder, given)
         if "variant" in given:
             return super().from_pretrained(folder, **given)
         with loadable(folder, given) as (place, variant):
             pipeline = super().from_pretrained(place, **given | ({"variant": variant} if variant else {}))
-        for part, network in pipeline.components.items():
-            # diffusers leaves what the files lack without values, and says nothing.
-            lacking = [name for name, own in getattr(network, "named_parameters", dict)() if own.is_meta]
-            refuse_missing_weights({"missing_keys": lacking}, f"the {part} of {folder}", "copy the model again")
+        _refuse_meta(pipeline, folder)
+        return pipeline
+
+    @classmethod
+    def _from_file(cls, file: str, given: dict[str, Any]) -> "VCFPipeline":
+        """Load a Stable Diffusion from one file; see :meth:`from_pretrained`."""
+        layout = single_file.layout_of(read_header(file), file)
+        # diffusers moves weights that the file lacks, and fails.
+        with single_file.folder_of(layout) as config, load_errors(file, ". If the file lacks weights, copy it again"):
+            pipeline = cls.from_single_file(file, config=config, **given | {"local_files_only": True})
+        _refuse_meta(pipeline, file)
         return pipeline
 
     def set_up(self, device: str, compiled: bool = False, attention: Kernel | None = None) -> Self:
@@ -638,3 +649,14 @@ class VCFPipeline(StableDiffusionPipeline):
 
 # diffusers looks up the class that model_index.json names among its own.
 diffusers.VCFPipeline = VCFPipeline
+
+
+def _refuse_meta(pipeline: VCFPipeline, place: str) -> None:
+    """Refuse a pipeline with weights that its files lack: diffusers leaves them without values, and says nothing.
+
+    Raises:
+        ModelError: there are such weights.
+    """
+    for part, network in pipeline.components.items():
+        lacking = [name for name, own in getattr(network, "named_parameters", dict)() if own.is_meta]
+        refuse_missing_weights({"missing_keys": lacking}, f"the {part} of {place}", "copy the model again")

@@ -263,7 +263,7 @@ class Generation:
         elif row.references:
             unconditional = self.references.unconditional(used["unconditional"], adapted)
         tokens = [image_tokens[adapted, reference] for reference in row.references]
-        roles = used["reference_roles"] and [role_of(name) for name in used["reference_roles"]]
+        roles = used["reference_roles"] and [role_of(name, adapted) for name in used["reference_roles"]]
         if roles:
             tokens = [self.pipeline.project(*each, adapted) for each in zip(tokens, roles, strict=True)]
         masks = batch.masks.get(position)

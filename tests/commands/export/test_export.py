@@ -265,12 +265,12 @@ def test_damaged_and_unfinished_outputs_are_told(tmp_path: Path) -> None:
     (source / "00001_stats.json").unlink()
     with pytest.raises(Unfinished) as caught:
         exports.make(tmp_path / "t", source)
-    assert f"1 shards of {source} are not generated yet: 00001" in str(caught.value)
+    assert f"1 shard of {source} not generated yet: 00001" in str(caught.value)
     assert "Rerun the command of the run, or leave them out with --partial" in str(caught.value)
     (source / "00002.tar").unlink()
     with pytest.raises(DamageFound) as damaged:
         exports.make(tmp_path / "t", source)
-    assert "1 shards are damaged, and nothing is exported:" in str(damaged.value)
+    assert "1 shard is damaged, and nothing is exported:" in str(damaged.value)
     assert f"00002 of {source} is damaged: 00002.tar is missing" in str(damaged.value)
     assert not (tmp_path / "t").exists()
     done = exports.make(tmp_path / "t", source, partial=True, split="train=1")

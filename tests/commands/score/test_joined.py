@@ -71,10 +71,10 @@ def test_an_output_without_scores_is_exported_as_before(output: Path, tmp_path: 
 def test_shards_without_a_score_are_not_exported_in_silence(output: Path, tmp_path: Path) -> None:
     """A row of a shard that lacks a score would be left out by a condition on it, without a word."""
     (output / "_scores/texture/00001_stats.json").unlink()
-    with pytest.raises(Unfinished, match=r"1 finished shards of .* lack the score 'texture'"):
+    with pytest.raises(Unfinished, match=r"1 finished shard of .* without the score 'texture'"):
         exports.make(tmp_path / "t", output, split="train=1")
     done = exports.make(tmp_path / "t", output, split="train=1", partial=True)
-    assert "lack the score" in done.lines[0]
+    assert "without the score" in done.lines[0]
     found = {row["key"]: row["texture"] for row in exports.rows(tmp_path / "t")}
     assert found["000000005"] is None and found["000000000"] == values(output)["000000000"]
 
@@ -172,4 +172,4 @@ def test_a_repaired_shard_has_no_scores(output: Path) -> None:
     files.write()
     found = {row["key"]: row["texture"] for row in vcf_batch.Output(output).rows()}
     assert [found[f"{row:09d}"] for row in range(4, 8)] == [None] * 4 and found["000000000"] is not None
-    assert "1 finished shards lack it, or were replaced since" in call("verify", output).output
+    assert "1 finished shard without it, or replaced since" in call("verify", output).output

@@ -262,7 +262,7 @@ def test_an_unfinished_output_is_scored_as_far_as_it_goes(output: Path) -> None:
     """Shards that are not generated yet are told with the exit code 6, damaged ones with 5; a later call goes on."""
     (output / "00002_stats.json").unlink()
     result = call("score", output, "--with", "texture")
-    assert result.exit_code == 6 and "1 shards are left out" in result.output
+    assert result.exit_code == 6 and "1 shard is left out" in result.output
     (output / "00001.tar").write_bytes(b"")
     assert call("score", output, "--with", "texture").exit_code == 5
     assert [path.stem for path in sorted(output.glob("_scores/texture/*.parquet"))] == ["00000", "00001"]

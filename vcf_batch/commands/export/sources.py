@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from vcf_batch import storage
+from vcf_batch.driver.progress import plural, plural_are
 from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, VcfBatchError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
@@ -180,7 +181,7 @@ class Sources:
             committed.append(kept)
             digests.append(digest.hexdigest())
             told = {
-                name: f"{count:,} finished shards of {source.output.url} lack the score {name!r}"
+                name: f"{plural(count, 'finished shard')} of {source.output.url} without the score {name!r}"
                 for name, count in sorted(lacking.items())
             }
             unscored += told.values()
@@ -191,7 +192,7 @@ class Sources:
             unfinished.append(left)
             if left:
                 named = ", ".join(missing) + (", ..." if left > MOST_NAMED else "")
-                lines.append(f"{left:,} shards of {source.output.url} are not generated yet: {named}")
+                lines.append(f"{plural(left, 'shard')} of {source.output.url} not generated yet: {named}")
         words = tuple(lines), tuple(unscored), tuple(unsearched)
         return Survey(tuple(committed), tuple(digests), tuple(damaged), tuple(unfinished), *words)
 
@@ -304,12 +305,12 @@ def refuse_gaps(survey: Survey, sources: Sources) -> None:
     if any(survey.damaged):
         first = next(each for each, count in zip(sources.all, survey.damaged, strict=True) if count)
         raise DamageFound(
-            f"{sum(survey.damaged):,} shards are damaged, and nothing is exported:\n{lines}\n"
+            f"{plural_are(sum(survey.damaged), 'shard')} damaged, and nothing is exported:\n{lines}\n"
             f"Mend them with 'vcf-batch repair {first.output.url}', or leave them out with --partial."
         )
     if any(survey.unfinished):
         raise Unfinished(
-            f"{sum(survey.unfinished):,} shards are not generated yet, and nothing is exported:\n{lines}\n"
+            f"{plural_are(sum(survey.unfinished), 'shard')} not generated yet, and nothing is exported:\n{lines}\n"
             "Rerun the command of the run, or leave them out with --partial."
         )
     if survey.unscored:

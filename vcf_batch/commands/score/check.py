@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from vcf_batch import storage
 from vcf_batch.commands.verify import Finding
+from vcf_batch.driver.progress import plural
 from vcf_batch.errors import DamageFound
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
@@ -45,7 +46,7 @@ def check_scores(output: Output, chosen: Set[int] | None = None) -> Iterator[Fin
             elif cause:
                 yield Finding(f"{SCORES_FOLDER}/{score.name}/{receipt.shard.name}", cause)
         if lacking:
-            cause = f"{lacking:,} finished shards lack it, or were replaced since; rerun 'vcf-batch score'"
+            cause = f"{plural(lacking, 'finished shard')} without it, or replaced since; rerun 'vcf-batch score'"
             yield Finding(f"{SCORES_FOLDER}/{score.name}", cause, kind="note")
 
 

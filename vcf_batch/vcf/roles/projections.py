@@ -104,9 +104,12 @@ def read(folder: str) -> dict[str, Projection]:
         roles = dict.fromkeys(name.partition(".")[0] for name in tensors)
         found = {role: Projection(*(tensors[f"{role}.{name}"] for name in ("mean", "down", "up"))) for role in roles}
         for each in found.values():
-            each.mean @ each.down.mT @ each.up.mT
+            if each.mean.ndim != 2 or (each.mean @ each.down.mT @ each.up.mT).shape != each.mean.shape:
+                raise ValueError("its tensors do not fit each other")
             if not all(value.isfinite().all() for value in vars(each).values()):
                 raise ValueError("it has values that are not finite")
     except Exception as error:  # safetensors and torch have no common error type
-        raise ModelError(f"{file} is damaged ({error}): fit them with 'vcf-batch model fit-roles'") from error
+        raise ModelError(
+            f"{file} is damaged ({error}): move it away, and fit the roles again with 'vcf-batch model fit-roles'"
+        ) from error
     return found

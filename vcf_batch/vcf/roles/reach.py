@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vcf_batch import images
 from vcf_batch.vcf.roles.role import Layers, Role
 
 
@@ -66,8 +67,12 @@ def on_grid(mask: Image.Image, layers: Layers) -> Tensor:
 
 
 def mask_of(image: Image.Image) -> Image.Image:
-    """A mask from an image of any size and mode: its brightness (ITU-R 601)."""
-    return image.convert("L")
+    """A mask from an image of any size: its brightness (ITU-R 601). What is transparent is white.
+
+    Raises:
+        RowError: the image has 32-bit pixels, whose range is unknown.
+    """
+    return images.to_rgb(image).convert("L")
 
 
 def logarithm(weights: Tensor) -> Tensor:

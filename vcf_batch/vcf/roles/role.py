@@ -55,15 +55,23 @@ BY_NAME: Mapping[str, Role] = {role.name: role for role in _ROLES}
 assert (*BY_NAME,) == ROLES
 
 
-def role_of(name: Any) -> Role:
+ADAPTED_STYLE = Role("style", coarse=0.0)
+"""The role ``style`` of an IP-Adapter. Its tokens have no projection, and the fine half decides on colours, too."""
+
+
+def role_of(name: Any, adapted: bool = False) -> Role:
     """The role with a name.
+
+    Args:
+        name: one of :data:`vcf_batch.config.ROLES`.
+        adapted: whether the reference's tokens are those of an IP-Adapter.
 
     Raises:
         UsageError: there is none.
     """
     if name not in ROLES:
         raise UsageError(f"the role of a reference is {name!r}; it must be one of {', '.join(ROLES)}")
-    return BY_NAME[name]
+    return ADAPTED_STYLE if adapted and name == ADAPTED_STYLE.name else BY_NAME[name]
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,10 @@ class Layers:
         return self.height * self.width
 
 
+_MIDDLE = "UNetMidBlock2DCrossAttn"
+"""Middle block of a configuration that names none, as that of Stable Diffusion 1.5."""
+
+
 def layers_of(unet: Mapping[str, Any], height: int, width: int) -> list[Layers]:
     """The resolutions at which a UNet has cross-attention, the finest one first.
 
@@ -95,10 +107,11 @@ def layers_of(unet: Mapping[str, Any], height: int, width: int) -> list[Layers]:
         UsageError: there is one resolution alone, so that there is nothing to choose between.
     """
     blocks: Sequence[str] = unet["down_block_types"]
+    middle = unet.get("mid_block_type", _MIDDLE) or ""
     found = []
     for number, block in enumerate(blocks):
         is_last = number == len(blocks) - 1
-        if "CrossAttn" in block or (is_last and "CrossAttn" in (unet.get("mid_block_type") or "")):
+        if "CrossAttn" in block or (is_last and "CrossAttn" in middle):
             found.append((height, width))
         if not is_last:
             height, width = -(-height // 2), -(-width // 2)

@@ -1,0 +1,138 @@
+"""A Stable Diffusion in one file loads without a network, with the configuration of the published model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from support.original_layout import save_checkpoint, save_layout
+from support.sd_layouts import save_clip, save_sd15, save_sd21
+from vcf_batch.errors import ModelError
+from vcf_batch.models import resolution
+from vcf_batch.models.cache import fetch
+from vcf_batch.models.parts import Parts
+from vcf_batch.models.prompt_tokens import read_tokenizer
+from vcf_batch.models.single_file import layout
+from vcf_batch.training.assembly import assemble
+from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.pipeline import VCFPipeline
+
+SAVED: dict[str, Callable[[Path], Path]] = {"sd15": save_sd15, "sd21": save_sd21}
+PUBLISHED = {"sd15": (859_520_964, 83_653_863, 123_060_480), "sd21": (865_910_724, 83_653_863, 340_387_840)}
+"""Numbers of parameters of UNet, VAE and text encoder."""
+
+
+@pytest.fixture(params=[*SAVED])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder in diffusers' layout, and the same model in one file. The shipped layouts are of its size."""
+    model = SAVED[request.param](tmp_path / "model")
+    save_layout(model, tmp_path / "layouts" / request.param)
+    (tmp_path / "vocabulary").mkdir()
+    for file in ("vocab.json", "merges.txt"):
+        tokenizer = json.loads((model / "tokenizer" / "tokenizer.json").read_text())["model"]
+        text = json.dumps(tokenizer["vocab"]) if file == "vocab.json" else "#version: 0.2\n"
+        (tmp_path / "vocabulary" / file).write_text(text)
+    monkeypatch.setattr(layout, "CONFIGURATIONS", tmp_path / "layouts")
+    monkeypatch.setattr(layout, "VOCABULARY", tmp_path / "vocabulary")
+    return model, save_checkpoint(model, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layouts_that_ship_are_those_of_the_published_models(name: str) -> None:
+    configs = {file: json.loads(path.read_text()) for file, path in layout.files(name).items() if "config" in file}
+    with torch.device("meta"):
+        networks = (
+            UNet2DConditionModel.from_config(configs["unet/config.json"]),
+            AutoencoderKL.from_config(configs["vae/config.json"]),
+            CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder/config.json"])),
+        )
+    assert tuple(sum(each.numel() for each in network.parameters()) for network in networks) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(("name", "padding"), [("sd15", 49407), ("sd21", 0)])
+def test_the_vocabulary_that_ships_is_clip_s(name: str, padding: int) -> None:
+    model = resolution.ResolvedModel("file", "directory", "/nowhere", "0", "file.safetensors", layout=name)
+    tokenizer = read_tokenizer(model)
+    # The numbers are in many a published example of CLIP.
+    photo = [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 49407]
+    assert (len(tokenizer), tokenizer.model_max_length, tokenizer.pad_token_id) == (49408, 77, padding)
+    assert tokenizer("a photo of an astronaut riding a horse")["input_ids"] == photo
+
+
+def test_a_file_loads_as_the_folder_that_it_was_made_of(checkpoint: tuple[Path, Path]) -> None:
+    model, file = checkpoint
+    resolved = resolution.resolve(str(file))
+    assert fetch(resolved) == str(file)
+    one, other = VCFPipeline.from_pretrained(fetch(resolved)), VCFPipeline.from_pretrained(str(model))
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(one, part).state_dict(), getattr(other, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert one.scheduler.config == other.scheduler.config
+    stock = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    tokens = one.encode_prompts(["a b c"])
+    assert torch.equal(tokens, stock.encode_prompt("a b c", "cpu", 1, False)[0])
+
+
+def test_its_configuration_is_read_without_its_weights(checkpoint: tuple[Path, Path]) -> None:
+    model, file = checkpoint
+    resolved = resolution.resolve(str(file))
+    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        assert resolution.read_config(resolved, name) == json.loads((model / name).read_text())
+    assert resolution.read_config(resolved, "judge/config.json") is None
+
+
+def test_it_is_a_base_that_an_aligner_can_be_put_to(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
+    width = VCFPipeline.from_pretrained(str(checkpoint[1])).unet.config.cross_attention_dim
+    ImageAligner(40, width).save_pretrained(tmp_path / "aligner")
+    parts = Parts.resolve(str(checkpoint[1]), image_encoder=str(save_clip(tmp_path / "clip")))
+    assemble(parts, str(tmp_path / "aligner"), str(tmp_path / "whole"), torch.float32)
+    whole = VCFPipeline.from_pretrained(str(tmp_path / "whole"))
+    ours, theirs = whole.unet.state_dict(), VCFPipeline.from_pretrained(str(checkpoint[0])).unet.state_dict()
+    assert whole.aligner is not None
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_pickle_is_refused_whether_it_is_there_or_not(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"a pickle")
+    for name in ("model.ckpt", "lost.ckpt"):
+        with pytest.raises(ModelError, match=rf"{name} is a pickle, .* convert it to safetensors"):
+            resolution.resolve(str(tmp_path / name))
+
+
+def without(file: Path, start: str) -> str:
+    kept = {name: each for name, each in load_file(file).items() if not name.startswith(start)}
+    save_file(kept, file.with_name("less.safetensors"))
+    return str(file.with_name("less.safetensors"))
+
+
+def test_a_file_that_is_no_whole_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = save_checkpoint(save_sd15(tmp_path / "model"), tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"less.safetensors is no checkpoint .* first tensor is cond_stage_model"):
+        resolution.resolve(without(model, "model.diffusion_model."))
+    with pytest.raises(ModelError, match="no checkpoint of Stable Diffusion"):
+        resolution.resolve(without(model, "cond_stage_model."))
+    tensors = load_file(model)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
+    save_file(tensors, tmp_path / "inpainting.safetensors")
+    with pytest.raises(ModelError, match="takes 9 channels, and the latents have 4"):
+        resolution.resolve(str(tmp_path / "inpainting.safetensors"))
+    save_file({"image_proj.proj.weight": torch.zeros(1)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ModelError, match="it is an IP-Adapter"):
+        resolution.resolve(str(tmp_path / "adapter.safetensors"))
+    (tmp_path / "page.safetensors").write_text("<html>not found</html>")
+    with pytest.raises(ModelError, match="damaged or no safetensors file"):
+        resolution.resolve(str(tmp_path / "page.safetensors"))
+    with pytest.raises(ModelError, match=r"has no lost\.safetensors"):
+        resolution.resolve(str(tmp_path / "lost.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model.out.", "first_stage_model.", "first_stage_model.decoder."])
+def test_a_file_that_lacks_weights_is_refused(checkpoint: tuple[Path, Path], part: str) -> None:
+    with pytest.raises(ModelError, match=r"less\.safetensors"):
+        VCFPipeline.from_pretrained(without(checkpoint[1], part))
