@@ -209,7 +209,7 @@ def hand_on(output: str, target: str, as_json: bool = False, partial: bool = Fal
         "scores": {"copied": pushed.scores.copied, "damaged": pushed.scores.damaged},
     }
     words = f"{redact(target)}: {plural(pushed.copied, 'shard')} copied, {pushed.there:,} were there"
-    words += f"; scores of {pushed.scores.copied:,} copied" if pushed.scores.copied else ""
+    words += f"; scores of {plural(pushed.scores.copied, 'shard')} copied" if pushed.scores.copied else ""
     tell("\n".join([words, *pushed.left_out]), document, as_json)
     left = f"{len(pushed.damaged) + pushed.unfinished:,} of {pushed.shards:,} shards are left out"
     again = "then push again; or push with --partial"

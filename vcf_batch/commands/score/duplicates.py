@@ -99,7 +99,7 @@ class Search:
 def add(output: Output, search: Search) -> Added:
     """Search the finished shards of an output for duplicates, and commit the files of those that lack the score.
 
-    Memory is about 120 bytes a row, beside the keys, and 200 for each different reference.
+    Memory is about 170 bytes a row, with keys of nine digits, and 200 for each different reference.
 
     Args:
         output: the output. No byte of its own files changes.
