@@ -1,6 +1,7 @@
 """Runs of a Stable Diffusion XL: checks, rows of all kinds, and identical bytes after a stop."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_do_not_depend_on_their_batch_or_on_a_stop(model: Path, tmp_path: Path) -> None:
     """Triplets, roles, long and negative prompts and prompt-noise optimisation in one run, shard by shard."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "negative_prompt": [None, "blue", "a", "", None, "a wall"],
         "reference_roles": [["layout"], None, None, None, None, ["layout"]],
         "pno_steps": [0, 0, 0, 1, 0, 0],
