@@ -1,6 +1,7 @@
 """Runs of a Stable Diffusion XL: checks, rows of all kinds, and identical bytes after a stop."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
