@@ -98,7 +98,7 @@ def test_models_are_listed_with_what_they_need(tmp_path: Path, monkeypatch: pyte
     for name, known in ADAPTERS.items():
         assert models[name]["image_encoder"] == f"{ADAPTERS_ID}:{known.encoder}"
         assert models[name]["gigabytes"] == known.gigabytes
-        assert models[name]["needs"].endswith(f"--model sd15 --fusion ip_adapter --ip-adapter {name}")
+        assert models[name]["needs"].endswith(f"--model {known.base} --fusion ip_adapter --ip-adapter {name}")
     for model in models.values():
         assert f"{model['name']}: {model['what']}\n  licence {model['licence']}; " in words
 

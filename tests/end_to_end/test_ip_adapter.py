@@ -1,4 +1,4 @@
-"""The demo manifest on a tiny Stable Diffusion 1.5 in its published layout, by three fusions, killed and resumed."""
+"""The demo manifest on Stable Diffusion 1.5 and XL in their published layouts, by fusions, killed and resumed."""
 
 import os
 import signal
@@ -21,25 +21,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_torch")]
 DEMO = Path(__file__).parents[2] / "manifests" / "demo.parquet"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stable Diffusion 1.5 with a random aligner, a judge and an IP-Adapter beside it."""
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion with a random aligner, a judge and an IP-Adapter beside it."""
     folder = tmp_path_factory.mktemp("models")
-    base, encoder = sd_layouts.save_sd15(folder / "sd15"), sd_layouts.save_clip(folder / "clip", act="quick_gelu")
+    save = {"sd15": sd_layouts.save_sd15, "sdxl": sd_layouts.save_sdxl}[request.param]
+    base, encoder = save(folder / "base"), sd_layouts.save_clip(folder / "clip", act="quick_gelu")
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
     torch.manual_seed(1)
-    ImageAligner(40, 24).save_pretrained(folder / "aligner")
+    ImageAligner(40, unet.config.cross_attention_dim).save_pretrained(folder / "aligner")
     parts = Parts.resolve(str(base), image_encoder=str(encoder))
     assemble(parts, str(folder / "aligner"), str(folder / "vcf"), torch.float32)
     sd_layouts.save_clip(folder / "judge")
-    unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    ip_adapters.save_adapter(folder / "adapter" / "ip-adapter_sd15.safetensors", unet)
+    ip_adapters.save_adapter(folder / "adapter" / f"ip-adapter_{request.param}.safetensors", unet)
     ip_adapters.save_encoder(folder / "adapter" / "image_encoder")
     return folder
 
 
 def command(model: Path, output: Path, fusion: str) -> list[str]:
     options = {
-        "model": model / ("sd15" if fusion == "ip_adapter" else "vcf"),
+        "model": model / ("base" if fusion == "ip_adapter" else "vcf"),
         "judge": model / "judge",
         "fusion": fusion,
         "steps": 2,

@@ -78,7 +78,7 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 @click.option(
     "--model",
     required=True,
-    help="The model to train an aligner for: sd21 or sd15 (presets of base and image encoder), tiny, a pipeline "
+    help="The model to train an aligner for: sd15, sd21 or sdxl (presets of base and image encoder), tiny, a pipeline "
     "directory, a Stable Diffusion in one .safetensors file, a Hugging Face Hub id, or a URL.",
 )
 @click.option(
@@ -204,7 +204,7 @@ def train(as_json: bool, **options: Any) -> None:
     "--base",
     required=True,
     metavar="ID",
-    help="The Stable Diffusion model: sd21, sd15, tiny, a directory, a .safetensors file, a Hub id or a URL.",
+    help="The Stable Diffusion model: sd15, sd21, sdxl, tiny, a directory, a .safetensors file, a Hub id or a URL.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
 @click.option(

@@ -41,8 +41,8 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "model",
     str,
     "The model that generates: a pipeline directory, a Stable Diffusion in one .safetensors file, a Hugging Face Hub "
-    "id, a URL such as s3://bucket/model, with --fusion ip_adapter also 'sd15', or 'tiny', an embedded test model that "
-    "draws ten shapes at 64 px.  "
+    "id, a URL such as s3://bucket/model, with --fusion ip_adapter also 'sd15' or 'sdxl', or 'tiny', an embedded test "
+    "model that draws ten shapes at 64 px.  "
     "[default: tiny if it can draw most of the first 1,000 prompts; else none, and the run is refused]",
     metavar="MODEL",
 )

@@ -52,8 +52,8 @@ def describe() -> list[dict[str, Any]]:
             "what": f"{ADAPTERS_ID}:{adapter.file}, an IP-Adapter that gives {adapter.what}",
             "licence": ADAPTERS_LICENCE,
             "gigabytes": adapter.gigabytes,
-            "needs": "a Stable Diffusion 1.5 or a fine-tune of it: --model sd15 --fusion ip_adapter --ip-adapter "
-            + name,
+            "needs": f"{PRESETS[adapter.base].base} or a fine-tune of it: --model {adapter.base} --fusion ip_adapter "
+            f"--ip-adapter {name}",
             "cached": {(ADAPTERS_ID, adapter.file), (ADAPTERS_ID, adapter.encoder)} <= kept,
         }
         for name, adapter in ADAPTERS.items()

@@ -19,8 +19,10 @@ class Preset(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """An IP-Adapter in the repository :data:`ADAPTERS_ID`, for Stable Diffusion 1.5 and its fine-tunes."""
+    """An IP-Adapter in the repository :data:`ADAPTERS_ID`."""
 
+    base: str
+    """The preset that it is for; its fine-tunes have the same layout."""
     file: str
     """The file of weights."""
     encoder: str
@@ -46,6 +48,13 @@ PRESETS: Mapping[str, Preset] = {
         5.16,
         None,
     ),
+    "sdxl": Preset(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "CreativeML OpenRAIL++-M",
+        13.88,
+        "ip-adapter-sdxl-vit-h",
+    ),
 }
 
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
@@ -57,24 +66,48 @@ ADAPTERS_LICENCE = "Apache-2.0"
 _OWN, _LARGE = "models/image_encoder", "sdxl_models/image_encoder"
 
 ADAPTERS: Mapping[str, Adapter] = {
-    "ip-adapter-sd15": Adapter("models/ip-adapter_sd15.safetensors", _OWN, 2.57, "4 tokens, of its embedding"),
+    "ip-adapter-sd15": Adapter("sd15", "models/ip-adapter_sd15.safetensors", _OWN, 2.57, "4 tokens, of its embedding"),
     "ip-adapter-sd15-light": Adapter(
-        "models/ip-adapter_sd15_light.safetensors", _OWN, 2.57, "4 tokens, of its embedding"
+        "sd15", "models/ip-adapter_sd15_light.safetensors", _OWN, 2.57, "4 tokens, of its embedding"
     ),
     "ip-adapter-sd15-light-v11": Adapter(
-        "models/ip-adapter_sd15_light_v11.bin", _OWN, 2.57, "4 tokens, of its embedding"
+        "sd15", "models/ip-adapter_sd15_light_v11.bin", _OWN, 2.57, "4 tokens, of its embedding"
     ),
     "ip-adapter-sd15-vit-g": Adapter(
-        "models/ip-adapter_sd15_vit-G.safetensors", _LARGE, None, "4 tokens, of the embedding of a larger encoder"
+        "sd15",
+        "models/ip-adapter_sd15_vit-G.safetensors",
+        _LARGE,
+        None,
+        "4 tokens, of the embedding of a larger encoder",
     ),
     "ip-adapter-plus-sd15": Adapter(
-        "models/ip-adapter-plus_sd15.safetensors", _OWN, 2.63, "16 tokens, of all its patches"
+        "sd15", "models/ip-adapter-plus_sd15.safetensors", _OWN, 2.63, "16 tokens, of all its patches"
     ),
     "ip-adapter-plus-face-sd15": Adapter(
-        "models/ip-adapter-plus-face_sd15.safetensors", _OWN, 2.63, "16 tokens, of all patches of a face"
+        "sd15", "models/ip-adapter-plus-face_sd15.safetensors", _OWN, 2.63, "16 tokens, of all patches of a face"
     ),
     "ip-adapter-full-face-sd15": Adapter(
-        "models/ip-adapter-full-face_sd15.safetensors", _OWN, 2.57, "257 tokens, one for each patch of a face"
+        "sd15", "models/ip-adapter-full-face_sd15.safetensors", _OWN, 2.57, "257 tokens, one for each patch of a face"
+    ),
+    "ip-adapter-sdxl": Adapter(
+        "sdxl",
+        "sdxl_models/ip-adapter_sdxl.safetensors",
+        _LARGE,
+        None,
+        "4 tokens, of the embedding of a larger encoder",
+    ),
+    "ip-adapter-sdxl-vit-h": Adapter(
+        "sdxl", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", _OWN, 3.23, "4 tokens, of its embedding"
+    ),
+    "ip-adapter-plus-sdxl-vit-h": Adapter(
+        "sdxl", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", _OWN, 3.38, "16 tokens, of all its patches"
+    ),
+    "ip-adapter-plus-face-sdxl-vit-h": Adapter(
+        "sdxl",
+        "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors",
+        _OWN,
+        3.38,
+        "16 tokens, of all patches of a face",
     ),
 }
 """A name is that of the file, with hyphens."""
