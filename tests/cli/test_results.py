@@ -137,7 +137,7 @@ def test_what_verify_finds_is_a_document(output: Path) -> None:
 
 def test_what_is_handed_on_is_a_document(output: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
-    whole = {"target": str(there), "damaged": {}, "unfinished": 0}
+    whole = {"target": str(there), "damaged": {}, "unfinished": 0, "scores": {"copied": 0, "damaged": {}}}
     assert document("push", output, there) == {**whole, "copied": 3, "there": 0}
     assert document("push", output, there) == {**whole, "copied": 0, "there": 3}
     (output / "00001.tar").unlink()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ DEMO = Path(__file__).parents[2] / "manifests" / "demo.parquet"
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion with a random aligner, a judge and an IP-Adapter beside it."""
     folder = tmp_path_factory.mktemp("models")
-    save = {"sd15": sd_layouts.save_sd15, "sdxl": sd_layouts.save_sdxl}[request.param]
-    base, encoder = save(folder / "base"), sd_layouts.save_clip(folder / "clip", act="quick_gelu")
+    saved: dict[str, Callable[[Path], Path]] = {"sd15": sd_layouts.save_sd15, "sdxl": sd_layouts.save_sdxl}
+    base, encoder = saved[request.param](folder / "base"), sd_layouts.save_clip(folder / "clip", act="quick_gelu")
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     torch.manual_seed(1)
     ImageAligner(40, unet.config.cross_attention_dim).save_pretrained(folder / "aligner")

@@ -135,7 +135,7 @@ def faulty_actor(manifest: str) -> type[actor.Actor]:
 
                     raise torch.OutOfMemoryError("CUDA out of memory, as ordered")
 
-            def encoding(prompts: Sequence[str]) -> None:
+            def encoding(_: object, prompts: Sequence[str], *__: Any, **___: Any) -> None:
                 for prompt in prompts:
                     act(prompt.partition(" ")[0])
 
@@ -153,7 +153,7 @@ def faulty_actor(manifest: str) -> type[actor.Actor]:
 
             components = self._worker.components
             around(components.pipeline, "generate_from_tokens", sampling)
-            around(components.pipeline, "encode_prompts", encoding)
+            around(type(components.pipeline.family), "encode", encoding)
             around(type(components.scorer), "score", phase("score"))
             around(shards.ShardWriter, "add", phase("tar"))
             around(shards.ShardWriter, "finish", phase("parquet"))

@@ -24,6 +24,8 @@ from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.output import commits, sample_records, shards
 from vcf_batch.records import Reference, Shard
 from vcf_batch.setup.shard_task import ShardTask
+from vcf_batch.vcf.base.family import EncodedText
+from vcf_batch.vcf.base.stable_diffusion import StableDiffusion
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker import shard_references, worker
 from vcf_batch.worker.device import Device
@@ -90,7 +92,8 @@ def test_a_shard_of_failed_rows_costs_reading_and_writing_only(
     loaded: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a batch of which every row has failed nothing is encoded, sampled or scored."""
-    for name in ("encode_prompts", "encode_references", "generate_from_tokens"):
+    monkeypatch.setattr(StableDiffusion, "encode", pytest.fail)
+    for name in ("encode_references", "generate_from_tokens"):
         monkeypatch.setattr(loaded.components.pipeline, name, pytest.fail)
     for name in ("embed_texts", "embed_images"):
         monkeypatch.setattr(loaded.components.scorer.judge, name, pytest.fail)
@@ -547,20 +550,17 @@ def test_an_input_is_encoded_once_per_shard(loaded: Worker, tmp_path: Path, monk
     """Text and reference tokens are computed once per distinct input."""
     texts: list[str] = []
     counts: list[int] = []
-    encode_prompts, encode_references = (
-        loaded.components.pipeline.encode_prompts,
-        loaded.components.pipeline.encode_references,
-    )
+    encode, encode_references = StableDiffusion.encode, loaded.components.pipeline.encode_references
 
-    def note_prompts(prompts: Sequence[str]) -> torch.Tensor:
+    def note_prompts(self: StableDiffusion, prompts: Sequence[str], *given: Any, **more: Any) -> list[EncodedText]:
         texts.extend(prompts)
-        return encode_prompts(prompts)
+        return encode(self, prompts, *given, **more)
 
     def note_references(pictures: Sequence[Any], image_tokens: str | None, **given: bool) -> torch.Tensor:
         counts.append(len(pictures))
         return encode_references(pictures, image_tokens, **given)
 
-    monkeypatch.setattr(loaded.components.pipeline, "encode_prompts", note_prompts)
+    monkeypatch.setattr(StableDiffusion, "encode", note_prompts)
     monkeypatch.setattr(loaded.components.pipeline, "encode_references", note_references)
     commit(another(loaded, runs.write_manifest(tmp_path / "in", 24), tmp_path / "out"))
     assert sorted(texts) == sorted(["", *runs.PROMPTS])
