@@ -56,7 +56,7 @@ def check_files(adapter: ResolvedModel, encoder: ResolvedModel, unet: Mapping[st
     layers = cross_attention_layers(unet)
     if layers is not None and adapter.within.endswith(".safetensors"):
         what = f"the IP-Adapter {redact(adapter.name)}"
-        check(tensor_shapes(adapter), what, layers, encoder_widths(config), name)
+        check(tensor_shapes(adapter, what, REMEDY), what, layers, encoder_widths(config), name)
 
 
 def encoder_widths(config: Mapping[str, Any]) -> Widths:

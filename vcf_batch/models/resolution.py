@@ -72,7 +72,8 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
         )
     if not within and name.endswith(layout.SUFFIX):
         found = resolve_file(name, revision)
-        return dataclasses.replace(found, name=name, layout=layout.layout_of(tensor_shapes(found), redact(name)))
+        shapes = tensor_shapes(found, redact(name), "name another file")
+        return dataclasses.replace(found, name=name, layout=layout.layout_of(shapes, redact(name)))
     if not storage.is_local(name):
         _no_revision(name, revision)
         return ResolvedModel(name, "url", name, _url_identity(name, within), within)
@@ -113,8 +114,13 @@ def resolve_file(name: str, revision: str | None = None) -> ResolvedModel:
     return resolve(storage.parent(name) or ".", revision, within=storage.name(name))
 
 
-def tensor_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: ResolvedModel, what: str, remedy: str) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a model that is one safetensors file, by its name. Only the file's header is read.
+
+    Args:
+        model: the file.
+        what: what it is, for messages.
+        remedy: what to do about a damaged one besides copying it again.
 
     Raises:
         ModelError: the file is damaged or no safetensors file, or cannot be read.
@@ -125,11 +131,9 @@ def tensor_shapes(model: ResolvedModel) -> dict[str, tuple[int, ...]]:
     try:
         return read_header(storage.join(model.location, model.within))
     except ValueError as error:
-        raise ModelError(
-            f"{redact(model.name)} is damaged or no safetensors file: {error}. Copy it again, or name another file"
-        ) from error
+        raise ModelError(f"{what} is damaged or no safetensors file: {error}. Copy it again, or {remedy}") from error
     except (FileNotFoundError, PermissionError) as error:
-        raise ModelError(f"{redact(model.name)} cannot be read: {error}") from error
+        raise ModelError(f"{what} cannot be read: {error}") from error
 
 
 def read_config(model: ResolvedModel, file: str) -> dict[str, Any] | None:
