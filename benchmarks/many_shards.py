@@ -38,7 +38,9 @@ LINKED_WORKS = ("resume: read the receipts", "status", "repair --trust-receipts:
 def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
     """Write a manifest of ``shard_size`` rows for each shard, and the output of its run."""
     from support import runs
+    from vcf_batch.output import progress_file
     from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
+    from vcf_batch.output.sums import RunSums
 
     (folder / "in").mkdir(parents=True)
     rows = shards * shard_size
@@ -54,6 +56,7 @@ def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
     staged = folder / "staged"
     staged.mkdir()
     written: dict[int, ShardFiles] = {}
+    totals = RunSums()
     for shard in job.shards:
         files = written.get(shard.index % FAILED_SHARDS)
         if files is None:
@@ -69,6 +72,8 @@ def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
             shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
         )
         (output / f"{shard.name}{RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
+        totals.add(receipt)
+    progress_file.publish(str(output), progress_file.Told(job.fingerprint, totals))
 
 
 def write_shard(job: Job, shard: Shard, folder: Path) -> ShardFiles:

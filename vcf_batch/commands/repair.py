@@ -1,6 +1,6 @@
 """Choose what a repair redoes: damaged and missing shards, and the rows that a condition selects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
@@ -14,6 +14,9 @@ from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
 from vcf_batch.setup.job import schema_of
+
+JUDGED_AT_ONCE = 1 << 14
+"""Rows that a condition is evaluated for at once, unless a shard has more."""
 
 
 class Repair:
@@ -58,7 +61,7 @@ class Repair:
             if finding.shard is not None:
                 redo[finding.shard.index] = bytes([True]) * len(finding.shard)
         whole = (shard for shard in self._output.plan if shard.index not in redo)
-        for shard, selected in side_by_side(self._selected_or_fault, whole):
+        for shard, selected in self._each(whole):
             if isinstance(selected, DamageFound):
                 show(f"{shard.name}: {selected}")
                 redo[shard.index] = bytes([True]) * len(shard)
@@ -69,27 +72,52 @@ class Repair:
         show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
         return redo
 
-    def _selected_or_fault(self, shard: Shard) -> RowMask | DamageFound:
-        """The rows of a shard that the condition selects, or what is wrong with its parquet."""
+    def _each(self, some: Iterable[Shard]) -> Iterator[tuple[Shard, RowMask | DamageFound]]:
+        """The rows of each shard that the condition selects, or what is wrong with its parquet.
+
+        Shards are read one by one, and many of them are judged at once, as a query takes longer than its rows do.
+        """
+        waiting: list[tuple[Shard, pa.Table]] = []
+        for shard, found in side_by_side(self._read_or_fault, some):
+            if isinstance(found, DamageFound):
+                yield shard, found
+                continue
+            if waiting and not found.schema.equals(waiting[0][1].schema):
+                yield from self._judge(waiting)
+                waiting = []
+            waiting.append((shard, found))
+            if sum(table.num_rows for _, table in waiting) >= JUDGED_AT_ONCE:
+                yield from self._judge(waiting)
+                waiting = []
+        yield from self._judge(waiting)
+
+    def _judge(self, waiting: Sequence[tuple[Shard, pa.Table]]) -> Iterator[tuple[Shard, RowMask]]:
+        """The rows that the condition selects, of shards with the same columns. A run has each key once."""
+        if waiting:
+            keys = self._condition.keys(pa.concat_tables(table for _, table in waiting))
+            for shard, table in waiting:
+                yield shard, bytes(key in keys for key in table["key"].to_pylist())
+
+    def _read_or_fault(self, shard: Shard) -> pa.Table | DamageFound:
+        """The columns that the condition reads, or what is wrong with the shard's parquet."""
         try:
-            selected = self._selected_of(shard)
+            found = self._read(shard)
         except VcfBatchError:
             raise
         # A damaged file may hold anything.
         except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
             return DamageFound(f"its parquet cannot be read: {str(error).partition(chr(10))[0]}")
-        if len(selected) != len(shard):
-            return DamageFound(f"its parquet has {len(selected)} rows, and it has {len(shard)}")
-        return selected
+        if found.num_rows != len(shard):
+            return DamageFound(f"its parquet has {found.num_rows} rows, and it has {len(shard)}")
+        return found
 
-    def _selected_of(self, shard: Shard) -> RowMask:
-        selected, columns = bytearray(), [*self._condition.columns]
+    def _read(self, shard: Shard) -> pa.Table:
+        columns = [*self._condition.columns]
         with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
             own = [name for name in columns if name in parquet.schema_arrow.names]
+            schema = pa.schema([parquet.schema_arrow.field(name) for name in own])
             batches = parquet.iter_batches(shards.ROWS_AT_ONCE, columns=own, use_threads=False)
             if len(own) < len(columns) and (receipt := receipts.read_one(self._output.url, shard)):
                 batches = self._scores.batches(batches, shard, receipt.parquet_hash)
-            for batch in batches:
-                keys = self._condition.keys(pa.Table.from_batches([batch]))
-                selected += bytes(key in keys for key in batch["key"].to_pylist())
-        return bytes(selected)
+                schema = self._scores.schema(schema)
+            return pa.Table.from_batches(batches, schema).select(columns)

@@ -56,6 +56,8 @@ class Condition:
     def keys(self, rows: pa.Table) -> set[str]:
         """Keys of the rows for which the condition is true.
 
+        A call takes some milliseconds, whatever the number of rows: give many at once.
+
         Args:
             rows: a table with at least :attr:`columns`.
 
