@@ -9,6 +9,7 @@ import click
 
 from vcf_batch import errors
 from vcf_batch.cli import COMMANDS_BY_STAGE
+from vcf_batch.cli.command import Command
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import OVERRIDES
 
@@ -56,11 +57,16 @@ def _commands() -> Iterator[str]:
         context = click.Context(command, info_name=f"vcf-batch {name}")
         yield f"\n### {name}\n"
         yield "```text\n" + " ".join(command.get_usage(context).split()).removeprefix("Usage: ") + "\n```\n"
-        yield inspect.cleandoc(command.help or "").replace("\b\n", "") + "\n"
+        yield inspect.cleandoc(command.help or "") + "\n"
+        if examples := getattr(command, "examples", ()):
+            yield "```text\n" + "\n".join(f"{line}    # {purpose}" for line, purpose in examples) + "\n```\n"
+        records = command.option_records(context) if isinstance(command, Command) else {}
         yield "| option | |\n|---|---|"
-        for parameter in command.params:
-            if record := parameter.get_help_record(context):
-                yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
+        for heading, options in records.items():
+            if len(records) > 1:
+                yield f"| **{heading}** | |"
+            for written, text in options:
+                yield f"| `{_cell(written)}` | {_cell(text)} |"
 
 
 def _leaves(commands: Iterable[click.Command]) -> Iterator[tuple[str, click.Command]]:

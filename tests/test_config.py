@@ -37,7 +37,8 @@ OTHER: dict[str, Any] = {
     "max_pixels": 5, "max_failed": 0.5, "judge": "org/clip", "lpips": "none", "lpips_weights": "folder",
     "long_prompts": "refuse", "image_format": "webp", "seed": 3, "limit": 4, "num_workers": 2, "gpus_per_worker": 0.5,
     "cpus_per_worker": 2,
-    "mark": False, "log_format": "json", "allow_smaller_batches": True, "profile": True, "stall_timeout": 60.0,
+    "mark": False, "log_format": "json", "verbosity": "quiet", "allow_smaller_batches": True, "profile": True,
+    "stall_timeout": 60.0,
     "address": "auto", "fusion_lo": 0.25, "fusion_hi": 0.75, "unconditional": "blank", "image_tokens": "cls",
     "role": "layout", "rows": "2:4", "original_height": 16, "original_width": 16, "crop_top": 8, "crop_left": 8,
     "target_height": 16, "target_width": 16,
@@ -224,7 +225,8 @@ def test_mapping_round_trip() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stepz": 1}, "unknown setting 'stepz'; known are: manifest, output"),
+        ({"stepz": 1}, "unknown setting 'stepz'; did you mean steps?"),
+        ({"nothing_like_it": 1}, "unknown setting 'nothing_like_it'; known are: manifest, output"),
         ({"output": None}, "output is missing"),
         ({"manifest": ""}, "manifest is missing"),
         ({"steps": 2.5}, "steps is 2.5; it must be a whole number or null"),

@@ -1,6 +1,7 @@
 """RunConfig: the settings of one run, validated once, and the fingerprint that names its content."""
 
 import dataclasses
+import difflib
 import hashlib
 import inspect
 import json
@@ -9,14 +10,14 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from vcf_batch.errors import ModelError, UsageError, redact_name
+from vcf_batch.errors import ModelError, UsageError, redact, redact_name
 
 ALIGNED_FUSIONS = ("naive", "concat", "cross_attention")
 """Fusions of the tokens that an aligner gives: the paper's."""
@@ -38,6 +39,7 @@ MAX_WINDOWS = 16
 """Largest number of windows of a prompt that is encoded in windows (``long_prompts="chunk"``)."""
 IMAGE_FORMATS = ("png", "webp", "jpg")
 LOG_FORMATS = ("text", "json")
+VERBOSITIES = ("quiet", "normal", "verbose")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAIRINGS = ("cross", "random", "balanced")
 LPIPS_NETWORKS = ("auto", "alex", "vgg", "none")
@@ -62,6 +64,26 @@ that of ``ip_adapter`` is diffusers'."""
 
 REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
 """Parts that a model needs for references, besides Stable Diffusion's own parts."""
+
+DIFFUSERS_NAMES: Mapping[str, str] = {
+    "num_inference_steps": "steps",
+    "guidance": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "ip_adapter_scale": "strength",
+    "sampler": "scheduler",
+    "generator": "seed",
+    "torch_dtype": "dtype",
+    "variant": "dtype",
+    "pretrained_model_name_or_path": "model",
+    "image_size": "height",
+    "resolution": "height",
+    "original_size": "original_height",
+    "target_size": "target_height",
+    "crops_coords_top_left": "crop_top",
+    "output_type": "image_format",
+    "num_images_per_prompt": "attempts",
+}
+"""Settings of diffusers and of programs like it, each with the setting of a run that is closest to it."""
 
 MAX_BATCH_SIZE = 4096
 MAX_STEPS = 1000
@@ -293,6 +315,8 @@ class RunConfig:
     profile: bool = False
     """Record a trace of one shard's first batches."""
     log_format: str = "text"
+    verbosity: str = "normal"
+    """What the log has: warnings and errors (``quiet``), progress too, or each finished shard as well (``verbose``)."""
     address: str | None = None
     """Address of the Ray cluster. None is the one of this process or of this machine, else a new local one."""
     default_strengths: dict[str, float] | None = None
@@ -351,6 +375,7 @@ class RunConfig:
         _choice("image_format", self.image_format, IMAGE_FORMATS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("log_format", self.log_format, LOG_FORMATS)
+        _choice("verbosity", self.verbosity, VERBOSITIES)
         _choice("lpips", self.lpips, LPIPS_NETWORKS)
         _choice("scheduler", self.scheduler, SCHEDULERS)
         _between("strength", self.strength, 0, MAX_STRENGTH)
@@ -478,6 +503,10 @@ class RunConfig:
         """The configuration as plain JSON types."""
         return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in ("reference_root", "carry")}
 
+    def to_record(self) -> dict[str, Any]:
+        """The configuration as plain JSON types, and without credentials in URLs."""
+        return {name: _redacted(value) for name, value in self.to_dict().items()}
+
     def replace(self, **changes: Any) -> "RunConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
@@ -492,8 +521,10 @@ def checked_values(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        known = ", ".join(name for name in fields if name not in SETTLED)
-        raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; known are: {known}")
+        known = [name for name in fields if name not in SETTLED]
+        found = meant(unknown[0], known)
+        hint = f"did you mean {' or '.join(found)}?" if found else f"known are: {', '.join(known)}"
+        raise UsageError(f"unknown setting {_SHORT.repr(unknown[0])}; {hint}")
     required = (name for name, field in fields.items() if field.default is dataclasses.MISSING)
     missing = [name for name in required if not values.get(name)]
     if missing:
@@ -587,6 +618,7 @@ NOT_CONTENT = frozenset(
         "address",
         "max_failed",
         "log_format",
+        "verbosity",
         "carry",
     }
 )
@@ -717,9 +749,31 @@ def load_yaml(text: str, source: str) -> dict[str, Any]:
     # Numbers and dates that Python cannot hold, and endless nesting, get past YAML's own errors.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{source} is not valid YAML: {error}") from error
+    return checked_mapping(values, source)
+
+
+def checked_mapping(values: Any, source: str) -> dict[str, Any]:
+    """A mapping of setting to value, whose names may be written like options.
+
+    Raises:
+        UsageError: ``values`` is no mapping.
+    """
     if not isinstance(values, dict):
         raise UsageError(f"{source} must be a mapping of setting to value, not {type(values).__name__}")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def meant(name: str, known: Iterable[str]) -> list[str]:
+    """The settings of ``known`` that a wrong name may stand for, the best first; none if nothing is like it."""
+    there = [*known]
+    other = DIFFUSERS_NAMES.get(name)
+    return [other] if other in there else difflib.get_close_matches(name, there)
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) and "://" in value else value
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

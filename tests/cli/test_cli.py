@@ -1,6 +1,7 @@
 """The command line: options, files of options, exit codes."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
 from vcf_batch.training.training_config import NOT_TRAINED, TrainingConfig
 
-NOT_SETTINGS = {"config", "push", "debug", "as_json"}
+NOT_SETTINGS = {"config", "dump_config", "push", "debug", "as_json"}
 
 
 def call(*arguments: object) -> Result:
@@ -177,6 +178,38 @@ def test_errors_have_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseExce
     assert "Traceback" not in result.output
     if isinstance(error, Interrupted):
         assert "rerun the same command" in result.output
+
+
+def test_a_run_is_a_document(configured: list[RunConfig]) -> None:
+    result = call("generate", "in.parquet", "out", "--json", "--max-failed", "0.1")
+    assert result.exit_code == 0
+    rows = {"total": 10, "resumed": 0, "success": 9, "rejected": 0, "failed": 1}
+    assert json.loads(result.stdout) == {"output": "out", "rows": rows, "prompts_truncated": 0, "seconds": 1.0}
+
+
+def test_a_log_for_programs_tells_how_a_run_ended(configured: list[RunConfig]) -> None:
+    """Nothing but objects is printed, and the last of them has the exit code if that is not 0."""
+    ok, failed = (
+        call("generate", "in.parquet", "out", "--log-format", "json", "--max-failed", share) for share in (0.1, 0)
+    )
+    assert (ok.exit_code, failed.exit_code, ok.stdout, failed.stdout) == (0, 3, "", "")
+    (told,) = map(json.loads, ok.stderr.splitlines())
+    assert (told["event"], told["level"], told["rows"]) == ("run_finished", "info", 10)
+    _, error = map(json.loads, failed.stderr.splitlines())
+    assert (error["event"], error["level"], error["exit_code"]) == ("error", "error", 3)
+    assert error["message"].startswith("Error: 1 of 10 rows failed")
+
+
+def test_an_error_is_an_object_in_a_log_for_programs() -> None:
+    result = call("generate", "in.parquet", "out", "--log-format", "json", "--strength", "-1")
+    (told,) = map(json.loads, result.stderr.splitlines())
+    assert (result.exit_code, told["event"], told["exit_code"]) == (2, "error", 2)
+
+
+@pytest.mark.parametrize(("option", "verbosity"), [("-q", "quiet"), ("--verbose", "verbose")])
+def test_how_much_is_logged_is_a_setting(configured: list[RunConfig], option: str, verbosity: str) -> None:
+    call("generate", "in.parquet", "out", option)
+    assert configured == [RunConfig(manifest="in.parquet", output="out", verbosity=verbosity)]
 
 
 def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:

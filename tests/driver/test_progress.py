@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from vcf_batch.driver import progress
-from vcf_batch.driver.progress import Progress, duration
-from vcf_batch.pool import log
+from vcf_batch.driver.progress import Progress, configure_log, duration
 
 
 class _Terminal(io.StringIO):
@@ -23,9 +22,9 @@ class _Terminal(io.StringIO):
 def logged() -> Iterator[io.StringIO]:
     """What the log gets."""
     stream = io.StringIO()
-    log.configure("text", stream)
+    configure_log("text", stream=stream)
     yield stream
-    log.configure("text")
+    configure_log("text")
 
 
 def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:

@@ -8,16 +8,31 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved, repair_command, tell
+from vcf_batch.cli.option_groups import WORKER_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.driver.progress import plural, plural_are
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
 
-_MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", "address")
+_MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", "verbosity", "address")
 
 
-@click.command(cls=Command, params=[option for option in generate.params if option.name in _MACHINES])
+@click.command(
+    cls=Command,
+    params=[option for option in generate.params if option.name in _MACHINES],
+    groups=WORKER_GROUPS,
+    examples=(
+        (
+            "vcf-batch score out/demo --with texture --with duplicates",
+            "How alike pictures are drawn, and which are twice",
+        ),
+        (
+            "vcf-batch score out/demo --with clip:l14=openai/clip-vit-large-patch14 --calibrate",
+            "Cosines by another CLIP",
+        ),
+    ),
+)
 @click.argument("output")
 @click.option(
     "--with",
@@ -75,7 +90,6 @@ def score(
     'export', 'repair --where', 'report' and 'status' see them as further columns, and 'verify' checks them. A call that
     was interrupted goes on with the same command, and so does one for shards that were generated or repaired since.
 
-    \b
     Exit codes: 0 every shard has its scores; 1 unexpected; 2 wrong option or model; 4 a score of this name is there by
     another model or other settings, or a run is at work in OUTPUT; 5 damaged shards are left out; 6 shards that are not
     generated yet are left out; 130 or 143 interrupted.
@@ -125,7 +139,19 @@ def score(
         )
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        (
+            'vcf-batch export out/demo dataset --where "clip_score > 0.2" --split train=0.98,validation=0.02',
+            "The better images, in two splits",
+        ),
+        (
+            "vcf-batch export out/a out/b dataset --format parquet --references copy",
+            "Two parts as one, images in the rows",
+        ),
+    ),
+)
 @click.argument("outputs", nargs=-1, required=True, metavar="OUTPUT...")
 @click.argument("target")
 @click.option(
@@ -200,7 +226,6 @@ def export(
     for byte. Several outputs become one dataset, if no key is in two of them. The dataset has receipts of its own, and
     'vcf-batch verify TARGET' compares it with them. An export that was interrupted goes on with the same command.
 
-    \b
     Exit codes: 0 exported; 1 unexpected; 2 wrong option, no row left, or a key twice; 4 TARGET holds something else;
     5 an output is damaged; 6 an output has shards that are not generated yet.
     """
@@ -261,7 +286,13 @@ def _keys(url: str) -> tuple[frozenset[str], str]:
     return keys, hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        ("vcf-batch push out/demo s3://bucket/dataset", "To a bucket"),
+        ("vcf-batch push out/demo hf://datasets/OWNER/NAME", "To the Hugging Face Hub"),
+    ),
+)
 @click.argument("output")
 @click.argument("target")
 @click.option("--partial", is_flag=True, help="Exit with 0 although shards are left out.")
@@ -278,14 +309,13 @@ def push(output: str, target: str, partial: bool, as_json: bool) -> None:
     Shards that are damaged or not generated yet are left out and named, and the exit code says so unless --partial is
     given.
 
-    \b
     Exit codes: 0 copied; 1 unexpected; 2 no finished shard, or somebody else's README.md; 4 TARGET holds another run;
     5 damaged shards are left out; 6 shards that are not generated yet are left out.
     """
     hand_on(output, target, as_json, partial)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, examples=(("vcf-batch card out/demo --license cc-by-4.0", "The card of the demo"),))
 @click.argument("output")
 @click.option(
     "--license",
@@ -303,7 +333,6 @@ def card(output: str, licence: str | None, force: bool, as_json: bool) -> None:
     settings, how to load the dataset, its bias and limits. Read and complete it: only you know what the prompts and
     references are.
 
-    \b
     Exit codes: 0 written; 1 unexpected; 2 no finished shard there, or somebody else's README.md; 5 damage.
     """
     from vcf_batch.output.output import Output  # pyarrow is not needed to print a help text

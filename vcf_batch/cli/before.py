@@ -8,6 +8,7 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, check_ending, debug_option, json_option, run_config, tell
+from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.config import PAIRINGS
 from vcf_batch.errors import UsageError, redact
@@ -20,7 +21,20 @@ REFERENCES_HELP = "Folder of reference images, found by their first bytes, whate
 COLUMN_HELP = "The column with the prompts, where --prompts names a table.  [default: prompt]"
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        (
+            "vcf-batch manifest pairs.parquet --prompts prompts.txt --references photos",
+            "Every prompt with every picture",
+        ),
+        (
+            "vcf-batch manifest pairs.parquet --prompts prompts.csv --references photos --pairing balanced "
+            "--rows 10000",
+            "Ten thousand pairs, each prompt and each picture equally often",
+        ),
+    ),
+)
 @click.argument("target", metavar="MANIFEST", required=False)
 @click.option("--prompts", required=True, metavar="FILE", help=f"{PROMPTS_HELP} Blank prompts are left out.")
 @click.option("--prompt-column", "column", metavar="NAME", help=COLUMN_HELP)
@@ -103,7 +117,19 @@ def manifest(
     tell("\n".join(words), document, as_json)
 
 
-@click.command(cls=Command, params=[*generate.params])
+@click.command(
+    cls=Command,
+    params=[option for option in generate.params if option.name != "dump_config"],
+    groups=OPTION_GROUPS,
+    examples=(
+        ("vcf-batch plan manifests/demo.parquet out/demo", "What the demo would take"),
+        (
+            "vcf-batch plan manifest.parquet s3://bucket/dataset --model sd15 --fusion ip_adapter "
+            "--ip-adapter ip-adapter-sd15 --calibrate --price-per-gpu-hour 2.5",
+            "Time and cost, by the speed of this machine",
+        ),
+    ),
+)
 @click.option(
     "--calibrate",
     is_flag=True,
@@ -116,7 +142,6 @@ def manifest(
     metavar="PRICE",
     help="Price of an hour of one GPU, or of one worker where workers have no GPU. In any currency.",
 )
-@json_option
 @click.pass_context
 def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool, **_: Any) -> None:
     """Show what a run would take, and every reason to refuse it.
@@ -126,7 +151,6 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     Time and bytes come from finished shards of this run, else from --calibrate; they are never guessed. Nothing is
     written, and no cluster is needed: without --gpus-per-worker, the GPUs of this machine decide.
 
-    \b
     Exit codes: 0 nothing is in the way; 1 unexpected; 2 or 4 if 'generate' would end with it. All reasons are listed.
     """
     from vcf_batch.commands import plan  # pyarrow is not needed to print a help text
@@ -141,7 +165,16 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
 
 
 @click.command(
-    cls=Command, params=[option for option in generate.params if option.name not in ("output", "push", "rows")]
+    cls=Command,
+    params=[option for option in generate.params if option.name not in ("output", "push", "rows", "dump_config")],
+    groups=OPTION_GROUPS,
+    examples=(
+        ("vcf-batch preview manifests/demo.parquet --sweep strength=0,0.1,0.3,1", "Which strength to use"),
+        (
+            "vcf-batch preview pairs.parquet --model my-model --sweep fusion=naive,concat --rows 4",
+            "Which fusion to use",
+        ),
+    ),
 )
 @click.option(
     "--rows",
@@ -161,7 +194,6 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     "[default: one column, with the settings of the run]",
 )
 @click.option("--out", default="preview.png", show_default=True, metavar="FILE", help="The PNG to write.")
-@json_option
 @click.pass_context
 def preview(ctx: click.Context, shown: int, sweeps: tuple[str, ...], out: str, as_json: bool, **_: Any) -> None:
     """Draw the first rows of MANIFEST with several settings.
@@ -170,7 +202,6 @@ def preview(ctx: click.Context, shown: int, sweeps: tuple[str, ...], out: str, a
     combination of the --sweep values. A row's images all start from the same noise. The command takes the options of
     'generate', needs no cluster, and writes nothing but the picture.
 
-    \b
     Exit codes: 0 written; 1 unexpected; 2 wrong option or manifest.
     """
     check_ending("--out", out, "image/png")

@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import shlex
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from vcf_batch import config as settings
 from vcf_batch import ending, storage
-from vcf_batch.config import RunConfig
-from vcf_batch.driver.progress import plural
+from vcf_batch.cli import settings_file
+from vcf_batch.config import RunConfig, meant
+from vcf_batch.driver.progress import configure_log, plural
 from vcf_batch.errors import (
     DamageFound,
     Interrupted,
@@ -26,42 +29,113 @@ from vcf_batch.errors import (
     redact,
 )
 
-MAX_CONFIG_BYTES = 1 << 20
+if TYPE_CHECKING:
+    from vcf_batch.driver.ledger import Summary
+
+_log = logging.getLogger(__name__)
+
+_OPTION_OR_WORD = re.compile(r"""--\S+ (?:"[^"]*"|'[^']*'|(?!-)\S+)|\S+""")
+"""An option with its value, which stay on one line, or another word of a command line."""
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
 class Command(click.Command):
-    """A command that ends with the exit codes of :mod:`vcf_batch.errors`, and without a traceback."""
+    """A command that ends with the exit codes of :mod:`vcf_batch.errors`, and without a traceback.
+
+    Args:
+        examples: command lines that the help text shows, each with what it is for.
+        groups: names of parameters by the heading that their options stand under; all others stand before them.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        examples: Sequence[tuple[str, str]] = (),
+        groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples, self.groups = examples, groups
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = {str(each.name): each.opts[-1] for each in self.params if isinstance(each, click.Option)}
+            found = [flags[name] for name in meant(error.option_name.lstrip("-").replace("-", "_"), flags)]
+            hint = f" Did you mean {' or '.join(found)}?" if found else ""
+            raise click.NoSuchOption(error.option_name, f"{error.message}{hint}", ctx=ctx) from None
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(ctx, formatter)
+        if not self.examples:
+            return
+        with formatter.section("Examples"):
+            for line, purpose in self.examples:
+                formatter.write_text(f"{purpose}:")
+                formatter.write(_to_copy(line, formatter.current_indent + 2, formatter.width))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, records in self.option_records(ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def option_records(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """Each option as it is written, with its text, by the heading that it stands under."""
+        headings = {name: heading for heading, names in self.groups.items() for name in names}
+        found: dict[str, list[tuple[str, str]]] = {"Options": [], **{heading: [] for heading in self.groups}}
+        order = [*headings]
+        parameters = sorted(self.get_params(ctx), key=lambda each: order.index(each.name) if each.name in order else -1)
+        for each in parameters:
+            if not isinstance(each, click.Argument) and (record := each.get_help_record(ctx)):
+                found[headings.get(str(each.name), "Options")].append(record)
+        return {heading: records for heading, records in found.items() if records}
 
     def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.get("log_format") == "json":  # From the first line on, and in errors.
+            configure_log("json", ctx.params.get("verbosity") or "normal")
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Interrupted as stop:
-            click.echo("\nInterrupted. What is finished is kept: rerun the same command to go on.", err=True)
+            self._show(
+                ctx, stop, "\nInterrupted. What is finished is kept: rerun the same command to go on.", stop.exit_code
+            )
             ctx.exit(stop.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
+        except KeyboardInterrupt as stop:
+            self._show(ctx, stop, "\nInterrupted.", ending.code())
             ctx.exit(ending.code())
         except VcfBatchError as error:
-            self._show(ctx, error, f"Error: {error}")
+            self._show(ctx, error, f"Error: {error}", error.exit_code)
             ctx.exit(error.exit_code)
         except Exception as error:
             if ending.is_interrupted():  # Any exception after a signal is a consequence of the signal.
-                click.echo("\nInterrupted.", err=True)
+                self._show(ctx, error, "\nInterrupted.", ending.code())
                 ctx.exit(ending.code())
             message = " ".join(str(error).split()) or "no message"
-            self._show(
-                ctx, error, f"Unexpected {type(error).__name__}: {message}\nRerun with --debug for the traceback."
-            )
+            words = f"Unexpected {type(error).__name__}: {message}\nRerun with --debug for the traceback."
+            self._show(ctx, error, words, 1)
             ctx.exit(1)
 
-    def _show(self, ctx: click.Context, error: Exception, message: str) -> None:
+    def _show(self, ctx: click.Context, error: BaseException, message: str, exit_code: int) -> None:
         if ctx.meta.get("vcf_batch.debug"):
             message = "".join(traceback.format_exception(error)) + message
-        click.echo(printable(message), err=True)
+        if ctx.params.get("log_format") == "json":
+            _log.error(printable(message).strip(), extra={"event": "error", "exit_code": exit_code})
+        else:
+            click.echo(printable(message), err=True)
+
+
+def _to_copy(line: str, indent: int, width: int) -> str:
+    """A command line as a help text shows it: where it is too long for the width, a shell goes on after each line."""
+    parts = [""]
+    for word in _OPTION_OR_WORD.findall(line):
+        if parts[-1] and len(parts[-1]) + len(word) + 1 > width - indent - len(" \\"):
+            parts.append(" ")
+        parts[-1] += f" {word}" if parts[-1] else word
+    return "".join(f"{'':{indent}}{part}\n" for part in " \\\n".join(parts).splitlines())
 
 
 def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -114,16 +188,8 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     Raises:
         UsageError: the file cannot be read, or a setting is wrong.
     """
-    values: dict[str, Any] = {}
     source = ctx.params.get("config")
-    if source is not None:
-        try:
-            text = storage.read_bytes(source, limit=MAX_CONFIG_BYTES).decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the configuration file {source}: {error}") from error
-        values = settings.load_yaml(text, redact(source))
-        if settled := sorted(settings.SETTLED & values.keys()):
-            raise UsageError(f"{settled[0]} in {redact(source)} is no option: leave it out, or give strength instead")
+    values = {} if source is None else settings_file.read(source)
     values |= given(ctx) | fixed
     for name in ("num_workers", "batch_size"):
         if values.get(name) == "auto":
@@ -131,10 +197,21 @@ def run_config(ctx: click.Context, **fixed: Any) -> RunConfig:
     return RunConfig.from_mapping(values)
 
 
-def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict, push: str | None = None) -> None:
-    """Generate what is left, and what ``choose_redo`` names, and tell what became of it. Then push it to ``push``."""
+def run(
+    config: RunConfig,
+    choose_redo: Callable[[], Mapping[int, bytes]] = dict,
+    push: str | None = None,
+    as_json: bool | None = False,
+) -> None:
+    """Generate what is left, and what ``choose_redo`` names, and tell what became of it. Then push it to ``push``.
+
+    Args:
+        config: the configuration of the run.
+        choose_redo: see :func:`vcf_batch.pool.launch.run`.
+        push: where the output is copied after a run that succeeds; None for nowhere.
+        as_json: whether what became of it is printed as a document; None prints nothing.
+    """
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
-    from vcf_batch.setup.job import TRACE  # nor pyarrow
 
     if push is not None:
         from vcf_batch.commands.push import check_target
@@ -143,13 +220,15 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
     summary = pool.run(config, choose_redo)
     if push is None:
         ending.done()
-    click.echo(str(summary))
-    click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
-    if config.profile and summary.resumed_rows < summary.rows:
-        trace = storage.join(summary.output, TRACE)
-        click.echo(f"To see where the time of a shard goes, open in https://ui.perfetto.dev: {redact(trace)}")
-    if summary.counts["failed"]:
-        click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")
+    if as_json:
+        click.echo(json.dumps(summary.to_dict(), indent=2))
+    elif as_json is None:
+        pass
+    elif config.log_format == "json":
+        seconds = round(summary.seconds, 3)
+        _log.info(str(summary), extra={"event": "run_finished", "rows": summary.rows, "seconds": seconds})
+    else:
+        _tell_run(config, summary)
     if summary.failed_fraction > config.max_failed:
         raise TooManyFailedRows(
             f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
@@ -157,6 +236,19 @@ def run(config: RunConfig, choose_redo: Callable[[], Mapping[int, bytes]] = dict
         )
     if push is not None:
         hand_on(config.output, push)
+
+
+def _tell_run(config: RunConfig, summary: "Summary") -> None:
+    """Print what became of a run, and what may come next."""
+    click.echo(str(summary))
+    click.echo(f"To look at it: vcf-batch report {shlex.quote(redact(summary.output))}")
+    if config.profile and summary.resumed_rows < summary.rows:
+        from vcf_batch.setup.job import TRACE  # pyarrow is not needed to print a help text
+
+        trace = storage.join(summary.output, TRACE)
+        click.echo(f"To see where the time of a shard goes, open in https://ui.perfetto.dev: {redact(trace)}")
+    if summary.counts["failed"]:
+        click.echo(f"To generate the failed rows again: {repair_command(summary.output)}")
 
 
 _ENDINGS = {

@@ -15,7 +15,13 @@ SHEET_ROWS = 64
 """Samples in the picture of a report, unless another number is asked for."""
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        ("vcf-batch status out/demo", "How far the demo is"),
+        ("vcf-batch status s3://bucket/dataset --json", "The same for a program"),
+    ),
+)
 @click.argument("output")
 @json_option
 @debug_option
@@ -25,7 +31,6 @@ def status(output: str, as_json: bool) -> None:
     This works while the run goes on, after it ended, and after it died. Only OUTPUT is read, so any machine that
     sees it can do this. Shards count once they are finished. Nothing is written.
 
-    \b
     Exit codes: 0 in every state of a run ("state": finished, running or stopped); 1 unexpected; 2 no run there;
     5 damage.
     """
@@ -35,7 +40,14 @@ def status(output: str, as_json: bool) -> None:
     tell(str(found), found.to_dict(), as_json)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        ("vcf-batch report out/demo", "The page"),
+        ("vcf-batch report out/demo --png samples.png --rows 16", "A picture of 16 samples"),
+        ("vcf-batch report out/weak out/strong --out compared.html", "Two runs of one manifest beside each other"),
+    ),
+)
 @click.argument("output")
 @click.argument("other", required=False)
 @click.option(
@@ -75,7 +87,6 @@ def report(
     With OTHER, a second output, the two are compared row by row, by their keys: scores, and which rows are better or
     worse in OTHER. Nothing is written, unless --out names a page, which also shows the rows that changed most.
 
-    \b
     Exit codes: 0 written; 1 unexpected; 2 no finished shard there; 5 damage.
     """
     if shown is not None and png is None:

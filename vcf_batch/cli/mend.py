@@ -1,11 +1,13 @@
 """``verify`` and ``repair``: an output against what it should be."""
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
+from vcf_batch.cli.option_groups import WORKER_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.driver.progress import plural
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
@@ -14,7 +16,16 @@ if TYPE_CHECKING:
     from vcf_batch.commands.verify import Finding
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        ("vcf-batch verify out/demo", "Everything"),
+        (
+            "vcf-batch verify s3://bucket/dataset --sample 0.01 --regenerate 8",
+            "A hundredth, and eight samples drawn again",
+        ),
+    ),
+)
 @click.argument("output")
 @click.option(
     "--sample",
@@ -50,7 +61,6 @@ def verify(
     parquets with the manifest; every image is decoded. Scores that were added are compared with their receipts. OUTPUT
     may be an export: its files are compared with its receipts and its rows, and keys with one another.
 
-    \b
     Exit codes: 0 no damage; 1 unexpected; 2 no output there; 4 the model is not that of the run; 5 damage; 6 no damage,
     but shards are not generated yet, whether a run is at work or not.
     """
@@ -168,11 +178,19 @@ def _damaged(findings: Iterable["Finding"]) -> bool:
     return any(finding.is_damage for finding in findings)
 
 
-_OWN = {"address": None, "log_format": "text", "num_workers": None, "max_failed": 0.0}
+_OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_workers": None, "max_failed": 0.0}
 """What a repair does not take from the run that it repairs."""
 
 
-@click.command(cls=Command, params=[option for option in generate.params if option.name in _OWN])
+@click.command(
+    cls=Command,
+    params=[option for option in generate.params if option.name in _OWN],
+    groups=WORKER_GROUPS,
+    examples=(
+        ("vcf-batch repair out/demo", "What is damaged, missing or failed"),
+        ('vcf-batch repair out/demo --where "clip_reference < 0.2"', "And samples that hardly follow their reference"),
+    ),
+)
 @click.argument("output")
 @click.option(
     "--where",
@@ -189,16 +207,16 @@ _OWN = {"address": None, "log_format": "text", "num_workers": None, "max_failed"
     "there, and may hide rows from --where.",
 )
 @moved
+@json_option
 @debug_option
 @click.pass_context
-def repair(ctx: click.Context, output: str, where: str, trust_receipts: bool, **_: Any) -> None:
+def repair(ctx: click.Context, output: str, where: str, trust_receipts: bool, as_json: bool, **_: Any) -> None:
     """Generate again what is damaged, missing or failed in OUTPUT.
 
     OUTPUT is read first, as 'verify' reads it, unless --trust-receipts is given. Damaged and missing shards are
     generated whole. Of the other shards, only the rows that --where selects are generated: their other samples stay,
     byte for byte. Keys, shards and settings stay as they are.
 
-    \b
     Exit codes: those of 'generate'; 5 if OUTPUT is damaged in a way that generating does not mend.
     """
     from vcf_batch.commands.repair import Repair
@@ -206,4 +224,4 @@ def repair(ctx: click.Context, output: str, where: str, trust_receipts: bool, **
 
     opened = Output(output, _OWN | given(ctx))
     needed = Repair(opened, where, trust_receipts)
-    run(opened.config, lambda: needed.rows(click.echo))
+    run(opened.config, lambda: needed.rows(functools.partial(click.echo, err=as_json)), as_json=as_json)

@@ -10,12 +10,13 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
+from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.commands import known_models
 from vcf_batch.errors import printable, redact
 from vcf_batch.training.training_config import SELECTIONS, TrainingConfig
 
-_DECIDED = {*settings.DECIDED_BY_EVALUATION, "push"}
+_DECIDED = {*settings.DECIDED_BY_EVALUATION, "push", "dump_config"}
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
@@ -32,7 +33,7 @@ def model() -> None:
     """List, train, assemble and evaluate models."""
 
 
-@model.command("list", cls=Command)
+@model.command("list", cls=Command, examples=(("vcf-batch model list", "What is known by name"),))
 @json_option
 @debug_option
 def list_models(as_json: bool) -> None:
@@ -46,7 +47,11 @@ def list_models(as_json: bool) -> None:
     tell(known_models.in_words(models), {"models": models}, as_json)
 
 
-@model.command("fetch", cls=Command)
+@model.command(
+    "fetch",
+    cls=Command,
+    examples=(("vcf-batch model fetch sd15 --to s3://bucket/sd15", "For a cluster without access to the Hub"),),
+)
 @click.argument("name")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.  [default: the main branch]")
 @click.option(
@@ -74,7 +79,16 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
     tell("\n".join(words), dataclasses.asdict(fetched) | {"places": places}, as_json)
 
 
-@model.command(cls=Command)
+@model.command(
+    cls=Command,
+    examples=(
+        (
+            "vcf-batch model train --model sd21 --data 's3://bucket/captions/*.tar' --out s3://bucket/aligner "
+            "--num-workers 8",
+            "An aligner for Stable Diffusion 2.1",
+        ),
+    ),
+)
 @click.option(
     "--model",
     required=True,
@@ -199,7 +213,12 @@ def train(as_json: bool, **options: Any) -> None:
     tell(str(summary), dataclasses.asdict(summary) | {"out": redact(summary.out)}, as_json)
 
 
-@model.command(cls=Command)
+@model.command(
+    cls=Command,
+    examples=(
+        ("vcf-batch model assemble --base sd21 --aligner s3://bucket/aligner --out model", "A folder for --model"),
+    ),
+)
 @click.option(
     "--base",
     required=True,
@@ -252,7 +271,11 @@ def assemble(
     tell(written, {"model": written}, as_json)
 
 
-@model.command("fit-roles", cls=Command)
+@model.command(
+    "fit-roles",
+    cls=Command,
+    examples=(("vcf-batch model fit-roles --model model --pairs photos", "From the pictures of a folder"),),
+)
 @click.option("--model", "name", required=True, metavar="MODEL", help="Folder or URL of a model with an aligner.")
 @click.option(
     "--pairs",
@@ -291,7 +314,18 @@ def fit_roles(name: str, pairs: str | None, count: int, out: str | None, as_json
     tell("\n".join([*lines, place]), dataclasses.asdict(found) | {"file": place}, as_json)
 
 
-@model.command(cls=Command, params=[option for option in generate.params if option.name not in _DECIDED])
+@model.command(
+    cls=Command,
+    params=[option for option in generate.params if option.name not in _DECIDED],
+    groups=OPTION_GROUPS,
+    examples=(
+        ("vcf-batch model evaluate --model tiny --out out/evaluation", "The embedded model"),
+        (
+            "vcf-batch model evaluate --model model --prompts prompts.txt --references photos --out out/evaluation",
+            "A model of yours",
+        ),
+    ),
+)
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for manifest, samples, table and plot.")
 @click.option("--prompts", metavar="FILE", help=f"{PROMPTS_HELP} Each prompt is paired with every reference.")
 @click.option("--prompt-column", "column", metavar="NAME", help=COLUMN_HELP)
@@ -347,6 +381,7 @@ def evaluate(
     sweep: tuple[float, ...],
     pno_steps: int,
     pno_samples: int,
+    as_json: bool,
     **_: Any,
 ) -> None:
     """Compare text only with each fusion of a model, its roles, and an IP-Adapter if --ip-adapter names one.
@@ -370,5 +405,6 @@ def evaluate(
         pno_steps=pno_steps,
         pno_samples=pno_samples,
     )
-    run(config)
-    click.echo("\n" + evaluation.tabulate(config).table)
+    run(config, as_json=None if as_json else False)
+    evaluated = evaluation.tabulate(config)
+    tell(f"\n{evaluated.table}", evaluated.results, as_json)

@@ -6,7 +6,9 @@ from typing import Any
 import click
 
 from vcf_batch import config as settings
-from vcf_batch.cli.command import Command, debug_option, run, run_config
+from vcf_batch.cli import settings_file
+from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config
+from vcf_batch.cli.option_groups import OPTION_GROUPS
 
 
 class _CountOrAuto(click.ParamType):
@@ -28,14 +30,30 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     return click.option(f"--{name}", type=kind, help=text, default=None, **extra)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    groups=OPTION_GROUPS,
+    examples=(
+        ("vcf-batch generate manifests/demo.parquet out/demo", "The demo, with the embedded model"),
+        (
+            "vcf-batch generate s3://bucket/manifest.parquet s3://bucket/dataset --model s3://bucket/model "
+            "--num-workers 64 --max-failed 0.01",
+            "A model of yours on a cluster",
+        ),
+        ("vcf-batch generate --config out/demo/run.json", "The same run again, or the rest of it"),
+    ),
+)
 @click.argument("manifest", required=False)
 @click.argument("output", required=False)
 @_option(
     "config",
     str,
-    "YAML file or URL with settings, named like the options. Options on the command line win over it.",
+    "YAML file or URL with settings, named like the options; or the run.json of an output. Options on the command line "
+    "win over it.",
     metavar="URL",
+)
+@click.option(
+    "--dump-config", is_flag=True, help="Print every setting as YAML for --config, and end without generating."
 )
 @_option(
     "model",
@@ -376,9 +394,12 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option(
     "log-format",
     click.Choice(settings.LOG_FORMATS),
-    "Format of the log on standard error: lines for people (text), or one JSON object a line (json). Only json has a "
-    "line for each finished shard.  [default: text]",
+    "Format of the log on standard error: lines for people (text), or one JSON object a line (json), the last of which "
+    "tells how the command ended. json has a line for each finished shard, and text has it with --verbose.  "
+    "[default: text]",
 )
+@click.option("-q", "--quiet", "verbosity", flag_value="quiet", help="Log warnings and errors alone.")
+@click.option("-v", "--verbose", "verbosity", flag_value="verbose", help="Log each finished shard too.")
 @_option(
     "address",
     str,
@@ -391,9 +412,10 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     metavar="URL",
     help="Copy OUTPUT to this storage after a run that succeeds, as 'vcf-batch push' does.",
 )
+@json_option
 @debug_option
 @click.pass_context
-def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
+def generate(ctx: click.Context, push: str | None, dump_config: bool, as_json: bool, **_: Any) -> None:
     """Generate an image for every row of MANIFEST into OUTPUT.
 
     MANIFEST is a Parquet file, or a folder of them. It has a column 'prompt', and optionally 'reference', 'sample_id',
@@ -402,9 +424,12 @@ def generate(ctx: click.Context, push: str | None, **_: Any) -> None:
 
     Rerunning the same command resumes: finished shards are kept, the rest is generated.
 
-    \b
     Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
     allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted. With --push also those of
     'push'.
     """
-    run(run_config(ctx), push=push)
+    config = run_config(ctx)
+    if dump_config:
+        click.echo(settings_file.dump(config), nl=False)
+        return
+    run(config, push=push, as_json=as_json)

@@ -68,6 +68,8 @@ class Evaluation:
     """The methods, each with its scores and their intervals."""
     table: str
     """The Markdown of ``table.md``."""
+    results: Mapping[str, Any]
+    """The content of ``results.json``."""
 
     def __str__(self) -> str:
         return self.table
@@ -346,7 +348,7 @@ def tabulate(config: RunConfig) -> Evaluation:
     out = storage.parent(config.output)
     for name, data in files.items():
         storage.publish_bytes(storage.join(out, name), data)
-    return Evaluation(out, tuple(lines), markdown)
+    return Evaluation(out, tuple(lines), markdown, results)
 
 
 def _samples(config: RunConfig) -> Iterator[dict[str, Any]]:

@@ -46,6 +46,15 @@ class Summary:
         """Share of the rows that failed, 0 to 1."""
         return self.counts["failed"] / self.rows
 
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as plain JSON types."""
+        return {
+            "output": redact(self.output),
+            "rows": {"total": self.rows, "resumed": self.resumed_rows, **self.counts},
+            "prompts_truncated": self.truncated,
+            "seconds": round(self.seconds, 3),
+        }
+
     def __str__(self) -> str:
         counts = ", ".join(f"{self.counts[status]:,} {status}" for status in STATUSES)
         new = self.rows - self.resumed_rows

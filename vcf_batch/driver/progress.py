@@ -1,9 +1,14 @@
-"""The progress of a run: a live bar on a terminal or in a notebook, or a plain line now and then in a log."""
+"""The progress of a run: a live bar on a terminal or in a notebook, or a plain line now and then in a log.
 
+The log has lines for people, or one JSON object a line for programs.
+"""
+
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Self, TextIO
 
@@ -11,6 +16,43 @@ _log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
 """Seconds between two lines, where there is no live bar."""
+
+FIELDS = ("shard", "worker", "node", "rows", "seconds", "exit_code")
+"""Further fields that an event may have, in its record's ``extra``."""
+
+_LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", "note"),
+            "message": record.getMessage(),
+        }
+        line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        return json.dumps(line)
+
+
+def configure_log(log_format: str, verbosity: str = "normal", stream: TextIO | None = None) -> None:
+    """Set the format of this process's log.
+
+    Args:
+        log_format: ``text``, or ``json``.
+        verbosity: see :attr:`vcf_batch.config.RunConfig.verbosity`. In ``json``, ``normal`` is ``verbose``.
+        stream: stream of the log; None is standard error.
+    """
+    as_json, package = log_format == "json", logging.getLogger("vcf_batch")
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    handler.setFormatter(_JsonLines() if as_json else logging.Formatter("%(message)s"))
+    package.handlers = [handler]
+    package.setLevel(logging.DEBUG if as_json and verbosity == "normal" else _LEVELS[verbosity])
+
+
+def bar_stream(log_format: str, verbosity: str) -> TextIO | None:
+    """The stream that a live bar may be on, beside such a log."""
+    return None if log_format == "json" or verbosity == "quiet" else sys.stderr
 
 
 class Progress:
@@ -68,7 +110,7 @@ class Progress:
 
         Args:
             event: kind of the event, for programs.
-            fields: known fields of :data:`vcf_batch.pool.log.FIELDS`.
+            fields: known fields of :data:`FIELDS`.
         """
         if self._bar is not None and _log.isEnabledFor(level):
             self._bar.clear()

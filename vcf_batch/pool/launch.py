@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,10 @@ from vcf_batch.config import RunConfig
 from vcf_batch.driver.commit_queue import COMMITS_AT_ONCE, CommitQueue
 from vcf_batch.driver.ledger import Ledger, Summary
 from vcf_batch.driver.loop import Loop
-from vcf_batch.driver.progress import Progress
+from vcf_batch.driver.progress import Progress, bar_stream, configure_log
 from vcf_batch.errors import UsageError
 from vcf_batch.output import commits, lease, run_file
-from vcf_batch.pool import log, nodes
+from vcf_batch.pool import nodes
 from vcf_batch.pool.batch_size import with_batch_size
 from vcf_batch.pool.connection import cluster
 from vcf_batch.pool.prometheus import PrometheusExporter
@@ -46,7 +45,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
         Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
     """
     begin = time.monotonic()
-    log.configure(config.log_format)
+    configure_log(config.log_format, config.verbosity)
     with Signals() as signals:
         config = absolute_paths.absolute(config)
         record = run_file.read(config.output)
@@ -112,7 +111,7 @@ def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> Non
     """Generate what is left, on the cluster that this process is connected to."""
     if job.config.profile:
         job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
-    bar = None if job.config.log_format == "json" else sys.stderr
+    bar = bar_stream(job.config.log_format, job.config.verbosity)
     with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
         try:
             loop_on(RayCluster(job, signals.check), job, held, ledger, progress).run()

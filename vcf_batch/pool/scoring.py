@@ -1,7 +1,6 @@
 """Scores added to an output on a Ray cluster, by the same loop as a run."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from vcf_batch.driver.commit_queue import COMMITS_AT_ONCE, CommitQueue
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.loop import Loop
-from vcf_batch.driver.progress import Progress
+from vcf_batch.driver.progress import Progress, bar_stream
 from vcf_batch.errors import UsageError
 from vcf_batch.output.lease import Lease
 from vcf_batch.output.receipts import Receipt
@@ -49,7 +48,7 @@ def score(job: ScoreJob, shards: Sequence[Shard], held: Lease, commit: Commit, s
         signals.install()  # again, because ray.init takes SIGTERM for itself
         job = dataclasses.replace(job, config=nodes.with_gpus(job.config))
         ledger = Ledger.of(shards)
-        bar = None if job.config.log_format == "json" else sys.stderr
+        bar = bar_stream(job.config.log_format, job.config.verbosity)
         on_ray = RayCluster(job, signals.check, ScoringActor)
         threads = ThreadPoolExecutor(COMMITS_AT_ONCE, "commits")
         with Progress(sum(map(len, shards)), 0, bar) as progress:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vcf_batch import __version__, sharding
 from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of
-from vcf_batch.errors import RefusedError, redact, redact_name
+from vcf_batch.errors import RefusedError, redact_name
 from vcf_batch.output import appended, commits, receipts, run_file
 from vcf_batch.output.run_file import RecordedManifest, RunRecord
 from vcf_batch.setup.job import Job
@@ -188,7 +188,7 @@ def record_of(job: Job) -> RunRecord:
     """The record of a run that extends no other."""
     return RunRecord(
         fields=job.fields,
-        config={name: _redacted(value) for name, value in job.config.to_dict().items()},
+        config=job.config.to_record(),
         manifest=RecordedManifest(
             redact_name(job.manifest.url), job.manifest.identity, job.manifest.num_rows, job.manifest.versions
         ),
@@ -197,9 +197,3 @@ def record_of(job: Job) -> RunRecord:
         shard_digits=len(sharding.shard_name(0, len(job.shards))),
         versions={"vcf_batch": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
     )
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_redacted(item) for item in value]
-    return redact(value) if isinstance(value, str) and "://" in value else value

@@ -24,11 +24,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import storage
 from vcf_batch.config import fingerprint, with_settings_of
-from vcf_batch.driver.progress import Progress, duration
+from vcf_batch.driver.progress import Progress, configure_log, duration
 from vcf_batch.errors import StorageError, UsageError, VcfBatchError, redact
 from vcf_batch.output import commits, lease, run_file
 from vcf_batch.output.lease import Lease
-from vcf_batch.pool import cluster, log
+from vcf_batch.pool import cluster
 from vcf_batch.pool.signals import Signals
 from vcf_batch.setup.absolute_paths import absolute_output
 from vcf_batch.setup.claim import holds
@@ -208,7 +208,7 @@ def _train(job: TrainingJob, held: Lease) -> ray.train.Checkpoint:
         ),
     )
     done = max((int(row["step"]) for row in read_log(config.out)), default=0)
-    log.configure("text")
+    configure_log("text")
     with Progress(job.steps * config.batch_size, done * config.batch_size, sys.stderr) as progress:
         for remark in job.remarks:
             progress.note(remark, level=logging.WARNING)

@@ -81,6 +81,7 @@ def calibrate(
 _OWN: Mapping[str, Any] = {
     "address": None,
     "log_format": "text",
+    "verbosity": "normal",
     "num_workers": None,
     "gpus_per_worker": None,
     "cpus_per_worker": 1,

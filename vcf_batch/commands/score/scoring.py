@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vcf_batch.config import RunConfig
+from vcf_batch.driver.progress import configure_log
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.output import lease, shards
 from vcf_batch.output.output import Output
@@ -13,7 +14,6 @@ from vcf_batch.output.scores.definition import ScoreDefinition
 from vcf_batch.output.scores.receipt import ScoreReceipt
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output.shards import side_by_side
-from vcf_batch.pool import log
 from vcf_batch.pool import scoring as pool_scoring
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
@@ -58,7 +58,7 @@ def add(output: Output, scores: tuple[ResolvedScore, ...], config: RunConfig) ->
         Interrupted: Ctrl-C or SIGTERM. Rerunning goes on.
     """
     store = ScoreStore(output.url)
-    log.configure(config.log_format)
+    configure_log(config.log_format, config.verbosity)
     with Signals() as signals:
         signals.hold()
         with lease.hold(output.url) as held:
