@@ -39,6 +39,16 @@ def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, logged: io.Stri
     assert second == "a worker died"
 
 
+def test_what_happens_before_a_worker_is_ready_is_said(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    stream = _Terminal()
+    with Progress(100, 20) as in_log, Progress(100, 20, stream) as on_terminal:
+        for shown in (in_log, on_terminal):
+            shown.update(20, 0, 0, phase="loading the models on 2 workers")
+    assert logged.getvalue() == "20 of 100 samples (20%), loading the models on 2 workers\n"
+    assert "loading the models on 2 workers" in stream.getvalue()
+
+
 def test_a_rate_is_never_negative(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:
     """What had been done may have to be done again, as by a training that resumes from an earlier checkpoint."""
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)

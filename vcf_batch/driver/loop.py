@@ -286,9 +286,10 @@ class Loop:
             return
         self._shown_at = now
         done, ready = self._ledger.finished_rows + self._workers.samples_done, self._workers.ready
-        self._progress.update(done, self._ledger.counts["failed"], ready, self._ledger.totals.means)
+        phase = self._workers.phase if self._ungenerated else ""
+        self._progress.update(done, self._ledger.counts["failed"], ready, self._ledger.totals.means, phase)
         self._exporter.now(done, ready)
-        if ready or not self._ungenerated:
+        if ready or self._workers.loading or not self._ungenerated:
             self._ready_at = now
         elif now - self._ready_at >= WAITING_SECONDS:
             self._ready_at = now

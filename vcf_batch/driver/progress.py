@@ -85,7 +85,14 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, done: int, failed: int, workers: int, means: Mapping[str, float] = MappingProxyType({})) -> None:
+    def update(
+        self,
+        done: int,
+        failed: int,
+        workers: int,
+        means: Mapping[str, float] = MappingProxyType({}),
+        phase: str = "",
+    ) -> None:
         """Show the state. A line in the log comes at most every :data:`LINE_SECONDS`.
 
         Args:
@@ -93,17 +100,19 @@ class Progress:
             failed: number of finished rows that failed.
             workers: number of workers that are ready.
             means: mean of each score so far.
+            phase: what happens before a worker is ready; empty once one is.
         """
+        outcome = phase or _outcome(failed, workers, means)
         # What is done again counts from there: a rate is never negative.
         self._initial = min(self._initial, done)
         if self._bar is not None:
             self._bar.initial = self._initial
-            self._bar.set_postfix_str(_outcome(failed, workers, means), refresh=False)
+            self._bar.set_postfix_str(outcome, refresh=False)
             self._bar.n = done
             self._bar.refresh()
         elif self._now() - self._shown >= LINE_SECONDS:
             self._shown = self._now()
-            self.note(self._line(done, _outcome(failed, workers, means)), "progress", rows=done)
+            self.note(self._line(done, outcome, bool(phase)), "progress", rows=done)
 
     def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
         """Log a message without disturbing the bar.
@@ -116,10 +125,13 @@ class Progress:
             self._bar.clear()
         _log.log(level, message, extra={"event": event, **fields})
 
-    def _line(self, done: int, outcome: str) -> str:
+    def _line(self, done: int, outcome: str, waits: bool) -> str:
+        share = f"{done:,} of {self._total:,} samples ({done / self._total:.0%})"
+        if waits:
+            return f"{share}, {outcome}"
         rate = (done - self._initial) / max(self._shown - self._begin, 1e-9)
         left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
-        return f"{done:,} of {self._total:,} samples ({done / self._total:.0%}), {rate:.2f} a second, {left}, {outcome}"
+        return f"{share}, {rate:.2f} a second, {left}, {outcome}"
 
 
 def in_notebook() -> bool:

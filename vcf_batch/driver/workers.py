@@ -114,6 +114,20 @@ class Workers:
         return sum(worker.is_busy for worker in self._all) + len(self.idle)
 
     @property
+    def loading(self) -> int:
+        """Number of workers that load the models."""
+        return sum(request.method == "load" for request in self.requests.values())
+
+    @property
+    def phase(self) -> str:
+        """What happens before a worker is ready, in words; empty once one is."""
+        if self.ready:
+            return ""
+        if loading := self.loading:
+            return f"loading the models on {plural(loading, 'worker')}"
+        return f"starting {plural(self._used, 'worker')}" if self._used else "waiting to start a worker"
+
+    @property
     def samples_done(self) -> int:
         """Number of samples that are written for unfinished shards."""
         return sum(worker.samples_done for worker in self._all)

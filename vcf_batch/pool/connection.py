@@ -65,6 +65,15 @@ def _use_short_folder() -> None:
     os.environ["RAY_TMPDIR"] = "/tmp"
 
 
+def _told(address: str | None) -> str:
+    """What is about to happen, in words."""
+    if address == "local":
+        return "starting Ray on this machine"
+    if place := address or os.environ.get("RAY_ADDRESS"):
+        return f"joining the Ray cluster {place}"
+    return "joining the Ray cluster of this machine, or starting one"
+
+
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one.
@@ -78,6 +87,7 @@ def cluster(address: str | None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _use_short_folder()
+    _log.info(_told(address))
     refused = f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, field_of
-from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch.errors import RefusedError, UsageError, redact
 from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.columns import cut, shown
 from vcf_batch.manifest.manifest import Manifest
@@ -44,6 +44,7 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
             or the model.
         RefusedError: the output is an export.
     """
+    _log.info("reading %s", redact(config.manifest))
     manifest = run_file.open_manifest(config, record)
     found = [check() for check in checks(manifest, config, record)]
     census = census_of(found)
