@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.commands.score import calibrating, duplicates
-from vcf_batch.commands.score.duplicates import Search
+from vcf_batch.commands.score import calibrating
+from vcf_batch.commands.score.duplicates import adding
+from vcf_batch.commands.score.duplicates.search import Search
 from vcf_batch.commands.score.scoring import Added, add
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
@@ -51,10 +52,10 @@ def find_duplicates(output_url: str, searches: Sequence[Search], changes: Mappin
 
     Raises:
         UsageError: there is no output.
-        VcfBatchError: see :func:`vcf_batch.commands.score.duplicates.add`.
+        VcfBatchError: see :func:`vcf_batch.commands.score.duplicates.adding.add`.
     """
     output = Output(output_url, changes)
-    return [duplicates.add(output, search) for search in searches]
+    return [adding.add(output, search) for search in searches]
 
 
 def calibrate(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from vcf_batch import storage
-from vcf_batch.commands.score.duplicates import DISTANCE, Search
+from vcf_batch.commands.score.duplicates.search import DISTANCE, Search
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.models import resolution
 from vcf_batch.models.names import AESTHETIC_CLIP
