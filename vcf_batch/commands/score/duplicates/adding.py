@@ -5,12 +5,15 @@ count as absent once one of these has changed or one more is finished, and a cal
 and commits what is missing.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
 from vcf_batch.commands.score.duplicates.commits import SearchCommits
-from vcf_batch.commands.score.duplicates.reading import HashReader
+from vcf_batch.commands.score.duplicates.embedding_reader import EmbeddingReader
+from vcf_batch.commands.score.duplicates.hash_reader import HashReader
 from vcf_batch.commands.score.duplicates.search import Search
 from vcf_batch.commands.score.duplicates.searched_rows import SearchedRows
 from vcf_batch.commands.score.scoring import Added, refuse_repeated
@@ -19,25 +22,38 @@ from vcf_batch.output import lease, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
 from vcf_batch.output.scores.definition import ScoreDefinition
-from vcf_batch.output.scores.receipt import among
+from vcf_batch.output.scores.receipt import ScoreReceipt, among
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
 
 
-def add(output: Output, search: Search) -> Added:
+def is_complete(output: Output, search: Search, embedding: ScoreDefinition | None = None) -> bool:
+    """Whether every finished shard has its values of a search, so that :func:`add` has nothing to do.
+
+    Raises:
+        UsageError, RefusedError, DamageFound, StorageError: see :func:`add`.
+    """
+    begun = _Begun(output, search, embedding, Added([]))
+    return all(begun.receipt(*each) for each in begun.finished)
+
+
+def add(output: Output, search: Search, embedding: ScoreDefinition | None = None) -> Added:
     """Search the finished shards of an output for duplicates, and commit the files of those that lack the score.
 
-    Memory is about 170 bytes a row, with keys of nine digits, and 200 for each different reference.
+    Memory is about 170 bytes a row, with keys of nine digits, and 200 for each different reference. For embeddings see
+    :mod:`vcf_batch.commands.score.duplicates.near_embeddings`.
 
     Args:
         output: the output. No byte of its own files changes.
         search: how duplicates are searched.
+        embedding: the score with the embeddings that are compared; None by ``phash``.
 
     Raises:
         UsageError: a column has the name of another one, or the manifest, which names the references, is not there.
         RefusedError: a score of this name is there by other settings, or another run owns the output.
+        Unfinished: a shard lacks its embeddings.
         DamageFound: a parquet or the definition of a score is damaged.
         StorageError: the storage failed; what is finished is kept.
         Interrupted: Ctrl-C or SIGTERM. Rerunning goes on.
@@ -45,33 +61,78 @@ def add(output: Output, search: Search) -> Added:
     with Signals() as signals:
         signals.hold()
         with lease.hold(output.url) as held:
-            store, added = ScoreStore(output.url), Added([])
-            finished = [*_finished(output, added)]
-            columns = _columns(output, finished)
-            definition = store.claim(search.definition(columns), publish=False)
-            refuse_repeated(output, store, [definition])
-            added.scores = [definition]
-            searched = among((shard.name, parquet_hash) for shard, parquet_hash in finished)
-            committing = SearchCommits(store, definition, held, searched)
-            if lacking := [each for each in finished if not committing.has(*each)]:
-                reader = HashReader(output, definition, columns)
-                found = SearchedRows(reader.comparisons())
-                for shard, part in side_by_side(reader.read, (shard for shard, _ in finished)):
+            added = Added([])
+            begun = _Begun(output, search, embedding, added)
+            definition, finished = begun.definition, begun.finished
+            counts: Counter[str] = Counter()
+            lacking = []
+            for each in finished:
+                if receipt := begun.receipt(*each):
+                    counts.update(receipt.counts)
+                else:
+                    lacking.append(each)
+            committing = SearchCommits(begun.store, definition, held, begun.searched)
+            if lacking:
+                found = begun.rows()
+                for shard, part in side_by_side(begun.reader.read, (shard for shard, _ in finished)):
                     signals.check()
                     found.add(shard, part)
                 found.search()
-                store.claim(definition)
+                begun.store.claim(definition)
                 for shard, parquet_hash in lacking:
                     signals.check()
-                    committing.commit(shard, parquet_hash, found)
+                    counts.update(committing.commit(shard, parquet_hash, found).counts)
                 added.scored, added.without, added.reason = len(lacking), found.without, found.reason
-            added.notes = [_told(definition, committing.counts)]
+            added.scores, added.notes = [definition], [_told(definition, counts)]
     return added
+
+
+class _Begun:
+    """A search, with what is there of it.
+
+    Args:
+        output: the output.
+        search: how duplicates are searched.
+        embedding: see :func:`add`.
+        added: takes the numbers of shards.
+
+    Raises:
+        UsageError, RefusedError, DamageFound, StorageError: see :func:`add`.
+    """
+
+    def __init__(self, output: Output, search: Search, embedding: ScoreDefinition | None, added: Added) -> None:
+        self.store, self._output, self._embedding = ScoreStore(output.url), output, embedding
+        self.finished = [*_finished(output, added)]
+        self._columns = _columns(output, self.finished)
+        self.definition = self.store.claim(search.definition(self._columns, embedding), publish=False)
+        refuse_repeated(output, self.store, [self.definition])
+        self.searched = among((shard.name, parquet_hash) for shard, parquet_hash in self.finished)
+
+    @functools.cached_property
+    def reader(self) -> HashReader | EmbeddingReader:
+        """The reader of what is compared."""
+        if self._embedding:
+            return EmbeddingReader(self._output, self.definition, self._embedding, dict(self.finished))
+        return HashReader(self._output, self.definition, self._columns)
+
+    def rows(self) -> SearchedRows:
+        """No row yet, and what compares them."""
+        return SearchedRows(self.reader.comparisons())
+
+    def receipt(self, shard: Shard, parquet_hash: str) -> ScoreReceipt | None:
+        """The receipt of a shard's values of this very search; None without."""
+        found = self.store.found(self.definition, shard, parquet_hash)
+        return found if isinstance(found, ScoreReceipt) and found.among == self.searched else None
 
 
 def _told(definition: ScoreDefinition, counts: Mapping[str, int]) -> str:
     """What was found, in words."""
     images, references = (counts[column.name] for column in definition.columns)
+    if definition.fields["by"] == "clip":
+        return (
+            f"{images:,} images and {references:,} references are near-duplicates of an earlier one, by a CLIP with a "
+            f"cosine of {definition.fields['cosine']:g} or more"
+        )
     near = f"by phash within {definition.fields['distance']} bits"
     same = near if definition.fields["references"] == "phash" else "by SHA-256, so exactly"
     return (

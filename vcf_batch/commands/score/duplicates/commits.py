@@ -4,7 +4,6 @@ import hashlib
 import os
 import socket
 import time
-from collections import Counter
 
 from vcf_batch.commands.score.duplicates.searched_rows import SearchedRows
 from vcf_batch.output.lease import Lease
@@ -20,19 +19,9 @@ class SearchCommits:
     def __init__(self, store: ScoreStore, definition: ScoreDefinition, held: Lease, searched: str) -> None:
         self._store, self._definition, self._held, self._searched = store, definition, held, searched
         self._begin = time.monotonic()
-        self.counts: Counter[str] = Counter()
-        """Number of rows that are duplicates, by column."""
 
-    def has(self, shard: Shard, parquet_hash: str) -> bool:
-        """Whether a shard has its values of this very search."""
-        found = self._store.found(self._definition, shard, parquet_hash)
-        if not isinstance(found, ScoreReceipt) or found.among != self._searched:
-            return False
-        self.counts.update(found.counts)
-        return True
-
-    def commit(self, shard: Shard, parquet_hash: str, found: SearchedRows) -> None:
-        """Commit the values of a shard's rows."""
+    def commit(self, shard: Shard, parquet_hash: str, found: SearchedRows) -> ScoreReceipt:
+        """Commit the values of a shard's rows, and return their receipt."""
         keys, values = found.of(shard)
         data = parquet_bytes(self._definition, keys, values)
         without, reason = found.errors.get(shard.index, (0, None))
@@ -54,4 +43,4 @@ class SearchCommits:
         )
         self._held.confirm()
         self._store.commit(self._definition, data, receipt)
-        self.counts.update(receipt.counts)
+        return receipt
