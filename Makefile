@@ -16,7 +16,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,plots,s3]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,plots,s3,duplicates]"
 	touch $@
 
 demo: install

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from plan import peak_memory
 
-from vcf_batch.commands.score import near_duplicates
+from vcf_batch.commands.score.duplicates import near_hashes
 
 ROWS_AT_ONCE = 100_000
 _BITS = 64
@@ -54,7 +54,7 @@ def search(kind: str, rows: int, distance: int) -> dict[str, float]:
             numbers = pa.array(np.arange(start, min(start + ROWS_AT_ONCE, rows))).cast(pa.string())
             yield pc.utf8_lpad(numbers, 9, "0"), hashes[start : start + ROWS_AT_ONCE]
 
-    found = near_duplicates.find(batches(), distance)
+    found = near_hashes.find(batches(), distance)
     return {
         "seconds": time.perf_counter() - begin,
         "processor": time.process_time() - used,

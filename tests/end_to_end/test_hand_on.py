@@ -20,7 +20,7 @@ import webdataset as wds
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from support import exports, runs, scored_here
+from support import exports, runs, scored_here, scorers
 from vcf_batch.cli import main
 from vcf_batch.pool import scoring
 
@@ -184,3 +184,19 @@ def test_killed_at_random_and_rerun_it_ends_with_the_same_bytes(tmp_path: Path) 
     subprocess.run(command, check=True, capture_output=True)
     assert found == exports.tree(target)
     assert call("verify", target).exit_code == 0
+
+
+@pytest.mark.slow
+def test_scores_of_a_pool_that_is_killed_at_random_end_with_the_same_bytes(tmp_path: Path) -> None:
+    """``score`` with a network on Ray workers, whose driver is ended by SIGKILL again and again while it commits."""
+    draw, rows = random.Random(0), 60
+    runs.write_output(runs.write_manifest(tmp_path / "in", rows), tmp_path / "out", 2)
+    clip = scorers.save_clip(tmp_path / "clip")
+    command = _command("score", tmp_path / "out", "--with", f"clip={clip}", "--address", "local", "--num-workers", 2)
+    assert _killed_until_done(command, tmp_path / "out/_scores", draw, 2) > 0
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out/_scores/clip").glob("*.parquet")}
+    assert call("verify", tmp_path / "out").exit_code == 0
+    shutil.rmtree(tmp_path / "out/_scores")
+    subprocess.run(command, check=True, capture_output=True)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "out/_scores/clip").glob("*.parquet")}
+    assert found == expected and len(found) == rows // 2

@@ -14,8 +14,8 @@ from transformers import BitImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 from support import runs, scorers
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.metrics.aesthetic import AestheticHead
-from vcf_batch.metrics.clip_cosines import ClipCosines
 from vcf_batch.metrics.clip_score import ClipJudge
+from vcf_batch.metrics.clip_scorers import ClipCosines, ClipEmbeddings
 from vcf_batch.metrics.dino import DinoPatches
 from vcf_batch.metrics.lpips import LPIPS
 from vcf_batch.metrics.own_function import OwnFunction
@@ -38,7 +38,7 @@ SHOWN = [
 """Two references with shares, one of them again, and none."""
 
 
-def values(scorer: ImageScorer, shown: Sequence[Shown] = SHOWN) -> Mapping[str, Sequence[float | None]]:
+def values(scorer: ImageScorer, shown: Sequence[Shown] = SHOWN) -> Mapping[str, Sequence[Any]]:
     return scorer.score(shown, [scorer.prepare(each.picture) for each in shown], Seen())
 
 
@@ -56,6 +56,21 @@ def test_clip_cosines_are_those_of_a_run(tmp_path: Path) -> None:
     assert found["to_prompt"] == pytest.approx([each.clip_score for each in expected], abs=1e-6)
     assert found["to_reference"][:2] == pytest.approx([each.clip_reference for each in expected[:2]], abs=1e-6)
     assert found["to_reference"][2] is None
+
+
+def test_embeddings_have_length_1_and_those_of_several_references_are_their_weighted_mean(tmp_path: Path) -> None:
+    judge = ClipJudge.from_pretrained(str(scorers.save_clip(tmp_path)))
+    found: dict[str, list[Any]] = {
+        name: [None if value is None else np.frombuffer(value, "<f2") for value in column]
+        for name, column in values(ClipEmbeddings(judge)).items()
+    }
+    images = judge.embed_images([each.picture for each in SHOWN]).numpy()
+    one, other = judge.embed_images(REFERENCES).numpy()
+    mean = 0.25 * one + 0.75 * other
+    assert np.stack(found["image"]) == pytest.approx(images, abs=1e-3)
+    assert np.linalg.norm(np.stack(found["image"]).astype(float), axis=1) == pytest.approx(1, abs=1e-3)
+    assert found["reference"][0] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-3)
+    assert found["reference"][1] == pytest.approx(one, abs=1e-3) and found["reference"][2] is None
 
 
 def test_a_distinct_input_is_encoded_once_in_a_shard(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from click.testing import CliRunner, Result
 
 from support import exports, runs
 from vcf_batch.cli import main
+from vcf_batch.report.two_outputs import unpaired
 
 ROWS = 10
 
@@ -76,3 +77,34 @@ def test_a_report_counts_rows_by_category(outputs: tuple[Path, Path]) -> None:
     text = (outputs[0] / "index.html").read_text()
     data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
     assert data["categories"] == [{"name": "kind", "lines": [["a", 5, 1, 0, 4], ["b", 5, 0, 1, 4]]}]
+
+
+def test_rows_that_wait_in_scratch_are_paired_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two outputs in opposite orders, each with keys of its own: nearly all rows wait, few of them in memory."""
+    rows = 40
+    for name, keys in (("first", range(rows)), ("second", reversed(range(5, rows + 5)))):
+        own = [f"k{key}" for key in keys]
+        runs.write_output(runs.write_manifest(tmp_path / f"{name}-in", rows, {"sample_id": own}), tmp_path / name, 7)
+    told = []
+    for most in (1000, 6, 1):
+        monkeypatch.setattr(unpaired, "MOST_WAITING", most)
+        told.append(json.loads(call("report", tmp_path / "first", tmp_path / "second", "--json").stdout))
+        assert (told[-1]["both"], told[-1]["first_alone"], told[-1]["second_alone"]) == (35, 5, 5)
+    means = [[mean for score in each["scores"].values() for mean in score.pop("means")] for each in told]
+    assert told[0] == told[1] == told[2]
+    assert means[1] == pytest.approx(means[0]) and means[2] == pytest.approx(means[0])
+
+
+def test_few_rows_are_in_memory_while_they_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many have no partner, those of one file come back together."""
+    monkeypatch.setattr(unpaired, "MOST_WAITING", 50)
+    waiting = unpaired.UnpairedRows(str(tmp_path), 2000)
+    most = 0
+    for number in range(1000):
+        for at, name in enumerate("ab"):
+            assert waiting.meet(at, unpaired.PairedRow(number, {"key": f"{name}{number}"})) is None
+            most = max(most, sum(map(len, waiting._waiting)))
+    assert most <= 50
+    assert [*waiting.pairs()] == [] and waiting.alone == [1000, 1000]
+    sizes = [len([*unpaired._read(path)]) for path in tmp_path.iterdir()]
+    assert len(sizes) == 40 and sum(sizes) == 2000 and max(sizes) < 100

@@ -43,8 +43,8 @@ _MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", 
     "with reference and twin, by a DINOv2. lpips-alex=FOLDER, lpips-vgg=FOLDER: distance from the reference, by the "
     "published weights. aesthetic=FILE: a linear head on a CLIP. texture: how alike image and reference are drawn. "
     "python=MODULE:FUNCTION: numbers of your own. duplicates: the key of the first row with the same image, and of the "
-    "first one with the same reference. MODEL is a directory, a Hub id or a URL; NAME is that of the columns, where "
-    "it is not KIND.",
+    "first one with the same reference; duplicates=MODEL for --by clip. MODEL is a directory, a Hub id or a URL; "
+    "NAME is that of the columns, where it is not KIND.",
 )
 @click.option(
     "--aesthetic-clip",
@@ -54,14 +54,16 @@ _MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", 
 @click.option(
     "--by",
     metavar="HOW",
-    help="What --with duplicates compares images by. phash: the perceptual hash in the column of that name.  "
+    help="What --with duplicates compares images by. phash: the perceptual hash in the column of that name. clip: "
+    "embeddings by the CLIP that --with duplicates=MODEL names, openai/clip-vit-base-patch32 without one.  "
     "[default: phash]",
 )
 @click.option(
     "--threshold",
     type=float,
     metavar="T",
-    help="How far near-duplicates may be apart: 0 to 16 of the 64 bits of a hash.  [default: 4]",
+    help="How far near-duplicates may be apart: 0 to 16 of the 64 bits of a hash; by clip their least cosine, above 0 "
+    "and at most 1.  [default: 4; by clip 0.95]",
 )
 @click.option(
     "--calibrate",

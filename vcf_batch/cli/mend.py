@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     "fraction these and more. Shards that are not generated yet are all told.  [default: 1]",
 )
 @click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that read shards, about 200 MB each.  [default: one for each processor, or fewer for few rows]",
+)
+@click.option(
     "--regenerate",
     type=click.IntRange(min=1),
     metavar="N",
@@ -50,6 +56,7 @@ def verify(
     ctx: click.Context,
     output: str,
     sample: float | None,
+    processes: int | None,
     regenerate: int | None,
     regenerate_seed: int,
     as_json: bool,
@@ -66,6 +73,7 @@ def verify(
     """
     from vcf_batch.commands import verify
     from vcf_batch.commands.score.check import check_scores
+    from vcf_batch.commands.verifying.processes import default_processes
     from vcf_batch.output import lease
     from vcf_batch.output.output import AnExport, Output
 
@@ -75,7 +83,8 @@ def verify(
         _verify_export(output, ctx, as_json)
         return
     chosen = None if sample is None else verify.sample(opened.plan, sample)
-    findings = _found(verify.check(opened, chosen), as_json)
+    rows_read = opened.plan.num_rows if chosen is None else sum(len(opened.plan[index]) for index in chosen)
+    findings = _found(verify.check(opened, chosen, processes or default_processes(rows_read)), as_json)
     of_scores = _found(check_scores(opened, chosen), as_json)
     unfinished = sum(finding.kind == "unfinished" for finding in findings)
     if regenerate is not None and not _damaged(findings) and not unfinished:
@@ -94,7 +103,6 @@ def verify(
             state = f"process {owner.pid} on {owner.host} is at work since {owner.started}"
         else:
             state = "nobody is at work. Rerun the command of the run to go on"
-    rows_read = opened.plan.num_rows if chosen is None else sum(len(opened.plan[index]) for index in chosen)
     shards_read = len(opened.plan) if chosen is None else len(chosen)
     if as_json or not (_damaged(findings) or unfinished):
         document = {
@@ -130,7 +138,8 @@ def _verify_export(output: str, ctx: click.Context, as_json: bool) -> None:
     from vcf_batch.commands.export.check import ExportCheck
 
     moved_things = (name for name in given(ctx) if name != "output")
-    if needless := [name for name in (*moved_things, "regenerate", "sample") if ctx.params.get(name) is not None]:
+    others = (*moved_things, "regenerate", "sample", "processes")
+    if needless := [name for name in others if ctx.params.get(name) is not None]:
         option = needless[0].replace("_", "-")
         raise UsageError(f"{output} is an export, which --{option} is not for: verify the outputs that it was made of")
     check = ExportCheck(output)

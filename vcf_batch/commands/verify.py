@@ -1,25 +1,23 @@
 """Check an output: read every file again and report each difference from what a run writes, shard by shard.
 
 ``run.json`` is compared with its own fingerprint. Each shard of the run's plan is read again
-(:mod:`vcf_batch.commands.verify_shard`). A key that occurs twice in the output is reported. Several shards are read at
-the same time, and each is streamed. Memory does not depend on their size; only the names of files grow with their
-number.
+(:mod:`vcf_batch.commands.verifying`). A key that occurs twice in the output is reported. Several shards are read at
+the same time, in threads of one or several processes, and each is streamed. Memory does not depend on their size; only
+the names of files grow with their number.
 """
 
-import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
-import pyarrow as pa
-
 from vcf_batch import storage
-from vcf_batch.commands.verify_shard import check_shard
+from vcf_batch.commands.verifying.processes import read_in_processes
+from vcf_batch.commands.verifying.shard_reader import NOT_GENERATED, ShardReader
 from vcf_batch.driver.progress import plural
 from vcf_batch.errors import DamageFound, Unfinished
 from vcf_batch.manifest.check import RepeatFinder
-from vcf_batch.output import commits, progress_file, receipts
+from vcf_batch.output import commits, receipts
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
 from vcf_batch.output.shards import file_name, side_by_side
@@ -30,7 +28,6 @@ MAX_REPEATS = 100
 """Number of repeated keys that are named."""
 
 _LOT_BITS = 64
-_NOT_GENERATED = "it has no receipt: it is not generated yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ def check_receipts(output: Output) -> Iterator[Finding]:
     """
     for shard, found in output.each_shard():
         if found is None:
-            yield Finding(shard.name, _NOT_GENERATED, shard, "unfinished")
+            yield Finding(shard.name, NOT_GENERATED, shard, "unfinished")
         elif isinstance(found, Damaged):
             yield Finding(shard.name, found.reason, shard)
         elif found.shard != shard:
@@ -92,38 +89,35 @@ def check_receipts(output: Output) -> Iterator[Finding]:
             )
 
 
-def check(output: Output, chosen: Set[int] | None = None) -> Iterator[Finding]:
+def check(output: Output, chosen: Set[int] | None = None, processes: int = 1) -> Iterator[Finding]:
     """Read an output again and yield what is wrong with it. Of each shard, only the first fault is reported.
 
     Args:
         output: the output.
         chosen: indices of the shards that are read; None reads all. Of the others, those are told that have no receipt.
+        processes: number of processes that read. What is found, and in which order, does not depend on it.
 
     Raises:
         StorageError: the storage failed.
+        VcfBatchError: a process that reads was killed.
     """
-    told = output.manifest_error
+    lost = told = output.manifest_error
     if told:
         yield Finding("manifest", f"{told}; rows are not compared with it", kind="note")
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output.url)
-    second_look = _SecondLook(output)
-
-    def keys_or_fault(shard: Shard) -> pa.Array | DamageFound | Unfinished:
-        try:
-            return check_shard(output, shard, sizes)
-        except (DamageFound, Unfinished):
-            # A driver may have replaced the shard between the listing, the receipt and the files.
-            return second_look(shard)
-
-    read = (
+    reader = ShardReader(output, sizes)
+    some = (
         shard
         for shard in output.plan
         if chosen is None or shard.index in chosen or not sizes.get(shard.name + receipts.RECEIPT_SUFFIX)
     )
     rows = output.plan.num_rows if chosen is None else sum(len(output.plan[index]) for index in chosen)
     with RepeatFinder(rows) as finder:
-        for shard, result in side_by_side(keys_or_fault, read):
+        processes = min(processes, len(output.plan))
+        read = side_by_side(reader, some) if processes < 2 else read_in_processes(reader, some, processes)
+        for shard, (result, manifest_error) in read:
+            lost = lost or manifest_error
             if isinstance(result, Unfinished):
                 yield Finding(shard.name, str(result), shard, "unfinished")
             elif isinstance(result, DamageFound):
@@ -138,48 +132,9 @@ def check(output: Output, chosen: Set[int] | None = None) -> Iterator[Finding]:
         )
     if count > len(repeats):
         yield Finding("keys", f"{count - len(repeats)} more rows have a key that another row has")
-    if (lost := output.manifest_error) and not told:
+    if lost and not told:
         yield Finding("manifest", f"{lost}; rows read since are not compared with it", kind="note")
     yield from _strangers(output, sizes)
-
-
-class _SecondLook:
-    """The second look at a shard in which something is wrong, before it is reported.
-
-    A shard without a receipt is unfinished. It is damaged if the run's last driver counted it as finished: a driver
-    that replaces shards does not count them before.
-
-    Args:
-        output: the output that the shard belongs to.
-    """
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-
-    def __call__(self, shard: Shard) -> pa.Array | DamageFound | Unfinished:
-        """The keys of the shard's rows, or what is wrong with it still."""
-        name = shard.name + receipts.RECEIPT_SUFFIX
-        # One listing for all: there may be many shards that are not generated yet.
-        if name in self._later_sizes or shard.index in self._counted:
-            sizes = receipts.sizes_now(self._output.url, shard.name)
-            if name not in sizes and shard.index in self._counted:
-                return DamageFound("it has no receipt, although its run counted it as finished" + _strays(shard, sizes))
-            try:
-                return check_shard(self._output, shard, sizes)
-            except (DamageFound, Unfinished) as fault:
-                return fault
-        return Unfinished(_NOT_GENERATED + _strays(shard, self._later_sizes))
-
-    @functools.cached_property
-    def _later_sizes(self) -> Mapping[str, int]:
-        with storage.refusals_as_storage_errors():
-            return storage.list_files(self._output.url)
-
-    @functools.cached_property
-    def _counted(self) -> Set[int]:
-        """Indices of the shards that the last driver counted as finished, read after the listing."""
-        told = progress_file.read(self._output.url)
-        return told.totals.done if told and told.fingerprint in self._output.fingerprints else set()
 
 
 def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
@@ -194,11 +149,3 @@ def _strangers(output: Output, sizes: Mapping[str, int]) -> Iterator[Finding]:
     if left:
         cause = f"{left} files of a run that is at work or was killed; the next start removes them"
         yield Finding(commits.STAGING, cause, kind="note")
-
-
-def _strays(shard: Shard, sizes: Mapping[str, int]) -> str:
-    """What is told about the files of a shard that has no receipt; empty if there are none."""
-    names = [name for kind in receipts.FILE_SUFFIXES if (name := file_name(shard, kind)) in sizes]
-    if not names:
-        return ""
-    return f". No receipt stands for {' and '.join(names)}: no part of the dataset, deleted by the next start"

@@ -31,8 +31,12 @@ class Shown:
     """Row of the output, by column."""
 
 
+Value = float | bytes | None
+"""What a scorer gives for a picture; None where it does not apply."""
+
+
 class Part(NamedTuple):
-    """A number that a scorer gives for each picture."""
+    """What a scorer gives for each picture: a number, or a vector."""
 
     meaning: str
     """One sentence for people."""
@@ -40,6 +44,8 @@ class Part(NamedTuple):
     """None where nobody knows."""
     against: str | None = None
     """What the picture is compared with: ``prompt``, ``reference``, ``twin``; None for the picture alone."""
+    is_vector: bool = False
+    """Whether it is half-precision numbers, little-endian, as bytes."""
 
 
 class Seen:
@@ -98,9 +104,7 @@ class ImageScorer(Protocol):
     def prepare(self, picture: NDArray[np.uint8]) -> Any:
         """What it needs of a picture ``[H, W, 3]`` besides the picture; threads call this ahead of :meth:`score`."""
 
-    def score(
-        self, shown: Sequence[Shown], prepared: Sequence[Any], seen: Seen
-    ) -> Mapping[str, Sequence[float | None]]:
+    def score(self, shown: Sequence[Shown], prepared: Sequence[Any], seen: Seen) -> Mapping[str, Sequence[Value]]:
         """Score pictures.
 
         Args:

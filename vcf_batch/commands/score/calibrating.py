@@ -271,7 +271,7 @@ class _Pairs:
             shown = [self._shown(place, other, against) for place, other in batch]
             values = scorer.score(shown, [scorer.prepare(each.picture) for each in shown], seen)
             for part in parts:
-                found[part] += [value for value in values[part] if value is not None]
+                found[part] += [value for value in values[part] if isinstance(value, float)]
             assert all(len(each) == len(found[parts[0]]) for each in found.values())
         return found
 

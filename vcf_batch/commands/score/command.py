@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.commands.score import calibrating, duplicates
-from vcf_batch.commands.score.duplicates import Search
+from vcf_batch.commands.score import calibrating
+from vcf_batch.commands.score import wanted as wants
+from vcf_batch.commands.score.duplicates import adding, near_embeddings
+from vcf_batch.commands.score.duplicates.search import Search
 from vcf_batch.commands.score.scoring import Added, add
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
@@ -49,12 +51,28 @@ def score(
 def find_duplicates(output_url: str, searches: Sequence[Search], changes: Mapping[str, Any]) -> list[Added]:
     """Search an output for duplicates, once for each search.
 
+    Embeddings that a search compares are computed first, where shards lack them.
+
     Raises:
-        UsageError: there is no output.
-        VcfBatchError: see :func:`vcf_batch.commands.score.duplicates.add`.
+        UsageError: there is no output, or an extra is not installed.
+        VcfBatchError: see :func:`vcf_batch.commands.score.scoring.add` and
+            :func:`vcf_batch.commands.score.duplicates.adding.add`.
     """
     output = Output(output_url, changes)
-    return [duplicates.add(output, search) for search in searches]
+    return [_found(output, search, changes) for search in searches]
+
+
+def _found(output: Output, search: Search, changes: Mapping[str, Any]) -> Added:
+    if search.by != "clip":
+        return adding.add(output, search)
+    quiet()
+    near_embeddings.faiss()  # before what takes hours
+    embedding = wants.embedding(search.clip)
+    if adding.is_complete(output, search, embedding.definition):
+        return adding.add(output, search, embedding.definition)
+    refuse_lost_manifest(output, (embedding,))
+    add(output, (embedding,), scoring_config(output, changes))
+    return adding.add(output, search, embedding.definition)
 
 
 def calibrate(

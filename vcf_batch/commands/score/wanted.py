@@ -1,5 +1,6 @@
 """The scores that ``--with`` asks for, each with its models in exactly one version."""
 
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -10,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from vcf_batch import storage
-from vcf_batch.commands.score.duplicates import DISTANCE, Search
+from vcf_batch.commands.score.duplicates.search import Search
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.models import resolution
 from vcf_batch.models.names import AESTHETIC_CLIP
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output.scores.definition import CALIBRATION_NAME, SCORE_NAME, ScoreDefinition
-from vcf_batch.setup.run_models import lpips_identity_of
+from vcf_batch.setup.run_models import DEFAULT_JUDGE, lpips_identity_of
 from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, PARTS, ResolvedScore, ScoreKind, with_columns
 
 WantedKind = ScoreKind | Literal["duplicates"]
@@ -61,7 +62,7 @@ def parse(text: str) -> Wanted:
             f"--with {redact(text)} is of no kind that is known{hint or '.'} The kinds are {', '.join(EXAMPLES)}"
         )
     kind = cast(WantedKind, kind)
-    if bool(source) != ("=" in EXAMPLES[kind]):
+    if kind != "duplicates" and bool(source) != ("=" in EXAMPLES[kind]):
         raise UsageError(
             f"--with {redact(text)} {'takes no model' if source else 'lacks its model'}: --with {EXAMPLES[kind]}"
         )
@@ -165,4 +166,19 @@ def searches(wanted: Sequence[Wanted], by: str | None, threshold: float | None) 
         raise UsageError(f"--{name} {value} is for --with duplicates: add it, or leave --{name} out")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two scores have the name {repeated[0]!r}: name one of them, as in --with KIND:NAME=...")
-    return [Search(each.name, by or "phash", DISTANCE if threshold is None else threshold) for each in found]
+    return [Search(each.name, by or "phash", threshold, each.source) for each in found]
+
+
+def embedding(source: str) -> ResolvedScore:
+    """The score that holds the embeddings of a CLIP for searches. Its name follows from the CLIP.
+
+    Args:
+        source: the CLIP; empty for :data:`vcf_batch.setup.run_models.DEFAULT_JUDGE`.
+
+    Raises:
+        ModelError: the CLIP is not there, is not safe to load, or the hub cannot be reached.
+        StorageError: the storage failed.
+    """
+    score = _resolved(Wanted("embedding", "embedding", source or DEFAULT_JUDGE), AESTHETIC_CLIP)
+    named = dataclasses.replace(score.definition, name=f"embedding_{score.definition.fingerprint[:8]}")
+    return dataclasses.replace(score, definition=with_columns(named, PARTS["embedding"]))

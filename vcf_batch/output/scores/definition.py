@@ -17,8 +17,8 @@ SCORE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 SCORE_LAYOUT = 1
 
-ColumnType = Literal["number", "key"]
-"""What a column of a score holds: numbers, or keys of other rows."""
+ColumnType = Literal["number", "key", "vector"]
+"""What a column of a score holds: numbers, keys of other rows, or half-precision numbers, little-endian, as bytes."""
 
 Against = Literal["prompt", "reference", "twin"]
 """What a picture is compared with: its prompt, its references, or its text-only twin, the ``content`` of a triplet."""
@@ -60,6 +60,11 @@ class ScoreDefinition:
     def is_search(self) -> bool:
         """Whether rows are compared with those of all shards. Its values are stale once any shard has changed."""
         return any(column.type == "key" for column in self.columns)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its values are for searches alone, so that nobody sees them as columns of the output."""
+        return any(column.type == "vector" for column in self.columns)
 
     def to_json(self) -> bytes:
         """The definition as indented UTF-8 JSON."""

@@ -14,7 +14,8 @@ from vcf_batch.records import Shard
 class JoinedScores:
     """The scores of an output, joined to its rows by key. Threads may share it.
 
-    A shard that lacks a score, as it was not scored or was replaced since, has null in its columns.
+    A shard that lacks a score, as it was not scored or was replaced since, has null in its columns. Embeddings, which
+    searches alone read, are left out.
 
     Args:
         output_url: the output.
@@ -26,7 +27,7 @@ class JoinedScores:
 
     def __init__(self, output_url: str) -> None:
         self._store = ScoreStore(output_url)
-        self.definitions = self._store.definitions()
+        self.definitions = [score for score in self._store.definitions() if not score.is_embedding]
 
     @property
     def fields(self) -> list[pa.Field]:

@@ -25,7 +25,7 @@ from vcf_batch.records import Shard
 
 PARQUET = ".parquet"
 _MOST_BYTES = 1 << 22
-_TYPES: Mapping[ColumnType, pa.DataType] = {"number": pa.float64(), "key": pa.string()}
+_TYPES: Mapping[ColumnType, pa.DataType] = {"number": pa.float64(), "key": pa.string(), "vector": pa.binary()}
 
 
 class ScoreStore:
@@ -213,7 +213,7 @@ def field_of(column: ScoreColumn) -> pa.Field:
 
 
 def parquet_bytes(
-    definition: ScoreDefinition, keys: Sequence[str], values: Mapping[str, Sequence[float | str | None]]
+    definition: ScoreDefinition, keys: Sequence[str], values: Mapping[str, Sequence[float | str | bytes | None]]
 ) -> bytes:
     """The parquet of a shard's scores. The same values give the same bytes, with the same version of pyarrow.
 

@@ -1,12 +1,12 @@
 """Rows of two outputs, paired by their keys, and what has changed between them.
 
-Both are read once, in the order of their manifests. A row waits for its partner, so memory is small if both have the
-same order, and grows with the rows that one of them alone has.
+Both are read once, in the order of their manifests. A row waits for its partner, in memory or, beyond a number of
+rows, in scratch. So memory is bounded, and scratch takes about 1 KB for each row that waits.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,10 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.scores.definition import ScoreColumn
 from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.report.figures import EXTREMES, SCORE_LABELS, parquet_of
+from vcf_batch.report.two_outputs.unpaired import PairedRow, UnpairedRows
+from vcf_batch.storage import scratch
 
 _OWN = ("key", "status", "prompt", "reference", "strength", "sha256")
-
-
-@dataclass(frozen=True, slots=True)
-class PairedRow:
-    """A row of one of the outputs."""
-
-    number: int
-    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +136,7 @@ def compare(first: Output, second: Output) -> TwoOutputs:
     Raises:
         UsageError: no key is in both.
         DamageFound: a parquet or the scores of a shard are damaged.
-        StorageError: the storage failed.
+        StorageError: the storage failed, or scratch is full.
     """
     joined = [JoinedScores(output.url) for output in (first, second)]
     added = [_added(each) for each in joined]
@@ -150,19 +144,16 @@ def compare(first: Output, second: Output) -> TwoOutputs:
     ways = {name: label.higher_is_better for name, label in SCORE_LABELS.items()}
     ways |= {name: added[0][name] for name in common}
     found = TwoOutputs(scores=[ScoreChange(name, better) for name, better in ways.items()])
-    waiting: tuple[dict[str, PairedRow], dict[str, PairedRow]] = {}, {}
     streams = [_rows(output, scores, common) for output, scores in zip((first, second), joined, strict=True)]
-    for pair in itertools.zip_longest(*streams):
-        for at, side in enumerate(pair):
-            if side is None:
-                continue
-            key = side.record["key"]
-            other = waiting[1 - at].pop(key, None)
-            if other is None:
-                waiting[at][key] = side
-            else:
-                found.add(*((other, side) if at else (side, other)))
-    found.alone = len(waiting[0]), len(waiting[1])
+    with scratch.temporary("the rows without a partner") as folder:
+        unpaired = UnpairedRows(folder, first.plan.num_rows + second.plan.num_rows)
+        for sides in itertools.zip_longest(*streams):
+            for at, side in enumerate(sides):
+                if side and (pair := unpaired.meet(at, side)):
+                    found.add(*pair)
+        for pair in unpaired.pairs():
+            found.add(*pair)
+    found.alone = unpaired.alone[0], unpaired.alone[1]
     if not found.both:
         raise UsageError(
             f"{first.url} and {second.url} have no key in common, so no row of one can be compared with a row of the "

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from vcf_batch.metrics.aesthetic import AestheticHead
-from vcf_batch.metrics.clip_cosines import ClipCosines
 from vcf_batch.metrics.clip_score import ClipJudge
+from vcf_batch.metrics.clip_scorers import ClipCosines, ClipEmbeddings
 from vcf_batch.metrics.dino import DinoPatches
 from vcf_batch.metrics.lpips import LPIPS
 from vcf_batch.metrics.own_function import OwnFunction
@@ -17,7 +17,7 @@ from vcf_batch.models.cache import fetch
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output.scores.definition import Against, ScoreColumn, ScoreDefinition
 
-ScoreKind = Literal["clip", "dino", "lpips-alex", "lpips-vgg", "aesthetic", "texture", "python"]
+ScoreKind = Literal["clip", "dino", "lpips-alex", "lpips-vgg", "aesthetic", "texture", "python", "embedding"]
 
 IMAGES_AT_ONCE = 32
 """Images of one forward pass. It is part of a score's settings, as it changes the last bits of a value."""
@@ -62,6 +62,8 @@ class ResolvedScore:
         if self.kind == "aesthetic":
             clip = ClipJudge.from_pretrained(fetch(self.models["clip"]), device, "--aesthetic-clip")
             return AestheticHead.from_file(fetch(self.models["head"]), clip)
+        if self.kind == "embedding":
+            return ClipEmbeddings(ClipJudge.from_pretrained(fetch(self.models["model"]), device, "--with duplicates="))
         return ClipCosines(ClipJudge.from_pretrained(fetch(self.models["model"]), device, "--with clip="))
 
 
@@ -72,6 +74,7 @@ PARTS: Mapping[ScoreKind, Mapping[str, Part]] = {
     "lpips-vgg": Pixelwise.LPIPS_PARTS,
     "aesthetic": AestheticHead.parts,
     "texture": Pixelwise.TEXTURE_PARTS,
+    "embedding": ClipEmbeddings.parts,
     "python": {},
 }
 """What the scorer of each kind gives; that of ``python`` tells it when it has scored."""
@@ -86,7 +89,11 @@ def with_columns(definition: ScoreDefinition, parts: Mapping[str, Part]) -> Scor
     """The definition with a column for each part."""
     columns = [
         ScoreColumn(
-            column_name(definition.name, name), part.meaning, part.higher_is_better, cast(Against | None, part.against)
+            column_name(definition.name, name),
+            part.meaning,
+            part.higher_is_better,
+            cast(Against | None, part.against),
+            "vector" if part.is_vector else "number",
         )
         for name, part in parts.items()
     ]

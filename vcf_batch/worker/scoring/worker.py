@@ -16,7 +16,7 @@ from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
-from vcf_batch.metrics.shown import ImageScorer, Seen
+from vcf_batch.metrics.shown import ImageScorer, Seen, Value
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
@@ -207,6 +207,7 @@ class ScoringWorker:
             values = {column.name: [None] * len(receipt.shard) for column in definition.columns}
         parquet = parquet_bytes(definition, found.keys, values)
         there = {name: [value for value in column if value is not None] for name, column in values.items()}
+        numbers = [column.name for column in definition.columns if column.type == "number"]
         own = ScoreReceipt(
             shard=receipt.shard,
             of=receipt.files["parquet"].sha256,
@@ -214,13 +215,17 @@ class ScoringWorker:
             fields=definition.fields,
             parquet=FileEntry(len(parquet), hashlib.sha256(parquet).hexdigest()),
             counts={name: len(column) for name, column in there.items()},
-            means={name: math.fsum(column) / len(column) if column else None for name, column in there.items()},
+            means={name: _mean(there[name]) for name in numbers},
             without=len(found.errors),
             reason=next(iter(found.errors), None),
             device=self.device.description,
             timings=timings,
         )
         return ScoredShard(definition, parquet, own)
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 class _Found:
@@ -230,9 +235,9 @@ class _Found:
         self._rows = rows
         self.keys: list[str] = []
         self.errors: list[str] = []
-        self.values: dict[int, dict[str, list[float | None]]] = {number: {} for number in numbers}
+        self.values: dict[int, dict[str, list[Value]]] = {number: {} for number in numbers}
 
-    def add(self, number: int, batch: Sequence[Seat], values: Mapping[str, Sequence[float | None]]) -> None:
+    def add(self, number: int, batch: Sequence[Seat], values: Mapping[str, Sequence[Value]]) -> None:
         """Take the values of a batch by the score of a number."""
         for part, own in values.items():
             column = self.values[number].setdefault(part, [None] * self._rows)

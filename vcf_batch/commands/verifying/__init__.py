@@ -1,0 +1,1 @@
+"""What ``verify`` does with each shard, in one process or in several."""

@@ -1,0 +1,166 @@
+"""Shards read in several processes of this machine, as the threads of one share a processor where Python works."""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from vcf_batch.errors import VcfBatchError
+from vcf_batch.output.shards import SHARD_READERS
+from vcf_batch.records import Shard
+
+ROWS_FOR_A_PROCESS = 5_000
+"""Rows for which one more process is worth its start, which takes about a second."""
+
+Result = TypeVar("Result")
+Read = Callable[[Shard], Result]
+
+_HELD = (signal.SIGINT, signal.SIGTERM)
+"""Signals that this process answers for all: Ctrl-C reaches every process of a terminal."""
+
+
+def default_processes(rows: int) -> int:
+    """The number of processes for a number of rows: as many as this process may use processors, or fewer for few."""
+    return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_FOR_A_PROCESS))
+
+
+def read_in_processes(read: Read[Result], some: Iterable[Shard], processes: int) -> Iterator[tuple[Shard, Result]]:
+    """Each shard, in order, with the result of ``read``, which runs in threads of several processes.
+
+    Shards are read a few for each thread ahead, so memory does not grow with their number.
+
+    Args:
+        read: picklable, as are its results.
+        some: the shards.
+        processes: 1 or more.
+
+    Raises:
+        VcfBatchError: a process ended before its shards were read.
+        Exception: whatever ``read`` raises.
+    """
+    most = 2 * SHARD_READERS * processes
+    left = enumerate(some)
+    sent: dict[int, Shard] = {}
+    found: dict[int, Result] = {}
+    with _Processes(read, processes) as members:
+        for number in itertools.count():
+            for at, shard in itertools.islice(left, most - len(sent)):
+                sent[at] = shard
+                members.send(at, shard)
+            if not sent:
+                return
+            while number not in found:
+                found.update(members.receive())
+            yield sent.pop(number), found.pop(number)
+
+
+class _Member:
+    """A process that reads shards, and this side of its pipe."""
+
+    def __init__(self, read: Read[Any]) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, read), daemon=True)
+        self.under_way = 0
+        resource_tracker.ensure_running()  # as its own start would let the signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # which the process inherits
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+
+class _Processes(Generic[Result]):
+    """Processes that read shards; leaving the block ends them."""
+
+    def __init__(self, read: Read[Result], number: int) -> None:
+        self._read, self._number = read, number
+        self._members: list[_Member] = []
+
+    def __enter__(self) -> Self:
+        try:
+            for _ in range(self._number):
+                self._members.append(_Member(self._read))
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        for member in self._members:
+            member.process.kill()  # it writes nothing
+        for member in self._members:
+            member.process.join()
+            member.connection.close()
+
+    def send(self, number: int, shard: Shard) -> None:
+        """Let the process with the least to do read a shard."""
+        member = min(self._members, key=lambda member: member.under_way)
+        with self._blamed(member):
+            member.connection.send((number, shard))
+        member.under_way += 1
+
+    def receive(self) -> dict[int, Result]:
+        """Wait for results, by the numbers that were sent."""
+        found: dict[int, Result] = {}
+        members = {id(member.connection): member for member in self._members}
+        for connection in wait([member.connection for member in self._members]):
+            member = members[id(connection)]
+            with self._blamed(member):
+                number, result, error = member.connection.recv()
+            if error:
+                raise error
+            member.under_way -= 1
+            found[number] = result
+        return found
+
+    @contextlib.contextmanager
+    def _blamed(self, member: _Member) -> Iterator[None]:
+        """Tell what became of a process whose pipe is closed."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            member.process.join()
+            code = member.process.exitcode or 0
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise VcfBatchError(
+                f"one of {self._number} processes that read shards {how}, as happens where memory runs out. Nothing "
+                "is known of the shards that were not read: rerun the command, or with fewer --processes"
+            ) from error
+
+
+def _serve(connection: Connection, read: Read[Any]) -> None:
+    """Read what comes through a pipe, in threads, until its other end is closed."""
+    lock = threading.Lock()
+
+    def answer(number: int, shard: Shard) -> None:
+        result, error = None, None
+        try:
+            result = read(shard)
+        except Exception as raised:
+            error = raised
+        with lock:
+            try:
+                connection.send((number, result, error))
+            except (TypeError, AttributeError, ValueError) as unsent:
+                connection.send((number, None, VcfBatchError(f"shard {shard.name}: {error or unsent}")))
+
+    threads = ThreadPoolExecutor(SHARD_READERS, "shards")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            threads.submit(answer, *connection.recv())
+    os._exit(0)  # whatever is being read, nobody waits for it
