@@ -156,7 +156,7 @@ def _processor() -> CLIPImageProcessor:
 
 
 def _tokenizer(padding: str) -> CLIPTokenizer:
-    tokens = [*build_tokenizer().get_vocab(), "!</w>", "!"]
+    tokens = [*sorted(build_tokenizer().get_vocab()), "!</w>", "!"]  # the same order each time
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(dict.fromkeys(tokens))},
         merges=[],
