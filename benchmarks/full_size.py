@@ -1,11 +1,11 @@
-"""Stable Diffusion 2.1 with its image encoder, aligner, PNO guide and judge, at full size with random weights.
+"""Stable Diffusion 2.1 or XL with image encoder, aligner, PNO guide and judge, at full size with random weights.
 
 Nothing is downloaded; the only file read is the tokenizer of the embedded family. Random weights are enough, because
 the cost of the operations does not depend on the weights.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -25,6 +26,7 @@ from transformers import (
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.base.pipeline_xl import VCFXLPipeline
 from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -47,6 +49,14 @@ class Shapes:
     pixels: int
     """Edge of an image in pixels."""
     steps: int
+    text_2: dict[str, Any] | None = None
+    """Configuration of the second text encoder; None for a family with one."""
+
+    @property
+    def attention(self) -> tuple[int, int]:
+        """Heads, and edge in latent pixels, of the UNet's first level with attention, whose heads are 64 wide."""
+        level = next(number for number, kind in enumerate(self.unet["down_block_types"]) if "CrossAttn" in kind)
+        return self.unet["attention_head_dim"][level], self.unet["sample_size"] // 2**level
 
 
 FULL = Shapes(
@@ -83,6 +93,34 @@ FULL = Shapes(
 )
 """Full size: 768x768, 77 + 257 tokens. ViT-H/14 reads the references, ViT-L/14 guides, ViT-B/32 judges."""
 
+FULL_XL = replace(
+    FULL,
+    unet={
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    vae=FULL.vae | {"sample_size": 1024, "scaling_factor": 0.13025},
+    text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    text_2={
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
+    pixels=1024,
+    steps=30,
+)
+"""Full size of Stable Diffusion XL: 1024x1024, 77 + 257 tokens, the same towers beside it."""
+
 _SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SMALL_VISION = _SMALL | {"patch_size": 8, "image_size": 32}
 
@@ -107,6 +145,25 @@ SMOKE = Shapes(
     steps=3,
 )
 """Shapes for tests, with few kinds of layers, because each kind takes seconds to compile."""
+
+SMOKE_XL = replace(
+    SMOKE,
+    unet=SMOKE.unet
+    | {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (1, 1),
+        "cross_attention_dim": 64,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    text_2=_SMALL | {"projection_dim": 32},
+)
+
+FAMILIES = {"sd21": (FULL, SMOKE), "sdxl": (FULL_XL, SMOKE_XL)}
+"""The shapes of each family, at full size and for tests."""
 
 
 def tokenizer(shapes: Shapes) -> CLIPTokenizer:
@@ -133,8 +190,16 @@ def pipeline(shapes: Shapes, device: str, dtype: torch.dtype) -> VCFPipeline:
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**shapes.vision, projection_dim=32)),
             "aligner": ImageAligner(shapes.vision["hidden_size"], shapes.unet["cross_attention_dim"]),
         }
-    return VCFPipeline(
-        **{name: network.eval().to(dtype) for name, network in networks.items()},
+        if shapes.text_2 is not None:
+            config = CLIPTextConfig(**shapes.text_2, **_special(words, shapes))
+            networks["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    parts = {name: network.eval().to(dtype) for name, network in networks.items()}
+    kind: type[VCFPipeline] = VCFPipeline
+    if shapes.text_2 is not None:
+        kind = VCFXLPipeline
+        parts |= {"tokenizer_2": words, "vae": parts["vae"].float()}  # as runs of half precision have it
+    return kind(
+        **parts,
         tokenizer=words,
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear",

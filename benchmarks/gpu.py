@@ -1,8 +1,10 @@
 """Measure all figures of speed on a GPU in one run of at most nine minutes: ``python benchmarks/gpu.py --out FOLDER``.
 
-The benchmark builds Stable Diffusion 2.1 and ViT-H with random weights on the device (``full_size.py``). It compares
-their output with float32 and with the path that is not optimised, and then measures. It prints a Markdown table, and
-after each row it writes all rows so far to ``FOLDER/gpu.json``. A failure costs the rest of its own measurement only.
+The benchmark builds Stable Diffusion 2.1 and ViT-H with random weights on the device (``full_size.py``), or with
+``--family sdxl`` Stable Diffusion XL, for which nobody has set goals. It compares their output with float32 and with
+the path that is not optimised, and then measures. It prints a Markdown table, and after each row it writes all rows so
+far to ``FOLDER/gpu.json``. A failure costs the rest of its own measurement only.
+
 It needs neither Ray nor torchvision; without an installation, run ``PYTHONPATH=. python benchmarks/gpu.py``.
 
 ``--smoke`` runs the same code on the CPU at tiny shapes. Its figures mean nothing.
@@ -33,10 +35,11 @@ PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "triton", "numpy
 @click.command()
 @click.option("--smoke", is_flag=True, help="Run on the CPU at tiny shapes, as a test of the code.")
 @click.option("--only", multiple=True, metavar="NAME", help="A measurement, or a section of them. Repeatable.")
+@click.option("--family", type=click.Choice(("sd21", "sdxl")), default="sd21", show_default=True)
 @click.option("--minutes", default=8.5, show_default=True, help="Time of the whole, with the import of libraries.")
 @click.option("--out", metavar="FOLDER", help="Write the rows to gpu.json in this folder, after each of them.")
 @click.option("--list", "listed", is_flag=True, help="List the measurements with their estimated time, and stop.")
-def main(smoke: bool, only: tuple[str, ...], minutes: float, out: str | None, listed: bool) -> None:
+def main(smoke: bool, only: tuple[str, ...], family: str, minutes: float, out: str | None, listed: bool) -> None:
     """Print the table. Exit with 1 if a measurement failed or a required figure is not met."""
     deadline = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="vcf-batch-compiled-", ignore_cleanup_errors=True) as cache:
@@ -53,8 +56,8 @@ def main(smoke: bool, only: tuple[str, ...], minutes: float, out: str | None, li
             return
         if not smoke and not torch.cuda.is_available():
             raise click.UsageError(f"torch {torch.__version__} sees no GPU; --smoke runs the same code on the CPU")
-        record = Record(out, about())
-        record.measure(chosen, Bench(smoke), deadline)
+        record = Record(out, about() | {"family": family})
+        record.measure(chosen, Bench(smoke, family), deadline)
     if record.failed:
         raise SystemExit(f"failed: {', '.join(record.failed)}")
 

@@ -4,12 +4,12 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import full_size
 import numpy as np
 import torch
-from full_size import FULL, SMOKE
+from full_size import FAMILIES
 from gpu_record import Measurement
 from measure import seconds
 from PIL import Image
@@ -22,7 +22,7 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker.device import Device
 
 SCALE = 9.0
-ASSUMED = 0.6
+ASSUMED = {"sd21": 0.6, "sdxl": 1.2}
 """Seconds that an image is assumed to take until one has been measured."""
 SMOKE_SHARE = 0.1
 """Share of the estimated seconds that a measurement is assumed to take at the tiny shapes."""
@@ -35,12 +35,32 @@ STOCK_ORDER = [
 """Kernels of attention as torch prefers them on Hopper, if nothing is fixed."""
 
 
-class Bench:
-    """The models, each built when it is first needed. What cannot be built fails the measurements that need it."""
+class Goals(NamedTuple):
+    """The most seconds that an image may take, and how the table shows it; None where nobody has set a goal."""
 
-    def __init__(self, smoke: bool) -> None:
-        self.smoke = smoke
-        self.shapes = SMOKE if smoke else FULL
+    batch: float | None = None
+    shown: str = ""
+    one: float | None = None
+    """For a batch of one."""
+    optimisation: float | None = None
+    """For a step of prompt-noise optimisation."""
+
+
+GOALS = {"sd21": Goals(0.45, "<= 0.45; 0.39; 0.35", 0.8, 1.4), "sdxl": Goals()}
+
+
+class Bench:
+    """The models, each built when it is first needed. What cannot be built fails the measurements that need it.
+
+    Args:
+        smoke: take tiny shapes on the CPU.
+        family: one of :data:`full_size.FAMILIES`.
+    """
+
+    def __init__(self, smoke: bool, family: str = "sd21") -> None:
+        self.smoke, self.family = smoke, family
+        self.goals = GOALS[family]
+        self.shapes = FAMILIES[family][smoke]
         self.kind = "cpu" if smoke else "cuda"
         self.batch = 3 if smoke else 8
         self.sizes = (1, 2, 4, 5) if smoke else (1, 16, 32, 64)
@@ -71,7 +91,7 @@ class Bench:
 
     def estimate(self, measurement: Measurement) -> float:
         """Seconds that a measurement is likely to take."""
-        image = self.per_image.get("eager/rule", 0 if self.smoke else ASSUMED)
+        image = self.per_image.get("eager/rule", 0 if self.smoke else ASSUMED[self.family])
         return measurement.seconds * (SMOKE_SHARE if self.smoke else 1) + measurement.images * image
 
     # Models
@@ -221,7 +241,7 @@ class Bench:
 
     def inputs(self, batch: int, steps: int) -> tuple[Any, torch.Tensor, Any]:
         """The result of :meth:`VCFPipeline.prepare` for ``batch`` samples."""
-        text, negative = (self.pipeline.encode_prompts([text] * batch) for text in ("a picture", ""))
+        text, negative = (self.pipeline.family.encode([text] * batch) for text in ("a picture", ""))
         fusions = [Fusion([tokens]) for tokens in self.pipeline.encode_references(self.pictures[:batch])]
         sampling = Sampling(steps=steps)
         return self.pipeline.prepare(
@@ -237,7 +257,15 @@ class Bench:
             for shape in ((4, size, size), (100, width))
         )
         with torch.no_grad():
-            return unet(latents, 500, tokens, return_dict=False)[0].float()
+            return unet(latents, 500, tokens, added_cond_kwargs=self._added(batch, unet), return_dict=False)[0].float()
+
+    def _added(self, batch: int, unet: Any) -> dict[str, torch.Tensor] | None:
+        """What the UNet of the family gets besides tokens, for ``batch`` samples."""
+        if self.shapes.text_2 is None:
+            return None
+        sizes = torch.tensor([[self.shapes.pixels, self.shapes.pixels, 0, 0, self.shapes.pixels, self.shapes.pixels]])
+        pooled = torch.ones(batch, self.shapes.text_2["projection_dim"], device=self.kind, dtype=unet.dtype)
+        return {"text_embeds": pooled, "time_ids": sizes.float().repeat(batch, 1).to(self.kind)}
 
     def synchronize(self) -> None:
         """Wait for the device."""

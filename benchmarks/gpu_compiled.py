@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from gpu_bench import Bench
 from gpu_kernels import rate
 from gpu_record import Figure, below
-from gpu_sampling import BATCH_GOAL, MUST, ONE
 from torch import Tensor, nn
 
 E4M3_MAX = 448.0
@@ -27,7 +26,8 @@ def batch(bench: Bench) -> Figures:
         yield Figure(f"compiled, batch {number}: s to the first images, new", f"{cold:.0f}", values={"value": cold})
         took = bench.time("compiled/batch", number, 2)
         what = f"compiled sampling, batch {number}: s/image"
-        yield below(what, took, MUST, BATCH_GOAL, required=not bench.smoke, kernel=bench.device.attention)
+        goals = bench.goals
+        yield below(what, took, goals.batch, goals.shown, required=not bench.smoke, kernel=bench.device.attention)
         if stock := bench.per_image.get("stock/batch"):
             ratio = stock / took
             what = f"compiled, with references, against stock diffusers in batches of {number}"
@@ -49,7 +49,7 @@ def single(bench: Bench) -> Figures:
         _, cold = bench.timed(lambda: bench.draw(1, 1))
         yield Figure("compiled, batch 1: s to the first images, new", f"{cold:.0f}", values={"value": cold})
         took = bench.time("compiled/single", 1, 2)
-        yield below("compiled sampling, batch 1: s/image", took, ONE)
+        yield below("compiled sampling, batch 1: s/image", took, bench.goals.one)
 
 
 # 8 bits

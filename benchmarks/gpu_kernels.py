@@ -149,9 +149,9 @@ def _implementation(name: str) -> Iterator[None]:
 
 def attention(bench: Bench, cross: bool) -> Iterator[Figure]:
     """Measure the kernels of attention at the UNet's largest layer, guided, for a batch of 8."""
-    queries = bench.shapes.unet["sample_size"] ** 2
+    heads, edge = bench.shapes.attention
+    queries = edge**2
     keys = (bench.shapes.text_tokens + 257) if cross else queries
-    heads = bench.shapes.unet["attention_head_dim"][0]
     query = torch.randn(2 * bench.batch, heads, queries, 64, device=bench.kind, dtype=torch.bfloat16)
     key, value = (torch.randn(*query.shape[:2], keys, 64, device=bench.kind, dtype=torch.bfloat16) for _ in range(2))
     some_bias = torch.randn(len(query), 1, 1, keys, device=bench.kind).to(torch.bfloat16)

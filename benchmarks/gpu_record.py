@@ -37,17 +37,21 @@ class Figure:
     """What the JSON has besides: numbers by name."""
 
 
-def below(what: str, value: float, limit: float, goal: str = "", required: bool = False, **values: Any) -> Figure:
+def below(
+    what: str, value: float, limit: float | None, goal: str = "", required: bool = False, **values: Any
+) -> Figure:
     """A figure that should be at most ``limit``; NaN misses it.
 
     Args:
         what: name of the figure.
         value: the figure.
-        limit: the largest value that meets the goal.
+        limit: the largest value that meets the goal; None for a figure without one.
         goal: the goal as the table shows it; empty shows the limit.
         required: see :attr:`Figure.required`.
         values: see :attr:`Figure.values`.
     """
+    if limit is None:
+        return Figure(what, f"{value:.4g}", values={"value": value, **values})
     return Figure(what, f"{value:.4g}", goal or f"<= {limit:g}", value <= limit, required, {"value": value, **values})
 
 

@@ -5,24 +5,36 @@ Both sample the same prompts on the embedded model, text only, with the same ste
 takes. The rounds alternate, so that a busy machine slows all equally.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from measure import alternate
 
 from vcf_batch.models.resolution import tiny_folder
+from vcf_batch.vcf.base.pipeline_xl import VCFXLPipeline
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "star", "ring", "cross")
 
 
-def stock_pipeline(pipeline: VCFPipeline) -> StableDiffusionPipeline:
-    """diffusers' own pipeline over the same components."""
-    parts = {name: pipeline.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+def stock_pipeline(pipeline: VCFPipeline) -> Any:
+    """diffusers' own pipeline over the same components, of the family of the model.
+
+    That of Stable Diffusion XL samples and decodes in one precision. So it gets a copy of the VAE in the UNet's.
+    """
+    if isinstance(pipeline, VCFXLPipeline):
+        parts = {name: each for name, each in pipeline.components.items() if name != "aligner"}
+        vae = copy.deepcopy(pipeline.vae).to(pipeline.unet.dtype, memory_format=torch.contiguous_format)
+        stock: Any = StableDiffusionXLPipeline(**parts | {"vae": vae}, add_watermarker=False)
+    else:
+        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        stock = StableDiffusionPipeline(**{name: pipeline.components[name] for name in names}, **none)
     stock.set_progress_bar_config(disable=True)
     return stock
 

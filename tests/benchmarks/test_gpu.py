@@ -39,9 +39,10 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """The rows of measurements that all succeed."""
-    result = run("--out", str(folder), *(option for name in names for option in ("--only", name)))
+def measured(folder: Path, names: list[str], *options: str) -> list[dict[str, Any]]:
+    """The rows of measurements that all succeed, however slow the machine is."""
+    chosen = [option for name in names for option in ("--only", name)]
+    result = run("--minutes", "60", "--out", str(folder), *options, *chosen)
     assert result.exit_code == 0, result.output
     assert "failed" not in result.stdout and "not measured" not in result.stdout
     rows, printed = written(folder), [line for line in result.stdout.splitlines() if line.startswith("| ")][1:]
@@ -64,6 +65,20 @@ def test_every_row_can_be_measured(tmp_path: Path) -> None:
     assert len(kernels) == 20
     about = json.loads((tmp_path / "gpu.json").read_text())
     assert about["versions"]["torch"] and about["command"] and about["failed"] == []
+
+
+def test_stable_diffusion_xl_can_be_measured(tmp_path: Path) -> None:
+    """The rows that depend on the family most; the slow test has the others."""
+    rows = measured(tmp_path, ["correctness/networks", "stock/single"], "--family", "sdxl")
+    assert all(row["shown"] and row["error"] is None for row in rows)
+    assert json.loads((tmp_path / "gpu.json").read_text())["family"] == "sdxl"
+
+
+@pytest.mark.slow
+def test_every_row_of_stable_diffusion_xl_can_be_measured(tmp_path: Path) -> None:
+    """No row of it has a goal in seconds, as nobody has set one."""
+    rows = measured(tmp_path, [name for name in names() if name not in COMPILED + REPEATED], "--family", "sdxl")
+    assert {row["goal"] for row in rows if row["what"].endswith("s/image")} == {""}
 
 
 @pytest.mark.slow

@@ -8,15 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from support import runs
+from support import runs, sd_layouts
 from vcf_batch.cli import main
 from vcf_batch.commands.fit_roles import changed, fit_roles
 from vcf_batch.errors import UsageError
 from vcf_batch.models import resolution
 from vcf_batch.setup.model_check import stored_roles
+from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.roles import projections
 
 
@@ -44,6 +46,16 @@ def test_tiny_brings_pairs_of_its_own(tmp_path: Path) -> None:
     for role, shares in told["kept"].items():
         assert shares[role] > 1.5 * max(share for name, share in shares.items() if name != role)
     assert {*projections.read(str(tmp_path))} == {"style", "palette"}
+
+
+def test_roles_are_fitted_to_a_stable_diffusion_xl(tmp_path: Path) -> None:
+    model = sd_layouts.save_vcf_sdxl(tmp_path)
+    for number in range(9):
+        picture(number).save(tmp_path / f"{number}.png")
+    fit_roles(str(model), str(tmp_path), 9, None, lambda line: None)
+    pipeline = VCFPipeline.from_pretrained(str(model)).set_up("cpu")
+    images = pipeline.generate(["a"] * 2, [picture(1)] * 2, seeds=[1, 1], reference_roles=["style", "all"])
+    assert images.isfinite().all() and not torch.equal(images[0], images[1])
 
 
 def test_pictures_are_recoloured_turned_grey_blurred_and_shuffled(model: Path, tmp_path: Path) -> None:

@@ -6,32 +6,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from support.original_layout import save_checkpoint, save_layout
-from support.sd_layouts import save_clip, save_sd15, save_sd21
+from support.sd_layouts import save_clip, save_sd15, save_sd21, save_sdxl
 from vcf_batch.errors import ModelError
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.parts import Parts
-from vcf_batch.models.prompt_tokens import read_tokenizer
 from vcf_batch.models.single_file import layout
 from vcf_batch.training.assembly import assemble
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-SAVED: dict[str, Callable[[Path], Path]] = {"sd15": save_sd15, "sd21": save_sd21}
-PUBLISHED = {"sd15": (859_520_964, 83_653_863, 123_060_480), "sd21": (865_910_724, 83_653_863, 340_387_840)}
-"""Numbers of parameters of UNet, VAE and text encoder."""
+SAVED: dict[str, Callable[[Path], Path]] = {"sd15": save_sd15, "sd21": save_sd21, "sdxl": save_sdxl}
+PUBLISHED = {
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sd21": (865_910_724, 83_653_863, 340_387_840),
+    "sdxl": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
+}
+"""Numbers of parameters of UNet, VAE and text encoders."""
+
+
+CLIP_L = "conditioner.embedders.0.transformer.text_model.embeddings"
 
 
 @pytest.fixture(params=[*SAVED])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A folder in diffusers' layout, and the same model in one file. The shipped layouts are of its size."""
-    model = SAVED[request.param](tmp_path / "model")
-    save_layout(model, tmp_path / "layouts" / request.param)
+    return make(request.param, tmp_path, monkeypatch)
+
+
+def make(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    model = SAVED[name](tmp_path / "model")
+    save_layout(model, tmp_path / "layouts" / name)
     (tmp_path / "vocabulary").mkdir()
     for file in ("vocab.json", "merges.txt"):
         tokenizer = json.loads((model / "tokenizer" / "tokenizer.json").read_text())["model"]
@@ -49,19 +59,25 @@ def test_the_layouts_that_ship_are_those_of_the_published_models(name: str) -> N
         networks = (
             UNet2DConditionModel.from_config(configs["unet/config.json"]),
             AutoencoderKL.from_config(configs["vae/config.json"]),
-            CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder/config.json"])),
+            *(
+                kind(CLIPTextConfig.from_dict(configs[f"{part}/config.json"]))
+                for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection))
+                if f"{part}/config.json" in configs
+            ),
         )
     assert tuple(sum(each.numel() for each in network.parameters()) for network in networks) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize(("name", "padding"), [("sd15", 49407), ("sd21", 0)])
-def test_the_vocabulary_that_ships_is_clip_s(name: str, padding: int) -> None:
-    model = resolution.ResolvedModel("file", "directory", "/nowhere", "0", "file.safetensors", layout=name)
-    tokenizer = read_tokenizer(model)
+@pytest.mark.parametrize(("name", "padding"), [("sd15", [49407]), ("sd21", [0]), ("sdxl", [49407, 0])])
+def test_the_vocabulary_that_ships_is_clip_s(name: str, padding: list[int]) -> None:
     # The numbers are in many a published example of CLIP.
     photo = [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 49407]
-    assert (len(tokenizer), tokenizer.model_max_length, tokenizer.pad_token_id) == (49408, 77, padding)
-    assert tokenizer("a photo of an astronaut riding a horse")["input_ids"] == photo
+    with layout.folder_of(name) as folder:
+        found = [CLIPTokenizer.from_pretrained(each) for each in sorted(Path(folder).glob("tokenizer*"))]
+    assert [tokenizer.pad_token_id for tokenizer in found] == padding
+    for tokenizer in found:
+        assert (len(tokenizer), tokenizer.model_max_length) == (49408, 77)
+        assert tokenizer("a photo of an astronaut riding a horse")["input_ids"] == photo
 
 
 def test_a_file_loads_as_the_folder_that_it_was_made_of(checkpoint: tuple[Path, Path]) -> None:
@@ -69,14 +85,16 @@ def test_a_file_loads_as_the_folder_that_it_was_made_of(checkpoint: tuple[Path, 
     resolved = resolution.resolve(str(file))
     assert fetch(resolved) == str(file)
     one, other = VCFPipeline.from_pretrained(fetch(resolved)), VCFPipeline.from_pretrained(str(model))
-    for part in ("unet", "vae", "text_encoder"):
-        ours, theirs = getattr(one, part).state_dict(), getattr(other, part).state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert type(one) is type(other)
+    for part, network in other.components.items():
+        if isinstance(network, torch.nn.Module):
+            ours, theirs = getattr(one, part).state_dict(), network.state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert one.scheduler.config == other.scheduler.config
-    stock = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    tokens = one.encode_prompts(["a b c"])
-    assert torch.equal(tokens, stock.encode_prompt("a b c", "cpu", 1, False)[0])
+    stock = DiffusionPipeline.from_pretrained(model, safety_checker=None)
+    settings = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    assert torch.equal(one.encode_prompts(["a b c"]), stock.encode_prompt("a b c", **settings)[0])
 
 
 def test_its_configuration_is_read_without_its_weights(checkpoint: tuple[Path, Path]) -> None:
@@ -113,7 +131,7 @@ def without(file: Path, start: str) -> str:
 
 def test_a_file_that_is_no_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     model = save_checkpoint(save_sd15(tmp_path / "model"), tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"less.safetensors is no checkpoint .* first tensor is cond_stage_model"):
+    with pytest.raises(ModelError, match=r"less.safetensors is no checkpoint .*it lacks model.diffusion_model"):
         resolution.resolve(without(model, "model.diffusion_model."))
     with pytest.raises(ModelError, match="no checkpoint of Stable Diffusion"):
         resolution.resolve(without(model, "cond_stage_model."))
@@ -130,6 +148,46 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused(tmp_path: Path) -> None:
         resolution.resolve(str(tmp_path / "page.safetensors"))
     with pytest.raises(ModelError, match=r"has no lost\.safetensors"):
         resolution.resolve(str(tmp_path / "lost.safetensors"))
+
+
+def test_the_vae_of_an_xl_file_stays_float32_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not rounded on the way, as in the folder that the file was made of."""
+    model, file = make("sdxl", tmp_path, monkeypatch)
+    one, other = (VCFPipeline.from_pretrained(str(each), dtype=torch.bfloat16) for each in (file, model))
+    assert (one.vae.dtype, one.unet.dtype, one.text_encoder_2.dtype) == (torch.float32, *[torch.bfloat16] * 2)
+    ours, theirs = one.vae.state_dict(), other.vae.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.diffusion_model.input_blocks.0.0.weight": (16, 9, 3, 3)}, "takes 9 channels, and the latents have 4"),
+        ({"v_pred": ()}, "is for v-prediction, and the published model predicts noise: use that model as a folder"),
+        ({"edm_mean": (1, 4, 1, 1)}, "is Playground v2.5"),
+        ({"first_stage_model.decoder.conv_in.weight": None}, "it lacks first_stage_model.decoder.conv_in.weight"),
+        ({"conditioner.embedders.1.model.token_embedding.weight": None}, "it is the refiner of Stable Diffusion XL"),
+        ({f"{CLIP_L}.token_embedding.weight": None}, rf"it lacks {CLIP_L}"),
+    ],
+)
+def test_a_file_that_is_no_base_of_stable_diffusion_xl_is_refused_by_name(
+    change: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    shapes: dict[str, tuple[int, ...] | None] = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+        f"{CLIP_L}.token_embedding.weight": (49408, 768),
+        "conditioner.embedders.1.model.token_embedding.weight": (49408, 1280),
+    }
+    assert layout.layout_of(kept(shapes), "xl.safetensors") == "sdxl"
+    if "refiner" in message:
+        shapes = {"conditioner.embedders.0.model.token_embedding.weight": (49408, 1280), **shapes}
+    with pytest.raises(ModelError, match=message):
+        layout.layout_of(kept(shapes | change), "xl.safetensors")
+
+
+def kept(shapes: dict[str, tuple[int, ...] | None]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.", "first_stage_model.", "first_stage_model.decoder."])

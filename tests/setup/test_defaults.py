@@ -15,6 +15,7 @@ from support import runs
 from vcf_batch import sharding
 from vcf_batch.config import ALIGNED_FUSIONS, DEFAULT_STRENGTHS, RunConfig
 from vcf_batch.errors import ModelError, UsageError
+from vcf_batch.models.single_file import layout
 from vcf_batch.records import Row
 from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import defaults
@@ -39,6 +40,13 @@ def test_the_models_own_judge_is_the_default(settle: Callable[..., Job]) -> None
     assert job.models.judge is None
     assert job.fields["judge_id"] == f"{job.fields['model_id']}/judge"
     assert job.models.lpips == "none"  # the model brings no probe
+
+
+@pytest.mark.parametrize(("name", "operations"), [("sd15", 0.825e12), ("sd21", 2.189e12), ("sdxl", 7.044e12)])
+def test_the_operations_of_a_unet_are_estimated_from_its_levels(name: str, operations: float) -> None:
+    """Within a fifth of those that benchmarks/counts.py counts of the published models, with 334 tokens."""
+    unet = layout.read_config(name, "unet/config.json")
+    assert defaults._operations(unet) * unet["sample_size"] ** 2 == pytest.approx(operations, rel=0.2)
 
 
 def test_places_and_workers_are_not_content(settle: Callable[..., Job], tmp_path: Path) -> None:

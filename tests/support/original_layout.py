@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -32,13 +34,24 @@ OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"
 
 def save_checkpoint(model: Path, file: Path) -> Path:
     """Write a folder in diffusers' layout as one file, in float32."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(model, safety_checker=None)
     tensors = {f"model.diffusion_model.{name}": each for name, each in _unet(pipeline.unet)}
     tensors |= {f"first_stage_model.{name}": each for name, each in _vae(pipeline.vae)}
-    words = _open_clip if pipeline.text_encoder.config.hidden_act == "gelu" else _clip
-    tensors |= {f"cond_stage_model.{name}": each for name, each in words(pipeline.text_encoder)}
+    for prefix, named in _words(pipeline):
+        tensors |= {f"{prefix}.{name}": each for name, each in named}
     save_file({name: each.clone().contiguous() for name, each in tensors.items()}, file)
     return file
+
+
+def _words(pipeline: DiffusionPipeline) -> Iterator[tuple[str, Iterator[tuple[str, Tensor]]]]:
+    """The text encoders by the prefix of their tensors."""
+    if hasattr(pipeline, "text_encoder_2"):
+        yield "conditioner.embedders.0", _clip(pipeline.text_encoder)
+        yield "conditioner.embedders.1", _open_clip(pipeline.text_encoder_2)
+    elif pipeline.text_encoder.config.hidden_act == "gelu":
+        yield "cond_stage_model", _open_clip(pipeline.text_encoder, unused=1)
+    else:
+        yield "cond_stage_model", _clip(pipeline.text_encoder)
 
 
 def save_layout(model: Path, folder: Path) -> Path:
@@ -106,16 +119,17 @@ def _clip(encoder: CLIPTextModel) -> Iterator[tuple[str, Tensor]]:
         yield f"transformer.text_model.{name.removeprefix('text_model.')}", tensor
 
 
-def _open_clip(encoder: CLIPTextModel) -> Iterator[tuple[str, Tensor]]:
-    """OpenCLIP's text tower, whose last layer Stable Diffusion 2 does not use."""
+def _open_clip(encoder: CLIPTextModel | CLIPTextModelWithProjection, unused: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """OpenCLIP's text tower, with as many last layers that nobody uses: Stable Diffusion 2 leaves out one."""
     state = {name.removeprefix("text_model."): each for name, each in encoder.state_dict().items()}
     count, width = encoder.config.num_hidden_layers, encoder.config.hidden_size
     yield "model.token_embedding.weight", state["embeddings.token_embedding.weight"]
     yield "model.positional_embedding", state["embeddings.position_embedding.weight"]
-    yield "model.text_projection", torch.eye(width)
+    projection = state.get("text_projection.weight", torch.eye(width))
+    yield "model.text_projection", projection.T
     for part in ("weight", "bias"):
         yield f"model.ln_final.{part}", state[f"final_layer_norm.{part}"]
-        for number in range(count + 1):
+        for number in range(count + unused):
             ours, theirs = f"encoder.layers.{min(number, count - 1)}.", f"model.transformer.resblocks.{number}."
             joined = [state[f"{ours}self_attn.{each}_proj.{part}"] for each in "qkv"]
             yield f"{theirs}attn.in_proj_{part}", torch.cat(joined)

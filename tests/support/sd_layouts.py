@@ -28,9 +28,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
 )
 
+from support import scorers
 from support.tiny_models import build_tokenizer
+from vcf_batch.vcf.aligner import ImageAligner
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 TEXT_TOKENS = 77
 IMAGE_TOKENS = 257
@@ -133,6 +138,25 @@ def save_sdxl(folder: Path, widths: tuple[int, int] = (24, 40), force_upcast: bo
     return folder
 
 
+def save_vcf_sdxl(folder: Path) -> Path:
+    """Stable Diffusion XL with a random aligner, image encoder and judge, for runs; two steps by default."""
+    save_sdxl(folder / "base")
+    torch.manual_seed(2)
+    vision = CLIPVisionConfig(
+        **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 16, "projection_dim": 16},
+    )
+    VCFPipeline.from_pretrained(
+        str(folder / "base"),
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        feature_extractor=CLIPImageProcessor(size=32, crop_size=32),
+        aligner=ImageAligner(32, 64).eval(),
+        default_steps=2,
+    ).save_pretrained(folder / "vcf")
+    scorers.save_clip(folder / "vcf" / "judge")
+    return folder / "vcf"
+
+
 def save_clip(folder: Path, width: int = 40, act: str = "gelu") -> Path:
     """``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``: both towers of a CLIP, sharded, beside OpenCLIP's own file of them."""
     torch.manual_seed(14)
@@ -156,7 +180,7 @@ def _processor() -> CLIPImageProcessor:
 
 
 def _tokenizer(padding: str) -> CLIPTokenizer:
-    tokens = [*build_tokenizer().get_vocab(), "!</w>", "!"]
+    tokens = [*sorted(build_tokenizer().get_vocab()), "!</w>", "!"]  # the same order each time
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(dict.fromkeys(tokens))},
         merges=[],

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vcf_batch.training.alignment import MIN_TEMPERATURE, Alignment, Diverged, Trainer, recall, summed
+from vcf_batch.training.alignment import MIN_TEMPERATURE, Alignment, Diverged, Trainer, level, recall, summed
 from vcf_batch.training.training_config import TrainingConfig
-from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, reconstruction_loss
+from vcf_batch.vcf.aligner import ImageAligner, alignment_loss, info_nce_loss, reconstruction_loss
 
 PAIRS, VISION, TEXT = 8, 12, 6
 
@@ -63,6 +63,26 @@ def test_the_tether_holds_every_token_close_to_the_text() -> None:
         distances = torch.cdist(trainer.alignment.align(vision), text).amin(dim=2)
         farthest.append(distances.amax().item())
     assert farthest[1] < 0.8 * farthest[0]
+
+
+def test_the_parts_of_two_text_encoders_count_alike_whatever_their_scale() -> None:
+    """The losses are those of parts of one scale, but for one factor; one encoder's tokens are compared as they are."""
+    vision, text = batch()
+    alignment = build(recipe(tether=0.0))
+    image = alignment.align(vision)
+    factors = torch.tensor([1.0, 1.0, 30.0, 30.0, 30.0, 30.0])
+    found = []
+    for scale in (torch.ones(TEXT), factors):
+        parts = (text * scale).split([2, 4], dim=-1)
+        alignment.scale = level([part.norm(dim=-1).mean().item() for part in parts], [2, 4])
+        found.append([alignment.compared(tokens * scale) for tokens in (image, text)])
+    ratio = found[1][1] / found[0][1]
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+    torch.testing.assert_close(found[1][0], found[0][0] * ratio.mean())
+    torch.testing.assert_close(info_nce_loss(*found[1]), info_nce_loss(*found[0]))
+    mean = [tokens.norm(dim=-1).mean() for tokens in (found[1][1], text * factors)]
+    assert mean[0].item() == pytest.approx(mean[1].item(), rel=0.1)
+    assert level([3.0], [TEXT]) is None
 
 
 def distributed(rank: int, folder: Path) -> None:

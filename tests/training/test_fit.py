@@ -302,22 +302,46 @@ def test_the_towers_stay_as_they_are(plan: Plan, tmp_path: Path, monkeypatch: py
         assert all(map(torch.equal, tower.parameters(), untouched.parameters()))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_an_aligner_for_the_hub_s_layouts(name: str, data: Path, tmp_path: Path) -> None:
-    """Train for a checkpoint laid out as SD 1.5 or 2.1, assemble, generate: 257 image tokens, 77 text tokens."""
-    save = sd_layouts.save_sd15 if name == "sd15" else sd_layouts.save_sd21
-    base, clip = save(tmp_path / name), sd_layouts.save_clip(tmp_path / "clip")
+    """Train for a checkpoint laid out as SD 1.5, 2.1 or XL, assemble, generate: 257 image tokens, 77 text tokens."""
+    saved = {"sd15": sd_layouts.save_sd15, "sd21": sd_layouts.save_sd21, "sdxl": sd_layouts.save_sdxl}
+    base, clip = saved[name](tmp_path / name), sd_layouts.save_clip(tmp_path / "clip")  # type: ignore[operator]
     settings = {"batch_size": 4, "epochs": 1, "limit": 12, "validation_pairs": 4, "dtype": "float32"}
     out = str(tmp_path / "out")
     config = TrainingConfig(model=str(base), image_encoder=str(clip), data=str(data), out=out, **settings)  # type: ignore[arg-type]
     reports = Reports(tmp_path / "checkpoint")
     fit(TrainingJob.plan(config), reports.place, None)
+    log = read_log(out)
+    assert log[-1]["validation_loss"] < log[0]["validation_loss"]
     parts = Parts.resolve(str(base), image_encoder=str(clip))
     assemble(parts, str(tmp_path / "checkpoint" / ALIGNER), str(tmp_path / "model"), torch.float32)
     pipeline = VCFPipeline.from_pretrained(tmp_path / "model")
     picture = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20)
     images = pipeline.generate(["a cat", "a dog"], [picture, None], seeds=[0, 1], steps=2)
-    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
+    edge = 64 if name == "sdxl" else 32
+    assert images.shape == (2, 3, edge, edge) and images.isfinite().all()
+    assert not torch.equal(images[:1], pipeline.generate(["a cat"], seeds=[0], steps=2))
+
+
+def test_the_parts_of_two_text_encoders_are_measured_before_the_training(data: Path, tmp_path: Path) -> None:
+    """So that a training compares the same numbers however large the tokens of either encoder are."""
+    base, clip = sd_layouts.save_sdxl(tmp_path / "base"), sd_layouts.save_clip(tmp_path / "clip")
+    settings: dict[str, Any] = {"batch_size": 4, "epochs": 1, "limit": 8, "validation_pairs": 4, "dtype": "float32"}
+    config = TrainingConfig(
+        model=str(base),
+        image_encoder=str(clip),
+        data=str(data),
+        out=str(tmp_path / "out"),
+        match_norms=True,
+        **settings,
+    )
+    with fitting._Fit(TrainingJob.plan(config), Reports(tmp_path / "checkpoint").place, None) as found:
+        pipeline, alignment = found.towers.pipeline, found.trainer.alignment
+        tokens = torch.cat([found.towers.encode(batch)[1] for batch in found._validation_batches()])
+        norms = [part.norm(dim=-1).mean().item() for part in alignment.compared(tokens).split([24, 40], dim=-1)]
+        assert norms[0] / 24**0.5 == pytest.approx(norms[1] / 40**0.5, rel=1e-3)
+        assert pipeline.aligner.config.token_norm == pytest.approx(tokens.norm(dim=-1).mean().item(), abs=1e-3)
 
 
 # Planning

@@ -134,7 +134,9 @@ def test_a_sample_of_a_batch_equals_the_same_sample_alone(pipeline: VCFPipeline,
 
 def test_a_long_prompt_has_the_pooled_embedding_of_its_first_window(pipeline: VCFPipeline) -> None:
     (cut,), (whole,) = pipeline.family.encode([LONG]), pipeline.family.encode([LONG], chunked=True)
-    assert len(whole.tokens) > len(cut.tokens) == 77 and torch.equal(whole.tokens[:77], cut.tokens)
+    assert len(whole.tokens) > len(cut.tokens) == 77
+    # A pass over two windows may take other kernels than one over a single window.
+    torch.testing.assert_close(whole.tokens[:77], cut.tokens, atol=1e-5, rtol=0)
     assert whole.pooled is not None and cut.pooled is not None
     torch.testing.assert_close(whole.pooled, cut.pooled, atol=1e-5, rtol=0)
     together = draw(pipeline, [LONG, "blue"], long_prompts="chunk")

@@ -23,8 +23,8 @@ _FILES = (
 )
 _MAX_BYTES = 1 << 26
 _LACKING = (
-    f"its folder {_TOKENIZER} is missing, empty or cut short; copy it, with vocab.json and merges.txt, from the model "
-    "that this one was made of"
+    "its folder {} is missing, empty or cut short; copy it, with vocab.json and merges.txt, from the model that this "
+    "one was made of"
 )
 
 
@@ -90,25 +90,35 @@ def windows_of(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list[i
     return [found.windows(int(tokenizer.model_max_length), config.long_prompts) for found in lengths]
 
 
-def refuse_without_words(tokenizer: Any) -> None:
+def refuse_without_words(tokenizer: Any, folder: str = _TOKENIZER) -> None:
     """Refuse a tokenizer that knows its special tokens alone, to which all prompts would be equal.
+
+    Args:
+        tokenizer: a ``CLIPTokenizer``.
+        folder: where in the model it is, for the message.
 
     Raises:
         ModelError: it is such a tokenizer, as transformers makes of a folder that is empty or missing.
     """
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(f"the model's tokenizer knows {len(tokenizer)} tokens and no word, as {_LACKING}")
+        lacking = _LACKING.format(folder)
+        raise ModelError(f"the model's tokenizer knows {len(tokenizer)} tokens and no word, as {lacking}")
 
 
-def require_vocabulary(model: ResolvedModel) -> None:
-    """Refuse a model whose folder has no vocabulary, without loading its tokenizer.
+def require_vocabulary(model: ResolvedModel, folders: Sequence[str] = (_TOKENIZER,)) -> None:
+    """Refuse a model without a vocabulary, without loading its tokenizers.
+
+    Args:
+        model: a Stable Diffusion.
+        folders: those of its tokenizers.
 
     Raises:
         ModelError: there is none, or the hub cannot be reached.
         StorageError: the storage failed.
     """
-    if not any(read_file(model, f"{_TOKENIZER}/{name}", _MAX_BYTES) for name in ("vocab.json", "tokenizer.json")):
-        raise ModelError(f"{model.name} has no vocabulary: {_LACKING}")
+    for folder in folders:
+        if not any(read_file(model, f"{folder}/{name}", _MAX_BYTES) for name in ("vocab.json", "tokenizer.json")):
+            raise ModelError(f"{model.name} has no vocabulary: {_LACKING.format(folder)}")
 
 
 def read_tokenizer(model: ResolvedModel) -> Any:

@@ -1,7 +1,7 @@
 """Defaults, settled once: a value for every setting that was left open, from the model's JSON files. No torch here."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from vcf_batch import sharding
 from vcf_batch.config import (
@@ -31,7 +31,10 @@ heartbeat."""
 
 OPERATIONS = 700.0
 """Operations of a UNet forward for each latent position and squared channel: 2.15 TFLOP for Stable Diffusion 2.1 at
-768 px."""
+768 px, whose blocks of attention have one layer each."""
+LAYER_OPERATIONS = 220.0
+"""What each further layer of a level's blocks of attention adds to OPERATIONS: 7.2 TFLOP for Stable Diffusion XL at
+1024 px, whose levels have 1, 2 and 10 layers. Counted are 7.0 (benchmarks/counts.py)."""
 PNO_STEP = 3.3
 """Cost of a step of prompt-noise optimisation, in images: forward, forward again for the gradient, and backward."""
 GPU_SPEED = 4e13
@@ -84,7 +87,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
             width=config.width or native_width * factor,
             dtype=("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype,
         )
-        seconds = _seconds_per_sample(config, unet["block_out_channels"], factor)
+        seconds = _seconds_per_sample(config, _operations(unet), factor)
     if config.shard_size is None:
         config = config.replace(
             shard_size=sharding.default_shard_size(manifest.num_rows, cast(int, config.batch_size), seconds)
@@ -112,10 +115,19 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     return Job(config, manifest, resolved, fields, tuple(root for root in config.reference_root if is_seen(root)))
 
 
-def _seconds_per_sample(config: RunConfig, channels: Sequence[int], factor: int) -> float:
-    """Estimate on the slow side, from the UNet's shape: operations grow with the area and the square of the
-    channels."""
+def _operations(unet: Mapping[str, Any]) -> float:
+    """Estimated operations of a UNet forward for each latent position, from the channels and layers of its levels."""
+    channels: Sequence[int] = unet["block_out_channels"]
+    layers = unet.get("transformer_layers_per_block", 1)
+    layers = [layers] * len(channels) if isinstance(layers, int) else layers
+    return sum(
+        (OPERATIONS + LAYER_OPERATIONS * (count - 1)) * width**2 / 4**level
+        for level, (width, count) in enumerate(zip(channels, layers, strict=True))
+    )
+
+
+def _seconds_per_sample(config: RunConfig, operations: float, factor: int) -> float:
+    """Estimate on the slow side, from the operations of a UNet forward for each latent position."""
     area = cast(int, config.height) * cast(int, config.width) / factor**2
-    operations = OPERATIONS * area * sum(width**2 / 4**level for level, width in enumerate(channels))
     speed = GPU_SPEED if config.gpus_per_worker else CPU_SPEED * config.cpus_per_worker
-    return 2 * cast(int, config.steps) * (1 + PNO_STEP * config.pno_steps) * operations / speed
+    return 2 * cast(int, config.steps) * (1 + PNO_STEP * config.pno_steps) * operations * area / speed

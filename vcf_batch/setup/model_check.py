@@ -63,7 +63,7 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
             f"{config.sampling.told_sizes[0]} is given, and {model} is not told sizes: leave it out, or use a Stable "
             "Diffusion XL"
         )
-    require_vocabulary(resolved.pipeline)
+    require_vocabulary(resolved.pipeline, layout.tokenizers)
     check_schedule(config.scheduler, resolution.read_config(resolved.pipeline, SCHEDULER_CONFIG) or {}, model)
     _check_fusions(config, fusions)
     _check_references(model, config, manifest, index, fusions)

@@ -11,6 +11,7 @@ from vcf_batch.models import adapters, resolution
 from vcf_batch.models.names import ADAPTERS, PRESETS
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.records import TEXTURE
+from vcf_batch.vcf.base.layout import empty_negative
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"
@@ -40,6 +41,8 @@ class Models:
     """The weights of an IP-Adapter; None without one."""
     image_encoder: ResolvedModel | None = None
     """The image encoder of the IP-Adapter."""
+    empty_negative: str | None = None
+    """What stands for an empty negative prompt: see :func:`vcf_batch.vcf.base.layout.empty_negative`."""
 
     @property
     def judge_identity(self) -> str:
@@ -72,7 +75,10 @@ class Models:
         )
 
     def describe(self, guided: bool) -> dict[str, Any]:
-        """Name and version of the model, of the PNO guide if there is one, and of the source of each score."""
+        """Name and version of the model, of the PNO guide if there is one, and of the source of each score.
+
+        The model has also ``empty_negative``, where :attr:`empty_negative` is known.
+        """
         own = redact(self.pipeline.name)
         judge = {"name": redact(self.judge.name) if self.judge else f"{own}/{OWN_JUDGE}"}
         judge["identity"] = self.judge_identity
@@ -80,7 +86,8 @@ class Models:
         guide["identity"] = self.guide_identity
         lpips = {"name": f"lpips-{self.lpips}" if self.lpips_source else self.lpips, "identity": self.lpips_identity}
         return {
-            "model": {"name": own, "identity": self.pipeline.identity},
+            "model": {"name": own, "identity": self.pipeline.identity}
+            | ({"empty_negative": self.empty_negative} if self.empty_negative else {}),
             "clip_score": judge,
             "clip_reference": judge,
             "lpips": None if self.lpips == "none" else lpips,
@@ -127,6 +134,7 @@ def resolve(config: RunConfig) -> Models:
         safety_checker=_resolve_safety(config, pipeline),
         ip_adapter=adapter,
         image_encoder=adapter and _resolve_encoder(config, adapter),
+        empty_negative=empty_negative(resolution.read_config(pipeline, "model_index.json") or {}),
     )
 
 

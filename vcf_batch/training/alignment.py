@@ -5,7 +5,7 @@ each worker gathers the pooled tokens of all workers, with gradients. Loss and g
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,9 @@ class Alignment(nn.Module):
         dtype: bfloat16 makes the aligner compute in bfloat16; any other type means float32. Losses are always float32.
     """
 
+    scale: Tensor | None = None
+    """``[Dt]``, what tokens are multiplied by before they are compared: see :func:`level`. None is 1."""
+
     def __init__(self, aligner: ImageAligner, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.aligner, self.weight, self.tether, self.dtype = aligner, config.info_nce_weight, config.tether, dtype
@@ -62,6 +65,10 @@ class Alignment(nn.Module):
         with torch.autocast(vision_tokens.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             return self.aligner(vision_tokens.float()).float()
 
+    def compared(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, N, Dt]`` as the losses compare them, in float32."""
+        return tokens.float() if self.scale is None else tokens.float() * self.scale
+
     def forward(self, vision_tokens: Tensor, text_tokens: Tensor) -> Losses:
         """The training loss.
 
@@ -71,14 +78,34 @@ class Alignment(nn.Module):
 
         Returns:
             The losses. Data-parallel training averages their gradients over the workers; without a tether, the average
-            is the gradient of :func:`vcf_batch.vcf.aligner.alignment_loss` over all workers' pairs.
+            is the gradient of :func:`vcf_batch.vcf.aligner.alignment_loss` over all workers' pairs, of the tokens as
+            they are compared.
         """
-        image_tokens, text_tokens = self.align(vision_tokens), text_tokens.float()
+        image_tokens, text_tokens = self.compared(self.align(vision_tokens)), self.compared(text_tokens)
         image, text = (gathered(tokens.mean(dim=1, keepdim=True)) for tokens in (image_tokens, text_tokens))
         contrastive = info_nce_loss(image, text, self.temperature)
         reconstruction, tether = (loss(image_tokens, text_tokens) for loss in (reconstruction_loss, tether_loss))
         total = self.weight * contrastive + reconstruction + self.tether * tether
         return Losses(total, contrastive, reconstruction, tether)
+
+
+def level(norms: Sequence[float], widths: Sequence[int]) -> Tensor | None:
+    """Factors that make the parts of a token from several text encoders count alike (docs/method.md, section 8).
+
+    With them each part has the same mean norm for its width, and a token about the norm that it had.
+
+    Args:
+        norms: mean norm of each encoder's part of the text tokens, more than 0.
+        widths: width of each part.
+
+    Returns:
+        float32 ``[Dt]``; None for one encoder, whose tokens are compared as they are.
+    """
+    if len(widths) == 1:
+        return None
+    sizes = [norm / math.sqrt(width) for norm, width in zip(norms, widths, strict=True)]
+    whole = math.sqrt(sum(width * size**2 for size, width in zip(sizes, widths, strict=True)) / sum(widths))
+    return torch.cat([torch.full((width,), whole / size) for size, width in zip(sizes, widths, strict=True)])
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -176,7 +203,8 @@ class Trainer:
         """
         pooled, errors = [torch.empty(0, 2, self.alignment.aligner.config.text_dim)], [0.0, 0.0]
         for vision_tokens, text_tokens in batches:
-            image_tokens, text_tokens = self.alignment.align(vision_tokens), text_tokens.float()
+            image_tokens = self.alignment.compared(self.alignment.align(vision_tokens))
+            text_tokens = self.alignment.compared(text_tokens)
             for number, loss in enumerate((reconstruction_loss, tether_loss)):
                 errors[number] += loss(image_tokens, text_tokens).item() * len(text_tokens)
             pooled.append(torch.stack([image_tokens.mean(dim=1), text_tokens.mean(dim=1)], dim=1).cpu())

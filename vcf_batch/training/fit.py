@@ -17,7 +17,7 @@ from vcf_batch import storage
 from vcf_batch.config import EVALUATED_STRENGTHS
 from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.storage import scratch
-from vcf_batch.training.alignment import Alignment, Diverged, Losses, Trainer, summed
+from vcf_batch.training.alignment import Alignment, Diverged, Losses, Trainer, level, summed
 from vcf_batch.training.assembly import load
 from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.features import Example, Towers
@@ -100,8 +100,7 @@ class _Fit:
                 f"{held_out} of the first {held_out} validation pairs cannot be used, more than half; the last: {last}"
                 ". If the others are whole, raise --validation-pairs, or name some with --validation-data"
             )
-        if config.match_norms:
-            self._match_norms()
+        self._match_norms()
         self.transfer = self._transfer()
         self.feed = self._feed(job.data, job.training)
         self._begin_interval()
@@ -189,14 +188,27 @@ class _Fit:
         return [self.validation[start : start + self.batch] for start in range(0, len(self.validation), self.batch)]
 
     def _match_norms(self) -> None:
-        """Store the mean norm of the text tokens of the validation's captions in the aligner."""
-        total = [0.0, 0.0]
+        """Measure the text tokens of the validation's captions, where their norms matter.
+
+        With ``match_norms`` the aligner gets their mean norm. The parts of several text encoders are made to count
+        alike in the losses.
+        """
+        widths = [int(encoder.config.hidden_size) for encoder in self.towers.pipeline.family.encoders]
+        if len(widths) == 1 and not self.job.config.match_norms:
+            return
+        total = [0.0] * (len(widths) + 2)
         for batch in self._validation_batches():
-            norms = self.towers.encode(batch)[1].float().norm(dim=-1)
-            total = [total[0] + norms.sum().item(), total[1] + norms.numel()]
-        norm, count = summed(total, self.place.device)
-        # Rounded, so that it does not depend on the number of workers.
-        self.towers.pipeline.aligner.register_to_config(token_norm=round(norm / count, 3))
+            text = self.towers.encode(batch)[1].float()
+            norms = [part.norm(dim=-1) for part in (text, *text.split(widths, dim=-1))]
+            found = [float(norms[0].numel()), *(each.sum().item() for each in norms)]
+            total = [one + other for one, other in zip(total, found, strict=True)]
+        count, *sums = summed(total, self.place.device)
+        # Rounded, so that they do not depend on the number of workers.
+        whole, *parts = (max(round(each / count, 3), 0.001) for each in sums)
+        if self.job.config.match_norms:
+            self.towers.pipeline.aligner.register_to_config(token_norm=whole)
+        scale = level(parts, widths)
+        self.trainer.alignment.scale = None if scale is None else scale.to(self.place.device)
 
     def _transfer(self) -> Transfer | None:
         job = self.job

@@ -151,16 +151,19 @@ class VCFPipeline(StableDiffusionPipeline):
 
     @classmethod
     def _class_for(cls, folder: str, given: Mapping[str, Any]) -> "type[VCFPipeline]":
-        """The class for the family of the model in a folder or on the Hub.
+        """The class for the family of the model in a folder, in one file or on the Hub.
 
         Raises:
-            ModelError: see :func:`vcf_batch.vcf.base.layout.layout_of`.
+            ModelError: see :func:`vcf_batch.vcf.base.layout.layout_of`, or the file is no Stable Diffusion.
         """
-        if cls is not VCFPipeline or folder == TINY or folder.endswith(single_file.SUFFIX):
+        if cls is not VCFPipeline or folder == TINY:
             return cls
         names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
         try:
-            index = cls.load_config(folder, **{name: given[name] for name in names if name in given})
+            if folder.endswith(single_file.SUFFIX):
+                index = single_file.read_config(_layout_of(folder), "model_index.json")
+            else:
+                index = cls.load_config(folder, **{name: given[name] for name in names if name in given})
         except OSError:  # loading tells what is wrong with it
             return cls
         module, _, name = layout_of(index, folder).pipeline.partition(":")
@@ -183,9 +186,9 @@ class VCFPipeline(StableDiffusionPipeline):
         For a Stable Diffusion XL it is a :class:`vcf_batch.vcf.base.pipeline_xl.VCFXLPipeline`.
 
         Takes what ``DiffusionPipeline.from_pretrained`` takes, ``tiny`` for the embedded model, and a local safetensors
-        file with a whole Stable Diffusion 1.x or 2.x, whose configuration is the published model's; a safety checker is
-        never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it. Without a
-        dtype every part is float32, however it is stored.
+        file with a whole Stable Diffusion 1.x, 2.x or XL, whose configuration is the published model's; a safety
+        checker is never loaded. Parts that a folder has in one variant alone, such as ``fp16``, are loaded from it.
+        Without a dtype every part is float32, however it is stored.
 
         Raises:
             ModelError: the files of a network lack some of its weights, a file is no Stable Diffusion, or the model is
@@ -213,10 +216,17 @@ class VCFPipeline(StableDiffusionPipeline):
     @classmethod
     def _from_file(cls, file: str, given: dict[str, Any]) -> "VCFPipeline":
         """Load a Stable Diffusion from one file; see :meth:`from_pretrained`."""
-        layout = single_file.layout_of(read_header(file), file)
+        given = given | {"local_files_only": True}
         # diffusers moves weights that the file lacks, and fails.
-        with single_file.folder_of(layout) as config, load_errors(file, ". If the file lacks weights, copy it again"):
-            pipeline = cls.from_single_file(file, config=config, **given | {"local_files_only": True})
+        with (
+            single_file.folder_of(_layout_of(file)) as config,
+            load_errors(file, ". If the file lacks weights, copy it again"),
+        ):
+            given["dtype"] = cls._dtypes(config, given["dtype"])
+            if isinstance(given["dtype"], dict):  # diffusers takes one dtype for all parts of a file
+                own, given["dtype"] = given["dtype"]["vae"], given["dtype"]["default"]
+                given.setdefault("vae", _vae_of(file, config, own))
+            pipeline = cls.from_single_file(file, config=config, **given)
         _refuse_meta(pipeline, file)
         return pipeline
 
@@ -684,6 +694,18 @@ class VCFPipeline(StableDiffusionPipeline):
 
 # diffusers looks up the class that model_index.json names among its own.
 diffusers.VCFPipeline = VCFPipeline
+
+
+def _layout_of(file: str) -> str:
+    """The layout of a checkpoint in one file: see :func:`vcf_batch.models.single_file.layout.layout_of`."""
+    return single_file.layout_of(read_header(file), file)
+
+
+def _vae_of(file: str, config: str, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a checkpoint in one file, in a precision of its own; ``config`` is the folder of its layout."""
+    settings: dict[str, Any] = {"config": config, "subfolder": "vae", "dtype": dtype, "local_files_only": True}
+    vae: AutoencoderKL = AutoencoderKL.from_single_file(file, **settings)
+    return vae
 
 
 def _refuse_meta(pipeline: VCFPipeline, place: str) -> None:

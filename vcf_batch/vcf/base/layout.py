@@ -13,14 +13,35 @@ class Layout:
 
     pipeline: str
     """The class that loads them, as ``module:class``."""
+    tokenizers: tuple[str, ...]
+    """The folders of its tokenizers, one for each text encoder."""
     tells_sizes: bool
     """Whether the UNet is told sizes: :data:`vcf_batch.config.TOLD_SIZES`."""
     unet: Mapping[str, Any]
     """Keys of the UNet's configuration that stand for a further input, with the value that the family's have."""
 
 
-SD = Layout("vcf_batch.vcf.pipeline:VCFPipeline", False, {})
-SDXL = Layout("vcf_batch.vcf.base.pipeline_xl:VCFXLPipeline", True, {"addition_embed_type": "text_time"})
+SD = Layout("vcf_batch.vcf.pipeline:VCFPipeline", ("tokenizer",), False, {})
+SDXL = Layout(
+    "vcf_batch.vcf.base.pipeline_xl:VCFXLPipeline",
+    ("tokenizer", "tokenizer_2"),
+    True,
+    {"addition_embed_type": "text_time"},
+)
+
+
+def empty_negative(index: Mapping[str, Any]) -> str | None:
+    """What stands for an empty negative prompt: ``zeros``, or ``encoded`` for the encoding of the empty text.
+
+    Args:
+        index: the model's ``model_index.json``.
+
+    Returns:
+        None for a family that always encodes it.
+    """
+    if not any(index.get("text_encoder_2") or ()):
+        return None
+    return "zeros" if index.get("force_zeros_for_empty_prompt", True) else "encoded"
 
 
 def layout_of(index: Mapping[str, Any], model: str) -> Layout:

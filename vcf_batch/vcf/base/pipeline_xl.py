@@ -66,7 +66,7 @@ class VCFXLPipeline(StableDiffusionXLLoraLoaderMixin, VCFPipeline):
                 "the model has one text encoder of the two of Stable Diffusion XL, as its refiner does; use the base "
                 "model"
             )
-        refuse_without_words(tokenizer_2)
+        refuse_without_words(tokenizer_2, "tokenizer_2")
         sizes = [(len(each), each.model_max_length) for each in (tokenizer, tokenizer_2)]
         if sizes[0] != sizes[1]:
             raise ModelError(
