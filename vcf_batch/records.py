@@ -22,6 +22,7 @@ OVERRIDES = (
     "reference_weights",
     "reference_roles",
     "pno_steps",
+    "lora",
 )
 """Manifest columns that replace the run's setting for one row."""
 
@@ -168,6 +169,9 @@ class Sample:
     """Number of the prompt's tokens, begin and end included; None if nobody has counted them."""
     prompt_truncated: bool | None = None
     """Whether the end of the prompt or of the negative prompt was cut off; None if nobody has looked, or the row has
+    failed."""
+    lora_sha256: tuple[str, ...] | None = None
+    """Hex SHA-256 of the file of each LoRA, in the order of the setting ``lora``; None without any, or if the row has
     failed."""
     triplet: Mapping[str, bytes] = field(default_factory=dict)
     """The other images of the sample in the same format, by :data:`TRIPLET`, in a run with triplets."""

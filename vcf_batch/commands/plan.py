@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
-from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.manifest.references import LoraReader, ReferenceReader, refusal
 from vcf_batch.models.prompt_tokens import read_tokenizer, text_lengths
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
@@ -256,10 +256,10 @@ def _refuse_owner(output: str) -> None:
 def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
     """Yield the manifest's first rows, each with the reason why it would fail; None if the manifest tells of none."""
     config, manifest = job.config, job.manifest
-    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    loras = LoraReader(manifest.base, config.reference_root)
     for row in manifest.first_rows(PLANNED_ROWS, config.seed):
-        refused = next(filter(None, map(reader.policy_error, row.images)), None)
-        yield row, checked(row, config).error or refused
+        yield row, checked(row, config).error or refusal(row, references, loras)
 
 
 def _recorded(totals: RunSums) -> Measurement:

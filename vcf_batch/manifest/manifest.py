@@ -193,6 +193,11 @@ class Manifest:
         return not {*LIMITS}.isdisjoint(self._columns)
 
     @property
+    def has_loras(self) -> bool:
+        """Whether there is a column that may name LoRAs."""
+        return "lora" in self._columns
+
+    @property
     def stop(self) -> int:
         """Number behind the last row in use."""
         return self.first_row + self.num_rows
