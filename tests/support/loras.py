@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ def save_kohya(
 ) -> Path:
     """A file as sd-scripts write it: in diffusers' layout of the UNet for Stable Diffusion 1, in the original one for
     XL; None leaves alphas out."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
         key = _kohya(name, pipeline)
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
@@ -83,7 +84,7 @@ def _within(rest: str) -> str:
 
 
 def save_diffusers(
-    file: Path, pipeline: VCFPipeline, pairs: Mapping[str, tuple[Tensor, Tensor]], alpha: float | None = None
+    file: Path, pipeline: VCFPipeline, pairs: Mapping[str, tuple[Tensor, Tensor]], alpha: int | None = None
 ) -> Path:
     """A file as diffusers' training scripts write it, with PEFT's settings if there is an alpha."""
     settings: dict[str, Any] = {}
@@ -94,10 +95,19 @@ def save_diffusers(
             layer = f"text_model.{layer.removeprefix('text_model.')}"
         parts.setdefault(part, {}).update({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up})
         if alpha is not None:
-            settings[f"{part}_lora_adapter_metadata"] = {"r": down.shape[0], "lora_alpha": alpha}
+            # As transformers 5 names them; diffusers cannot load others that have such settings.
+            targets = [key.partition(".lora")[0] for key in parts[part]]
+            targets = [key.removeprefix("text_model.") if part == "text_encoder" else key for key in targets]
+            own = LoraConfig(r=down.shape[0], lora_alpha=alpha, target_modules=targets)
+            settings[f"{part}_lora_adapter_metadata"] = own.to_dict()
     is_xl = pipeline.components.get("text_encoder_2") is not None
     kind: Any = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    layers = {f"{part}_lora_layers": convert_state_dict_to_diffusers(own) for part, own in parts.items()}
+    # The scripts train attention alone, and convert the names; others write a UNet's as PEFT has them.
+    as_they_are = {"unet"} if any("attn" not in name for name in parts.get("unet", ())) else set()
+    layers = {
+        f"{part}_lora_layers": own if part in as_they_are else convert_state_dict_to_diffusers(own)
+        for part, own in parts.items()
+    }
     kind.save_lora_weights(file.parent, **layers, **settings, weight_name=file.name)
     return file
 

@@ -55,7 +55,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], what: str, width: Any, has_two_
     Raises:
         ModelError: see :func:`check_file`.
     """
-    refuse_other_kinds(shapes, what)
+    _refuse_other_kinds(shapes, what)
     down = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
     if not down:
         raise ModelError(
@@ -76,7 +76,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], what: str, width: Any, has_two_
         )
 
 
-def refuse_other_kinds(names: Iterable[str], what: str) -> None:
+def _refuse_other_kinds(names: Iterable[str], what: str) -> None:
     """Refuse adapters that are no plain LoRA.
 
     Raises:

@@ -24,7 +24,7 @@ from diffusers.utils.state_dict_utils import (
 from torch import Tensor, nn
 
 from vcf_batch.errors import ModelError
-from vcf_batch.models.lora.header import refuse_other_kinds
+from vcf_batch.models.lora import header
 
 if TYPE_CHECKING:
     from vcf_batch.vcf.pipeline import VCFPipeline
@@ -95,18 +95,19 @@ def read(data: bytes, what: str, pipeline: "VCFPipeline", layers: Mapping[str, n
         raise ModelError(
             f"{what} is damaged or no safetensors file ({error}): copy it again; a pickle must be converted"
         ) from error
-    refuse_other_kinds(tensors, what)
+    has_two_texts = getattr(pipeline, "text_encoder_2", None) is not None
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    header.check(shapes, what, pipeline.unet.config.cross_attention_dim, has_two_texts)
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or not tensor.isfinite().all():
-            trouble = f"values of {tensor.dtype}" if tensor.dtype not in _DTYPES else "values that are not finite"
+        is_known = tensor.dtype in _DTYPES or name.endswith(".alpha")  # alphas may be whole numbers
+        if not is_known or not tensor.isfinite().all():
+            trouble = "values that are not finite" if is_known else f"values of {tensor.dtype}"
             raise ModelError(f"{what} has {trouble} in {name:.100}; use one of float32, float16 or bfloat16")
     converted = _converted(_with_alphas(tensors, what), what, pipeline)
     settings = _settings(data)
     updates = [
         _update(name, pair, _factor(settings, name, pair), layers, what) for name, pair in _pairs(converted, what)
     ]
-    if not updates:
-        raise ModelError(f"{what} is no LoRA: it has no tensors")
     return LoraWeights(hashlib.sha256(data).hexdigest(), tuple(updates))
 
 
