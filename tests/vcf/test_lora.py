@@ -75,7 +75,8 @@ def stock(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("format", "layers"), [*((format, "everything") for format in FORMATS), ("diffusers", "attention"), ("kohya", "text")]
+    ("format", "layers"),
+    [*((format, "everything") for format in FORMATS), ("diffusers", "attention"), ("kohya", "text")],
 )
 def test_images_are_those_of_the_stock_pipeline_with_the_same_lora(
     folder: Path, pipeline: VCFPipeline, switch: LoraSwitch, tmp_path: Path, format: str, layers: str
@@ -116,9 +117,7 @@ def weights_of(pipeline: VCFPipeline) -> dict[str, bytes]:
     }
 
 
-def test_without_a_lora_the_base_has_its_bits_again(
-    pipeline: VCFPipeline, switch: LoraSwitch, tmp_path: Path
-) -> None:
+def test_without_a_lora_the_base_has_its_bits_again(pipeline: VCFPipeline, switch: LoraSwitch, tmp_path: Path) -> None:
     """Of all weights and of an image; after scale 0, too, which merges nothing."""
     one, other = (loaded(pipeline, tmp_path / name) for name in loras.names_of(tmp_path, pipeline, 2, loras.EVERYTHING))
     before, image = weights_of(pipeline), drawn(pipeline)
