@@ -22,9 +22,9 @@ from vcf_batch.vcf.pipeline import VCFPipeline
 SAVED: dict[str, Callable[[Path], Path]] = {"sd15": sd_layouts.save_sd15, "sdxl": sd_layouts.save_sdxl}
 FORMATS: dict[str, Callable[..., Path]] = {
     "kohya": loras.save_kohya,
-    "kohya without alpha": lambda *given: loras.save_kohya(*given, alpha=None),
+    "kohya without alpha": lambda file, pipeline, pairs: loras.save_kohya(file, pipeline, pairs, alpha=None),
     "diffusers": loras.save_diffusers,
-    "diffusers with alpha": lambda *given: loras.save_diffusers(*given, alpha=3),
+    "diffusers with alpha": lambda file, pipeline, pairs: loras.save_diffusers(file, pipeline, pairs, alpha=3),
 }
 LAYERS = {"attention": loras.ATTENTION, "everything": loras.EVERYTHING, "text": loras.TEXT}
 
@@ -189,11 +189,12 @@ def test_half_precision_is_merged_in_float32(pipeline: VCFPipeline, switch: Lora
     pairs = loras.updates(pipeline, loras.UNET, seed=1)
     halves = {name: (down.half(), up.half()) for name, (down, up) in pairs.items()}
     lora = loaded(pipeline, loras.save_kohya(tmp_path / "a.safetensors", pipeline, halves, alpha=None))
-    layers, name = layers_of(pipeline), min(pairs)
-    base = layers[name].weight.clone()
+    name = min(pairs)
+    weight = pipeline.unet.get_parameter(f"{name.removeprefix('unet.')}.weight")
+    base = weight.detach().clone()
     switch.use([(lora, 1.0)])
     down, up = (each.float() for each in halves[name])
-    torch.testing.assert_close(layers[name].weight.detach(), base + up @ down, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weight.detach(), base + up @ down, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,7 @@ def test_a_file_that_does_not_fit_is_told_with_the_reason(
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\x80\x04.", b"\xff" * 100, b"<html>" * 50, save({})])
 def test_a_file_that_is_no_safetensors_file_of_a_lora_is_refused(sd15: VCFPipeline, data: bytes) -> None:
-    with pytest.raises(ModelError, match="the LoRA is (damaged or no safetensors file|no LoRA: it has no tensors)"):
+    with pytest.raises(ModelError, match=r"the LoRA is (damaged or no safetensors|no LoRA)"):
         read(data, "the LoRA", sd15, layers_of(sd15))
 
 

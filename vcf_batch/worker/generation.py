@@ -128,10 +128,11 @@ class Generation:
                     with self.clock("wait_for_references"):
                         self.references.collect(batch)
                     self.loras.collect(batch)
+                    if self._has_work(batch):
+                        self.loras.switch(batch)
                     with self.clock("sample"):
                         texts, references = self._texts(batch), self.references.passes(batch)
                         if self._has_work(batch):
-                            self.loras.switch(batch)
                             batch.texts = outputs(texts)
                             batch.image_tokens = {sight: own[sight[1]] for sight, own in references.items()}
                             self._sample(batch)
@@ -164,6 +165,7 @@ class Generation:
             self._release(batch)
             return
         batch.draw += 1
+        self.loras.switch(batch)
         with self.clock("sample"):
             self._sample(batch)
         self._finish(thread, batch)
@@ -196,7 +198,6 @@ class Generation:
 
         Failed rows and rows that get no other draw are sampled too, so that their neighbours do not depend on them.
         """
-        self.loras.switch(batch)
         starts = range(0, len(batch.positions), self.sampled_at_once)
         parts = [slice(start, start + self.sampled_at_once) for start in starts]
         sampled = [self._generate(batch, part) for part in parts]
