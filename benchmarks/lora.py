@@ -2,9 +2,9 @@
 
 A run on Ray generates 50 prompts with each of 200 LoRAs, on a Stable Diffusion 1.5 of reduced width with random
 weights, whose steps are few and short, so that all else counts. LoRAs update every attention of UNet and text encoder,
-in kohya's format and in diffusers' by turns. Printed are the share of the workers' time that was spent in sampling, and what the
-rest went into. The benchmark exits with 1 if the share is below :data:`GOAL`. ``--unsorted`` deals the LoRAs out to the
-rows by turns, and ``--peft`` compares the cost of loading, switching and sampling with PEFT's, through diffusers.
+in kohya's format and in diffusers' by turns. Printed are the share of the workers' time that was spent in sampling, and
+what the rest went into. The benchmark exits with 1 if the share is below :data:`GOAL`. ``--unsorted`` deals the LoRAs
+out to the rows by turns, and ``--peft`` compares the cost of loading, switching and sampling with PEFT's.
 """
 
 import json

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from vcf_batch.errors import ModelError, UsageError, redact_name
-from vcf_batch.lora import Lora, named_loras
+from vcf_batch.records import Lora, named_loras
 
 ALIGNED_FUSIONS = ("naive", "concat", "cross_attention")
 """Fusions of the tokens that an aligner gives: the paper's."""
@@ -177,7 +177,7 @@ class RunConfig:
     """The CLIP vision tower that the IP-Adapter was trained with. None is the folder ``image_encoder`` beside it."""
     lora: tuple[str, ...] = ()
     """LoRAs of the rows that name none of their own, all of them at once: texts ``NAME=URL[:SCALE]``. Rows may name one
-    by its name, too: docs/inputs.md."""
+    by its name, too: docs/models.md."""
     unconditional: str = "zeros"
     """Image tokens of the unconditional side of the guidance, in rows without a negative reference: ``zeros``, or the
     tokens of a ``blank`` image. ``negative`` is ``zeros``, and requires a manifest with negative references."""

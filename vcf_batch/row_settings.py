@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vcf_batch.config import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
-from vcf_batch.lora import Lora, settled
 from vcf_batch.output_columns import SETTINGS
-from vcf_batch.records import Row
+from vcf_batch.records import Lora, Row, settled_loras
 
 
 def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
 
 def loras_of(row: Row, config: RunConfig) -> tuple[Lora, ...]:
     """The LoRAs that a row is generated with, each with its scale, sorted."""
-    return settled(None if row.error else row.overrides.get("lora"), config.loras)
+    return settled_loras(None if row.error else row.overrides.get("lora"), config.loras)
 
 
 def _roles(own: Sequence[str | None] | None, row: Row, config: RunConfig) -> list[str] | None:

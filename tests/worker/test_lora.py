@@ -12,10 +12,9 @@ from support import loras, runs, sd_layouts
 from support.scorers import save_clip
 from vcf_batch.cli import main
 from vcf_batch.errors import ModelError, StorageError, UsageError
-from vcf_batch.lora import Lora
 from vcf_batch.manifest.references import LoraReader
 from vcf_batch.output.kept_samples import KeptSamples
-from vcf_batch.records import Reference
+from vcf_batch.records import Lora, Reference
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.worker.lora import shelf

@@ -24,12 +24,11 @@ from vcf_batch.config import (
     reference_shares,
 )
 from vcf_batch.errors import ManifestError, RowError, UsageError
-from vcf_batch.lora import MAX_LORAS, Lora, parse
 from vcf_batch.manifest import carried as carrying
 from vcf_batch.manifest import columns as naming
 from vcf_batch.manifest.carried import is_image, is_list, is_number, is_text, plain
 from vcf_batch.manifest.columns import HASH_COLUMNS, MANIFEST_COLUMNS, cut, shown
-from vcf_batch.records import OVERRIDES, Reference, Row
+from vcf_batch.records import MAX_LORAS, OVERRIDES, Lora, Reference, Row, parse_lora
 
 MAX_TEXT_BYTES = 100_000
 """Longest prompt, negative prompt or reference; a longer one fails its row."""
@@ -337,7 +336,7 @@ def _parse_loras(given: str | Sequence[str | None]) -> tuple[Lora, ...]:
             raise RowError("lora has a null in its list; leave it out of the list")
         _check_text("lora", text)
         try:
-            own = parse(text)
+            own = parse_lora(text)
         except UsageError as error:
             raise RowError(str(error)) from error
         if own.source in loras:

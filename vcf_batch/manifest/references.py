@@ -18,9 +18,8 @@ from PIL import Image
 
 from vcf_batch import images, storage
 from vcf_batch.errors import RowError, StorageError, UsageError, VcfBatchError, redact_name
-from vcf_batch.lora import MAX_LORA_BYTES
 from vcf_batch.manifest import web_reading
-from vcf_batch.records import Reference, Row
+from vcf_batch.records import MAX_LORA_BYTES, Reference, Row
 
 MAX_REFERENCE_BYTES = 256 * 2**20
 """Largest file that is read. An uncompressed image at the default limit of 64 million pixels has 192 MB."""

@@ -8,11 +8,10 @@ from typing import Any
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ModelError, redact
-from vcf_batch.lora import Lora
 from vcf_batch.models import adapters, resolution
 from vcf_batch.models.names import ADAPTERS, PRESETS
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.records import TEXTURE
+from vcf_batch.records import TEXTURE, Lora
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
 OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder", "safety_checker"

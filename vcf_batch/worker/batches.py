@@ -12,9 +12,8 @@ from torch import Tensor
 
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER
-from vcf_batch.lora import Lora
 from vcf_batch.metrics.scorer import Targets
-from vcf_batch.records import Objective, Reference, Row, Sample
+from vcf_batch.records import Lora, Objective, Reference, Row, Sample
 from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.vcf.lora.switch import Scaled
 from vcf_batch.worker.shard_rows import ShardRows

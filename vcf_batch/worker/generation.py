@@ -20,9 +20,8 @@ from torch import Tensor
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER
 from vcf_batch.errors import OutOfDeviceMemory
-from vcf_batch.lora import Lora
 from vcf_batch.models.forward_pass import ForwardPass, outputs
-from vcf_batch.records import Objective, Sample
+from vcf_batch.records import Lora, Objective, Sample
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.vcf.fusion import Fusion, filled

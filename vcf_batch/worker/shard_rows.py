@@ -11,8 +11,7 @@ import numpy as np
 
 from vcf_batch import images
 from vcf_batch.config import RunConfig
-from vcf_batch.lora import Lora
-from vcf_batch.records import Reference, Row, Sample
+from vcf_batch.records import Lora, Reference, Row, Sample
 from vcf_batch.row_settings import loras_of, settings_of
 
 

@@ -29,10 +29,10 @@ from vcf_batch.models.lora import header
 if TYPE_CHECKING:
     from vcf_batch.vcf.pipeline import VCFPipeline
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+UPDATED_PARTS = ("unet", "text_encoder", "text_encoder_2")
 """Parts of a model that a LoRA may update."""
 
-METADATA = "lora_adapter_metadata"
+PEFT_METADATA = "lora_adapter_metadata"
 """Key of the metadata that diffusers' training scripts write: settings of PEFT, among them alpha."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,8 +66,8 @@ class LoraWeights:
 
 
 def layers_of(pipeline: "VCFPipeline") -> dict[str, nn.Module]:
-    """The layers that a LoRA may update, by name: linear ones and convolutions of :data:`PARTS`."""
-    parts = {name: getattr(pipeline, name, None) for name in PARTS}
+    """The layers that a LoRA may update, by name: linear ones and convolutions of :data:`UPDATED_PARTS`."""
+    parts = {name: getattr(pipeline, name, None) for name in UPDATED_PARTS}
     return {
         f"{part}.{name}": layer
         for part, network in parts.items()
@@ -132,12 +132,12 @@ def _converted(tensors: dict[str, Tensor], what: str, pipeline: "VCFPipeline") -
     count = len(tensors)
     try:
         state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=pipeline.unet.config)
-        parts = {part: _of_part(state, part) for part in PARTS}
+        parts = {part: _of_part(state, part) for part in UPDATED_PARTS}
         own = parts["unet"]
         if not all("lora_A" in name or "lora_B" in name for name in own):
             own = convert_unet_state_dict_to_peft(own)
         found = {f"unet.{name}": tensor for name, tensor in own.items()}
-        for part in PARTS[1:]:
+        for part in UPDATED_PARTS[1:]:
             texts = convert_state_dict_to_peft(convert_state_dict_to_diffusers(parts[part])) if parts[part] else {}
             if not hasattr(getattr(pipeline, part, None), "text_model"):  # transformers 5 has the tower itself
                 texts = {name.removeprefix("text_model."): tensor for name, tensor in texts.items()}
@@ -148,7 +148,7 @@ def _converted(tensors: dict[str, Tensor], what: str, pipeline: "VCFPipeline") -
             "kohya's sd-scripts or diffusers write it"
         ) from error
     if len(found) != count:
-        odd = next((name for name in state if not name.startswith(tuple(f"{part}." for part in PARTS))), None)
+        odd = next((name for name in state if not name.startswith(tuple(f"{part}." for part in UPDATED_PARTS))), None)
         names = f", such as {odd:.100}" if odd else ""
         raise ModelError(
             f"{what} has {count} tensors, and {count - len(found)} of them belong to no part of a Stable Diffusion"
@@ -206,7 +206,7 @@ def _settings(data: bytes) -> dict[str, Any]:
     """The settings of PEFT that a file of diffusers has, by part; empty for none."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
-        found = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
+        found = json.loads(header.get("__metadata__", {}).get(PEFT_METADATA, "{}"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

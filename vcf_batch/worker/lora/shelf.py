@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from vcf_batch.errors import ModelError
-from vcf_batch.lora import Lora
 from vcf_batch.manifest.references import LoraReader
-from vcf_batch.records import Reference
+from vcf_batch.records import Lora, Reference
 from vcf_batch.vcf.lora.switch import LoraSwitch
 from vcf_batch.vcf.lora.weights import LoraWeights, layers_of, read
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -17,7 +16,7 @@ RESIDENT = 16
 Those of the run stay."""
 RESIDENT_BYTES = 4 << 30
 """Bytes of weights at which LoRAs of rows are dropped, too, down to one."""
-READERS = 2
+LORA_READERS = 2
 """Number of threads that read LoRAs."""
 
 
@@ -47,7 +46,7 @@ class LoraShelf:
         self._asked: dict[str, Future[LoraWeights]] = {}
         """LoRAs of rows, that of the latest request last."""
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(READERS, "loras", initializer=use_threads)
+        self._threads = ThreadPoolExecutor(LORA_READERS, "loras", initializer=use_threads)
 
     def ask(self, lora: Lora) -> "Future[LoraWeights]":
         """The LoRA, which is read in another thread if the shelf does not hold it.

@@ -3,7 +3,7 @@
 import pytest
 
 from vcf_batch.errors import UsageError
-from vcf_batch.lora import MAX_LORAS, Lora, named_loras, parse, settled
+from vcf_batch.records import MAX_LORAS, Lora, named_loras, parse_lora, settled_loras
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from vcf_batch.lora import MAX_LORAS, Lora, named_loras, parse, settled
     ],
 )
 def test_a_scale_follows_the_last_colon(text: str, source: str, scale: float | None) -> None:
-    assert parse(text) == Lora(source, scale)
+    assert parse_lora(text) == Lora(source, scale)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_scale_follows_the_last_colon(text: str, source: str, scale: float | N
 )
 def test_what_is_no_lora_is_told_with_value_limit_and_remedy(text: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        parse(text)
+        parse_lora(text)
 
 
 def test_the_loras_of_a_run_have_names_and_scales() -> None:
@@ -65,9 +65,9 @@ def test_an_option_that_names_no_lora_is_refused(texts: tuple[str, ...], reason:
 
 def test_a_row_without_loras_has_those_of_the_run_and_an_empty_one_has_none() -> None:
     run = named_loras(("wood=b.safetensors:0.5", "ink=a.safetensors:2"))
-    assert settled(None, run) == (Lora("ink", 2.0), Lora("wood", 0.5))
-    assert settled((), run) == ()
-    assert settled((Lora("wood", None), Lora("c.safetensors", None), Lora("ink", 3.0)), run) == (
+    assert settled_loras(None, run) == (Lora("ink", 2.0), Lora("wood", 0.5))
+    assert settled_loras((), run) == ()
+    assert settled_loras((Lora("wood", None), Lora("c.safetensors", None), Lora("ink", 3.0)), run) == (
         Lora("c.safetensors", 1.0),
         Lora("ink", 3.0),
         Lora("wood", 0.5),
