@@ -49,7 +49,7 @@ OTHER: dict[str, Any] = {
     "deep_cache": 2, "default_strengths": {"naive": 0.5, "concat": 0.4, "cross_attention": 0.2, "ip_adapter": 0.7},
     "prompt_column": "caption", "reference_column": "image", "id_column": "uid", "seed_column": "noise",
     "carry": ("Seed",), "ip_adapter": "org/weights:x.safetensors", "image_encoder": "org/clip",
-    "calibration": "calibration.json",
+    "calibration": "calibration.json", "lora": ("ink=ink.safetensors:0.5",),
 }  # fmt: skip
 """A valid value other than the default, for every setting."""
 
@@ -294,3 +294,16 @@ def test_a_part_that_is_none_is_refused(settings: dict[str, Any], reason: str) -
 def test_a_role_that_cannot_be_had_is_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         config(**settings)
+
+
+def test_loras_enter_the_fingerprint_by_their_identities_and_only_where_there_are_some() -> None:
+    """A run that was begun before there were LoRAs resumes."""
+    assert not [name for name in fingerprint_fields(config(), **IDENTITIES) if "lora" in name]
+    fields = fingerprint_fields(config(lora=("ink=ink.safetensors",)), **IDENTITIES, lora="ink=hash:1")
+    assert fields["lora_id"] == "ink=hash:1" and "lora" not in fields
+    assert field_of(fingerprint_fields(config(), **IDENTITIES), "lora_id") is None
+
+
+def test_a_lora_that_is_no_file_is_refused() -> None:
+    with pytest.raises(UsageError, match="convert a pickle"):
+        config(lora=("ink=ink.pt",))

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from vcf_batch.errors import ModelError, UsageError, redact, redact_name
+from vcf_batch.records import Lora, named_loras
 
 ALIGNED_FUSIONS = ("naive", "concat", "cross_attention")
 """Fusions of the tokens that an aligner gives: the paper's."""
@@ -196,6 +197,9 @@ class RunConfig:
     """Weights of an IP-Adapter, for the fusion ``ip_adapter``: :func:`vcf_batch.models.adapters.resolve_adapter`."""
     image_encoder: str | None = None
     """The CLIP vision tower that the IP-Adapter was trained with. None is the folder ``image_encoder`` beside it."""
+    lora: tuple[str, ...] = ()
+    """LoRAs of the rows that name none of their own, all of them at once: texts ``NAME=URL[:SCALE]``. Rows may name one
+    by its name, too: docs/models.md."""
     unconditional: str = "zeros"
     """Image tokens of the unconditional side of the guidance, in rows without a negative reference: ``zeros``, or the
     tokens of a ``blank`` image. ``negative`` is ``zeros``, and requires a manifest with negative references."""
@@ -324,7 +328,7 @@ class RunConfig:
     option: :func:`vcf_batch.setup.defaults.settle` fills it in where ``strength`` was left open."""
 
     def __post_init__(self) -> None:
-        for name in ("reference_root", "carry"):
+        for name in LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         # One spelling of what is read anyway.
         for name, column in COLUMN_SETTINGS.items():
@@ -360,6 +364,7 @@ class RunConfig:
                 f"image_encoder is {_SHORT.repr(self.image_encoder)}, which is for an IP-Adapter: name its weights "
                 "with --ip-adapter, or leave it out"
             )
+        named_loras(self.lora)
         _choice("role", self.role, ROLES)
         if self.role != "all" and self.fusion not in ROLED_FUSIONS:
             raise UsageError(
@@ -470,6 +475,11 @@ class RunConfig:
         return {name: column for name, field in COLUMN_SETTINGS.items() if (column := getattr(self, field)) is not None}
 
     @property
+    def loras(self) -> dict[str, Lora]:
+        """The run's LoRAs by their names, each with its scale."""
+        return named_loras(self.lora)
+
+    @property
     def part(self) -> range | None:
         """Numbers of the manifest's rows that :attr:`rows` names; None if it names none."""
         return None if self.rows is None else part_of(self.rows)
@@ -501,7 +511,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""
-        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in ("reference_root", "carry")}
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in LISTS}
 
     def to_record(self) -> dict[str, Any]:
         """The configuration as plain JSON types, and without credentials in URLs."""
@@ -581,6 +591,9 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2  # aliases can make a few lines of YAML very deep and wide
 _SHORT.maxstring = 1000
 
+LISTS = ("reference_root", "carry", "lora")
+"""Settings of :class:`RunConfig` that may have several values."""
+
 SETTLED = frozenset({"default_strengths"})
 """Fields of :class:`RunConfig` that are no options: only the settling of defaults fills them in."""
 
@@ -607,6 +620,7 @@ NOT_CONTENT = frozenset(
         "safety_checker",
         "ip_adapter",
         "image_encoder",
+        "lora",
         "lpips_weights",
         "calibration",
         "num_workers",
@@ -648,6 +662,7 @@ def fingerprint_fields(
     pno_guide: str | None,
     safety_checker: str | None,
     ip_adapter: str | None,
+    lora: str | None = None,
 ) -> dict[str, Any]:
     """The settings and identities that change a run's content or layout, as plain JSON types.
 
@@ -655,12 +670,14 @@ def fingerprint_fields(
         config: the run, with every default resolved (no ``auto``, no None where the model decides).
         manifest, model, judge, lpips, pno_guide, safety_checker, ip_adapter: exact identities: hashes or revisions,
             not names. The guide is None where nothing is guided.
+        lora: names, identities and scales of the run's LoRAs; None without any, as in every run before there were some.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_CONTENT}
     # The roots decide which rows fail, in any order. The fields are published, so credentials are left out.
     fields["reference_root"] = sorted(map(redact_name, config.reference_root))
     ids = {"manifest": manifest, "model": model, "judge": judge, "lpips": lpips, "pno_guide": pno_guide}
     ids |= {"safety_checker": safety_checker, "ip_adapter": ip_adapter}
+    ids |= {} if lora is None else {"lora": lora}
     fields |= {f"{name}_id": identity for name, identity in ids.items()}
     as_before = {name for name, value in ADDED_SETTINGS.items() if fields[name] == value}
     return {name: value for name, value in fields.items() if name not in as_before}

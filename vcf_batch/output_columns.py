@@ -9,8 +9,8 @@ import pyarrow as pa
 from vcf_batch.records import SCORES, TEXTURE
 
 Origin = Literal["manifest", "setting", "result"]
-Extra = Literal["limits", "texture"]
-"""What not every run has: roles or masks that may limit references, and the score of texture."""
+Extra = Literal["limits", "lora", "texture"]
+"""What not every run has: roles or masks that may limit references, LoRAs, and the score of texture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,21 @@ _TABLE = (
         "`negative` reference.",
     ),
     Column("image_tokens", _TEXT, "setting", "The tokens of a reference that were used: `all`, `patches` or `cls`."),
+    Column(
+        "lora",
+        pa.list_(_TEXT),
+        "setting",
+        "The LoRAs that the image was made with, each a name of the run or a file, with `:` and its scale. Null means "
+        "none. Only outputs with LoRAs have this column and the next one.",
+        extra="lora",
+    ),
+    Column(
+        "lora_sha256",
+        pa.list_(_TEXT),
+        "result",
+        "The SHA-256 of the file of each LoRA, in hex. Null where the row failed.",
+        extra="lora",
+    ),
     Column("guidance_scale", _NUMBER, "setting", "The scale of classifier-free guidance. 1 means no guidance."),
     Column(
         "guidance_lo",

@@ -6,7 +6,7 @@ from typing import Any
 
 from vcf_batch.config import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
 from vcf_batch.output_columns import SETTINGS
-from vcf_batch.records import Row
+from vcf_batch.records import Lora, Row, settled_loras
 
 
 def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
@@ -32,10 +32,16 @@ def settings_of(row: Row, config: RunConfig) -> dict[str, Any]:
         "fusion_hi": float(own.get("fusion_hi", config.fusion_hi)),
         "unconditional": _unconditional(row, config),
         "image_tokens": None if fusion == IP_ADAPTER else config.image_tokens,
+        "lora": [lora.shown() for lora in loras_of(row, config)] or None,
         "guidance_scale": float(own.get("guidance_scale", config.guidance_scale)),
         **{name: value for name, value in vars(sampling).items() if name in SETTINGS},
         "pno_steps": pno_steps,
     }
+
+
+def loras_of(row: Row, config: RunConfig) -> tuple[Lora, ...]:
+    """The LoRAs that a row is generated with, each with its scale, sorted."""
+    return settled_loras(None if row.error else row.overrides.get("lora"), config.loras)
 
 
 def _roles(own: Sequence[str | None] | None, row: Row, config: RunConfig) -> list[str] | None:
@@ -74,6 +80,10 @@ def checked(row: Row, config: RunConfig) -> Row:
                 f"{set_}, and the fusion {used['fusion']} cannot limit references; use {' or '.join(ROLED_FUSIONS)} in "
                 f"the row, or {remedy}"
             )
+    for lora in loras_of(row, config):
+        if not lora.is_file and lora.source not in config.loras:
+            known = f"the run names {', '.join(config.loras)}" if config.loras else "the run names none with --lora"
+            error = f"lora is {lora.source!r}, which is no .safetensors file and no LoRA of the run; {known}"
     for role in used["reference_roles"] or ():
         if used["fusion"] == IP_ADAPTER and role not in ADAPTED_ROLES:
             error = f"a role is {role}; with the fusion ip_adapter it must be one of {', '.join(ADAPTED_ROLES)}"

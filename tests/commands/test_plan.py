@@ -188,3 +188,45 @@ def test_a_plan_tells_what_is_read_and_what_is_carried(tmp_path: Path, model: Pa
     found = json.loads(call(tmp_path, model, "--json").stdout)
     assert found["rows_having"] == {"prompt": 10, "reference": 8, "sample_id": 0, "seed": 10}
     assert found["columns"]["carried"] == "label"
+
+
+def test_batches_and_switches_between_loras_are_told_with_the_order_that_is_better(tmp_path: Path, model: Path) -> None:
+    """Twelve rows of three LoRAs by turns, in shards of four rows and batches of two."""
+    values = [f"lora{row % 3}.safetensors:0.5" for row in range(12)]
+    runs.write_manifest(tmp_path, 12, {"lora": values})
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    by_turns = {"loras": 3, "batches": 9, "switches": 9, "padding": 6}
+    in_order = {"loras": 3, "batches": 6, "switches": 3, "padding": 0}
+    assert found.to_dict(None)["loras"] == {"as_it_is": by_turns, "sorted": in_order}
+    told = found.told(None)
+    assert "3 different values of the column 'lora'; batches: 9, empty places in them: 6, switches: 9" in told
+    assert (
+        "Sorted by it (ORDER BY lora), the manifest would have batches: 6, empty places in them: 0, switches: 3" in told
+    )
+
+
+def test_an_order_that_is_good_is_not_advised_against(tmp_path: Path, model: Path) -> None:
+    """Nulls and lists have groups of their own; a list's order makes no other one."""
+    values = [None] * 4 + [["b.safetensors", "a.safetensors"], ["a.safetensors", "b.safetensors"]] * 2
+    runs.write_manifest(tmp_path, 8, {"lora": values})
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    assert found.to_dict(None)["loras"]["as_it_is"] == {"loras": 2, "batches": 4, "switches": 2, "padding": 0}
+    assert "ORDER BY" not in found.told(None)
+
+
+def test_without_a_column_of_loras_nothing_is_said_of_them(tmp_path: Path, model: Path) -> None:
+    runs.write_manifest(tmp_path, 8)
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    assert found.to_dict(None)["loras"] is None and "LoRA" not in found.told(None)
+
+
+def test_a_lora_that_may_not_be_read_is_told_before_the_run(tmp_path: Path, model: Path) -> None:
+    """Among the first rows; where most of them have one, the run is refused."""
+    runs.write_manifest(tmp_path, 4, {"lora": ["/etc/a.safetensors", None, None, "a.bin"]})
+    found = plan.look(config(tmp_path, model), calibrate=False)
+    assert not found.problems and len(found.doomed) == 2
+    assert "LoRA '/etc/a.safetensors' lies outside the places that LoRAs may come from" in found.doomed[0]
+    assert "lora is 'a.bin', which is no .safetensors file" in found.doomed[1]
+    runs.write_manifest(tmp_path, 4, {"lora": ["/etc/a.safetensors"] * 4})
+    (problem,) = plan.look(config(tmp_path, model), calibrate=False).problems
+    assert "4 of the first 4 rows have references or LoRAs that may not be read" in str(problem)

@@ -14,7 +14,7 @@ from vcf_batch.errors import ManifestError, RowError
 from vcf_batch.manifest import contract
 from vcf_batch.manifest.carried import carried_schema
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.records import Reference, Row
+from vcf_batch.records import Lora, Reference, Row
 from vcf_batch.sharding import derive_seed
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -292,6 +292,42 @@ def test_roles_and_masks_belong_to_their_references() -> None:
     for name in ("reference_roles", "reference_masks"):
         with pytest.raises(ManifestError, match=f"column '{name}' is int64; it must be string"):
             check(**{name: pa.int64()})
+
+
+def test_loras_are_texts_with_a_scale_or_lists_of_them() -> None:
+    """An empty text, or an empty list, is none; null is the run's."""
+    one, other = Lora("a.safetensors", 0.5), Lora("ink", None)
+    for value, expected in (
+        ("a.safetensors:0.5", (one,)),
+        (["a.safetensors:0.5", "ink"], (one, other)),
+        ("", ()),
+        ([], ()),
+        ([""], ()),
+    ):
+        parsed = row(lora=value)
+        assert (parsed.error, parsed.overrides) == (None, {"lora": expected})
+    assert row(lora=None).overrides == {}
+    check(lora=pa.string())
+    check(lora=pa.list_(pa.large_string()))
+    with pytest.raises(ManifestError, match="column 'lora' is double; it must be string, or list<string>"):
+        check(lora=pa.float64())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a.pt"], "lora is 'a.pt', which is no .safetensors file"),
+        (["a.safetensors:x"], "the scale of lora 'a.safetensors:x' is 'x'; it must be a number between -10 and 10"),
+        (["a.safetensors", None], "lora has a null in its list; leave it out of the list"),
+        (["a.safetensors", "a.safetensors:2"], "lora names 'a.safetensors' twice; give it once, with one scale"),
+        ([f"{number}.safetensors" for number in range(9)], "lora has 9 values; the limit is 8"),
+        (["a\0.safetensors"], "lora has a NUL character at position 1; remove it"),
+    ],
+)
+def test_a_bad_lora_fails_its_row_alone(value: list[str | None], message: str) -> None:
+    parsed = rows(prompt=["a cat"] * 3, lora=[None, value, None])
+    assert parsed[1].error is not None and parsed[1].error.startswith(message)
+    assert (parsed[0].error, parsed[2].error) == (None, None)
 
 
 def test_a_negative_reference_is_an_image_of_the_row() -> None:

@@ -191,9 +191,9 @@ def test_a_refusal_is_the_nodes_trouble_not_the_rows(base: Path, monkeypatch: py
 
 
 def test_size_limit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", len(png()))
+    monkeypatch.setattr(references.FileReader, "max_bytes", len(png()))
     reader(base).read(Reference(uri="refs/a.png"))
-    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", len(png()) - 1)
+    monkeypatch.setattr(references.FileReader, "max_bytes", len(png()) - 1)
     with pytest.raises(RowError, match="larger than the limit"):
         reader(base).read(Reference(uri="refs/a.png"))
 
@@ -402,7 +402,7 @@ def test_a_file_that_is_sent_as_gzip_is_unpacked(base: Path, site: str, name: st
 def test_what_cannot_be_unpacked_fails_the_row(
     base: Path, site: str, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
-    monkeypatch.setattr(references, "MAX_REFERENCE_BYTES", 1_000_000)
+    monkeypatch.setattr(references.FileReader, "max_bytes", 1_000_000)
     with pytest.raises(RowError, match=message):
         reader(base, site).read(Reference(uri=f"{site}/refs/{name}"))
 

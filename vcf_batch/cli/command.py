@@ -170,7 +170,8 @@ def moved(command: Callable[..., Any]) -> Callable[..., Any]:
     weights = ("lpips-weights", "safety-checker", "pno-guide", "judge", "image-encoder", "ip-adapter")
     for name in (*weights, "model", "manifest"):
         command = moved_option(name)(command)
-    return command
+    text = "New places of the run's LoRAs, all of them, if one has moved since the run."
+    return click.option("--lora", multiple=True, metavar="NAME=URL[:SCALE]", help=text)(command)
 
 
 def given(ctx: click.Context) -> dict[str, Any]:

@@ -11,7 +11,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "Model": ("model", "revision", "dtype", "compile"),
     "What transfers": (
         *("fusion", "strength", "ip_adapter", "image_encoder", "fusion_lo", "fusion_hi", "role", "unconditional"),
-        "image_tokens",
+        *("image_tokens", "lora"),
     ),
     "Sampling": (
         *("steps", "guidance_scale", "guidance_lo", "guidance_hi", "scheduler", "eta", "deep_cache"),

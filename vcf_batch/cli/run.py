@@ -87,6 +87,15 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     metavar="MODEL",
 )
 @_option(
+    "lora",
+    str,
+    "A LoRA for all rows that name none in the column 'lora': a name for it, and a .safetensors file as kohya's "
+    "sd-scripts or diffusers write it, at a path, at a URL, or on the Hub as org/model:FILE, with its scale. "
+    "Repeatable; several apply at once. Rows may name them, too.  [default scale: 1]",
+    metavar="NAME=URL[:SCALE]",
+    multiple=True,
+)
+@_option(
     "strength",
     float,
     "Weight of the reference; 0 ignores it. A given weight applies to every fusion.  [default: the model's "

@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 from vcf_batch.config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
-from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.manifest.references import LoraReader, ReferenceReader, refusal
 from vcf_batch.models.prompt_tokens import read_tokenizer, text_lengths
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
 from vcf_batch.row_settings import checked
-from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
+from vcf_batch.setup import absolute_paths, claim, defaults, lora_batches, manifest_check, model_check, run_models
 from vcf_batch.setup.job import Job, fusions_of
+from vcf_batch.setup.lora_batches import LoraBatches
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.sharding import ShardPlan
 from vcf_batch.storage import scratch
@@ -78,6 +79,8 @@ class Forecast:
     rows_having: dict[str, int | None] | None = None
     """Rows with a value in each column that is read: see :class:`vcf_batch.manifest.check.Census`. None where the rows
     are not counted, because the run is resumed."""
+    lora_batches: tuple[LoraBatches, LoraBatches] | None = None
+    """Batches by the column ``lora``, as the rows are and if they were sorted by it; None without such a column."""
     measurement: Measurement | None = None
     """The speed by the receipts that are there, else by a calibration; None where there is neither."""
 
@@ -125,6 +128,7 @@ class Forecast:
             "long_prompts": {"max_tokens": self.max_tokens, "rows": self.long_prompts},
             "columns": self.columns,
             "rows_having": self.rows_having,
+            "loras": self.lora_batches and dict(zip(("as_it_is", "sorted"), map(vars, self.lora_batches), strict=True)),
             **self.figures(price),
             "measurement": self.measurement and vars(self.measurement),
         }
@@ -160,6 +164,8 @@ class Forecast:
                 "batches",
                 f"of {in_process.BATCH_SIZE} rows here; the run looks for the fastest, and shards follow",
             )
+        if self.lora_batches:
+            yield "LoRAs", _told_loras(*self.lora_batches)
         measured, gpus = self.measurement, figures["gpus_per_worker"]
         if measured is None:
             yield "time", "not known before something is measured: --calibrate does so on this machine"
@@ -224,6 +230,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     job = forecast.job = collect(settle)
     if job is None:
         return forecast
+    forecast.lora_batches = collect(lambda: lora_batches.counted(job))
     first = collect(lambda: [*_first_rows(job)]) or []
     if tokenizer := collect(lambda: read_tokenizer(models.pipeline)):
         forecast.max_tokens = int(tokenizer.model_max_length)
@@ -245,6 +252,16 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     return forecast
 
 
+def _told_loras(as_it_is: LoraBatches, in_order: LoraBatches) -> str:
+    def told(each: LoraBatches) -> str:
+        return f"batches: {each.batches:,}, empty places in them: {each.padding:,}, switches: {each.switches:,}"
+
+    words = f"{plural(as_it_is.loras, 'different value')} of the column 'lora'; {told(as_it_is)}"
+    if lora_batches.is_worth_sorting(as_it_is, in_order):
+        words += f". Sorted by it (ORDER BY lora), the manifest would have {told(in_order)}"
+    return words
+
+
 def _refuse_owner(output: str) -> None:
     if (owner := lease.owner(output)) and owner.alive:
         raise RefusedError(
@@ -256,10 +273,10 @@ def _refuse_owner(output: str) -> None:
 def _first_rows(job: Job) -> Iterator[tuple[Row, str | None]]:
     """Yield the manifest's first rows, each with the reason why it would fail; None if the manifest tells of none."""
     config, manifest = job.config, job.manifest
-    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    loras = LoraReader(manifest.base, config.reference_root)
     for row in manifest.first_rows(PLANNED_ROWS, config.seed):
-        refused = next(filter(None, map(reader.policy_error, row.images)), None)
-        yield row, checked(row, config).error or refused
+        yield row, checked(row, config).error or refusal(row, references, loras)
 
 
 def _recorded(totals: RunSums) -> Measurement:

@@ -28,7 +28,7 @@ from vcf_batch.manifest import carried as carrying
 from vcf_batch.manifest import columns as naming
 from vcf_batch.manifest.carried import is_image, is_list, is_number, is_text, plain
 from vcf_batch.manifest.columns import HASH_COLUMNS, MANIFEST_COLUMNS, cut, shown
-from vcf_batch.records import OVERRIDES, Reference, Row
+from vcf_batch.records import MAX_LORAS, OVERRIDES, Lora, Reference, Row, parse_lora
 
 MAX_TEXT_BYTES = 100_000
 """Longest prompt, negative prompt or reference; a longer one fails its row."""
@@ -281,7 +281,7 @@ def _expected_type(name: str, kind: pa.DataType) -> str | None:
         return None if numbers or pt.is_null(kind) else "a list of numbers, such as list<double>"
     if name == "reference_roles":
         return None if is_text(plain(kind.value_type if is_list(kind) else kind)) else "string, or list<string>"
-    if name == "reference_sha256":
+    if name in ("reference_sha256", "lora"):
         return None if is_text(plain(kind.value_type if is_list(kind) else kind)) else "string, or list<string>"
     if name in ("reference", "reference_masks"):
         item = kind.value_type if is_list(kind) else kind
@@ -314,7 +314,35 @@ def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, An
         given["reference_weights"] = _check_weights(given["reference_weights"], references)
     if "reference_roles" in given:
         given["reference_roles"] = _check_roles(given["reference_roles"], references)
+    if "lora" in given:
+        given["lora"] = _parse_loras(given["lora"])
     return given
+
+
+def _parse_loras(given: str | Sequence[str | None]) -> tuple[Lora, ...]:
+    """The LoRAs of a row. An empty text, or an empty list, is none.
+
+    Raises:
+        RowError: one is null within a list, named twice, or not usable; or there are too many.
+    """
+    texts = [given] if isinstance(given, str) else list(given)
+    if texts == [""]:
+        return ()
+    if len(texts) > MAX_LORAS:
+        raise RowError(f"lora has {len(texts)} values; the limit is {MAX_LORAS}")
+    loras: dict[str, Lora] = {}
+    for text in texts:
+        if text is None:
+            raise RowError("lora has a null in its list; leave it out of the list")
+        _check_text("lora", text)
+        try:
+            own = parse_lora(text)
+        except UsageError as error:
+            raise RowError(str(error)) from error
+        if own.source in loras:
+            raise RowError(f"lora names {shown(own.source)} twice; give it once, with one scale")
+        loras[own.source] = own
+    return tuple(loras.values())
 
 
 def _check_weights(weights: Sequence[float | None], references: int) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ manifests/README.md describes its contract for users.
 
 import dataclasses
 import hashlib
+import itertools
 import posixpath
 import re
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -193,6 +195,11 @@ class Manifest:
         return not {*LIMITS}.isdisjoint(self._columns)
 
     @property
+    def has_loras(self) -> bool:
+        """Whether there is a column that may name LoRAs."""
+        return "lora" in self._columns
+
+    @property
     def stop(self) -> int:
         """Number behind the last row in use."""
         return self.first_row + self.num_rows
@@ -251,6 +258,18 @@ class Manifest:
             if len(found) == len(among):
                 break
         return found
+
+    def each(self, column: str) -> Iterator[Any]:
+        """The value of each row in use in a column, as Python has it; None throughout where the column is absent.
+
+        Raises:
+            ManifestError, StorageError: see :meth:`iter_rows`.
+        """
+        if column not in self._columns:
+            yield from itertools.repeat(None, self.num_rows)
+            return
+        for _, batch in self._batches([column], self.first_row, self.stop, _TEXTS_PER_READ):
+            yield from batch[column].to_pylist() if column in batch.schema.names else [None] * batch.num_rows
 
     def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
         """Rows ``start`` to ``stop`` (excluded); see :meth:`iter_rows`."""

@@ -1,6 +1,6 @@
-"""Reference images of rows: permission to read them, reading and decoding.
+"""The files that rows name, references and LoRAs: permission to read them, reading, and decoding of images.
 
-A manifest may come from anyone, so references are opened only in places that the user allowed: under the manifest's own
+A manifest may come from anyone, so files are opened only in places that the user allowed: under the manifest's own
 folder (in object storage: its own bucket) and under the roots named with ``--reference-root``. Places are compared
 after ``..`` and local links are resolved, and the resolved path is the one that is opened, folder by folder from its
 root on and without following a link, because links may have been changed since.
@@ -19,7 +19,7 @@ from PIL import Image
 from vcf_batch import images, storage
 from vcf_batch.errors import RowError, StorageError, UsageError, VcfBatchError, redact_name
 from vcf_batch.manifest import web_reading
-from vcf_batch.records import Reference
+from vcf_batch.records import MAX_LORA_BYTES, Reference, Row
 
 MAX_REFERENCE_BYTES = 256 * 2**20
 """Largest file that is read. An uncompressed image at the default limit of 64 million pixels has 192 MB."""
@@ -55,22 +55,27 @@ def is_relative(uri: str) -> bool:
     return not (_SCHEME.match(uri) or os.path.isabs(uri))
 
 
-class ReferenceReader:
-    """Reader of one manifest's references. It keeps no open connection and no state, so threads may share it.
+class FileReader:
+    """Reader of the files that one manifest's rows name.
+
+    It keeps no open connection and no state, so threads may share it.
 
     Args:
-        base: the folder or URL that relative references resolve against. References under it are allowed, unless it is
-            a web address: web addresses are allowed only under ``roots``.
-        roots: further folders, buckets or web addresses with allowed references.
-        max_pixels: largest width times height; a larger image fails its row before it is decoded.
+        base: the folder or URL that relative names resolve against. Files under it are allowed, unless it is a web
+            address: web addresses are allowed only under ``roots``.
+        roots: further folders, buckets or web addresses with allowed files.
 
     Raises:
         UsageError: a root names no folder, bucket or server, or contains a password.
     """
 
-    def __init__(self, base: str, roots: Sequence[str], max_pixels: int) -> None:
+    what = "reference"
+    """The files, in messages."""
+    max_bytes = MAX_REFERENCE_BYTES
+    """Largest file that is read."""
+
+    def __init__(self, base: str, roots: Sequence[str]) -> None:
         self._base = storage.absolute(base)
-        self._max_pixels = max_pixels
         self._roots = [_root(root) for root in roots]
         try:
             place = _place(self._base)
@@ -89,7 +94,7 @@ class ReferenceReader:
         if reference.data is not None:
             return None
         try:
-            with _blamed(_named(reference)):
+            with _blamed(self._named(reference)):
                 self._locate(reference)
         except RowError as error:
             return str(error)
@@ -98,32 +103,22 @@ class ReferenceReader:
     def _refuses(self, url: str) -> bool:
         return self.policy_error(Reference(uri=url)) is not None
 
-    def read(self, reference: Reference) -> Image.Image:
-        """The reference as an RGB image (see :func:`vcf_batch.images.decode`). Embedded bytes are always allowed.
+    def read_bytes(self, reference: Reference) -> bytes:
+        """The file as it is. Embedded bytes are always allowed.
 
         Raises:
-            RowError: the reference is not allowed, missing, not a file, too large, damaged or not an image, or its
-                bytes do not have the hash that the manifest gives.
+            RowError: the file is not allowed, missing, not a file or too large, or its bytes do not have the hash that
+                the manifest gives.
             StorageError: storage, network or a web server failed or refused this machine, or the allowed folder itself
                 is missing on it.
         """
-        shown = _named(reference)
-        with _blamed(shown):
-            data = self._content(reference, shown)
-            try:
-                return images.decode(data, self._max_pixels, f"reference {shown}")
-            except RowError as error:
-                raise RowError(f"reference {shown}: {error}") from error
-
-    def read_bytes(self, reference: Reference) -> bytes:
-        """The reference's image file as it is, not decoded.
-
-        Raises:
-            RowError, StorageError: see :meth:`read`.
-        """
-        shown = _named(reference)
+        shown = self._named(reference)
         with _blamed(shown):
             return self._content(reference, shown)
+
+    def _named(self, reference: Reference) -> str:
+        """What messages call a file, such as ``reference 'a.png'``."""
+        return f"{self.what} {_shown(reference.uri) if reference.uri is not None else '(embedded bytes)'}"
 
     def _content(self, reference: Reference, shown: str) -> bytes:
         if reference.data is not None:
@@ -133,7 +128,7 @@ class ReferenceReader:
             data = self._fetch(place, root, shown)
         if reference.sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != reference.sha256:
             raise RowError(
-                f"reference {shown} has the SHA-256 {found}, and the manifest says {reference.sha256}: put the "
+                f"{shown} has the SHA-256 {found}, and the manifest says {reference.sha256}: put the "
                 "image back that the manifest means and repair the run, or correct the manifest for a new run"
             )
         return data
@@ -143,21 +138,21 @@ class ReferenceReader:
         uri = reference.uri
         if not uri:
             raise RowError("the reference has neither a URI nor embedded bytes; give one, or null for text only")
-        shown = _shown(uri)
+        shown = self._named(reference)
         if uri[:5].lower() == "data:":
-            raise RowError(f"reference {shown} is a data URI; embed the bytes in a struct<bytes, path> column instead")
+            raise RowError(f"{shown} is a data URI; embed the bytes in a struct<bytes, path> column instead")
         try:
             place = _place(self._resolve(uri))
         except ValueError as error:
-            raise RowError(f"reference {shown} is not a usable path or URL: {error}") from error
+            raise RowError(f"{shown} is not a usable path or URL: {error}") from error
         root = self._root_of(place)
         if place.scheme not in ("", *web_reading.WEB_PORTS) and not place.segments:
-            raise RowError(f"reference {shown} names a bucket or server, not a file in it")
+            raise RowError(f"{shown} names a bucket or server, not a file in it")
         if root is None:
             leads = "" if place.url == uri else f" (it leads to {_shown(place.url)})"
             allowed = ", ".join(_shown(root.url) for root in self._roots) or "none"
             raise RowError(
-                f"reference {shown} lies outside the places that references may come from{leads}; allowed: {allowed}. "
+                f"{shown} lies outside the places that {self.what}s may come from{leads}; allowed: {allowed}. "
                 f"Allow its own with --reference-root {_shown(storage.parent(place.url.partition('?')[0]))}"
             )
         return place, root
@@ -173,26 +168,72 @@ class ReferenceReader:
     def _fetch(self, place: _Place, root: _Place, shown: str) -> bytes:
         try:
             if place.scheme in web_reading.WEB_PORTS:
-                data = web_reading.fetch(place.url, MAX_REFERENCE_BYTES, shown, self._refuses)
+                data = web_reading.fetch(place.url, self.max_bytes, shown, self._refuses)
             else:
-                data = storage.read_bytes(place.url, MAX_REFERENCE_BYTES + 1, None if place.scheme else root.url)
+                data = storage.read_bytes(place.url, self.max_bytes + 1, None if place.scheme else root.url)
         except FileNotFoundError as error:
             if not root.scheme and not os.path.isdir(root.url):
                 raise StorageError(
-                    f"{root.url}, where reference {shown} should be, is not there on this machine; every node "
-                    "must see it"
+                    f"{root.url}, where {shown} should be, is not there on this machine; every node must see it"
                 ) from error
-            raise RowError(f"reference {shown} does not exist") from error
+            raise RowError(f"{shown} does not exist") from error
         except PermissionError as error:
             # Credentials, and permissions of a mounted folder, may differ between machines: the row is not to blame.
             raise StorageError(
-                f"reference {shown} may not be read on this machine; check its permissions and the credentials there"
+                f"{shown} may not be read on this machine; check its permissions and the credentials there"
             ) from error
         except storage.NotAFileError as error:
-            raise RowError(f"reference {shown} is a folder, pipe or device, not a file") from error
-        if len(data) > MAX_REFERENCE_BYTES:
-            raise RowError(f"reference {shown} is larger than the limit of {MAX_REFERENCE_BYTES} bytes; shrink it")
+            raise RowError(f"{shown} is a folder, pipe or device, not a file") from error
+        if len(data) > self.max_bytes:
+            raise RowError(f"{shown} is larger than the limit of {self.max_bytes} bytes; shrink it")
         return data
+
+
+class ReferenceReader(FileReader):
+    """Reader of one manifest's references.
+
+    Args:
+        base, roots: see :class:`FileReader`.
+        max_pixels: largest width times height; a larger image fails its row before it is decoded.
+
+    Raises:
+        UsageError: see :class:`FileReader`.
+    """
+
+    def __init__(self, base: str, roots: Sequence[str], max_pixels: int) -> None:
+        super().__init__(base, roots)
+        self._max_pixels = max_pixels
+
+    def read(self, reference: Reference) -> Image.Image:
+        """The reference as an RGB image (see :func:`vcf_batch.images.decode`). Embedded bytes are always allowed.
+
+        Raises:
+            RowError: the reference is not allowed, missing, not a file, too large, damaged or not an image, or its
+                bytes do not have the hash that the manifest gives.
+            StorageError: storage, network or a web server failed or refused this machine, or the allowed folder itself
+                is missing on it.
+        """
+        shown = self._named(reference)
+        with _blamed(shown):
+            data = self._content(reference, shown)
+            try:
+                return images.decode(data, self._max_pixels, shown)
+            except RowError as error:
+                raise RowError(f"{shown}: {error}") from error
+
+
+class LoraReader(FileReader):
+    """Reader of the LoRAs that one manifest's rows name."""
+
+    what = "LoRA"
+    max_bytes = MAX_LORA_BYTES
+
+
+def refusal(row: Row, references: ReferenceReader, loras: LoraReader) -> str | None:
+    """The reason why a file that a row names may not be read; None if all may. Nothing is opened."""
+    named = [Reference(uri=lora.source) for lora in row.overrides.get("lora", ()) if lora.is_file]
+    reasons = (*map(references.policy_error, row.images), *map(loras.policy_error, named))
+    return next(filter(None, reasons), None)
 
 
 def read_under(folder: str, path: str) -> bytes:
@@ -291,7 +332,7 @@ def _place(url: str) -> _Place:
 
 @contextlib.contextmanager
 def _blamed(shown: str) -> Iterator[None]:
-    """Turn whatever else a reference may raise into the row's error, so that it kills no worker.
+    """Turn whatever else reading a file may raise into the row's error, so that it kills no worker.
 
     Raises:
         RowError: with the class of the error that was raised.
@@ -303,13 +344,9 @@ def _blamed(shown: str) -> Iterator[None]:
     except (MemoryError, VcfBatchError):
         raise
     except OSError as error:
-        raise StorageError(f"cannot read reference {shown}: {type(error).__name__}: {error}") from error
+        raise StorageError(f"cannot read {shown}: {type(error).__name__}: {error}") from error
     except Exception as error:
-        raise RowError(f"reference {shown} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _named(reference: Reference) -> str:
-    return _shown(reference.uri) if reference.uri is not None else "(embedded bytes)"
+        raise RowError(f"{shown} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _shown(url: str) -> str:

@@ -41,7 +41,7 @@ def fetch(url: str, limit: int, shown: str, refused: Callable[[str], bool]) -> b
     Args:
         url: the address, as :func:`parse` gives it.
         limit: largest number of bytes that the caller takes.
-        shown: the address as messages show it.
+        shown: the file as messages name it, such as ``reference 'https://...'``.
         refused: whether files may not come from the address that a server redirects to.
 
     Raises:
@@ -61,17 +61,17 @@ def fetch(url: str, limit: int, shown: str, refused: Callable[[str], bool]) -> b
             if error.code in (404, 410):
                 raise FileNotFoundError(shown) from error
             if error.code not in _BUSY and error.code < 500:
-                raise RowError(f"reference {shown}: the web server answers {error.code}, not 200") from error
+                raise RowError(f"{shown}: the web server answers {error.code}, not 200") from error
             trouble = f"the web server answers {error.code}"
         except (http.client.InvalidURL, ValueError) as error:
             # A server may redirect to something that is no address at all.
-            raise RowError(f"reference {shown} is not, or leads to, a usable web address: {error}") from error
+            raise RowError(f"{shown} is not, or leads to, a usable web address: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             trouble = f"{type(error).__name__}: {error}"
         if number == WEB_TRIES or time.monotonic() > deadline:
             break
         time.sleep(WEB_PAUSE_SECONDS * 2 ** (number - 1))
-    raise StorageError(f"cannot read reference {shown} after {number} tries: {trouble}")
+    raise StorageError(f"cannot read {shown} after {number} tries: {trouble}")
 
 
 def parse(url: str) -> tuple[str, tuple[str, ...], str]:
@@ -130,16 +130,16 @@ def _unpacked(data: bytes, encoding: str, limit: int, shown: str) -> bytes:
         return data  # some servers say so of files that are not packed
     if packing not in _GZIP:
         raise RowError(
-            f"reference {shown} cannot be read because the web server sends it with the Content-Encoding "
+            f"{shown} cannot be read because the web server sends it with the Content-Encoding "
             f"{encoding[:40]!r}; let it send the file as it is"
         )
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
         unpacked = stream.decompress(data, limit + 1)
     except zlib.error as error:
-        raise RowError(f"reference {shown}: the web server sends a damaged gzip stream ({error})") from error
+        raise RowError(f"{shown}: the web server sends a damaged gzip stream ({error})") from error
     if not stream.eof and len(unpacked) <= limit:
-        raise RowError(f"reference {shown}: the web server sends a gzip stream that is cut off")
+        raise RowError(f"{shown}: the web server sends a gzip stream that is cut off")
     return unpacked
 
 
@@ -166,9 +166,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if self._refused(newurl):
-            raise RowError(
-                f"reference {self._shown} redirects to {redact_name(newurl)[:200]!r}, where none may come from"
-            )
+            raise RowError(f"{self._shown} redirects to {redact_name(newurl)[:200]!r}, where none may come from")
         return super().redirect_request(req, fp, code, msg, headers, _quoted(parse(newurl)[2]))
 
 

@@ -1,7 +1,7 @@
 """The marking of images as synthetic, for machines: XMP (ISO 16684-1) inside each image file.
 
-The mark contains neither prompt nor reference, because they may be private and an image may be shared without its data
-set. The key leads to both in the data set.
+The mark contains neither prompt nor reference nor the name of a LoRA, because they may be private and an image may be
+shared without its data set. The key leads to both in the data set.
 """
 
 import json
@@ -15,7 +15,7 @@ SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmic
 NAMESPACE = "urn:vcf-batch:generation#"
 """Namespace of the properties that describe how an image was made."""
 
-_PRIVATE = ("negative_prompt",)
+_PRIVATE = ("negative_prompt", "lora")
 
 _PACKET = """\
 <?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\
@@ -27,11 +27,12 @@ xmp:CreatorTool="vcf-batch"{properties}/></rdf:RDF></x:xmpmeta>\
 
 
 def xmp(sample: Sample, model: str) -> bytes:
-    """The XMP packet of a sample's image: its key, the model's identity, and all settings that are not null.
+    """The XMP packet of a sample's image: its key, the model's identity, the hashes of its LoRAs, and all settings that
+    are not null.
 
     The same arguments always give the same bytes.
     """
-    told = {"key": sample.row.key, "model": model, **sample.settings}
+    told = {"key": sample.row.key, "model": model, **sample.settings, "lora_sha256": sample.lora_sha256}
     properties = "".join(
         f" vcf:{name}={quoteattr(value if isinstance(value, str) else json.dumps(value))}"
         for name, value in told.items()

@@ -107,6 +107,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         pno_guide=resolved.guide_identity if guided else None,
         safety_checker=resolved.safety_identity,
         ip_adapter=resolved.ip_adapter_identity,
+        lora=resolved.lora_identity,
     )
     fields["lpips"] = resolved.lpips
     if on_gpu:

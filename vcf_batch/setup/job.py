@@ -79,9 +79,18 @@ def is_limited(config: RunConfig, manifest: Manifest) -> bool:
     return config.role != "all" or manifest.has_limits
 
 
+def has_loras(config: RunConfig, manifest: Manifest) -> bool:
+    """Whether rows of a run may have LoRAs."""
+    return bool(config.lora) or manifest.has_loras
+
+
 def schema_of(config: RunConfig, manifest: Manifest) -> pa.Schema:
     """The schema of the parquets that a run writes."""
-    has: dict[Extra, bool] = {"limits": is_limited(config, manifest), "texture": config.texture}
+    has: dict[Extra, bool] = {
+        "limits": is_limited(config, manifest),
+        "lora": has_loras(config, manifest),
+        "texture": config.texture,
+    }
     extras = [extra for extra, there in has.items() if there]
     return sample_records.schema(manifest.carried_schema, manifest.reference_is_list, extras)
 

@@ -11,7 +11,7 @@ from vcf_batch.errors import RefusedError, UsageError, redact
 from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.columns import cut, shown
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.manifest.references import LoraReader, ReferenceReader, refusal
 from vcf_batch.models.embedded import EMBEDDED
 from vcf_batch.models.resolution import TINY
 from vcf_batch.output import run_file
@@ -134,14 +134,15 @@ def _real(url: str) -> str:
 
 
 def _check_policy(manifest: Manifest, config: RunConfig) -> None:
-    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    loras = LoraReader(manifest.base, config.reference_root)
     rows = [*manifest.first_rows(POLICY_ROWS_EMBEDDED, config.seed)]
     if not any(reference.data for row in rows for reference in row.images):
         rows = [*manifest.first_rows(POLICY_ROWS, config.seed)]
-    reasons = [next(filter(None, map(reader.policy_error, row.images)), None) for row in rows]
+    reasons = (refusal(row, references, loras) for row in rows)
     refused = [reason for reason in reasons if reason]
     if 2 * len(refused) > len(rows):
         raise UsageError(
-            f"{len(refused):,} of the first {len(rows):,} rows have references that may not be read; the first: "
-            f"{refused[0]}"
+            f"{len(refused):,} of the first {len(rows):,} rows have references or LoRAs that may not be read; the "
+            f"first: {refused[0]}"
         )

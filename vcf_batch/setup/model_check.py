@@ -9,6 +9,7 @@ from vcf_batch.config import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE, REFERENCE_PA
 from vcf_batch.errors import ModelError, UsageError, redact
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import adapter_layout, resolution
+from vcf_batch.models.lora import header
 from vcf_batch.models.prompt_tokens import require_vocabulary
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule
@@ -41,7 +42,8 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
     Raises:
         ModelError: the model says nothing about its UNet or VAE, its UNet is of another kind, its tokenizer has no
             vocabulary, or the scheduler does not sample as the model's own says; or it cannot take the references that
-            the manifest has, or cannot guide; or the IP-Adapter does not fit.
+            the manifest has, or cannot guide; or the IP-Adapter or a LoRA does
+            not fit.
         UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge; or an option
             would change nothing.
         StorageError: the storage failed.
@@ -84,6 +86,8 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
             resolution.check_whole(each)
     if resolved.ip_adapter is not None and resolved.image_encoder is not None:
         adapter_layout.check_files(resolved.ip_adapter, resolved.image_encoder, unet)
+    for lora in resolved.loras:
+        header.check_file(lora.file, f"LoRA {lora.name}", unet, any(index.get("text_encoder_2") or ()))
 
 
 def _check_unet(model: str, layout: Layout, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:

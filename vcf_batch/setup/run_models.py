@@ -1,5 +1,6 @@
 """The models that a run needs, each in exactly one version."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
 from vcf_batch.models.names import ADAPTERS, PRESETS
 from vcf_batch.models.resolution import ResolvedModel
-from vcf_batch.records import TEXTURE
+from vcf_batch.records import TEXTURE, Lora
 from vcf_batch.vcf.base.layout import empty_negative
 
 DEFAULT_JUDGE = "openai/clip-vit-base-patch32"
@@ -19,6 +20,19 @@ OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder",
 OWN = "own"
 """Name of the safety checker that comes with the model."""
 TINY_PERCEPTUAL = "tiny-perceptual"
+
+
+@dataclass(frozen=True)
+class RunLora:
+    """A LoRA of the run: its file, in exactly one version, and the scale of its weights."""
+
+    name: str
+    file: ResolvedModel
+    scale: float
+
+    @property
+    def identity(self) -> str:
+        return _identity(self.file)
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class Models:
     """The image encoder of the IP-Adapter."""
     empty_negative: str | None = None
     """What stands for an empty negative prompt: see :func:`vcf_batch.vcf.base.layout.empty_negative`."""
+    loras: tuple[RunLora, ...] = ()
+    """The LoRAs that the run names, in the order of their names. Those of rows are files like references."""
 
     @property
     def judge_identity(self) -> str:
@@ -68,11 +84,12 @@ class Models:
     def ip_adapter_identity(self) -> str | None:
         if self.ip_adapter is None or self.image_encoder is None:
             return None
-        # A commit of the Hub covers every file of a repository.
-        return " ".join(
-            f"{own.identity}/{own.within}" if own.kind == "hub" else own.identity
-            for own in (self.ip_adapter, self.image_encoder)
-        )
+        return " ".join(map(_identity, (self.ip_adapter, self.image_encoder)))
+
+    @property
+    def lora_identity(self) -> str | None:
+        """Names, files and scales of the run's LoRAs; None without any."""
+        return " ".join(f"{each.name}={each.identity}:{each.scale:.12g}" for each in self.loras) or None
 
     def describe(self, guided: bool) -> dict[str, Any]:
         """Name and version of the model, of the PNO guide if there is one, and of the source of each score.
@@ -95,7 +112,17 @@ class Models:
             "ip_adapter": self.ip_adapter and {"name": _told(self.ip_adapter), "identity": self.ip_adapter_identity},
             "nsfw": self.safety_checker
             and {"name": redact(self.safety_checker.name), "identity": self.safety_identity},
+            **({"lora": {each.name: _described(each) for each in self.loras}} if self.loras else {}),
         }
+
+
+def _identity(file: ResolvedModel) -> str:
+    """The identity of a file. A commit of the Hub covers every file of a repository."""
+    return f"{file.identity}/{file.within}" if file.kind == "hub" else file.identity
+
+
+def _described(lora: RunLora) -> dict[str, Any]:
+    return {"name": redact(lora.file.name), "identity": lora.identity, "scale": lora.scale}
 
 
 def _told(adapter: ResolvedModel) -> str:
@@ -135,7 +162,16 @@ def resolve(config: RunConfig) -> Models:
         ip_adapter=adapter,
         image_encoder=adapter and _resolve_encoder(config, adapter),
         empty_negative=empty_negative(resolution.read_config(pipeline, "model_index.json") or {}),
+        loras=tuple(_resolve_lora(name, lora) for name, lora in config.loras.items()),
     )
+
+
+def _resolve_lora(name: str, lora: Lora) -> RunLora:
+    try:
+        file = resolution.resolve_file(lora.source)
+    except ModelError as error:
+        raise ModelError(f"LoRA {name} cannot be used: {error}") from error
+    return RunLora(name, dataclasses.replace(file, name=lora.source), lora.scale or 0.0)
 
 
 def _resolve_pipeline(config: RunConfig) -> ResolvedModel:

@@ -13,30 +13,33 @@ from torch import Tensor
 from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER
 from vcf_batch.metrics.scorer import Targets
-from vcf_batch.records import Objective, Reference, Row, Sample
+from vcf_batch.records import Lora, Objective, Reference, Row, Sample
 from vcf_batch.vcf.base.family import EncodedText
+from vcf_batch.vcf.lora.switch import Scaled
 from vcf_batch.worker.shard_rows import ShardRows
 
 Sight = tuple[bool, Reference]
 """A reference as an encoder sees it: the IP-Adapter's (True), or the aligner's."""
 
 
-def batch_key(row: Row, used: Mapping[str, Any], windows: int) -> tuple[int, int, int, int, int]:
+def batch_key(
+    row: Row, used: Mapping[str, Any], windows: int, loras: tuple[Lora, ...] = ()
+) -> tuple[int, int, int, int, int, tuple[Lora, ...]]:
     """Number of PNO updates, and of references whose tokens lengthen the conditioning, or have attention of their own;
-    how these are limited: not at all (0), by roles (1), or by masks (2), which need a bias for each query; and the
-    number of windows that the texts are encoded in.
+    how these are limited: not at all (0), by roles (1), or by masks (2), which need a bias for each query; the number
+    of windows that the texts are encoded in; and the LoRAs, which belong to all of a batch.
 
-    Rows share a batch if all five are equal.
+    Rows share a batch if all six are equal.
 
     Args:
         row: a row of a shard.
         used: its settings.
-        windows: see :attr:`vcf_batch.worker.shard_rows.ShardRows.windows`.
+        windows, loras: see :class:`vcf_batch.worker.shard_rows.ShardRows`.
     """
     pictures = max(len(row.references), int(row.negative_reference is not None))
     lengthens, apart = (pictures if used["fusion"] == fusion else 0 for fusion in ("concat", IP_ADAPTER))
     limits = 2 if any(row.masks) else 1 if used["reference_roles"] else 0
-    return used["pno_steps"], lengthens, apart, limits, windows
+    return used["pno_steps"], lengthens, apart, limits, windows, loras
 
 
 def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
@@ -48,7 +51,7 @@ def cut(rows: ShardRows, batch_size: int) -> list["Batch"]:
         rows: the rows of the shard, padding included.
         batch_size: largest number of rows of a batch.
     """
-    keys = [batch_key(*each) for each in zip(rows.rows, rows.settings, rows.windows, strict=True)]
+    keys = [batch_key(*each) for each in zip(rows.rows, rows.settings, rows.windows, rows.loras, strict=True)]
     return [
         Batch(
             number,
@@ -105,6 +108,8 @@ class Batch:
     """The decoded masks of each row that has some, by position."""
     errors: dict[int, str] = field(default_factory=dict)
     """Reasons of the rows that fail, by position."""
+    loras: list[Scaled] = field(default_factory=list)
+    """The LoRAs of all its rows."""
     texts: dict[str, EncodedText] = field(default_factory=dict)
     """Each prompt and negative prompt, encoded."""
     image_tokens: dict[Sight, Tensor] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from vcf_batch.vcf.guide import Guide
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.safety import SafetyChecker
 from vcf_batch.worker.device import Device
+from vcf_batch.worker.lora.shelf import LoraShelf
 
 ENCODERS = 4
 """Most threads that encode images. At 768 pixels one takes an eighth of a second for a PNG."""
@@ -34,6 +35,8 @@ class Components:
     """The CLIP that prompt-noise optimisation follows; None where no row asks for it."""
     safety: SafetyChecker | None = None
     """The checker that flags images; None in a run without one."""
+    loras: LoraShelf | None = None
+    """The LoRAs that the worker holds, and the switch between them; None in a run without any."""
     sampling: threading.Lock = field(default_factory=threading.Lock)
     """The lock that a shard holds while it is sampled."""
     encoders: ThreadPoolExecutor = field(

@@ -145,13 +145,15 @@ class Finisher:
         row, used = self._rows.rows[position], self._rows.settings[position]
         used = {**used, "seed": sharding.draw_seed(used["seed"], batch.draw)}
         drawn = Sample(row, "success", used, scores=scores, pno_objective=batch.objectives[place], nsfw=nsfw)
+        if batch.loras:
+            drawn = dataclasses.replace(drawn, lora_sha256=tuple(lora.sha256 for lora, _ in batch.loras))
         if fault:
             drawn = Sample(row, "failed", used, error_message=fault)
         batch.draws[position].append(drawn)
         return gates.outcome(batch.draws[position], self._config)
 
     def _failed(self, batch: Batch, position: int) -> Sample:
-        """Sample of a row whose reference could not be read."""
+        """Sample of a row whose reference or LoRA could not be used."""
         return Sample(
             self._rows.rows[position], "failed", self._rows.settings[position], error_message=batch.errors[position]
         )

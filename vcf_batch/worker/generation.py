@@ -21,7 +21,7 @@ from vcf_batch import sharding
 from vcf_batch.config import IP_ADAPTER
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.models.forward_pass import ForwardPass, outputs
-from vcf_batch.records import Objective, Sample
+from vcf_batch.records import Lora, Objective, Sample
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.vcf.fusion import Fusion, filled
@@ -33,6 +33,7 @@ from vcf_batch.worker.batches import Batch, Pictures
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.finishing import Finisher
+from vcf_batch.worker.lora.shard_loras import ShardLoras
 from vcf_batch.worker.shard_references import ShardReferences
 from vcf_batch.worker.shard_rows import ShardRows
 
@@ -44,6 +45,10 @@ BATCHES_BEHIND = 2
 
 TURN_SECONDS = 1.0
 """Seconds after which a shard that waits for its turn notes progress."""
+
+
+_Text = tuple[tuple[Lora, ...], str]
+"""A text as its encoder sees it with LoRAs, which may change its tokens."""
 
 
 class Generation:
@@ -78,11 +83,12 @@ class Generation:
         self.sampled_at_once = min(sampled_at_once or batch_size, batch_size)
         self.batches = batches.cut(rows, batch_size)
         self.references = ShardReferences(components, self.batches, rows, last_attempt, clock)
+        self.loras = ShardLoras(components.loras, rows, last_attempt, clock)
         self.finisher = Finisher(components, rows, write, clock)
-        self.text_passes: dict[str, ForwardPass[str, str, EncodedText]] = {}
+        self.text_passes: dict[_Text, ForwardPass[str, str, EncodedText]] = {}
         """The passes that encode the texts that this or a later batch needs."""
         self.text_last_batch = {
-            text: batch.number
+            (rows.loras[position], text): batch.number
             for batch in self.batches
             for position in batch.positions
             for text in rows.texts(position)
@@ -120,6 +126,9 @@ class Generation:
                     self.reading.popleft()
                     with self.clock("wait_for_references"):
                         self.references.collect(batch)
+                    self.loras.collect(batch)
+                    if self._has_work(batch):
+                        self.loras.switch(batch)
                     with self.clock("sample"):
                         texts, references = self._texts(batch), self.references.passes(batch)
                         if self._has_work(batch):
@@ -155,6 +164,7 @@ class Generation:
             self._release(batch)
             return
         batch.draw += 1
+        self.loras.switch(batch)
         with self.clock("sample"):
             self._sample(batch)
         self._finish(thread, batch)
@@ -175,6 +185,7 @@ class Generation:
     def _read_ahead(self) -> None:
         while len(self.reading) <= BATCHES_AHEAD and (batch := next(self.ahead, None)):
             self.references.read(batch)
+            self.loras.ask(batch)
             self.reading.append(batch)
 
     def _has_work(self, batch: Batch) -> bool:
@@ -284,19 +295,20 @@ class Generation:
 
     def _texts(self, batch: Batch) -> dict[str, ForwardPass[str, str, EncodedText]]:
         """The passes of the batch's prompts and negative prompts. Each distinct text is in one pass of the shard."""
+        loras = self.shard_rows.loras[batch.positions[0]]
         wanted = dict.fromkeys(text for position in batch.positions for text in self.shard_rows.texts(position))
-        new = {text: text for text in wanted if text not in self.text_passes}
+        new = {text: text for text in wanted if (loras, text) not in self.text_passes}
         encode = functools.partial(self.pipeline.family.encode, chunked=self.config.long_prompts == "chunk")
-        self.text_passes.update(dict.fromkeys(new, ForwardPass(new, encode)))
-        passes = {text: self.text_passes[text] for text in wanted}
+        self.text_passes.update(dict.fromkeys(((loras, text) for text in new), ForwardPass(new, encode)))
+        passes = {text: self.text_passes[loras, text] for text in wanted}
         for text in wanted:
-            if self.text_last_batch[text] == batch.number:
-                del self.text_passes[text]
+            if self.text_last_batch[loras, text] == batch.number:
+                del self.text_passes[loras, text]
         return passes
 
     def _release(self, batch: Batch) -> None:
         """Release the contents of the batch, and the references that no later batch needs."""
         batch.pictures, batch.images, batch.twins, batch.targets = [], None, None, None
         batch.masks = {}
-        batch.texts, batch.image_tokens = {}, {}
+        batch.texts, batch.image_tokens, batch.loras = {}, {}, []
         self.references.release(batch)

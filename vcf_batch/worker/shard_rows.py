@@ -11,8 +11,8 @@ import numpy as np
 
 from vcf_batch import images
 from vcf_batch.config import RunConfig
-from vcf_batch.records import Reference, Row, Sample
-from vcf_batch.row_settings import settings_of
+from vcf_batch.records import Lora, Reference, Row, Sample
+from vcf_batch.row_settings import loras_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class ShardRows:
     """Positions of the rows with a known sample: they are not generated, and keep their slot in their batch."""
     windows: Sequence[int]
     """Number of windows that the texts of each row are encoded in; that of padding is its content's."""
+    loras: Sequence[tuple[Lora, ...]]
+    """The LoRAs of each row, see :func:`vcf_batch.row_settings.loras_of`."""
 
     @classmethod
     def of(
@@ -44,7 +46,8 @@ class ShardRows:
         """
         padding = frozenset(position for position, row in enumerate(rows) if row.number in known)
         kept = neutral(rows, padding, config.negative_prompt)
-        return cls(kept, [settings_of(row, config) for row in kept], known, padding, windows)
+        settings, loras = [settings_of(row, config) for row in kept], [loras_of(row, config) for row in kept]
+        return cls(kept, settings, known, padding, windows, loras)
 
     def texts(self, position: int) -> tuple[str, ...]:
         """The texts that a row needs: prompt, negative prompt, and the empty one that fills the shorter of both up."""

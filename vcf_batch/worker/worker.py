@@ -14,7 +14,7 @@ import torch
 
 from vcf_batch import storage
 from vcf_batch.manifest.manifest import Manifest
-from vcf_batch.manifest.references import ReferenceReader
+from vcf_batch.manifest.references import LoraReader, ReferenceReader
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.metrics.lpips import LPIPS, PerceptualDistance
 from vcf_batch.metrics.scorer import Scorer
@@ -26,7 +26,7 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Row, Sample
 from vcf_batch.row_settings import checked, settings_of
-from vcf_batch.setup.job import TRACE, Job, schema_of
+from vcf_batch.setup.job import TRACE, Job, has_loras, schema_of
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
@@ -37,6 +37,7 @@ from vcf_batch.worker.clock import Clock, Profile
 from vcf_batch.worker.components import Components
 from vcf_batch.worker.device import Device
 from vcf_batch.worker.generation import Generation
+from vcf_batch.worker.lora.shelf import LoraShelf
 from vcf_batch.worker.shard_rows import ShardRows
 
 NO_REFERENCE = "the row has no reference, which each triplet shows; give it one, or leave --triplets out"
@@ -69,8 +70,11 @@ def load(job: Job) -> "Worker":
         guide.refuse_judge(scorer.judge.model)
     safety = _load_safety(models, device)
     references = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+    loras = _load_loras(job, pipeline, device) if has_loras(config, manifest) else None
     _model_loads += 1
-    components = Components(config, pipeline, scorer, references, models.pipeline.identity, device, guide, safety)
+    components = Components(
+        config, pipeline, scorer, references, models.pipeline.identity, device, guide=guide, loras=loras, safety=safety
+    )
     return Worker(components, manifest, job.fingerprint, job.profiled)
 
 
@@ -97,6 +101,11 @@ def _load_pipeline(folder: str, models: Models, device: Device) -> VCFPipeline:
     if models.ip_adapter is not None and models.image_encoder is not None:
         pipeline.use_ip_adapter(fetch(models.ip_adapter), fetch(models.image_encoder))
     return pipeline.set_up(device.kind, device.compiled, device.attention_kernel)
+
+
+def _load_loras(job: Job, pipeline: VCFPipeline, device: Device) -> LoraShelf:
+    reader = LoraReader(job.manifest.base, job.config.reference_root)
+    return LoraShelf(pipeline, reader, {each.name: fetch(each.file) for each in job.models.loras}, device.use_threads)
 
 
 def _load_guide(models: Models, pipeline: VCFPipeline, device: Device) -> Guide:
