@@ -22,3 +22,16 @@ def test_an_output_in_a_jobs_copy_is_refused(tmp_path: Path, monkeypatch: pytest
     assert (
         absolute_paths.absolute(RunConfig(manifest="in.parquet", output="s3://bucket/out")).output == "s3://bucket/out"
     )
+
+
+@pytest.mark.parametrize("name", absolute_paths.BUILT_IN)
+def test_a_manifest_of_the_package_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A file or folder of its name is another one, which is named with its folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    found = Path(absolute_paths.absolute(RunConfig(manifest=name, output="out")).manifest)
+    assert found.name == f"{name}.parquet" and (found.parent / "references").is_dir()
+    own = absolute_paths.absolute(RunConfig(manifest=f"./{name}", output="out")).manifest
+    assert own == str(tmp_path / name)

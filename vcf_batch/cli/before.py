@@ -122,7 +122,7 @@ def manifest(
     params=[option for option in generate.params if option.name != "dump_config"],
     groups=OPTION_GROUPS,
     examples=(
-        ("vcf-batch plan manifests/demo.parquet out/demo", "What the demo would take"),
+        ("vcf-batch plan demo out/demo", "What the demo would take"),
         (
             "vcf-batch plan manifest.parquet s3://bucket/dataset --model sd15 --fusion ip_adapter "
             "--ip-adapter ip-adapter-sd15 --calibrate --price-per-gpu-hour 2.5",
@@ -169,7 +169,7 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     params=[option for option in generate.params if option.name not in ("output", "push", "rows", "dump_config")],
     groups=OPTION_GROUPS,
     examples=(
-        ("vcf-batch preview manifests/demo.parquet --sweep strength=0,0.1,0.3,1", "Which strength to use"),
+        ("vcf-batch preview demo --sweep strength=0,0.1,0.3,1", "Which strength to use"),
         (
             "vcf-batch preview pairs.parquet --model my-model --sweep fusion=naive,concat --rows 4",
             "Which fusion to use",

@@ -34,7 +34,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     cls=Command,
     groups=OPTION_GROUPS,
     examples=(
-        ("vcf-batch generate manifests/demo.parquet out/demo", "The demo, with the embedded model"),
+        ("vcf-batch generate demo out/demo", "The demo, with the embedded model"),
         (
             "vcf-batch generate s3://bucket/manifest.parquet s3://bucket/dataset --model s3://bucket/model "
             "--num-workers 64 --max-failed 0.01",
@@ -427,9 +427,9 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 def generate(ctx: click.Context, push: str | None, dump_config: bool, as_json: bool, **_: Any) -> None:
     """Generate an image for every row of MANIFEST into OUTPUT.
 
-    MANIFEST is a Parquet file, or a folder of them. It has a column 'prompt', and optionally 'reference', 'sample_id',
-    'seed' and settings of single rows. OUTPUT is a folder or URL; it becomes a WebDataset of images, prompts and
-    scores.
+    MANIFEST is a Parquet file, or a folder of them; or 'demo' or 'roles', which come with this program. It has a column
+    'prompt', and optionally 'reference', 'sample_id', 'seed' and settings of single rows. OUTPUT is a folder or URL; it
+    becomes a WebDataset of images, prompts and scores.
 
     Rerunning the same command resumes: finished shards are kept, the rest is generated.
 

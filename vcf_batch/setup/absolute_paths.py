@@ -5,6 +5,10 @@ from pathlib import Path
 from vcf_batch import storage
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import UsageError
+from vcf_batch.models.resolution import tiny_folder
+
+BUILT_IN = ("demo", "roles")
+"""Names of the manifests that come with the package. A folder of such a name is written as ``./demo``."""
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -14,10 +18,18 @@ def absolute(config: RunConfig) -> RunConfig:
         UsageError: see :func:`absolute_output`.
     """
     return config.replace(
-        manifest=storage.absolute(config.manifest),
+        manifest=storage.absolute(built_in(config.manifest)),
         output=absolute_output(config.output),
         reference_root=tuple(storage.absolute(root) for root in config.reference_root),
     )
+
+
+def built_in(manifest: str) -> str:
+    """The place of a manifest that comes with the package, one of :data:`BUILT_IN`; any other name as it is."""
+    if manifest not in BUILT_IN:
+        return manifest
+    # A checkout has a link there, and references are read without following links.
+    return str((Path(tiny_folder()).parent / "manifests").resolve() / f"{manifest}.parquet")
 
 
 def absolute_output(url: str) -> str:
