@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +28,7 @@ from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
 from vcf_batch.training.training_config import NOT_TRAINED, TrainingConfig
 
-NOT_SETTINGS = {"config", "dump_config", "push", "debug", "as_json"}
+NOT_SETTINGS = {"config", "dump_config", "deadline", "push", "debug", "as_json"}
 
 
 def call(*arguments: object) -> Result:
@@ -34,12 +36,19 @@ def call(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def configured(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+def deadlines() -> list[float | None]:
+    """The deadlines that runs were started with."""
+    return []
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch, deadlines: list[float | None]) -> list[RunConfig]:
     """The configurations that runs were started with; no run takes place."""
     found: list[RunConfig] = []
 
-    def record(config: RunConfig, choose_redo: object) -> Summary:
+    def record(config: RunConfig, choose_redo: object, deadline: float | None) -> Summary:
         found.append(config)
+        deadlines.append(deadline)
         return Summary(config.output, 10, {"success": 9, "rejected": 0, "failed": 1}, 0, 1.0)
 
     monkeypatch.setattr(pool, "run", record)
@@ -47,7 +56,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
 
 def ends_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
-    def fail(config: RunConfig, choose_redo: object) -> Summary:
+    def fail(config: RunConfig, choose_redo: object, deadline: object) -> Summary:
         raise error
 
     monkeypatch.setattr(pool, "run", fail)
@@ -210,6 +219,24 @@ def test_an_error_is_an_object_in_a_log_for_programs() -> None:
 def test_how_much_is_logged_is_a_setting(configured: list[RunConfig], option: str, verbosity: str) -> None:
     call("generate", "in.parquet", "out", option)
     assert configured == [RunConfig(manifest="in.parquet", output="out", verbosity=verbosity)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("7h30m", 27000), ("90m", 5400), ("0m", 0), ((datetime.now() + timedelta(hours=1)).isoformat(), 3600)],
+)
+def test_a_deadline_is_a_time_or_a_span(
+    configured: list[RunConfig], deadlines: list[float | None], text: str, seconds: float
+) -> None:
+    call("generate", "in.parquet", "out", "--deadline", text)
+    (deadline,) = deadlines
+    assert deadline is not None and abs(deadline - time.time() - seconds) < 600
+
+
+@pytest.mark.parametrize("text", ["", "soon", "7x", "h", "2026-13-01", "-5m"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    result = call("generate", "in.parquet", "out", "--deadline", text)
+    assert result.exit_code == 2 and "is no time: give one such as" in result.output
 
 
 def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from vcf_batch.driver.fault import Failure, Fault
 from vcf_batch.driver.loop import ANSWER_SECONDS
 from vcf_batch.driver.quarantine import FAILURES
 from vcf_batch.driver.workers import CAPACITY_SECONDS, MAX_BACKOFF_SECONDS, START_ATTEMPTS
-from vcf_batch.errors import NodeError, RefusedError, StorageError, UsageError, VcfBatchError
+from vcf_batch.errors import NodeError, RefusedError, StorageError, Unfinished, UsageError, VcfBatchError
 from vcf_batch.output import commits
 from vcf_batch.output.receipts import Receipt
 
@@ -73,6 +73,44 @@ def test_an_undisturbed_run_commits_every_shard(simulate: Simulate) -> None:
     assert not any(process.is_alive for process in simulation.cluster.processes)
     assert simulation.clock.now() == LOAD_SECONDS + ROWS // SHARD_SIZE / 2 * SHARD_SECONDS
     assert len(simulation.told("shard_finished")) == len(simulation.notes.told) - len(simulation.told("progress"))
+
+
+def test_a_deadline_lets_workers_finish_what_they_have(simulate: Simulate) -> None:
+    """What a worker had before, two shards, is committed. The same run goes on, and ends whole."""
+    simulation = simulate()
+    ends = LOAD_SECONDS + 1.5 * SHARD_SECONDS
+    with pytest.raises(
+        Unfinished, match=f"the deadline has come, and {ROWS // SHARD_SIZE - 6} shards of the run are left"
+    ):
+        simulation.run(ends)
+    assert len(simulation.committed) == 6 and not any(process.is_alive for process in simulation.cluster.processes)
+    assert ends < simulation.clock.now() <= ends + 2 * SHARD_SECONDS
+    resumed = simulation.again({A: 1, B: 1})
+    resumed.run()
+    check_whole(resumed)
+
+
+@pytest.mark.parametrize("ends", [0.0, LOAD_SECONDS / 2])
+def test_a_deadline_before_a_worker_is_ready_ends_the_run_at_once(simulate: Simulate, ends: float) -> None:
+    simulation = simulate()
+    with pytest.raises(Unfinished):
+        simulation.run(ends)
+    assert not simulation.committed and simulation.clock.now() <= ends + LOAD_SECONDS
+    assert not any(process.is_alive for process in simulation.cluster.processes)
+
+
+def test_a_deadline_after_the_end_changes_nothing(simulate: Simulate) -> None:
+    simulation = simulate()
+    simulation.run(1e6)
+    check_whole(simulation)
+
+
+def test_a_long_loading_is_no_missing_worker(simulate: Simulate) -> None:
+    """What is waited for is said beside the progress."""
+    simulation = simulate(lambda node, request: (100.0 if request.method == "load" else SHARD_SECONDS, None))
+    simulation.run()
+    check_whole(simulation)
+    assert not simulation.told("no_worker_ready")
 
 
 def test_the_same_world_gives_the_same_run(simulate: Simulate) -> None:

@@ -349,15 +349,18 @@ class Simulation:
         resumed.notes = Notes(self.job.manifest.num_rows, resumed.clock)
         return resumed
 
-    def run(self) -> None:
+    def run(self, ends: float = math.inf) -> None:
         """Run the loop to its end.
+
+        Args:
+            ends: time from which on it begins no shard.
 
         Raises:
             VcfBatchError: as :meth:`vcf_batch.driver.loop.Loop.run`.
         """
         ledger, output = Ledger(self.job, self.clock.now), self.job.config.output
         queue = CommitQueue(output, cast(Any, self.held), ledger, self.notes.note, self.clock.now, AtOnce())
-        Loop(self.job, self.cluster, ledger, queue, self.notes, NoExporter()).run()
+        Loop(self.job, self.cluster, ledger, queue, self.notes, NoExporter()).run(ends)
 
     def remove(self) -> None:
         """Forget what it has written."""

@@ -119,7 +119,7 @@ def manifest(
 
 @click.command(
     cls=Command,
-    params=[option for option in generate.params if option.name != "dump_config"],
+    params=[option for option in generate.params if option.name not in ("dump_config", "deadline")],
     groups=OPTION_GROUPS,
     examples=(
         ("vcf-batch plan demo out/demo", "What the demo would take"),
@@ -164,9 +164,12 @@ def plan(ctx: click.Context, calibrate: bool, price: float | None, as_json: bool
     ctx.exit(max((problem.exit_code for problem in found.problems), default=0))
 
 
+_NOT_OF_PREVIEWS = ("output", "push", "rows", "dump_config", "deadline")
+
+
 @click.command(
     cls=Command,
-    params=[option for option in generate.params if option.name not in ("output", "push", "rows", "dump_config")],
+    params=[option for option in generate.params if option.name not in _NOT_OF_PREVIEWS],
     groups=OPTION_GROUPS,
     examples=(
         ("vcf-batch preview demo --sweep strength=0,0.1,0.3,1", "Which strength to use"),

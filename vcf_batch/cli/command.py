@@ -203,6 +203,7 @@ def run(
     choose_redo: Callable[[], Mapping[int, bytes]] = dict,
     push: str | None = None,
     as_json: bool | None = False,
+    deadline: float | None = None,
 ) -> None:
     """Generate what is left, and what ``choose_redo`` names, and tell what became of it. Then push it to ``push``.
 
@@ -210,6 +211,7 @@ def run(
         config: the configuration of the run.
         choose_redo: see :func:`vcf_batch.pool.launch.run`.
         push: where the output is copied after a run that succeeds; None for nowhere.
+        deadline: see :func:`vcf_batch.pool.launch.run`.
         as_json: whether what became of it is printed as a document; None prints nothing.
     """
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
@@ -218,7 +220,7 @@ def run(
         from vcf_batch.commands.push import check_target
 
         check_target(config.output, push)
-    summary = pool.run(config, choose_redo)
+    summary = pool.run(config, choose_redo, deadline)
     if push is None:
         ending.done()
     if as_json:

@@ -16,7 +16,7 @@ from vcf_batch.commands import known_models
 from vcf_batch.errors import printable, redact
 from vcf_batch.training.training_config import SELECTIONS, TrainingConfig
 
-_DECIDED = {*settings.DECIDED_BY_EVALUATION, "push", "dump_config"}
+_DECIDED = {*settings.DECIDED_BY_EVALUATION, "push", "dump_config", "deadline"}
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)

@@ -27,7 +27,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "Output": ("image_format", "triplets", "mark", "shard_size", "push"),
     "Cluster": (
         *("num_workers", "gpus_per_worker", "cpus_per_worker", "one_device_type", "allow_smaller_batches"),
-        *("stall_timeout", "address"),
+        *("stall_timeout", "deadline", "address"),
     ),
     "Diagnostics": ("as_json", "verbosity", "log_format", "profile", "debug", "_click_default_help"),
 }

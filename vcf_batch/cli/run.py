@@ -1,6 +1,9 @@
 """``generate``: the options of a run, which the commands that plan or generate besides take over."""
 
+import re
+import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import click
@@ -16,6 +19,20 @@ class _CountOrAuto(click.ParamType):
 
     def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> int | None:
         return None if value == "auto" else int(click.INT.convert(value, parameter, ctx))
+
+
+class _Deadline(click.ParamType):
+    """A date and time, or how long from now; as seconds since 1970."""
+
+    name = "time"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, ctx: click.Context | None) -> float:
+        if (span := re.fullmatch(r"(?=\d)(?:(\d{1,5})h)?(?:(\d{1,5})m)?", str(value))) is not None:
+            return time.time() + 3600 * int(span[1] or 0) + 60 * int(span[2] or 0)
+        try:
+            return datetime.fromisoformat(str(value)).timestamp()
+        except (ValueError, OverflowError, OSError):
+            self.fail(f"{value!r} is no time: give one such as 2026-12-01T06:00, or how long from now, such as 7h30m")
 
 
 class _NumberOrShare(click.ParamType):
@@ -417,6 +434,14 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     metavar="ADDRESS",
 )
 @click.option(
+    "--deadline",
+    type=_Deadline(),
+    metavar="TIME",
+    help="Give workers no shard from TIME on, and end with exit code 6 once they have finished those that they have, "
+    "at most two each. TIME is a date and time such as 2026-12-01T06:00, of this machine's time zone if it names none, "
+    "or how long from now, such as 7h30m.",
+)
+@click.option(
     "--push",
     metavar="URL",
     help="Copy OUTPUT to this storage after a run that succeeds, as 'vcf-batch push' does.",
@@ -424,7 +449,9 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @json_option
 @debug_option
 @click.pass_context
-def generate(ctx: click.Context, push: str | None, dump_config: bool, as_json: bool, **_: Any) -> None:
+def generate(
+    ctx: click.Context, push: str | None, deadline: float | None, dump_config: bool, as_json: bool, **_: Any
+) -> None:
     """Generate an image for every row of MANIFEST into OUTPUT.
 
     MANIFEST is a Parquet file, or a folder of them; or 'demo' or 'roles', which come with this program. It has a column
@@ -434,11 +461,11 @@ def generate(ctx: click.Context, push: str | None, dump_config: bool, as_json: b
     Rerunning the same command resumes: finished shards are kept, the rest is generated.
 
     Exit codes: 0 done; 1 unexpected; 2 wrong option or manifest; 3 done, but more rows failed than --max-failed
-    allows; 4 OUTPUT holds another run, or one is at work there; 130 or 143 interrupted. With --push also those of
-    'push'.
+    allows; 4 OUTPUT holds another run, or one is at work there; 6 --deadline came first; 130 or 143 interrupted. With
+    --push also those of 'push'.
     """
     config = run_config(ctx)
     if dump_config:
         click.echo(settings_file.dump(config), nl=False)
         return
-    run(config, push=push, as_json=as_json)
+    run(config, push=push, as_json=as_json, deadline=deadline)

@@ -1,6 +1,7 @@
 """The loop that hands shards to workers, has the results committed, and decides what follows a failure."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,10 +12,10 @@ from vcf_batch.driver.device_types import DeviceTypes
 from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.heartbeats import Watch
 from vcf_batch.driver.ledger import Ledger
-from vcf_batch.driver.progress import Progress
+from vcf_batch.driver.progress import Progress, plural
 from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.driver.workers import Workers
-from vcf_batch.errors import RefusedError, StorageError, UsageError, VcfBatchError
+from vcf_batch.errors import RefusedError, StorageError, Unfinished, UsageError, VcfBatchError
 from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.shard_task import ShardTask
@@ -78,20 +79,38 @@ class Loop:
         self._workers = Workers(cluster, config.num_workers, self._queue, self._types, progress.note)
         self._watch = Watch(cluster, config.stall_timeout)
         self._ready_at, self._shown_at = cluster.now(), float("-inf")
+        self._ends = math.inf
 
-    def run(self) -> None:
+    def run(self, ends: float = math.inf) -> None:
         """Work until every shard is committed or set aside.
 
+        Args:
+            ends: time on the cluster's clock from which on no worker is given a shard. Those that workers have, at
+                most :data:`SHARDS_AT_ONCE` each, are finished.
+
         Raises:
+            Unfinished: shards are left, and ``ends`` has come.
             UsageError, RefusedError, StorageError, VcfBatchError: see :func:`vcf_batch.pool.run`.
         """
+        self._ends = ends
         with self._commits:
             try:
-                while self._ledger.left:
+                while self._ledger.left and not self._is_ended:
                     self._turn()
             finally:
                 self._workers.end()
         self._ledger.raise_if_incomplete()
+        if self._ledger.left:
+            raise Unfinished(
+                f"the deadline has come, and {plural(self._ledger.left, 'shard')} of the run are left. What is "
+                "finished is kept: rerun the same command to go on, with a later --deadline if it names a time"
+            )
+
+    @property
+    def _is_ended(self) -> bool:
+        """Whether the deadline has come, and what was begun before it is finished."""
+        begun = any(request.method == "run" for request in self._workers.requests.values()) or len(self._commits)
+        return self._cluster.now() >= self._ends and not begun
 
     def _turn(self) -> None:
         """Hand out tasks, and take the answers that have arrived."""
@@ -99,7 +118,8 @@ class Loop:
         workers = self._workers
         if not self._ledger.devices and not self._ledger.totals.devices and not len(self._commits):
             workers.reopen_types()
-        workers.start(self._ungenerated)
+        if self._cluster.now() < self._ends:
+            workers.start(self._ungenerated)
         idle, workers.idle = workers.idle, []
         for worker in idle:
             self._give_tasks(worker)
@@ -134,7 +154,7 @@ class Loop:
 
     def _next(self, worker: WorkerHandle) -> ShardTask | None:
         """The worker's next task. It gets a second shard only if enough are left for all workers."""
-        if self._commits.is_full:
+        if self._commits.is_full or self._cluster.now() >= self._ends:
             return None
         nodes = self._workers.nodes if self._queue.waiting else set()
         if not (tasks := worker.tasks):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,13 @@ ChooseRedo = Callable[[], Mapping[int, RowMask]]
 """Function that gives the redo rows of an output: see :attr:`vcf_batch.setup.job.Job.redo`."""
 
 
-def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
+def run(config: RunConfig, choose_redo: ChooseRedo = dict, deadline: float | None = None) -> Summary:
     """Generate what is left of a run.
 
     Args:
         config: the configuration of the run.
         choose_redo: called once this run owns the output.
+        deadline: seconds since 1970 from which on workers are given no shard; None for none.
 
     Returns:
         The counts of the whole run.
@@ -41,6 +43,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
         UsageError: an option, the manifest or a model is wrong, or the nodes do not share the output.
         RefusedError: the output holds another run, or another driver is at work there.
         StorageError: the storage failed, again and again; shards that do not need it are finished.
+        Unfinished: the deadline came first.
         VcfBatchError: some shards, or the start of workers, failed again and again; the other shards are finished.
         Interrupted: Ctrl-C or SIGTERM. Rerunning resumes.
     """
@@ -71,7 +74,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict) -> Summary:
             def drive(job: Job, held: lease.Lease, ledger: Ledger) -> None:
                 if later:
                     connect()
-                _drive(job, held, ledger, signals)
+                _drive(job, held, ledger, signals, deadline)
 
             ledger = generate_left(job, choose_redo, drive)
     return ledger.summary(time.monotonic() - begin)
@@ -107,14 +110,16 @@ def generate_left(job: Job, choose_redo: ChooseRedo, drive: Callable[[Job, lease
     return ledger
 
 
-def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals) -> None:
+def _drive(job: Job, held: lease.Lease, ledger: Ledger, signals: Signals, deadline: float | None) -> None:
     """Generate what is left, on the cluster that this process is connected to."""
     if job.config.profile:
         job = dataclasses.replace(job, profiled=next(ledger.remaining()).index)
     bar = bar_stream(job.config.log_format, job.config.verbosity)
     with Progress(job.manifest.num_rows, ledger.finished_rows, bar) as progress:
         try:
-            loop_on(RayCluster(job, signals.check), job, held, ledger, progress).run()
+            on_ray = RayCluster(job, signals.check)
+            ends = math.inf if deadline is None else on_ray.now() + deadline - time.time()
+            loop_on(on_ray, job, held, ledger, progress).run(ends)
         except UsageError:
             # Nodes do not see the lease of a driver that has lost it either, which is no wrong use.
             held.confirm()
