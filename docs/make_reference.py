@@ -66,7 +66,8 @@ def _commands() -> Iterator[str]:
             if len(records) > 1:
                 yield f"| **{heading}** | |"
             for written, text in options:
-                yield f"| `{_cell(written)}` | {_cell(text)} |"
+                if not written.endswith("--help"):
+                    yield f"| `{_cell(written)}` | {_cell(text)} |"
 
 
 def _leaves(commands: Iterable[click.Command]) -> Iterator[tuple[str, click.Command]]:
