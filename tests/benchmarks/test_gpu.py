@@ -243,7 +243,7 @@ def test_a_row_that_takes_longer_than_there_is_time_is_stopped(record: Any, tmp_
 def test_the_estimates_of_all_rows_are_near_the_time_of_the_whole() -> None:
     """Nine minutes, with the import of libraries, at the speed that is assumed until an image has been measured."""
     bench, rows = importlib.import_module("gpu_bench"), importlib.import_module("gpu_rows")
-    models = SimpleNamespace(smoke=False, per_image={})
+    models = SimpleNamespace(smoke=False, per_image={}, family="sd21")
     estimates = {one.name: bench.Bench.estimate(models, one) for one in rows.MEASUREMENTS}
     until_pno = list(estimates)[: list(estimates).index("pno/50") + 1]
     assert sum(estimates[name] for name in until_pno) < 8.5 * 60 - 30

@@ -40,6 +40,7 @@ SMALLER = {
     "preview": "--rows 2 --steps 2",
     'generate "*" --rows': '--steps 2 --address "$RAY_ADDRESS"',
     "generate": '--limit 4 --steps 2 --address "$RAY_ADDRESS"',
+    "score": '--address "$RAY_ADDRESS"',
     "model evaluate": "--pairs 2 --steps 2 --pno-samples 0",
     "model train": "--limit 300 --epochs 1 --transfer-pairs 2",
 }

@@ -364,7 +364,8 @@ MANIFESTS: dict[str, tuple[bytes, str]] = {
     "id of 10 kB": (ids("x" * 10_000), UNSAFE + "m.parquet ('" + "x" * 56 + "...)"),
     "references elsewhere": (
         parquet(reference=["/etc/passwd", "http://169.254.169.254/", "a.png"]),
-        "2 of the first 3 rows have references that may not be read; the first: reference '/etc/passwd' lies outside",
+        "2 of the first 3 rows have references or LoRAs that may not be read; the first: reference '/etc/passwd' lies "
+        "outside",
     ),
 }
 """What a manifest holds, and why the run is refused."""
@@ -452,7 +453,7 @@ SETTINGS: dict[str, str] = {
     'judge: "a\\0b"': "judge is 'a\\x00b'; give a value without NUL characters",
     "model: tiny\nreference_root: ['https://me:secret@host']": "--reference-root 'https://host' is not a usable folder",
     "? [a, b]\n: c": "is not valid YAML in line 1: found unhashable key",
-    "output: here\nwidht: 64": "unknown setting 'widht'; known are: manifest, output",
+    "output: here\nwidht: 64": "unknown setting 'widht'; did you mean width?",
 }
 """A configuration file, and why the run is refused."""
 

@@ -44,7 +44,7 @@ def test_the_command_refuses_them_before_it_looks_for_data(arguments: tuple[str,
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"epoch": 1}, "unknown setting 'epoch'; known are: model, data"),
+        ({"epoch": 1}, "unknown setting 'epoch'; did you mean epochs?"),
         ({"epochs": "1"}, "epochs is '1'; it must be a whole number"),
         ({"tokens": "some"}, "--tokens is 'some'; it must be one of all, patches, cls"),
         ({"dtype": "int8"}, "--dtype is 'int8'; it must be one of auto"),

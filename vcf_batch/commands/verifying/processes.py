@@ -20,8 +20,8 @@ from vcf_batch.records import Shard
 ROWS_FOR_A_PROCESS = 5_000
 """Rows for which one more process is worth its start, which takes about a second."""
 
-Result = TypeVar("Result")
-Read = Callable[[Shard], Result]
+Verified = TypeVar("Verified")
+Read = Callable[[Shard], Verified]
 
 _HELD = (signal.SIGINT, signal.SIGTERM)
 """Signals that this process answers for all: Ctrl-C reaches every process of a terminal."""
@@ -32,7 +32,7 @@ def default_processes(rows: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_FOR_A_PROCESS))
 
 
-def read_in_processes(read: Read[Result], some: Iterable[Shard], processes: int) -> Iterator[tuple[Shard, Result]]:
+def read_in_processes(read: Read[Verified], some: Iterable[Shard], processes: int) -> Iterator[tuple[Shard, Verified]]:
     """Each shard, in order, with the result of ``read``, which runs in threads of several processes.
 
     Shards are read a few for each thread ahead, so memory does not grow with their number.
@@ -49,7 +49,7 @@ def read_in_processes(read: Read[Result], some: Iterable[Shard], processes: int)
     most = 2 * SHARD_READERS * processes
     left = enumerate(some)
     sent: dict[int, Shard] = {}
-    found: dict[int, Result] = {}
+    found: dict[int, Verified] = {}
     with _Processes(read, processes) as members:
         for number in itertools.count():
             for at, shard in itertools.islice(left, most - len(sent)):
@@ -79,10 +79,10 @@ class _Member:
         theirs.close()
 
 
-class _Processes(Generic[Result]):
+class _Processes(Generic[Verified]):
     """Processes that read shards; leaving the block ends them."""
 
-    def __init__(self, read: Read[Result], number: int) -> None:
+    def __init__(self, read: Read[Verified], number: int) -> None:
         self._read, self._number = read, number
         self._members: list[_Member] = []
 
@@ -114,9 +114,9 @@ class _Processes(Generic[Result]):
             member.connection.send((number, shard))
         member.under_way += 1
 
-    def receive(self) -> dict[int, Result]:
+    def receive(self) -> dict[int, Verified]:
         """Wait for results, by the numbers that were sent."""
-        found: dict[int, Result] = {}
+        found: dict[int, Verified] = {}
         members = {id(member.connection): member for member in self._members}
         for connection in wait([member.connection for member in self._members]):
             member = members[id(connection)]

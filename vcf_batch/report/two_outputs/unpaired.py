@@ -21,7 +21,7 @@ class PairedRow:
     record: Mapping[str, Any]
 
 
-Pair = tuple[PairedRow, PairedRow]
+RowPair = tuple[PairedRow, PairedRow]
 """A row of the first output and the one of the second with the same key."""
 
 
@@ -45,7 +45,7 @@ class UnpairedRows:
         self._is_last = False
         """Whether all rows have come, so that those of one file have to stay."""
 
-    def meet(self, at: int, row: PairedRow) -> Pair | None:
+    def meet(self, at: int, row: PairedRow) -> RowPair | None:
         """The pair of a row of the output ``at``, 0 or 1, if its partner waits in memory; else the row waits.
 
         Raises:
@@ -60,7 +60,7 @@ class UnpairedRows:
             self._put_away()
         return None
 
-    def pairs(self) -> Iterator[Pair]:
+    def pairs(self) -> Iterator[RowPair]:
         """The pairs among the rows that are left. Call it once, at the end.
 
         Raises:
