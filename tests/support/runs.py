@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import socket
 import tarfile
@@ -298,6 +299,37 @@ class Files:
 
 class Killed(BaseException):
     """The driver dies here."""
+
+
+def dies_in_scores(work: Callable[[], object], steps: int, after: bool) -> bool:
+    """Let a call die at a change below ``_scores``, once it has made ``steps``; whether it died.
+
+    Args:
+        work: the call.
+        after: whether it dies after that change, rather than before.
+    """
+    left = itertools.count()
+
+    def dying(change: Any) -> Any:
+        def run(url: str, *arguments: Any, **given: Any) -> Any:
+            is_last = "_scores" in url and next(left) == steps
+            if is_last and not after:
+                raise Killed
+            result = change(url, *arguments, **given)
+            if is_last:
+                raise Killed
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("publish_bytes", "remove"):
+            patch.setattr(storage, name, dying(getattr(storage, name)))
+        try:
+            work()
+        except Killed:
+            return True
+    return False
 
 
 def kill_after(steps: int, work: Callable[[], object]) -> None:

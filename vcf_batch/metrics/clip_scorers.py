@@ -12,7 +12,22 @@ from vcf_batch.metrics.clip_score import ClipJudge, cosine
 from vcf_batch.metrics.shown import Part, Seen, Shown, over_references, owners, stacked
 
 
-class ClipCosines:
+class _ByClip:
+    """A scorer that sees pictures by a CLIP.
+
+    Args:
+        clip: the CLIP.
+    """
+
+    def __init__(self, clip: ClipJudge) -> None:
+        self._clip = clip
+
+    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
+        """What the CLIP sees of a picture, ``[3, h, w]``."""
+        return self._clip.pixels([picture])[0]
+
+
+class ClipCosines(_ByClip):
     """Scorer by a CLIP: what ``clip_score`` and ``clip_reference`` are by the judge of a run.
 
     Args:
@@ -23,13 +38,6 @@ class ClipCosines:
         "to_prompt": Part("How well the image fits the prompt, by a CLIP, -1 to 1.", True, "prompt"),
         "to_reference": Part("How much the image resembles the reference, by a CLIP, -1 to 1.", True, "reference"),
     }
-
-    def __init__(self, clip: ClipJudge) -> None:
-        self._clip = clip
-
-    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        """What the CLIP sees of a picture, ``[3, h, w]``."""
-        return self._clip.pixels([picture])[0]
 
     def score(
         self, shown: Sequence[Shown], prepared: Sequence[Tensor], seen: Seen
@@ -45,7 +53,7 @@ class ClipCosines:
         return found
 
 
-class ClipEmbeddings:
+class ClipEmbeddings(_ByClip):
     """Scorer that gives no number but the embedding itself, of length 1, in half precision.
 
     The embedding of several references is that of their weighted mean.
@@ -60,13 +68,6 @@ class ClipEmbeddings:
             "Embedding of the reference by a CLIP, length 1, in half precision.", against="reference", is_vector=True
         ),
     }
-
-    def __init__(self, clip: ClipJudge) -> None:
-        self._clip = clip
-
-    def prepare(self, picture: NDArray[np.uint8]) -> Tensor:
-        """What the CLIP sees of a picture, ``[3, h, w]``."""
-        return self._clip.pixels([picture])[0]
 
     def score(
         self, shown: Sequence[Shown], prepared: Sequence[Tensor], seen: Seen

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import ray
 from ray.exceptions import AuthenticationError
 
-from vcf_batch.errors import UsageError, VcfBatchError
+from vcf_batch.errors import UsageError, VcfBatchError, redact
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _told(address: str | None) -> str:
     if address == "local":
         return "starting Ray on this machine"
     if place := address or os.environ.get("RAY_ADDRESS"):
-        return f"joining the Ray cluster {place}"
+        return f"joining the Ray cluster {redact(place)}"
     return "joining the Ray cluster of this machine, or starting one"
 
 

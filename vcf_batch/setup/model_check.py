@@ -42,8 +42,7 @@ def check(config: RunConfig, manifest: Manifest, resolved: Models, fusions: Set[
     Raises:
         ModelError: the model says nothing about its UNet or VAE, its UNet is of another kind, its tokenizer has no
             vocabulary, or the scheduler does not sample as the model's own says; or it cannot take the references that
-            the manifest has, or cannot guide; or the IP-Adapter or a LoRA does
-            not fit.
+            the manifest has, or cannot guide; or the IP-Adapter or a LoRA does not fit.
         UsageError: references are asked for, and the manifest has none; or the PNO guide is the judge; or an option
             would change nothing.
         StorageError: the storage failed.

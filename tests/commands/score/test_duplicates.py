@@ -1,6 +1,5 @@
 """Duplicates of an output are found whole or not at all, count as absent once they are stale, and can be left out."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from click.testing import CliRunner, Result
 
 import vcf_batch
 from support import exports, runs
-from vcf_batch import images, storage
+from vcf_batch import images
 from vcf_batch.cli import main
 from vcf_batch.errors import Unfinished
 from vcf_batch.output.output import Output
@@ -148,7 +147,7 @@ def test_killed_anywhere_and_rerun_it_ends_with_the_same_bytes(output: Path, aft
     expected, steps = parquets(output), 0
     while True:
         shutil.rmtree(output / "_scores")
-        if not _dies(output, steps, after):
+        if not runs.dies_in_scores(lambda: search(output), steps, after):
             break
         there = len([*output.glob("_scores/duplicates/*_stats.json")])
         assert search(output)["scored"] == 3 - there
@@ -156,31 +155,6 @@ def test_killed_anywhere_and_rerun_it_ends_with_the_same_bytes(output: Path, aft
         steps += 1
     assert steps > 6
     assert search(output)["scored"] == 0
-
-
-def _dies(output: Path, steps: int, after: bool) -> bool:
-    left = itertools.count()
-
-    def dying(change: Any) -> Any:
-        def run(url: str, *arguments: Any, **given: Any) -> Any:
-            is_last = "_scores" in url and next(left) == steps
-            if is_last and not after:
-                raise runs.Killed
-            result = change(url, *arguments, **given)
-            if is_last:
-                raise runs.Killed
-            return result
-
-        return run
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("publish_bytes", "remove"):
-            patch.setattr(storage, name, dying(getattr(storage, name)))
-        try:
-            search(output)
-        except runs.Killed:
-            return True
-    return False
 
 
 def test_a_search_is_stale_once_any_shard_has_changed(output: Path, tmp_path: Path) -> None:

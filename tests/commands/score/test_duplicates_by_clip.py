@@ -2,7 +2,6 @@
 
 import builtins
 import io
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +15,6 @@ from PIL import Image
 
 import vcf_batch
 from support import exports, runs, scorers
-from vcf_batch import storage
 from vcf_batch.cli import main
 from vcf_batch.commands.score.duplicates import near_embeddings
 from vcf_batch.manifest.references import ReferenceReader
@@ -165,37 +163,12 @@ def test_killed_anywhere_and_rerun_it_ends_with_the_same_bytes(
     steps = 0
     while True:
         shutil.rmtree(output / "_scores")
-        if not _dies(output, steps, after, by_clip):
+        if not runs.dies_in_scores(lambda: search(output, *by_clip), steps, after):
             break
         search(output, *by_clip)
         assert parquets(output) == whole
         steps += 3
     assert steps > 14
-
-
-def _dies(output: Path, steps: int, after: bool, by_clip: tuple[str, ...]) -> bool:
-    left = itertools.count()
-
-    def dying(change: Any) -> Any:
-        def run(url: str, *arguments: Any, **given: Any) -> Any:
-            is_last = "_scores" in url and next(left) == steps
-            if is_last and not after:
-                raise runs.Killed
-            result = change(url, *arguments, **given)
-            if is_last:
-                raise runs.Killed
-            return result
-
-        return run
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("publish_bytes", "remove"):
-            patch.setattr(storage, name, dying(getattr(storage, name)))
-        try:
-            search(output, *by_clip)
-        except runs.Killed:
-            return True
-    return False
 
 
 def test_clusters_are_trained_on_a_sample_of_shards(

@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from support import exports, runs, scorers
-from vcf_batch import storage
 from vcf_batch.cli import main
 from vcf_batch.commands.score import wanted as wants
 from vcf_batch.errors import UsageError
@@ -161,7 +160,7 @@ def test_killed_anywhere_and_rerun_it_ends_with_the_same_bytes(output: Path, mod
     steps = 0
     while True:
         shutil.rmtree(output / "_scores")
-        if not _dies(output, wanted, steps, after):
+        if not runs.dies_in_scores(lambda: score(output, *wanted), steps, after):
             break
         opened, store = Output(str(output)), ScoreStore(str(output))
         for definition in store.definitions():
@@ -172,33 +171,6 @@ def test_killed_anywhere_and_rerun_it_ends_with_the_same_bytes(output: Path, mod
         assert parquets(output) == expected
         steps += 7
     assert steps > 14
-
-
-def _dies(output: Path, wanted: tuple[str, ...], steps: int, after: bool) -> bool:
-    """Let a call die at a change below ``_scores``, once it has made some; whether it died."""
-    left = itertools.count()
-
-    def dying(change: Any) -> Any:
-        def run(url: str, *arguments: Any, **given: Any) -> Any:
-            is_last = "_scores" in url and next(left) == steps
-            if is_last and not after:
-                raise runs.Killed
-            result = change(url, *arguments, **given)
-            if is_last:
-                raise runs.Killed
-            return result
-
-        return run
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("publish_bytes", "remove"):
-            patch.setattr(storage, name, dying(getattr(storage, name)))
-        try:
-            result = call("score", output, *itertools.chain.from_iterable(("--with", each) for each in wanted))
-        except runs.Killed:
-            return True
-    assert result.exit_code == 0, result.output
-    return False
 
 
 def test_a_repaired_shard_is_scored_again(output: Path, models: Path) -> None:
