@@ -230,7 +230,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Result, l
     """The command's result, and what a run was started with; no run takes place."""
     configs, asked = [], []
 
-    def record(config: RunConfig, choose_redo: pool.ChooseRedo) -> Summary:
+    def record(config: RunConfig, choose_redo: pool.ChooseRedo, deadline: float | None) -> Summary:
+        assert deadline is None
         configs.append(config)
         asked.append(dict(choose_redo()))
         return Summary(config.output, ROWS, {"success": 10, "rejected": 0, "failed": 0}, 8, 1.0)
