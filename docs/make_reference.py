@@ -60,6 +60,7 @@ def _commands() -> Iterator[str]:
         yield inspect.cleandoc(command.help or "") + "\n"
         if examples := getattr(command, "examples", ()):
             yield "```text\n" + "\n".join(f"{line}    # {purpose}" for line, purpose in examples) + "\n```\n"
+        yield from _document(command)
         records = command.option_records(context) if isinstance(command, Command) else {}
         yield "| option | |\n|---|---|"
         for heading, options in records.items():
@@ -68,6 +69,15 @@ def _commands() -> Iterator[str]:
             for written, text in options:
                 if not written.endswith("--help"):
                     yield f"| `{_cell(written)}` | {_cell(text)} |"
+
+
+def _document(command: click.Command) -> Iterator[str]:
+    if isinstance(command, Command):
+        yield "With `--json` it prints one document:\n"
+        yield "| field | type | |\n|---|---|---|"
+        for name, field in command.document.items():
+            yield f"| `{name}` | {_cell(field.type)} | {_cell(field.meaning)} |"
+        yield ""
 
 
 def _leaves(commands: Iterable[click.Command]) -> Iterator[tuple[str, click.Command]]:

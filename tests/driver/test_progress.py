@@ -1,16 +1,21 @@
 """What a run shows of itself."""
 
+import fcntl
 import io
 import logging
+import os
 import re
+import struct
 import sys
+import termios
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import pytest
 
 from vcf_batch.driver import progress
-from vcf_batch.driver.progress import Progress, configure_log, duration
+from vcf_batch.driver.progress import Progress, Steps, configure_log, duration, show_steps, steps
 
 
 class _Terminal(io.StringIO):
@@ -94,3 +99,71 @@ def test_a_notebook_gets_a_bar_though_it_is_no_terminal(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("seconds", "text"), [(4.21, "4.2s"), (59.9, "59.9s"), (185, "3m 05s"), (3725, "1h 02m")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+COLUMNS = 40
+
+
+@pytest.fixture
+def narrow_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A real terminal of few columns, and what was written to it so far."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    with os.fdopen(theirs, "w") as terminal:
+
+        def shown() -> str:
+            terminal.flush()
+            return os.read(ours, 1 << 16).decode()
+
+        yield terminal, shown
+    os.close(ours)
+
+
+@pytest.fixture
+def shown_steps() -> Iterator[None]:
+    """As in a command."""
+    show_steps(True)
+    yield
+    show_steps(False)
+
+
+def test_a_command_says_in_the_log_how_far_it_is(logged: io.StringIO, shown_steps: None) -> None:
+    """At most every ten seconds."""
+    seconds = iter([0.0, 4.0, 10.0, 15.0, 21.0])
+    with Steps("reading", 4_000, "shard", now=lambda: next(seconds)) as shown:
+        for _ in range(4):
+            shown.advance()
+    assert logged.getvalue().splitlines() == [
+        "reading: 2 of 4,000 shards (0%), 5h 33m left",
+        "reading: 4 of 4,000 shards (0%), 5h 49m left",
+    ]
+
+
+def test_a_library_says_nothing_of_it(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    assert [*steps(iter("abc"), "reading", 3, "shard")] == ["a", "b", "c"]
+    assert not logged.getvalue()
+
+
+def test_a_commands_bar_fits_a_narrow_terminal_and_goes_away_for_other_lines(
+    monkeypatch: pytest.MonkeyPatch, shown_steps: None, narrow_terminal: tuple[TextIO, Callable[[], str]]
+) -> None:
+    """It is taken away before a line is printed, and at the end."""
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+    terminal, shown = narrow_terminal
+    monkeypatch.setattr(sys, "stderr", terminal)
+    configure_log("text")
+    for number in steps(range(3), "reading", 3, "shard"):
+        if number == 1:
+            logging.getLogger("vcf_batch").warning("00001: it is damaged")
+    before, line, after = shown().partition("00001: it is damaged\r\n")
+    assert re.search(r"\r +\r$", before) and "reading" in before and line and after.endswith("\r")
+    assert all(len(part) <= COLUMNS for part in re.split(r"[\r\n]", before + after))
+
+
+def test_a_runs_bar_fits_a_narrow_terminal(narrow_terminal: tuple[TextIO, Callable[[], str]]) -> None:
+    terminal, shown_there = narrow_terminal
+    with Progress(100_000, 20, terminal) as shown:
+        shown.update(20, 3, 2, {"clip_score": 0.25, "lpips": 0.25})
+    parts = re.split(r"[\r\n]", shown_there())
+    assert any("samples" in part for part in parts) and all(len(part) <= COLUMNS for part in parts)

@@ -7,7 +7,18 @@ from typing import Any
 import click
 
 from vcf_batch import storage
-from vcf_batch.cli.command import Command, debug_option, given, hand_on, json_option, moved, repair_command, tell
+from vcf_batch.cli.command import (
+    Command,
+    debug_option,
+    given,
+    hand_on,
+    json_option,
+    moved,
+    repair_command,
+    tell,
+    tell_line,
+)
+from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import WORKER_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.driver.progress import plural, plural_are
@@ -20,6 +31,7 @@ _MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", 
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["score"],
     params=[option for option in generate.params if option.name in _MACHINES],
     groups=WORKER_GROUPS,
     examples=(
@@ -143,6 +155,7 @@ def score(
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["export"],
     examples=(
         (
             'vcf-batch export out/demo dataset --where "clip_score > 0.2" --split train=0.98,validation=0.02',
@@ -248,7 +261,7 @@ def export(
         shard_bytes=options.parse_bytes(shard_bytes),
         partial=partial,
     )
-    exported = export(outputs, target, settings, lambda line: click.echo(line, err=True))
+    exported = export(outputs, target, settings, lambda line: tell_line(line, err=True))
     record = exported.record
     shards = sum(exported.shards.values())
     parts = ", ".join(f"{name} {rows:,}" for name, rows in record.splits.items())
@@ -290,6 +303,7 @@ def _keys(url: str) -> tuple[frozenset[str], str]:
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["push"],
     examples=(
         ("vcf-batch push out/demo s3://bucket/dataset", "To a bucket"),
         ("vcf-batch push out/demo hf://datasets/OWNER/NAME", "To the Hugging Face Hub"),
@@ -317,7 +331,11 @@ def push(output: str, target: str, partial: bool, as_json: bool) -> None:
     hand_on(output, target, as_json, partial)
 
 
-@click.command(cls=Command, examples=(("vcf-batch card out/demo --license cc-by-4.0", "The card of the demo"),))
+@click.command(
+    cls=Command,
+    document=DOCUMENTS["card"],
+    examples=(("vcf-batch card out/demo --license cc-by-4.0", "The card of the demo"),),
+)
 @click.argument("output")
 @click.option(
     "--license",

@@ -8,9 +8,11 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, check_ending, debug_option, json_option, run_config, tell
+from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.config import PAIRINGS
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import UsageError, redact
 
 PROMPTS_HELP = (
@@ -23,6 +25,7 @@ COLUMN_HELP = "The column with the prompts, where --prompts names a table.  [def
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["manifest"],
     examples=(
         (
             "vcf-batch manifest pairs.parquet --prompts prompts.txt --references photos",
@@ -93,7 +96,9 @@ def manifest(
     if out is not None:
         click.echo("'--out FILE' will go in version 0.3: use 'vcf-batch manifest FILE'", err=True)
     target = storage.absolute(written := target or out or "")
-    images = image_files.find(references, target) if references else image_files.ImageFiles((), {})
+    images = image_files.ImageFiles((), {})
+    if references:
+        images = image_files.find(references, target, lambda names, total: steps(names, "looking at", total, "file"))
     built = build(prompt_files.read(prompts, column), images.uris, target, **pairing)
     duplicates = "duplicates kept" if pairing["keep_duplicates"] else "duplicates left out"
     words = [
@@ -119,6 +124,7 @@ def manifest(
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["plan"],
     params=[option for option in generate.params if option.name not in ("dump_config", "deadline")],
     groups=OPTION_GROUPS,
     examples=(
@@ -169,6 +175,7 @@ _NOT_OF_PREVIEWS = ("output", "push", "rows", "dump_config", "deadline")
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["preview"],
     params=[option for option in generate.params if option.name not in _NOT_OF_PREVIEWS],
     groups=OPTION_GROUPS,
     examples=(

@@ -16,8 +16,9 @@ from click.core import ParameterSource
 
 from vcf_batch import ending, storage
 from vcf_batch.cli import settings_file
+from vcf_batch.cli.documents import Fields, faults
 from vcf_batch.config import RunConfig, meant
-from vcf_batch.driver.progress import configure_log, plural
+from vcf_batch.driver.progress import clear_steps, configure_log, plural, show_steps
 from vcf_batch.errors import (
     DamageFound,
     Interrupted,
@@ -45,6 +46,7 @@ class Command(click.Command):
 
     Args:
         examples: command lines that the help text shows, each with what it is for.
+        document: fields of what --json prints; see :mod:`vcf_batch.cli.documents`.
         groups: names of parameters by the heading that their options stand under; all others stand before them.
     """
 
@@ -52,11 +54,12 @@ class Command(click.Command):
         self,
         *args: Any,
         examples: Sequence[tuple[str, str]] = (),
+        document: Fields = MappingProxyType({}),
         groups: Mapping[str, Sequence[str]] = MappingProxyType({}),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.examples, self.groups = examples, groups
+        self.examples, self.document, self.groups = examples, document, groups
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -93,8 +96,9 @@ class Command(click.Command):
         return {heading: records for heading, records in found.items() if records}
 
     def invoke(self, ctx: click.Context) -> Any:
-        if ctx.params.get("log_format") == "json":  # From the first line on, and in errors.
-            configure_log("json", ctx.params.get("verbosity") or "normal")
+        verbosity = ctx.params.get("verbosity") or "normal"
+        configure_log(ctx.params.get("log_format") or "text", verbosity)  # From the first line on, and in errors.
+        show_steps(verbosity != "quiet")
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -125,7 +129,7 @@ class Command(click.Command):
         if ctx.params.get("log_format") == "json":
             _log.error(printable(message).strip(), extra={"event": "error", "exit_code": exit_code})
         else:
-            click.echo(printable(message), err=True)
+            tell_line(printable(message), err=True)
 
 
 def _to_copy(line: str, indent: int, width: int) -> str:
@@ -155,7 +159,25 @@ def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
     """Print the result of a command that is done on standard output: ``words`` for people, or ``document`` for a
     program."""
     ending.done()
-    click.echo(json.dumps(document, indent=2) if as_json else printable(words))
+    click.echo(_printed(document) if as_json else printable(words))
+
+
+def _printed(document: Mapping[str, Any]) -> str:
+    command = click.get_current_context().command
+    assert isinstance(command, Command)
+    assert not (found := faults(document, command.document)), f"--json of {command.name}: {'; '.join(found)}"
+    return json.dumps(document, indent=2)
+
+
+def tell_line(line: str, err: bool = False) -> None:
+    """Print a line of a command that goes on, where its bar was.
+
+    Args:
+        line: the line.
+        err: whether it goes to standard error rather than standard output.
+    """
+    clear_steps()
+    click.echo(line, err=err)
 
 
 def moved_option(name: str) -> Callable[..., Any]:
@@ -224,7 +246,7 @@ def run(
     if push is None:
         ending.done()
     if as_json:
-        click.echo(json.dumps(summary.to_dict(), indent=2))
+        click.echo(_printed(summary.to_dict()))
     elif as_json is None:
         pass
     elif config.log_format == "json":

@@ -9,6 +9,7 @@ import click
 
 from vcf_batch import storage
 from vcf_batch.cli.command import Command, check_ending, debug_option, given, json_option, moved_option, tell
+from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.errors import UsageError, redact
 
 SHEET_ROWS = 64
@@ -17,6 +18,7 @@ SHEET_ROWS = 64
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["status"],
     examples=(
         ("vcf-batch status out/demo", "How far the demo is"),
         ("vcf-batch status s3://bucket/dataset --json", "The same for a program"),
@@ -42,6 +44,7 @@ def status(output: str, as_json: bool) -> None:
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["report"],
     examples=(
         ("vcf-batch report out/demo", "The page"),
         ("vcf-batch report out/demo --png samples.png --rows 16", "A picture of 16 samples"),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell
+from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell, tell_line
+from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import WORKER_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.driver.progress import plural
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["verify"],
     examples=(
         ("vcf-batch verify out/demo", "Everything"),
         (
@@ -179,7 +181,7 @@ def _found(findings: Iterable["Finding"], as_json: bool) -> list["Finding"]:
     for finding in findings:
         found.append(finding)
         if not as_json:
-            click.echo(str(finding))
+            tell_line(str(finding))
     return found
 
 
@@ -193,6 +195,7 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["repair"],
     params=[option for option in generate.params if option.name in _OWN],
     groups=WORKER_GROUPS,
     examples=(
@@ -233,4 +236,4 @@ def repair(ctx: click.Context, output: str, where: str, trust_receipts: bool, as
 
     opened = Output(output, _OWN | given(ctx))
     needed = Repair(opened, where, trust_receipts)
-    run(opened.config, lambda: needed.rows(functools.partial(click.echo, err=as_json)), as_json=as_json)
+    run(opened.config, lambda: needed.rows(functools.partial(tell_line, err=as_json)), as_json=as_json)

@@ -10,6 +10,7 @@ from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
+from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.commands import known_models
@@ -33,7 +34,9 @@ def model() -> None:
     """List, train, assemble and evaluate models."""
 
 
-@model.command("list", cls=Command, examples=(("vcf-batch model list", "What is known by name"),))
+@model.command(
+    "list", cls=Command, document=DOCUMENTS["model list"], examples=(("vcf-batch model list", "What is known by name"),)
+)
 @json_option
 @debug_option
 def list_models(as_json: bool) -> None:
@@ -50,6 +53,7 @@ def list_models(as_json: bool) -> None:
 @model.command(
     "fetch",
     cls=Command,
+    document=DOCUMENTS["model fetch"],
     examples=(("vcf-batch model fetch sd15 --to s3://bucket/sd15", "For a cluster without access to the Hub"),),
 )
 @click.argument("name")
@@ -81,6 +85,7 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 
 @model.command(
     cls=Command,
+    document=DOCUMENTS["model train"],
     examples=(
         (
             "vcf-batch model train --model sd21 --data 's3://bucket/captions/*.tar' --out s3://bucket/aligner "
@@ -215,6 +220,7 @@ def train(as_json: bool, **options: Any) -> None:
 
 @model.command(
     cls=Command,
+    document=DOCUMENTS["model assemble"],
     examples=(
         ("vcf-batch model assemble --base sd21 --aligner s3://bucket/aligner --out model", "A folder for --model"),
     ),
@@ -274,6 +280,7 @@ def assemble(
 @model.command(
     "fit-roles",
     cls=Command,
+    document=DOCUMENTS["model fit-roles"],
     examples=(("vcf-batch model fit-roles --model model --pairs photos", "From the pictures of a folder"),),
 )
 @click.option("--model", "name", required=True, metavar="MODEL", help="Folder or URL of a model with an aligner.")
@@ -316,6 +323,7 @@ def fit_roles(name: str, pairs: str | None, count: int, out: str | None, as_json
 
 @model.command(
     cls=Command,
+    document=DOCUMENTS["model evaluate"],
     params=[option for option in generate.params if option.name not in _DECIDED],
     groups=OPTION_GROUPS,
     examples=(

@@ -11,6 +11,7 @@ import click
 from vcf_batch import config as settings
 from vcf_batch.cli import settings_file
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config
+from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 
 
@@ -49,6 +50,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 
 @click.command(
     cls=Command,
+    document=DOCUMENTS["generate"],
     groups=OPTION_GROUPS,
     examples=(
         ("vcf-batch generate demo out/demo", "The demo, with the embedded model"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vcf_batch.commands.generate import ManifestLike, configured
 from vcf_batch.config import RunConfig, checked_values, with_settings_of
+from vcf_batch.driver.progress import Steps
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.models.prompt_tokens import windows_of
 from vcf_batch.records import Row, Sample
@@ -198,7 +199,13 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
     components.device.use_threads()
     windows = windows_of(components.pipeline.tokenizer, chosen, components.config)
     whole = ShardRows.of(chosen, failed, components.config, windows)
-    Generation(components, whole, made.append, Clock(), last_attempt=True, sampled_at_once=None).run()
+    with Steps("drawing", len(chosen), "image") as shown:
+
+        def take(sample: Sample) -> None:
+            made.append(sample)
+            shown.advance()
+
+        Generation(components, whole, take, Clock(), last_attempt=True, sampled_at_once=None).run()
     return [made[number] for number in numbers]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vcf_batch import storage
 from vcf_batch.commands.push_scores import PushedScores, push_scores
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.output import Output
@@ -180,7 +181,7 @@ def _push_to_folder(output: Output, target: str) -> Pushed:
     def copy(shard: Shard) -> bool | None:
         return _copy_shard(output, folder, shard, folder.put_bytes)
 
-    for shard, is_new in side_by_side(copy, tally.finished()):
+    for shard, is_new in steps(side_by_side(copy, tally.finished()), "copying", len(output.plan), "shard"):
         tally.note(shard, is_new)
     scores = push_scores(output, target, tally.handed_on, lambda url: contextlib.nullcontext(_Folder(url)))
     for name in (card.CARD_NAME, page.PAGE_NAME):
@@ -215,7 +216,7 @@ def _push_to_hub(output: Output, hub: HubCommits) -> _Tally:
     left: Iterable[Shard] = tally.finished()
     for _ in range(COPY_TRIES):
         sent: list[Shard] = []
-        for shard in left:
+        for shard in steps(left, "copying", len(output.plan), "shard"):
             is_new = _copy_shard(output, hub, shard, remember)
             tally.note(shard, is_new)
             sent += [shard] if is_new else []

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from vcf_batch.commands.verify import check, check_receipts
-from vcf_batch.driver.progress import plural
+from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import DamageFound, VcfBatchError
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
@@ -61,7 +61,8 @@ class Repair:
             if finding.shard is not None:
                 redo[finding.shard.index] = bytes([True]) * len(finding.shard)
         whole = (shard for shard in self._output.plan if shard.index not in redo)
-        for shard, selected in self._each(whole):
+        count = len(self._output.plan) - len(redo)
+        for shard, selected in steps(self._each(whole), "judging", count, "shard"):
             if isinstance(selected, DamageFound):
                 show(f"{shard.name}: {selected}")
                 redo[shard.index] = bytes([True]) * len(shard)

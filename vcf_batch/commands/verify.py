@@ -7,14 +7,14 @@ the names of files grow with their number.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from vcf_batch import storage
 from vcf_batch.commands.verifying.processes import read_in_processes
 from vcf_batch.commands.verifying.shard_reader import NOT_GENERATED, ShardReader
-from vcf_batch.driver.progress import plural
+from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import DamageFound, Unfinished
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import commits, receipts
@@ -89,7 +89,7 @@ def check_receipts(output: Output) -> Iterator[Finding]:
             )
 
 
-def check(output: Output, chosen: Set[int] | None = None, processes: int = 1) -> Iterator[Finding]:
+def check(output: Output, chosen: frozenset[int] | None = None, processes: int = 1) -> Iterator[Finding]:
     """Read an output again and yield what is wrong with it. Of each shard, only the first fault is reported.
 
     Args:
@@ -107,16 +107,16 @@ def check(output: Output, chosen: Set[int] | None = None, processes: int = 1) ->
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output.url)
     reader = ShardReader(output, sizes)
-    some = (
-        shard
-        for shard in output.plan
-        if chosen is None or shard.index in chosen or not sizes.get(shard.name + receipts.RECEIPT_SUFFIX)
-    )
+    indices: Sequence[int] = range(len(output.plan))
+    if chosen is not None:
+        lacks = (shard.index for shard in output.plan if not sizes.get(shard.name + receipts.RECEIPT_SUFFIX))
+        indices = sorted(chosen.union(lacks))
+    some = (output.plan[index] for index in indices)
     rows = output.plan.num_rows if chosen is None else sum(len(output.plan[index]) for index in chosen)
     with RepeatFinder(rows) as finder:
         processes = min(processes, len(output.plan))
         read = side_by_side(reader, some) if processes < 2 else read_in_processes(reader, some, processes)
-        for shard, (result, manifest_error) in read:
+        for shard, (result, manifest_error) in steps(read, "reading", len(indices), "shard"):
             lost = lost or manifest_error
             if isinstance(result, Unfinished):
                 yield Finding(shard.name, str(result), shard, "unfinished")

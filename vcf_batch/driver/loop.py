@@ -15,7 +15,7 @@ from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.progress import Progress, plural
 from vcf_batch.driver.shard_queue import ShardQueue
 from vcf_batch.driver.workers import Workers
-from vcf_batch.errors import RefusedError, StorageError, Unfinished, UsageError, VcfBatchError
+from vcf_batch.errors import RefusedError, StorageError, Unfinished, UsageError, VcfBatchError, redact
 from vcf_batch.output.commits import StagedFilesLost
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.setup.shard_task import ShardTask
@@ -80,6 +80,7 @@ class Loop:
         self._watch = Watch(cluster, config.stall_timeout)
         self._ready_at, self._shown_at = cluster.now(), float("-inf")
         self._ends = math.inf
+        self._output, self._has_committed = config.output, False
 
     def run(self, ends: float = math.inf) -> None:
         """Work until every shard is committed or set aside.
@@ -285,16 +286,18 @@ class Loop:
         task, receipt = finished.task, finished.receipt
         self._ledger.committed(task, receipt)
         self._exporter.committed(receipt)
+        first = "" if self._has_committed else f", the first one; its files are in {redact(self._output)}"
         self._progress.note(
-            f"shard {task.title} is finished",
+            f"shard {task.title} is finished{first}",
             "shard_finished",
-            logging.DEBUG,
+            logging.INFO if first else logging.DEBUG,
             shard=task.shard.name,
             worker=receipt.timings.get("worker"),
             node=finished.node,
             rows=len(task.shard),
             seconds=round(receipt.worker_seconds, 3),
         )
+        self._has_committed = True
         for row, message in task.verdicts.items():
             self._progress.note(
                 f"row {row} is recorded as failed: {message}", "row_failed", logging.WARNING, shard=task.shard.name

@@ -1,16 +1,16 @@
-"""The progress of a run: a live bar on a terminal or in a notebook, or a plain line now and then in a log.
+"""The progress of a run, and of commands: a live bar on a terminal, or a plain line now and then in a log.
 
-The log has lines for people, or one JSON object a line for programs.
+The log has lines for people, or one JSON object a line for programs. A run in a notebook has a bar too.
 """
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +19,9 @@ LINE_SECONDS = 10.0
 
 FIELDS = ("shard", "worker", "node", "rows", "seconds", "exit_code")
 """Further fields that an event may have, in its record's ``extra``."""
+
+BAR_SECONDS = 1.0
+"""Seconds after which a command's bar appears, so that what is quick shows none."""
 
 _LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
 
@@ -35,6 +38,19 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes to a stream, or to what standard error is at that moment, and below no bar."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__(stream)
+        self._given = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        clear_steps()
+        self.stream = self._given or sys.stderr
+        super().emit(record)
+
+
 def configure_log(log_format: str, verbosity: str = "normal", stream: TextIO | None = None) -> None:
     """Set the format of this process's log.
 
@@ -44,10 +60,93 @@ def configure_log(log_format: str, verbosity: str = "normal", stream: TextIO | N
         stream: stream of the log; None is standard error.
     """
     as_json, package = log_format == "json", logging.getLogger("vcf_batch")
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
+    handler = _Lines(stream)
     handler.setFormatter(_JsonLines() if as_json else logging.Formatter("%(message)s"))
     package.handlers = [handler]
     package.setLevel(logging.DEBUG if as_json and verbosity == "normal" else _LEVELS[verbosity])
+
+
+Item = TypeVar("Item")
+
+_steps: list["Steps"] = []
+"""Those that are shown now, the outermost first."""
+_shows_steps = False
+
+
+def show_steps(shown: bool) -> None:
+    """Let this process show its :class:`Steps`, as a command does. A library is silent."""
+    global _shows_steps
+    _shows_steps = shown
+
+
+class Steps:
+    """Display of how far one part of a command is; use it with ``with``.
+
+    It is a bar on standard error, if that is a terminal, and else a line in the log every :data:`LINE_SECONDS`.
+
+    Args:
+        doing: what is done, such as ``reading``.
+        total: number of steps; at most so many come.
+        noun: what a step is, such as ``shard``.
+        now: reads the clock.
+    """
+
+    def __init__(self, doing: str, total: int, noun: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._doing, self._total, self._noun, self._now = doing, total, noun, now
+        self._begin = self._shown = now()
+        self._done = 0
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        if _shows_steps and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=self._doing,
+                total=self._total,
+                unit=f" {self._noun}s",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                delay=BAR_SECONDS,
+                leave=False,
+            )
+        _steps.append(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _steps.remove(self)
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self) -> None:
+        """Count one more step."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif _shows_steps and (now := self._now()) - self._shown >= LINE_SECONDS:
+            self._shown = now
+            left = duration((now - self._begin) * (self._total - self._done) / self._done)
+            done = f"{self._done:,} of {plural(self._total, self._noun)} ({self._done / self._total:.0%})"
+            _log.info("%s: %s, %s left", self._doing, done, left, extra={"event": "progress"})
+
+    def clear(self) -> None:
+        """Take the bar away until the next step, so that something else can be printed."""
+        if self._bar is not None:
+            self._bar.clear()
+
+
+def steps(items: Iterable[Item], doing: str, total: int, noun: str) -> Iterator[Item]:
+    """Pass items on, and show how many have been dealt with: see :class:`Steps`."""
+    with Steps(doing, total, noun) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+
+
+def clear_steps() -> None:
+    """Take bars away before something else is printed."""
+    for each in _steps:
+        each.clear()
 
 
 def bar_stream(log_format: str, verbosity: str) -> TextIO | None:

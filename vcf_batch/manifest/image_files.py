@@ -1,7 +1,7 @@
 """The images below a folder, found by what their first bytes say and not by their names."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -41,7 +41,9 @@ class ImageFiles:
         return lines
 
 
-def find(folder: str, manifest: str) -> ImageFiles:
+def find(
+    folder: str, manifest: str, watch: Callable[[Iterator[str], int], Iterator[str]] = lambda names, total: names
+) -> ImageFiles:
     """Find the images below a folder, at any depth. The first bytes of every file are read, many files at a time.
 
     Only the beginning decides: an image that is cut short is found, and its row fails.
@@ -49,6 +51,7 @@ def find(folder: str, manifest: str) -> ImageFiles:
     Args:
         folder: a path or any fsspec URL. Links to folders in it are not followed.
         manifest: the manifest that will name the images. It is itself no image and not counted.
+        watch: hands on the names of the files, given with their number, and sees how far this is.
 
     Raises:
         UsageError: there is no such folder, it cannot be listed, or it holds no image.
@@ -59,7 +62,7 @@ def find(folder: str, manifest: str) -> ImageFiles:
     sizes = _listed(folder)
     uris: list[str] = []
     skipped: dict[str, list[str]] = {_LINK: [*map(_shown, _unfollowed(folder))]} if storage.is_local(folder) else {}
-    names = (name for name in sorted(sizes) if storage.join(folder, name) != manifest)
+    names = watch((name for name in sorted(sizes) if storage.join(folder, name) != manifest), len(sizes))
     with ThreadPoolExecutor(_THREADS, "images") as threads:
         while some := list(islice(names, _FILES_AT_ONCE)):
             reasons = threads.map(lambda name: _obstacle(folder, name, sizes[name]), some)

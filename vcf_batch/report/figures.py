@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vcf_batch import storage
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
@@ -277,7 +278,7 @@ def read(output: Output) -> Figures:
         batches = scores.batches(table.combine_chunks().to_batches(), receipt.shard, receipt.parquet_hash)
         return pa.Table.from_batches(batches, scores.schema(table.schema.remove_metadata()))
 
-    for receipt, table in side_by_side(rows, finished()):
+    for receipt, table in steps(side_by_side(rows, finished()), "reading", len(output.plan), "shard"):
         figures.add_rows(receipt.shard, table)
     if figures.damaged and not figures.done:
         name, reason = next(iter(figures.damaged.items()))

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import logging
 import os
 import runpy
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from vcf_batch.setup.job import Job
 
 if TYPE_CHECKING:
     from vcf_batch.worker.worker import Worker
+
+_log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
 """Batch size that is used instead of a measured one."""
@@ -82,6 +85,7 @@ def load(job: Job, scratch: str) -> "Worker":
     Raises:
         VcfBatchError: as :func:`vcf_batch.worker.worker.load`.
     """
+    _log.info("loading the models")
     os.environ.update(environment(job.config.cpus_per_worker))
     from vcf_batch.worker import worker  # brings torch, which reads the environment
 

@@ -19,6 +19,7 @@ from vcf_batch.commands.export.references import FOLDER
 from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES
 from vcf_batch.commands.export.sources import REFERENCE_HASH
 from vcf_batch.commands.verify import Finding
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import DamageFound
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output import shards
@@ -83,7 +84,8 @@ class ExportCheck:
         count = sum(name.endswith(RECEIPT_SUFFIX) for name in sizes)
         names = [shard_stem(index) for index in range(count)]
         rows, is_sound = 0, True
-        for name, result in side_by_side(functools.partial(self._keys_or_fault, split, sizes), names):
+        read = side_by_side(functools.partial(self._keys_or_fault, split, sizes), names)
+        for name, result in steps(read, f"reading {split}", count, "shard"):
             if isinstance(result, DamageFound):
                 is_sound = False
                 yield Finding(f"{split}/{name}", str(result))

@@ -23,6 +23,7 @@ from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES, OpenShard, PackedRow, pack
 from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceShard, refuse_gaps, refuse_old_searches
 from vcf_batch.commands.push import ABANDONED_SECONDS, check_target
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.output.receipts import RECEIPT_SUFFIX
 from vcf_batch.storage import scratch
@@ -169,7 +170,8 @@ class _Writing:
             return
         room = self._settings.shard_bytes * len(self._begin)
         with scratch.folder() as folder, scratch.writing("the shards of an export", folder, room):
-            for shard in self._sources.shards(min(self._begin.values())):
+            some = self._sources.shards(min(self._begin.values()))
+            for shard in steps(some, "exporting", self._sources.count, "shard"):
                 for judged, row in self._rows(shard):
                     self._add(folder, str(judged.split), row, judged.position)
             for split in [*self._open]:

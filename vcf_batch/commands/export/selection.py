@@ -12,6 +12,7 @@ from vcf_batch.commands.export.references import Names, ReferenceImages
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceShard
 from vcf_batch.commands.export.split import Split
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output.shards import side_by_side
@@ -100,7 +101,8 @@ class Selection:
         choice, found = Choice(), 0
         unknown = set(self._settings.exclude)
         with RepeatFinder(sources.rows) as finder:
-            for _, (splits, left_out, keys, excluded) in side_by_side(self._judge_shard, sources.shards()):
+            judged = side_by_side(self._judge_shard, sources.shards())
+            for _, (splits, left_out, keys, excluded) in steps(judged, "selecting", sources.count, "shard"):
                 choice.splits.update(splits)
                 choice.left_out.update(left_out)
                 unknown -= excluded

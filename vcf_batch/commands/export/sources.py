@@ -132,6 +132,11 @@ class Sources:
         """Number of rows of all outputs, finished or not."""
         return self.all[-1].stop
 
+    @property
+    def count(self) -> int:
+        """Number of committed shards of all outputs."""
+        return sum(map(len, self.survey.committed))
+
     @functools.cached_property
     def survey(self) -> Survey:
         """What the receipts say. They are read when this is first asked for.

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from vcf_batch import storage
 from vcf_batch.commands.verify import Finding
-from vcf_batch.driver.progress import plural
+from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import DamageFound
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
@@ -40,7 +40,9 @@ def check_scores(output: Output, chosen: Set[int] | None = None) -> Iterator[Fin
             for found in output.examine()
             if isinstance(found, Receipt) and (chosen is None or found.shard.index in chosen)
         )
-        for receipt, cause in side_by_side(functools.partial(_fault, output, store, score), whole):
+        read = side_by_side(functools.partial(_fault, output, store, score), whole)
+        count = len(output.plan) if chosen is None else len(chosen)
+        for receipt, cause in steps(read, f"reading {score.name}", count, "shard"):
             if cause is None:
                 lacking += 1
             elif cause:

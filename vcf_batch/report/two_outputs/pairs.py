@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import UsageError
 from vcf_batch.output import shards
 from vcf_batch.output.output import Output
@@ -147,7 +148,8 @@ def compare(first: Output, second: Output) -> TwoOutputs:
     streams = [_rows(output, scores, common) for output, scores in zip((first, second), joined, strict=True)]
     with scratch.temporary("the rows without a partner") as folder:
         unpaired = UnpairedRows(folder, first.plan.num_rows + second.plan.num_rows)
-        for sides in itertools.zip_longest(*streams):
+        longer = max(first.plan.num_rows, second.plan.num_rows)
+        for sides in steps(itertools.zip_longest(*streams), "comparing", longer, "row"):
             for at, side in enumerate(sides):
                 if side and (pair := unpaired.meet(at, side)):
                     found.add(*pair)

@@ -17,6 +17,7 @@ from vcf_batch.commands.score.duplicates.hash_reader import HashReader
 from vcf_batch.commands.score.duplicates.search import Search
 from vcf_batch.commands.score.duplicates.searched_rows import SearchedRows
 from vcf_batch.commands.score.scoring import Added, refuse_repeated
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import UsageError
 from vcf_batch.output import lease, shards
 from vcf_batch.output.output import Output
@@ -74,7 +75,8 @@ def add(output: Output, search: Search, embedding: ScoreDefinition | None = None
             committing = SearchCommits(begun.store, definition, held, begun.searched)
             if lacking:
                 found = begun.rows()
-                for shard, part in side_by_side(begun.reader.read, (shard for shard, _ in finished)):
+                read = side_by_side(begun.reader.read, (shard for shard, _ in finished))
+                for shard, part in steps(read, "reading", len(finished), "shard"):
                     signals.check()
                     found.add(shard, part)
                 found.search()
