@@ -38,9 +38,9 @@ SHOWN = {"text", "yaml", "dockerfile"}
 SMALLER = {
     "plan": "--limit 4 --steps 2",
     "preview": "--rows 2 --steps 2",
-    'generate "*" --rows': '--steps 2 --address "$RAY_ADDRESS"',
-    "generate": '--limit 4 --steps 2 --address "$RAY_ADDRESS"',
-    "score": '--address "$RAY_ADDRESS"',
+    'generate "*" --rows': '--steps 2 --num-workers 1 --address "$RAY_ADDRESS"',
+    "generate": '--limit 4 --steps 2 --num-workers 1 --address "$RAY_ADDRESS"',
+    "score": '--num-workers 1 --address "$RAY_ADDRESS"',
     "model evaluate": "--pairs 2 --steps 2 --pno-samples 0",
     "model train": "--limit 300 --epochs 1 --transfer-pairs 2",
 }

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import select
 import struct
 import sys
 import termios
@@ -113,7 +114,10 @@ def narrow_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
 
         def shown() -> str:
             terminal.flush()
-            return os.read(ours, 1 << 16).decode()
+            parts = []
+            while select.select([ours], [], [], 0.2)[0]:
+                parts.append(os.read(ours, 1 << 16))
+            return b"".join(parts).decode()
 
         yield terminal, shown
     os.close(ours)
