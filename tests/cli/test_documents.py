@@ -1,4 +1,4 @@
-"""The documents of ``--json``. Every command that prints one compares it with its fields, here and in all other tests."""
+"""The documents of ``--json``. Each command compares what it prints with its fields, here and in all other tests."""
 
 from typing import Any
 
