@@ -105,6 +105,7 @@ DOCUMENTS: Mapping[str, Fields] = {
         "model": Field("string|null", "Name of the model."),
         "embedded_test_model": Field("boolean", "Whether it is the embedded test model."),
         "ip_adapter": Field("string|null", "The IP-Adapter of the run."),
+        "loras": Field("array", "The LoRAs of the run, in words."),
         "fusion": Field("string", "The fusion of the run."),
         "strength": Field("number|null", "The strength of the run."),
         "rows.total": Field("integer", "Number of rows of the run."),

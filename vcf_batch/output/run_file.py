@@ -61,6 +61,17 @@ class RunRecord:
     """Fingerprints of the run before rows were appended to its manifest, the first one first."""
 
     @property
+    def used(self) -> dict[str, Mapping[str, Any]]:
+        """Name and identity of each model of the run by what it is for; of a LoRA as ``lora NAME``, with its scale."""
+        loras = {f"lora {name}": lora for name, lora in self.models.get("lora", {}).items()}
+        return {what: model for what, model in self.models.items() if model and what != "lora"} | loras
+
+    @property
+    def loras(self) -> list[str]:
+        """The LoRAs of all rows in words, each with its scale. Rows may have others, in their column."""
+        return [f"{name}, {lora['name']} at {lora['scale']:g}" for name, lora in self.models.get("lora", {}).items()]
+
+    @property
     def fingerprint(self) -> str:
         return fingerprint(self.fields)
 

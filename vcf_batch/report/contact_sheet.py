@@ -75,6 +75,7 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     title = [f"Model: {embedded.label(record.models['model'])}"]
     if adapter := record.models.get("ip_adapter"):
         title.append(f"IP-Adapter: {adapter['name']}")
+    title += [f"LoRA: {told}" for told in record.loras]
     sheet = Image.new("RGB", (width, sum(heights) + len(title) * _LINE + 2 * _GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for number, line in enumerate(title):

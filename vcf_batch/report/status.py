@@ -1,7 +1,7 @@
 """The status of a run, from its output alone: while it runs, after it ended, and after it died."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -52,6 +52,8 @@ class Status:
     strength: float
     """Strength of rows without a fusion and a strength of their own."""
     owner: Owner | None
+    loras: Sequence[str] = ()
+    """The LoRAs of the run, each with its scale. Rows may have others, in their column."""
     scores: Mapping[str, int] = field(default_factory=dict)
     """Number of shards with each score that was added, by its name. Those replaced since count too."""
 
@@ -71,6 +73,7 @@ class Status:
             "model": self.model.get("name"),
             "embedded_test_model": embedded.is_embedded(self.model),
             "ip_adapter": self.ip_adapter,
+            "loras": [*self.loras],
             "fusion": self.fusion,
             "strength": self.strength,
             "rows": {"total": self.rows, **{status: totals.counts[status] for status in STATUSES}},
@@ -115,6 +118,7 @@ class Status:
         lines = [
             ("rows", ", ".join(f"{totals.counts[status]:,} {status}" for status in STATUSES)),
             ("model", embedded.label(self.model) + (f", IP-Adapter {self.ip_adapter}" if self.ip_adapter else "")),
+            *(("lora", told) for told in self.loras),
             ("fusion", f"{self.fusion}, strength {self.strength:g}"),
         ]
         if totals.truncated:
@@ -183,6 +187,7 @@ def of(output: Output) -> Status:
         fusion=output.config.fusion,
         strength=output.config.strength_of(output.config.fusion),
         owner=owner,
+        loras=output.record.loras,
         scores={score.name: store.count(score.name) for score in store.definitions()},
     )
 
