@@ -61,13 +61,17 @@ def scores(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in exports.tree(folder).items() if name.startswith("_scores")}
 
 
-def test_scores_are_handed_on_with_their_shards(output: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_scores_are_handed_on_with_their_shards(
+    output: Path, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Definitions, files, receipts and calibration have the same bytes; a second push copies none, and back again."""
-    there = tmp_path / "there"
-    assert push(Output(output), str(there)).scores.copied == 6
-    assert scores(there) == scores(output)
+    there = str(tmp_path / "there") if kind == "local" else request.getfixturevalue("s3")
+    assert push(Output(output), there).scores.copied == 6
+    names = [name for name in storage.list_tree(there) if name.startswith("_scores")]
+    assert {name: storage.read_bytes(storage.join(there, name)) for name in names} == scores(output)
     assert [*check_scores(Output(there))] == []
-    assert push(Output(output), str(there)).scores.copied == 0
+    assert push(Output(output), there).scores.copied == 0
     assert push(Output(there), str(tmp_path / "back")).scores.copied == 6
     assert scores(tmp_path / "back") == scores(output)
 
