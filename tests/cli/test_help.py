@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from cli.test_cli import COMMANDS, call
+from vcf_batch.cli import main
 from vcf_batch.cli.command import Command
+from vcf_batch.cli.model import model
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.config import DIFFUSERS_NAMES
@@ -32,6 +34,14 @@ def test_a_help_text_fits_the_terminal(name: str, width: int) -> None:
     assert result.exit_code == 0
     choices = [line for line in result.output.splitlines() if len(line) > width]
     assert not [line for line in choices if "[" not in line], "too long, and no list of choices"
+
+
+@pytest.mark.parametrize("group", [main, model])
+def test_a_list_of_commands_cuts_no_sentence_off(group: click.Group) -> None:
+    text = " ".join(CliRunner().invoke(group, ["--help"], terminal_width=60).output.split())
+    for command in group.commands.values():
+        first = str(command.help).strip().partition("\n\n")[0]
+        assert command.hidden or " ".join(first.split()) in text
 
 
 @pytest.mark.parametrize("name", COMMANDS)

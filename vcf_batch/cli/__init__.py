@@ -14,6 +14,7 @@ import click
 import vcf_batch
 from vcf_batch.cli import after, before, look, mend, model
 from vcf_batch.cli.aliases import ALIASES, evaluate, train_aligner
+from vcf_batch.cli.command import Group
 from vcf_batch.cli.run import generate
 
 # The job scripts of version 0.1 import their commands from here, which a user may have copied.
@@ -30,18 +31,11 @@ COMMANDS_BY_STAGE: Mapping[str, Sequence[click.Command]] = {
 """Commands in the order of a run's life, under the headings of the help text."""
 
 
-class _ByStage(click.Group):
-    """The group of all commands, whose help text lists them by stage."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        width = max(len(command.name or "") for commands in COMMANDS_BY_STAGE.values() for command in commands)
-        for stage, commands in COMMANDS_BY_STAGE.items():
-            with formatter.section(stage):
-                limit = formatter.width - 6 - width
-                formatter.write_dl([(f"{each.name:<{width}}", each.get_short_help_str(limit)) for each in commands])
-
-
-@click.group(cls=_ByStage, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    stages=COMMANDS_BY_STAGE,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(vcf_batch.__version__, prog_name="vcf-batch")
 def main() -> None:
     """Generate images that follow prompts and reference images, in bulk, on a Ray cluster."""

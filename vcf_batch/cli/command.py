@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 _OPTION_OR_WORD = re.compile(r"""--\S+ (?:"[^"]*"|'[^']*'|(?!-)\S+)|\S+""")
 """An option with its value, which stay on one line, or another word of a command line."""
 
+_WHOLE = 1000
+"""Most characters of a command's sentence in a list of commands: it is wrapped, and never cut off."""
+
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
@@ -130,6 +133,25 @@ class Command(click.Command):
             _log.error(printable(message).strip(), extra={"event": "error", "exit_code": exit_code})
         else:
             tell_line(printable(message), err=True)
+
+
+class Group(click.Group):
+    """A group whose help text lists commands in order, each with a whole sentence.
+
+    Args:
+        stages: the commands by the heading that they stand under; None lists all of them under one.
+    """
+
+    def __init__(self, *args: Any, stages: Mapping[str, Sequence[click.Command]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stages = stages
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        stages = self._stages or {"Commands": [*self.commands.values()]}
+        width = max(len(each.name or "") for commands in stages.values() for each in commands)
+        for stage, commands in stages.items():
+            with formatter.section(stage):
+                formatter.write_dl([(f"{each.name:<{width}}", each.get_short_help_str(_WHOLE)) for each in commands])
 
 
 def _to_copy(line: str, indent: int, width: int) -> str:

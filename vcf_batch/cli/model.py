@@ -9,7 +9,7 @@ import click
 from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
-from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config, tell
+from vcf_batch.cli.command import Command, Group, debug_option, json_option, run, run_config, tell
 from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
@@ -29,7 +29,7 @@ def _recipe(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
                         show_default=True, **extra)  # fmt: skip
 
 
-@click.group()
+@click.group(cls=Group)
 def model() -> None:
     """List, train, assemble and evaluate models."""
 
