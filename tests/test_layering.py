@@ -1,6 +1,7 @@
 """Who may import whom: read from the imports of every module, wherever they stand in it."""
 
 import ast
+import functools
 import itertools
 import subprocess
 import sys
@@ -39,8 +40,13 @@ ALLOWED = {
 """Which packages may import a library, at the top of a module or within a function."""
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports(path: Path) -> list[tuple[int, str]]:
     """Line and full name of everything that a module imports; of the package, ``vcf_batch.package.module``."""
+    return [*_imports(path)]
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name) for name in node.names)
