@@ -291,6 +291,13 @@ def test_an_evaluation_without_samples_is_no_table(model: Path, tmp_path: Path) 
         evaluate.tabulate(config)
 
 
+def test_the_evaluation_of_a_finished_run_is_a_document(out: Path, model: Path) -> None:
+    """Alone on standard output; nothing is generated again."""
+    result = run(model, out, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((out / "results.json").read_text())
+
+
 def test_python_gets_the_evaluation_of_the_command(
     out: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,7 +246,7 @@ def run(
     config: RunConfig,
     choose_redo: Callable[[], Mapping[int, bytes]] = dict,
     push: str | None = None,
-    as_json: bool | None = False,
+    as_json: bool = False,
     deadline: float | None = None,
 ) -> None:
     """Generate what is left, and what ``choose_redo`` names, and tell what became of it. Then push it to ``push``.
@@ -256,7 +256,7 @@ def run(
         choose_redo: see :func:`vcf_batch.pool.launch.run`.
         push: where the output is copied after a run that succeeds; None for nowhere.
         deadline: see :func:`vcf_batch.pool.launch.run`.
-        as_json: whether what became of it is printed as a document; None prints nothing.
+        as_json: whether what became of it is printed as a document.
     """
     from vcf_batch import pool  # not at the top: ray is not needed to print a help text or refuse an option
 
@@ -269,20 +269,27 @@ def run(
         ending.done()
     if as_json:
         click.echo(_printed(summary.to_dict()))
-    elif as_json is None:
-        pass
     elif config.log_format == "json":
         seconds = round(summary.seconds, 3)
         _log.info(str(summary), extra={"event": "run_finished", "rows": summary.rows, "seconds": seconds})
     else:
         _tell_run(config, summary)
+    check_failed(config, summary)
+    if push is not None:
+        hand_on(config.output, push)
+
+
+def check_failed(config: RunConfig, summary: "Summary") -> None:
+    """Check the outcome of a run.
+
+    Raises:
+        TooManyFailedRows: more rows failed than ``max_failed`` allows.
+    """
     if summary.failed_fraction > config.max_failed:
         raise TooManyFailedRows(
             f"{summary.counts['failed']:,} of {summary.rows:,} rows failed, more than --max-failed "
             f"{config.max_failed:g} allows. Their reasons are in the column error_message of {config.output}/*.parquet."
         )
-    if push is not None:
-        hand_on(config.output, push)
 
 
 def _tell_run(config: RunConfig, summary: "Summary") -> None:

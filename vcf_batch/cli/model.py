@@ -9,7 +9,7 @@ import click
 from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
-from vcf_batch.cli.command import Command, Group, debug_option, json_option, run, run_config, tell
+from vcf_batch.cli.command import Command, Group, check_failed, debug_option, json_option, run, run_config, tell
 from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
@@ -398,7 +398,8 @@ def evaluate(
     samples/ of --out: rerunning the same command resumes. Beside it, table.md has the scores with bootstrap intervals,
     results.json all figures, and tradeoff.png and tradeoff.svg the plot.
     """
-    from vcf_batch.commands import evaluate as evaluation  # torch is not needed to print a help text
+    from vcf_batch import pool  # ray and torch are not needed to print a help text
+    from vcf_batch.commands import evaluate as evaluation
 
     config = run_config(ctx, **evaluation.places(out), limit=None, rows=None, pno_steps=0)
     config = evaluation.prepared(
@@ -413,6 +414,9 @@ def evaluate(
         pno_steps=pno_steps,
         pno_samples=pno_samples,
     )
-    run(config, as_json=None if as_json else False)
+    if as_json:
+        check_failed(config, pool.run(config))
+    else:
+        run(config)
     evaluated = evaluation.tabulate(config)
     tell(f"\n{evaluated.table}", evaluated.results, as_json)
