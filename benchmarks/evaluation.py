@@ -40,6 +40,7 @@ from vcf_batch.tiny.fitting import bfloat16_is_fast, chunks
 from vcf_batch.tiny.second_probe import SecondProbe
 from vcf_batch.tiny.second_probe import second_probe as load_probe
 from vcf_batch.tiny.train import ALIGNERS, OTHER_ALIGNERS, RECIPES
+from vcf_batch.training.alignment import recall
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
 
@@ -51,6 +52,8 @@ STRENGTHS: Mapping[str, Sequence[float]] = {
 """Strengths that are tried of each fusion. The paper's are 0.3, 0.3 and 1."""
 AT_ONCE = 64
 """Pictures of a batch."""
+RECALLED = 100
+"""Pictures whose captions are looked for."""
 SHOWN = 8
 """Pictures of each method that are kept to be looked at."""
 STEPS_OF_A_BATCH = 13.0
@@ -129,6 +132,22 @@ class Evaluation:
 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
             return torch.cat(list(batches()))
+
+    @torch.no_grad()
+    def recall(self, aligner: str) -> float:
+        """How often an unseen picture's own caption, worded as in the training, is the nearest of all, 0 to 1."""
+        file = self.out / "measured" / "recall" / f"{aligner}.json"
+        if not file.exists():
+            begun = time.perf_counter(), time.process_time()
+            pipeline, named = self.pipeline("embedded"), ALIGNERS[aligner][1]
+            scenes = world.sample_scenes(RECALLED, cases_of.RECALL_SEED)
+            captions = [world.caption(scenes.named(index), named, None) for index in range(RECALLED)]
+            model = ImageAligner.from_pretrained(self.aligner_folder(Method("embedded", aligner, "", 0.0))).eval()
+            seen = pipeline.vision_tokens(cases_of.pictures(world.render(scenes)))
+            image, text = (tokens.mean(dim=1) for tokens in (model(seen), pipeline.encode_prompts(captions)))
+            self.record(file, {"recall": recall(image, text, 1)}, begun)
+        found: float = self.recorded(file)["recall"]
+        return found
 
     def pipeline(self, family: str) -> VCFPipeline:
         """The pipeline of a family, loaded once as long as no other one is asked for."""
@@ -392,9 +411,11 @@ def main(
         cases.name: {name: share([int(v) for v in right]) for name, right in cases.read(cases.perfect).items()}
         for cases in (tuning, *(cases for cases, _ in groups))
     }
-    text = tables.report(found, perfect, settings, (evaluation.seconds, evaluation.cpu_seconds))
+    recalls = {aligner: evaluation.recall(aligner) for aligner in aligners}
+    text = tables.report(found, perfect, recalls, settings, (evaluation.seconds, evaluation.cpu_seconds))
     (out / "table.md").write_text(text)
-    (out / "results.json").write_text(json.dumps(tables.document(found, perfect, settings), indent=2))
+    document = tables.document(found, perfect, recalls, settings)
+    (out / "results.json").write_text(json.dumps(document, indent=2))
     click.echo(text)
 
 

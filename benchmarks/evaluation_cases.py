@@ -36,6 +36,8 @@ PHOTOGRAPHS = (
 PROMPTS_OF_A_PHOTOGRAPH = 8
 REPORTED_SEED, TUNING_SEED = pairs.HELD_OUT + 1, pairs.HELD_OUT + 101
 """Seeds of the scenes that are reported, and of those that strengths are chosen on."""
+RECALL_SEED = pairs.HELD_OUT + 201
+"""Seed of the scenes whose captions are looked for."""
 DRAWABLE = ("plain", "striped", "dotted", "checkered", "wavy", "noisy")
 """Patterns with edges, which a line drawing can show, and the plain one."""
 CORNER = 0.4

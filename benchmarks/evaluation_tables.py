@@ -85,12 +85,19 @@ def best(sweep: Mapping[Method, Shares]) -> list[Method]:
 Found = Mapping[str, Mapping[Method, Shares]]
 
 
-def report(found: Found, perfect: Mapping[str, Shares], settings: Mapping[str, Any], taken: tuple[float, float]) -> str:
+def report(
+    found: Found,
+    perfect: Mapping[str, Shares],
+    recalls: Mapping[str, float],
+    settings: Mapping[str, Any],
+    taken: tuple[float, float],
+) -> str:
     """All tables with what is to be known about them.
 
     Args:
         found: the shares of each method, by the name of the cases.
         perfect: the shares of pictures that show all that is wanted.
+        recalls: how often each aligner finds a picture's own caption, 0 to 1.
         settings: the evaluation's.
         taken: seconds on the clock and of CPU.
     """
@@ -104,6 +111,7 @@ def report(found: Found, perfect: Mapping[str, Shares], settings: Mapping[str, A
     for title, note, name in OTHERS:
         if found.get(name):
             parts += [f"### {title}", note, table(found[name], perfect[name])]
+    parts += ["### Recall", _RECALL, recall_table(recalls)]
     parts += [
         "### Every strength",
         "On the {tuning_pairs} pairs that strengths are chosen on. The chosen ones are in bold.".format(**settings),
@@ -119,6 +127,10 @@ gradients: the right way up). A classifier reads them that is no part of any fam
 In brackets: 95% intervals. The strength of each line is the best of five on {tuning_pairs} other pairs, by the mean of
 shape and colour times the mean of pattern, background, style and position. *Perfect* is what the classifier reads of
 the world's own pictures of what is wanted."""
+
+_RECALL = """\
+How often an unseen picture's own caption is the nearest of 100, worded as in the aligner's training: recall@1. It is
+what a training can tell without pictures, and says nothing about what they show."""
 
 OTHERS = (
     (
@@ -180,6 +192,12 @@ def table(rows: Mapping[Method, Shares], perfect: Shares, marked: Sequence[Metho
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def recall_table(recalls: Mapping[str, float]) -> str:
+    """A table with a line an aligner."""
+    rows = [f"| {ALIGNER_WORDS[aligner]} | {found:.0%} |" for aligner, found in recalls.items()]
+    return "\n".join(["| aligner trained with | recall@1 |", "| --- | --- |", *rows])
+
+
 def _cell(found: Interval) -> str:
     if math.isnan(found.value):  # Of no pair was it wanted.
         return ""
@@ -203,11 +221,16 @@ def sentence(rows: Mapping[Method, Shares]) -> str:
 
     plain = said("plain", "aligner-paper", "On a UNet that was trained as Stable Diffusion is, with the paper's loss")
     own = said("plain", LOOKS_AND_TETHER, "on the same UNet, with a tether and captions of looks")
-    ours = said("embedded", LOOKS_AND_TETHER, "on the embedded UNet, which was trained for joined tokens, with both")
-    return "; ".join(part for part in (plain, own, ours) if part) + "."
+    joined = said(
+        "embedded", "aligner-paper", "On the embedded UNet, which was trained for joined tokens, with the paper's loss"
+    )
+    ours = said("embedded", LOOKS_AND_TETHER, "on the embedded UNet, with a tether and captions of looks")
+    return "; ".join(part for part in (plain, own, joined, ours) if part) + "."
 
 
-def document(found: Found, perfect: Mapping[str, Shares], settings: Mapping[str, Any]) -> dict[str, Any]:
+def document(
+    found: Found, perfect: Mapping[str, Shares], recalls: Mapping[str, float], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """The same as JSON."""
 
     def plain(shares: Shares) -> dict[str, Any]:
@@ -215,6 +238,7 @@ def document(found: Found, perfect: Mapping[str, Shares], settings: Mapping[str,
 
     return {
         "settings": settings,
+        "recall": recalls,
         "strengths": [asdict(method) for method in best(found["tuning"])],
         "cases": {
             name: {

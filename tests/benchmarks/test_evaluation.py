@@ -1,6 +1,7 @@
 """The evaluation of the method on the tiny family: what its readers see, how it chooses, and that it resumes."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_a_strength_is_chosen_by_what_is_kept_times_what_is_taken(tables: Any) -
     assert "| **0.1** |" in tables.table(sweep, shares(1, 1), [chosen])
 
 
+def test_the_first_sentence_says_what_is_measured_of_the_method_as_published_and_as_shipped(tables: Any) -> None:
+    """By the UNets that there are; a UNet that was not measured is not spoken of."""
+    shares = {name: Interval(0.5, None, None) for name in (*tables.PROMPT, *tables.REFERENCE)}
+    rows = {
+        tables.Method("embedded", aligner, "concat", 0.1): shares
+        for aligner in ("aligner-paper", "aligner-looks", "aligner")
+    }
+    told = tables.sentence(rows)
+    assert told.count("; ") == 1 and "with the paper's loss" in told and "with a tether and captions of looks" in told
+    assert "Stable Diffusion" not in told and told[0].isupper()
+
+
 def test_strengths_are_chosen_on_pairs_that_are_not_reported(cases_of: Any) -> None:
     reported, others = (
         {each.tobytes() for each in cases_of.of_the_world("", world.sample_scenes(64, seed), SecondProbe()).references}
@@ -135,6 +148,8 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     kept = [*(out / "measured").rglob("*.json")]
     assert len(made) == len(kept) - len(first) + 2  # Two are the estimate's.
     table = (out / "table.md").read_text()
+    recalls = json.loads((out / "results.json").read_text())["recall"]
+    assert recalls.keys() == importlib.import_module("vcf_batch.tiny.train").ALIGNERS.keys()
     made.clear()
     assert CliRunner().invoke(evaluation.main, command, catch_exceptions=False).exit_code == 0
     assert not made and (out / "table.md").read_text() == table
