@@ -8,7 +8,7 @@ TOOLS := build/tools/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test test-all chaos simulate explore reference roles check lint tools lock sbom clean
+.PHONY: install demo test test-all chaos simulate explore reference roles docs check lint tools lock sbom clean
 
 install: $(INSTALLED)
 
@@ -16,7 +16,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,plots,s3,duplicates]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,plots,s3,duplicates]"
 	touch $@
 
 demo: install
@@ -48,6 +48,10 @@ reference: install
 
 roles: install
 	$(BIN)/python docs/make_roles.py
+
+# The documentation as a site, build/site/index.html. A link that leads nowhere, or any other warning, fails it.
+docs: install
+	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --fresh-env -c docs -d build/doctrees . build/site
 
 lint: install
 	$(BIN)/ruff check .
