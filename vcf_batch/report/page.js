@@ -95,14 +95,16 @@ const withoutReference = (sample) => (sample.isDot ? "not in this page" : sample
 const factsOf = (sample) => (sample.isDot ? sample.setting : `in ${sample.shard} · ${sample.setting} · seed ${sample.seed}`);
 
 function card(sample, chosenScore) {
+  const words = [];  // what stands on the button: its name has it too
   const tile = (name, instead) => {
     const found = picture(sample.pictures[name], "");
-    if (!found) return make("span", { class: "tile" }, instead);
-    const badge = sample.references > 1 && name === "reference" ? make("span", { class: "badge" }, `1 of ${sample.references}`) : null;
-    return make("span", { class: "tile" }, found.image, badge);
+    const text = found ? (sample.references > 1 && name === "reference" ? `1 of ${sample.references}` : null) : instead;
+    words.push(...(text ? [text] : []));
+    return make("span", { class: "tile" }, found && found.image, found && text ? make("span", { class: "badge" }, text) : text);
   };
-  const open = make("button", { type: "button", class: "pair", "aria-haspopup": "dialog", "aria-keyshortcuts": "f", "aria-label": `Open sample ${sample.key}` },
-    tile("reference", withoutReference(sample)), tile("output", "no picture"));
+  const tiles = [tile("reference", withoutReference(sample)), tile("output", "no picture")];
+  const open = make("button", { type: "button", class: "pair", "aria-haspopup": "dialog", "aria-keyshortcuts": "f",
+    "aria-label": [...words, `open sample ${sample.key}`].join(", ") }, ...tiles);
   open.addEventListener("click", () => openViewer(shownSamples, sample, focusCard));
   open.addEventListener("keydown", (event) => onFlagKey(event, sample));
   return make("figure", { id: `row-${sample.number}` }, open,
@@ -170,8 +172,9 @@ function exhibit(sample, name, label) {
   const { image, width, height } = found;
   image.addEventListener("load", () => {
     image.style.setProperty("--own", `${width}px`);
-    told.textContent = image.naturalWidth === width ? `${label}, ${width} × ${height} pixels`
-      : `${label}, reduced from ${width} × ${height} pixels to ${image.naturalWidth} × ${image.naturalHeight}, as this page is kept below 3 MB`;
+    const isWhole = image.naturalWidth === width;
+    told.textContent = `${label}, ${width} × ${height} pixels${isWhole ? "" : `, reduced to ${image.naturalWidth} × ${image.naturalHeight}`}`;
+    if (!isWhole) $("viewer-reduced").hidden = false;
   });
   return make("figure", { class: "exhibit" }, image, told);
 }
@@ -180,6 +183,9 @@ function showViewed() {
   const at = list.indexOf(sample);
   $("viewer-key").textContent = sample.key;
   $("viewer-place").textContent = `${at + 1} of ${list.length}`;
+  $("viewer-reduced").hidden = true;
+  $("viewer-reduced").textContent = "Pictures are reduced where this page would be larger than 3 MB."
+    + (sample.shard ? ` The image itself is ${sample.key}.${data.ending} in ${sample.shard}.tar.` : "");
   $("viewer-output").replaceChildren(exhibit(sample, "output", "output") ?? make("p", { class: "quiet" }, "This page has no picture of it."));
   const more = sample.references > 1 ? `reference, 1 of ${sample.references}` : "reference";
   const beside = [exhibit(sample, "reference", more), exhibit(sample, "content", "content twin"), exhibit(sample, "style", "style image")].filter(Boolean);

@@ -32,7 +32,7 @@ from vcf_batch.report.figures import SCORE_LABELS, Chosen, Figures, Histogram, s
 from vcf_batch.report.pictures import reading
 from vcf_batch.report.pictures.fitting import FittedPicture
 from vcf_batch.report.pictures.reading import PagePictures
-from vcf_batch.report.pictures.shares import PREFIX, WEIGHTS
+from vcf_batch.report.pictures.shares import DATA_PREFIX, PICTURE_WEIGHTS
 
 PAGE_NAME = "index.html"
 
@@ -73,7 +73,7 @@ def render(output: Output) -> str:
     for sample in data["samples"]:
         number = sample["number"]
         sample["groups"] = [group for group, rows in groups.items() if any(row.number == number for row in rows)]
-        sample["pictures"] = dict.fromkeys(WEIGHTS, _PLACE)
+        sample["pictures"] = dict.fromkeys(PICTURE_WEIGHTS, _PLACE)
     title = storage.name(output.url)
     _cut(title, data)
     most = PAGE_BYTES - len(_fill(title, data).encode())
@@ -93,6 +93,7 @@ def _texts(output: Output, found: Figures, chosen: Mapping[int, Mapping[str, Any
         "address": redact(output.url),
         "argument": shlex.quote(redact(output.url)),
         "fingerprint": output.record.fingerprint,
+        "ending": output.config.image_format,
         "model": embedded.label(output.record.models["model"]),
         "rows": output.plan.num_rows,
         "done": found.rows,
@@ -137,10 +138,10 @@ def _embed(data: dict[str, Any], found: PagePictures) -> None:
 
     for sample in data["samples"]:
         own = found.samples[sample["number"]]
-        sample["pictures"] = {name: place(own[name]) for name in WEIGHTS if name in own}
+        sample["pictures"] = {name: place(own[name]) for name in PICTURE_WEIGHTS if name in own}
     data["points"] = [[*point[:4], place(found.dots.get(point[0])), *point[5:]] for point in data["points"]]
     data["pictures"] = [
-        [PREFIX + base64.b64encode(picture.data).decode(), picture.width, picture.height] for picture in places
+        [DATA_PREFIX + base64.b64encode(picture.data).decode(), picture.width, picture.height] for picture in places
     ]
 
 

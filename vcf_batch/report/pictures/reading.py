@@ -18,7 +18,7 @@ class PagePictures(NamedTuple):
     """Pictures by row number. One that cannot be read any more, or for which there is no room, is missing."""
 
     samples: Mapping[int, Mapping[str, FittedPicture]]
-    """By what they show, the names of :data:`vcf_batch.report.pictures.shares.WEIGHTS`."""
+    """By what they show, the names of :data:`vcf_batch.report.pictures.shares.PICTURE_WEIGHTS`."""
     dots: Mapping[int, FittedPicture]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-WEIGHTS: Mapping[str, int] = MappingProxyType({"output": 3, "reference": 2, "content": 2, "style": 1})
+PICTURE_WEIGHTS: Mapping[str, int] = MappingProxyType({"output": 4, "reference": 2, "content": 2, "style": 1})
 """Share of a picture in the bytes, by what it shows. The style image is the reference in another size."""
 
 DOT_BYTES = 1300
@@ -11,8 +11,8 @@ DOT_BYTES = 1300
 DOT_EDGE = 72
 """Longest edge of that picture in pixels."""
 
-PREFIX = "data:image/webp;base64,"
-_AROUND = len(PREFIX) + len('["",9999999,9999999],')
+DATA_PREFIX = "data:image/webp;base64,"
+_AROUND = len(DATA_PREFIX) + len('["",9999999,9999999],')
 _DOTS_SHARE = 1 / 4
 
 
@@ -30,12 +30,15 @@ def shares(most: int, dots: int, pictures: Mapping[str, int]) -> dict[str, int]:
     Args:
         most: bytes of the page that are left for pictures.
         dots: number of pictures of dots.
-        pictures: number of other pictures, by the names in :data:`WEIGHTS`.
+        pictures: number of other pictures, by the names in :data:`PICTURE_WEIGHTS`.
     """
     dot = min(DOT_BYTES, file_bytes(most * _DOTS_SHARE / max(dots, 1)))
     left = most - dots * embedded_bytes(dot)
-    weights = sum(WEIGHTS[name] * count for name, count in pictures.items())
-    return {"dot": dot, **{name: file_bytes(left * weight / max(weights, 1)) for name, weight in WEIGHTS.items()}}
+    weights = sum(PICTURE_WEIGHTS[name] * count for name, count in pictures.items())
+    return {
+        "dot": dot,
+        **{name: file_bytes(left * weight / max(weights, 1)) for name, weight in PICTURE_WEIGHTS.items()},
+    }
 
 
 def embedded_bytes(size: int) -> int:
