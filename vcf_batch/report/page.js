@@ -303,6 +303,7 @@ function setUpFlags() {
     if (!confirm(`Remove the flags of ${plural(flags.size, "sample")}?`)) return;
     flags = new Set();
     keepFlags();
+    $("flags-title").focus();  // The button is gone.
   });
   addEventListener("storage", (event) => {
     if (event.key !== flagsName) return;
