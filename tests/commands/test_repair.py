@@ -141,6 +141,28 @@ def test_what_is_no_condition_on_a_row_is_refused_at_once(whole: Path, where: st
     assert reason in str(error.value)
 
 
+def test_rows_are_named_by_their_keys(whole: Path) -> None:
+    """Those alone, or beside those of a condition; whether all files are read before, or receipts are trusted."""
+    keys = {"000000002", "000000005", "000000008"}
+    for trust in (False, True):
+        assert needed(whole, "false", keys=keys, trust_receipts=trust) == {0: [2], 1: [5], 2: [8]}
+        assert needed(whole, keys=keys, trust_receipts=trust) == {0: [2], 1: [5], 2: [8, 9]}
+
+
+def test_rows_of_a_manifest_with_ids_are_named_by_these(tmp_path: Path) -> None:
+    manifest = runs.write_manifest(tmp_path / "in", 4, {"sample_id": ["d", "c", "b", "a"]})
+    runs.write_output(manifest, tmp_path / "out", SHARD_SIZE)
+    assert needed(tmp_path / "out", "false", keys={"b"}) == {0: [2]}
+    with pytest.raises(UsageError, match=r"1 of 2 keys of --keys is of no row of .*which has 4 rows: '000000002'\. "):
+        Repair(Output(str(tmp_path / "out")), FAILED, keys={"a", "000000002"})
+
+
+def test_a_key_in_a_damaged_shard_is_known(output: Path) -> None:
+    """The manifest has it; the shard is generated whole anyway."""
+    (output / "00001.parquet").write_bytes(b"")
+    assert needed(output, "false", keys={"000000006"}) == {1: [4, 5, 6, 7]}
+
+
 def test_damaged_and_missing_shards_are_generated_whole(output: Path) -> None:
     (output / "00000_stats.json").unlink()
     data = (output / "00001.tar").read_bytes()
@@ -262,6 +284,37 @@ def test_a_manifest_and_a_model_that_have_moved_are_named(output: Path, monkeypa
     result, (config,), _ = call(monkeypatch, output, "--manifest", moved, "--model", "/new", "--where", FAILED)
     assert result.exit_code == 0, result.output
     assert (config.manifest, config.model) == (str(moved), "/new")
+
+
+def test_keys_of_a_file_are_redone_instead_of_failed_rows_or_beside_a_condition(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is that of 'export --exclude': a key on each line."""
+    (tmp_path / "keys.txt").write_text("000000002\n\n 000000008 \r\n")
+    for where, expected in ((), {0: b"\0\0\1\0", 2: b"\1\0"}), (("--where", FAILED), None):
+        result, _, (again,) = call(monkeypatch, output, "--keys", tmp_path / "keys.txt", *where)
+        assert result.exit_code == 0, result.output
+        assert again == (expected or {0: b"\0\0\1\0", 1: b"\0\1\0\0", 2: b"\1\1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: "),
+        ("\n", "has no key; give a key on each line, or leave the option out"),
+        ("a b c d e f g".replace(" ", "\n"), "7 of 7 keys of --keys are of no row of "),
+        ("a b c d e f g".replace(" ", "\n"), "which has 10 rows: 'a', 'b', 'c', 'd', 'e' and 2 more. Take them out"),
+    ],
+)
+def test_a_file_of_keys_that_names_no_rows_is_refused_before_anything_is_read(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "keys.txt").write_text(text)
+    monkeypatch.setattr(storage, "digest", lambda *_: pytest.fail("a file is read"))
+    result, configs, _ = call(monkeypatch, output, "--keys", tmp_path / "keys.txt")
+    assert (result.exit_code, configs) == (2, [])
+    assert message in result.output
 
 
 @pytest.mark.parametrize(

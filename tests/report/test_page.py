@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from support import browser, runs
+from support import browser, pages, runs
 from vcf_batch.cli import main
 from vcf_batch.errors import DamageFound
 from vcf_batch.output.output import Output
-from vcf_batch.report import page, thumbnails
+from vcf_batch.records import Scores
+from vcf_batch.report import page
 
 ROWS = 24
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- <script> $data ${x} \u2028 & 'é'"
@@ -44,24 +44,23 @@ def written(output: Path) -> Path:
 @pytest.fixture(scope="module")
 def data(written: Path) -> dict[str, Any]:
     """What the page shows."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', written.read_text(), re.DOTALL)
-    assert found
-    return json.loads(found[1])
+    return pages.data_of(written.read_text())
+
+
+def decoded(data: dict[str, Any], place: int) -> Image.Image:
+    """A picture of the page."""
+    return Image.open(io.BytesIO(base64.b64decode(data["pictures"][place][0].removeprefix("data:image/webp;base64,"))))
 
 
 def test_every_sample_stands_beside_its_reference(data: dict[str, Any], output: Path) -> None:
     samples = {sample["number"]: sample for sample in data["samples"]}
     assert samples.keys() == set(range(ROWS)) - {7}
     for number, sample in samples.items():
-        shown = {name: sample[name] for name in ("output", "reference")}
-        pictures = {
-            name: None if place is None else Image.open(io.BytesIO(base64.b64decode(data["pictures"][place][23:])))
-            for name, place in shown.items()
-        }
+        pictures = {name: decoded(data, place) for name, place in sample["pictures"].items()}
         expected = {"output": runs.png(number, 32), "reference": runs.png(number % 3) if number % 5 != 4 else None}
         for name, file in expected.items():
             if file is None:
-                assert pictures[name] is None
+                assert name not in pictures
             else:
                 assert np.array_equal(np.asarray(pictures[name]), np.asarray(Image.open(io.BytesIO(file))))
 
@@ -69,7 +68,8 @@ def test_every_sample_stands_beside_its_reference(data: dict[str, Any], output: 
 def test_the_page_adds_up(data: dict[str, Any]) -> None:
     assert (data["rows"], data["done"], data["counts"]) == (24, 24, {"success": 23, "rejected": 0, "failed": 1})
     assert data["causes"] == [{"status": "failed", "text": "no", "count": 1, "key": "000000007", "example": "no"}]
-    assert data["scores"][0]["count"] == sum(data["scores"][0]["bars"]) == len(data["points"]) == 23
+    assert data["scores"][0]["count"] == sum(data["scores"][0]["bars"]) == data["drawn"] == 23
+    assert data["points"] == []
     assert data["scores"][2]["count"] == 0
     assert next(sample for sample in data["samples"] if "best clip_score" in sample["groups"])["number"] == 16
 
@@ -106,18 +106,10 @@ def test_the_page_needs_no_other_file(written: Path) -> None:
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
 
 
-def test_the_page_stays_small() -> None:
-    """A page has so many thumbnails at most, and each is small even where nothing compresses."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
-    assert len(thumbnails.thumbnail(noise)) <= thumbnails.MAX_THUMBNAIL_BYTES
-    assert len(thumbnails.thumbnail(noise.resize((thumbnails.EDGE, thumbnails.EDGE)))) <= thumbnails.MAX_THUMBNAIL_BYTES
-    samples = page.figures.RANDOM + 2 * page.figures.EXTREMES * len(page.SCORE_LABELS)
-    assert samples * 2 * thumbnails.MAX_THUMBNAIL_BYTES * 4 / 3 < 2.2e6
-
-
 def test_a_run_without_its_manifest_is_shown_without_references(output: Path, tmp_path: Path) -> None:
     opened = Output(str(output), {"manifest": str(tmp_path / "gone.parquet")})
-    assert '"reference":0' not in page.render(opened)
+    data = pages.data_of(page.render(opened))
+    assert not any("reference" in sample["pictures"] for sample in data["samples"])
 
 
 def test_a_tar_that_lost_a_sample_is_damage(tmp_path: Path) -> None:
@@ -161,4 +153,76 @@ def test_filter_and_sort_work_in_a_browser(written: Path) -> None:
         assert tab.evaluate("document.querySelector('#model').textContent") == "by m"
         assert tab.evaluate("document.title") == "<b>out: vcf-batch report"
         assert tab.evaluate("document.querySelectorAll('svg rect').length") > 3
+        assert tab.problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no chromium on this machine")
+def test_samples_open_and_are_flagged_in_a_browser(written: Path) -> None:
+    """By keyboard alone: Enter opens a picture, arrows go on, f flags, Esc goes back to where the focus was; flags stay
+    when the page is opened again, and are listed as 'repair --keys' takes them."""
+    key = "document.querySelector('#viewer-key').textContent"
+    focused = "document.activeElement.closest('figure')?.id ?? document.activeElement.id"
+    with browser.page() as tab:
+        for dark, width in ((False, 1280), (True, 360)):
+            tab.open(written, width=width, dark=dark)
+            tab.evaluate("document.querySelector('#row-2 .pair').focus()")
+            tab.press("Enter")
+            assert tab.evaluate("document.querySelector('#viewer').matches(':modal')")
+            assert tab.evaluate("document.querySelector('#viewer').getBoundingClientRect().width") <= width
+            for _ in range(9):
+                tab.press("Tab")
+                inside = "document.activeElement === document.body || document.activeElement.closest('dialog') !== null"
+                assert tab.evaluate(inside)
+            assert tab.evaluate(key) == "000000002"
+            tab.press("Escape")
+        tab.evaluate("document.querySelector('#row-2 .pair').focus()")
+        tab.press("Enter")
+        for expected in ("000000003", "000000004"):
+            tab.press("ArrowRight")
+            assert tab.evaluate(key) == expected
+        assert tab.evaluate("document.querySelector('#viewer-beside').textContent") == "Text only: it has no reference."
+        tab.press("f")
+        tab.press("ArrowLeft")
+        assert tab.evaluate("document.querySelector('#viewer-prompt').textContent") == EVIL
+        assert tab.evaluate("document.querySelectorAll('#viewer-beside img').length") == 1
+        tab.press("Escape")
+        assert tab.evaluate("document.querySelector('#viewer').open") is False
+        assert tab.evaluate(focused) == "row-3"
+        tab.press("f")
+        tab.evaluate("document.querySelector('[name=text]').focus()")
+        tab.press("f")
+        tab.open(written)
+        assert tab.evaluate("document.querySelector('#flags-keys').value") == "000000003\n000000004"
+        assert tab.evaluate("document.querySelector('#flags-count').textContent") == "2 samples flagged."
+        assert tab.evaluate("document.querySelector('#flags-repair').textContent").endswith(" --keys b-out-flagged.txt")
+        assert tab.evaluate("document.querySelectorAll('#gallery [aria-pressed=true]').length") == 2
+        assert tab.problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no chromium on this machine")
+def test_dots_show_their_samples_in_a_browser(tmp_path: Path) -> None:
+    """One Tab reaches the plot, arrows go from dot to dot, and Enter opens the sample of one."""
+    manifest = runs.write_manifest(tmp_path / "in", 80)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "Scores", lambda score, *_: Scores(score, score / 2, None))
+        runs.write_output(manifest, tmp_path / "out", 40)
+    (tmp_path / "page.html").write_text(page.render(Output(str(tmp_path / "out"))))
+    shown = "document.querySelector('#readout .key').textContent"
+    with browser.page() as tab:
+        tab.open(tmp_path / "page.html")
+        assert tab.evaluate("document.querySelectorAll('.dots circle').length") == 80
+        assert tab.evaluate("document.querySelectorAll('.dots [tabindex=\"0\"]').length") == 1
+        tab.evaluate("document.querySelector('#highlight, #across').focus()")
+        tab.press("Tab")
+        assert tab.evaluate("document.activeElement.tagName") == "circle"
+        for name, expected in (("ArrowRight", 1), ("End", 79), ("ArrowDown", 78), ("ArrowLeft", 77)):
+            tab.press(name)
+            assert tab.evaluate(shown) == f"{expected:09d}"
+            assert tab.evaluate("document.querySelectorAll('#readout img').length") == 1
+        tab.press("Enter")
+        assert tab.evaluate("document.querySelector('#viewer-key').textContent") == "000000077"
+        tab.press("Escape")
+        assert tab.evaluate("document.activeElement.dataset.key") == "000000077"
         assert tab.problems == []

@@ -59,10 +59,12 @@ class Page:
         return result["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Press and release a key such as ``Tab``."""
-        codes = {"Tab": 9, "ArrowRight": 39}
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+        """Press and release a key such as ``Tab`` or ``f``."""
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
+        code = codes[key] if key in codes else ord(key.upper())
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+        for kind, typed in (("keyDown", text), ("keyUp", "")):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=typed)
 
     def screenshot(self, whole: bool = False) -> bytes:
         """The window, or the whole page, as PNG."""

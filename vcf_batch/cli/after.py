@@ -1,12 +1,11 @@
 """``score``, ``export``, ``push`` and ``card``: an output to select from and to hand on."""
 
-import hashlib
 import json
 from typing import Any
 
 import click
 
-from vcf_batch import storage
+from vcf_batch.cli import keys_file
 from vcf_batch.cli.command import (
     Command,
     debug_option,
@@ -23,8 +22,6 @@ from vcf_batch.cli.option_groups import WORKER_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.driver.progress import plural, plural_are
 from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
-
-MAX_KEYS_BYTES = 1 << 30
 
 _MACHINES = ("num_workers", "gpus_per_worker", "cpus_per_worker", "log_format", "verbosity", "address")
 
@@ -248,7 +245,7 @@ def export(
     from vcf_batch.commands.export import split as splits
     from vcf_batch.commands.export.exporting import export  # pyarrow and DuckDB are not needed to print a help text
 
-    keys, sha256 = _keys(exclude) if exclude is not None else (frozenset[str](), None)
+    keys, sha256 = keys_file.read("--exclude", exclude) if exclude is not None else (frozenset[str](), None)
     settings = options.ExportSettings(
         where=where,
         exclude=keys,
@@ -278,27 +275,6 @@ def export(
         "notes": [redact(line) for line in exported.lines],
     }
     tell("\n".join([*words, *exported.lines]), document, as_json)
-
-
-def _keys(url: str) -> tuple[frozenset[str], str]:
-    """The keys in a file, and the file's hash.
-
-    Raises:
-        UsageError: the file cannot be read, or is none of keys.
-    """
-    try:
-        data = storage.read_bytes(url, limit=MAX_KEYS_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--exclude {redact(url)} cannot be read: {error}. Give a text file with a key on each line"
-        ) from error
-    if len(data) > MAX_KEYS_BYTES:
-        raise UsageError(f"--exclude {redact(url)} has more than {MAX_KEYS_BYTES:,} bytes; use --where instead")
-    keys = frozenset(line.strip() for line in text.splitlines() if line.strip())
-    if not keys:
-        raise UsageError(f"--exclude {redact(url)} has no key; give a key on each line, or leave the option out")
-    return keys, hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
 @click.command(

@@ -84,8 +84,9 @@ def report(
     """Write a page, or a picture, that shows OUTPUT.
 
     The page has scores, samples, failures, throughput and configuration. It is one HTML file that needs nothing else,
-    and shows the best, the worst and random samples beside their references. With --png, a picture of the first samples
-    is written instead of the page; with --out as well, both. OUTPUT may be unfinished.
+    and shows the best, the worst and random samples beside their references. Samples open large there, and keys are
+    flagged for 'repair --keys' and 'export --exclude'. With --png, a picture of the first samples is written instead of
+    the page; with --out as well, both. OUTPUT may be unfinished.
 
     With OTHER, a second output, the two are compared row by row, by their keys: scores, and which rows are better or
     worse in OTHER. Nothing is written, unless --out names a page, which also shows the rows that changed most.

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from vcf_batch.cli import keys_file
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell, tell_line
 from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import WORKER_GROUPS
@@ -201,6 +203,7 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
     examples=(
         ("vcf-batch repair out/demo", "What is damaged, missing or failed"),
         ('vcf-batch repair out/demo --where "clip_reference < 0.2"', "And samples that hardly follow their reference"),
+        ("vcf-batch repair out/demo --keys flagged.txt", "And samples that were flagged in the report"),
     ),
 )
 @click.argument("output")
@@ -209,7 +212,13 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
     metavar="SQL",
     default="status = 'failed'",
     show_default=True,
-    help="Which rows to generate again: a condition on the columns of the parquets.",
+    help="Which rows to generate again: a condition on the columns of the parquets. With --keys, only if it is given.",
+)
+@click.option(
+    "--keys",
+    metavar="FILE",
+    help="A text file with a key on each line: rows to generate again, instead of those of --where, or beside them if "
+    "both are given.",
 )
 @click.option(
     "--trust-receipts",
@@ -222,18 +231,26 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
 @json_option
 @debug_option
 @click.pass_context
-def repair(ctx: click.Context, output: str, where: str, trust_receipts: bool, as_json: bool, **_: Any) -> None:
+def repair(
+    ctx: click.Context, output: str, where: str, keys: str | None, trust_receipts: bool, as_json: bool, **_: Any
+) -> None:
     """Generate again what is damaged, missing or failed in OUTPUT.
 
     OUTPUT is read first, as 'verify' reads it, unless --trust-receipts is given. Damaged and missing shards are
-    generated whole. Of the other shards, only the rows that --where selects are generated: their other samples stay,
-    byte for byte. Keys, shards and settings stay as they are.
+    generated whole. Of the other shards, only the rows that --where selects or --keys names are generated: their other
+    samples stay, byte for byte. Keys, shards and settings stay as they are, so a row whose image was sound has the same
+    image again, on the same type of device.
 
     Exit codes: those of 'generate'; 5 if OUTPUT is damaged in a way that generating does not mend.
     """
     from vcf_batch.commands.repair import Repair
     from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
 
+    named: frozenset[str] = frozenset()
+    if keys is not None:
+        named = keys_file.read("--keys", keys)[0]
+        if ctx.get_parameter_source("where") is ParameterSource.DEFAULT:
+            where = "false"
     opened = Output(output, _OWN | given(ctx))
-    needed = Repair(opened, where, trust_receipts)
+    needed = Repair(opened, where, trust_receipts, named)
     run(opened.config, lambda: needed.rows(functools.partial(tell_line, err=as_json)), as_json=as_json)

@@ -1,12 +1,14 @@
-"""Choose what a repair redoes: damaged and missing shards, and the rows that a condition selects."""
+"""Choose what a repair redoes: damaged and missing shards, and the rows that a condition selects or a file names."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
 from vcf_batch.commands.verify import check, check_receipts
 from vcf_batch.driver.progress import plural, steps
-from vcf_batch.errors import DamageFound, VcfBatchError
+from vcf_batch.errors import DamageFound, UsageError, VcfBatchError
+from vcf_batch.manifest.columns import shown
+from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores.joined import JoinedScores
@@ -17,6 +19,8 @@ from vcf_batch.setup.job import schema_of
 
 JUDGED_AT_ONCE = 1 << 14
 """Rows that a condition is evaluated for at once, unless a shard has more."""
+SHOWN_KEYS = 5
+"""Keys of a file that are shown in a message."""
 
 
 class Repair:
@@ -27,17 +31,21 @@ class Repair:
         where: the condition, see :class:`vcf_batch.report.condition.Condition`.
         trust_receipts: whether a shard counts as whole if its files have the sizes in its receipt. Else all files are
             read first, as :func:`vcf_batch.commands.verify.check` does.
+        keys: keys of rows to redo, beside those that the condition selects.
 
     Raises:
-        UsageError: ``where`` is not a condition on the output's columns, or the manifest cannot be read.
+        UsageError: ``where`` is not a condition on the output's columns, no row has one of the keys, or the manifest
+            cannot be read.
         RefusedError: the manifest has changed since the run.
     """
 
-    def __init__(self, output: Output, where: str, trust_receipts: bool = False) -> None:
+    def __init__(self, output: Output, where: str, trust_receipts: bool = False, keys: Collection[str] = ()) -> None:
         manifest = output.need_manifest()
         self._output, self._trust_receipts = output, trust_receipts
         self._scores = JoinedScores(output.url)
         self._condition = Condition(where, self._scores.schema(schema_of(output.config, manifest)))
+        self._keys = frozenset(keys)
+        self._refuse_unknown_keys(manifest)
 
     def rows(self, show: Callable[[str], None]) -> dict[int, RowMask]:
         """Read the output and choose the rows to redo.
@@ -73,8 +81,22 @@ class Repair:
         show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
         return redo
 
+    def _refuse_unknown_keys(self, manifest: Manifest) -> None:
+        """See the class. The manifest is asked, as it has the keys of damaged shards too."""
+        if not self._keys:
+            return
+        if unknown := sorted(self._keys.difference(manifest.keys())):
+            told = ", ".join(shown(key) for key in unknown[:SHOWN_KEYS])
+            told += f" and {len(unknown) - SHOWN_KEYS:,} more" if len(unknown) > SHOWN_KEYS else ""
+            keys = f"{plural(len(self._keys), 'key')} of --keys {'is' if len(unknown) == 1 else 'are'}"
+            rows = plural(self._output.plan.num_rows, "row")
+            raise UsageError(
+                f"{len(unknown):,} of {keys} of no row of {self._output.url}, which has {rows}: {told}. "
+                "Take them out of the file, or name the output that they are of"
+            )
+
     def _each(self, some: Iterable[Shard]) -> Iterator[tuple[Shard, RowMask | DamageFound]]:
-        """The rows of each shard that the condition selects, or what is wrong with its parquet.
+        """The rows of each shard that are selected or named, or what is wrong with its parquet.
 
         Shards are read one by one, and many of them are judged at once, as a query takes longer than its rows do.
         """
@@ -93,9 +115,9 @@ class Repair:
         yield from self._judge(waiting)
 
     def _judge(self, waiting: Sequence[tuple[Shard, pa.Table]]) -> Iterator[tuple[Shard, RowMask]]:
-        """The rows that the condition selects, of shards with the same columns. A run has each key once."""
+        """The rows that are selected or named, of shards with the same columns. A run has each key once."""
         if waiting:
-            keys = self._condition.keys(pa.concat_tables(table for _, table in waiting))
+            keys = self._condition.keys(pa.concat_tables(table for _, table in waiting)) | self._keys
             for shard, table in waiting:
                 yield shard, bytes(key in keys for key in table["key"].to_pylist())
 

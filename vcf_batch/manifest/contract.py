@@ -153,7 +153,7 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
     for at in range(batch.num_rows):
         values = {name: column[at] for name, column in columns.items()}
         number = first_row + at
-        key = values.get("sample_id", f"{number:09d}")
+        key = values.get("sample_id", numbered_key(number))
         if key is None or not re.fullmatch(SAFE_ID, key):
             raise ManifestError(
                 f"column 'sample_id' of row {number} is {shown(key)}, which is not a safe id; an id is 1 to 128 of the "
@@ -193,6 +193,11 @@ def parse_rows(batch: pa.RecordBatch, first_row: int, run_seed: int, carried: pa
             )
         )
     return rows
+
+
+def numbered_key(number: int) -> str:
+    """The key of a row in a manifest without ``sample_id``."""
+    return f"{number:09d}"
 
 
 def parse_references(value: Any, column: str = "reference") -> tuple[Reference, ...]:

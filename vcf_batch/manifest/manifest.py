@@ -25,7 +25,13 @@ from vcf_batch.manifest import contents, parquet
 from vcf_batch.manifest.carried import carried_schema, changes, is_list, left_out
 from vcf_batch.manifest.check import Census, check, large_texts
 from vcf_batch.manifest.columns import LIMITS, MANIFEST_COLUMNS, OPTIONS, other_name_of, shown
-from vcf_batch.manifest.contract import check_schema, has_embedded_references, has_reference_lists, parse_rows
+from vcf_batch.manifest.contract import (
+    check_schema,
+    has_embedded_references,
+    has_reference_lists,
+    numbered_key,
+    parse_rows,
+)
 from vcf_batch.manifest.parquet import ParquetFile
 from vcf_batch.records import Row
 
@@ -270,6 +276,15 @@ class Manifest:
             return
         for _, batch in self._batches([column], self.first_row, self.stop, _TEXTS_PER_READ):
             yield from batch[column].to_pylist() if column in batch.schema.names else [None] * batch.num_rows
+
+    def keys(self) -> Iterator[str]:
+        """The key of each row in use. No other column is read.
+
+        Raises:
+            ManifestError, RefusedError, StorageError: see :meth:`iter_rows`.
+        """
+        for number, key in enumerate(self.each("sample_id"), self.first_row):
+            yield numbered_key(number) if key is None else key
 
     def rows(self, start: int, stop: int, run_seed: int) -> list[Row]:
         """Rows ``start`` to ``stop`` (excluded); see :meth:`iter_rows`."""

@@ -32,8 +32,8 @@ EXTREMES = 8
 """Number of best rows, and of worst rows, kept for each score."""
 RANDOM = 32
 """Number of rows in the random sample."""
-POINTS = 1500
-"""Most rows in the scatter plot."""
+POINTS = 400
+"""Most rows drawn at random for the scatter plot. Each has a picture in the page."""
 MAX_CAUSES = 500
 """Most causes of failure counted separately; further causes are counted together."""
 MAX_INTERVALS = 240

@@ -5,6 +5,12 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const scoreNames = data.scores.map((score) => score.name);
 const scored = data.scores.filter((score) => score.count);
+/** Rows that only a dot stands for, in the form of data.samples. They have a small picture, and no reference. */
+const dotsAlone = data.points.map(([number, key, setting, prompt, picture, ...values]) => ({
+  number, key, setting, prompt, isDot: true, references: 0, groups: [], pictures: { output: picture },
+  scores: Object.fromEntries(scoreNames.map((name, place) => [name, values[place]])),
+}));
+const everything = [...data.samples, ...dotsAlone];
 
 function make(name, attributes = {}, ...children) {
   const spaces = ["svg", "g", "rect", "line", "circle", "path", "text", "title"];
@@ -73,24 +79,43 @@ function showKeys() {
 
 // Samples
 
+/** The picture of a sample at a place in data.pictures, with its size; null if there is none. */
+function picture(place, alt) {
+  if (place === undefined || place === null) return null;
+  const [source, width, height] = data.pictures[place];
+  const image = make("img", { src: source, alt });
+  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < 100));
+  return { image, width, height };
+}
+function marksOf(sample, chosenScore) {
+  return definitions(data.scores.filter((score) => (sample.scores[score.name] ?? null) !== null)
+    .map((score) => [score.label, score3(sample.scores[score.name]), score.name === chosenScore ? "chosen" : ""]));
+}
+const withoutReference = (sample) => (sample.isDot ? "not in this page" : sample.setting === "text only" ? "text only" : "reference not available");
+const factsOf = (sample) => (sample.isDot ? sample.setting : `in ${sample.shard} · ${sample.setting} · seed ${sample.seed}`);
+
 function card(sample, chosenScore) {
-  const tile = (picture, alt, instead) => {
-    if (picture === null) return make("div", { class: "tile" }, instead);
-    const image = make("img", { src: data.pictures[picture], alt });
-    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < 100));
-    const badge = sample.references > 1 && alt === "reference" ? make("span", { class: "badge" }, `1 of ${sample.references}`) : null;
-    return make("div", { class: "tile" }, image, badge);
+  const words = [];  // what stands on the button: its name has it too
+  const tile = (name, instead) => {
+    const found = picture(sample.pictures[name], "");
+    const text = found ? (sample.references > 1 && name === "reference" ? `1 of ${sample.references}` : null) : instead;
+    words.push(...(text ? [text] : []));
+    return make("span", { class: "tile" }, found && found.image, found && text ? make("span", { class: "badge" }, text) : text);
   };
-  const instead = sample.setting === "text only" ? "text only" : "reference not available";
-  const marks = data.scores.filter((score) => sample.scores[score.name] !== null)
-    .map((score) => [score.label, score3(sample.scores[score.name]), score.name === chosenScore ? "chosen" : ""]);
-  return make("figure", { id: `row-${sample.number}` },
-    make("div", { class: "pair" }, tile(sample.reference, "reference", instead), tile(sample.output, `output: ${sample.prompt}`)),
+  const tiles = [tile("reference", withoutReference(sample)), tile("output", "no picture")];
+  const open = make("button", { type: "button", class: "pair", "aria-haspopup": "dialog", "aria-keyshortcuts": "f",
+    "aria-label": [...words, `open sample ${sample.key}`].join(", ") }, ...tiles);
+  open.addEventListener("click", () => openViewer(shownSamples, sample, focusCard));
+  open.addEventListener("keydown", (event) => onFlagKey(event, sample));
+  return make("figure", { id: `row-${sample.number}` }, open,
     make("figcaption", {},
       make("p", { class: "prompt", title: sample.prompt }, sample.prompt || "(empty prompt)"),
-      make("dl", { class: "marks" }, ...definitions(marks)),
-      make("p", { class: "quiet" }, make("span", { class: "key" }, sample.key), ` in ${sample.shard} · ${sample.setting} · seed ${sample.seed}`)));
+      make("dl", { class: "marks" }, ...marksOf(sample, chosenScore)),
+      make("div", { class: "foot" },
+        make("p", { class: "quiet" }, make("span", { class: "key" }, sample.key), ` ${factsOf(sample)}`), flagButton(sample))));
 }
+const focusCard = (sample) => $(`row-${sample.number}`)?.querySelector(".pair").focus();
+let shownSamples = [];
 
 function showGallery() {
   const form = $("controls");
@@ -98,19 +123,21 @@ function showGallery() {
   const score = data.scores.find((each) => each.name === name.value);
   const sign = score.higher ? -1 : 1;
   const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const value = (sample) => sample.scores[score.name];
+  const value = (sample) => sample.scores[score.name] ?? null;
   const compare = {
     number: (a, b) => a.number - b.number,
     best: (a, b) => sign * (value(a) - value(b)) || a.number - b.number,
     worst: (a, b) => sign * (value(b) - value(a)) || a.number - b.number,
   }[order.value];
   const wanted = { random: "random", best: `best ${score.name}`, worst: `worst ${score.name}` }[group.value];
-  const found = data.samples.filter((sample) => (!wanted || sample.groups.includes(wanted))
+  const among = group.value === "flagged" ? everything.filter((sample) => flags.has(sample.key)) : data.samples;
+  const found = among.filter((sample) => (!wanted || sample.groups.includes(wanted))
     && (!setting.value || sample.setting === setting.value)
     && words.every((word) => `${sample.key} ${sample.prompt}`.toLowerCase().includes(word))
     && (order.value === "number" || value(sample) !== null)).sort(compare);
+  shownSamples = found;
   $("gallery").replaceChildren(...found.map((sample) => card(sample, score.name)));
-  const share = { random: "drawn at random", best: `best by ${score.name}`, worst: `worst by ${score.name}`, all: "kept in this page" }[group.value];
+  const share = { random: "drawn at random", best: `best by ${score.name}`, worst: `worst by ${score.name}`, all: "kept in this page", flagged: "flagged and kept in this page" }[group.value];
   $("shown").textContent = `${plural(found.length, "sample")}, ${share}, of ${count(data.counts.success)}`;
 }
 
@@ -126,6 +153,164 @@ function setUpGallery() {
     showGallery();
   });
   showGallery();
+}
+
+// One sample, large
+
+let viewed = null;  // { list, sample, goBack }
+
+function openViewer(list, sample, goBack) {
+  viewed = { list, sample, goBack };
+  showViewed();
+  if (!$("viewer").open) $("viewer").showModal();
+}
+/** A picture with what it is, and what its size is if it was reduced. */
+function exhibit(sample, name, label) {
+  const found = picture(sample.pictures[name], name === "output" ? `${label}: ${sample.prompt}` : label);
+  if (!found) return null;
+  const told = make("figcaption", { class: "quiet" }, label);
+  const { image, width, height } = found;
+  image.addEventListener("load", () => {
+    image.style.setProperty("--own", `${width}px`);
+    const isWhole = image.naturalWidth === width;
+    told.textContent = `${label}, ${width} × ${height} pixels${isWhole ? "" : `, reduced to ${image.naturalWidth} × ${image.naturalHeight}`}`;
+    if (!isWhole) $("viewer-reduced").hidden = false;
+  });
+  return make("figure", { class: "exhibit" }, image, told);
+}
+function showViewed() {
+  const { list, sample } = viewed;
+  const at = list.indexOf(sample);
+  $("viewer-key").textContent = sample.key;
+  $("viewer-place").textContent = `${at + 1} of ${list.length}`;
+  $("viewer-reduced").hidden = true;
+  $("viewer-reduced").textContent = "Pictures are reduced where this page would be larger than 3 MB."
+    + (sample.shard ? ` The image itself is ${sample.key}.${data.ending} in ${sample.shard}.tar.` : "");
+  $("viewer-output").replaceChildren(exhibit(sample, "output", "output") ?? make("p", { class: "quiet" }, "This page has no picture of it."));
+  const more = sample.references > 1 ? `reference, 1 of ${sample.references}` : "reference";
+  const beside = [exhibit(sample, "reference", more), exhibit(sample, "content", "content twin"), exhibit(sample, "style", "style image")].filter(Boolean);
+  const without = sample.isDot ? "The plot has a small picture of it alone." : sample.setting === "text only" ? "Text only: it has no reference." : "Its reference is not available.";
+  $("viewer-beside").replaceChildren(...(sample.pictures.reference == null ? [make("p", { class: "quiet" }, without)] : []), ...beside);
+  $("viewer-prompt").textContent = sample.prompt || "(empty prompt)";
+  $("viewer-scores").replaceChildren(...marksOf(sample, ""));
+  $("viewer-facts").textContent = factsOf(sample);
+  $("viewer-before").disabled = at <= 0;
+  $("viewer-next").disabled = at >= list.length - 1;
+  showFlags();
+}
+function step(by) {
+  const { list, sample } = viewed;
+  const next = list[list.indexOf(sample) + by];
+  if (!next) return;
+  viewed.sample = next;
+  // A button that is disabled while it has the focus would lose it to the page behind.
+  const focused = document.activeElement;
+  showViewed();
+  if (focused?.disabled) $("viewer-close").focus();
+  $("viewer").scrollTop = 0;
+}
+function setUpViewer() {
+  const dialog = $("viewer");
+  $("viewer-before").addEventListener("click", () => step(-1));
+  $("viewer-next").addEventListener("click", () => step(1));
+  $("viewer-close").addEventListener("click", () => dialog.close());
+  $("viewer-flag").addEventListener("click", () => toggleFlag(viewed.sample));
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (by) {
+      event.preventDefault();
+      step(by);
+    } else onFlagKey(event, viewed.sample);
+  });
+  dialog.addEventListener("close", () => viewed.goBack(viewed.sample));
+}
+
+// Flags: keys, kept by the browser under the run's fingerprint
+
+const flagsName = `vcf-batch flags ${data.fingerprint}`;
+let flags = readFlags();
+let keepsFlags = true;
+
+function readFlags() {
+  try {
+    const found = JSON.parse(localStorage.getItem(flagsName) ?? "[]");
+    return new Set(found.filter((key) => /^[\w-]{1,128}$/.test(key)));
+  } catch {
+    return new Set();
+  }
+}
+function keepFlags() {
+  try {
+    localStorage.setItem(flagsName, JSON.stringify([...flags]));
+  } catch {
+    keepsFlags = false;  // Private windows and frames may have no storage.
+  }
+  showFlags();
+}
+function toggleFlag(sample) {
+  if (!flags.delete(sample.key)) flags.add(sample.key);
+  keepFlags();
+}
+function onFlagKey(event, sample) {
+  if (event.key.toLowerCase() !== "f" || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  event.preventDefault();
+  toggleFlag(sample);
+}
+function showFlag(button, key) {
+  button.setAttribute("aria-pressed", flags.has(key));
+}
+function flagButton(sample) {
+  const button = make("button", { type: "button", class: "flag", "data-key": sample.key, "aria-label": `Flag ${sample.key}` }, "Flag");
+  button.addEventListener("click", () => toggleFlag(sample));
+  showFlag(button, sample.key);
+  return button;
+}
+function showFlags() {
+  for (const button of document.querySelectorAll("#gallery .flag")) showFlag(button, button.dataset.key);
+  for (const dot of document.querySelectorAll(".dots [data-key]")) dot.classList.toggle("flagged", flags.has(dot.dataset.key));
+  if (viewed) {
+    const told = flags.has(viewed.sample.key) ? "flagged" : "";
+    showFlag($("viewer-flag"), viewed.sample.key);
+    $("viewer-place").textContent = [$("viewer-place").textContent.split(",")[0], told].filter(Boolean).join(", ");
+  }
+  $("flags-list").hidden = !flags.size;
+  $("flags-count").textContent = (flags.size ? `${plural(flags.size, "sample")} flagged.` : "None yet.")
+    + (keepsFlags ? "" : " This browser does not keep them: export the list before you close the page.");
+  $("flags-keys").value = [...flags].sort().join("\n");
+}
+function setUpFlags() {
+  const name = `${data.name.replace(/[^\w.-]+/g, "-").replace(/^[-.]+/, "") || "output"}-flagged.txt`;
+  $("flags-export").textContent = `vcf-batch export ${data.argument} TARGET --exclude ${name}`;
+  $("flags-repair").textContent = `vcf-batch repair ${data.argument} --keys ${name}`;
+  $("flags-save").addEventListener("click", () => {
+    const url = URL.createObjectURL(new Blob([`${$("flags-keys").value}\n`], { type: "text/plain" }));
+    make("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+    $("flags-told").textContent = `Saved as ${name}.`;
+  });
+  $("flags-copy").addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(`${$("flags-keys").value}\n`);
+      $("flags-told").textContent = `${plural(flags.size, "key")} copied.`;
+    } catch {
+      $("flags-keys").select();
+      $("flags-told").textContent = "This browser does not let the page copy. The keys are selected: copy them by Ctrl+C.";
+    }
+  });
+  $("flags-clear").addEventListener("click", () => {
+    if (!confirm(`Remove the flags of ${plural(flags.size, "sample")}?`)) return;
+    flags = new Set();
+    keepFlags();
+    $("flags-title").focus();  // The button is gone.
+  });
+  addEventListener("storage", (event) => {
+    if (event.key !== flagsName) return;
+    flags = readFlags();
+    showFlags();
+  });
+  showFlags();
 }
 
 // Scores
@@ -194,38 +379,51 @@ function showCalibration() {
 
 // Trade-off
 
+/** Shows the sample of a dot beside the plot. */
+function showDot(sample) {
+  const marks = scoreNames.filter((name) => (sample.scores[name] ?? null) !== null).map((name) => `${name} ${score3(sample.scores[name])}`);
+  $("readout").replaceChildren(...[
+    picture(sample.pictures.output, "")?.image ?? make("p", { class: "quiet" }, "no picture"),
+    make("p", {}, make("span", { class: "key" }, sample.key), ` · ${sample.setting}`),
+    make("p", { class: "quiet" }, marks.join(" · ")),
+    make("p", { class: "quiet clamp" }, sample.prompt),
+  ]);
+}
+
 function showScatter() {
-  const column = (name) => 3 + scoreNames.indexOf(name);
   const across = scored.filter((score) => score.name !== "clip_score" && score.higher !== null);
   if (!scored.some((score) => score.name === "clip_score") || !across.length) {
     $("tradeoff-section").hidden = true;
     return;
   }
+  $("dots-told").textContent = data.drawn < data.counts.success
+    ? `Each dot is a sample: ${count(data.drawn)} drawn at random, and the best and the worst by each score.` : "Each dot is a sample.";
   options($("across"), across.map((score) => [score.name, `${score.name}, ${score.higher ? "higher" : "lower"} is closer`]));
-  const settings = [...new Set(data.points.map((point) => point[2]))].filter((setting) => setting !== "text only").sort();
+  const settings = [...new Set(everything.map((sample) => sample.setting))].filter((setting) => setting !== "text only").sort();
   options($("highlight"), settings.map((setting) => [setting, setting]));
   $("highlight-field").hidden = settings.length < 2;
+  let current = null;  // the sample of the one dot that Tab reaches
   const draw = (width) => {
-    const height = Math.min(Math.max(width * 0.45, 260), 440), left = 44, bottom = 40, top = 8, right = 8;
+    const height = Math.min(Math.max(width * 0.5, 260), 440), left = 44, bottom = 40, top = 8, right = 8;
     const name = $("across").value, highlight = $("highlight").value;
-    const points = data.points.filter((point) => point[column(name)] !== null && point[column("clip_score")] !== null);
+    const has = (sample, score) => (sample.scores[score] ?? null) !== null;
+    const points = everything.filter((sample) => has(sample, name) && has(sample, "clip_score"))
+      .sort((a, b) => a.scores[name] - b.scores[name] || a.number - b.number);
     const scale = (values, from, to) => {
       const low = Math.min(...values), high = Math.max(...values), room = (high - low) * 0.04 || 0.01;
       const place = (value) => from + ((value - low + room) / (high - low + 2 * room)) * (to - from);
       return [place, ticks(low - room, high + room, Math.max(Math.floor(Math.abs(to - from) / 90), 2))];
     };
-    const [x, xTicks] = scale(points.map((point) => point[column(name)]), left, width - right);
-    const [y, yTicks] = scale(points.map((point) => point[column("clip_score")]), height - bottom, top);
+    const [x, xTicks] = scale(points.map((sample) => sample.scores[name]), left, width - right);
+    const [y, yTicks] = scale(points.map((sample) => sample.scores.clip_score), height - bottom, top);
     const dots = make("g", { class: "dots" });
-    const drawn = points.map((point) => {
-      const circle = make("circle", {
-        cx: x(point[column(name)]).toFixed(1), cy: y(point[column("clip_score")]).toFixed(1), r: points.length > 400 ? 3 : 4,
-        class: highlight && point[2] !== highlight ? "dim" : "",
-      });
-      dots.append(circle);
-      return circle;
-    });
-    const picture = make("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `clip_score against ${name} of ${points.length} samples` },
+    const circles = points.map((sample) => make("circle", {
+      cx: x(sample.scores[name]).toFixed(1), cy: y(sample.scores.clip_score).toFixed(1), r: points.length > 400 ? 3.5 : 4.5,
+      class: highlight && sample.setting !== highlight ? "dim" : "", "data-key": sample.key, tabindex: -1, role: "button", "aria-haspopup": "dialog",
+      "aria-label": `${sample.key}, ${name} ${score3(sample.scores[name])}, clip_score ${score3(sample.scores.clip_score)}`,
+    }));
+    dots.append(...circles);
+    const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `clip_score against ${name} of ${plural(points.length, "sample")}` },
       ...xTicks.flatMap((tick) => [
         make("line", { class: "axis", x1: x(tick), x2: x(tick), y1: top, y2: height - bottom }),
         make("text", { x: x(tick), y: height - bottom + 16, "text-anchor": "middle" }, String(tick))]),
@@ -235,27 +433,63 @@ function showScatter() {
       make("text", { x: width - right, y: height - 4, "text-anchor": "end" }, name),
       make("text", { x: left + 6, y: top + 12 }, "clip_score"),
       dots);
-    let last = null;
-    picture.addEventListener("pointermove", (event) => {
-      const box = picture.getBoundingClientRect();
-      const [px, py] = [event.clientX - box.left, event.clientY - box.top];
-      let nearest = -1, distance = 24 ** 2;
-      drawn.forEach((circle, place) => {
-        const d = (circle.getAttribute("cx") - px) ** 2 + (circle.getAttribute("cy") - py) ** 2;
-        if (d < distance) [nearest, distance] = [place, d];
-      });
-      last?.classList.remove("at");
-      last = drawn[nearest] ?? null;
-      if (!last) return;
-      last.classList.add("at");
-      const point = points[nearest];
-      const marks = scoreNames.filter((each) => point[column(each)] !== null).map((each) => `${each} ${score3(point[column(each)])}`);
-      const sample = data.samples.find((each) => each.number === point[0]);
-      $("readout").textContent = `${point[1]} · ${point[2]} · ${marks.join(" · ")}${sample ? ` · ${sample.prompt}` : ""}`;
+    const upwards = points.map((_, place) => place).sort((a, b) => points[a].scores.clip_score - points[b].scores.clip_score);
+    let at = Math.max(points.indexOf(current), 0);
+    const mark = (place) => {
+      circles[at]?.classList.remove("at");
+      circles[at]?.setAttribute("tabindex", -1);
+      at = place;
+      current = points[place];
+      circles[at].classList.add("at");
+      circles[at].setAttribute("tabindex", 0);
+      showDot(points[at]);
+    };
+    circles[at]?.setAttribute("tabindex", 0);
+    if (points[at] === current) circles[at]?.classList.add("at");
+    circles.forEach((circle, place) => circle.addEventListener("focus", () => mark(place)));
+    const open = () => openViewer(points, points[at], (sample) => circles[points.indexOf(sample)]?.focus());
+    svg.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      const rank = upwards.indexOf(at);
+      const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: points.length - 1 }[event.key]
+        ?? { ArrowUp: upwards[rank + 1], ArrowDown: upwards[rank - 1] }[event.key];
+      if (event.key.startsWith("Arrow") || next !== undefined) {
+        event.preventDefault();
+        circles[next]?.focus();
+      } else if (event.key === "Enter" || event.key === " ") {
+        event.preventDefault();
+        open();
+      } else onFlagKey(event, points[at]);
     });
-    return picture;
+    const nearest = (event) => {
+      const box = svg.getBoundingClientRect();
+      let found = -1, distance = 24 ** 2;
+      circles.forEach((circle, place) => {
+        const d = (circle.getAttribute("cx") - event.clientX + box.left) ** 2 + (circle.getAttribute("cy") - event.clientY + box.top) ** 2;
+        if (d < distance) [found, distance] = [place, d];
+      });
+      return found;
+    };
+    svg.addEventListener("pointermove", (event) => {
+      const found = nearest(event);
+      if (found >= 0 && found !== at) mark(found);
+    });
+    svg.addEventListener("click", (event) => {
+      const found = nearest(event);
+      if (found < 0) return;
+      mark(found);
+      open();
+    });
+    return svg;
   };
-  const redraw = chart($("scatter"), draw);
+  const redraw = chart($("scatter"), (width) => {
+    const hadFocus = $("scatter").contains(document.activeElement);
+    queueMicrotask(() => {  // once the plot is in the page
+      showFlags();
+      if (hadFocus) $("scatter").querySelector("[tabindex='0']")?.focus();
+    });
+    return draw(width);
+  });
   for (const id of ["across", "highlight"]) $(id).addEventListener("input", redraw);
 }
 
@@ -272,7 +506,7 @@ function showFailures() {
     make("td", {}, make("details", {}, make("summary", {}, cause.text),
       make("p", { class: "quiet" }, "For example ", make("span", { class: "key" }, cause.key), `: ${cause.example}`)))));
   const head = make("tr", {}, ...["rows", "status", "cause"].map((text) => make("th", { scope: "col" }, text)));
-  host.append(make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
+  host.append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
 }
 
 function showTime() {
@@ -318,8 +552,16 @@ function showConfiguration() {
   }
 }
 
+function showCut() {
+  const names = { points: "dots", categories: "categories", calibration: "lines of the calibration", causes: "causes", samples: "samples" };
+  $("cut").hidden = !data.cut.length;
+  $("cut").textContent = `Left out, to keep this page below 3 MB: some ${data.cut.map((name) => names[name]).join(", some ")}.`;
+}
+
 showKeys();
 setUpGallery();
+setUpViewer();
+setUpFlags();
 showHistograms();
 showCategories();
 showCalibration();
@@ -327,3 +569,4 @@ showScatter();
 showFailures();
 showTime();
 showConfiguration();
+showCut();

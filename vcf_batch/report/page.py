@@ -2,6 +2,9 @@
 
 Values from the output are embedded as JSON and shown as text, never as markup. The page's content security policy
 allows no script but its own.
+
+The page has a budget of :data:`PAGE_BYTES`. Texts come first, and have a budget of their own. What they leave is shared
+among the pictures (:mod:`vcf_batch.report.pictures.shares`), and each is embedded as large as its share allows.
 """
 
 import base64
@@ -9,6 +12,7 @@ import hashlib
 import html
 import importlib.resources
 import json
+import shlex
 import string
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -23,8 +27,12 @@ from vcf_batch.output.scores import calibration
 from vcf_batch.output.scores.definition import ScoreColumn
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output_columns import COLUMNS
-from vcf_batch.report import calibration_table, figures, thumbnails
+from vcf_batch.report import calibration_table, figures
 from vcf_batch.report.figures import SCORE_LABELS, Chosen, Figures, Histogram, setting_of
+from vcf_batch.report.pictures import reading
+from vcf_batch.report.pictures.fitting import FittedPicture
+from vcf_batch.report.pictures.reading import PagePictures
+from vcf_batch.report.pictures.shares import DATA_PREFIX, PICTURE_WEIGHTS
 
 PAGE_NAME = "index.html"
 
@@ -34,24 +42,58 @@ PROMPT_LENGTH = 600
 PAGE_CAUSES = 50
 """Most causes of failure on the page."""
 
+DOT_PROMPT_LENGTH = 120
+"""Most characters of the prompt of a dot that is no shown sample."""
+
+PAGE_BYTES = 3_000_000
+"""Most bytes of the page."""
+
+PAGE_TEXT_BYTES = 1_200_000
+"""Most bytes of everything in the page but pictures."""
+
+_CUT = ("points", "categories", "calibration", "causes", "samples")
+"""Lists that are cut, in this order, where texts take more."""
+
+_PLACE = 99999
+"""Stands for the place of a picture while texts are measured."""
+
 
 def render(output: Output) -> str:
-    """The report of an output as HTML, below 3 MB for an output of any size.
+    """The report of an output as HTML, of at most :data:`PAGE_BYTES` for an output of any size.
 
     Raises:
         UsageError: no shard is finished.
         DamageFound: a file does not match its receipt.
         StorageError: the storage failed.
     """
-    found, store = figures.read(output), ScoreStore(output.url)
-    groups, calibrated = _groups(found), calibration.of_output(output.url)
+    found = figures.read(output)
+    groups = _groups(found)
     chosen = {row.number: row.record for rows in groups.values() for row in rows}
-    pairs = thumbnails.read(output, chosen)
-    pictures = {data: None for pair in pairs.values() for data in pair if data}
-    place = {data: number for number, data in enumerate(pictures)}
-    data = {
+    data = _texts(output, found, chosen)
+    for sample in data["samples"]:
+        number = sample["number"]
+        sample["groups"] = [group for group, rows in groups.items() if any(row.number == number for row in rows)]
+        sample["pictures"] = dict.fromkeys(PICTURE_WEIGHTS, _PLACE)
+    title = storage.name(output.url)
+    _cut(title, data)
+    most = PAGE_BYTES - len(_fill(title, data).encode())
+    shown = {sample["number"]: chosen[sample["number"]] for sample in data["samples"]}
+    dots = {number: key for number, key, *_ in data["points"]}
+    _embed(data, reading.read(output, shown, dots, most))
+    page = _fill(title, data)
+    assert len(page.encode()) <= PAGE_BYTES
+    return page
+
+
+def _texts(output: Output, found: Figures, chosen: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that the page shows but pictures."""
+    store, calibrated = ScoreStore(output.url), calibration.of_output(output.url)
+    return {
         "name": storage.name(output.url),
         "address": redact(output.url),
+        "argument": shlex.quote(redact(output.url)),
+        "fingerprint": output.record.fingerprint,
+        "ending": output.config.image_format,
         "model": embedded.label(output.record.models["model"]),
         "rows": output.plan.num_rows,
         "done": found.rows,
@@ -68,22 +110,39 @@ def render(output: Output) -> str:
         "calibration": [] if calibrated is None else calibration_table.table(calibrated),
         "categories": found.categories.tables(),
         "duplicates": found.duplicates,
-        "points": [_point(row, found.added) for row in found.points.rows],
-        "samples": [
-            {
-                **_sample(output, number, chosen[number], found.added),
-                "groups": [group for group, rows in groups.items() if any(row.number == number for row in rows)],
-                "output": place[pairs[number].output],
-                "reference": place.get(pairs[number].reference or b""),
-            }
-            for number in sorted(chosen)
-        ],
-        "pictures": ["data:image/webp;base64," + base64.b64encode(picture).decode() for picture in pictures],
+        "samples": [_sample(output, number, chosen[number], found.added) for number in sorted(chosen)],
+        "drawn": len(found.points.rows),
+        "points": [_point(row, found.added) for row in found.points.rows if row.number not in chosen],
         "causes": _causes(found),
         "time": _time(found),
         "configuration": _configuration(found, output),
+        "cut": [],
+        "pictures": [],
     }
-    return _fill(storage.name(output.url), data)
+
+
+def _cut(title: str, data: dict[str, Any]) -> None:
+    """Halve the lists that may be long until texts fit, and note which they are."""
+    for name in _CUT:
+        while data[name] and len(_fill(title, data).encode()) > PAGE_TEXT_BYTES:
+            data[name] = data[name][: len(data[name]) // 2]
+            data["cut"] = [*dict.fromkeys([*data["cut"], name])]
+
+
+def _embed(data: dict[str, Any], found: PagePictures) -> None:
+    """Put the pictures into the page's data, each once."""
+    places: dict[FittedPicture, int] = {}
+
+    def place(picture: FittedPicture | None) -> int | None:
+        return None if picture is None else places.setdefault(picture, len(places))
+
+    for sample in data["samples"]:
+        own = found.samples[sample["number"]]
+        sample["pictures"] = {name: place(own[name]) for name in PICTURE_WEIGHTS if name in own}
+    data["points"] = [[*point[:4], place(found.dots.get(point[0])), *point[5:]] for point in data["points"]]
+    data["pictures"] = [
+        [DATA_PREFIX + base64.b64encode(picture.data).decode(), picture.width, picture.height] for picture in places
+    ]
 
 
 def _groups(found: Figures) -> dict[str, list[Chosen]]:
@@ -124,10 +183,13 @@ def _distribution(histogram: Histogram) -> dict[str, Any]:
 
 
 def _point(row: Chosen, added: Iterable[str]) -> list[Any]:
+    """Number, key, setting, prompt, place of the picture, and scores of a row that is no shown sample."""
     return [
         row.number,
         row.record["key"],
         setting_of(row.record),
+        _shortened(row.record["prompt"], DOT_PROMPT_LENGTH),
+        _PLACE,
         *(_rounded(row.record[name]) for name in (*SCORE_LABELS, *added)),
     ]
 
@@ -195,7 +257,9 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
         models["model"] += f", {embedded.EMBEDDED}"
     settings = {name: value for name, value in record.config.items() if value not in (None, "", [])}
     parts = {"Run": run, "Models": models, "Settings": settings, "Versions": record.versions}
-    return {heading: {name: _text(value) for name, value in part.items()} for heading, part in parts.items()}
+    return {
+        heading: {name: _shortened(_text(value)) for name, value in part.items()} for heading, part in parts.items()
+    }
 
 
 def _text(value: Any) -> str:
@@ -208,8 +272,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= PROMPT_LENGTH else text[: PROMPT_LENGTH - 1] + "…"
+def _shortened(text: str, length: int = PROMPT_LENGTH) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _fill(title: str, data: Mapping[str, Any]) -> str:

@@ -4,8 +4,8 @@ import contextlib
 import io
 import itertools
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -62,9 +62,13 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, T
             return None
 
     def pairs(shard: Shard) -> dict[int, Thumbnails]:
-        numbers = {chosen[number]["key"]: number for number in chosen if shard.start <= number < shard.stop}
-        outputs = _outputs(shards.file_url(output.url, shard, "tar"), numbers, config.image_format)
-        return {numbers[key]: Thumbnails(picture, reference(numbers[key])) for key, picture in outputs.items()}
+        numbers = {
+            f"{chosen[number]['key']}.{config.image_format}": number
+            for number in chosen
+            if shard.start <= number < shard.stop
+        }
+        outputs = from_tar(shards.file_url(output.url, shard, "tar"), numbers, lambda _, image: thumbnail(image))
+        return {numbers[name]: Thumbnails(picture, reference(numbers[name])) for name, picture in outputs.items()}
 
     wanted = (output.plan[index] for index in sorted({output.plan.index_of(number) for number in chosen}))
     return dict(itertools.chain.from_iterable(found.items() for _, found in side_by_side(pairs, wanted)))
@@ -90,23 +94,28 @@ def picture(tar: str, key: str, image_format: str) -> Image.Image:
         StorageError: the storage failed.
     """
     name = f"{key}.{image_format}"
+    return from_tar(tar, [name], lambda _, image: image)[name]
+
+
+Made = TypeVar("Made")
+
+
+def from_tar(tar: str, names: Iterable[str], make: Callable[[str, Image.Image], Made]) -> dict[str, Made]:
+    """What ``make`` makes of some images of a tar, each given with its name. Other members are skipped.
+
+    Raises:
+        DamageFound: the tar is damaged up to the last of them, or has no such member.
+        StorageError: the storage failed.
+    """
+    left, found = {*names}, {}
     with _damage_told(tar), storage.open_read(tar) as file:
         for member in tar_members.members(file):
-            if member.name == name:
-                return images.decode(member.read(), MAX_PIXELS)
-    raise _missing(tar, key)
-
-
-def _outputs(tar: str, keys: Iterable[str], image_format: str) -> dict[str, bytes]:
-    left, found = set(keys), {}
-    with _damage_told(tar):
-        for sample in shards.read_samples(tar):
-            if sample["__key__"] in left:
-                left.remove(sample["__key__"])
-                found[sample["__key__"]] = thumbnail(images.decode(sample[image_format], MAX_PIXELS))
+            if member.name in left:
+                left.remove(member.name)
+                found[member.name] = make(member.name, images.decode(member.read(), MAX_PIXELS))
             if not left:
                 return found
-    raise _missing(tar, min(left))
+    raise DamageFound(f"{tar} has no sample {min(left).partition('.')[0]}; see 'vcf-batch verify'")
 
 
 @contextlib.contextmanager
@@ -116,7 +125,3 @@ def _damage_told(tar: str) -> Iterator[None]:
             yield
     except (tarfile.TarError, FileNotFoundError, KeyError, ValueError, RowError) as error:
         raise DamageFound(f"{tar} cannot be read: {error}; see 'vcf-batch verify'") from error
-
-
-def _missing(tar: str, key: str) -> DamageFound:
-    return DamageFound(f"{tar} has no sample {key}; see 'vcf-batch verify'")
