@@ -81,7 +81,7 @@ def render(output: Output) -> str:
     dots = {number: key for number, key, *_ in data["points"]}
     _embed(data, reading.read(output, shown, dots, most))
     page = _fill(title, data)
-    assert len(page.encode()) <= PAGE_BYTES
+    assert len(page.encode()) <= PAGE_BYTES, "texts alone take more than the page may have"
     return page
 
 
