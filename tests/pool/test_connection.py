@@ -1,13 +1,25 @@
 """Connecting to Ray, and what is told where Ray does not start."""
 
 import os
+import socket
+import threading
+from collections.abc import Iterator
 
 import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
+from support import runs
 from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.pool import connection
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """The address of something that takes connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
 
 TIMED_OUT = Exception("The current node timed out during startup. This could happen because ...")
 
@@ -55,14 +67,58 @@ def test_any_other_error_of_a_start_is_not_tried_again(monkeypatch: pytest.Monke
     [AuthenticationError("no authentication token was found"), ConnectionError("Failed to connect to Ray cluster")],
     ids=["missing", "wrong"],
 )
-def test_a_missing_or_wrong_token_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_missing_or_wrong_token_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, head: str
+) -> None:
     """A refused token is an error of use: how to give the token is in the message."""
     starting(monkeypatch, error)
     with (
-        pytest.raises(UsageError, match=r"Ray cluster 10\.0\.0\.1:6379: .*RAY_AUTH_MODE=token.*RAY_AUTH_TOKEN_PATH"),
-        connection.cluster("10.0.0.1:6379"),
+        pytest.raises(UsageError, match=rf"Ray cluster {head}: .*RAY_AUTH_MODE=token.*RAY_AUTH_TOKEN_PATH"),
+        connection.cluster(head),
     ):
         pass
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_head_that_does_not_answer_is_named_before_ray_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    """Ray would wait for minutes, and say nothing."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "HEAD_PAUSE_SECONDS", 0.05)
+    [port] = runs.free_ports(1)
+    address = f"127.0.0.1:{port}"
+    monkeypatch.setenv("RAY_ADDRESS", address if by_variable else "192.0.2.1:6379")
+    left = starting(monkeypatch, None)
+    with (
+        pytest.raises(UsageError, match=rf"no Ray cluster answers at {address} within 0.2 seconds: .*ray start --head"),
+        connection.cluster(None if by_variable else address),
+    ):
+        pass
+    assert left
+
+
+def test_a_head_that_is_just_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_PAUSE_SECONDS", 0.05)
+    [port] = runs.free_ports(1)
+    left, late = starting(monkeypatch, None), socket.socket()
+
+    def listen() -> None:
+        late.bind(("127.0.0.1", port))
+        late.listen()
+
+    timer = threading.Timer(0.3, listen)
+    timer.start()
+    with late, connection.cluster(f"127.0.0.1:{port}"):
+        assert not left
+    timer.join()
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://nowhere:10001", "http://nowhere:8265"])
+def test_an_address_of_another_form_is_left_to_ray(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    left = starting(monkeypatch, None)
+    with connection.cluster(address):
+        assert not left
 
 
 def test_a_home_that_cannot_be_written_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 
 import ray
@@ -21,6 +24,14 @@ MAX_TMPDIR_BYTES = 39
 
 LEAST_BYTES = 100 << 20
 """Room in Ray's folder below which a start that fails is told with it."""
+
+HEAD_SECONDS = 30.0
+"""Seconds in which the head of a cluster has to answer: it may just be starting."""
+
+HEAD_PAUSE_SECONDS = 1.0
+"""Seconds between two attempts to reach it."""
+
+_HOST_AND_PORT = re.compile(r"(?P<host>\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d{1,5})")
 
 _TIMED_OUT = "timed out during startup"
 """Ray's words for that, in an exception without a class of its own."""
@@ -65,6 +76,31 @@ def _use_short_folder() -> None:
     os.environ["RAY_TMPDIR"] = "/tmp"
 
 
+def _await_head(address: str | None) -> None:
+    """Wait until the head of a cluster answers at its address. Ray itself would wait for minutes without a word.
+
+    An address of another form, such as ``ray://HOST:PORT``, is left to Ray.
+
+    Raises:
+        UsageError: it did not answer within :data:`HEAD_SECONDS`.
+    """
+    place = address or os.environ.get("RAY_ADDRESS", "")
+    if not (match := _HOST_AND_PORT.fullmatch(place)):
+        return
+    end = time.monotonic() + HEAD_SECONDS
+    while True:
+        try:
+            socket.create_connection((match["host"].strip("[]"), int(match["port"])), timeout=HEAD_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise UsageError(
+                    f"no Ray cluster answers at {redact(place)} within {HEAD_SECONDS:g} seconds: {error}. Give the "
+                    "address of a head that runs to --address or RAY_ADDRESS, or start one with 'ray start --head'"
+                ) from error
+        time.sleep(HEAD_PAUSE_SECONDS)
+
+
 def _told(address: str | None) -> str:
     """What is about to happen, in words."""
     if address == "local":
@@ -79,7 +115,7 @@ def cluster(address: str | None) -> Iterator[None]:
     """Connect to Ray: to ``address``, else to the cluster this process runs in, else to a new local one.
 
     Raises:
-        UsageError: there is no cluster at the address, it refuses the token, or Ray refuses to start.
+        UsageError: no cluster answers at the address, it refuses the token, or Ray refuses to start.
         VcfBatchError: Ray did not come up on this machine, :data:`STARTS` times.
     """
     if ray.is_initialized():
@@ -88,6 +124,7 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _use_short_folder()
     _log.info(_told(address))
+    _await_head(address)
     refused = f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:
