@@ -18,7 +18,8 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-max_restarts=100 # of a job that gets nowhere
+max_restarts=100 # after which a job is not queued again
+head_seconds=300 # in which the head has to start
 
 # Users of these nodes reach the ports of Ray: a token of the job's own keeps them out.
 RAY_AUTH_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(32))')
@@ -27,6 +28,10 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 # Other Ray clusters may be on these nodes: each port is one that is free (docs/ray-cluster.md lists the fixed ones).
 ip=${HEAD_IP:-$(hostname --ip-address)}
 ip=${ip%% *}
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && [ "${ip#127.}" != "$ip" ] && [ -z "${HEAD_IP:-}" ]; then
+    echo "this node calls itself $ip, where no other node reaches it: set HEAD_IP in this script to its address" >&2
+    exit 1
+fi
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 port=$(free_port)
 client_port=$(free_port)
@@ -65,6 +70,10 @@ ray_nodes 1 --nodelist="$SLURMD_NODENAME" --head --node-ip-address="$ip" --port=
 head=$!
 until ray health-check --address="$ip:$port" 2>/dev/null; do
     kill -0 "$head" 2>/dev/null || { echo "the Ray head on $SLURMD_NODENAME did not start at $ip:$port" >&2; exit 1; }
+    if [ "$SECONDS" -gt "$head_seconds" ]; then
+        echo "the Ray head on $SLURMD_NODENAME did not start at $ip:$port within $head_seconds seconds" >&2
+        exit 1
+    fi
     sleep 1
 done
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then

@@ -9,11 +9,16 @@ import fsspec.config
 import pytest
 from hypothesis import settings
 
+from vcf_batch.cli import documents
+
 # No test is timed: machines that run the suite do other things besides. The examples of `make test` are the same each
 # time, so that what it refuses is the change at hand; `make test-all` draws new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("new", deadline=None, print_blob=True)
 settings.load_profile("new")
+
+
+documents.is_strict = True
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,14 @@ def test_a_plan_tells_what_is_read_and_what_is_carried(tmp_path: Path, model: Pa
     assert found["columns"]["carried"] == "label"
 
 
+def test_a_plan_that_counts_no_rows_is_a_document_all_the_same(tmp_path: Path, model: Path) -> None:
+    """Of a manifest that is not there; the exit code is that of `generate`."""
+    planned = call(tmp_path, model, "--json")
+    assert planned.exit_code == 2
+    found = json.loads(planned.stdout)
+    assert found["rows_having"] is None and "manifest.parquet" in found["problems"][0]
+
+
 def test_batches_and_switches_between_loras_are_told_with_the_order_that_is_better(tmp_path: Path, model: Path) -> None:
     """Twelve rows of three LoRAs by turns, in shards of four rows and batches of two."""
     values = [f"lora{row % 3}.safetensors:0.5" for row in range(12)]

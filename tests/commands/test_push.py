@@ -1,5 +1,6 @@
 """An output is handed on whole or shard by shard, never in halves, and nothing of anybody else's is replaced."""
 
+import json
 import os
 import shutil
 import time
@@ -264,6 +265,8 @@ def test_generate_pushes_what_it_has_generated(output: Output, tmp_path: Path, m
     arguments = ["generate", str(tmp_path / "in/manifest.parquet"), output.url, "--push", str(tmp_path / "there")]
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.output.splitlines()[-1]) == (0, f"{tmp_path}/there: 3 shards copied, 0 were there")
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert json.loads(result.stdout)["rows"]["success"] == 10 and "there: 0 shards copied" in result.stderr
     monkeypatch.setattr(pool, "run", lambda *_: Summary(output.url, 10, counts | {"failed": 1}, 0, 1.0))  # type: ignore[arg-type]
     result = CliRunner().invoke(main, [*arguments[:-1], output.url + "/sub"])
     assert result.exit_code == 2 and "lies in the output" in result.output, "before the run, not after it"

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "deploy/slurm.sh"
 
 PROGRAMS = {
     # The command of a step, here. Slurm ends all processes of a step; here its process group.
-    "srun": 'LOG; while [ "$1" != bash ]; do shift; done; setsid "$@" & trap "kill -- -$!" TERM; wait',
+    "srun": 'LOG; while [ "$1" != bash ]; do shift; done; setsid "$@" & trap "kill -- -$! 2> /dev/null" TERM; wait',
     "scontrol": "LOG",
     "ray": 'LOG; [ "$1" = health-check ] || sleep 0.5',
     "vcf-batch": """
@@ -71,16 +71,20 @@ class Job:
 
 
 @contextmanager
-def job(folder: Path, settings: dict[str, str], *arguments: str, programs: dict[str, str] = PROGRAMS) -> Iterator[Job]:
+def job(
+    folder: Path, settings: dict[str, str], *arguments: str, programs: dict[str, str] = PROGRAMS, text: str = ""
+) -> Iterator[Job]:
     """Start the script with programs that stand in, in an environment like that of a job."""
     for name, code in programs.items():
         log = f'echo "${{RAY_ADDRESS-}}" "${{@//$\'\\n\'/ }}" >> {folder}/{name}.log'
         (folder / name).write_text(f"#!/bin/bash\n{code.replace('LOG', log)}\n")
         (folder / name).chmod(0o755)
+    (folder / "slurm.sh").write_text(text or SCRIPT.read_text())
+    (folder / "slurm.sh").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM"))}
     path = os.pathsep.join((str(folder), str(Path(sys.executable).parent), environment["PATH"]))
     script = subprocess.Popen(
-        [str(SCRIPT), *arguments],
+        [str(folder / "slurm.sh"), *arguments],
         env=environment | JOB | {"PATH": path, "PYTHONPATH": str(ROOT)} | settings,
         cwd=folder,
         stdout=subprocess.DEVNULL,
@@ -164,6 +168,24 @@ def test_a_job_that_gets_nowhere_is_not_queued_for_ever(tmp_path: Path) -> None:
         code, errors = running.end()
     assert code == 6 and "not queued again: the job was restarted 100 times" in errors
     assert running.calls("scontrol") == []
+
+
+def test_a_head_that_does_not_come_up_in_time_fails_the_job(tmp_path: Path) -> None:
+    """It is not queued again: the next start would fare no better."""
+    script = SCRIPT.read_text().replace("head_seconds=300", "head_seconds=1")
+    never = 'LOG; [ "$1" != health-check ] || exit 1; sleep 30'
+    with job(tmp_path, {}, programs=PROGRAMS | {"ray": never}, text=script) as running:
+        code, errors = running.end()
+    assert code == 1 and "did not start at 127.0.0.1:" in errors and "within 1 seconds" in errors
+    assert running.calls("vcf-batch") == running.calls("scontrol") == []
+
+
+def test_an_address_that_no_other_node_reaches_is_refused(tmp_path: Path) -> None:
+    programs = PROGRAMS | {"hostname": "echo 127.0.1.1"}
+    with job(tmp_path, {"HEAD_IP": ""}, programs=programs) as running:
+        code, errors = running.end()
+    assert code == 1 and "calls itself 127.0.1.1" in errors and "set HEAD_IP" in errors
+    assert running.calls("srun") == []
 
 
 def test_a_head_that_does_not_start_fails_the_job(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from typing import TextIO
 import pytest
 
 from vcf_batch.driver import progress
-from vcf_batch.driver.progress import Progress, Steps, configure_log, duration, show_steps, steps
+from vcf_batch.driver.progress import Progress, Steps, configure_log, duration, hide_steps, show_steps, steps
 
 
 class _Terminal(io.StringIO):
@@ -126,9 +127,9 @@ def narrow_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
 @pytest.fixture
 def shown_steps() -> Iterator[None]:
     """As in a command."""
-    show_steps(True)
+    show_steps("text", "normal")
     yield
-    show_steps(False)
+    hide_steps()
 
 
 def test_a_command_says_in_the_log_how_far_it_is(logged: io.StringIO, shown_steps: None) -> None:
@@ -163,6 +164,22 @@ def test_a_commands_bar_fits_a_narrow_terminal_and_goes_away_for_other_lines(
     before, line, after = shown().partition("00001: it is damaged\r\n")
     assert re.search(r"\r +\r$", before) and "reading" in before and line and after.endswith("\r")
     assert all(len(part) <= COLUMNS for part in re.split(r"[\r\n]", before + after))
+
+
+def test_a_log_of_json_has_no_bar(
+    monkeypatch: pytest.MonkeyPatch, shown_steps: None, narrow_terminal: tuple[TextIO, Callable[[], str]]
+) -> None:
+    """Its progress is lines of JSON too."""
+    terminal, shown = narrow_terminal
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    configure_log("json")
+    show_steps("json", "normal")
+    assert [*steps(range(2), "reading", 2, "shard")] == [0, 1]
+    configure_log("text")
+    first, second = map(json.loads, shown().splitlines())
+    assert first["event"] == second["event"] == "progress" and "1 of 2 shards (50%)" in first["message"]
 
 
 def test_a_runs_bar_fits_a_narrow_terminal(narrow_terminal: tuple[TextIO, Callable[[], str]]) -> None:

@@ -98,6 +98,14 @@ def test_a_head_that_does_not_answer_is_named_before_ray_waits_for_it(
     assert left
 
 
+@pytest.mark.parametrize("address", ["a..b:6379", f"{'a' * 64}:6379", "127.0.0.1:99999"])
+def test_an_address_that_cannot_be_one_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    left = starting(monkeypatch, None)
+    with pytest.raises(UsageError, match=r"no Ray cluster can be at .*ray start --head"), connection.cluster(address):
+        pass
+    assert left
+
+
 def test_a_head_that_is_just_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_PAUSE_SECONDS", 0.05)
     [port] = runs.free_ports(1)

@@ -48,6 +48,15 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def test_rows_of_one_prompt_stand_together(tmp_path: Path) -> None:
+    """In whatever order the manifest has them: the pairings `random` and `balanced` mix them."""
+    heights = []
+    for name, prompts in (("mixed", ["a", "b"] * 4), ("sorted", ["a"] * 4 + ["b"] * 4)):
+        runs.write_output(runs.write_manifest(tmp_path / f"in-{name}", 8, {"prompt": prompts}), tmp_path / name, 8)
+        heights.append(contact_sheet.contact_sheet(str(tmp_path / name)).size)
+    assert heights[0] == heights[1]
+
+
 def test_every_row_has_a_card_and_failed_ones_are_told(output: Path) -> None:
     record = RunConfig(manifest=str(output.parent / "in" / "manifest.parquet"), output=str(output))
     manifest = Manifest.open(record.manifest)

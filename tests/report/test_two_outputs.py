@@ -71,6 +71,15 @@ def test_rows_that_one_output_has(outputs: tuple[Path, Path], tmp_path: Path) ->
     assert call("report", *outputs, "--png", "x.png").exit_code == 2
 
 
+def test_keys_of_other_prompts_are_counted(outputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """They are paired all the same, as keys alone decide; a reader is told that this says little."""
+    assert json.loads(call("report", *outputs, "--json").stdout)["unlike"] == 0
+    prompts = ["<b>evil</b>" if row == 2 else f"prompt {row}" for row in range(ROWS - 1)] + ["another"]
+    runs.write_output(runs.write_manifest(tmp_path / "in", ROWS, {"prompt": prompts}), tmp_path / "other", 4)
+    result = call("report", outputs[0], tmp_path / "other")
+    assert result.exit_code == 0 and "; 1 of the keys in both are of other prompts or references" in result.output
+
+
 def test_a_report_counts_rows_by_category(outputs: tuple[Path, Path]) -> None:
     """Before gates and after them, by each carried column of few values: ``label`` differs in each row."""
     assert call("report", outputs[0]).exit_code == 0

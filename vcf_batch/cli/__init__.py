@@ -23,8 +23,8 @@ __all__ = ["COMMANDS_BY_STAGE", "evaluate", "generate", "main", "train_aligner"]
 COMMANDS_BY_STAGE: Mapping[str, Sequence[click.Command]] = {
     "Before a run": (before.manifest, before.plan, before.preview),
     "Run": (generate,),
-    "Look": (look.status, look.report),
-    "Mend": (mend.verify, mend.repair),
+    "Look at a run": (look.status, look.report),
+    "Check and mend": (mend.verify, mend.repair),
     "After a run": (after.score, after.export, after.push, after.card),
     "Models": (model.model,),
 }

@@ -15,8 +15,8 @@ import click
 from click.core import ParameterSource
 
 from vcf_batch import ending, storage
-from vcf_batch.cli import settings_file
-from vcf_batch.cli.documents import Fields, faults
+from vcf_batch.cli import documents, settings_file
+from vcf_batch.cli.documents import Fields
 from vcf_batch.config import RunConfig, meant
 from vcf_batch.driver.progress import clear_steps, configure_log, plural, show_steps
 from vcf_batch.errors import (
@@ -100,8 +100,9 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         verbosity = ctx.params.get("verbosity") or "normal"
-        configure_log(ctx.params.get("log_format") or "text", verbosity)  # From the first line on, and in errors.
-        show_steps(verbosity != "quiet")
+        log_format = ctx.params.get("log_format") or "text"
+        configure_log(log_format, verbosity)  # From the first line on, and in errors.
+        show_steps(log_format, verbosity)
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -132,7 +133,7 @@ class Command(click.Command):
         if ctx.params.get("log_format") == "json":
             _log.error(printable(message).strip(), extra={"event": "error", "exit_code": exit_code})
         else:
-            tell_line(printable(message), err=True)
+            tell_line(message, err=True)
 
 
 class Group(click.Group):
@@ -177,17 +178,23 @@ json_option = click.option(
 )
 
 
-def tell(words: str, document: Mapping[str, Any], as_json: bool) -> None:
-    """Print the result of a command that is done on standard output: ``words`` for people, or ``document`` for a
-    program."""
+def tell(words: str, document: Mapping[str, Any], as_json: bool, err: bool = False) -> None:
+    """Print the result of a command that is done: ``words`` for people, or ``document`` for a program.
+
+    Args:
+        words: the result in words.
+        document: the same as plain JSON types.
+        as_json: whether the document is printed.
+        err: whether it goes to standard error rather than standard output.
+    """
     ending.done()
-    click.echo(_printed(document) if as_json else printable(words))
+    click.echo(_printed(document) if as_json else printable(words), err=err)
 
 
 def _printed(document: Mapping[str, Any]) -> str:
     command = click.get_current_context().command
     assert isinstance(command, Command)
-    assert not (found := faults(document, command.document)), f"--json of {command.name}: {'; '.join(found)}"
+    documents.check(str(command.name), document, command.document)
     return json.dumps(document, indent=2)
 
 
@@ -199,7 +206,7 @@ def tell_line(line: str, err: bool = False) -> None:
         err: whether it goes to standard error rather than standard output.
     """
     clear_steps()
-    click.echo(line, err=err)
+    click.echo(printable(line), err=err)
 
 
 def moved_option(name: str) -> Callable[..., Any]:
@@ -276,7 +283,7 @@ def run(
         _tell_run(config, summary)
     check_failed(config, summary)
     if push is not None:
-        hand_on(config.output, push)
+        hand_on(config.output, push, err=as_json)
 
 
 def check_failed(config: RunConfig, summary: "Summary") -> None:
@@ -336,8 +343,15 @@ def repair_command(output: str) -> str:
     return f"vcf-batch repair {shlex.quote(redact(output))}"
 
 
-def hand_on(output: str, target: str, as_json: bool = False, partial: bool = False) -> None:
+def hand_on(output: str, target: str, as_json: bool = False, partial: bool = False, err: bool = False) -> None:
     """Copy an output to another storage, and tell what was copied and what was left out.
+
+    Args:
+        output: the output.
+        target: where it is copied.
+        as_json: whether a document is told.
+        partial: whether shards may be left out.
+        err: whether words go to standard error, as standard output has a document.
 
     Raises:
         DamageFound, Unfinished: shards are left out, and ``partial`` is not given.
@@ -356,7 +370,7 @@ def hand_on(output: str, target: str, as_json: bool = False, partial: bool = Fal
     }
     words = f"{redact(target)}: {plural(pushed.copied, 'shard')} copied, {pushed.there:,} were there"
     words += f"; scores of {plural(pushed.scores.copied, 'shard')} copied" if pushed.scores.copied else ""
-    tell("\n".join([words, *pushed.left_out]), document, as_json)
+    tell("\n".join([words, *pushed.left_out]), document, as_json, err)
     left = f"{len(pushed.damaged) + pushed.unfinished:,} of {pushed.shards:,} shards are left out"
     again = "then push again; or push with --partial"
     if partial:

@@ -75,7 +75,7 @@ DOCUMENTS: Mapping[str, Fields] = {
         "long_prompts.max_tokens": Field("integer|null", "Tokens of a prompt that the text encoder reads."),
         "long_prompts.rows": Field("integer", "Number of the first rows whose prompts have more."),
         "columns": Field("object", "What becomes of the manifest's columns, in words."),
-        "rows_having": Field("object", "Number of rows with a value, by column."),
+        "rows_having": Field("object|null", "Number of rows with a value, by column; null where rows are not counted."),
         "loras": Field("object|null", "Batches by LoRAs, as_it_is and sorted; null if rows name none."),
         "rows": Field(
             "integer",
@@ -137,6 +137,7 @@ DOCUMENTS: Mapping[str, Fields] = {
         "first": Field("string", "The first output. This and what follows are there for two outputs only.", True),
         "second": Field("string", "The second output.", True),
         "both": Field("integer", "Number of keys in both.", True),
+        "unlike": Field("integer", "Number of keys in both whose rows have another prompt or reference.", True),
         "first_alone": Field("integer", "Number of keys in the first alone.", True),
         "second_alone": Field("integer", "Number of keys in the second alone.", True),
         "same_image": Field("integer", "Number of keys with the same image.", True),
@@ -219,6 +220,20 @@ DOCUMENTS: Mapping[str, Fields] = {
     },
 }
 """Fields of the document of each command, by the command's name."""
+
+
+is_strict = False
+"""Whether a document that is not as its fields say is an error, as it is in tests. A result is printed all the same."""
+
+
+def check(name: str, document: Mapping[str, Any], fields: Fields) -> None:
+    """Compare the document of a command with its fields, if :data:`is_strict`.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    if is_strict and (found := faults(document, fields)):
+        raise AssertionError(f"--json of {name}: {'; '.join(found)}")
 
 
 def faults(document: Mapping[str, Any], fields: Fields) -> list[str]:

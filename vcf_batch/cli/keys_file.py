@@ -6,6 +6,7 @@ from vcf_batch import storage
 from vcf_batch.errors import UsageError, redact
 
 MAX_KEYS_BYTES = 1 << 30
+"""Largest size of such a file. Its keys are held in memory."""
 
 
 def read(option: str, url: str) -> tuple[frozenset[str], str]:

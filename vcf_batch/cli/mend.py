@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from vcf_batch.cli import keys_file
 from vcf_batch.cli.command import Command, debug_option, given, json_option, moved, repair_command, run, tell, tell_line
@@ -210,15 +209,13 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
 @click.option(
     "--where",
     metavar="SQL",
-    default="status = 'failed'",
-    show_default=True,
-    help="Which rows to generate again: a condition on the columns of the parquets. With --keys, only if it is given.",
+    help="Which rows to generate again: a condition on the columns of the parquets.  [default: status = 'failed'; none "
+    "with --keys]",
 )
 @click.option(
     "--keys",
     metavar="FILE",
-    help="A text file with a key on each line: rows to generate again, instead of those of --where, or beside them if "
-    "both are given.",
+    help="A text file with a key on each line: rows to generate again, alone or together with those of --where.",
 )
 @click.option(
     "--trust-receipts",
@@ -232,25 +229,23 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
 @debug_option
 @click.pass_context
 def repair(
-    ctx: click.Context, output: str, where: str, keys: str | None, trust_receipts: bool, as_json: bool, **_: Any
+    ctx: click.Context, output: str, where: str | None, keys: str | None, trust_receipts: bool, as_json: bool, **_: Any
 ) -> None:
     """Generate again what is damaged, missing or failed in OUTPUT.
 
     OUTPUT is read first, as 'verify' reads it, unless --trust-receipts is given. Damaged and missing shards are
     generated whole. Of the other shards, only the rows that --where selects or --keys names are generated: their other
-    samples stay, byte for byte. Keys, shards and settings stay as they are, so a row whose image was sound has the same
-    image again, on the same type of device.
+    samples stay, byte for byte. Keys, shards and settings stay as they are. A row that was sound gets the same image
+    again, on the same type of device.
 
     Exit codes: those of 'generate'; 5 if OUTPUT is damaged in a way that generating does not mend.
     """
     from vcf_batch.commands.repair import Repair
     from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
 
-    named: frozenset[str] = frozenset()
-    if keys is not None:
-        named = keys_file.read("--keys", keys)[0]
-        if ctx.get_parameter_source("where") is ParameterSource.DEFAULT:
-            where = "false"
+    named = frozenset[str]() if keys is None else keys_file.read("--keys", keys)[0]
+    if where is None:
+        where = "status = 'failed'" if keys is None else "false"
     opened = Output(output, _OWN | given(ctx))
     needed = Repair(opened, where, trust_receipts, named)
     run(opened.config, lambda: needed.rows(functools.partial(tell_line, err=as_json)), as_json=as_json)

@@ -214,13 +214,15 @@ def _push_to_hub(output: Output, hub: HubCommits) -> _Tally:
         return True
 
     left: Iterable[Shard] = tally.finished()
+    count = len(output.plan)
     for _ in range(COPY_TRIES):
         sent: list[Shard] = []
-        for shard in steps(left, "copying", len(output.plan), "shard"):
+        for shard in steps(left, "copying", count, "shard"):
             is_new = _copy_shard(output, hub, shard, remember)
             tally.note(shard, is_new)
             sent += [shard] if is_new else []
         left = [shard for shard in sent if not publish(shard)]
+        count = len(left)
     for shard in left:
         tally.note(shard, None)
     return tally

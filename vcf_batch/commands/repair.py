@@ -82,7 +82,7 @@ class Repair:
         return redo
 
     def _refuse_unknown_keys(self, manifest: Manifest) -> None:
-        """See the class. The manifest is asked, as it has the keys of damaged shards too."""
+        """Refuse keys that no row of the manifest has, which knows those of damaged shards too."""
         if not self._keys:
             return
         if unknown := sorted(self._keys.difference(manifest.keys())):
@@ -117,9 +117,9 @@ class Repair:
     def _judge(self, waiting: Sequence[tuple[Shard, pa.Table]]) -> Iterator[tuple[Shard, RowMask]]:
         """The rows that are selected or named, of shards with the same columns. A run has each key once."""
         if waiting:
-            keys = self._condition.keys(pa.concat_tables(table for _, table in waiting)) | self._keys
+            selected = self._condition.keys(pa.concat_tables(table for _, table in waiting))
             for shard, table in waiting:
-                yield shard, bytes(key in keys for key in table["key"].to_pylist())
+                yield shard, bytes(key in selected or key in self._keys for key in table["key"].to_pylist())
 
     def _read_or_fault(self, shard: Shard) -> pa.Table | DamageFound:
         """The columns that the condition reads, or what is wrong with the shard's parquet."""

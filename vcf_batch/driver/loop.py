@@ -286,7 +286,7 @@ class Loop:
         task, receipt = finished.task, finished.receipt
         self._ledger.committed(task, receipt)
         self._exporter.committed(receipt)
-        first = "" if self._has_committed else f", the first one; its files are in {redact(self._output)}"
+        first = "" if self._has_committed else f", the first one of this call; its files are in {redact(self._output)}"
         self._progress.note(
             f"shard {task.title} is finished{first}",
             "shard_finished",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, Literal, Self, TextIO, TypeVar
 
 _log = logging.getLogger(__name__)
 
@@ -70,13 +70,20 @@ Item = TypeVar("Item")
 
 _steps: list["Steps"] = []
 """Those that are shown now, the outermost first."""
-_shows_steps = False
+_steps_are_shown: Literal["nowhere", "log", "bar"] = "nowhere"
 
 
-def show_steps(shown: bool) -> None:
-    """Let this process show its :class:`Steps`, as a command does. A library is silent."""
-    global _shows_steps
-    _shows_steps = shown
+def show_steps(log_format: str, verbosity: str) -> None:
+    """Let this process show its :class:`Steps` beside such a log, as a command does. A library is silent."""
+    global _steps_are_shown
+    has_bar = bar_stream(log_format, verbosity) is not None
+    _steps_are_shown = "nowhere" if verbosity == "quiet" else "bar" if has_bar else "log"
+
+
+def hide_steps() -> None:
+    """Show no :class:`Steps` any more."""
+    global _steps_are_shown
+    _steps_are_shown = "nowhere"
 
 
 class Steps:
@@ -86,7 +93,7 @@ class Steps:
 
     Args:
         doing: what is done, such as ``reading``.
-        total: number of steps; at most so many come.
+        total: number of steps.
         noun: what a step is, such as ``shard``.
         now: reads the clock.
     """
@@ -98,7 +105,7 @@ class Steps:
         self._bar: Any = None
 
     def __enter__(self) -> Self:
-        if _shows_steps and sys.stderr.isatty():
+        if _steps_are_shown == "bar" and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -123,10 +130,10 @@ class Steps:
         self._done += 1
         if self._bar is not None:
             self._bar.update()
-        elif _shows_steps and (now := self._now()) - self._shown >= LINE_SECONDS:
-            self._shown = now
-            left = duration((now - self._begin) * (self._total - self._done) / self._done)
-            done = f"{self._done:,} of {plural(self._total, self._noun)} ({self._done / self._total:.0%})"
+        elif _steps_are_shown != "nowhere" and (now := self._now()) - self._shown >= LINE_SECONDS:
+            self._shown, total = now, max(self._total, self._done)
+            left = duration((now - self._begin) * (total - self._done) / self._done)
+            done = f"{self._done:,} of {plural(total, self._noun)} ({self._done / total:.0%})"
             _log.info("%s: %s, %s left", self._doing, done, left, extra={"event": "progress"})
 
     def clear(self) -> None:

@@ -84,9 +84,10 @@ def build(
     rows = most if rows is None else rows
     if not 1 <= rows <= most:
         left_out = f" ({duplicates:,} duplicates left out)" if duplicates and not keep_duplicates else ""
+        per_pair = f" with {images:,} seeds each" if images > 1 else ""
         raise UsageError(
-            f"rows is {rows}; {len(texts):,} prompts{left_out}, {len(choices):,} references and {images:,} seeds make "
-            f"1 to {most:,} different rows"
+            f"rows is {rows:,}; {len(texts):,} prompts{left_out} and {len(choices):,} references{per_pair} make "
+            f"{most:,} different rows: give a number from 1 to {most:,}, or leave it out for all of them"
         )
     pairs_at = pairs(pairing, len(texts), len(choices), pairing_seed)
     schema = _COLUMNS.append(_SEED) if has_seeds else _COLUMNS

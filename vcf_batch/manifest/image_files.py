@@ -51,7 +51,7 @@ def find(
     Args:
         folder: a path or any fsspec URL. Links to folders in it are not followed.
         manifest: the manifest that will name the images. It is itself no image and not counted.
-        watch: hands on the names of the files, given with their number, and sees how far this is.
+        watch: gets the names of the files and their number, and hands the names on.
 
     Raises:
         UsageError: there is no such folder, it cannot be listed, or it holds no image.

@@ -61,8 +61,11 @@ class RunRecord:
     """Fingerprints of the run before rows were appended to its manifest, the first one first."""
 
     @property
-    def used(self) -> dict[str, Mapping[str, Any]]:
-        """Name and identity of each model of the run by what it is for; of a LoRA as ``lora NAME``, with its scale."""
+    def named_models(self) -> dict[str, Mapping[str, Any]]:
+        """The models of the run by their purpose, each with name and identity.
+
+        A LoRA has the purpose ``lora NAME``, and its scale too.
+        """
         loras = {f"lora {name}": lora for name, lora in self.models.get("lora", {}).items()}
         return {what: model for what, model in self.models.items() if model and what != "lora"} | loras
 

@@ -31,6 +31,8 @@ HEAD_SECONDS = 30.0
 HEAD_PAUSE_SECONDS = 1.0
 """Seconds between two attempts to reach it."""
 
+MAX_PORT = 65_535
+
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d{1,5})")
 
 _TIMED_OUT = "timed out during startup"
@@ -62,6 +64,21 @@ def _full_disk() -> str:
     return ""
 
 
+@contextlib.contextmanager
+def _no_word_of_tokens() -> Iterator[None]:
+    """Leave out Ray's warning that a new cluster has a token, which asks for nothing, and is no line of JSON."""
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return "Token authentication is enabled" not in record.getMessage()
+
+    log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    log.addFilter(is_of_use)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_use)
+
+
 def _use_short_folder() -> None:
     """Let Ray keep its files in ``/tmp`` where it cannot use ``TMPDIR``: it takes short ASCII names only."""
     folder = os.environ.get("TMPDIR", "")
@@ -77,26 +94,33 @@ def _use_short_folder() -> None:
 
 
 def _await_head(address: str | None) -> None:
-    """Wait until the head of a cluster answers at its address. Ray itself would wait for minutes without a word.
+    """Wait until something takes connections at the address of a cluster's head.
 
-    An address of another form, such as ``ray://HOST:PORT``, is left to Ray.
+    Ray itself would wait for minutes without a word. An address of another form, such as ``ray://HOST:PORT``, is left
+    to Ray.
 
     Raises:
-        UsageError: it did not answer within :data:`HEAD_SECONDS`.
+        UsageError: nothing did within :data:`HEAD_SECONDS`, or it is no address.
     """
     place = address or os.environ.get("RAY_ADDRESS", "")
     if not (match := _HOST_AND_PORT.fullmatch(place)):
         return
+    host, port = match["host"].strip("[]"), int(match["port"])
+    remedy = "Give the address of a head that runs to --address or RAY_ADDRESS, or start one with 'ray start --head'"
+    if port > MAX_PORT:
+        raise UsageError(f"no Ray cluster can be at {redact(place)}: ports end at {MAX_PORT}. {remedy}")
     end = time.monotonic() + HEAD_SECONDS
     while True:
         try:
-            socket.create_connection((match["host"].strip("[]"), int(match["port"])), timeout=HEAD_SECONDS).close()
+            left = max(end - time.monotonic(), HEAD_PAUSE_SECONDS)
+            socket.create_connection((host, port), timeout=left).close()
             return
+        except UnicodeError as error:
+            raise UsageError(f"no Ray cluster can be at {redact(place)}: {error}. {remedy}") from error
         except OSError as error:
             if time.monotonic() >= end:
                 raise UsageError(
-                    f"no Ray cluster answers at {redact(place)} within {HEAD_SECONDS:g} seconds: {error}. Give the "
-                    "address of a head that runs to --address or RAY_ADDRESS, or start one with 'ray start --head'"
+                    f"no Ray cluster answers at {redact(place)} within {HEAD_SECONDS:g} seconds: {error}. {remedy}"
                 ) from error
         time.sleep(HEAD_PAUSE_SECONDS)
 
@@ -128,7 +152,7 @@ def cluster(address: str | None) -> Iterator[None]:
     refused = f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:
-            with _own_sigterm():
+            with _own_sigterm(), _no_word_of_tokens():
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             break
         except AuthenticationError as error:

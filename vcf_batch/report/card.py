@@ -84,7 +84,7 @@ def render(output: Output, licence: str | None = None) -> str:
         scores="\n".join(_score(found, name) for name in SCORE_LABELS),
         models="\n".join(
             f"| {name} | {_code(model['name'])} | {_code(model['identity'][:16])} |"
-            for name, model in output.record.used.items()
+            for name, model in output.record.named_models.items()
         ),
         settings=", ".join(f"{name} {_code(str(value))}" for name, value in told.items()),
         fingerprint=output.record.fingerprint,

@@ -67,7 +67,10 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     config = record.run_config(output, changes)
     manifest = run_file.open_manifest(config, record)
     cards = itertools.islice(_cards(output, config, manifest, itertools.chain([first], done)), limit)
-    groups = [(prompt, list(group)) for prompt, group in itertools.groupby(cards, key=lambda card: card.prompt)]
+    by_prompt: dict[str, list[_Card]] = {}
+    for card in cards:
+        by_prompt.setdefault(card.prompt, []).append(card)
+    groups = [*by_prompt.items()]
 
     columns = min(CARDS_PER_ROW, max(len(group) for _, group in groups))
     heights = [_LINE + _GAP + -(-len(group) // columns) * (_CARD[1] + _GAP) for _, group in groups]

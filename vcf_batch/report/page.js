@@ -224,7 +224,10 @@ function setUpViewer() {
       step(by);
     } else onFlagKey(event, viewed.sample);
   });
-  dialog.addEventListener("close", () => viewed.goBack(viewed.sample));
+  dialog.addEventListener("close", () => {
+    viewed.goBack(viewed.sample);
+    refreshFlagged();
+  });
 }
 
 // Flags: keys, kept by the browser under the run's fingerprint
@@ -248,6 +251,13 @@ function keepFlags() {
     keepsFlags = false;  // Private windows and frames may have no storage.
   }
   showFlags();
+  refreshFlagged();
+}
+function refreshFlagged() {
+  if ($("controls").elements.group.value !== "flagged" || $("viewer").open) return;
+  const hadFocus = $("gallery").contains(document.activeElement);
+  showGallery();
+  if (hadFocus) ($("gallery").querySelector("button") ?? $("flags-title")).focus();
 }
 function toggleFlag(sample) {
   if (!flags.delete(sample.key)) flags.add(sample.key);
@@ -309,6 +319,7 @@ function setUpFlags() {
     if (event.key !== flagsName) return;
     flags = readFlags();
     showFlags();
+    refreshFlagged();
   });
   showFlags();
 }
@@ -396,8 +407,8 @@ function showScatter() {
     $("tradeoff-section").hidden = true;
     return;
   }
-  $("dots-told").textContent = data.drawn < data.counts.success
-    ? `Each dot is a sample: ${count(data.drawn)} drawn at random, and the best and the worst by each score.` : "Each dot is a sample.";
+  $("dots-told").textContent = data.cut.includes("points") ? "Each dot is a sample; some are left out, as the page is full."
+    : data.drawn < data.counts.success ? `Each dot is a sample: ${count(data.drawn)} drawn at random, and the best and the worst by each score.` : "Each dot is a sample.";
   options($("across"), across.map((score) => [score.name, `${score.name}, ${score.higher ? "higher" : "lower"} is closer`]));
   const settings = [...new Set(everything.map((sample) => sample.setting))].filter((setting) => setting !== "text only").sort();
   options($("highlight"), settings.map((setting) => [setting, setting]));

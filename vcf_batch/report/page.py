@@ -252,7 +252,7 @@ def _configuration(found: Figures, output: Output) -> dict[str, dict[str, str]]:
         run["cut off"] = told_truncated(found.truncated)
     if found.intervals.end > 0:
         run["last shard"] = datetime.fromtimestamp(found.intervals.end, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record.used.items()}
+    models = {name: f"{model['name']} ({model['identity'][:16]})" for name, model in record.named_models.items()}
     if embedded.is_embedded(record.models["model"]):
         models["model"] += f", {embedded.EMBEDDED}"
     settings = {name: value for name, value in record.config.items() if value not in (None, "", [])}

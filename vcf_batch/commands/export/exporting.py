@@ -170,8 +170,8 @@ class _Writing:
             return
         room = self._settings.shard_bytes * len(self._begin)
         with scratch.folder() as folder, scratch.writing("the shards of an export", folder, room):
-            some = self._sources.shards(min(self._begin.values()))
-            for shard in steps(some, "exporting", self._sources.count, "shard"):
+            begin = min(self._begin.values())
+            for shard in steps(self._sources.shards(begin), "exporting", self._sources.count(begin), "shard"):
                 for judged, row in self._rows(shard):
                     self._add(folder, str(judged.split), row, judged.position)
             for split in [*self._open]:

@@ -93,7 +93,7 @@ def of(name: str, sources: Sources, survey: Survey, settings: ExportSettings, ch
             "shards_left_out": survey.damaged[source.index] + survey.unfinished[source.index],
             "models": {
                 name: {"name": _without_folder(model["name"]), "identity": model["identity"]}
-                for name, model in source.output.record.used.items()
+                for name, model in source.output.record.named_models.items()
             },
         }
         for source in sources.all

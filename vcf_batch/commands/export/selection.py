@@ -102,7 +102,7 @@ class Selection:
         unknown = set(self._settings.exclude)
         with RepeatFinder(sources.rows) as finder:
             judged = side_by_side(self._judge_shard, sources.shards())
-            for _, (splits, left_out, keys, excluded) in steps(judged, "selecting", sources.count, "shard"):
+            for _, (splits, left_out, keys, excluded) in steps(judged, "selecting", sources.count(), "shard"):
                 choice.splits.update(splits)
                 choice.left_out.update(left_out)
                 unknown -= excluded

@@ -132,10 +132,9 @@ class Sources:
         """Number of rows of all outputs, finished or not."""
         return self.all[-1].stop
 
-    @property
-    def count(self) -> int:
-        """Number of committed shards of all outputs."""
-        return sum(map(len, self.survey.committed))
+    def count(self, start: int = 0) -> int:
+        """Number of the shards that :meth:`shards` gives."""
+        return sum(1 for _ in self.shards(start))
 
     @functools.cached_property
     def survey(self) -> Survey:

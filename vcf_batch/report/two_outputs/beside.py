@@ -25,10 +25,11 @@ figure { margin: 0; max-width: 500px; } figcaption { font-size: .875rem; overflo
 
 def summary(found: TwoOutputs) -> str:
     """What both have, in one line."""
+    unlike = f"; {found.unlike:,} of the keys in both are of other prompts or references" if found.unlike else ""
     return (
         f"{found.both:,} keys in both, {found.alone[0]:,} in the first alone, {found.alone[1]:,} in the second alone; "
         f"{found.same:,} images with the same bytes; {found.gained:,} rows have an image in the second alone, "
-        f"{found.lost:,} in the first alone"
+        f"{found.lost:,} in the first alone{unlike}"
     )
 
 

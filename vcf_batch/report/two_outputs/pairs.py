@@ -83,6 +83,9 @@ class TwoOutputs:
     """Number of keys that both have."""
     alone: tuple[int, int] = (0, 0)
     """Number of keys that the first one alone has, and the second."""
+    unlike: int = 0
+    """Number of keys whose rows have another prompt or another reference in the second output. They are compared all
+    the same."""
     same: int = 0
     """Number of keys whose images have the same bytes."""
     gained: int = 0
@@ -93,6 +96,8 @@ class TwoOutputs:
     def add(self, first: PairedRow, second: PairedRow) -> None:
         """Add a row that both have."""
         self.both += 1
+        asked = [(side.record["prompt"], side.record["reference"]) for side in (first, second)]
+        self.unlike += asked[0] != asked[1]
         has = [side.record["status"] == "success" for side in (first, second)]
         self.gained += has == [False, True]
         self.lost += has == [True, False]
@@ -105,6 +110,7 @@ class TwoOutputs:
         """The figures as plain JSON types, with the keys of the largest changes."""
         return {
             "both": self.both,
+            "unlike": self.unlike,
             "first_alone": self.alone[0],
             "second_alone": self.alone[1],
             "same_image": self.same,
