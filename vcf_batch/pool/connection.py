@@ -32,6 +32,7 @@ HEAD_PAUSE_SECONDS = 1.0
 """Seconds between two attempts to reach it."""
 
 MAX_PORT = 65_535
+"""Largest port of TCP."""
 
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[\da-fA-F:.]+\]|[\w.-]+):(?P<port>\d{1,5})")
 
