@@ -70,7 +70,9 @@ def test_the_command_writes_the_picture_and_nothing_else(tmp_path: Path, model: 
     words = ["preview", manifest, "--model", model, *options, *sweeps]
     command = [sys.executable, "-m", "vcf_batch", *map(str, words)]
     told = subprocess.run(command, capture_output=True, text=True)
-    assert (told.returncode, told.stdout, told.stderr) == (0, f"{tmp_path / 'sheet.png'}\n", "")
+    assert (told.returncode, told.stdout) == (0, f"{tmp_path / 'sheet.png'}\n")
+    said = [line.partition(" ")[0] for line in told.stderr.splitlines()]
+    assert said == ["reading", "columns:", "carried:", "loading"], told.stderr
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "sheet.png"}
     sheet = Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes()))
     assert sheet.width == (2 + 4) * (contact_sheet.TILE + 8) + 8

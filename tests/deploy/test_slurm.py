@@ -56,9 +56,12 @@ class Job:
         log = self._folder / f"{program}.log"
         return log.read_text().splitlines() if log.exists() else []
 
+    def _starts(self) -> int:
+        return sum(" start " in f" {call} " for call in self.calls("ray"))
+
     def signal(self, number: int, to_all: bool = False) -> None:
-        """Send a signal to the script, or to all processes of it, once its driver runs."""
-        wait_for(lambda: bool(self.calls("vcf-batch")), 60)
+        """Send a signal to the script, or to all processes of it, once its driver and all Ray nodes run."""
+        wait_for(lambda: bool(self.calls("vcf-batch")) and str(self._starts()) == JOB["STEPS"], 60)
         if to_all:
             os.killpg(self._script.pid, number)
         else:
