@@ -197,6 +197,12 @@ def test_samples_open_and_are_flagged_in_a_browser(written: Path) -> None:
         assert tab.evaluate("document.querySelector('#flags-count').textContent") == "2 samples flagged."
         assert tab.evaluate("document.querySelector('#flags-repair').textContent").endswith(" --keys b-out-flagged.txt")
         assert tab.evaluate("document.querySelectorAll('#gallery [aria-pressed=true]').length") == 2
+        tab.evaluate("document.querySelector('[name=group][value=flagged]').click()")
+        assert tab.evaluate("document.querySelectorAll('#gallery figure').length") == 2
+        tab.evaluate("document.querySelector('#row-3 .flag').focus()")
+        tab.press("Enter")
+        assert tab.evaluate("document.querySelector('#shown').textContent").startswith("1 sample, flagged")
+        assert tab.evaluate(focused) == "row-4", "the focus stays in what is left"
         assert tab.problems == []
 
 
