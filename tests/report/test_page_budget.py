@@ -3,6 +3,7 @@
 import io
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from PIL import Image
 
 from support import pages, runs
 from vcf_batch.output.output import Output
-from vcf_batch.report import page, thumbnails
-from vcf_batch.report.pictures import fitting, shares
+from vcf_batch.report import figures, page, thumbnails
+from vcf_batch.report.pictures import fitting, reading, shares
 
 
 @pytest.mark.parametrize("size", [16, 100, 160, 300])
@@ -95,6 +96,25 @@ def test_a_page_keeps_its_budget(tmp_path: Path, rows: int, size: int) -> None:
         assert sample["pictures"].keys() == {"output", "reference", "content", "style"}
         assert all(data["pictures"][place][1:] == [size, size] for place in sample["pictures"].values())
     assert all(data["pictures"][point[4]][1:] == [size, size] for point in data["points"])
+
+
+def test_few_tars_are_read_for_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of shown samples are all read. A dot whose tar is not read has no picture."""
+    opened: list[str] = []
+    from_tar = reading.from_tar
+
+    def noted(url: str, *rest: Any) -> Any:
+        opened.append(url)
+        return from_tar(url, *rest)
+
+    monkeypatch.setattr(reading, "from_tar", noted)
+    monkeypatch.setattr(reading, "MOST_TARS", 30)
+    monkeypatch.setattr(figures, "RANDOM", 4)
+    runs.write_output(runs.write_manifest(tmp_path / "in", 120), tmp_path / "out", 1)
+    data = pages.data_of(page.render(Output(str(tmp_path / "out"))))
+    assert len(opened) == len(set(opened)) == 30
+    assert all("output" in sample["pictures"] for sample in data["samples"])
+    assert sum(point[4] is not None for point in data["points"]) == 30 - len(data["samples"]) > 0
 
 
 def test_texts_that_would_fill_the_page_are_cut_and_that_is_told(

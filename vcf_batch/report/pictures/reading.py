@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from vcf_batch.driver.progress import steps
 from vcf_batch.errors import RowError, StorageError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import shards
@@ -12,6 +13,10 @@ from vcf_batch.records import TRIPLET, Reference, Shard
 from vcf_batch.report.pictures.fitting import LARGEST_EDGE, FittedPicture, fitted
 from vcf_batch.report.pictures.shares import DOT_EDGE, shares
 from vcf_batch.report.thumbnails import from_tar
+
+MOST_TARS = 100
+"""Number of shards from which on no tar is read for the sake of a dot. Each tar is read up to its last sample that is
+wanted, so a thousand large ones would be read for hours."""
 
 
 class PagePictures(NamedTuple):
@@ -63,7 +68,8 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]], dots: Mapping[
         )
         return {names[name]: picture for name, picture in pictures.items()}
 
-    for _, pictures in side_by_side(of_shard, _shards(output, [*chosen, *dots])):
+    some = _shards(output, chosen, dots)
+    for _, pictures in steps(side_by_side(of_shard, some), "reading pictures", len(some), "shard"):
         for (number, what), picture in pictures.items():
             if picture and what == "dot":
                 found[number] = picture
@@ -72,8 +78,13 @@ def read(output: Output, chosen: Mapping[int, Mapping[str, Any]], dots: Mapping[
     return PagePictures(samples, found)
 
 
-def _shards(output: Output, numbers: Iterable[int]) -> Iterable[Shard]:
-    return (output.plan[index] for index in sorted({output.plan.index_of(number) for number in numbers}))
+def _shards(output: Output, chosen: Iterable[int], dots: Iterable[int]) -> list[Shard]:
+    """The shards whose tars are read: all of the shown samples, and further ones for dots up to :data:`MOST_TARS`."""
+    wanted = {output.plan.index_of(number) for number in chosen}
+    for number in dots:
+        if len(wanted) < MOST_TARS:
+            wanted.add(output.plan.index_of(number))
+    return [output.plan[index] for index in sorted(wanted)]
 
 
 def _references(output: Output, chosen: Mapping[int, Mapping[str, Any]]) -> dict[int, Reference]:
