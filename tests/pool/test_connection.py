@@ -1,5 +1,6 @@
 """Connecting to Ray, and what is told where Ray does not start."""
 
+import logging
 import os
 import socket
 import threading
@@ -127,6 +128,23 @@ def test_an_address_of_another_form_is_left_to_ray(monkeypatch: pytest.MonkeyPat
     left = starting(monkeypatch, None)
     with connection.cluster(address):
         assert not left
+
+
+def test_what_ray_says_of_its_own_token_is_left_out_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It asks for nothing, and would stand in a log of JSON."""
+    log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+
+    def start(**_: object) -> None:
+        log.warning("Token authentication is enabled for this Ray cluster. Set ...")
+        log.warning("Token authentication is disabled for this Ray cluster. Anyone ...")
+
+    monkeypatch.setattr(ray, "init", start)
+    with connection.cluster("local"):
+        pass
+    assert "is enabled" not in caplog.text and "is disabled" in caplog.text
+    assert not log.filters
 
 
 def test_a_home_that_cannot_be_written_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

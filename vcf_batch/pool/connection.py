@@ -70,7 +70,7 @@ def _no_word_of_tokens() -> Iterator[None]:
     """Leave out Ray's warning that a new cluster has a token, which asks for nothing, and is no line of JSON."""
 
     def is_of_use(record: logging.LogRecord) -> bool:
-        return "Token authentication is enabled" not in record.getMessage()
+        return "Token authentication is enabled for this Ray cluster" not in record.getMessage()
 
     log = logging.getLogger("ray._private.authentication.authentication_token_setup")
     log.addFilter(is_of_use)
