@@ -245,11 +245,9 @@ def export(
     from vcf_batch.commands.export import split as splits
     from vcf_batch.commands.export.exporting import export  # pyarrow and DuckDB are not needed to print a help text
 
-    keys, sha256 = keys_file.read("--exclude", exclude) if exclude is not None else (frozenset[str](), None)
     settings = options.ExportSettings(
         where=where,
-        exclude=keys,
-        exclude_sha256=sha256,
+        exclude=frozenset() if exclude is None else keys_file.read("--exclude", exclude),
         shares=splits.parse(split),
         split_by=split_by,
         format=format,

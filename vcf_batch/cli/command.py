@@ -18,7 +18,7 @@ from vcf_batch import ending, storage
 from vcf_batch.cli import documents, settings_file
 from vcf_batch.cli.documents import Fields
 from vcf_batch.config import RunConfig, meant
-from vcf_batch.driver.progress import clear_steps, configure_log, plural, show_steps
+from vcf_batch.driver.progress import clear_bars, configure_log, plural, show_steps
 from vcf_batch.errors import (
     DamageFound,
     Interrupted,
@@ -205,7 +205,7 @@ def tell_line(line: str, err: bool = False) -> None:
         line: the line.
         err: whether it goes to standard error rather than standard output.
     """
-    clear_steps()
+    clear_bars()
     click.echo(printable(line), err=err)
 
 

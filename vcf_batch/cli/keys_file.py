@@ -1,7 +1,5 @@
 """Files of keys: the rows that ``export --exclude`` leaves out, and that ``repair --keys`` generates again."""
 
-import hashlib
-
 from vcf_batch import storage
 from vcf_batch.errors import UsageError, redact
 
@@ -9,8 +7,8 @@ MAX_KEYS_BYTES = 1 << 30
 """Largest size of such a file. Its keys are held in memory."""
 
 
-def read(option: str, url: str) -> tuple[frozenset[str], str]:
-    """The keys in a text file with a key on each line, and a hash of them.
+def read(option: str, url: str) -> frozenset[str]:
+    """The keys in a text file with a key on each line.
 
     Args:
         option: the option that names the file, for error messages.
@@ -31,4 +29,4 @@ def read(option: str, url: str) -> tuple[frozenset[str], str]:
     keys = frozenset(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
         raise UsageError(f"{option} {redact(url)} has no key; give a key on each line, or leave the option out")
-    return keys, hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+    return keys

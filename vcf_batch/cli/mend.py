@@ -243,7 +243,7 @@ def repair(
     from vcf_batch.commands.repair import Repair
     from vcf_batch.output.output import Output  # pyarrow and DuckDB are not needed to print a help text
 
-    named = frozenset[str]() if keys is None else keys_file.read("--keys", keys)[0]
+    named = frozenset[str]() if keys is None else keys_file.read("--keys", keys)
     if where is None:
         where = "status = 'failed'" if keys is None else "false"
     opened = Output(output, _OWN | given(ctx))

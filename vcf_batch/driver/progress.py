@@ -46,7 +46,7 @@ class _Lines(logging.StreamHandler[TextIO]):
         self._given = stream
 
     def emit(self, record: logging.LogRecord) -> None:
-        clear_steps()
+        clear_bars()
         self.stream = self._given or sys.stderr
         super().emit(record)
 
@@ -68,8 +68,8 @@ def configure_log(log_format: str, verbosity: str = "normal", stream: TextIO | N
 
 Item = TypeVar("Item")
 
-_steps: list["Steps"] = []
-"""Those that are shown now, the outermost first."""
+_bars: list[Any] = []
+"""Bars that are shown now, of a run and of :class:`Steps`."""
 _steps_are_shown: Literal["nowhere", "log", "bar"] = "nowhere"
 
 
@@ -117,13 +117,11 @@ class Steps:
                 delay=BAR_SECONDS,
                 leave=False,
             )
-        _steps.append(self)
+            _bars.append(self._bar)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _steps.remove(self)
-        if self._bar is not None:
-            self._bar.close()
+        _close(self._bar)
 
     def advance(self) -> None:
         """Count one more step."""
@@ -136,11 +134,6 @@ class Steps:
             done = f"{self._done:,} of {plural(total, self._noun)} ({self._done / total:.0%})"
             _log.info("%s: %s, %s left", self._doing, done, left, extra={"event": "progress"})
 
-    def clear(self) -> None:
-        """Take the bar away until the next step, so that something else can be printed."""
-        if self._bar is not None:
-            self._bar.clear()
-
 
 def steps(items: Iterable[Item], doing: str, total: int, noun: str) -> Iterator[Item]:
     """Pass items on, and show how many have been dealt with: see :class:`Steps`."""
@@ -150,10 +143,17 @@ def steps(items: Iterable[Item], doing: str, total: int, noun: str) -> Iterator[
             shown.advance()
 
 
-def clear_steps() -> None:
-    """Take bars away before something else is printed."""
-    for each in _steps:
-        each.clear()
+def clear_bars() -> None:
+    """Take bars away until they change again, so that something else can be printed."""
+    for bar in _bars:
+        bar.clear()
+
+
+def _close(bar: Any) -> None:
+    """Let a bar be shown no more, if there is one."""
+    if bar is not None:
+        _bars.remove(bar)
+        bar.close()
 
 
 def bar_stream(log_format: str, verbosity: str) -> TextIO | None:
@@ -183,13 +183,13 @@ class Progress:
             else:
                 from tqdm import tqdm
             self._bar = tqdm(total=total, initial=done, unit=" samples", file=bar, dynamic_ncols=True)
+            _bars.append(self._bar)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        _close(self._bar)
 
     def update(
         self,
@@ -221,14 +221,12 @@ class Progress:
             self.note(self._line(done, outcome, bool(phase)), "progress", rows=done)
 
     def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
-        """Log a message without disturbing the bar.
+        """Log a message.
 
         Args:
             event: kind of the event, for programs.
             fields: known fields of :data:`FIELDS`.
         """
-        if self._bar is not None and _log.isEnabledFor(level):
-            self._bar.clear()
         _log.log(level, message, extra={"event": event, **fields})
 
     def _line(self, done: int, outcome: str, waits: bool) -> str:

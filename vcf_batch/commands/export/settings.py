@@ -1,5 +1,6 @@
 """The settings of an export, checked; and the fields that name it."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,8 +40,6 @@ class ExportSettings:
     """Condition on the rows, see :class:`vcf_batch.report.condition.Condition`; None selects all."""
     exclude: frozenset[str] = frozenset()
     """Keys that are left out."""
-    exclude_sha256: str | None = None
-    """Hex SHA-256 of the file that the keys are from."""
     shares: Mapping[str, Fraction] = field(default_factory=lambda: WHOLE)
     """Share of the rows of each split, by its name, see :func:`vcf_batch.commands.export.split.parse`."""
     split_by: str = "key"
@@ -68,9 +67,10 @@ class ExportSettings:
 
     def fields(self) -> dict[str, Any]:
         """The settings as plain JSON types, without ``partial``: what is left out is told by the sources."""
+        excluded = "\n".join(sorted(self.exclude)).encode()
         return {
             "where": self.where,
-            "exclude_sha256": self.exclude_sha256,
+            "exclude_sha256": hashlib.sha256(excluded).hexdigest() if self.exclude else None,
             "split": {name: str(share) for name, share in self.shares.items()},
             "split_by": self.split_by,
             "format": self.format,

@@ -4,6 +4,7 @@ A row has a *position*: its number among the rows of all outputs, in the order i
 rows that are missing, too, so they do not change with what is finished.
 """
 
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -134,7 +135,15 @@ class Sources:
 
     def count(self, start: int = 0) -> int:
         """Number of the shards that :meth:`shards` gives."""
-        return sum(1 for _ in self.shards(start))
+        return sum(len(committed) for _, committed in self._from(start))
+
+    def _from(self, start: int) -> Iterator[tuple[Source, Sequence[_Committed]]]:
+        """The committed shards of each output, from the one with the row at position ``start`` on."""
+        for source, committed in zip(self.all, self.survey.committed, strict=True):
+            plan = source.output.plan
+            row = start - source.start + plan.first_row
+            # They are in the order of their rows, so those before are found without opening each.
+            yield source, committed[bisect.bisect_right(committed, row, key=lambda each: plan[each.shard_index].stop) :]
 
     @functools.cached_property
     def survey(self) -> Survey:
@@ -206,12 +215,8 @@ class Sources:
         Raises:
             StorageError: the storage failed.
         """
-        for source, committed in zip(self.all, self.survey.committed, strict=True):
-            yield from (
-                shard
-                for shard in map(functools.partial(_opened, source), committed)
-                if shard.start + len(shard.shard) > start
-            )
+        for source, committed in self._from(start):
+            yield from map(functools.partial(_opened, source), committed)
 
     def schema(self) -> pa.Schema:
         """The columns of all outputs, and :data:`RUN` behind the key. A column that an output lacks is null there.
