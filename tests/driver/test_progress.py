@@ -17,7 +17,7 @@ from typing import TextIO
 import pytest
 
 from vcf_batch.driver import progress
-from vcf_batch.driver.progress import Progress, Steps, configure_log, duration, hide_steps, show_steps, steps
+from vcf_batch.driver.progress import Progress, Steps, configure_log, duration, show_steps, steps
 
 
 class _Terminal(io.StringIO):
@@ -129,7 +129,7 @@ def shown_steps() -> Iterator[None]:
     """As in a command."""
     show_steps("text", "normal")
     yield
-    hide_steps()
+    show_steps("text", "quiet")
 
 
 def test_a_command_says_in_the_log_how_far_it_is(logged: io.StringIO, shown_steps: None) -> None:

@@ -80,12 +80,6 @@ def show_steps(log_format: str, verbosity: str) -> None:
     _steps_are_shown = "nowhere" if verbosity == "quiet" else "bar" if has_bar else "log"
 
 
-def hide_steps() -> None:
-    """Show no :class:`Steps` any more."""
-    global _steps_are_shown
-    _steps_are_shown = "nowhere"
-
-
 class Steps:
     """Display of how far one part of a command is; use it with ``with``.
 

@@ -150,7 +150,7 @@ def cluster(address: str | None) -> Iterator[None]:
     _use_short_folder()
     _log.info(_told(address))
     _await_head(address)
-    refused = f"cannot use the Ray cluster {address or '(RAY_ADDRESS or a new local one)'}"
+    refused = f"cannot use the Ray cluster {redact(address) if address else '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:
             with _own_sigterm(), _no_word_of_tokens():
