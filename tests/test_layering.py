@@ -135,7 +135,7 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
     [
         (("worker.worker", "training.fit"), {"ray"}),
         (("training.ray_training",), {"diffusers", "transformers"}),
-        (("pool.launch",), {"torch"}),
+        (("pool.launch", "commands.score.command"), {"torch", "transformers", "diffusers"}),
         (("pool.actor",), {"torch", "numpy", "pyarrow"}),
         (("cli",), {"pyarrow", "duckdb", "PIL"}),
         (("metrics.scorer", "metrics.lpips", "commands.evaluate"), {"ray", "diffusers"}),
@@ -143,9 +143,9 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
     ids=["worker", "training", "pool", "actor", "cli", "scores"],
 )
 def test_what_a_process_does_not_need_is_not_imported(modules: tuple[str, ...], left_out: set[str]) -> None:
-    """A worker and a training in one process need no ray, the driver no torch and no models' library, scores no
-    diffusers, a help text none of what reads tables and pictures. An actor brings nothing that reads the environment
-    before it is set."""
+    """A worker and a training in one process need no ray, the drivers of a run and of a scoring no torch and no models'
+    library, scores no diffusers, a help text none of what reads tables and pictures. An actor brings nothing that reads
+    the environment before it is set."""
     assert not loaded(*(f"vcf_batch.{module}" for module in modules)) & left_out
 
 

@@ -11,7 +11,7 @@ from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker.scoring import worker
-from vcf_batch.worker.scoring.worker import ScoreJob
+from vcf_batch.worker.scoring.job import ScoreJob
 
 
 def score(job: ScoreJob, shards: Sequence[Shard], held: Lease, commit: Commit, signals: Signals) -> None:

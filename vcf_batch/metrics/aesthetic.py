@@ -12,7 +12,8 @@ from torch import Tensor
 from vcf_batch import storage
 from vcf_batch.errors import ModelError
 from vcf_batch.metrics.clip_score import ClipJudge
-from vcf_batch.metrics.shown import Part, Seen, Shown, stacked
+from vcf_batch.metrics.scorer import stacked
+from vcf_batch.metrics.shown import AESTHETIC_PARTS, Part, Seen, Shown
 from vcf_batch.models.loading import load_errors
 
 LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
@@ -28,9 +29,7 @@ class AestheticHead:
         bias: a number.
     """
 
-    parts: Mapping[str, Part] = {
-        "": Part("How much people like such images, by a head on a CLIP, about 1 to 10.", True)
-    }
+    parts: Mapping[str, Part] = AESTHETIC_PARTS
 
     def __init__(self, clip: ClipJudge, weight: Tensor, bias: float) -> None:
         self._clip, self._weight, self._bias = clip, weight.double().cpu(), bias

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vcf_batch.metrics.clip_score import ClipJudge, cosine
-from vcf_batch.metrics.shown import Part, Seen, Shown, over_references, owners, stacked
+from vcf_batch.metrics.scorer import stacked
+from vcf_batch.metrics.shown import CLIP_PARTS, EMBEDDING_PARTS, Part, Seen, Shown, over_references, owners
 
 
 class _ByClip:
@@ -34,10 +35,7 @@ class ClipCosines(_ByClip):
         clip: the CLIP.
     """
 
-    parts: Mapping[str, Part] = {
-        "to_prompt": Part("How well the image fits the prompt, by a CLIP, -1 to 1.", True, "prompt"),
-        "to_reference": Part("How much the image resembles the reference, by a CLIP, -1 to 1.", True, "reference"),
-    }
+    parts: Mapping[str, Part] = CLIP_PARTS
 
     def score(
         self, shown: Sequence[Shown], prepared: Sequence[Tensor], seen: Seen
@@ -62,12 +60,7 @@ class ClipEmbeddings(_ByClip):
         clip: the CLIP.
     """
 
-    parts: Mapping[str, Part] = {
-        "image": Part("Embedding of the image by a CLIP, length 1, in half precision.", is_vector=True),
-        "reference": Part(
-            "Embedding of the reference by a CLIP, length 1, in half precision.", against="reference", is_vector=True
-        ),
-    }
+    parts: Mapping[str, Part] = EMBEDDING_PARTS
 
     def score(
         self, shown: Sequence[Shown], prepared: Sequence[Tensor], seen: Seen

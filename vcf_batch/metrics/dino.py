@@ -12,7 +12,8 @@ from transformers import BitImageProcessorPil, Dinov2Model
 
 from vcf_batch import images
 from vcf_batch.errors import ModelError
-from vcf_batch.metrics.shown import Part, Seen, Shown, over_references, owners, stacked
+from vcf_batch.metrics.scorer import stacked
+from vcf_batch.metrics.shown import DINO_PARTS, Part, Seen, Shown, over_references, owners
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
 from vcf_batch.models.model_files import lone_variant
 
@@ -32,16 +33,7 @@ class DinoPatches:
         processor: its preprocessing by ``preprocessor_config.json``, in Pillow.
     """
 
-    parts: Mapping[str, Part] = {
-        "to_reference": Part(
-            "How alike image and reference are patch by patch, by a DINOv2, -1 to 1.", True, "reference"
-        ),
-        "to_twin": Part(
-            "How alike image and text-only twin are patch by patch, without their style, by a DINOv2, -1 to 1.",
-            True,
-            "twin",
-        ),
-    }
+    parts: Mapping[str, Part] = DINO_PARTS
 
     def __init__(self, model: Dinov2Model, processor: BitImageProcessorPil) -> None:
         self._model = model.eval().requires_grad_(False)

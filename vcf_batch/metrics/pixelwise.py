@@ -11,7 +11,7 @@ from torch import Tensor
 from vcf_batch import images
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.metrics.scorer import PIXELS_AT_ONCE, signed
-from vcf_batch.metrics.shown import Part, Seen, Shown, over_references, owners
+from vcf_batch.metrics.shown import LPIPS_PARTS, TEXTURE_PARTS, Part, Seen, Shown, over_references, owners
 from vcf_batch.metrics.texture import texture_similarity
 
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -27,13 +27,6 @@ class Pixelwise:
         device: the device of the comparison.
     """
 
-    LPIPS_PARTS: Mapping[str, Part] = {
-        "": Part("The perceptual distance of image and reference, LPIPS.", False, "reference")
-    }
-    TEXTURE_PARTS: Mapping[str, Part] = {
-        "": Part("How alike image and reference are drawn, whatever their colours.", True, "reference")
-    }
-
     def __init__(self, parts: Mapping[str, Part], compare: Compare, device: torch.device | str) -> None:
         self.parts = parts
         self._compare, self._device = compare, torch.device(device)
@@ -41,12 +34,12 @@ class Pixelwise:
     @classmethod
     def lpips(cls, network: PerceptualDistance) -> "Pixelwise":
         """Scorer by the perceptual distance."""
-        return cls(cls.LPIPS_PARTS, network, network.device)
+        return cls(LPIPS_PARTS, network, network.device)
 
     @classmethod
     def texture(cls, device: torch.device | str) -> "Pixelwise":
         """Scorer by :func:`vcf_batch.metrics.texture.texture_similarity`."""
-        return cls(cls.TEXTURE_PARTS, lambda a, b: texture_similarity(a / 2 + 0.5, b / 2 + 0.5), device)
+        return cls(TEXTURE_PARTS, lambda a, b: texture_similarity(a / 2 + 0.5, b / 2 + 0.5), device)
 
     def prepare(self, picture: NDArray[np.uint8]) -> None:
         """Nothing: the picture itself is compared."""

@@ -1,7 +1,5 @@
 """The scorer, judge and perceptual distance together: outputs in, :class:`vcf_batch.records.Scores` out."""
 
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,12 +13,10 @@ from vcf_batch import images
 from vcf_batch.config import reference_shares
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
+from vcf_batch.metrics.shown import REFERENCES_KEPT, digest, means
 from vcf_batch.metrics.texture import texture_similarity
 from vcf_batch.models.forward_pass import ForwardPass
 from vcf_batch.records import TEXTURE, Scores
-
-REFERENCES_KEPT = 256
-"""Most distinct references with kept embedding and pixels: 450 MB at 768 x 768."""
 
 WAITING_BYTES = 1 << 28
 """Most bytes of references that wait to be embedded. Beyond it, those that wait longest are embedded before they are
@@ -174,8 +170,8 @@ class Scorer:
         return [self._references[key] for key in keys]
 
     def _forget_oldest(self) -> None:
-        for digest in list(self._references)[: max(0, len(self._references) - REFERENCES_KEPT)]:
-            del self._references[digest]
+        for oldest in list(self._references)[: max(0, len(self._references) - REFERENCES_KEPT)]:
+            del self._references[oldest]
 
     def _embed_waiting(self) -> None:
         """Embed references that batches without any success have left waiting, down to :data:`WAITING_BYTES`."""
@@ -219,21 +215,10 @@ def signed(pictures: Sequence[NDArray[np.uint8]], device: torch.device) -> Tenso
     return (torch.from_numpy(np.stack(pictures)).to(device).float() / 255 * 2 - 1).permute(0, 3, 1, 2)
 
 
-def digest(image: Image.Image) -> bytes:
-    """The name of a picture by its pixels, for one process."""
-    return hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
-
-
 def _bytes(image: Image.Image) -> int:
     return image.width * image.height * len(image.getbands())
 
 
-def means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:
-    """Weighted mean of each output's values; None for an output without values.
-
-    Args:
-        values: values of all outputs, output by output.
-        shares: for each output, the weights of its values; they sum to 1.
-    """
-    following = iter(values)
-    return [math.fsum(share * next(following) for share in own) if own else None for own in shares]
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, ``[N, ...]``; ``[0]`` for none."""
+    return torch.stack([*values]) if values else torch.empty(0)

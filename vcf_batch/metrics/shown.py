@@ -1,17 +1,23 @@
-"""What a score of an output sees: pictures beside what they are compared with; and the form that scorers have."""
+"""What a score of an output sees: pictures beside what they are compared with; the form that scorers have; and what
+those of each kind give. No torch here: the driver of ``score`` knows all of it, and loads no scorer."""
 
+import hashlib
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from vcf_batch.metrics.scorer import REFERENCES_KEPT, digest, means
 from vcf_batch.models.forward_pass import Input, Output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REFERENCES_KEPT = 256
+"""Most distinct references with kept embedding and pixels: 450 MB at 768 x 768."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +54,39 @@ class Part(NamedTuple):
     """Whether it is half-precision numbers, little-endian, as bytes."""
 
 
+CLIP_PARTS: Mapping[str, Part] = {
+    "to_prompt": Part("How well the image fits the prompt, by a CLIP, -1 to 1.", True, "prompt"),
+    "to_reference": Part("How much the image resembles the reference, by a CLIP, -1 to 1.", True, "reference"),
+}
+EMBEDDING_PARTS: Mapping[str, Part] = {
+    "image": Part("Embedding of the image by a CLIP, length 1, in half precision.", is_vector=True),
+    "reference": Part(
+        "Embedding of the reference by a CLIP, length 1, in half precision.", against="reference", is_vector=True
+    ),
+}
+DINO_PARTS: Mapping[str, Part] = {
+    "to_reference": Part("How alike image and reference are patch by patch, by a DINOv2, -1 to 1.", True, "reference"),
+    "to_twin": Part(
+        "How alike image and text-only twin are patch by patch, without their style, by a DINOv2, -1 to 1.",
+        True,
+        "twin",
+    ),
+}
+AESTHETIC_PARTS: Mapping[str, Part] = {
+    "": Part("How much people like such images, by a head on a CLIP, about 1 to 10.", True)
+}
+LPIPS_PARTS: Mapping[str, Part] = {
+    "": Part("The perceptual distance of image and reference, LPIPS.", False, "reference")
+}
+TEXTURE_PARTS: Mapping[str, Part] = {
+    "": Part("How alike image and reference are drawn, whatever their colours.", True, "reference")
+}
+
+
 class Seen:
     """Memory of what encoders made of the inputs of one shard, so that they see each distinct input once.
 
-    It holds the last :data:`vcf_batch.metrics.scorer.REFERENCES_KEPT` inputs of each encoder. It is not kept for the
+    It holds the last :data:`REFERENCES_KEPT` inputs of each encoder. It is not kept for the
     next shard, because inputs of one forward pass change each other's last bits.
     """
 
@@ -63,7 +98,7 @@ class Seen:
         encoder: Hashable,
         keys: Sequence[Hashable],
         inputs: Sequence[Input],
-        encode: Callable[[list[Input]], Sequence[Output] | Tensor],
+        encode: "Callable[[list[Input]], Sequence[Output] | Tensor]",
     ) -> list[Any]:
         """The output for each input; those of new inputs are made in one call.
 
@@ -85,7 +120,7 @@ class Seen:
         return found
 
     def references(
-        self, encoder: Hashable, shown: Sequence[Shown], encode: Callable[[list[Image.Image]], Sequence[Any] | Tensor]
+        self, encoder: Hashable, shown: Sequence[Shown], encode: "Callable[[list[Image.Image]], Sequence[Any] | Tensor]"
     ) -> list[Any]:
         """The output for each reference of all pictures, picture by picture."""
         pictures = [image for each in shown for image in each.references]
@@ -122,7 +157,7 @@ def owners(shown: Sequence[Shown]) -> list[int]:
     return [number for number, each in enumerate(shown) for _ in each.references]
 
 
-def over_references(shown: Sequence[Shown], values: Tensor) -> list[float | None]:
+def over_references(shown: Sequence[Shown], values: "Tensor") -> list[float | None]:
     """Weighted mean of the values of each picture's references; None for a picture without one.
 
     Args:
@@ -131,6 +166,17 @@ def over_references(shown: Sequence[Shown], values: Tensor) -> list[float | None
     return means(values.tolist(), [each.shares for each in shown])
 
 
-def stacked(values: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one, ``[N, ...]``; ``[0]`` for none."""
-    return torch.stack([*values]) if values else torch.empty(0)
+def digest(image: Image.Image) -> bytes:
+    """The name of a picture by its pixels, for one process."""
+    return hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=16).digest()
+
+
+def means(values: Sequence[float], shares: Sequence[Sequence[float]]) -> list[float | None]:
+    """Weighted mean of each output's values; None for an output without values.
+
+    Args:
+        values: values of all outputs, output by output.
+        shares: for each output, the weights of its values; they sum to 1.
+    """
+    following = iter(values)
+    return [math.fsum(share * next(following) for share in own) if own else None for own in shares]

@@ -17,7 +17,7 @@ from vcf_batch.pool.ray_errors import address, fault_of
 from vcf_batch.setup.job import Job
 
 if TYPE_CHECKING:
-    from vcf_batch.worker.scoring.worker import ScoreJob
+    from vcf_batch.worker.scoring.job import ScoreJob
 
 
 class RayCluster:

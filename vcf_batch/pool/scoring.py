@@ -18,7 +18,7 @@ from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.pool.scoring_actor import ScoringActor
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
-from vcf_batch.worker.scoring.worker import ScoredShard, ScoreJob
+from vcf_batch.worker.scoring.job import ScoredShard, ScoreJob
 
 Commit = Callable[[Sequence[ScoredShard]], object]
 """Function that puts the scores of a shard into their place. Threads call it side by side."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vcf_batch.output.receipts import Receipt
     from vcf_batch.records import RowMask
     from vcf_batch.setup.shard_task import ShardTask
-    from vcf_batch.worker.scoring.worker import ScoredShard, ScoreJob
+    from vcf_batch.worker.scoring.job import ScoredShard, ScoreJob
 
 
 class ScoringActor(Actor):

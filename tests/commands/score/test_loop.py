@@ -26,7 +26,7 @@ from vcf_batch.output.output import Output
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.pool.scoring import _Silent
 from vcf_batch.worker.scoring import worker
-from vcf_batch.worker.scoring.worker import ScoreJob
+from vcf_batch.worker.scoring.job import ScoreJob
 
 World = Callable[[Request], Fault | None]
 """Function that gives the fault that a ``run`` ends with, if any."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vcf_batch import images
+from vcf_batch.commands.score.scoring import require_manifest
 from vcf_batch.config import FALSE_ACCEPTS, MAX_PIXELS, reference_shares
 from vcf_batch.errors import DamageFound, RefusedError, RowError, StorageError, UsageError, VcfBatchError
 from vcf_batch.manifest.references import ReferenceReader
@@ -37,6 +38,7 @@ from vcf_batch.setup import run_models
 from vcf_batch.setup.run_models import Models
 from vcf_batch.worker import worker
 from vcf_batch.worker.device import Device
+from vcf_batch.worker.scoring import scorers
 from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, ResolvedScore, column_name
 
 DRAWN = 256
@@ -93,7 +95,7 @@ def calibrate(output: Output, scores: Sequence[ResolvedScore], device: Device) -
     measured.append(({part: part for part in own.parts}, {part: models.identity_of(part) for part in own.parts}, own))
     for score in scores:
         if any(column.against for column in score.definition.columns):
-            scorer = score.load(device.kind)
+            scorer = scorers.load(score, device.kind)
             names = {part: column_name(score.name, part) for part in scorer.parts}
             measured.append((names, dict.fromkeys(names.values(), score.definition.fingerprint), scorer))
     pairs = _Pairs(output, drawn)
@@ -151,19 +153,6 @@ def _calibrated(
 
 def _lot(*words: str) -> bytes:
     return hashlib.sha256("\0".join(words).encode()).digest()
-
-
-def require_manifest(output: Output) -> None:
-    """Refuse an output whose manifest, which names the references, is not there.
-
-    Raises:
-        UsageError: it cannot be read any more, or has changed.
-    """
-    if output.manifest is None:
-        raise UsageError(
-            f"the manifest of {output.url} is needed to find references, and cannot be read: {output.manifest_error}. "
-            "Name its new place with --manifest"
-        )
 
 
 def _draw(output: Output) -> list[_Drawn]:

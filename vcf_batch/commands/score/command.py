@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.commands.score import calibrating
 from vcf_batch.commands.score import wanted as wants
 from vcf_batch.commands.score.duplicates import adding, near_embeddings
 from vcf_batch.commands.score.duplicates.search import Search
-from vcf_batch.commands.score.scoring import Added, add
+from vcf_batch.commands.score.scoring import Added, add, require_manifest
 from vcf_batch.commands.score.wanted import Wanted, resolve
 from vcf_batch.config import RunConfig
 from vcf_batch.output import lease
@@ -16,11 +15,8 @@ from vcf_batch.output.output import Output
 from vcf_batch.output.scores import calibration
 from vcf_batch.output.scores.calibration import Calibration
 from vcf_batch.setup.defaults import SILENT_SECONDS
-from vcf_batch.vcf import quiet
-from vcf_batch.worker.device import Device
-from vcf_batch.worker.in_process import has_gpu
+from vcf_batch.worker.scoring.job import needs
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
-from vcf_batch.worker.scoring.worker import needs
 
 
 def score(
@@ -41,7 +37,6 @@ def score(
         UsageError: there is no output, or a score cannot be had.
         VcfBatchError: see :func:`vcf_batch.commands.score.scoring.add`.
     """
-    quiet()
     output = Output(output_url, changes)
     scores = resolve(wanted, aesthetic_clip)
     refuse_lost_manifest(output, scores)
@@ -65,7 +60,6 @@ def find_duplicates(output_url: str, searches: Sequence[Search], changes: Mappin
 def _found(output: Output, search: Search, changes: Mapping[str, Any]) -> Added:
     if search.by != "clip":
         return adding.add(output, search)
-    quiet()
     near_embeddings.faiss()  # before what takes hours
     embedding = wants.embedding(search.clip)
     if adding.is_complete(output, search, embedding.definition):
@@ -83,6 +77,12 @@ def calibrate(
     Raises:
         UsageError, VcfBatchError: see :func:`vcf_batch.commands.score.calibrating.calibrate`.
     """
+    # Here, as scores are computed in this process, by libraries that take seconds to import.
+    from vcf_batch.commands.score import calibrating
+    from vcf_batch.vcf import quiet
+    from vcf_batch.worker.device import Device
+    from vcf_batch.worker.in_process import has_gpu
+
     quiet()
     output = Output(output_url, changes)
     config = scoring_config(output, changes)
@@ -123,4 +123,4 @@ def refuse_lost_manifest(output: Output, scores: Sequence[ResolvedScore]) -> Non
         UsageError: it cannot be read any more, or has changed.
     """
     if needs(scores, "reference"):
-        calibrating.require_manifest(output)
+        require_manifest(output)

@@ -18,8 +18,8 @@ from vcf_batch.pool import scoring as pool_scoring
 from vcf_batch.pool.signals import Signals
 from vcf_batch.records import Shard
 from vcf_batch.setup.storage_check import is_seen
+from vcf_batch.worker.scoring.job import ScoredShard, ScoreJob, needs
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
-from vcf_batch.worker.scoring.worker import ScoredShard, ScoreJob, needs
 
 
 @dataclass
@@ -120,6 +120,19 @@ def _lacking(output: Output, store: ScoreStore, added: Added) -> Iterator[Shard]
         if is_lacking:
             yield receipt.shard
     added.unfinished = len(output.plan) - added.shards - added.damaged
+
+
+def require_manifest(output: Output) -> None:
+    """Refuse an output whose manifest, which names the references, is not there.
+
+    Raises:
+        UsageError: it cannot be read any more, or has changed.
+    """
+    if output.manifest is None:
+        raise UsageError(
+            f"the manifest of {output.url} is needed to find references, and cannot be read: {output.manifest_error}. "
+            "Name its new place with --manifest"
+        )
 
 
 def refuse_repeated(output: Output, store: ScoreStore, scores: Sequence[ScoreDefinition]) -> None:

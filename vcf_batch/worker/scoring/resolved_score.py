@@ -1,19 +1,19 @@
-"""A score that is asked for, with its models in exactly one version, and its scorer on this node."""
+"""A score that is asked for, with its models in exactly one version. No torch, as the driver only hands it on."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from vcf_batch.metrics.aesthetic import AestheticHead
-from vcf_batch.metrics.clip_score import ClipJudge
-from vcf_batch.metrics.clip_scorers import ClipCosines, ClipEmbeddings
-from vcf_batch.metrics.dino import DinoPatches
-from vcf_batch.metrics.lpips import LPIPS
-from vcf_batch.metrics.own_function import OwnFunction
-from vcf_batch.metrics.pixelwise import Pixelwise
-from vcf_batch.metrics.shown import ImageScorer, Part
-from vcf_batch.models.cache import fetch
+from vcf_batch.metrics.shown import (
+    AESTHETIC_PARTS,
+    CLIP_PARTS,
+    DINO_PARTS,
+    EMBEDDING_PARTS,
+    LPIPS_PARTS,
+    TEXTURE_PARTS,
+    Part,
+)
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output.scores.definition import Against, ScoreColumn, ScoreDefinition
 
@@ -25,7 +25,8 @@ IMAGES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ResolvedScore:
-    """A score that is asked for. Picklable, so that every node can load its scorer."""
+    """A score that is asked for. Picklable, so that every node can load its scorer, see
+    :func:`vcf_batch.worker.scoring.scorers.load`."""
 
     definition: ScoreDefinition
     kind: ScoreKind
@@ -40,41 +41,15 @@ class ResolvedScore:
     def name(self) -> str:
         return self.definition.name
 
-    def load(self, device: str) -> ImageScorer:
-        """Fetch the models and load the scorer.
-
-        Args:
-            device: ``cuda`` or ``cpu``.
-
-        Raises:
-            ModelError: a model is not there, unsafe, incomplete, or of another kind.
-            UsageError: the function cannot be imported.
-            StorageError: storage or network failed.
-        """
-        if self.kind == "texture":
-            return Pixelwise.texture(device)
-        if self.kind == "python":
-            return OwnFunction.load(self.place, self.folder)
-        if self.kind in ("lpips-alex", "lpips-vgg"):
-            return Pixelwise.lpips(LPIPS.from_pretrained(self.kind.removeprefix("lpips-"), self.place, device))
-        if self.kind == "dino":
-            return DinoPatches.from_pretrained(fetch(self.models["model"]), device)
-        if self.kind == "aesthetic":
-            clip = ClipJudge.from_pretrained(fetch(self.models["clip"]), device, "--aesthetic-clip")
-            return AestheticHead.from_file(fetch(self.models["head"]), clip)
-        if self.kind == "embedding":
-            return ClipEmbeddings(ClipJudge.from_pretrained(fetch(self.models["model"]), device, "--with duplicates="))
-        return ClipCosines(ClipJudge.from_pretrained(fetch(self.models["model"]), device, "--with clip="))
-
 
 PARTS: Mapping[ScoreKind, Mapping[str, Part]] = {
-    "clip": ClipCosines.parts,
-    "dino": DinoPatches.parts,
-    "lpips-alex": Pixelwise.LPIPS_PARTS,
-    "lpips-vgg": Pixelwise.LPIPS_PARTS,
-    "aesthetic": AestheticHead.parts,
-    "texture": Pixelwise.TEXTURE_PARTS,
-    "embedding": ClipEmbeddings.parts,
+    "clip": CLIP_PARTS,
+    "dino": DINO_PARTS,
+    "lpips-alex": LPIPS_PARTS,
+    "lpips-vgg": LPIPS_PARTS,
+    "aesthetic": AESTHETIC_PARTS,
+    "texture": TEXTURE_PARTS,
+    "embedding": EMBEDDING_PARTS,
     "python": {},
 }
 """What the scorer of each kind gives; that of ``python`` tells it when it has scored."""

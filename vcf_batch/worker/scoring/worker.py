@@ -7,76 +7,42 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
 from vcf_batch.errors import StorageError
-from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.shown import ImageScorer, Seen, Value
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
-from vcf_batch.output.scores.definition import ScoreDefinition
 from vcf_batch.output.scores.receipt import ScoreReceipt
 from vcf_batch.output.scores.store import ScoreStore, parquet_bytes
-from vcf_batch.records import FileEntry, RowMask, Shard
+from vcf_batch.records import FileEntry, Shard
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.storage import scratch
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.device import Device
+from vcf_batch.worker.scoring import scorers
+from vcf_batch.worker.scoring.job import ScoredShard, ScoreJob, needs
 from vcf_batch.worker.scoring.pictures import Seat, ShardPictures
-from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, ResolvedScore, column_name, with_columns
+from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, column_name, with_columns
 
 TURN_WAIT_SECONDS = 5.0
 """Seconds after which a shard that waits for its turn notes progress."""
-
-
-@dataclass(frozen=True)
-class ScoredShard:
-    """The scores of a shard by one name, to be committed."""
-
-    definition: ScoreDefinition
-    """With its columns."""
-    parquet: bytes
-    receipt: ScoreReceipt
-
-
-@dataclass(frozen=True)
-class ScoreJob:
-    """The scores that are added to an output. Small, and picklable."""
-
-    output: Output
-    config: RunConfig
-    """The settings of workers: GPUs, CPUs, and where Ray is."""
-    scores: tuple[ResolvedScore, ...]
-    token: str = ""
-    """The token of the driver's lease, which every node has to see."""
-    roots: tuple[str, ...] = ()
-    """Places of references that the driver sees, besides the manifest's own folder."""
-    redo: Mapping[int, RowMask] = field(default_factory=dict)
-    """Always empty: rows are scored together."""
-    profiled: int | None = None
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """The manifest of the output; None if no score needs references."""
-        return self.output.manifest if needs(self.scores, "reference") else None
 
 
 def load(job: ScoreJob) -> "ScoringWorker":
     """Fetch and load the models of all scores.
 
     Raises:
-        ModelError, UsageError, StorageError: see :meth:`ResolvedScore.load`.
+        ModelError, UsageError, StorageError: see :func:`vcf_batch.worker.scoring.scorers.load`.
         NodeError: this node cannot compute as the others do.
     """
     scratch.clean()
     device = Device.set_up(job.config)
-    return ScoringWorker(job, device, [score.load(device.kind) for score in job.scores])
+    return ScoringWorker(job, device, [scorers.load(score, device.kind) for score in job.scores])
 
 
 class ScoringWorker:
@@ -257,11 +223,6 @@ def _batches(seats: Iterator[Seat], found: _Found) -> Iterator[list[Seat]]:
             batch = []
     if batch:
         yield batch
-
-
-def needs(scores: Sequence[ResolvedScore], against: str) -> bool:
-    """Whether a score compares pictures with ``prompt``, ``reference`` or ``twin``."""
-    return any(column.against == against for score in scores for column in score.definition.columns)
 
 
 def _receipt(output: Output, shard: Shard) -> Receipt:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vcf_batch.commands.export.references import REMEMBERED
-from vcf_batch.commands.score.calibrating import require_manifest
+from vcf_batch.commands.score.scoring import require_manifest
 from vcf_batch.errors import RowError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output.output import Output
