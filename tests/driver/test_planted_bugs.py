@@ -7,11 +7,26 @@ from support.simulation.universe import Violation, simulate
 
 SEEDS = 1000
 
+FIRST_TRIED = {
+    "done_before_the_receipt": 3,
+    "blame_after_one_death": 1,
+    "shard_in_flight_forgotten": 3,
+    "attempt_name_reused": 5,
+    "retry_without_bound": 3,
+    "lease_taken_by_a_clock": 44,
+    "staging_cleaned_while_a_replacement_waits": 70,
+    "older_receipt_stays": 13,
+    "innocent_on_a_bad_node": 78,
+    "lost_answer_swallowed": 25,
+    "silence_unheard": 3,
+}
+"""The seed that found a bug when it was last searched for, if that was not 0. All others are tried after it."""
 
-@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED.keys())
-def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize(("name", "plant"), PLANTED.items(), ids=PLANTED.keys())
+def test_a_planted_bug_is_found(name: str, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    assert any(map(is_wrong, range(SEEDS)))
+    assert any(map(is_wrong, [FIRST_TRIED.get(name, 0), *range(SEEDS)]))
 
 
 def is_wrong(seed: int) -> bool:
