@@ -9,9 +9,14 @@ from support.simulation.universe import simulate
 
 SEEDS = 300
 AT_ONCE = 50
+QUICK = 100
+"""Seeds of `make test`; `make test-all` has all of them."""
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(first, marks=[pytest.mark.slow] * (first >= QUICK)) for first in range(0, SEEDS, AT_ONCE)],
+)
 def test_a_run_ends_whole_whatever_happens(first: int) -> None:
     """Every row is there once, none that is innocent is blamed, no sample is lost, nothing is left over, no driver
     commits without having found its own lease, and no receipt stands beside files that it does not describe."""
