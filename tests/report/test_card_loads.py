@@ -14,7 +14,8 @@ from support import mixed
 from vcf_batch.output.output import Output
 from vcf_batch.report import card
 
-KINDS = [("png", False), ("webp", True), ("jpg", False)]
+# JPEGs are a name more than PNGs, which `make test-all` tries.
+KINDS = [("png", False), ("webp", True), pytest.param(("jpg", False), marks=pytest.mark.slow)]
 one_kind = pytest.mark.parametrize("output", KINDS[:1], indirect=True, ids=["png"])
 SUCCESSES = mixed.ROWS - len(mixed.FAILED | mixed.REJECTED)
 
