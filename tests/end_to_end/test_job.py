@@ -1,4 +1,8 @@
-"""`ray start --head` and `ray job submit`, end to end, with this repository as the submitted directory."""
+"""`ray start --head` and `ray job submit`, end to end, with this repository as the submitted directory.
+
+The head has token authentication, as docs/ray-cluster.md sets it up: who has the token runs code there. (Pages of the
+documentation are run on a head without, by docs/test_docs.py.)
+"""
 
 import json
 import os
@@ -6,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +20,16 @@ import pytest
 from support import ray_head, runs
 
 ROOT = Path(__file__).parents[2]
+TOKEN = "0123456789abcdef0123456789abcdef"
+WITHOUT = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}
+NO_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ""}
+WRONG = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token"}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    with ray_head.running() as environment:
+    """The environment that reaches the head with its token."""
+    with ray_head.running(token=TOKEN) as environment:
         yield environment
 
 
@@ -45,7 +55,9 @@ def submit(environment: dict[str, str], checkout: Path, name: str, *arguments: s
         text=True,
         timeout=600,
     )
-    with urllib.request.urlopen(f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{name}", timeout=10) as response:
+    place = f"{environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{name}"
+    asked = urllib.request.Request(place, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(asked, timeout=10) as response:
         return done.returncode, done.stdout, json.load(response)["driver_exit_code"]
 
 
@@ -96,3 +108,53 @@ def test_a_job_submitted_again_after_its_driver_died_resumes(
     code, log, driver = submit(cluster, checkout, "again", *arguments)
     assert (code, driver) == (0, 0), log
     assert f"40 rows ({2 * done} of them were there before): 40 success" in log
+
+
+# Who has the token, and who has none
+
+
+def generate(folder: Path) -> list[str]:
+    """The arguments of four rows of the demo."""
+    size = ("--limit", "4", "--steps", "2", "--num-workers", "1")
+    return [str(ROOT / "manifests/demo.parquet"), str(folder / "out"), *size]
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def stranger(cluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of somebody whose home has no token."""
+    (tmp_path / "home").mkdir()
+    return cluster | {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("others", [WITHOUT, NO_TOKEN, WRONG], ids=["without", "no-token", "wrong"])
+def test_a_job_runs_for_who_has_the_token_alone(
+    stranger: dict[str, str], tmp_path: Path, others: dict[str, str]
+) -> None:
+    """Without the token, or with another one, nothing that is submitted runs. (With it, the tests above submit.)"""
+    submit = [ray_head.RAY, "job", "submit", "--", sys.executable, str(ROOT / "jobs/generate.py")]
+    done = run([*submit, *generate(tmp_path)], stranger | others)
+    assert done.returncode and not (tmp_path / "out").exists(), done.stderr
+    assert "AuthenticationError" in done.stderr
+
+
+def test_its_web_page_asks_for_the_token(cluster: dict[str, str]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=10)
+    assert refused.value.code == 401
+
+
+@pytest.mark.parametrize("others", [NO_TOKEN, WRONG], ids=["no-token", "wrong"])
+def test_a_driver_without_the_token_says_what_to_do(
+    stranger: dict[str, str], tmp_path: Path, others: dict[str, str]
+) -> None:
+    """Exit code 2 and the names of what to set, no traceback, and nothing written."""
+    command = [sys.executable, "-m", "vcf_batch", "generate", *generate(tmp_path), "--address", stranger["RAY_ADDRESS"]]
+    done = run(command, stranger | others)
+    assert done.returncode == 2, done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr and "RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
