@@ -109,25 +109,25 @@ def orders_left(config: RunConfig) -> list[str]:
     return sorted(path.name for path in faults.orders(config.manifest).iterdir())
 
 
-# With nothing on disk, nothing but a loaded model, half a file in scratch, staged files. The phases between them leave
-# no more than those do; `make test-all` has them all, and the short chaos (test_chaos.py) draws from all of them.
+# With half a file in scratch, and with staged files, by one worker. The other phases leave no more than those do;
+# `make test-all` has them all, with two workers.
 @pytest.mark.parametrize(
-    "phases",
-    [("load", "sample", "tar", "staged"), pytest.param(faults.WORKER_PHASES, marks=pytest.mark.slow)],
+    ("phases", "num_workers"),
+    [(("tar", "staged"), 1), pytest.param(faults.WORKER_PHASES, 2, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
 def test_workers_killed_in_every_phase_cost_no_byte(
     phases: tuple[str, ...],
+    num_workers: int,
     undisturbed: Path,
     configure: Configure,
-    notes: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A worker may be killed at any moment: loading, sampling, scoring, writing the tar or the parquet, before the
     files are staged, after it, and when its shard is committed. The output is that of an undisturbed run."""
     # All of it may happen to one shard, which shall not be looked into for that.
     monkeypatch.setattr(failing_shard, "PAUSES", (0.1,) * len(faults.WORKER_PHASES))
-    config = configure()
+    config = configure(num_workers=num_workers)
     folder = order(config, *(f"{phase}.kill" for phase in phases))
     (folder / "pids").mkdir()
     commit, receipts = commits.commit, list[Receipt]()
@@ -205,7 +205,7 @@ def test_a_row_that_kills_its_worker_fails_alone(
     bytes. (Fewer repetitions than in earnest: driver/test_failing_shard.py has those.)"""
     monkeypatch.setattr(failing_shard, "PAUSES", (0.0,))
     monkeypatch.setattr(bisection, "REPEATS", 1)
-    config = configure(columns=prompts(row7="kill"), max_failed=1.0)
+    config = configure(columns=prompts(row7="kill"), max_failed=1.0, num_workers=1)
     assert pool.run(config).counts == {"success": ROWS - 1, "rejected": 0, "failed": 1}
     check_that_only_these_fail(config, undisturbed, {7: "the process of the worker that generates this row dies"})
     assert any(note.startswith("row 7 is recorded as failed") for note in notes)
