@@ -26,7 +26,8 @@ from support import ray_head
 from vcf_batch.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "manifests/README.md"]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "manifests/README.md"]
 FENCE = re.compile(r"^```(\w*)(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 RUNNERS = {
@@ -164,21 +165,36 @@ def cluster() -> Iterator[dict[str, str]]:
         yield environment
 
 
+@pytest.fixture(scope="module")
+def demo(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` leaves in a fresh checkout, as a folder ``out``."""
+    fresh = check_out(tmp_path_factory.mktemp("demo"))
+    run([Block("bash", "", "make demo")], README, fresh, cluster)
+    return fresh / "out"
+
+
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(page: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkout for a page. If the page begins with `make demo`, that has run before, and finds its work done."""
+    if any(block.code.startswith("make demo") for block in blocks(page)):
+        shutil.copytree(request.getfixturevalue("demo"), tmp_path / "out")
+    return check_out(tmp_path)
+
+
+def check_out(folder: Path) -> Path:
     """The repository as `make install` leaves it, with a `vcf-batch` that knows :data:`SMALLER`."""
     for part in ROOT.iterdir():
         if part.name not in ("manifests", "out", "build") and not part.name.startswith("."):
-            (tmp_path / part.name).symlink_to(part)
-    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
-    programs = tmp_path / ".venv/bin"
+            (folder / part.name).symlink_to(part)
+    shutil.copytree(ROOT / "manifests", folder / "manifests")
+    programs = folder / ".venv/bin"
     programs.mkdir(parents=True)
     cases = "".join(f'"{command} "*) set -- "$@" {options};;\n' for command, options in SMALLER.items())
     called = f'{sys.executable} -m vcf_batch "$@"'
     (programs / "vcf-batch").write_text(f'#!/bin/sh\ncase "$* " in\n{cases}esac\nexec {called}\n')
     (programs / "vcf-batch").chmod(0o755)
-    (tmp_path / ".venv/.installed").touch()
-    return tmp_path
+    (folder / ".venv/.installed").touch()
+    return folder
 
 
 @each_page
