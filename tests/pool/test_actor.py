@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import importlib
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
-from vcf_batch.driver.cluster import Request, WorkerHandle
+from vcf_batch.driver.cluster import WorkerHandle
 from vcf_batch.output import lease
 from vcf_batch.pool.ray_cluster import RayCluster
 from vcf_batch.setup.environment import environment
@@ -42,6 +43,7 @@ def own_ray() -> Iterator[None]:
 
 def look(_: Any) -> dict[str, Any]:
     """The environment of this process, and the threads of the libraries that have read it."""
+    importlib.import_module("numpy")
     import torch
 
     with open("/proc/self/maps") as file:
@@ -52,15 +54,13 @@ def look(_: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("own_ray")
 def test_a_worker_has_the_environment_of_the_run_and_that_of_the_job(tmp_path: Path) -> None:
-    """Threads are fixed before numpy and torch are loaded. The job's own variables stay; where both name one, the
-    run's counts."""
+    """Threads are fixed before numpy and torch are loaded, whatever loads them. The job's own variables stay; where
+    both name one, the run's counts."""
     manifest, model = runs.write_manifest(tmp_path / "in", 2), runs.save_model(tmp_path / "model")
     job = runs.settled(manifest, tmp_path / "out", model)
     with lease.hold(job.config.output) as held:
         cluster = RayCluster(dataclasses.replace(job, token=held.token))
         worker = WorkerHandle(cluster.start([]), cluster.now())
-        loaded: Any = cluster.send(Request(worker, "load"))
-        ray.get(loaded)
         found = ray.get(worker.process.__ray_call__.remote(look))
     expected = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TOKENIZERS_PARALLELISM": "false"}
     assert environment(job.config.cpus_per_worker) == expected
