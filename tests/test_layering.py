@@ -41,13 +41,18 @@ ALLOWED = {
 
 
 @functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[int, str]]:
     """Line and full name of everything that a module imports; of the package, ``vcf_batch.package.module``."""
     return [*_imports(path)]
 
 
 def _imports(path: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -100,7 +105,7 @@ def test_a_package_is_small_enough_to_look_through() -> None:
     assert len([entry for entry in PACKAGE.iterdir() if entry.name not in ("__pycache__", "py.typed")]) <= 25
     for package in {*LEVEL} - {""}:
         assert len([*(PACKAGE / package).glob("[!_]*.py")]) <= 13, package
-        docstring = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text()))
+        docstring = ast.get_docstring(parsed(PACKAGE / package / "__init__.py"))
         assert docstring, package
 
 
@@ -115,6 +120,7 @@ def loaded(*modules: str) -> set[str]:
     """Libraries that importing ``modules`` brings in, in a fresh interpreter."""
     code = f"import sys, {', '.join(modules)}; print('\\n'.join(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not result.stderr, "importing gives no hints, such as that of transformers to install torchvision"
     return set(result.stdout.split())
 
 
@@ -129,16 +135,19 @@ def test_planning_brings_neither_torch_nor_ray() -> None:
     assert not loaded("vcf_batch", *light_names) & {"torch", "ray", "diffusers", "transformers"}
 
 
-# What is imported adds up within an interpreter, so modules share one that do without the same libraries.
+# What is imported adds up within an interpreter, so modules share one that do without the same libraries. `make test`
+# leaves out what imports torch a second and a third time.
 @pytest.mark.parametrize(
     ("modules", "left_out"),
     [
-        (("worker.worker", "training.fit"), {"ray"}),
-        (("training.ray_training",), {"diffusers", "transformers"}),
+        (("worker.worker", "training.fit", "training.assembly", "tiny.train"), {"ray"}),
+        pytest.param(("training.ray_training",), {"diffusers", "transformers"}, marks=pytest.mark.slow),
         (("pool.launch", "commands.score.command"), {"torch", "transformers", "diffusers"}),
         (("pool.actor",), {"torch", "numpy", "pyarrow"}),
         (("cli",), {"pyarrow", "duckdb", "PIL"}),
-        (("metrics.scorer", "metrics.lpips", "commands.evaluate"), {"ray", "diffusers"}),
+        pytest.param(
+            ("metrics.scorer", "metrics.lpips", "commands.evaluate"), {"ray", "diffusers"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["worker", "training", "pool", "actor", "cli", "scores"],
 )
@@ -174,7 +183,7 @@ def test_class_names_are_unique() -> None:
     names = sorted(
         (node.name, str(path.relative_to(PACKAGE)))
         for path in PACKAGE.rglob("*.py")
-        for node in ast.parse(path.read_text()).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef)
     )
     repeated = {name: [path for _, path in group] for name, group in itertools.groupby(names, lambda one: one[0])}
@@ -183,7 +192,7 @@ def test_class_names_are_unique() -> None:
 
 def constants(path: Path) -> Iterator[str]:
     """Names of the public constants of a module, those that it imports left out."""
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             parts = [part for target in targets for part in ast.walk(target)]

@@ -451,6 +451,8 @@ def test_the_embedded_model_is_loaded_by_its_name() -> None:
     assert all(torch.equal(one, other) for one, other in weights)
 
 
+# `make test` imports the same modules in test_layering.py, and finds that nothing is said.
+@pytest.mark.slow
 def test_importing_gives_no_hints() -> None:
     """Nothing here uses torchvision, which transformers tells to install whenever diffusers is imported."""
     code = (
