@@ -42,7 +42,7 @@ def test_gradients_are_told_from_gradients_upside_down(file: Path) -> None:
 
 def test_a_family_is_measured_beside_its_goals(file: Path, tmp_path: Path) -> None:
     probe = second_probe.second_probe(file)
-    rows = goals.measure(Path(tiny_folder()), probe, count=16, sheets=tmp_path / "sheets")
+    rows = goals.measure(Path(tiny_folder()), probe, count=9, sheets=tmp_path / "sheets")
     assert rows.keys() == {
         goals.ALL_NAMED,
         goals.DIRECTION_NAMED,
