@@ -261,9 +261,9 @@ def wrong_files(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Pat
         safetensors.torch.save_file(kept | changes, folder / f"{name}.safetensors")
         return folder / f"{name}.safetensors"
 
-    def write(name: str, content: bytes) -> Path:
-        (folder / f"{name}.safetensors").write_bytes(content)
-        return folder / f"{name}.safetensors"
+    def write(name: str, content: bytes, ending: str = "safetensors") -> Path:
+        (folder / f"{name}.{ending}").write_bytes(content)
+        return folder / f"{name}.{ending}"
 
     return {
         "of another family": (
@@ -282,6 +282,10 @@ def wrong_files(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Pat
         "cut in its header": (write("header", data[:60]), "is damaged or no safetensors file: it is cut short"),
         "empty": (write("empty", b""), "is damaged or no safetensors file"),
         "a web page": (write("page", b"<!doctype html><html>Sign in</html>"), "as no safetensors file does; it may"),
+        "a web page named .bin": (
+            write("page", b"<!doctype html>", "bin"),
+            "is damaged or no file of PyTorch: it begins",
+        ),
         "a pickle": (write("pickle", b"PK\x03\x04" + b"\0" * 99), "is damaged or no safetensors file"),
     }
 

@@ -134,7 +134,7 @@ def _told(adapter: ResolvedModel) -> str:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _HubCommits:
     """The commits on the Hub that a run has begun with, by the names of its models."""
 
     commits: Mapping[str, str]
@@ -159,7 +159,7 @@ def resolve(config: RunConfig, commits: Mapping[str, str] = MappingProxyType({})
     Raises:
         ModelError: one of them is not there.
     """
-    begun = _Begun(commits)
+    begun = _HubCommits(commits)
     pipeline = _resolve_pipeline(config, begun)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
@@ -191,7 +191,7 @@ def resolve(config: RunConfig, commits: Mapping[str, str] = MappingProxyType({})
     )
 
 
-def _resolve_lora(name: str, lora: Lora, begun: _Begun) -> RunLora:
+def _resolve_lora(name: str, lora: Lora, begun: _HubCommits) -> RunLora:
     try:
         file = resolution.resolve_file(lora.source, begun.commit(lora.source))
     except ModelError as error:
@@ -199,7 +199,7 @@ def _resolve_lora(name: str, lora: Lora, begun: _Begun) -> RunLora:
     return RunLora(name, dataclasses.replace(file, name=lora.source), lora.scale or 0.0)
 
 
-def _resolve_pipeline(config: RunConfig, begun: _Begun) -> ResolvedModel:
+def _resolve_pipeline(config: RunConfig, begun: _HubCommits) -> ResolvedModel:
     """The model that generates. A preset needs no aligner for an IP-Adapter, and then stands for its base."""
     model = config.model or resolution.TINY
     if config.ip_adapter is not None and model in PRESETS and not storage.exists(storage.absolute(model)):
@@ -207,7 +207,7 @@ def _resolve_pipeline(config: RunConfig, begun: _Begun) -> ResolvedModel:
     return resolution.resolve(model, config.revision or begun.commit(model))
 
 
-def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _Begun) -> ResolvedModel:
+def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel:
     if config.judge is not None:
         return begun.resolve(config.judge)
     try:
@@ -219,7 +219,7 @@ def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _Begun) ->
         ) from error
 
 
-def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: _Begun) -> ResolvedModel:
+def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: _HubCommits) -> ResolvedModel:
     if config.image_encoder is None:
         return adapters.encoder_beside(adapter)
     try:
@@ -231,7 +231,7 @@ def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: _Begun) -
         ) from error
 
 
-def _resolve_safety(config: RunConfig, pipeline: ResolvedModel, begun: _Begun) -> ResolvedModel | None:
+def _resolve_safety(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel | None:
     if config.safety_checker != OWN:
         return None if config.safety_checker is None else begun.resolve(config.safety_checker)
     if resolution.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:
