@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import safetensors.torch
@@ -130,7 +131,12 @@ def sample(folder: Path, steps: int) -> None:
             use_float32(part)
     ready = time.perf_counter()
     picture = Image.effect_noise((640, 480), 80).convert("RGB")
-    settings = {"fusion": "concat" if is_xl else "ip_adapter", "steps": steps, "height": 512, "width": 512}
+    settings: dict[str, Any] = {
+        "fusion": "concat" if is_xl else "ip_adapter",
+        "steps": steps,
+        "height": 512,
+        "width": 512,
+    }
     images = loaded.generate(["a photo of a cat"], [picture], seeds=[0], **settings)
     taken = time.perf_counter() - ready
     peak, limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, XL_LIMIT if is_xl else LIMIT

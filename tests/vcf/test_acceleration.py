@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,12 @@ def test_a_compiled_run_draws_what_the_other_one_draws(tmp_path: Path, monkeypat
     model = runs.save_model(tmp_path / "model")
     names = [*loras.names_of(tmp_path / "in", VCFPipeline.from_pretrained(str(model)), 2, loras.EVERYTHING)]
     values = [value for value in ("", *names, "") for _ in range(2)]  # a shard and a batch each
-    columns = {"lora": values, "prompt": ["a red disc"] * 8, "seed": [1, 2] * 4, "reference": ["reference0.png"] * 8}
+    columns: dict[str, list[Any]] = {
+        "lora": values,
+        "prompt": ["a red disc"] * 8,
+        "seed": [1, 2] * 4,
+        "reference": ["reference0.png"] * 8,
+    }
     manifest = runs.write_manifest(tmp_path / "in", 8, columns)
     drawn = []
     for compiled in (False, True):
