@@ -32,7 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 FAILED_SHARDS = 100
 """In every shard with such a number one row has failed."""
 ROWS_AT_ONCE = 1000
-LINKED_WORKS = ("resume: read the receipts", "status", "repair --trust-receipts: the same")
+LINKED_WORKS = (
+    "resume: compare the files with the driver's counts",
+    "resume without these: read the receipts",
+    "status",
+    "repair --trust-receipts: the same",
+)
 
 
 def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
@@ -40,7 +45,6 @@ def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
     from support import runs
     from vcf_batch.output import progress_file
     from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
-    from vcf_batch.output.sums import RunSums
 
     (folder / "in").mkdir(parents=True)
     rows = shards * shard_size
@@ -56,7 +60,7 @@ def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
     staged = folder / "staged"
     staged.mkdir()
     written: dict[int, ShardFiles] = {}
-    totals = RunSums()
+    told = progress_file.Told(job.fingerprint)
     for shard in job.shards:
         files = written.get(shard.index % FAILED_SHARDS)
         if files is None:
@@ -71,9 +75,9 @@ def build(folder: Path, shards: int, shard_size: int, linked: bool) -> None:
         receipt = Receipt(
             shard, job.fingerprint, 1, files.counts, files.entries, {}, {}, files.means, sampled=files.sampled
         )
-        (output / f"{shard.name}{RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
-        totals.add(receipt)
-    progress_file.publish(str(output), progress_file.Told(job.fingerprint, totals))
+        size = (output / f"{shard.name}{RECEIPT_SUFFIX}").write_bytes(receipt.to_json())
+        told.add(receipt, size)
+    progress_file.publish(str(output), told)
 
 
 def write_shard(job: Job, shard: Shard, folder: Path) -> ShardFiles:
@@ -93,13 +97,24 @@ def write_shard(job: Job, shard: Shard, folder: Path) -> ShardFiles:
 
 def resume(folder: Path) -> str:
     """Find what is finished, as a driver does when it resumes a run."""
-    from vcf_batch.output import receipts
-    from vcf_batch.output.sums import RunSums
+    from vcf_batch.output import progress_file
+    from vcf_batch.output.output import Output
 
-    totals = RunSums()
-    for receipt in receipts.read(str(folder / "out")):
-        totals.add(receipt)
-    return f"{len(totals.done):,} shards"
+    output = Output(folder / "out")
+    told = progress_file.look(output.url, output.fingerprints, len(output.plan))
+    return f"{len(told.totals.done):,} shards"
+
+
+def resume_by_receipts(folder: Path) -> str:
+    """The same where the file with the driver's counts is missing."""
+    from vcf_batch.output.progress_file import PROGRESS_NAME
+
+    there, aside = folder / "out" / PROGRESS_NAME, folder / PROGRESS_NAME
+    os.replace(there, aside)
+    try:
+        return resume(folder)
+    finally:
+        os.replace(aside, there)
 
 
 def choose(folder: Path, **given: Any) -> str:
@@ -129,7 +144,8 @@ def command(*arguments: str) -> Callable[[Path], str]:
 
 
 WORKS: dict[str, Callable[[Path], str]] = {
-    "resume: read the receipts": resume,
+    "resume: compare the files with the driver's counts": resume,
+    "resume without these: read the receipts": resume_by_receipts,
     "status": command("status", "{out}"),
     "verify": command("verify", "{out}"),
     "verify --sample 0.01": command("verify", "{out}", "--sample", "0.01"),

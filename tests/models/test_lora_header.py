@@ -59,11 +59,42 @@ def test_a_second_text_encoder_belongs_to_stable_diffusion_xl() -> None:
         ({"lora_unet_a.lokr_w1": (8, 8)}, "x is a LoKr"),
         ({"lora_unet_a.oft_blocks": (8, 8)}, "x is an OFT"),
         ({"unet.a.lora_magnitude_vector": (8,)}, "x is a DoRA"),
+        ({"lora_unet_a.dora_scale": (8, 1)}, "x is a DoRA"),
+        ({"lora_unet_a.lora_mid.weight": (8, 8, 3, 3)}, "x is a LoCon with a core tensor"),
+        ({"lora_unet_a.on_input": (1,)}, r"x is an \(IA\)\^3"),
+        ({"lora_unet_a.a1.weight": (8, 8)}, "x is a GLoRA"),
+        ({"lora_unet_a.diff": (8, 8)}, "x has whole weights beside or instead of updates of low rank"),
+        ({"lora_unet_a_norm.w_norm": (8,)}, "x has whole weights beside"),
+        ({"lora_unet_a.bias_values": (8,)}, "x has biases, as its tensor lora_unet_a.bias_values shows"),
+        ({"unet.a.lora_B.bias": (8,)}, "x has biases"),
+        ({"unet.a.lora_B.default.bias": (8,)}, "x has biases"),
+        ({"bundle_emb.style.string_to_param.*": (1, 768)}, "x has embeddings of textual inversion"),
+        ({"emb_params": (1, 768)}, "x has embeddings of textual inversion"),
+        ({"clip_g": (1, 1280), "clip_l": (1, 768)}, "x has embeddings of textual inversion"),
+        ({"lllite_unet_a.down.0.weight": (8, 8)}, "x is a ControlNet-LLLite"),
+        (
+            {"base_model.model.a.lora_A.weight": (8, 8)},
+            "x was saved by PEFT itself, with its alpha in adapter_config.json",
+        ),
+        ({"unet.base_model.model.a.lora_A.weight": (8, 8)}, "x was saved by PEFT itself"),
+        ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (8, 8)}, "x is for a base such as Flux"),
+        ({"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": (8, 8)}, "x is for a base such as Flux"),
+        ({"lora_transformer_single_transformer_blocks_0_attn_to_k.alpha": ()}, "x is for a base such as Flux"),
+        ({"lora_te3_encoder_block_0.lora_down.weight": (8, 8)}, "x is for a base such as Flux or Stable Diffusion 3"),
+        ({"lora_prior_unet_a.lora_down.weight": (8, 8)}, "x is for a base such as Flux"),
+        (
+            {"diffusion_model.input_blocks.1.1.proj_in.lora_down.weight": (8, 8)},
+            "x has 1 tensors, and 1 of them belong to no part of a Stable Diffusion, such as diffusion_model",
+        ),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_its_kind(found: Shapes, reason: str) -> None:
+    """Also where the rest of the file is one."""
     with pytest.raises(ModelError, match=reason):
         check(found, "x", 768, False)
+    if found and "is no LoRA" not in reason and "has 1 tensors" not in reason:
+        with pytest.raises(ModelError, match=reason):
+            check(shapes("kohya", 768) | found, "x", 768, False)
 
 
 def test_a_file_is_refused_by_its_header(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
+from support import hub_server
 from support.runs import write_files
 from vcf_batch import storage
 from vcf_batch.errors import ModelError, StorageError
@@ -155,6 +156,53 @@ def test_only_the_model_s_own_files_count() -> None:
     assert model_files.chosen(both) == only_bin, "OpenCLIP's names are not those that transformers loads"
     sharded = ["m-00001-of-00002.safetensors", "m.fp16-00001-of-00002.safetensors", "m.safetensors.index.fp16.json"]
     assert model_files.chosen([*sharded, "m.safetensors.index.json"]) == [sharded[0], "m.safetensors.index.json"]
+
+
+def test_of_stable_diffusion_xl_on_the_hub_only_what_loads_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are those of ``stabilityai/stable-diffusion-xl-base-1.0``, with a byte each."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    weights = {
+        "unet": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+        "text_encoder": "model",
+        "text_encoder_2": "model",
+    }
+    kept = [
+        *("model_index.json", "scheduler/scheduler_config.json"),
+        *(f"{part}/config.json" for part in weights),
+        *(f"{part}/{name}.safetensors" for part, name in weights.items()),
+        *(
+            f"{part}/{name}"
+            for part in ("tokenizer", "tokenizer_2")
+            for name in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+        ),
+    ]
+    flax = {"unet": "diffusion_flax_model", "vae": "diffusion_flax_model"}
+    beside = [
+        *("README.md", "LICENSE.md", "01.png", "sd_xl_base_1.0.safetensors", "sd_xl_base_1.0_0.9vae.safetensors"),
+        *("sd_xl_offset_example-lora_1.0.safetensors", "vae_1_0/config.json"),
+        *(f"vae_1_0/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16")),
+        *(f"{part}/{name}.fp16.safetensors" for part, name in weights.items()),
+        *(f"{part}/{flax.get(part, 'flax_model')}.msgpack" for part in weights),
+        *(
+            f"{part}/{name}"
+            for part in ("unet", "text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder")
+            for name in ("model.onnx", "openvino_model.bin", "openvino_model.xml")
+        ),
+        *(
+            "unet/model.onnx_data",
+            "text_encoder_2/model.onnx_data",
+            "vae_encoder/config.json",
+            "vae_decoder/config.json",
+        ),
+    ]
+    with hub_server.running() as served:
+        names = {file: b"{}" if file.endswith(".json") else b"x" for file in kept + beside}
+        served.repositories["org/xl"] = Path(write(tmp_path / "xl", names))
+        folder = fetch(resolve("org/xl"))
+    assert sorted(file for file in storage.list_tree(folder) if not file.startswith(".")) == sorted(kept)
 
 
 # URLs

@@ -12,7 +12,7 @@ from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import progress_file, receipts
-from vcf_batch.output.progress_file import PROGRESS_NAME, look
+from vcf_batch.output.progress_file import PROGRESS_NAME, glance, look
 from vcf_batch.output.sums import RunSums
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
@@ -33,27 +33,112 @@ def counted(job: Job) -> RunSums:
 
 
 def seen(job: Job) -> RunSums:
-    return look(job.config.output, {job.fingerprint}).totals
+    return look(job.config.output, {job.fingerprint}, len(job.shards)).totals
 
 
-def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def files_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read whole from here on."""
+    names: list[str] = []
+    real = storage.read_bytes
+
+    def record(url: str, limit: int | None = None) -> bytes:
+        names.append(storage.name(url))
+        return real(url, limit)
+
+    monkeypatch.setattr(storage, "read_bytes", record)
+    return names
+
+
+def told_but_for_the_last(job: Job) -> None:
+    """Have a driver tell of all shards but the last one, which is there too."""
     receipt = Path(job.config.output) / "00004_stats.json"
     data = receipt.read_bytes()
     receipt.unlink()
     Ledger(job)
     receipt.write_bytes(data)
-    read: list[str] = []
-    real = storage.read_bytes
 
-    def record(url: str, limit: int | None = None) -> bytes:
-        read.append(storage.name(url))
-        return real(url, limit)
 
-    monkeypatch.setattr(storage, "read_bytes", record)
+def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, files_read: list[str]) -> None:
+    told_but_for_the_last(job)
+    files_read.clear()
     found = seen(job)
-    assert read == [PROGRESS_NAME, "00004_stats.json"]
-    monkeypatch.undo()
+    assert files_read == [PROGRESS_NAME, "00004_stats.json"]
     assert found == counted(job)
+
+
+def test_a_run_that_goes_on_reads_only_receipts_that_its_last_driver_has_not_counted(
+    job: Job, files_read: list[str]
+) -> None:
+    told_but_for_the_last(job)
+    files_read.clear()
+    ledger = Ledger(job)
+    assert [name for name in files_read if name != PROGRESS_NAME] == ["00004_stats.json"]
+    assert (ledger.left, ledger.totals) == (0, counted(job))
+    Ledger(job)
+    assert files_read.count("00004_stats.json") == 2, "the first one told of it, and counted() has read it"
+
+
+def test_what_a_driver_tells_while_it_commits_is_believed_by_the_next_one(job: Job, files_read: list[str]) -> None:
+    there = runs.read_receipts(job.config.output)
+    for index in (2, 3):
+        (Path(job.config.output) / f"{there[index].shard.name}_stats.json").unlink()
+    ledger = Ledger(job)
+    for index in (2, 3):
+        (Path(job.config.output) / f"{there[index].shard.name}_stats.json").write_bytes(there[index].to_json())
+        ledger.committed(ShardTask(job.shards[index]), there[index])
+    files_read.clear()
+    again = Ledger(job)
+    assert [name for name in files_read if name != PROGRESS_NAME] == []
+    assert (again.left, again.totals, again.devices) == (0, counted(job), Ledger(job).devices)
+
+
+def test_devices_are_known_without_the_receipts_that_name_them(job: Job, files_read: list[str]) -> None:
+    for receipt in runs.read_receipts(job.config.output).values():
+        one = {"type": "GPU", "precision": f"tf{receipt.shard.index % 2}"}
+        device = {"several": [one, {}]} if receipt.shard.index == 4 else one
+        path = Path(job.config.output) / f"{receipt.shard.name}_stats.json"
+        path.write_bytes(dataclasses.replace(receipt, device=device).to_json())
+    first = Ledger(job).devices
+    files_read.clear()
+    assert Ledger(job).devices == first
+    assert set(files_read) == {PROGRESS_NAME}
+    assert [device["precision"] for device in first.values()] == ["tf0", "tf1"]
+
+
+@pytest.mark.parametrize("file", ["00001_stats.json", "00001.tar", "00001.parquet"])
+def test_every_receipt_is_read_where_a_file_has_another_size(job: Job, files_read: list[str], file: str) -> None:
+    """Though all files together have as many bytes."""
+    Ledger(job)
+    folder = Path(job.config.output)
+    other = folder / file.replace("00001", "00002")
+    other.write_bytes(other.read_bytes() + b" ")
+    (folder / file).write_bytes((folder / file).read_bytes()[:-1])
+    files_read.clear()
+    found = seen(job)
+    assert {name for name in files_read if name.endswith("_stats.json")} >= {f"0000{n}_stats.json" for n in range(5)}
+    assert found == counted(job)
+    assert 1 not in found.done
+
+
+def test_a_run_of_many_shards_is_glanced_at_by_its_drivers_counts_alone(
+    job: Job, files_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_but_for_the_last(job)
+    fingerprints = {job.fingerprint}
+    assert glance(job.config.output, fingerprints, len(job.shards)).is_listed
+    monkeypatch.setattr(progress_file, "MOST_LISTED", 4)
+    files_read.clear()
+    found = glance(job.config.output, fingerprints, len(job.shards))
+    assert (found.totals.done, found.is_listed, files_read) == ({0, 1, 2, 3}, False, [PROGRESS_NAME])
+    assert glance(job.config.output, {"of another run"}, len(job.shards)).is_listed
+
+
+def test_shards_beyond_the_run_are_not_counted(job: Job) -> None:
+    """Such as those of a longer run, whose receipts somebody has copied."""
+    Ledger(job)
+    found = look(job.config.output, {job.fingerprint}, 3)
+    assert found.totals.done == {0, 1, 2}
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]", "[" * 10**6, '{"fingerprint": "f", "totals": {"done": 3}}', None])

@@ -19,6 +19,11 @@ def commit_of(repository: str) -> str:
     return hashlib.sha1(repository.encode()).hexdigest()
 
 
+def newer_commit_of(repository: str) -> str:
+    """The commit that ``main`` is once a repository is in :attr:`Hub.moved`. It has the same files."""
+    return hashlib.sha1(f"{repository} moved".encode()).hexdigest()
+
+
 class Hub(BaseHTTPRequestHandler):
     """The requests that the client makes to find a model and to download its files. Anything else gets a 404."""
 
@@ -26,6 +31,8 @@ class Hub(BaseHTTPRequestHandler):
     repositories: ClassVar[dict[str, Path]] = {}
     """Folder of each repository, by its id."""
     gated: ClassVar[set[str]] = set()
+    moved: ClassVar[set[str]] = set()
+    """Repositories whose branch ``main`` somebody has committed to."""
     dying: ClassVar[set[str]] = set()
     """Names of files in whose middle the connection dies."""
     requests: ClassVar[list[str]] = []
@@ -43,10 +50,10 @@ class Hub(BaseHTTPRequestHandler):
             self._refuse(401, "RepoNotFound")
         elif repository in self.gated:
             self._refuse(403, "GatedRepo")
-        elif len(rest) > 1 and rest[1] not in ("main", "v1", commit_of(repository)):
+        elif len(rest) > 1 and rest[1] not in ("main", "v1", *self._commits(repository)):
             self._refuse(404, "RevisionNotFound")
         elif path.startswith("/api/models/") and (not rest or rest[0] in ("revision", "tree")):
-            self._answer_json(self._tree(repository) if rest[:1] == ["tree"] else self._info(repository))
+            self._answer_json(self._tree(repository) if rest[:1] == ["tree"] else self._info(repository, *rest[1:]))
         elif rest[:1] == ["resolve"]:
             self._send_file(repository, "/".join(rest[2:]))
         else:
@@ -56,9 +63,15 @@ class Hub(BaseHTTPRequestHandler):
         folder = self.repositories[repository]
         return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
-    def _info(self, repository: str) -> object:
+    def _commits(self, repository: str) -> list[str]:
+        """The commits of a repository, the newest one last."""
+        return [commit_of(repository), *([newer_commit_of(repository)] if repository in self.moved else [])]
+
+    def _info(self, repository: str, revision: str = "main") -> object:
+        commits = self._commits(repository)
+        sha = revision if revision in commits else commits[-1 if revision == "main" else 0]
         siblings = [{"rfilename": name, "size": path.stat().st_size} for name, path in self._files(repository).items()]
-        return {"id": repository, "sha": commit_of(repository), "siblings": siblings}
+        return {"id": repository, "sha": sha, "siblings": siblings}
 
     def _tree(self, repository: str) -> object:
         files = self._files(repository).items()
@@ -122,7 +135,7 @@ def running(kind: type[Hub] = Hub) -> Iterator[type[Hub]]:
         patch.setattr(constants, "ENDPOINT", endpoint)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        for name in ("repositories", "gated", "dying", "requests"):
+        for name in ("repositories", "gated", "moved", "dying", "requests"):
             patch.setattr(Hub, name, type(getattr(Hub, name))())
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

@@ -1,7 +1,7 @@
 """Random LoRAs in the formats of kohya's sd-scripts and of diffusers, for models of published layouts."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,36 +43,69 @@ def save_kohya(
 ) -> Path:
     """A file as sd-scripts write it: in diffusers' layout of the UNet for Stable Diffusion 1, in the original one for
     XL; None leaves alphas out."""
-    tensors: dict[str, Tensor] = {}
-    for name, (down, up) in pairs.items():
-        key = _kohya(name, pipeline)
-        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        if alpha is not None:
-            tensors[f"{key}.alpha"] = torch.tensor(alpha)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, {"ss_network_module": "networks.lora"})
+    named = original if _is_xl(pipeline) else str
+    save_file(kohya(pipeline, pairs, alpha, named), file, {"ss_network_module": "networks.lora"})
     return file
 
 
-def _kohya(name: str, pipeline: VCFPipeline) -> str:
+def kohya(
+    pipeline: VCFPipeline,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    alpha: float | None = 2.0,
+    named: Callable[[str], str] = str,
+) -> dict[str, Tensor]:
+    """Tensors by the names of sd-scripts; ``named`` gives the name of a UNet's layer."""
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in pairs.items():
+        key = _kohya(name, _is_xl(pipeline), named)
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def _is_xl(pipeline: VCFPipeline) -> bool:
+    return pipeline.components.get("text_encoder_2") is not None
+
+
+def _kohya(name: str, is_xl: bool, named: Callable[[str], str]) -> str:
     part, _, layer = name.partition(".")
-    is_xl = pipeline.components.get("text_encoder_2") is not None
     if part == "unet":
-        return "lora_unet_" + (_original(layer, pipeline) if is_xl else layer).replace(".", "_")
+        return "lora_unet_" + named(layer).replace(".", "_")
     prefix = {"text_encoder": "lora_te1_" if is_xl else "lora_te_", "text_encoder_2": "lora_te2_"}[part]
+    if layer == "text_projection":
+        return prefix + layer
     return prefix + "text_model_" + layer.removeprefix("text_model.").replace(".", "_")
 
 
-def _original(layer: str, pipeline: VCFPipeline) -> str:
-    """Name of a UNet's layer in the original layout of Stable Diffusion XL."""
-    count = pipeline.unet.config.layers_per_block + 1
+OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+"""Layers of a UNet outside its blocks, by diffusers' name and the original one."""
+
+
+def original(layer: str, per_level: int = 2) -> str:
+    """Name of a UNet's layer in the original layout; ``per_level`` is the number of its up blocks' resnets."""
+    if layer in OUTSIDE_BLOCKS:
+        return OUTSIDE_BLOCKS[layer]
     kinds = {"resnets": 0, "attentions": 1}
     found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", layer)
     middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", layer)
+    sampler = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv", layer)
     if found:
         side, block, kind, number, rest = found.groups()
-        place = int(block) * count + int(number) + (1 if side == "down" else 0)
+        place = int(block) * per_level + int(number) + (1 if side == "down" else 0)
         return f"{'input' if side == 'down' else 'output'}_blocks.{place}.{kinds[kind]}.{_within(rest)}"
+    if sampler:
+        side, block = sampler.groups()
+        place = (int(block) + 1) * per_level - (1 if side == "up" else 0)
+        return f"input_blocks.{place}.0.op" if side == "down" else f"output_blocks.{place}.2.conv"
     assert middle, layer
     kind, number, rest = middle.groups()
     return f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{_within(rest)}"
@@ -100,8 +133,7 @@ def save_diffusers(
             targets = [key.removeprefix("text_model.") if part == "text_encoder" else key for key in targets]
             own = LoraConfig(r=down.shape[0], lora_alpha=alpha, target_modules=targets)
             settings[f"{part}_lora_adapter_metadata"] = own.to_dict()
-    is_xl = pipeline.components.get("text_encoder_2") is not None
-    kind: Any = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    kind: Any = StableDiffusionXLPipeline if _is_xl(pipeline) else StableDiffusionPipeline
     # The scripts train attention alone, and convert the names; others write a UNet's as PEFT has them.
     as_they_are = {"unet"} if any("attn" not in name for name in parts.get("unet", ())) else set()
     layers = {

@@ -162,7 +162,8 @@ def settled(manifest: Path, output: Path, model: Path, **options: Any) -> Job:
 
 def settle(config: RunConfig, record: RunRecord | None = None) -> Job:
     """A run with absolute paths, checked and settled as the driver does it."""
-    opened, models = manifest_check.open_checked(config, record), run_models.resolve(config)
+    opened = manifest_check.open_checked(config, record)
+    models = run_models.resolve(config, claim.commits_of(config, record))
     model_check.check(config, opened, models, fusions_of(config, opened))
     return defaults.settle(config, opened, models)
 

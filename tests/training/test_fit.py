@@ -325,7 +325,8 @@ def test_an_aligner_for_the_hub_s_layouts(name: str, data: Path, tmp_path: Path)
 
 
 def test_the_parts_of_two_text_encoders_are_measured_before_the_training(data: Path, tmp_path: Path) -> None:
-    """So that a training compares the same numbers however large the tokens of either encoder are."""
+    """So that a training compares the same numbers however large the tokens of either encoder are, and matched norms
+    are those of each."""
     base, clip = sd_layouts.save_sdxl(tmp_path / "base"), sd_layouts.save_clip(tmp_path / "clip")
     settings: dict[str, Any] = {"batch_size": 4, "epochs": 1, "limit": 8, "validation_pairs": 4, "dtype": "float32"}
     config = TrainingConfig(
@@ -341,7 +342,11 @@ def test_the_parts_of_two_text_encoders_are_measured_before_the_training(data: P
         tokens = torch.cat([found.towers.encode(batch)[1] for batch in found._validation_batches()])
         norms = [part.norm(dim=-1).mean().item() for part in alignment.compared(tokens).split([24, 40], dim=-1)]
         assert norms[0] / 24**0.5 == pytest.approx(norms[1] / 40**0.5, rel=1e-3)
-        assert pipeline.aligner.config.token_norm == pytest.approx(tokens.norm(dim=-1).mean().item(), abs=1e-3)
+        halves = [part.norm(dim=-1).mean().item() for part in tokens.split([24, 40], dim=-1)]
+        assert halves[0] != pytest.approx(halves[1], rel=0.1)
+        aligned = pipeline.aligner(torch.randn(2, 5, pipeline.aligner.config.vision_dim)).split([24, 40], dim=-1)
+        for part, norm in zip(aligned, halves, strict=True):
+            torch.testing.assert_close(part.norm(dim=-1), torch.full((2, 5), norm), rtol=0, atol=2e-3)
 
 
 # Planning

@@ -5,21 +5,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from support import loras, sd_layouts
+from support.diffusers_loras import drawn, stock
 from vcf_batch.errors import ModelError
 from vcf_batch.vcf.lora.switch import LoraSwitch
 from vcf_batch.vcf.lora.weights import LoraWeights, layers_of, read
 from vcf_batch.vcf.pipeline import VCFPipeline
 
-SAVED: dict[str, Callable[[Path], Path]] = {"sd15": sd_layouts.save_sd15, "sdxl": sd_layouts.save_sdxl}
+SAVED: dict[str, Callable[[Path], Path]] = {
+    "sd15": sd_layouts.save_sd15,
+    "sd21": sd_layouts.save_sd21,
+    "sdxl": sd_layouts.save_sdxl,
+}
 FORMATS: dict[str, Callable[..., Path]] = {
     "kohya": loras.save_kohya,
     "kohya without alpha": lambda file, pipeline, pairs: loras.save_kohya(file, pipeline, pairs, alpha=None),
@@ -48,30 +50,6 @@ def switch(pipeline: VCFPipeline) -> Any:
 
 def loaded(pipeline: VCFPipeline, file: Path) -> LoraWeights:
     return read(file.read_bytes(), "the LoRA", pipeline, layers_of(pipeline))
-
-
-def drawn(pipeline: Any) -> NDArray[np.float32]:
-    generator = torch.Generator().manual_seed(1)
-    images = pipeline(
-        "a red star",
-        negative_prompt="blue",
-        num_inference_steps=3,
-        guidance_scale=5.0,
-        height=64,
-        width=64,
-        generator=[generator],
-        output_type="np",
-    ).images
-    return np.asarray(images)
-
-
-def stock(folder: Path) -> Any:
-    is_xl = folder.name == "sdxl"
-    given: dict[str, Any] = {"add_watermarker": False} if is_xl else {"safety_checker": None}
-    kind: Any = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    made = kind.from_pretrained(folder, **given)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.mark.parametrize(

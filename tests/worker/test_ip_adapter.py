@@ -12,18 +12,21 @@ import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
-from support import hub_server, ip_adapters, runs, sd_layouts
+from support import hub_server, ip_adapters, loras, runs, sd_layouts
 from support.tiny_models import build_pipeline
 from vcf_batch import images
 from vcf_batch.cli import main
-from vcf_batch.config import MAX_PIXELS
+from vcf_batch.config import MAX_PIXELS, RunConfig
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import resolution
 from vcf_batch.models.adapters import encoder_beside, resolve_adapter
 from vcf_batch.models.cache import CACHE_VARIABLE
 from vcf_batch.models.names import ADAPTERS_ID, PRESETS
+from vcf_batch.output import run_file
 from vcf_batch.output.kept_samples import KeptSamples
+from vcf_batch.setup import absolute_paths
 from vcf_batch.setup.run_models import DEFAULT_JUDGE
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
 
@@ -126,6 +129,50 @@ def test_a_run_by_names_has_the_images_of_a_run_by_paths(
     assert described["ip_adapter"]["name"] == "ip-adapter-sd15"
 
 
+def test_a_run_goes_on_with_the_commits_that_it_has_begun_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of model, IP-Adapter, image encoder, LoRA and judge, whatever was committed to the Hub since."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    manifest = runs.write_manifest(tmp_path / "in", 6, ROWS)
+    base = VCFPipeline.from_pretrained(str(model / "sd15"))
+    loras.save_kohya(tmp_path / "lora" / "a.safetensors", base, loras.updates(base, loras.UNET, seed=1))
+    with hub_server.running() as hub:
+        hub.repositories |= {
+            PRESETS["sd15"].base: model / "sd15",
+            ADAPTERS_ID: model / "IP-Adapter",
+            DEFAULT_JUDGE: model / "judge",
+            "org/lora": tmp_path / "lora",
+            "org/encoder": model / "IP-Adapter" / "models" / "image_encoder",
+        }
+        named = options(
+            model,
+            ip_adapter="ip-adapter-sd15",
+            judge=None,
+            lora=["ink=org/lora:a.safetensors:0.5"],
+            image_encoder="org/encoder",
+        )
+        config = absolute_paths.absolute(
+            RunConfig(
+                manifest=str(manifest),
+                output=str(tmp_path / "out"),
+                model="sd15",
+                gpus_per_worker=0,
+                **runs.SIZE,
+                **named,
+            )
+        )
+        runs.run_here(config)
+        record = run_file.read(str(tmp_path / "out"))
+        assert record is not None
+        assert record.named_models["lora ink"]["identity"] == f"{hub_server.commit_of('org/lora')}/a.safetensors"
+        hub.moved |= hub.repositories.keys()
+        assert runs.settle(config, record).fields == record.fields
+        newest = runs.settle(config.replace(output=str(tmp_path / "other"))).fields
+    changed = {name for name, value in newest.items() if value != record.fields[name]}
+    assert changed == {"model_id", "judge_id", "ip_adapter_id", "lora_id"}
+
+
 def test_fusions_differ_by_row_where_the_model_has_an_aligner(model: Path, tmp_path: Path) -> None:
     """And prompt-noise optimisation follows the reference through either's tokens."""
     folder = runs.save_model(tmp_path / "model")
@@ -214,9 +261,9 @@ def wrong_files(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Pat
         safetensors.torch.save_file(kept | changes, folder / f"{name}.safetensors")
         return folder / f"{name}.safetensors"
 
-    def write(name: str, content: bytes) -> Path:
-        (folder / f"{name}.safetensors").write_bytes(content)
-        return folder / f"{name}.safetensors"
+    def write(name: str, content: bytes, ending: str = "safetensors") -> Path:
+        (folder / f"{name}.{ending}").write_bytes(content)
+        return folder / f"{name}.{ending}"
 
     return {
         "of another family": (
@@ -235,6 +282,10 @@ def wrong_files(folder: Path, unet: UNet2DConditionModel) -> dict[str, tuple[Pat
         "cut in its header": (write("header", data[:60]), "is damaged or no safetensors file: it is cut short"),
         "empty": (write("empty", b""), "is damaged or no safetensors file"),
         "a web page": (write("page", b"<!doctype html><html>Sign in</html>"), "as no safetensors file does; it may"),
+        "a web page named .bin": (
+            write("page", b"<!doctype html>", "bin"),
+            "is damaged or no file of PyTorch: it begins",
+        ),
         "a pickle": (write("pickle", b"PK\x03\x04" + b"\0" * 99), "is damaged or no safetensors file"),
     }
 

@@ -127,6 +127,7 @@ DOCUMENTS: Mapping[str, Fields] = {
         "device_busy": Field("number|null", "Share of the workers' time that was sampling, 0 to 1."),
         "set_aside": Field("object", "Shards that were set aside, with the reason."),
         "damaged": Field("object", "Shards that are damaged, with the reason."),
+        "files_listed": Field("boolean", "Whether the counts were compared with the files that are there."),
         "scores": Field("object", "Scores that were added: by name, an object of shards, the number that have it."),
         "causes": Field("array", "Causes of failures: objects of status, text, count, example_key and example."),
         "owner": Field("object|null", "Who is at work: host, pid, started, silent (seconds), alive; null for nobody."),

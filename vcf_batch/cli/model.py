@@ -147,7 +147,12 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 )
 @_recipe("temperature", _POSITIVE, "Temperature of the contrastive loss; with --learn-temperature, at the start.")
 @_recipe("learn-temperature", None, "Train the temperature too.", is_flag=True)
-@_recipe("match-norms", None, "Scale every image token to the mean norm of the text tokens.", is_flag=True)
+@_recipe(
+    "match-norms",
+    None,
+    "Scale every image token to the mean norm of the text tokens, each text encoder's part to its own.",
+    is_flag=True,
+)
 @_recipe(
     "validate-every",
     _COUNT,

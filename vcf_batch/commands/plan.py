@@ -219,7 +219,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         census = manifest_check.census_of(found)
         forecast.columns = dict(manifest_check.told(manifest, census))
         forecast.rows_having = census.having if census else None
-    models = collect(lambda: run_models.resolve(config))
+    models = collect(lambda: run_models.resolve(config, claim.commits_of(config, record)))
     if manifest is None or models is None:
         return forecast
 
@@ -243,7 +243,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()
     if extends is not None:
-        totals = progress_file.look(config.output, {job.fingerprint, *extends}).totals
+        totals = progress_file.look(config.output, {job.fingerprint, *extends}, len(job.shards)).totals
         forecast.rows_done, forecast.shards_done = totals.counts.total(), len(totals.done)
     if totals.generated:
         forecast.measurement = _recorded(totals)

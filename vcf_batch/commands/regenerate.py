@@ -78,7 +78,8 @@ def regenerate(output: Output, count: int, seed: int) -> Iterator[Finding]:
 def _load(output: Output, folder: str) -> Worker:
     """A worker with the settings of the output's run. It writes into ``folder``."""
     config = output.config
-    job = defaults.settle(config, output.need_manifest(), run_models.resolve(config))
+    models = run_models.resolve(config, claim.commits_of(config, output.record))
+    job = defaults.settle(config, output.need_manifest(), models)
     claim.claim(job, publish=False)  # Refuses an output of another run.
     gpus = config.gpus_per_worker if in_process.has_gpu() else 0.0
     return in_process.load(dataclasses.replace(job, config=job.config.replace(gpus_per_worker=gpus)), folder)

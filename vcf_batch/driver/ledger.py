@@ -1,6 +1,7 @@
 """The record of a run's shards that are committed, and of those that are set aside."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.progress import duration, told_truncated
 from vcf_batch.errors import StorageError, VcfBatchError, redact
 from vcf_batch.output import progress_file, receipts
-from vcf_batch.output.progress_file import Told
-from vcf_batch.output.receipts import SEVERAL, Receipt, device_type
+from vcf_batch.output.progress_file import Told, note_device
+from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import STATUSES, RowMask, Shard, Status
 from vcf_batch.setup.job import Job
@@ -83,23 +84,26 @@ class Ledger:
     def __init__(self, job: Job, now: Callable[[], float] = time.monotonic) -> None:
         self._begin(job.shards, now)
         self._output, self._rows, self._redo = job.config.output, job.manifest.num_rows, job.redo
-        self._fingerprint = job.fingerprint
-        fingerprints = self._fingerprints = frozenset((job.fingerprint, *job.extends))
-        alike: dict[str, Receipt] = {}
-        for receipt in receipts.read(job.config.output):
-            index = receipt.shard.index
-            if receipt.fingerprint in fingerprints and index < len(job.shards):
-                if SEVERAL not in receipt.device and receipt.device:
-                    self.devices.setdefault(device_type(receipt.device), receipt.device)
-                if index not in job.redo:
-                    self.totals.add(receipt)
-                elif not all(job.redo[index]):
-                    # One receipt stands for all with the same marks, which bounds memory.
-                    self._older[index] = alike.setdefault(f"{receipt.device} {receipt.sampled_at_once}", receipt)
+        self._fingerprints = frozenset((job.fingerprint, *job.extends))
+        there = progress_file.look(job.config.output, self._fingerprints, len(job.shards), job.redo)
+        self._counted = dataclasses.replace(there, fingerprint=job.fingerprint)
+        self.devices.update(there.devices)
+        self._read_older(job)
         self.finished_rows = self.totals.counts.total()
         self.resumed_rows = self.finished_rows + sum(mask.count(False) for mask in job.redo.values())
         self.left = len(job.shards) - len(self.totals.done)
         self._tell()
+
+    def _read_older(self, job: Job) -> None:
+        """Read the receipts of the shards that are done again."""
+        alike: dict[str, Receipt] = {}
+        for receipt in receipts.read(job.config.output, job.redo.__contains__) if job.redo else ():
+            if receipt.fingerprint in self._fingerprints:
+                note_device(self.devices, receipt)
+                if not all(job.redo[receipt.shard.index]):
+                    # One receipt stands for all with the same marks, which bounds memory.
+                    marks = f"{receipt.device} {receipt.sampled_at_once}"
+                    self._older[receipt.shard.index] = alike.setdefault(marks, receipt)
 
     @classmethod
     def of(cls, shards: Sequence[Shard], now: Callable[[], float] = time.monotonic) -> "Ledger":
@@ -116,9 +120,9 @@ class Ledger:
     def _begin(self, shards: Sequence[Shard], now: Callable[[], float]) -> None:
         self._shards, self._now = shards, now
         self._output = None
-        self._rows, self._fingerprint = 0, ""
+        self._rows = 0
         self._redo, self._fingerprints = {}, frozenset()
-        self.totals = RunSums()
+        self._counted = Told("")
         self._older: dict[int, Receipt] = {}
         """An old receipt for each shard with kept samples, by index. Its device and batch marks are the shard's."""
         self.devices: dict[str, Mapping[str, Any]] = {}
@@ -132,6 +136,11 @@ class Ledger:
         self._last: Fault | None = None
         """Fault for which the last shard was set aside."""
         self._told = now()
+
+    @property
+    def totals(self) -> RunSums:
+        """Sums over the finished shards."""
+        return self._counted.totals
 
     @property
     def counts(self) -> Mapping[Status, int]:
@@ -161,7 +170,7 @@ class Ledger:
         self.left -= 1
         self._set_aside_in_a_row = 0
         self.finished_rows += len(task.shard)
-        self.totals.add(receipt)
+        self._counted.add(receipt, len(receipt.to_json()))
         if not self.left or self._now() - self._told >= TELL_SECONDS:
             self._try_to_tell()
 
@@ -214,7 +223,7 @@ class Ledger:
     def _tell(self) -> None:
         if self._output is not None:
             set_aside = {task.shard.name: why for task, why in self._set_aside}
-            progress_file.publish(self._output, Told(self._fingerprint, self.totals, set_aside))
+            progress_file.publish(self._output, dataclasses.replace(self._counted, set_aside=set_aside))
         self._told = self._now()
 
     def _try_to_tell(self) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vcf_batch import storage
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models.resolution import ResolvedModel, read_config, tensor_shapes
 
@@ -26,6 +27,10 @@ _PLAIN_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "U
 _MIDDLE_BLOCK = "UNetMidBlock2DCrossAttn"
 
 
+_BIN_STARTS = (b"PK\x03\x04", b"\x80\x02")
+"""Beginnings of what PyTorch saves: an archive, or as it was before version 1.6."""
+
+
 class Widths(NamedTuple):
     """Widths of what an image encoder gives; None where its configuration does not tell."""
 
@@ -36,7 +41,7 @@ class Widths(NamedTuple):
 def check_files(adapter: ResolvedModel, encoder: ResolvedModel, unet: Mapping[str, Any]) -> None:
     """Refuse an adapter whose tensors do not fit the model or the image encoder. Weights are not fetched.
 
-    A ``.bin`` file is left to the workers, because it must be loaded to tell its tensors.
+    Of a ``.bin`` file only the beginning is looked at, because it must be loaded to tell its tensors: workers do that.
 
     Args:
         adapter: the adapter's file.
@@ -53,9 +58,15 @@ def check_files(adapter: ResolvedModel, encoder: ResolvedModel, unet: Mapping[st
             f"the image encoder {name} has no config.json; it must be a CLIP vision tower in transformers' layout: "
             "name another with --image-encoder"
         )
-    layers = cross_attention_layers(unet)
+    layers, what = cross_attention_layers(unet), f"the IP-Adapter {redact(adapter.name)}"
+    if adapter.within.endswith(".bin") and adapter.kind in ("directory", "url"):
+        start = storage.read_start(storage.join(adapter.location, adapter.within), 16)
+        if not start.startswith(_BIN_STARTS):
+            raise ModelError(
+                f"{what} is damaged or no file of PyTorch: it begins with {start!r}; it may be a web page, or a "
+                f"pointer of Git LFS. Copy it again, or {REMEDY}"
+            )
     if layers is not None and adapter.within.endswith(".safetensors"):
-        what = f"the IP-Adapter {redact(adapter.name)}"
         check(tensor_shapes(adapter, what, REMEDY), what, layers, encoder_widths(config), name)
 
 

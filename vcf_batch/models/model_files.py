@@ -29,6 +29,13 @@ _MAX_HEADER_BYTES = 100_000_000
 _CONFIGS = ("config.json", "model_index.json")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "vcf_batch.vcf.aligner")
 """Libraries and modules allowed for the parts of a pipeline."""
+_PARTS = frozenset(
+    {
+        *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"),
+        *("feature_extractor", "image_encoder", "safety_checker", "aligner", "judge", "probe"),
+    }
+)
+"""Folders of a pipeline. Published ones have more beside them: another VAE, and parts for OpenVINO and ONNX."""
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
 
 
@@ -37,7 +44,8 @@ def chosen(files: Sequence[str]) -> list[str]:
 
     These are left out: other kinds of files, hidden files, names that would leave the folder, READMEs, the record of a
     fetch, half-precision or training variants beside the plain weights, ``.bin`` beside safetensors, single-file
-    checkpoints beside the parts of a diffusers folder, and the second copy of the weights in OpenCLIP's repositories.
+    checkpoints and other folders beside the parts of a diffusers folder, weights for OpenVINO, and the second copy of
+    the weights in OpenCLIP's repositories.
     """
     plain = [
         file
@@ -45,7 +53,7 @@ def chosen(files: Sequence[str]) -> list[str]:
         if file.endswith(_SUFFIXES)
         and not any(part.startswith((".", "/")) for part in PurePosixPath(file).parts)
         and not PurePosixPath(file).name.upper().startswith("README")
-        and not PurePosixPath(file).name.startswith("open_clip_")
+        and not PurePosixPath(file).name.startswith(("open_clip_", "openvino_"))
         and file != FETCH_RECORD
     ]
     present = set(plain)
@@ -57,6 +65,7 @@ def chosen(files: Sequence[str]) -> list[str]:
         if not (_VARIANT.search(file) and _VARIANT.sub("", file) in present)
         and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
         and not (is_pipeline and "/" not in file and file.endswith(WEIGHTS))
+        and not (is_pipeline and "/" in file and PurePosixPath(file).parts[0] not in _PARTS)
     )
 
 

@@ -1,42 +1,100 @@
-"""``_progress.json``: the driver's counts, so that commands which look at a run need not read every receipt.
+"""``_progress.json``: the driver's counts, so that who goes on with a run, or looks at it, need not read every receipt.
 
 The receipts are the truth; this file only saves time. The driver writes it before its first commit, so that it never
 counts a shard that is being replaced, and then from time to time. Readers add the receipts that are newer.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from vcf_batch import storage
 from vcf_batch.output import receipts
-from vcf_batch.output.receipts import Damaged
+from vcf_batch.output.receipts import RECEIPT_SUFFIX, SEVERAL, Damaged, Receipt, device_type
 from vcf_batch.output.sums import RunSums
 
 PROGRESS_NAME = "_progress.json"
 MAX_PROGRESS_BYTES = 64 << 20
+MOST_LISTED = 10_000
+"""Largest number of shards at which :func:`glance` lists the files of an output. An object store lists them in 30
+requests, one after the other, and a disk in half a second."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Told:
     """A driver's counts of a run."""
 
     fingerprint: str
-    totals: RunSums
+    totals: RunSums = field(default_factory=RunSums)
+    files: int = 0
+    """Sum of :func:`mark` over the shards that are counted, modulo 2**64."""
+    devices: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """One device for each type of the receipts that are counted, by type, without shards of several types."""
     set_aside: Mapping[str, str] = field(default_factory=dict)
     """Names of the first shards that failed for good, each with the reason."""
     damaged: Mapping[str, str] = field(default_factory=dict)
     """Names of the shards that have a receipt and do not exist, each with the reason. Never written to the file."""
+    is_listed: bool = True
+    """Whether the files were listed and compared. Never written to the file."""
 
     @property
     def counted(self) -> tuple[Any, ...]:
         """The values by which two counts are compared; the sums follow from them."""
-        return self.fingerprint, self.totals.done, self.set_aside
+        return self.fingerprint, self.totals.done, self.files, self.set_aside
 
     def to_json(self) -> bytes:
-        told = {"fingerprint": self.fingerprint, "totals": self.totals.to_dict(), "set_aside": self.set_aside}
-        return json.dumps(told).encode()
+        told = {name: getattr(self, name) for name in ("fingerprint", "files", "devices", "set_aside")}
+        return json.dumps({**told, "totals": self.totals.to_dict()}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read back :meth:`to_json`.
+
+        Raises:
+            ValueError: the bytes are something else.
+        """
+        try:
+            record = json.loads(data)
+            devices = {device_type(device): device for device in record["devices"].values()}
+            set_aside = {str(name): str(reason) for name, reason in record["set_aside"].items()}
+            return cls(record["fingerprint"], RunSums.from_dict(record["totals"]), record["files"], devices, set_aside)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a driver's counts: {error}") from error
+
+    def add(self, receipt: Receipt, size: int) -> None:
+        """Count one more shard.
+
+        Args:
+            receipt: the receipt of the shard.
+            size: its bytes as a file.
+        """
+        self.totals.add(receipt)
+        sizes = {kind: entry.size for kind, entry in receipt.files.items()}
+        self.files = (self.files + mark(receipt.shard.index, size, sizes.get("tar"), sizes["parquet"])) % 2**64
+        note_device(self.devices, receipt)
+
+
+def note_device(devices: dict[str, Mapping[str, Any]], receipt: Receipt) -> None:
+    """Add the device of a receipt to those of the other types, unless it names several."""
+    if receipt.device and SEVERAL not in receipt.device:
+        devices.setdefault(device_type(receipt.device), receipt.device)
+
+
+def mark(index: int, receipt: int, tar: int | None, parquet: int) -> int:
+    """A hash of the sizes of a shard's files. The sum of those of some shards tells whether a file is another one.
+
+    Args:
+        index: number of the shard.
+        receipt: bytes of its receipt.
+        tar: bytes of its tar; None if it has none.
+        parquet: bytes of its parquet.
+
+    Returns:
+        A number from 0 to 2**64 - 1.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{index} {receipt} {tar} {parquet}".encode(), digest_size=8).digest())
 
 
 def publish(output: str, told: Told) -> None:
@@ -60,22 +118,22 @@ def read(output: str) -> Told | None:
     """
     try:
         with storage.refusals_as_storage_errors():
-            record = json.loads(storage.read_bytes(storage.join(output, PROGRESS_NAME), limit=MAX_PROGRESS_BYTES))
-        set_aside = {str(name): str(reason) for name, reason in record["set_aside"].items()}
-        return Told(record["fingerprint"], RunSums.from_dict(record["totals"]), set_aside)
-    except (FileNotFoundError, storage.NotAFileError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return Told.from_json(storage.read_bytes(storage.join(output, PROGRESS_NAME), limit=MAX_PROGRESS_BYTES))
+    except (FileNotFoundError, storage.NotAFileError, ValueError):
         return None
 
 
-def look(output: str, fingerprints: Set[str]) -> Told:
+def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection[int] = ()) -> Told:
     """Count a run: its driver's counts, and the receipts that are newer.
 
-    The driver's counts are used only if the files of its shards have as many bytes in all as it counted. Else every
-    receipt is read, and compared with the sizes of its files.
+    The driver's counts are used only if the receipts, tars and parquets that it counted are there, each with its size.
+    Else every receipt is read, and compared with the sizes of its files.
 
     Args:
         output: folder or URL of the run's output.
         fingerprints: the fingerprints that its receipts may have.
+        shards: number of shards of the run. Receipts of others are not counted.
+        leave_out: numbers of shards that are not counted.
 
     Raises:
         StorageError: the storage failed.
@@ -83,19 +141,41 @@ def look(output: str, fingerprints: Set[str]) -> Told:
     told = read(output)  # Read before listing, so that the listing has at least the shards counted here.
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output)
-    if told is None or told.fingerprint not in fingerprints or not _is_there(told.totals, receipts.complete(sizes)):
-        told = Told("", RunSums())
+    if told is None or told.fingerprint not in fingerprints or not _is_there(told, sizes, shards, leave_out):
+        told = Told("")
     damaged: dict[str, str] = {}
-    for found in receipts.examine(output, sizes, told.totals.done):
+    known = told.totals.done.union(leave_out)
+    for found in receipts.examine(output, sizes, lambda index: index not in known):
         if isinstance(found, Damaged):
             damaged[found.name] = found.reason
-        elif found.fingerprint in fingerprints:
-            told.totals.add(found)
-        else:
+        elif found.fingerprint not in fingerprints:
             damaged[found.shard.name] = receipts.of_another_run(found).reason
+        elif found.shard.index < shards:
+            told.add(found, sizes[found.shard.name + RECEIPT_SUFFIX])
     return replace(told, damaged=damaged)
 
 
-def _is_there(totals: RunSums, complete: Mapping[int, int]) -> bool:
-    """Whether the shards that are counted have all of their files, with as many bytes as were counted."""
-    return totals.done <= complete.keys() and sum(complete[index] for index in totals.done) == totals.bytes
+def glance(output: str, fingerprints: Set[str], shards: int) -> Told:
+    """Count a run as :func:`look` does; one of more than :data:`MOST_LISTED` shards by its driver's counts alone.
+
+    These are at most ten seconds old, and whether the files are still there is not looked at.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    told = read(output) if shards > MOST_LISTED else None
+    if told is None or told.fingerprint not in fingerprints:
+        return look(output, fingerprints, shards)
+    return replace(told, is_listed=False)
+
+
+def _is_there(told: Told, sizes: Mapping[str, int], shards: int, leave_out: Collection[int]) -> bool:
+    """Whether a driver's counts are of the files in a listing, and of shards that are wanted."""
+    done = told.totals.done
+    if not done.isdisjoint(leave_out) or any(index >= shards for index in done):
+        return False
+    complete = receipts.complete(sizes)
+    if not done <= complete.keys():
+        return False
+    marks = (mark(index, *complete[index]) for index in done)
+    return sum(marks) % 2**64 == told.files

@@ -15,8 +15,7 @@ import json
 import math
 import re
 import reprlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -228,45 +227,56 @@ def read_one(output_url: str, shard: Shard) -> Receipt | None:
     return receipt if receipt.shard == shard else None
 
 
-def read(output_url: str) -> Iterator[Receipt]:
+def _every(index: int) -> bool:
+    return True
+
+
+def read(output_url: str, wanted: Callable[[int], bool] = _every) -> Iterator[Receipt]:
     """Yield the receipts of the shards that exist, in order of shard index, without holding all of them.
 
     One listing finds the receipts and checks the sizes of their files. Several receipts are read at the same time. A
     file that is not a receipt, or a receipt of another shard than its name says, counts as absent.
+
+    Args:
+        output_url: the output.
+        wanted: whether the receipt of the shard with a number is read.
 
     Raises:
         StorageError: the output cannot be read.
     """
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output_url)
-    yield from read_listed(output_url, sizes)
+    return (found for found in examine(output_url, sizes, wanted) if isinstance(found, Receipt))
 
 
-def complete(sizes: Mapping[str, int]) -> dict[int, int]:
-    """Index to the bytes of tar and parquet, of each shard whose receipt and parquet are in a listing and not empty.
+class Sizes(NamedTuple):
+    """Bytes of a shard's files."""
+
+    receipt: int
+    tar: int | None
+    """None if there is no tar."""
+    parquet: int
+
+
+def complete(sizes: Mapping[str, int]) -> dict[int, Sizes]:
+    """Index to the sizes of the files, of each shard whose receipt and parquet are in a listing and not empty.
 
     Args:
         sizes: bytes of the output's files, by name. Whether a shard has to have a tar is told by its receipt alone.
     """
-    matches = [match for match in map(SHARD_FILE.fullmatch, sizes) if match and sizes[match[0]]]
-    needed = Counter(match[1] for match in matches if match[2] in (RECEIPT_SUFFIX, FILE_SUFFIXES["parquet"]))
-    found: Counter[int] = Counter()
-    for match in matches:
-        if needed[match[1]] == 2:
-            found[int(match[1])] += 0 if match[2] == RECEIPT_SUFFIX else sizes[match[0]]
+    found: dict[int, Sizes] = {}
+    parquet, tar = FILE_SUFFIXES["parquet"], FILE_SUFFIXES["tar"]
+    for name, size in sizes.items():
+        if size and name.endswith(RECEIPT_SUFFIX) and (match := SHARD_FILE.fullmatch(name)):
+            stem = match[1]
+            if rows := sizes.get(stem + parquet):
+                found[int(stem)] = Sizes(size, sizes.get(stem + tar), rows)
     return found
 
 
-def read_listed(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt]:
-    """Yield the receipts as :func:`read` does, from a listing of name to size, except those whose index is ``known``.
-
-    Raises:
-        StorageError: the output cannot be read.
-    """
-    return (found for found in examine(output_url, sizes, known) if isinstance(found, Receipt))
-
-
-def examine(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozenset()) -> Iterator[Receipt | Damaged]:
+def examine(
+    output_url: str, sizes: Mapping[str, int], wanted: Callable[[int], bool] = _every
+) -> Iterator[Receipt | Damaged]:
     """Yield the receipts of a listing, in order of shard index, and each shard whose receipt does not fit its files.
 
     A driver may replace the shard between the listing and the reading of its receipt. So what does not fit is looked at
@@ -275,13 +285,13 @@ def examine(output_url: str, sizes: Mapping[str, int], known: Set[int] = frozens
     Args:
         output_url: the output.
         sizes: bytes of the output's files, by name.
-        known: indices of shards that are left out.
+        wanted: whether the receipt of the shard with a number is read.
 
     Raises:
         StorageError: the output cannot be read.
     """
     found = filter(None, map(SHARD_FILE.fullmatch, sizes))
-    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and int(match[1]) not in known), key=int)
+    stems = sorted((match[1] for match in found if match[2] == RECEIPT_SUFFIX and wanted(int(match[1]))), key=int)
 
     def look(stem: str, data: bytes | None) -> Receipt | Damaged | None:
         # An empty one is just being written, or its writer died: see vcf_batch.storage.publish_bytes.

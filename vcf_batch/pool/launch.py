@@ -54,7 +54,7 @@ def run(config: RunConfig, choose_redo: ChooseRedo = dict, deadline: float | Non
         record = run_file.read(config.output)
         config = claim.resume(config, record)
         manifest = manifest_check.open_checked(config, record)
-        models = run_models.resolve(config)
+        models = run_models.resolve(config, claim.commits_of(config, record))
         model_check.check(config, manifest, models, fusions_of(config, manifest))
         with contextlib.ExitStack() as connected:
 

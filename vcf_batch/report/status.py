@@ -14,6 +14,7 @@ from vcf_batch.models import embedded
 from vcf_batch.output import lease, progress_file
 from vcf_batch.output.lease import Owner
 from vcf_batch.output.output import Output
+from vcf_batch.output.progress_file import MOST_LISTED
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
@@ -40,7 +41,9 @@ class Status:
     set_aside: dict[str, str]
     """Reasons of the shards that failed for good when the run was last driven, by name of the shard."""
     damaged: dict[str, str]
-    """Shards that have a receipt and do not exist, by name: what is wrong with each."""
+    """Shards that have a receipt and do not exist, by name: what is wrong with each. Empty if nothing was listed."""
+    files_listed: bool
+    """Whether the files were listed and compared with the counts. Else these are the driver's, a few seconds old."""
     causes: list[Cause]
     """Causes for which rows of :attr:`RunSums.failing` have no sample, most frequent first."""
     model: Mapping[str, Any]
@@ -93,6 +96,7 @@ class Status:
             "device_busy": _ratio(totals.phases["sample"], totals.worker_seconds),
             "set_aside": self.set_aside,
             "damaged": self.damaged,
+            "files_listed": self.files_listed,
             "scores": {name: {"shards": count} for name, count in self.scores.items()},
             "causes": [asdict(cause) for cause in self.causes],
             "owner": self.owner and asdict(self.owner),
@@ -137,6 +141,10 @@ class Status:
             lines.append(("scores", ", ".join(scored)))
         lines += [("device", text) for text in self._devices()]
         lines.append(("lease", _described(self.owner)))
+        if not self.files_listed:
+            lines.append(
+                ("files", f"not looked at, as there are more than {MOST_LISTED:,} shards: 'vcf-batch verify' does")
+            )
         lines += [("set aside", f"{name}: {why}") for name, why in self.set_aside.items()]
         lines += [("damaged", f"{name}: {why}") for name, why in list(self.damaged.items())[:SHOWN_CAUSES]]
         lines += [(cause.status, f"{cause.count:,} x {cause.text}") for cause in self.causes[:SHOWN_CAUSES]]
@@ -170,8 +178,9 @@ def read(url: str) -> Status:
 def of(output: Output) -> Status:
     """The status of an output's run. For errors see :func:`read`."""
     owner = lease.owner(output.url)
-    told = progress_file.look(output.url, output.fingerprints)
-    totals, num_shards = told.totals, len(output.plan)
+    num_shards = len(output.plan)
+    told = progress_file.glance(output.url, output.fingerprints, num_shards)
+    totals = told.totals
     left, store = num_shards - len(totals.done), ScoreStore(output.url)
     return Status(
         output=output.url,
@@ -181,6 +190,7 @@ def of(output: Output) -> Status:
         totals=totals,
         set_aside=dict(told.set_aside) if left else {},
         damaged={name: why for name, why in told.damaged.items() if int(name) < num_shards},
+        files_listed=told.is_listed,
         causes=_causes(output, [output.plan[index] for index in totals.failing]),
         model=output.record.models["model"],
         ip_adapter=(output.record.models.get("ip_adapter") or {}).get("name"),

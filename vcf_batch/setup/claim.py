@@ -23,6 +23,7 @@ Obstacle = Callable[[Mapping[str, Any]], str | None]
 run cannot be extended to this one; None if it can."""
 
 _HASH = re.compile(r"[0-9a-f]{40,}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LENGTH = frozenset(("manifest_id", "limit"))
 """Fields in which a longer version of a run differs."""
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
@@ -44,6 +45,28 @@ def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
     if record is None or not names or not commits.any_committed(config.output):
         return config
     return config.replace(**{name: record.config.get(name) for name in names})
+
+
+def commits_of(config: RunConfig, record: RunRecord | None) -> dict[str, str]:
+    """The commit on the Hub of each model, IP-Adapter and LoRA of the run in the output, by its name.
+
+    A restart takes these again, though a newer commit may be there by then.
+
+    Args:
+        config: the run, with an absolute output.
+        record: see :func:`resume`.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    if record is None or not commits.any_committed(config.output):
+        return {}
+    models = record.named_models
+    found = {str(model["name"]): str(model["identity"]).split() for model in models.values()}
+    if "ip_adapter" in models:  # its identity is that of its image encoder, too
+        found[str(record.config.get("image_encoder"))] = str(models["ip_adapter"]["identity"]).split()[1:]
+    heads = {name: identity[0].partition("/")[0] for name, identity in found.items() if identity}
+    return {name: head for name, head in heads.items() if _COMMIT.fullmatch(head)}
 
 
 def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda: None) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from vcf_batch import storage
@@ -131,16 +133,39 @@ def _told(adapter: ResolvedModel) -> str:
     return name if name in ADAPTERS or name.endswith(adapter.within) else f"{name}:{adapter.within}"
 
 
-def resolve(config: RunConfig) -> Models:
+@dataclass(frozen=True)
+class _HubCommits:
+    """The commits on the Hub that a run has begun with, by the names of its models."""
+
+    commits: Mapping[str, str]
+
+    def commit(self, name: str) -> str | None:
+        """None for what is no model of the Hub, or was none of the run."""
+        is_here = storage.is_local(name) and storage.exists(storage.absolute(name.partition(":")[0]))
+        return None if is_here else self.commits.get(redact(name))
+
+    def resolve(self, name: str) -> ResolvedModel:
+        return resolution.resolve(name, self.commit(name))
+
+
+def resolve(config: RunConfig, commits: Mapping[str, str] = MappingProxyType({})) -> Models:
     """Find the exact versions of the models that a run needs.
+
+    Args:
+        config: the run, with absolute paths.
+        commits: the commits of models on the Hub that a run has begun with, by their names:
+            :func:`vcf_batch.setup.claim.commits_of`. Other names stand for their newest commit.
 
     Raises:
         ModelError: one of them is not there.
     """
-    pipeline = _resolve_pipeline(config)
+    begun = _HubCommits(commits)
+    pipeline = _resolve_pipeline(config, begun)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
-    adapter = None if config.ip_adapter is None else adapters.resolve_adapter(config.ip_adapter)
+    adapter = None
+    if config.ip_adapter is not None:
+        adapter = adapters.resolve_adapter(config.ip_adapter, begun.commit(config.ip_adapter))
     lpips, source = config.lpips, config.lpips_weights
     if lpips == "auto":
         lpips = "alex" if source else TINY_PERCEPTUAL if own_probe else "none"
@@ -153,40 +178,40 @@ def resolve(config: RunConfig) -> Models:
         identity = lpips_identity_of(lpips, source)
     return Models(
         pipeline=pipeline,
-        judge=None if own_judge else _resolve_judge(config, pipeline),
+        judge=None if own_judge else _resolve_judge(config, pipeline, begun),
         lpips=lpips,
         lpips_identity=identity,
         lpips_source=source if lpips in ("alex", "vgg") else None,
-        pno_guide=None if config.pno_guide is None else resolution.resolve(config.pno_guide),
-        safety_checker=_resolve_safety(config, pipeline),
+        pno_guide=None if config.pno_guide is None else begun.resolve(config.pno_guide),
+        safety_checker=_resolve_safety(config, pipeline, begun),
         ip_adapter=adapter,
-        image_encoder=adapter and _resolve_encoder(config, adapter),
+        image_encoder=adapter and _resolve_encoder(config, adapter, begun),
         empty_negative=empty_negative(resolution.read_config(pipeline, "model_index.json") or {}),
-        loras=tuple(_resolve_lora(name, lora) for name, lora in config.loras.items()),
+        loras=tuple(_resolve_lora(name, lora, begun) for name, lora in config.loras.items()),
     )
 
 
-def _resolve_lora(name: str, lora: Lora) -> RunLora:
+def _resolve_lora(name: str, lora: Lora, begun: _HubCommits) -> RunLora:
     try:
-        file = resolution.resolve_file(lora.source)
+        file = resolution.resolve_file(lora.source, begun.commit(lora.source))
     except ModelError as error:
         raise ModelError(f"LoRA {name} cannot be used: {error}") from error
     return RunLora(name, dataclasses.replace(file, name=lora.source), lora.scale or 0.0)
 
 
-def _resolve_pipeline(config: RunConfig) -> ResolvedModel:
+def _resolve_pipeline(config: RunConfig, begun: _HubCommits) -> ResolvedModel:
     """The model that generates. A preset needs no aligner for an IP-Adapter, and then stands for its base."""
     model = config.model or resolution.TINY
     if config.ip_adapter is not None and model in PRESETS and not storage.exists(storage.absolute(model)):
         model = PRESETS[model].base
-    return resolution.resolve(model, config.revision)
+    return resolution.resolve(model, config.revision or begun.commit(model))
 
 
-def _resolve_judge(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel:
+def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel:
     if config.judge is not None:
-        return resolution.resolve(config.judge)
+        return begun.resolve(config.judge)
     try:
-        return resolution.resolve(DEFAULT_JUDGE)
+        return begun.resolve(DEFAULT_JUDGE)
     except ModelError as error:
         raise ModelError(
             f"{redact(pipeline.name)} has no CLIP of its own that scores, and the default one is not there ({error}); "
@@ -194,11 +219,11 @@ def _resolve_judge(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel:
         ) from error
 
 
-def _resolve_encoder(config: RunConfig, adapter: ResolvedModel) -> ResolvedModel:
+def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: _HubCommits) -> ResolvedModel:
     if config.image_encoder is None:
         return adapters.encoder_beside(adapter)
     try:
-        return resolution.resolve(config.image_encoder)
+        return begun.resolve(config.image_encoder)
     except ModelError as error:
         raise ModelError(
             f"the image encoder of the IP-Adapter cannot be used ({error}); name another with --image-encoder, or "
@@ -206,9 +231,9 @@ def _resolve_encoder(config: RunConfig, adapter: ResolvedModel) -> ResolvedModel
         ) from error
 
 
-def _resolve_safety(config: RunConfig, pipeline: ResolvedModel) -> ResolvedModel | None:
+def _resolve_safety(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel | None:
     if config.safety_checker != OWN:
-        return None if config.safety_checker is None else resolution.resolve(config.safety_checker)
+        return None if config.safety_checker is None else begun.resolve(config.safety_checker)
     if resolution.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:
         raise ModelError(
             f"{redact(pipeline.name)} has no safety checker of its own: name one with --safety-checker, such as "

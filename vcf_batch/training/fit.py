@@ -190,8 +190,9 @@ class _Fit:
     def _match_norms(self) -> None:
         """Measure the text tokens of the validation's captions, where their norms matter.
 
-        With ``match_norms`` the aligner gets their mean norm. The parts of several text encoders are made to count
-        alike in the losses.
+        With ``match_norms`` the aligner gets their mean norm, or that of each text encoder's part where there are
+        several: within the norm of a whole token one part could grow at the cost of another. These parts are also made
+        to count alike in the losses.
         """
         widths = [int(encoder.config.hidden_size) for encoder in self.towers.pipeline.family.encoders]
         if len(widths) == 1 and not self.job.config.match_norms:
@@ -206,7 +207,8 @@ class _Fit:
         # Rounded, so that they do not depend on the number of workers.
         whole, *parts = (max(round(each / count, 3), 0.001) for each in sums)
         if self.job.config.match_norms:
-            self.towers.pipeline.aligner.register_to_config(token_norm=whole)
+            several = {"token_norm": parts, "token_parts": widths} if len(widths) > 1 else {"token_norm": whole}
+            self.towers.pipeline.aligner.register_to_config(**several)
         scale = level(parts, widths)
         self.trainer.alignment.scale = None if scale is None else scale.to(self.place.device)
 

@@ -44,7 +44,8 @@ class TrainingConfig:
     temperature: float = 0.07
     learn_temperature: bool = False
     match_norms: bool = False
-    """Scale every image token to the mean norm of the text tokens of the validation's captions."""
+    """Scale every image token to the mean norm of the text tokens of the validation's captions. Where a base has
+    several text encoders, the part of each is scaled to the mean norm of that part."""
     validate_every: int | None = None
     """Number of steps between validations, each with a checkpoint; None is one epoch."""
     transfer_pairs: int | None = None

@@ -55,7 +55,10 @@ class ImageAligner(ModelMixin, ConfigMixin):
         tokens: image tokens used in training and in inference: ``all``, ``patches`` (no CLS) or ``cls``.
         double_rescale: apply ``(x + 1) / 2`` to images that are in [0, 1] already, as the authors' inference code
             does. True only for the authors' checkpoints.
-        token_norm: L2 norm that every aligned token is scaled to; None leaves the norms as they are.
+        token_norm: L2 norm that every aligned token is scaled to, or that of each of ``token_parts``; None leaves the
+            norms as they are.
+        token_parts: widths of the parts of a token that have norms of their own, one for each text encoder of the
+            base; None is the whole token.
         default_strength: strength of ``concat`` with these tokens where none is given; None leaves it to the model.
 
     Raises:
@@ -72,8 +75,9 @@ class ImageAligner(ModelMixin, ConfigMixin):
         text_dim: int,
         tokens: Literal["all", "patches", "cls"] = "all",
         double_rescale: bool = False,
-        token_norm: float | None = None,
+        token_norm: float | Sequence[float] | None = None,
         default_strength: float | None = None,
+        token_parts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if tokens not in IMAGE_TOKENS:
@@ -114,7 +118,10 @@ class ImageAligner(ModelMixin, ConfigMixin):
         """
         aligned = self.proj(image_tokens)
         if self.config.token_norm is not None:
-            aligned = F.normalize(aligned, dim=-1) * self.config.token_norm
+            norms, parts = self.config.token_norm, self.config.token_parts
+            pieces = [aligned] if parts is None else aligned.split([*parts], dim=-1)
+            each = zip(pieces, [norms] if parts is None else norms, strict=True)
+            aligned = torch.cat([F.normalize(piece, dim=-1) * norm for piece, norm in each], dim=-1)
         if return_dict is None:
             return aligned
         return AlignerOutput(sample=aligned) if return_dict else (aligned,)

@@ -34,6 +34,7 @@ from vcf_batch.driver import commit_queue
 from vcf_batch.driver.cluster import Heartbeat, Loaded, Request
 from vcf_batch.driver.fault import Failure
 from vcf_batch.output import commits, receipts
+from vcf_batch.output.progress_file import PROGRESS_NAME, Told
 from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
 from vcf_batch.records import FileEntry, Shard
 from vcf_batch.setup.job import Job
@@ -279,13 +280,17 @@ class ScaledRun(Universe):
         scheduler.kill("losses")
 
     def _finish(self, number: int) -> None:
-        """Finish the last shards in no time."""
-        job = self.job()
+        """Finish the last shards in no time. The driver has told of them before it died."""
+        job, objects, progress = self.job(), self.store.objects, f"{OUT}/{PROGRESS_NAME}"
+        told = Told.from_json(objects[progress])
         for shard in job.shards[len(job.shards) - number :]:
             url = f"{OUT}/{shard.name}"
             for suffix in receipts.FILE_SUFFIXES.values():
-                self.store.objects.put(url + suffix, CONTENT)
-            self.store.objects.put(url + RECEIPT_SUFFIX, _receipt(shard, job.fingerprint, 1, "another").to_json())
+                objects.put(url + suffix, CONTENT)
+            receipt = _receipt(shard, job.fingerprint, 1, "another")
+            objects.put(url + RECEIPT_SUFFIX, receipt.to_json())
+            told.add(receipt, len(receipt.to_json()))
+        objects.put(progress, told.to_json())
 
     def _start_after(self, seconds: float) -> str:
         """Start a driver that checks its manifest for some time."""

@@ -12,14 +12,27 @@ from vcf_batch.errors import ModelError
 from vcf_batch.models.resolution import ResolvedModel, tensor_shapes
 
 _OTHER_KINDS = {
-    "hada_": "a LoHa",
-    "lokr_": "a LoKr",
-    "oft_": "an OFT",
-    "lora_mid": "a LoCon with a core tensor",
-    "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA",
+    r"hada_": "is a LoHa",
+    r"lokr_": "is a LoKr",
+    r"oft_": "is an OFT",
+    r"dora_scale|lora_magnitude_vector": "is a DoRA",
+    r"lora_mid": "is a LoCon with a core tensor",
+    r"on_input$": "is an (IA)^3",
+    r"\.[abc][12]?\.weight$": "is a GLoRA",
+    r"\.diff(_b)?$|\.w_norm$|\.b_norm$": "has whole weights beside or instead of updates of low rank",
+    r"bias_(indices|values|size)$|(lora_(A|B|up|down)|lora\.(up|down))(\.\w+)?\.bias$": "has biases",
+    r"bundle_emb|emb_params|string_to_param|^clip_[lg]$": "has embeddings of textual inversion",
+    r"^lllite_": "is a ControlNet-LLLite",
+    r"base_model\.model\.": "was saved by PEFT itself, with its alpha in adapter_config.json",
 }
-"""Kinds of adapters that are no plain LoRA, by what names of their tensors have in them."""
+"""What no plain LoRA has, by what the names of tensors have in them."""
+
+_OTHER_BASES = re.compile(r"(double|single|joint)_blocks|^(lora_)?transformer[._]|^lora_(prior|te3)_")
+"""Names of bases without a UNet of Stable Diffusion, such as Flux and Stable Diffusion 3."""
+
+UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+"""Where names begin in files of a UNet alone, as older scripts of diffusers wrote them."""
+_PARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "unet.", "text_encoder.", "text_encoder_2.", *UNET_BLOCKS)
 
 _DOWN = re.compile(r"(lora_down|lora_A|[._]lora\.down|lora_linear_layer\.down)\.weight$")
 _TEXT_KEY = re.compile(r"attn2[._](processor[._])?to_[kv]")
@@ -62,6 +75,11 @@ def check(shapes: Mapping[str, tuple[int, ...]], what: str, width: Any, has_two_
             f"{what} is no LoRA: it has {f'tensors such as {min(shapes):.100}' if shapes else 'no tensors'}; give one "
             "as kohya's sd-scripts or diffusers write it"
         )
+    if odd := [name for name in shapes if not name.startswith(_PARTS)]:
+        raise ModelError(
+            f"{what} has {len(shapes)} tensors, and {len(odd)} of them belong to no part of a Stable Diffusion, such "
+            f"as {min(odd):.100}; give a plain LoRA as kohya's sd-scripts or diffusers write it"
+        )
     widths = {shape[-1] for name, shape in down.items() if _TEXT_KEY.search(name) and len(shape) == 2}
     if widths and widths != {width}:
         has = max(widths - {width})
@@ -77,14 +95,19 @@ def check(shapes: Mapping[str, tuple[int, ...]], what: str, width: Any, has_two_
 
 
 def _refuse_other_kinds(names: Iterable[str], what: str) -> None:
-    """Refuse adapters that are no plain LoRA.
+    """Refuse adapters that are no plain LoRA, or for another kind of base.
 
     Raises:
         ModelError: with the kind, and the name that shows it.
     """
     for name in names:
-        if kind := next((kind for mark, kind in _OTHER_KINDS.items() if mark in name), None):
-            raise ModelError(f"{what} is {kind}, as its tensor {name:.100} shows; only plain LoRAs are supported")
+        if kind := next((kind for mark, kind in _OTHER_KINDS.items() if re.search(mark, name)), None):
+            raise ModelError(f"{what} {kind}, as its tensor {name:.100} shows; only plain LoRAs are supported")
+        if _OTHER_BASES.search(name):
+            raise ModelError(
+                f"{what} is for a base such as Flux or Stable Diffusion 3, as its tensor {name:.100} shows; use one "
+                "for Stable Diffusion 1.x, 2.x or XL"
+            )
 
 
 def _base(width: Any) -> str:

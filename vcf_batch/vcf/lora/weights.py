@@ -9,18 +9,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils.state_dict_utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 from vcf_batch.errors import ModelError
@@ -37,6 +33,13 @@ PEFT_METADATA = "lora_adapter_metadata"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONVERTED = ".lora_A.weight", ".lora_B.weight"
+_TEXT_NAMES = (
+    (re.compile(r"\.to_(q|k|v|out)_lora\."), r".\1_proj.lora."),
+    (re.compile(r"\.lora(_linear_layer)?\.down\."), ".lora_A."),
+    (re.compile(r"\.lora(_linear_layer)?\.up\."), ".lora_B."),
+)
+"""Names of text encoders' tensors as diffusers has written them, and PEFT's. diffusers converts them itself only where
+one belongs to the last layer of an attention."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,9 @@ def _with_alphas(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 def _converted(tensors: dict[str, Tensor], what: str, pipeline: "VCFPipeline") -> dict[str, Tensor]:
     """Tensors by names such as ``unet.mid_block.attentions.0.proj_in.lora_A.weight``."""
     count = len(tensors)
+    if all(name.startswith(header.UNET_BLOCKS) for name in tensors):
+        tensors = {f"unet.{name}": tensor for name, tensor in tensors.items()}
+    tensors = {_readable(name): tensor for name, tensor in tensors.items()}
     try:
         state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=pipeline.unet.config)
         parts = {part: _of_part(state, part) for part in UPDATED_PARTS}
@@ -138,7 +144,7 @@ def _converted(tensors: dict[str, Tensor], what: str, pipeline: "VCFPipeline") -
             own = convert_unet_state_dict_to_peft(own)
         found = {f"unet.{name}": tensor for name, tensor in own.items()}
         for part in UPDATED_PARTS[1:]:
-            texts = convert_state_dict_to_peft(convert_state_dict_to_diffusers(parts[part])) if parts[part] else {}
+            texts = {_text_name(name): tensor for name, tensor in parts[part].items()}
             if not hasattr(getattr(pipeline, part, None), "text_model"):  # transformers 5 has the tower itself
                 texts = {name.removeprefix("text_model."): tensor for name, tensor in texts.items()}
             found |= {f"{part}.{name}": tensor for name, tensor in texts.items()}
@@ -148,13 +154,24 @@ def _converted(tensors: dict[str, Tensor], what: str, pipeline: "VCFPipeline") -
             "kohya's sd-scripts or diffusers write it"
         ) from error
     if len(found) != count:
-        odd = next((name for name in state if not name.startswith(tuple(f"{part}." for part in UPDATED_PARTS))), None)
-        names = f", such as {odd:.100}" if odd else ""
         raise ModelError(
-            f"{what} has {count} tensors, and {count - len(found)} of them belong to no part of a Stable Diffusion"
-            f"{names}; give a plain LoRA as kohya's sd-scripts or diffusers write it"
+            f"{what} has {count} tensors, and {count - len(found)} of them have names of another layout than the rest, "
+            "or stand for the layer of another one; give a plain LoRA as kohya's sd-scripts or diffusers write it"
         )
     return found
+
+
+def _readable(name: str) -> str:
+    """A name without what diffusers cannot read: it takes two layers of XL for one by their names in its own layout."""
+    return re.sub(
+        r"^lora_unet_add_embedding_linear_([12])", lambda found: f"lora_unet_label_emb_0_{2 * int(found[1]) - 2}", name
+    )
+
+
+def _text_name(name: str) -> str:
+    for pattern, own in _TEXT_NAMES:
+        name = pattern.sub(own, name)
+    return name
 
 
 def _of_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -192,14 +209,22 @@ def _update(
     weight, (down, up) = layers[name].weight, pair
     assert isinstance(weight, Tensor)
     shapes = [*down.shape], [*up.shape]
-    wanted = [down.shape[0], *weight.shape[1:]], [weight.shape[0], down.shape[0], *[1] * (weight.ndim - 2)]
-    if shapes != wanted:
+    inputs = _without_ones(weight.shape)[1:]
+    if [*map(_without_ones, shapes)] != [[down.shape[0], *inputs], [weight.shape[0], down.shape[0]]]:
         raise ModelError(
             f"{what} does not fit the model: its tensors for {name:.100} have the shapes {shapes[0]} and {shapes[1]}, "
             f"and the layer's weight {[*weight.shape]}: {remedy}"
         )
     up = up.flatten(1)
     return Update(name, down.flatten(1), up if factor == 1 else up.float() * factor)
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    """The shape of a weight, with a convolution of one pixel as the linear layer that it is.
+
+    sd-scripts train Stable Diffusion 2 with such convolutions where diffusers' has linear layers.
+    """
+    return [*shape[:2]] if all(edge == 1 for edge in shape[2:]) else [*shape]
 
 
 def _settings(data: bytes) -> dict[str, Any]:
