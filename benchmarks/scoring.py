@@ -33,7 +33,8 @@ from vcf_batch.records import Sample, Scores
 from vcf_batch.row_settings import settings_of
 from vcf_batch.setup.job import schema_of
 from vcf_batch.setup.shard_task import ShardTask
-from vcf_batch.worker.scoring.worker import ScoreJob, load
+from vcf_batch.worker.scoring.job import ScoreJob
+from vcf_batch.worker.scoring.worker import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
