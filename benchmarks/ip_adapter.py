@@ -116,10 +116,9 @@ def _forward(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> Tensor:
     return layer._conv_forward(inputs.float(), weight, bias).to(inputs.dtype)
 
 
-def sample(folder: Path, steps: int) -> None:
+def sample(folder: Path, steps: int, is_xl: bool) -> None:
     """Load the files, sample an image, and print seconds and peak memory."""
     begin = time.perf_counter()
-    is_xl = (folder / "sdxl").exists()
     loaded = VCFPipeline.from_pretrained(folder / ("sdxl" if is_xl else "sd15"), dtype=torch.bfloat16)
     if not is_xl:
         models = folder / "IP-Adapter" / "models"
@@ -161,7 +160,7 @@ def main(steps: int, files: str | None, xl: bool, load: bool) -> None:
     if load:
         if files is None:
             raise click.UsageError("--load needs --files")
-        sample(Path(files), steps)
+        sample(Path(files), steps, xl)
         return
     with tempfile.TemporaryDirectory(prefix="vcf-batch-full-") as temporary:
         folder = Path(files or temporary)
@@ -169,7 +168,8 @@ def main(steps: int, files: str | None, xl: bool, load: bool) -> None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 (save_xl if xl else save)(folder)
-        subprocess.run([sys.executable, __file__, "--load", "--files", str(folder), "--steps", str(steps)], check=True)
+        command = [sys.executable, __file__, "--load", "--files", str(folder), "--steps", str(steps)]
+        subprocess.run([*command, "--xl"] if xl else command, check=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ROWS_AT_ONCE = 1000
 LINKED_WORKS = (
     "resume: compare the files with the driver's counts",
     "resume without these: read the receipts",
-    "status",
+    "status while a driver is at work",
     "repair --trust-receipts: the same",
 )
 
@@ -117,6 +117,14 @@ def resume_by_receipts(folder: Path) -> str:
         os.replace(aside, there)
 
 
+def status_at_work(folder: Path) -> str:
+    """Look at the run while this process holds its lease."""
+    from vcf_batch.output import lease
+
+    with lease.hold(str(folder / "out")):
+        return command("status", "{out}")(folder)
+
+
 def choose(folder: Path, **given: Any) -> str:
     from vcf_batch.commands.repair import Repair
     from vcf_batch.output.output import Output
@@ -147,6 +155,7 @@ WORKS: dict[str, Callable[[Path], str]] = {
     "resume: compare the files with the driver's counts": resume,
     "resume without these: read the receipts": resume_by_receipts,
     "status": command("status", "{out}"),
+    "status while a driver is at work": status_at_work,
     "verify": command("verify", "{out}"),
     "verify --sample 0.01": command("verify", "{out}", "--sample", "0.01"),
     "repair: choose the failed rows": choose,

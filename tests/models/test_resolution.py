@@ -1,5 +1,6 @@
 """Models are resolved to an exact version, fetched once per node, and never run code."""
 
+import inspect
 import json
 import os
 import pickle
@@ -20,6 +21,9 @@ from vcf_batch.models import model_files, resolution
 from vcf_batch.models.cache import _MARKER, CACHE_VARIABLE, fetch
 from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel, resolve
+from vcf_batch.setup import run_models
+from vcf_batch.vcf.base.pipeline_xl import VCFXLPipeline
+from vcf_batch.vcf.pipeline import VCFPipeline
 
 FILES = {
     "model_index.json": b'{"_class_name": "VCFPipeline"}',
@@ -46,6 +50,16 @@ def model_folder(tmp_path: Path) -> str:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_every_part_that_a_pipeline_loads_counts() -> None:
+    """Other folders of a repository do not: a part without its place in the list would never be fetched."""
+    parts = {run_models.OWN_JUDGE, run_models.OWN_PROBE, run_models.OWN_GUIDE, run_models.OWN_SAFETY}
+    for pipeline in (VCFPipeline, VCFXLPipeline):
+        given = inspect.signature(pipeline).parameters.values()
+        parts |= {each.name for each in given if each.default in (inspect.Parameter.empty, None)} - {"default_strength"}
+    files = [f"{part}/config.json" for part in sorted(parts)]
+    assert model_files.chosen(["model_index.json", *files]) == sorted(["model_index.json", *files])
 
 
 def test_tiny_is_the_package_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ import pytest
 
 from support import runs
 from vcf_batch import storage
+from vcf_batch.commands.verify import check
 from vcf_batch.driver.fault import Fault
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output import progress_file, receipts
+from vcf_batch.output.output import Output
 from vcf_batch.output.progress_file import PROGRESS_NAME, glance, look
 from vcf_batch.output.sums import RunSums
 from vcf_batch.setup.job import Job
@@ -50,13 +52,16 @@ def files_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def receipt_file(job: Job, index: int) -> Path:
+    return Path(job.config.output) / f"0000{index}_stats.json"
+
+
 def told_but_for_the_last(job: Job) -> None:
-    """Have a driver tell of all shards but the last one, which is there too."""
-    receipt = Path(job.config.output) / "00004_stats.json"
-    data = receipt.read_bytes()
-    receipt.unlink()
+    """Have a driver tell of the shards, but for the last one, which is there too."""
+    data = receipt_file(job, 4).read_bytes()
+    receipt_file(job, 4).unlink()
     Ledger(job)
-    receipt.write_bytes(data)
+    receipt_file(job, 4).write_bytes(data)
 
 
 def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, files_read: list[str]) -> None:
@@ -70,35 +75,55 @@ def test_only_receipts_that_the_driver_has_not_counted_are_read(job: Job, files_
 def test_a_run_that_goes_on_reads_only_receipts_that_its_last_driver_has_not_counted(
     job: Job, files_read: list[str]
 ) -> None:
+    receipt_file(job, 3).unlink()
     told_but_for_the_last(job)
     files_read.clear()
     ledger = Ledger(job)
     assert [name for name in files_read if name != PROGRESS_NAME] == ["00004_stats.json"]
-    assert (ledger.left, ledger.totals) == (0, counted(job))
-    Ledger(job)
-    assert files_read.count("00004_stats.json") == 2, "the first one told of it, and counted() has read it"
+    assert (ledger.left, ledger.totals) == (1, counted(job))
 
 
 def test_what_a_driver_tells_while_it_commits_is_believed_by_the_next_one(job: Job, files_read: list[str]) -> None:
     there = runs.read_receipts(job.config.output)
+    for index in (1, 2, 3):
+        receipt_file(job, index).unlink()
+    clock = [0.0]
+    ledger = Ledger(job, lambda: clock[0])
     for index in (2, 3):
-        (Path(job.config.output) / f"{there[index].shard.name}_stats.json").unlink()
-    ledger = Ledger(job)
-    for index in (2, 3):
-        (Path(job.config.output) / f"{there[index].shard.name}_stats.json").write_bytes(there[index].to_json())
+        receipt_file(job, index).write_bytes(there[index].to_json())
+        clock[0] += 11
         ledger.committed(ShardTask(job.shards[index]), there[index])
     files_read.clear()
     again = Ledger(job)
-    assert [name for name in files_read if name != PROGRESS_NAME] == []
-    assert (again.left, again.totals, again.devices) == (0, counted(job), Ledger(job).devices)
+    assert set(files_read) == {PROGRESS_NAME}
+    assert (again.left, again.totals) == (1, counted(job))
+
+
+def test_what_was_committed_is_told_within_ten_seconds_though_nothing_more_is_committed(job: Job) -> None:
+    there = runs.read_receipts(job.config.output)
+    for index in range(5):
+        receipt_file(job, index).unlink()
+    clock = [0.0]
+    ledger = Ledger(job, lambda: clock[0])
+    clock[0] = 1800.0
+    for index in range(4):
+        receipt_file(job, index).write_bytes(there[index].to_json())
+        clock[0] += 0.2
+        ledger.committed(ShardTask(job.shards[index]), there[index])
+    clock[0] += 10
+    ledger.tell_if_due()
+    told = glance(job.config.output, {job.fingerprint}, 5)
+    assert told
+    assert told.totals.done == {0, 1, 2, 3}
 
 
 def test_devices_are_known_without_the_receipts_that_name_them(job: Job, files_read: list[str]) -> None:
     for receipt in runs.read_receipts(job.config.output).values():
         one = {"type": "GPU", "precision": f"tf{receipt.shard.index % 2}"}
         device = {"several": [one, {}]} if receipt.shard.index == 4 else one
-        path = Path(job.config.output) / f"{receipt.shard.name}_stats.json"
-        path.write_bytes(dataclasses.replace(receipt, device=device).to_json())
+        told = dataclasses.replace(receipt, device=device)
+        receipt_file(job, receipt.shard.index).write_bytes(told.to_json())
+    receipt_file(job, 3).unlink()
     first = Ledger(job).devices
     files_read.clear()
     assert Ledger(job).devices == first
@@ -121,17 +146,33 @@ def test_every_receipt_is_read_where_a_file_has_another_size(job: Job, files_rea
     assert 1 not in found.done
 
 
-def test_a_run_of_many_shards_is_glanced_at_by_its_drivers_counts_alone(
-    job: Job, files_read: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("damage", ["zeros", "a byte", "another run"])
+def test_a_receipt_damaged_within_its_size_is_found_before_a_run_counts_as_finished(job: Job, damage: str) -> None:
+    Ledger(job)
+    data = receipt_file(job, 1).read_bytes()
+    other = data.replace(job.fingerprint.encode(), b"0" * len(job.fingerprint))
+    damaged = {"zeros": bytes(len(data)), "a byte": b"z" + data[1:], "another run": other}[damage]
+    receipt_file(job, 1).write_bytes(damaged)
+    assert Ledger(job).left == 1
+
+
+def test_while_shards_are_left_a_receipt_damaged_within_its_size_is_found_by_verify_alone(job: Job) -> None:
+    receipt_file(job, 3).unlink()
+    Ledger(job)
+    receipt_file(job, 1).write_bytes(bytes(receipt_file(job, 1).stat().st_size))
+    assert Ledger(job).left == 1, "the one that is missing"
+    damage = [finding for finding in check(Output(job.config.output)) if finding.is_damage]
+    assert [finding.shard and finding.shard.name for finding in damage] == ["00001"]
+
+
+def test_counts_are_glanced_at_without_a_look_at_the_files(job: Job, files_read: list[str]) -> None:
     told_but_for_the_last(job)
-    fingerprints = {job.fingerprint}
-    assert glance(job.config.output, fingerprints, len(job.shards)).is_listed
-    monkeypatch.setattr(progress_file, "MOST_LISTED", 4)
     files_read.clear()
-    found = glance(job.config.output, fingerprints, len(job.shards))
-    assert (found.totals.done, found.is_listed, files_read) == ({0, 1, 2, 3}, False, [PROGRESS_NAME])
-    assert glance(job.config.output, {"of another run"}, len(job.shards)).is_listed
+    found = glance(job.config.output, {job.fingerprint}, 5)
+    assert found
+    assert (found.totals.done, files_read) == ({0, 1, 2, 3}, [PROGRESS_NAME])
+    assert glance(job.config.output, {"of another run"}, 5) is None
+    assert glance(job.config.output, {job.fingerprint}, 3) is None, "it counts shards that the run does not have"
 
 
 def test_shards_beyond_the_run_are_not_counted(job: Job) -> None:

@@ -55,6 +55,23 @@ def test_an_unfinished_run_is_told_from_its_output_alone(job: Job, tmp_path: Pat
     assert files(job.config.output) == before
 
 
+def test_the_files_of_a_large_run_at_work_are_not_listed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counts are those that its driver has told. If a shard that was counted is damaged, all are looked at."""
+    Ledger(job)
+    assert status.read(job.config.output).files_listed
+    monkeypatch.setattr(status, "MOST_LISTED", 4)
+    listed = status.read(job.config.output)
+    assert listed.files_listed, "nobody is at work"
+    with lease.hold(job.config.output):
+        found = status.read(job.config.output)
+        assert not found.files_listed
+        assert "not listed" in str(found)
+        assert (found.state, found.totals, found.causes) == ("running", listed.totals, listed.causes)
+        (Path(job.config.output) / "00000.parquet").unlink()  # it has a row that failed
+        damaged = status.read(job.config.output)
+        assert (damaged.files_listed, [*damaged.damaged]) == (True, ["00000"])
+
+
 def test_a_run_at_work_names_its_owner(job: Job) -> None:
     with lease.hold(job.config.output):
         found = status.read(job.config.output)

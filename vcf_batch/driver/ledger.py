@@ -66,7 +66,7 @@ class Summary:
 
 
 class Ledger:
-    """Count of a run's shards, published with :mod:`vcf_batch.output.progress_file`. The output is read once.
+    """Count of a run's shards, published with :mod:`vcf_batch.output.progress_file`.
 
     Args:
         job: the run.
@@ -86,6 +86,9 @@ class Ledger:
         self._output, self._rows, self._redo = job.config.output, job.manifest.num_rows, job.redo
         self._fingerprints = frozenset((job.fingerprint, *job.extends))
         there = progress_file.look(job.config.output, self._fingerprints, len(job.shards), job.redo)
+        if len(there.totals.done) == len(job.shards):
+            # Before a run counts as finished, what keeps its size and is damaged is found, too.
+            there = progress_file.count(job.config.output, self._fingerprints, len(job.shards))
         self._counted = dataclasses.replace(there, fingerprint=job.fingerprint)
         self.devices.update(there.devices)
         self._read_older(job)
@@ -136,6 +139,8 @@ class Ledger:
         self._last: Fault | None = None
         """Fault for which the last shard was set aside."""
         self._told = now()
+        self._has_news = False
+        """Whether a shard was committed since it was last told."""
 
     @property
     def totals(self) -> RunSums:
@@ -171,7 +176,12 @@ class Ledger:
         self._set_aside_in_a_row = 0
         self.finished_rows += len(task.shard)
         self._counted.add(receipt, len(receipt.to_json()))
-        if not self.left or self._now() - self._told >= TELL_SECONDS:
+        self._has_news = True
+        self.tell_if_due()
+
+    def tell_if_due(self) -> None:
+        """Tell of what was committed, every :data:`TELL_SECONDS` and at the end."""
+        if self._has_news and (not self.left or self._now() - self._told >= TELL_SECONDS):
             self._try_to_tell()
 
     def set_aside(self, task: ShardTask, fault: Fault) -> None:
@@ -224,9 +234,9 @@ class Ledger:
         if self._output is not None:
             set_aside = {task.shard.name: why for task, why in self._set_aside}
             progress_file.publish(self._output, dataclasses.replace(self._counted, set_aside=set_aside))
-        self._told = self._now()
+        self._told, self._has_news = self._now(), False
 
     def _try_to_tell(self) -> None:
-        # Nothing depends on the progress file, and commits report a storage that fails.
+        # No byte of the output depends on the progress file, and commits report a storage that fails.
         with contextlib.suppress(StorageError):
             self._tell()

@@ -133,6 +133,7 @@ class Loop:
         self._take_commits()
         for request, fault in self._watch.timed_out(workers.requests):
             self._failed(request, fault)
+        self._ledger.tell_if_due()
         self._show_progress()
 
     @property

@@ -17,9 +17,6 @@ from vcf_batch.output.sums import RunSums
 
 PROGRESS_NAME = "_progress.json"
 MAX_PROGRESS_BYTES = 64 << 20
-MOST_LISTED = 10_000
-"""Largest number of shards at which :func:`glance` lists the files of an output. An object store lists them in 30
-requests, one after the other, and a disk in half a second."""
 
 
 @dataclass
@@ -36,8 +33,6 @@ class Told:
     """Names of the first shards that failed for good, each with the reason."""
     damaged: Mapping[str, str] = field(default_factory=dict)
     """Names of the shards that have a receipt and do not exist, each with the reason. Never written to the file."""
-    is_listed: bool = True
-    """Whether the files were listed and compared. Never written to the file."""
 
     @property
     def counted(self) -> tuple[Any, ...]:
@@ -123,11 +118,22 @@ def read(output: str) -> Told | None:
         return None
 
 
+def glance(output: str, fingerprints: Set[str], shards: int) -> Told | None:
+    """A driver's counts as they are; None if there are none of this run. The files are not listed.
+
+    For the arguments and errors see :func:`look`.
+    """
+    told = read(output)
+    if told is None or told.fingerprint not in fingerprints or any(index >= shards for index in told.totals.done):
+        return None
+    return told
+
+
 def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection[int] = ()) -> Told:
     """Count a run: its driver's counts, and the receipts that are newer.
 
     The driver's counts are used only if the receipts, tars and parquets that it counted are there, each with its size.
-    Else every receipt is read, and compared with the sizes of its files.
+    Else every receipt is read, as :func:`count` does.
 
     Args:
         output: folder or URL of the run's output.
@@ -138,11 +144,33 @@ def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection
     Raises:
         StorageError: the storage failed.
     """
-    told = read(output)  # Read before listing, so that the listing has at least the shards counted here.
+    told = glance(output, fingerprints, shards)  # Before listing, so that the listing has the shards counted here.
     with storage.refusals_as_storage_errors():
         sizes = storage.list_files(output)
-    if told is None or told.fingerprint not in fingerprints or not _is_there(told, sizes, shards, leave_out):
+    if told is None or not _is_there(told, sizes, leave_out):
         told = Told("")
+    return _completed(told, output, sizes, fingerprints, shards, leave_out)
+
+
+def count(output: str, fingerprints: Set[str], shards: int) -> Told:
+    """Count a run by its receipts alone, which are read and compared with the sizes of their files.
+
+    For the arguments and errors see :func:`look`.
+    """
+    with storage.refusals_as_storage_errors():
+        sizes = storage.list_files(output)
+    return _completed(Told(""), output, sizes, fingerprints, shards, ())
+
+
+def _completed(
+    told: Told,
+    output: str,
+    sizes: Mapping[str, int],
+    fingerprints: Set[str],
+    shards: int,
+    leave_out: Collection[int],
+) -> Told:
+    """Some counts, and the receipts of a listing that are not among them."""
     damaged: dict[str, str] = {}
     known = told.totals.done.union(leave_out)
     for found in receipts.examine(output, sizes, lambda index: index not in known):
@@ -155,27 +183,9 @@ def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection
     return replace(told, damaged=damaged)
 
 
-def glance(output: str, fingerprints: Set[str], shards: int) -> Told:
-    """Count a run as :func:`look` does; one of more than :data:`MOST_LISTED` shards by its driver's counts alone.
-
-    These are at most ten seconds old, and whether the files are still there is not looked at.
-
-    Raises:
-        StorageError: the storage failed.
-    """
-    told = read(output) if shards > MOST_LISTED else None
-    if told is None or told.fingerprint not in fingerprints:
-        return look(output, fingerprints, shards)
-    return replace(told, is_listed=False)
-
-
-def _is_there(told: Told, sizes: Mapping[str, int], shards: int, leave_out: Collection[int]) -> bool:
+def _is_there(told: Told, sizes: Mapping[str, int], leave_out: Collection[int]) -> bool:
     """Whether a driver's counts are of the files in a listing, and of shards that are wanted."""
-    done = told.totals.done
-    if not done.isdisjoint(leave_out) or any(index >= shards for index in done):
+    done, complete = told.totals.done, receipts.complete(sizes)
+    if not done.isdisjoint(leave_out) or not done <= complete.keys():
         return False
-    complete = receipts.complete(sizes)
-    if not done <= complete.keys():
-        return False
-    marks = (mark(index, *complete[index]) for index in done)
-    return sum(marks) % 2**64 == told.files
+    return sum(mark(index, *complete[index]) for index in done) % 2**64 == told.files

@@ -4,7 +4,7 @@ A shard without a successful sample has no tar, because readers fail at an empty
 
 A shard does not exist if it has no receipt, or if its files are not those that its receipt names, with their sizes. The
 first is unfinished: the run has not generated it yet. The second is damaged. A file that has a receipt's name and is
-not a receipt counts as absent.
+not a receipt counts as absent. :mod:`vcf_batch.output.progress_file` says which receipts need not be read.
 """
 
 import contextlib

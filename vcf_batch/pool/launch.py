@@ -101,6 +101,7 @@ def generate_left(job: Job, choose_redo: ChooseRedo, drive: Callable[[Job, lease
         commits.clean(job.config.output, held.confirm)
         run_file.check_stays(job.config.output, job.fingerprint)
         job = dataclasses.replace(job, redo=choose_redo())
+        held.confirm()
         ledger = Ledger(job)
         if ledger.left:
             drive(job, held, ledger)

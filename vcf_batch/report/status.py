@@ -1,5 +1,6 @@
 """The status of a run, from its output alone: while it runs, after it ended, and after it died."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,12 +10,12 @@ from typing import Any, Literal
 import pyarrow.compute as pc
 
 from vcf_batch.driver.progress import duration, plural, told_truncated
-from vcf_batch.errors import redact
+from vcf_batch.errors import DamageFound, redact
 from vcf_batch.models import embedded
 from vcf_batch.output import lease, progress_file
 from vcf_batch.output.lease import Owner
 from vcf_batch.output.output import Output
-from vcf_batch.output.progress_file import MOST_LISTED
+from vcf_batch.output.progress_file import Told
 from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.output.sums import RunSums
@@ -22,6 +23,10 @@ from vcf_batch.records import STATUSES, Shard
 from vcf_batch.report.figures import Cause, Figures, read_rows
 
 State = Literal["finished", "running", "stopped"]
+
+MOST_LISTED = 10_000
+"""Largest number of shards of a run at work whose files are listed. An object store lists them in 30 requests, one
+after the other, and a disk in half a second."""
 SHOWN_CAUSES = 8
 
 
@@ -43,7 +48,8 @@ class Status:
     damaged: dict[str, str]
     """Shards that have a receipt and do not exist, by name: what is wrong with each. Empty if nothing was listed."""
     files_listed: bool
-    """Whether the files were listed and compared with the counts. Else these are the driver's, a few seconds old."""
+    """Whether the files were listed and compared with the counts. Else these are those that the driver at work has last
+    told, ten seconds ago at most."""
     causes: list[Cause]
     """Causes for which rows of :attr:`RunSums.failing` have no sample, most frequent first."""
     model: Mapping[str, Any]
@@ -142,9 +148,8 @@ class Status:
         lines += [("device", text) for text in self._devices()]
         lines.append(("lease", _described(self.owner)))
         if not self.files_listed:
-            lines.append(
-                ("files", f"not looked at, as there are more than {MOST_LISTED:,} shards: 'vcf-batch verify' does")
-            )
+            why = f"as the run has more than {MOST_LISTED:,} shards"
+            lines.append(("files", f"not listed, {why}: the counts are those that its driver has told"))
         lines += [("set aside", f"{name}: {why}") for name, why in self.set_aside.items()]
         lines += [("damaged", f"{name}: {why}") for name, why in list(self.damaged.items())[:SHOWN_CAUSES]]
         lines += [(cause.status, f"{cause.count:,} x {cause.text}") for cause in self.causes[:SHOWN_CAUSES]]
@@ -176,11 +181,22 @@ def read(url: str) -> Status:
 
 
 def of(output: Output) -> Status:
-    """The status of an output's run. For errors see :func:`read`."""
-    owner = lease.owner(output.url)
-    num_shards = len(output.plan)
-    told = progress_file.glance(output.url, output.fingerprints, num_shards)
-    totals = told.totals
+    """The status of an output's run. For errors see :func:`read`.
+
+    Of a run with more than :data:`MOST_LISTED` shards, the counts of the driver at work are taken as they are.
+    """
+    owner, shards = lease.owner(output.url), len(output.plan)
+    if owner and owner.alive and shards > MOST_LISTED:
+        told = progress_file.glance(output.url, output.fingerprints, shards)
+        # A shard that was counted may be damaged since: then all are looked at.
+        with contextlib.suppress(DamageFound):
+            if told is not None:
+                return _status(output, owner, told, files_listed=False)
+    return _status(output, owner, progress_file.look(output.url, output.fingerprints, shards), files_listed=True)
+
+
+def _status(output: Output, owner: Owner | None, told: Told, files_listed: bool) -> Status:
+    totals, num_shards = told.totals, len(output.plan)
     left, store = num_shards - len(totals.done), ScoreStore(output.url)
     return Status(
         output=output.url,
@@ -190,7 +206,7 @@ def of(output: Output) -> Status:
         totals=totals,
         set_aside=dict(told.set_aside) if left else {},
         damaged={name: why for name, why in told.damaged.items() if int(name) < num_shards},
-        files_listed=told.is_listed,
+        files_listed=files_listed,
         causes=_causes(output, [output.plan[index] for index in totals.failing]),
         model=output.record.models["model"],
         ip_adapter=(output.record.models.get("ip_adapter") or {}).get("name"),

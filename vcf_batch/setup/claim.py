@@ -23,7 +23,7 @@ Obstacle = Callable[[Mapping[str, Any]], str | None]
 run cannot be extended to this one; None if it can."""
 
 _HASH = re.compile(r"[0-9a-f]{40,}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}(?![0-9a-f])")
 _LENGTH = frozenset(("manifest_id", "limit"))
 """Fields in which a longer version of a run differs."""
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
@@ -50,7 +50,8 @@ def resume(config: RunConfig, record: RunRecord | None) -> RunConfig:
 def commits_of(config: RunConfig, record: RunRecord | None) -> dict[str, str]:
     """The commit on the Hub of each model, IP-Adapter and LoRA of the run in the output, by its name.
 
-    A restart takes these again, though a newer commit may be there by then.
+    A restart takes these again, though a newer commit may be there by then. If another revision of the model is asked
+    for than the run began with, that one decides.
 
     Args:
         config: the run, with an absolute output.
@@ -59,14 +60,17 @@ def commits_of(config: RunConfig, record: RunRecord | None) -> dict[str, str]:
     Raises:
         StorageError: the storage failed.
     """
-    if record is None or not commits.any_committed(config.output):
+    if record is None:
         return {}
-    models = record.named_models
-    found = {str(model["name"]): str(model["identity"]).split() for model in models.values()}
-    if "ip_adapter" in models:  # its identity is that of its image encoder, too
-        found[str(record.config.get("image_encoder"))] = str(models["ip_adapter"]["identity"]).split()[1:]
-    heads = {name: identity[0].partition("/")[0] for name, identity in found.items() if identity}
-    return {name: head for name, head in heads.items() if _COMMIT.fullmatch(head)}
+    models = dict(record.named_models)
+    if record.config.get("revision") != config.revision:
+        models.pop("model", None)
+    found = {str(model["name"]): _COMMIT.match(str(model["identity"])) for model in models.values()}
+    if "ip_adapter" in models:  # its identity ends with that of its image encoder
+        encoder = str(models["ip_adapter"]["identity"]).rpartition(" ")[2]
+        found[str(record.config.get("image_encoder"))] = _COMMIT.match(encoder)
+    begun = {name: commit[0] for name, commit in found.items() if commit}
+    return begun if begun and commits.any_committed(config.output) else {}
 
 
 def claim(job: Job, publish: bool = True, confirm: Callable[[], object] = lambda: None) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ def _resolve_pipeline(config: RunConfig, begun: _HubCommits) -> ResolvedModel:
     model = config.model or resolution.TINY
     if config.ip_adapter is not None and model in PRESETS and not storage.exists(storage.absolute(model)):
         model = PRESETS[model].base
-    return resolution.resolve(model, config.revision or begun.commit(model))
+    return resolution.resolve(model, begun.commit(model) or config.revision)
 
 
 def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel:

@@ -34,7 +34,7 @@ from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.scores.calibration import CalibratedScore, Calibration, Threshold
 from vcf_batch.records import Reference, Row, Shard
-from vcf_batch.setup import run_models
+from vcf_batch.setup import claim, run_models
 from vcf_batch.setup.run_models import Models
 from vcf_batch.worker import worker
 from vcf_batch.worker.device import Device
@@ -89,7 +89,7 @@ def calibrate(output: Output, scores: Sequence[ResolvedScore], device: Device) -
         ModelError, StorageError: a model cannot be loaded, or the storage failed.
     """
     drawn = _draw(output)
-    models = run_models.resolve(output.config)
+    models = run_models.resolve(output.config, claim.commits_of(output.config, output.record))
     measured: list[tuple[dict[str, str], dict[str, str], ImageScorer]] = []
     own = _own_scores(output, models, device)
     measured.append(({part: part for part in own.parts}, {part: models.identity_of(part) for part in own.parts}, own))

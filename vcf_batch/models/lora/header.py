@@ -30,9 +30,12 @@ _OTHER_KINDS = {
 _OTHER_BASES = re.compile(r"(double|single|joint)_blocks|^(lora_)?transformer[._]|^lora_(prior|te3)_")
 """Names of bases without a UNet of Stable Diffusion, such as Flux and Stable Diffusion 3."""
 
-UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+UNET_PARTS = (
+    *("down_blocks.", "mid_block.", "up_blocks."),
+    *("conv_in.", "conv_out.", "time_embedding.", "add_embedding."),
+)
 """Where names begin in files of a UNet alone, as older scripts of diffusers wrote them."""
-_PARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "unet.", "text_encoder.", "text_encoder_2.", *UNET_BLOCKS)
+_PARTS = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "unet.", "text_encoder.", "text_encoder_2.", *UNET_PARTS)
 
 _DOWN = re.compile(r"(lora_down|lora_A|[._]lora\.down|lora_linear_layer\.down)\.weight$")
 _TEXT_KEY = re.compile(r"attn2[._](processor[._])?to_[kv]")

@@ -133,7 +133,7 @@ def _with_alphas(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 def _converted(tensors: dict[str, Tensor], what: str, pipeline: "VCFPipeline") -> dict[str, Tensor]:
     """Tensors by names such as ``unet.mid_block.attentions.0.proj_in.lora_A.weight``."""
     count = len(tensors)
-    if all(name.startswith(header.UNET_BLOCKS) for name in tensors):
+    if all(name.startswith(header.UNET_PARTS) for name in tensors):
         tensors = {f"unet.{name}": tensor for name, tensor in tensors.items()}
     tensors = {_readable(name): tensor for name, tensor in tensors.items()}
     try:
