@@ -178,6 +178,30 @@ def test_what_a_command_does_not_use_is_not_imported(
     assert not imported.by(*paths, code=code) & left_out
 
 
+def own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """The nodes of a function without those of the functions within it."""
+    waiting: list[ast.AST] = [*function.body]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_no_generator_waits_for_threads_of_its_own() -> None:
+    """See :func:`vcf_batch.storage.reading_threads`. A context manager is read to its end by its block."""
+    found = []
+    for path in MODULES:
+        for function in (node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)):
+            nodes = [*own_nodes(function)]
+            calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+            yields = any(isinstance(node, ast.Yield | ast.YieldFrom) for node in nodes)
+            manages = any("contextmanager" in ast.unparse(decorator) for decorator in function.decorator_list)
+            if yields and not manages and "ThreadPoolExecutor" in calls:
+                found.append(f"{path.name}: {function.name}")
+    assert found == []
+
+
 def test_class_names_are_unique() -> None:
     """A class name stands for one class in the whole package."""
     names = sorted(

@@ -885,3 +885,24 @@ def test_a_folder_that_may_not_be_listed_cannot_be_removed(s3: str, monkeypatch:
 
 def _refused(*_: object, **__: object) -> None:
     raise PermissionError("refused")
+
+
+def test_a_generator_that_is_left_waits_for_no_thread() -> None:
+    """It may be closed within the start of another thread, where a wait would never end."""
+    released, ended = threading.Event(), threading.Event()
+
+    def read(number: int) -> int:
+        if number:
+            released.wait(20)
+            ended.set()
+        return number
+
+    def generator() -> Iterator[int]:
+        with storage.reading_threads(2, "left") as threads:
+            yield from threads.map(read, range(9))
+
+    left = generator()
+    assert next(left) == 0
+    left.close()
+    assert not ended.is_set()
+    released.set()

@@ -445,12 +445,11 @@ def _hashed(
             raise ManifestError(f"{file.url} was written while it was read; rerun this command when it is complete")
         return name, dataclasses.replace(file, sha256=sha256)
 
-    threads = ThreadPoolExecutor(_HASH_THREADS, "hashes")
-    try:
-        yield from threads.map(hashed, files)
-    finally:
-        stop.set()
-        threads.shutdown(cancel_futures=True)
+    with storage.reading_threads(_HASH_THREADS, "hashes") as threads:
+        try:
+            yield from threads.map(hashed, files)
+        finally:
+            stop.set()
 
 
 def _holds_any(column: pa.Array) -> bool:

@@ -16,7 +16,6 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -305,7 +304,7 @@ def examine(
         return receipt
 
     # Threads only wait for the storage. Parsing in threads would gain nothing, because only one runs Python at a time.
-    with ThreadPoolExecutor(_READERS) as threads:
+    with storage.reading_threads(_READERS, "receipts") as threads:
         for begin in range(0, len(stems), _RECEIPTS_AT_ONCE):
             batch = stems[begin : begin + _RECEIPTS_AT_ONCE]
             # Each thread gets one piece: handing over a single receipt takes longer than reading it from a disk.

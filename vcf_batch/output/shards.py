@@ -16,7 +16,6 @@ import os
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Self, TypeVar
 
@@ -292,13 +291,10 @@ def side_by_side(
     read: Callable[[ReadShard], ReadResult], some: Iterable[ReadShard]
 ) -> Iterator[tuple[ReadShard, ReadResult]]:
     """Each shard, in order, with the result of ``read``, which runs in threads a few shards ahead."""
-    threads = ThreadPoolExecutor(SHARD_READERS, "shards")
-    try:
+    with storage.reading_threads(SHARD_READERS, "shards") as threads:
         begun = ((shard, threads.submit(read, shard)) for shard in some)
         window = deque(itertools.islice(begun, 2 * SHARD_READERS))
         while window:
             shard, result = window.popleft()
             yield shard, result.result()
             window.extend(itertools.islice(begun, 1))
-    finally:
-        threads.shutdown(cancel_futures=True)

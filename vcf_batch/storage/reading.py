@@ -8,6 +8,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, BinaryIO, cast
@@ -257,6 +258,24 @@ def download(url: str, local_path: str) -> None:
             raise translated("write", local_path, error, 1, (), announced or None) from error
 
     retried("download", url, fetch)
+
+
+@contextlib.contextmanager
+def reading_threads(count: int, name: str = "") -> Iterator[ThreadPoolExecutor]:
+    """Threads by which a generator reads ahead. Leaving the block cancels what has not begun, and waits for nothing.
+
+    A generator that nobody reads to its end is closed where Python collects garbage. That may be within the start of a
+    thread, whose locks are held then: to wait for another thread there never ends.
+
+    Args:
+        count: number of threads.
+        name: begin of their names.
+    """
+    threads = ThreadPoolExecutor(count, name)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
+from vcf_batch import storage
 from vcf_batch.errors import RowError, StorageError, UsageError, redact
 from vcf_batch.training.captions import CaptionedData, Piece, cut
 from vcf_batch.training.tar_samples import CaptionedImage
@@ -81,7 +82,7 @@ class Feed(Generic[T]):
             UsageError: most pairs are broken, or all of a share, or a file is damaged.
             StorageError: the storage failed.
         """
-        with ThreadPoolExecutor(1) as behind:
+        with storage.reading_threads(1) as behind:
             examples = self._endless(epoch)
             for _ in range(first):
                 _take(examples, size)

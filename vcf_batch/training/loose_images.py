@@ -9,7 +9,6 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
@@ -215,6 +214,6 @@ def read_folder(folder: str, start: int, stop: int, field: str | None) -> Iterat
         captions, problem = captions_of(members, field)
         return CaptionedImage(place(storage.join(folder, image), "").rstrip(), b"", captions, problem, image, folder)
 
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with storage.reading_threads(_THREADS) as threads:
         while some := list(islice(pairs, _TEXTS_AHEAD)):
             yield from threads.map(read, some)

@@ -15,10 +15,10 @@ from support.simulated import NoExporter
 from support.simulation.processes import Event, Scheduler, Thread
 from vcf_batch.commands import push
 from vcf_batch.driver import progress
-from vcf_batch.output import commits, lease, receipts, run_file, shards
+from vcf_batch.output import commits, lease, run_file
 from vcf_batch.pool import launch
 from vcf_batch.setup import claim
-from vcf_batch.storage import retries
+from vcf_batch.storage import reading, retries
 
 
 class Notes(progress.Progress):
@@ -105,8 +105,7 @@ def replaced(scheduler: Scheduler, draw: random.Random, is_gone: Callable[[dict[
         patch.setattr(retries, "_jitter", draw)
         for module in (lease, commits, run_file):
             patch.setattr(module, "uuid", names)
-        for module in (receipts, shards):
-            patch.setattr(module, "ThreadPoolExecutor", Inline)
+        patch.setattr(reading, "ThreadPoolExecutor", Inline)
         patch.setattr(launch, "ThreadPoolExecutor", lambda number, name: CommitThreads(scheduler, number))
         patch.setattr(launch, "PrometheusExporter", lambda *_: NoExporter())
         patch.setattr(claim.importlib.metadata, "version", lambda name: "1")

@@ -39,6 +39,7 @@ from vcf_batch.output.receipts import RECEIPT_SUFFIX, Receipt
 from vcf_batch.records import FileEntry, Shard
 from vcf_batch.setup.job import Job
 from vcf_batch.setup.shard_task import ShardTask
+from vcf_batch.storage import reading
 
 CONTENT = b"."
 """Content of every tar and parquet. Their sizes count as bytes that are moved, not as memory."""
@@ -261,7 +262,7 @@ class ScaledRun(Universe):
         scenario, scheduler = self.scenario, self.scheduler
         self.gpu_time.add("all", scenario.gpus)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(receipts, "ThreadPoolExecutor", lambda *_: Readers(scheduler))
+            patch.setattr(reading, "ThreadPoolExecutor", lambda *_: Readers(scheduler))
             patch.setattr(commits, "commit", self._timed(commits.commit))
             patch.setattr(commit_queue, "COMMITS_AT_ONCE", scenario.commits_at_once)
             if scenario.lost_per_hour:
