@@ -10,6 +10,7 @@ from support import runs
 from vcf_batch import storage
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.output.receipts import Receipt
+from vcf_batch.setup.shard_task import ShardTask
 
 OLD, NEW = {"type": "old GPU", "dtype": "float32"}, {"type": "new GPU", "dtype": "float32"}
 BOTH = {"several": [OLD, NEW]}
@@ -57,3 +58,14 @@ def test_each_shard_keeps_its_own_marks(tmp_path: Path) -> None:
     committed = runs.read_receipts(job.config.output)
     assert [ledger.whole(receipt) for receipt in committed.values()] == [*committed.values()]
     assert len({*map(id, ledger._older.values())}) == 2
+
+
+def test_shards_that_are_scored_are_counted_though_their_receipts_name_no_files(tmp_path: Path) -> None:
+    """Such a receipt is never published, and so nothing is told of it either."""
+    job = runs.write_output(runs.write_manifest(tmp_path / "in", 8), tmp_path / "out", 4)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    ledger = Ledger.of(job.shards)
+    for receipt in runs.read_receipts(job.config.output).values():
+        ledger.committed(ShardTask(receipt.shard), dataclasses.replace(receipt, files={}))
+    assert (ledger.left, ledger.finished_rows, ledger.totals.done) == (0, 8, {0, 1})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before

@@ -10,7 +10,7 @@ import threading
 import time
 import types
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -897,7 +897,7 @@ def test_a_generator_that_is_left_waits_for_no_thread() -> None:
             ended.set()
         return number
 
-    def generator() -> Iterator[int]:
+    def generator() -> Generator[int]:
         with storage.reading_threads(2, "left") as threads:
             yield from threads.map(read, range(9))
 

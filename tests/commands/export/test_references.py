@@ -82,6 +82,21 @@ def test_copies_are_there_once(tmp_path: Path) -> None:
     assert [*ExportCheck(str(tmp_path / "t")).findings()] == []
 
 
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("lost", ["reference", "negative_reference"])
+def test_a_lost_copy_is_told_and_the_same_export_puts_it_back(tmp_path: Path, lost: str, lists: bool) -> None:
+    given: list[object] = ["reference0.png", "reference1.png", None]
+    given = [each and [each] for each in given] if lists else given
+    source = output(tmp_path, given, negative_reference=[None, None, "reference2.png"])
+    exports.make(tmp_path / "t", source, split="train=1", references="copy")
+    whole = exports.tree(tmp_path / "t")
+    [name] = [row[lost] for row in exports.rows(tmp_path / "t") if row[lost]][-1:]
+    (tmp_path / "t" / (name[0] if isinstance(name, list) else name)).unlink()
+    assert "which is not there" in "".join(map(str, ExportCheck(str(tmp_path / "t")).findings()))
+    exports.make(tmp_path / "t", source, split="train=1", references="copy")
+    assert exports.tree(tmp_path / "t") == whole
+
+
 def test_lists_and_embedded_references_are_copied(tmp_path: Path) -> None:
     """A row with several references names each; bytes in the manifest are references too."""
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})

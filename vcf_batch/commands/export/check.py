@@ -163,7 +163,10 @@ class ExportCheck:
                 value if isinstance(value, list) else [value] if value else []
                 for value in (row["reference"], row[REFERENCE_HASH])
             )
-            for name, sha256 in zip(names, hashes, strict=True):
+            wanted = [*zip(names, hashes, strict=True)]
+            if negative := row.get("negative_reference"):
+                wanted.append((negative, ""))  # Its hash stands in its name alone.
+            for name, sha256 in wanted:
                 if name.removeprefix(FOLDER + "/") not in self._references or sha256 not in name:
                     raise DamageFound(f"row {key!r} names {name}, which is not there, or not the image of its hash")
         return key

@@ -5,6 +5,7 @@ position behind its last row. Of each split, the rows up to that of its last who
 that are left get the bytes that they would have had.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceSha
 from vcf_batch.commands.push import ABANDONED_SECONDS, check_target
 from vcf_batch.driver.progress import steps
 from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch.output import shards
 from vcf_batch.output.receipts import RECEIPT_SUFFIX
 from vcf_batch.storage import scratch
 
@@ -158,10 +160,16 @@ class _Writing:
         self._open: dict[str, OpenShard] = {}
 
     def go_on(self) -> None:
-        """Write the shards that are not there. For errors see :func:`export`."""
+        """Write the shards that are not there, or whose copies of references are not. For errors see :func:`export`."""
+        copies = None
+        if self._settings.references == "copy":
+            with storage.refusals_as_storage_errors():
+                copies = {f"{FOLDER}/{name}" for name in storage.list_tree(storage.join(self._target, FOLDER))}
         for split, rows in self._there.splits.items():
             found = shards = begin = 0
             for receipt in record.whole_shards(self._target, self._there, split):
+                if copies is not None and not self._named(receipt) <= copies:
+                    break
                 found, shards, begin = found + receipt.rows, shards + 1, receipt.next
             self.shards[split] = shards
             if found < rows:
@@ -176,6 +184,15 @@ class _Writing:
                     self._add(folder, str(judged.split), row, judged.position)
             for split in [*self._open]:
                 self._close(folder, split)
+
+    def _named(self, receipt: ExportReceipt) -> set[str]:
+        """The copies of references that the rows of a shard name."""
+        url = storage.join(self._target, receipt.split, receipt.name + SUFFIXES["parquet"])
+        with shards.open_parquet(url) as parquet:
+            table = parquet.read(["reference", "negative_reference"], use_threads=False)
+        given = itertools.chain.from_iterable(column.to_pylist() for column in table.columns)
+        lists = (value if isinstance(value, list) else [value] for value in given)
+        return {name for name in itertools.chain.from_iterable(lists) if name}
 
     def _rows(self, shard: SourceShard) -> Iterator[tuple[Judged, PackedRow]]:
         """The rows of a shard that are to be written."""
