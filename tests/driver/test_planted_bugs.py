@@ -10,15 +10,17 @@ SEEDS = 1000
 FIRST_TRIED = {
     "done_before_the_receipt": 3,
     "blame_after_one_death": 1,
-    "shard_in_flight_forgotten": 3,
-    "attempt_name_reused": 5,
+    "shard_in_flight_forgotten": 1,
+    "attempt_name_reused": 7,
     "retry_without_bound": 3,
-    "lease_taken_by_a_clock": 44,
-    "staging_cleaned_while_a_replacement_waits": 70,
-    "older_receipt_stays": 13,
-    "innocent_on_a_bad_node": 78,
-    "lost_answer_swallowed": 25,
+    "lease_taken_by_a_clock": 5,
+    "staging_cleaned_while_a_replacement_waits": 657,
+    "older_receipt_stays": 7,
+    "innocent_on_a_bad_node": 361,
+    "lost_answer_swallowed": 280,
     "silence_unheard": 3,
+    "sizes_not_checked": 1,
+    "second_shard_blamed": 4,
 }
 """The seed that found a bug when it was last searched for, if that was not 0. All others are tried after it."""
 
