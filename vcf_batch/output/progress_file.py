@@ -24,6 +24,7 @@ class Told:
     """A driver's counts of a run."""
 
     fingerprint: str
+    """Empty in counts that no driver has told, for which every receipt was read."""
     totals: RunSums = field(default_factory=RunSums)
     files: int = 0
     """Sum of :func:`mark` over the shards that are counted, modulo 2**64."""

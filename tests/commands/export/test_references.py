@@ -97,6 +97,17 @@ def test_a_lost_copy_is_told_and_the_same_export_puts_it_back(tmp_path: Path, lo
     assert exports.tree(tmp_path / "t") == whole
 
 
+def test_a_damaged_shard_is_written_again_with_its_copies(tmp_path: Path) -> None:
+    """Damage that keeps the size of a parquet is met where its references are looked up."""
+    source = output(tmp_path, ["reference0.png", None])
+    exports.make(tmp_path / "t", source, split="train=1", references="copy")
+    whole = exports.tree(tmp_path / "t")
+    parquet = next((tmp_path / "t/train").glob("*.parquet"))
+    parquet.write_bytes(bytes(parquet.stat().st_size))
+    exports.make(tmp_path / "t", source, split="train=1", references="copy")
+    assert exports.tree(tmp_path / "t") == whole
+
+
 def test_lists_and_embedded_references_are_copied(tmp_path: Path) -> None:
     """A row with several references names each; bytes in the manifest are references too."""
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})

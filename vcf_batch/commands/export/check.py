@@ -15,7 +15,7 @@ import pyarrow as pa
 from vcf_batch import storage
 from vcf_batch.commands.export import described
 from vcf_batch.commands.export.record import ExportReceipt, misfit, read, shard_stem
-from vcf_batch.commands.export.references import FOLDER
+from vcf_batch.commands.export.references import FOLDER, listed
 from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES
 from vcf_batch.commands.export.sources import REFERENCE_HASH
 from vcf_batch.commands.verify import Finding
@@ -159,13 +159,9 @@ class ExportCheck:
         if hashlib.sha256(image).hexdigest() != row["sha256"]:
             raise DamageFound(f"the image of row {key!r} has another sha256 than the row says")
         if self.record.fields["references"] == "copy":
-            names, hashes = (
-                value if isinstance(value, list) else [value] if value else []
-                for value in (row["reference"], row[REFERENCE_HASH])
-            )
-            wanted = [*zip(names, hashes, strict=True)]
-            if negative := row.get("negative_reference"):
-                wanted.append((negative, ""))  # Its hash stands in its name alone.
+            wanted = [*zip(listed(row["reference"]), listed(row[REFERENCE_HASH]), strict=True)]
+            # The hash of a negative reference stands in its name alone.
+            wanted += ((name, "") for name in listed(row.get("negative_reference")))
             for name, sha256 in wanted:
                 if name.removeprefix(FOLDER + "/") not in self._references or sha256 not in name:
                     raise DamageFound(f"row {key!r} names {name}, which is not there, or not the image of its hash")

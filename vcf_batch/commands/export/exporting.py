@@ -8,7 +8,7 @@ that are left get the bytes that they would have had.
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from vcf_batch import storage
 from vcf_batch.commands.export import described, record
 from vcf_batch.commands.export.images import ShardImages
 from vcf_batch.commands.export.record import ExportReceipt, ExportRecord, shard_stem
-from vcf_batch.commands.export.references import FOLDER
+from vcf_batch.commands.export.references import FOLDER, listed
 from vcf_batch.commands.export.selection import Judged, Selection
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.shard_files import IMAGE, SUFFIXES, OpenShard, PackedRow, pack
@@ -166,12 +166,12 @@ class _Writing:
             with storage.refusals_as_storage_errors():
                 copies = {f"{FOLDER}/{name}" for name in storage.list_tree(storage.join(self._target, FOLDER))}
         for split, rows in self._there.splits.items():
-            found = shards = begin = 0
+            found = count = begin = 0
             for receipt in record.whole_shards(self._target, self._there, split):
-                if copies is not None and not self._named(receipt) <= copies:
+                if copies is not None and not self._has_copies(receipt, copies):
                     break
-                found, shards, begin = found + receipt.rows, shards + 1, receipt.next
-            self.shards[split] = shards
+                found, count, begin = found + receipt.rows, count + 1, receipt.next
+            self.shards[split] = count
             if found < rows:
                 self._begin[split] = begin
         if not self._begin:
@@ -185,14 +185,17 @@ class _Writing:
             for split in [*self._open]:
                 self._close(folder, split)
 
-    def _named(self, receipt: ExportReceipt) -> set[str]:
-        """The copies of references that the rows of a shard name."""
+    def _has_copies(self, receipt: ExportReceipt, copies: Set[str]) -> bool:
+        """Whether all references that the rows of a shard name are among the copies; no if they cannot be read."""
         url = storage.join(self._target, receipt.split, receipt.name + SUFFIXES["parquet"])
-        with shards.open_parquet(url) as parquet:
-            table = parquet.read(["reference", "negative_reference"], use_threads=False)
-        given = itertools.chain.from_iterable(column.to_pylist() for column in table.columns)
-        lists = (value if isinstance(value, list) else [value] for value in given)
-        return {name for name in itertools.chain.from_iterable(lists) if name}
+        try:
+            with shards.open_parquet(url) as parquet:
+                table = parquet.read(["reference", "negative_reference"], use_threads=False)
+                given = itertools.chain.from_iterable(column.to_pylist() for column in table.columns)
+                return all(name in copies for value in given for name in listed(value))
+        # A damaged file may hold anything.
+        except (pa.ArrowException, OSError, ValueError):
+            return False
 
     def _rows(self, shard: SourceShard) -> Iterator[tuple[Judged, PackedRow]]:
         """The rows of a shard that are to be written."""

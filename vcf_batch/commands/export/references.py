@@ -40,6 +40,11 @@ class Copy(NamedTuple):
         return f"{FOLDER}/{self.sha256[:2]}/{self.sha256}.{self.ending}"
 
 
+def listed(value: str | list[str] | None) -> list[str]:
+    """The texts in a value of a column that has one text, several, or none in each row."""
+    return [value] if isinstance(value, str) else value or []
+
+
 class Names:
     """Names of references for receivers.
 
@@ -52,8 +57,7 @@ class Names:
 
     def of(self, source: Source, value: str | list[str] | None) -> list[str]:
         """The names in a value of the column ``reference``."""
-        names = [value] if isinstance(value, str) else value or []
-        return [self._relative(source, name) for name in names]
+        return [self._relative(source, name) for name in listed(value)]
 
     def _relative(self, source: Source, name: str) -> str:
         if not storage.is_local(name):
