@@ -101,7 +101,7 @@ def resume(folder: Path) -> str:
     from vcf_batch.output.output import Output
 
     output = Output(folder / "out")
-    told = progress_file.look(output.url, output.fingerprints, len(output.plan))
+    told = progress_file.look(output.url, output.fingerprints, output.plan)
     return f"{len(told.totals.done):,} shards"
 
 

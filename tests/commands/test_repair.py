@@ -176,16 +176,16 @@ def test_receipts_are_trusted_if_that_is_asked_for(output: Path, monkeypatch: py
     (output / "00000_stats.json").unlink()
     data = (output / "00001.tar").read_bytes()
     (output / "00001.tar").write_bytes(data[:-5] + b"\1" + data[-4:])
-    columns, iter_batches = set[str](), pq.ParquetFile.iter_batches
+    columns, read = set[str](), pq.ParquetFile.read
 
-    def noted(self: pq.ParquetFile, *given: Any, columns_read: set[str] = columns, **options: Any) -> Any:
-        columns_read |= {*options["columns"]}
-        return iter_batches(self, *given, **options)
+    def noted(self: pq.ParquetFile, names: list[str], **options: Any) -> Any:
+        columns.update(names)
+        return read(self, names, **options)
 
     def refused(*given: Any) -> Any:
         raise AssertionError("a file is read")
 
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
+    monkeypatch.setattr(pq.ParquetFile, "read", noted)
     monkeypatch.setattr(storage, "digest", refused)
     monkeypatch.setattr(shards, "read_members", refused)
     assert needed(output, trust_receipts=True) == {0: [0, 1, 2, 3], 1: [5], 2: [9]}
@@ -212,6 +212,16 @@ def test_a_parquet_that_cannot_be_read_costs_its_shard(output: Path, damage: str
     redo = Repair(Output(str(output)), FAILED, trust_receipts=True).rows(lines.append)
     assert {index: sum(mask) for index, mask in redo.items()} == {1: 4, 2: 1}
     assert lines[0].startswith("00001: its ") and lines[-1] == "5 rows in 2 shards are to be generated again"
+
+
+@pytest.mark.parametrize("trust_receipts", [False, True])
+def test_several_processes_choose_the_same_rows(output: Path, trust_receipts: bool) -> None:
+    """With damage of either kind: a shard that is missing, and a parquet that cannot be read."""
+    (output / "00000_stats.json").unlink()
+    data = (output / "00001.parquet").read_bytes()
+    (output / "00001.parquet").write_bytes(bytes(len(data)))
+    chosen = needed(output, "label = 'row 8'", trust_receipts=trust_receipts, processes=2)
+    assert chosen == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [8]}
 
 
 @pytest.mark.parametrize("survived", range(6))

@@ -35,7 +35,7 @@ def counted(job: Job) -> RunSums:
 
 
 def seen(job: Job) -> RunSums:
-    return look(job.config.output, {job.fingerprint}, len(job.shards)).totals
+    return look(job.config.output, {job.fingerprint}, job.shards).totals
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_what_was_committed_is_told_within_ten_seconds_though_nothing_more_is_co
         ledger.committed(ShardTask(job.shards[index]), there[index])
     clock[0] += 10
     ledger.tell_if_due()
-    told = glance(job.config.output, {job.fingerprint}, 5)
+    told = glance(job.config.output, {job.fingerprint}, job.shards)
     assert told
     assert told.totals.done == {0, 1, 2, 3}
 
@@ -146,12 +146,15 @@ def test_every_receipt_is_read_where_a_file_has_another_size(job: Job, files_rea
     assert 1 not in found.done
 
 
-@pytest.mark.parametrize("damage", ["zeros", "a byte", "another run"])
+@pytest.mark.parametrize("damage", ["zeros", "a byte", "another run", "other rows"])
 def test_a_receipt_damaged_within_its_size_is_found_before_a_run_counts_as_finished(job: Job, damage: str) -> None:
     Ledger(job)
     data = receipt_file(job, 1).read_bytes()
     other = data.replace(job.fingerprint.encode(), b"0" * len(job.fingerprint))
-    damaged = {"zeros": bytes(len(data)), "a byte": b"z" + data[1:], "another run": other}[damage]
+    rows = data.replace(b'"start": 2', b'"start": 4').replace(b'"stop": 4', b'"stop": 6')
+    assert rows != data
+    every = {"zeros": bytes(len(data)), "a byte": b"z" + data[1:], "another run": other, "other rows": rows}
+    damaged = every[damage]
     receipt_file(job, 1).write_bytes(damaged)
     assert Ledger(job).left == 1
 
@@ -168,17 +171,18 @@ def test_while_shards_are_left_a_receipt_damaged_within_its_size_is_found_by_ver
 def test_counts_are_glanced_at_without_a_look_at_the_files(job: Job, files_read: list[str]) -> None:
     told_but_for_the_last(job)
     files_read.clear()
-    found = glance(job.config.output, {job.fingerprint}, 5)
+    found = glance(job.config.output, {job.fingerprint}, job.shards)
     assert found
     assert (found.totals.done, files_read) == ({0, 1, 2, 3}, [PROGRESS_NAME])
-    assert glance(job.config.output, {"of another run"}, 5) is None
-    assert glance(job.config.output, {job.fingerprint}, 3) is None, "it counts shards that the run does not have"
+    assert glance(job.config.output, {"of another run"}, job.shards) is None
+    fewer = [*job.shards][:3]
+    assert glance(job.config.output, {job.fingerprint}, fewer) is None, "it counts shards that the run does not have"
 
 
 def test_shards_beyond_the_run_are_not_counted(job: Job) -> None:
     """Such as those of a longer run, whose receipts somebody has copied."""
     Ledger(job)
-    found = look(job.config.output, {job.fingerprint}, 3)
+    found = look(job.config.output, {job.fingerprint}, [*job.shards][:3])
     assert found.totals.done == {0, 1, 2}
 
 

@@ -176,9 +176,13 @@ def test_nothing_of_a_pair_s_content_ends_the_training(data: CaptionedData) -> N
 
 
 def test_its_threads_end_with_it(data: CaptionedData) -> None:
-    before = set(threading.enumerate())
-    with feed(data) as worker:
-        with contextlib.closing(worker.batches(0, 4)) as batches:
-            next(batches)
-        assert set(threading.enumerate()) - before
-    assert not set(threading.enumerate()) - before
+    """Those that prepare pairs and the one that makes batches."""
+    before = {*threading.enumerate()}
+    with feed(data) as worker, contextlib.closing(worker.batches(0, 4)) as batches:
+        next(batches)
+        begun = {*threading.enumerate()} - before
+    own = [thread for thread in begun if thread.name.startswith(("pairs_", "batches_"))]
+    assert {thread.name.partition("_")[0] for thread in own} == {"pairs", "batches"}
+    for thread in own:
+        thread.join(60)
+        assert not thread.is_alive()

@@ -17,6 +17,13 @@ from vcf_batch.errors import DamageFound, Unfinished, UsageError, redact
 if TYPE_CHECKING:
     from vcf_batch.commands.verify import Finding
 
+_processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes that read shards, about 200 MB each.  [default: one for each processor, or fewer for few rows]",
+)
+
 
 @click.command(
     cls=Command,
@@ -37,12 +44,7 @@ if TYPE_CHECKING:
     help="Read only about this fraction of the shards, 0 to 1, and at least one: the same each time, and with a larger "
     "fraction these and more. Shards that are not generated yet are all told.  [default: 1]",
 )
-@click.option(
-    "--processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes that read shards, about 200 MB each.  [default: one for each processor, or fewer for few rows]",
-)
+@_processes_option
 @click.option(
     "--regenerate",
     type=click.IntRange(min=1),
@@ -224,12 +226,20 @@ _OWN = {"address": None, "log_format": "text", "verbosity": "normal", "num_worke
     "its rows only the columns in --where are read. Risk: damage that keeps the size of a file is not found, stays "
     "there, and may hide rows from --where.",
 )
+@_processes_option
 @moved
 @json_option
 @debug_option
 @click.pass_context
 def repair(
-    ctx: click.Context, output: str, where: str | None, keys: str | None, trust_receipts: bool, as_json: bool, **_: Any
+    ctx: click.Context,
+    output: str,
+    where: str | None,
+    keys: str | None,
+    trust_receipts: bool,
+    processes: int | None,
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Generate again what is damaged, missing or failed in OUTPUT.
 
@@ -247,5 +257,5 @@ def repair(
     if where is None:
         where = "status = 'failed'" if keys is None else "false"
     opened = Output(output, _OWN | given(ctx))
-    needed = Repair(opened, where, trust_receipts, named)
+    needed = Repair(opened, where, trust_receipts, named, processes)
     run(opened.config, lambda: needed.rows(functools.partial(tell_line, err=as_json)), as_json=as_json)

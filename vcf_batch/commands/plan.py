@@ -243,7 +243,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     extends = collect(lambda: claim.claim(job, publish=False))
     totals = RunSums()
     if extends is not None:
-        totals = progress_file.look(config.output, {job.fingerprint, *extends}, len(job.shards)).totals
+        totals = progress_file.look(config.output, {job.fingerprint, *extends}, job.shards).totals
         forecast.rows_done, forecast.shards_done = totals.counts.total(), len(totals.done)
     if totals.generated:
         forecast.measurement = _recorded(totals)

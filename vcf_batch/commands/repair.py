@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 
-from vcf_batch.commands.verify import check, check_receipts
+from vcf_batch.commands.verify import Finding, check, check_receipts
+from vcf_batch.commands.verifying.processes import default_processes, read_in_processes
 from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import DamageFound, UsageError, VcfBatchError
 from vcf_batch.manifest.columns import shown
@@ -12,7 +13,6 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores.joined import JoinedScores
-from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
 from vcf_batch.setup.job import schema_of
@@ -32,6 +32,7 @@ class Repair:
         trust_receipts: whether a shard counts as whole if its files have the sizes in its receipt. Else all files are
             read first, as :func:`vcf_batch.commands.verify.check` does.
         keys: keys of rows to redo, beside those that the condition selects.
+        processes: number of processes that read; None chooses by what there is to read.
 
     Raises:
         UsageError: ``where`` is not a condition on the output's columns, no row has one of the keys, or the manifest
@@ -39,11 +40,19 @@ class Repair:
         RefusedError: the manifest has changed since the run.
     """
 
-    def __init__(self, output: Output, where: str, trust_receipts: bool = False, keys: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        output: Output,
+        where: str,
+        trust_receipts: bool = False,
+        keys: Collection[str] = (),
+        processes: int | None = None,
+    ) -> None:
         manifest = output.need_manifest()
-        self._output, self._trust_receipts = output, trust_receipts
-        self._scores = JoinedScores(output.url)
-        self._condition = Condition(where, self._scores.schema(schema_of(output.config, manifest)))
+        self._output, self._trust_receipts, self._processes = output, trust_receipts, processes
+        scores = JoinedScores(output.url)
+        self._condition = Condition(where, scores.schema(schema_of(output.config, manifest)))
+        self._reader = _ColumnReader(output.url, self._condition.columns, scores)
         self._keys = frozenset(keys)
         self._refuse_unknown_keys(manifest)
 
@@ -62,7 +71,7 @@ class Repair:
             StorageError: the storage failed.
         """
         redo: dict[int, RowMask] = {}
-        for finding in (check_receipts if self._trust_receipts else check)(self._output):
+        for finding in self._findings():
             if finding.shard is None and finding.is_damage:
                 raise DamageFound(str(finding))
             show(str(finding))
@@ -70,7 +79,7 @@ class Repair:
                 redo[finding.shard.index] = bytes([True]) * len(finding.shard)
         whole = (shard for shard in self._output.plan if shard.index not in redo)
         count = len(self._output.plan) - len(redo)
-        for shard, selected in steps(self._each(whole), "judging", count, "shard"):
+        for shard, selected in steps(self._each(whole, count), "judging", count, "shard"):
             if isinstance(selected, DamageFound):
                 show(f"{shard.name}: {selected}")
                 redo[shard.index] = bytes([True]) * len(shard)
@@ -80,6 +89,11 @@ class Repair:
         where = plural(len(redo), "shard")
         show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
         return redo
+
+    def _findings(self) -> Iterator[Finding]:
+        if self._trust_receipts:
+            return check_receipts(self._output)
+        return check(self._output, processes=self._processes or default_processes(self._output.plan.num_rows))
 
     def _refuse_unknown_keys(self, manifest: Manifest) -> None:
         """Refuse keys that no row of the manifest has, which knows those of damaged shards too."""
@@ -95,13 +109,14 @@ class Repair:
                 "Take them out of the file, or name the output that they are of"
             )
 
-    def _each(self, some: Iterable[Shard]) -> Iterator[tuple[Shard, RowMask | DamageFound]]:
+    def _each(self, some: Iterable[Shard], count: int) -> Iterator[tuple[Shard, RowMask | DamageFound]]:
         """The rows of each shard that are selected or named, or what is wrong with its parquet.
 
         Shards are read one by one, and many of them are judged at once, as a query takes longer than its rows do.
         """
         waiting: list[tuple[Shard, pa.Table]] = []
-        for shard, found in side_by_side(self._read_or_fault, some):
+        processes = self._processes or default_processes(count)
+        for shard, found in read_in_processes(self._reader, some, processes):
             if isinstance(found, DamageFound):
                 yield shard, found
                 continue
@@ -121,8 +136,26 @@ class Repair:
             for shard, table in waiting:
                 yield shard, bytes(key in selected or key in self._keys for key in table["key"].to_pylist())
 
-    def _read_or_fault(self, shard: Shard) -> pa.Table | DamageFound:
-        """The columns that the condition reads, or what is wrong with the shard's parquet."""
+
+class _ColumnReader:
+    """Reader of the columns that a condition needs. Picklable, and threads may share it.
+
+    Args:
+        output_url: the output.
+        columns: names of columns of its rows or of its scores.
+        scores: its scores.
+    """
+
+    def __init__(self, output_url: str, columns: Collection[str], scores: JoinedScores) -> None:
+        self._output_url, self._columns, self._scores = output_url, [*columns], scores
+
+    def __call__(self, shard: Shard) -> pa.Table | DamageFound:
+        """The columns of a shard, or what is wrong with its parquet.
+
+        Raises:
+            StorageError: the storage failed.
+            DamageFound: the scores of the shard are damaged.
+        """
         try:
             found = self._read(shard)
         except VcfBatchError:
@@ -135,12 +168,10 @@ class Repair:
         return found
 
     def _read(self, shard: Shard) -> pa.Table:
-        columns = [*self._condition.columns]
-        with shards.open_parquet(shards.file_url(self._output.url, shard, "parquet")) as parquet:
-            own = [name for name in columns if name in parquet.schema_arrow.names]
-            schema = pa.schema([parquet.schema_arrow.field(name) for name in own])
-            batches = parquet.iter_batches(shards.ROWS_AT_ONCE, columns=own, use_threads=False)
-            if len(own) < len(columns) and (receipt := receipts.read_one(self._output.url, shard)):
-                batches = self._scores.batches(batches, shard, receipt.parquet_hash)
-                schema = self._scores.schema(schema)
-            return pa.Table.from_batches(batches, schema).select(columns)
+        with shards.open_parquet(shards.file_url(self._output_url, shard, "parquet")) as parquet:
+            # It leaves out columns that are not there. To ask for the schema first takes as long as to read.
+            table = parquet.read(self._columns, use_threads=False)
+        if table.num_columns < len(self._columns) and (receipt := receipts.read_one(self._output_url, shard)):
+            batches = self._scores.batches(table.to_batches(), shard, receipt.parquet_hash)
+            table = pa.Table.from_batches(batches, self._scores.schema(table.schema))
+        return table.select(self._columns)

@@ -17,10 +17,9 @@ from vcf_batch.commands.verifying.shard_reader import NOT_GENERATED, ShardReader
 from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import DamageFound, Unfinished
 from vcf_batch.manifest.check import RepeatFinder
-from vcf_batch.output import commits, receipts
+from vcf_batch.output import commits, progress_file, receipts
 from vcf_batch.output.output import Output
-from vcf_batch.output.receipts import Damaged
-from vcf_batch.output.shards import file_name, side_by_side
+from vcf_batch.output.shards import file_name
 from vcf_batch.records import Shard
 from vcf_batch.sharding import ShardPlan
 
@@ -73,20 +72,18 @@ def _lot(index: int) -> int:
 def check_receipts(output: Output) -> Iterator[Finding]:
     """Yield the shards that are not generated yet, or whose files do not have the sizes in their receipts.
 
-    Receipts are read and nothing else, so damage that keeps the size of a file is not found.
+    Damage that keeps the size of a file is not found: only receipts are read, and of them those alone that the driver
+    of the run has not counted.
 
     Raises:
         StorageError: the storage failed.
     """
-    for shard, found in output.each_shard():
-        if found is None:
+    told = progress_file.look(output.url, output.fingerprints, output.plan)
+    for shard in output.plan:
+        if reason := told.damaged.get(shard.name):
+            yield Finding(shard.name, reason, shard)
+        elif shard.index not in told.totals.done:
             yield Finding(shard.name, NOT_GENERATED, shard, "unfinished")
-        elif isinstance(found, Damaged):
-            yield Finding(shard.name, found.reason, shard)
-        elif found.shard != shard:
-            yield Finding(
-                shard.name, f"its receipt is that of rows {found.shard.start} to {found.shard.stop - 1}", shard
-            )
 
 
 def check(output: Output, chosen: frozenset[int] | None = None, processes: int = 1) -> Iterator[Finding]:
@@ -114,8 +111,7 @@ def check(output: Output, chosen: frozenset[int] | None = None, processes: int =
     some = (output.plan[index] for index in indices)
     rows = output.plan.num_rows if chosen is None else sum(len(output.plan[index]) for index in chosen)
     with RepeatFinder(rows) as finder:
-        processes = min(processes, len(output.plan))
-        read = side_by_side(reader, some) if processes < 2 else read_in_processes(reader, some, processes)
+        read = read_in_processes(reader, some, min(processes, len(output.plan)))
         for shard, (result, manifest_error) in steps(read, "reading", len(indices), "shard"):
             lost = lost or manifest_error
             if isinstance(result, Unfinished):

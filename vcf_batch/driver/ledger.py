@@ -85,10 +85,10 @@ class Ledger:
         self._begin(job.shards, now)
         self._output, self._rows, self._redo = job.config.output, job.manifest.num_rows, job.redo
         self._fingerprints = frozenset((job.fingerprint, *job.extends))
-        there = progress_file.look(job.config.output, self._fingerprints, len(job.shards), job.redo)
+        there = progress_file.look(job.config.output, self._fingerprints, job.shards, job.redo)
         if there.fingerprint and len(there.totals.done) == len(job.shards):
             # Not every receipt was read. Before a run counts as finished, damage within a size is found, too.
-            there = progress_file.count(job.config.output, self._fingerprints, len(job.shards))
+            there = progress_file.count(job.config.output, self._fingerprints, job.shards)
         self._counted = dataclasses.replace(there, fingerprint=job.fingerprint)
         self.devices.update(there.devices)
         self._read_older(job)

@@ -6,7 +6,7 @@ counts a shard that is being replaced, and then from time to time. Readers add t
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from vcf_batch import storage
 from vcf_batch.output import receipts
 from vcf_batch.output.receipts import RECEIPT_SUFFIX, SEVERAL, Damaged, Receipt, device_type
 from vcf_batch.output.sums import RunSums
+from vcf_batch.records import Shard
 
 PROGRESS_NAME = "_progress.json"
 MAX_PROGRESS_BYTES = 64 << 20
@@ -119,18 +120,18 @@ def read(output: str) -> Told | None:
         return None
 
 
-def glance(output: str, fingerprints: Set[str], shards: int) -> Told | None:
+def glance(output: str, fingerprints: Set[str], shards: Sequence[Shard]) -> Told | None:
     """A driver's counts as they are; None if there are none of this run. The files are not listed.
 
     For the arguments and errors see :func:`look`.
     """
     told = read(output)
-    if told is None or told.fingerprint not in fingerprints or any(index >= shards for index in told.totals.done):
+    if told is None or told.fingerprint not in fingerprints or any(index >= len(shards) for index in told.totals.done):
         return None
     return told
 
 
-def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection[int] = ()) -> Told:
+def look(output: str, fingerprints: Set[str], shards: Sequence[Shard], leave_out: Collection[int] = ()) -> Told:
     """Count a run: its driver's counts, and the receipts that are newer.
 
     The driver's counts are used only if the receipts, tars and parquets that it counted are there, each with its size.
@@ -139,7 +140,7 @@ def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection
     Args:
         output: folder or URL of the run's output.
         fingerprints: the fingerprints that its receipts may have.
-        shards: number of shards of the run. Receipts of others are not counted.
+        shards: the shards of the run, by number. Receipts of others are not counted.
         leave_out: numbers of shards that are not counted.
 
     Raises:
@@ -153,7 +154,7 @@ def look(output: str, fingerprints: Set[str], shards: int, leave_out: Collection
     return _completed(told, output, sizes, fingerprints, shards, leave_out)
 
 
-def count(output: str, fingerprints: Set[str], shards: int) -> Told:
+def count(output: str, fingerprints: Set[str], shards: Sequence[Shard]) -> Told:
     """Count a run by its receipts alone, which are read and compared with the sizes of their files.
 
     For the arguments and errors see :func:`look`.
@@ -168,7 +169,7 @@ def _completed(
     output: str,
     sizes: Mapping[str, int],
     fingerprints: Set[str],
-    shards: int,
+    shards: Sequence[Shard],
     leave_out: Collection[int],
 ) -> Told:
     """Some counts, and the receipts of a listing that are not among them."""
@@ -179,8 +180,11 @@ def _completed(
             damaged[found.name] = found.reason
         elif found.fingerprint not in fingerprints:
             damaged[found.shard.name] = receipts.of_another_run(found).reason
-        elif found.shard.index < shards:
-            told.add(found, sizes[found.shard.name + RECEIPT_SUFFIX])
+        elif found.shard.index < len(shards):
+            if found.shard == shards[found.shard.index]:
+                told.add(found, sizes[found.shard.name + RECEIPT_SUFFIX])
+            else:
+                damaged[found.shard.name] = receipts.of_other_rows(found).reason
     return replace(told, damaged=damaged)
 
 

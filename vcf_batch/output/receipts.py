@@ -378,6 +378,12 @@ def of_another_run(receipt: Receipt) -> Damaged:
     return Damaged(name, f"{name}{RECEIPT_SUFFIX} has the fingerprint {receipt.fingerprint} of another run")
 
 
+def of_other_rows(receipt: Receipt) -> Damaged:
+    """The shard of a receipt whose rows are not those that its output's plan gives the shard."""
+    shard = receipt.shard
+    return Damaged(shard.name, f"its receipt is that of rows {shard.start} to {shard.stop - 1}")
+
+
 def _receipt_in(data: bytes, stem: str) -> Receipt | Damaged:
     try:
         receipt = Receipt.from_json(data)

@@ -185,14 +185,14 @@ def of(output: Output) -> Status:
 
     Of a run with more than :data:`MOST_LISTED` shards, the counts of the driver at work are taken as they are.
     """
-    owner, shards = lease.owner(output.url), len(output.plan)
-    if owner and owner.alive and shards > MOST_LISTED:
-        told = progress_file.glance(output.url, output.fingerprints, shards)
+    owner = lease.owner(output.url)
+    if owner and owner.alive and len(output.plan) > MOST_LISTED:
+        told = progress_file.glance(output.url, output.fingerprints, output.plan)
         # A shard that was counted may be damaged since: then all are looked at.
         with contextlib.suppress(DamageFound):
             if told is not None:
                 return _status(output, owner, told, files_listed=False)
-    return _status(output, owner, progress_file.look(output.url, output.fingerprints, shards), files_listed=True)
+    return _status(output, owner, progress_file.look(output.url, output.fingerprints, output.plan), files_listed=True)
 
 
 def _status(output: Output, owner: Owner | None, told: Told, files_listed: bool) -> Status:

@@ -55,7 +55,7 @@ class Feed(Generic[T]):
     ) -> None:
         self.data, self.pieces, self.draw_example = data, pieces, draw_example
         self.rank, self.world, self.seed, self.buffer, self.note = rank, world, seed, buffer, note
-        self.threads = ThreadPoolExecutor(threads)
+        self.threads = ThreadPoolExecutor(threads, "pairs")
         self.broken = 0
         """Number of broken pairs met so far, up to the last batch that was returned. Each counts once in an epoch."""
         self.last_broken = ""
@@ -82,7 +82,7 @@ class Feed(Generic[T]):
             UsageError: most pairs are broken, or all of a share, or a file is damaged.
             StorageError: the storage failed.
         """
-        with storage.reading_threads(1) as behind:
+        with storage.reading_threads(1, "batches") as behind:
             examples = self._endless(epoch)
             for _ in range(first):
                 _take(examples, size)

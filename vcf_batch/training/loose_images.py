@@ -214,6 +214,6 @@ def read_folder(folder: str, start: int, stop: int, field: str | None) -> Iterat
         captions, problem = captions_of(members, field)
         return CaptionedImage(place(storage.join(folder, image), "").rstrip(), b"", captions, problem, image, folder)
 
-    with storage.reading_threads(_THREADS) as threads:
+    with storage.reading_threads(_THREADS, "texts") as threads:
         while some := list(islice(pairs, _TEXTS_AHEAD)):
             yield from threads.map(read, some)

@@ -169,9 +169,13 @@ def test_no_value_is_in_two_splits(tmp_path: Path, by: str) -> None:
         ({"where": "now() > '2000-01-01'"}, "now sees more than the row; leave it out"),
         (
             {"where": "clip_score > 9"},
-            "no row is left of 24: 22 not selected by --where, 2 without an image. Select",
+            "no row is left of 24 rows: 22 not selected by --where, 2 without an image. Select",
         ),
-        ({"split": "train=0.999,test=0.001"}, "the split 'test' has the share 0.001 and gets none of the 22 rows"),
+        (
+            {"split": "train=0.999,test=0.001"},
+            "the split 'test' has the share 0.001 and gets none of the 22 rows that the selection keeps (left out: 2 "
+            "without an image). Give it a larger share",
+        ),
         ({"split_by": "label"}, "--split-by is 'label'; it must be one of key, prompt, reference, prompt,reference"),
         ({"format": "tar"}, "--format is 'tar'; it must be one of webdataset, parquet, energon"),
         ({"references": "all"}, "--references is 'all'; it must be one of relative, copy"),

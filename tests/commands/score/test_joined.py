@@ -1,5 +1,6 @@
 """Scores are further columns of an output's rows, for every command that looks at rows; damage to them is named."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +16,9 @@ from support import exports, runs
 from vcf_batch import storage
 from vcf_batch.cli import main
 from vcf_batch.commands.repair import Repair
-from vcf_batch.errors import DamageFound, Unfinished
+from vcf_batch.errors import DamageFound, Unfinished, UsageError
 from vcf_batch.output.output import Output
+from vcf_batch.output.scores.store import ScoreStore
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,28 @@ def test_an_export_selects_by_a_score_and_hands_it_on(output: Path, tmp_path: Pa
     assert call("verify", tmp_path / "t").exit_code == 0
 
 
+def test_croissant_says_what_columns_of_scores_hold(output: Path, tmp_path: Path) -> None:
+    """Each column that the manifest does not have is described by what has added it."""
+    exports.make(tmp_path / "t", output, split="train=1")
+    (records,) = json.loads((tmp_path / "t/croissant.json").read_text())["recordSet"]
+    told = {field["name"]: field["description"] for field in records["field"]}
+    score = json.loads((output / "_scores/texture.json").read_text())
+    assert told["texture"] == score["columns"][0]["meaning"]
+    assert told["run_fingerprint"] == "The fingerprint of the run that has made the row."
+    assert [name for name, meaning in told.items() if meaning == "From the manifest."] == ["label"]
+
+
+def test_outputs_with_different_scores_of_one_name_are_not_merged(output: Path, tmp_path: Path) -> None:
+    """One column would hold values of two kinds."""
+    manifest = runs.write_manifest(tmp_path / "in", 3, {"id": ["x", "y", "z"]})
+    runs.write_output(manifest, tmp_path / "other", 3)
+    store = ScoreStore(str(tmp_path / "other"))
+    there = ScoreStore(str(output)).definitions()[0]
+    store.claim(dataclasses.replace(there, fields={**there.fields, "size": 512}))
+    with pytest.raises(UsageError, match=r"the score 'texture' of .*other is another than that of .*out: size is 512"):
+        exports.make(tmp_path / "t", output, tmp_path / "other", split="train=1", partial=True)
+
+
 def test_an_output_without_scores_is_exported_as_before(output: Path, tmp_path: Path) -> None:
     """Another score makes another export, which is refused in the same folder; columns of other outputs are null."""
     exports.make(tmp_path / "t", output, split="train=1")
@@ -79,10 +103,11 @@ def test_shards_without_a_score_are_not_exported_in_silence(output: Path, tmp_pa
     assert found["000000005"] is None and found["000000000"] == values(output)["000000000"]
 
 
-def test_a_repair_selects_by_a_score(output: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_repair_selects_by_a_score(output: Path, processes: int) -> None:
     """``repair --where`` knows the column."""
     limit = middle(output)
-    redo = Repair(Output(str(output)), f"texture < {limit}").rows(lambda line: None)
+    redo = Repair(Output(str(output)), f"texture < {limit}", processes=processes).rows(lambda line: None)
     chosen = {f"{index * 4 + at:09d}" for index, mask in redo.items() for at, is_chosen in enumerate(mask) if is_chosen}
     assert chosen == {key for key, value in values(output).items() if value is not None and value < limit}
 

@@ -82,7 +82,7 @@ def describe(record: ExportRecord, schema: pa.Schema) -> bytes:
                 "@id": _SAMPLES,
                 "name": _SAMPLES,
                 "key": {"@id": f"{_SAMPLES}/key"},
-                "field": [_split(), *_fields(schema)],
+                "field": [_split(), *_fields(record, schema)],
             }
         ],
     }
@@ -114,22 +114,19 @@ def _split() -> dict[str, Any]:
     }
 
 
-def _fields(schema: pa.Schema) -> Iterator[dict[str, Any]]:
+def _fields(record: ExportRecord, schema: pa.Schema) -> Iterator[dict[str, Any]]:
+    meanings = {**{name: column.meaning for name, column in COLUMNS.items()}, **record.meanings}
     for column in schema:
         is_list = pt.is_list(column.type)
         kind = "sc:ImageObject" if column.type == PICTURE else _kind(column.type.value_type if is_list else column.type)
         if kind is None or column.name == _SPLIT:
             continue
-        known = COLUMNS.get(column.name)
+        other = "The image." if kind == "sc:ImageObject" else "From the manifest."
         yield {
             "@type": "cr:Field",
             "@id": f"{_SAMPLES}/{column.name}",
             "name": column.name,
-            "description": known.meaning
-            if known
-            else "The image."
-            if kind == "sc:ImageObject"
-            else "From the manifest.",
+            "description": meanings.get(column.name, other),
             "dataType": kind,
             **({"repeated": True} if is_list else {}),
             "source": {

@@ -11,7 +11,7 @@ from vcf_batch import __version__, storage
 from vcf_batch.commands.export.selection import Choice
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.shard_files import KINDS, SUFFIXES
-from vcf_batch.commands.export.sources import Sources, Survey
+from vcf_batch.commands.export.sources import RUN, Sources, Survey
 from vcf_batch.config import fingerprint
 from vcf_batch.errors import RefusedError, redact_name
 from vcf_batch.output.output import EXPORT_NAME
@@ -42,6 +42,8 @@ class ExportRecord:
     """Number of rows of each split."""
     left_out: Mapping[str, int]
     """Number of rows that are left out, by reason."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """A sentence on each column that neither a run nor its manifest has: the one of the run, and those of scores."""
     vcf_batch: str = __version__
     layout: int = EXPORT_LAYOUT
     fingerprint: str = ""
@@ -108,6 +110,10 @@ def of(name: str, sources: Sources, survey: Survey, settings: ExportSettings, ch
         image_format=sources.all[0].output.config.image_format,
         splits={name: choice.splits[name] for name in settings.shares},
         left_out=dict(sorted(choice.left_out.items())),
+        meanings={
+            RUN: "The fingerprint of the run that has made the row.",
+            **{column.name: column.meaning for score in sources.scores.values() for column in score.columns},
+        },
     )
 
 

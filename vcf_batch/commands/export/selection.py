@@ -12,7 +12,7 @@ from vcf_batch.commands.export.references import Names, ReferenceImages
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceShard
 from vcf_batch.commands.export.split import Split
-from vcf_batch.driver.progress import steps
+from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output.shards import side_by_side
@@ -206,15 +206,18 @@ class Selection:
         )
 
     def _refuse_empty(self, choice: Choice) -> None:
-        told = (
-            ", ".join(f"{number:,} {reason}" for reason, number in sorted(choice.left_out.items())) or "none is there"
-        )
-        rows = choice.kept + sum(choice.left_out.values())
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in sorted(choice.left_out.items()))
         if not choice.kept:
-            raise UsageError(f"no row is left of {rows:,}: {told}. Select more with --where, --exclude or --split-by")
+            rows = plural(sum(choice.left_out.values()), "row")
+            raise UsageError(
+                f"no row is left of {rows}: {left_out or 'none is there'}. Select more with --where, --exclude or "
+                "--split-by"
+            )
         for name, share in self._settings.shares.items():
             if not choice.splits[name]:
+                others = f" (left out: {left_out})" if left_out else ""
                 raise UsageError(
-                    f"the split {name!r} has the share {float(share):g} and gets none of the {choice.kept:,} rows that "
-                    f"are kept ({told}); give it a larger share, or leave it out"
+                    f"the split {name!r} has the share {float(share):g} and gets none of the "
+                    f"{plural(choice.kept, 'row')} that the selection keeps{others}. Give it a larger share, or leave "
+                    "it out"
                 )

@@ -8,6 +8,7 @@ import bisect
 import contextlib
 import functools
 import hashlib
+import json
 import sys
 import tarfile
 from collections import Counter
@@ -23,6 +24,7 @@ from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, 
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
+from vcf_batch.output.scores.definition import ScoreDefinition
 from vcf_batch.output.scores.joined import JoinedScores
 from vcf_batch.records import Shard
 
@@ -114,7 +116,7 @@ class Sources:
         urls: the outputs, in order.
 
     Raises:
-        UsageError: one is no output, or is named twice.
+        UsageError: one is no output, or is named twice, or two have different scores of the same name.
         RefusedError: another version of vcf-batch wrote it.
         DamageFound: its ``run.json`` is missing or damaged.
         StorageError: the storage failed.
@@ -127,6 +129,8 @@ class Sources:
                 raise UsageError(f"{output.url} is named twice; name each output once")
             found.append(Source(output, index, found[-1].stop if found else 0, JoinedScores(output.url)))
         self.all = tuple(found)
+        self.scores = _scores(self.all)
+        """The scores that were added to any of the outputs, by their names."""
 
     @property
     def rows(self) -> int:
@@ -301,6 +305,22 @@ class Sources:
                 f"{name} of {url} has the sha256 {found}, its receipt says {said}; mend it with 'vcf-batch repair "
                 f"{url}'"
             )
+
+
+def _scores(sources: Sequence[Source]) -> Mapping[str, ScoreDefinition]:
+    found: dict[str, tuple[str, ScoreDefinition]] = {}
+    for source in sources:
+        for score in source.scores.definitions:
+            url, first = found.setdefault(score.name, (source.output.url, score))
+            if first.fingerprint != score.fingerprint:
+                names = sorted(first.fields.keys() | score.fields.keys())
+                name = next(name for name in names if first.fields.get(name) != score.fields.get(name))
+                raise UsageError(
+                    f"the score {score.name!r} of {source.output.url} is another than that of {url}: {name} is "
+                    f"{json.dumps(score.fields.get(name))}, and {json.dumps(first.fields.get(name))} there; score one "
+                    "of them under another name, or export them apart"
+                )
+    return {name: score for name, (_, score) in found.items()}
 
 
 def refuse_gaps(survey: Survey, sources: Sources) -> None:

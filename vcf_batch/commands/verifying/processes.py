@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from vcf_batch.errors import VcfBatchError
-from vcf_batch.output.shards import SHARD_READERS
+from vcf_batch.output.shards import SHARD_READERS, side_by_side
 from vcf_batch.records import Shard
 
-ROWS_FOR_A_PROCESS = 5_000
-"""Rows for which one more process is worth its start, which takes about a second."""
+READ_BY_A_PROCESS = 5_000
+"""Rows, or shards of which some columns are read, for which one more process is worth its start of about a second."""
 
 Verified = TypeVar("Verified")
 Read = Callable[[Shard], Verified]
@@ -27,9 +27,12 @@ _HELD = (signal.SIGINT, signal.SIGTERM)
 """Signals that this process answers for all: Ctrl-C reaches every process of a terminal."""
 
 
-def default_processes(rows: int) -> int:
-    """The number of processes for a number of rows: as many as this process may use processors, or fewer for few."""
-    return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_FOR_A_PROCESS))
+def default_processes(number: int) -> int:
+    """The number of processes that read a number of rows, or some columns of a number of shards.
+
+    It is the number of processors that this process may use, or less where there is little to read.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), number // READ_BY_A_PROCESS))
 
 
 def read_in_processes(read: Read[Verified], some: Iterable[Shard], processes: int) -> Iterator[tuple[Shard, Verified]]:
@@ -40,12 +43,15 @@ def read_in_processes(read: Read[Verified], some: Iterable[Shard], processes: in
     Args:
         read: picklable, as are its results.
         some: the shards.
-        processes: 1 or more.
+        processes: 1 or more; 1 is this process.
 
     Raises:
         VcfBatchError: a process ended before its shards were read.
         Exception: whatever ``read`` raises.
     """
+    if processes == 1:
+        yield from side_by_side(read, some)
+        return
     most = 2 * SHARD_READERS * processes
     left = enumerate(some)
     sent: dict[int, Shard] = {}
