@@ -139,7 +139,7 @@ def main(rows: int, pixels: int, rounds: int) -> None:
         output = build(Path(scratch), rows, pixels)
         for kind in KINDS:
             save_network(kind, Path(scratch, kind))
-            scores = wanted.resolve([wanted.parse(f"{kind}={scratch}/{kind}")], None)
+            scores = wanted.resolve([wanted.parse(f"{kind}={scratch}/{kind}")], None, [])
             worker = load(ScoreJob(output, output.config, scores))
             task = ShardTask(output.plan[0])
             with Recorded() as recorded:

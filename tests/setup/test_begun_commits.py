@@ -7,6 +7,7 @@ import pytest
 
 from support import hub_server, runs
 from vcf_batch.commands.score import calibrating
+from vcf_batch.commands.score import wanted as wants
 from vcf_batch.config import RunConfig
 from vcf_batch.models.cache import CACHE_VARIABLE
 from vcf_batch.output import commits
@@ -63,3 +64,27 @@ def test_a_calibration_takes_the_models_of_the_run(tmp_path: Path, hub: type[hub
     hub.moved |= {"org/m"}
     found = calibrating.calibrate(Output(begun.output), [], Device.set_up(begun.replace(dtype="float32")))
     assert "clip_score" in str(found)
+
+
+def test_a_score_goes_on_with_the_commit_that_it_has_begun_with(hub: type[hub_server.Hub]) -> None:
+    """So do embeddings, whose name follows from the commit. A score of another name takes the newest commit."""
+    (begun,) = wants.resolve([wants.parse("clip:mine=org/m")], None, [])
+    embedding = wants.embedding("org/m", [])
+    there = [embedding.definition, begun.definition]
+    hub.moved |= {"org/m"}
+    again, other = wants.resolve([wants.parse("clip:mine=org/m"), wants.parse("clip:newer=org/m")], None, there)
+    assert again.definition == begun.definition and again.models == begun.models
+    assert other.models["model"].identity != begun.models["model"].identity
+    assert wants.embedding("org/m", there).definition == embedding.definition
+    assert wants.embedding("org/m", []).definition != embedding.definition
+
+
+def test_an_aesthetic_head_and_its_clip_go_on_with_their_commits(hub: type[hub_server.Hub]) -> None:
+    head = runs.save_model(Path(hub.repositories["org/m"]).parent / "head")
+    (head / "head.safetensors").write_bytes((head / "vae/diffusion_pytorch_model.safetensors").read_bytes())
+    hub.repositories |= {"org/head": head}
+    asked = [wants.parse("aesthetic=org/head:head.safetensors")]
+    begun = wants.resolve(asked, "org/m", [])
+    hub.moved |= {"org/m", "org/head"}
+    assert wants.resolve(asked, "org/m", [each.definition for each in begun]) == begun
+    assert wants.resolve(asked, "org/m", []) != begun

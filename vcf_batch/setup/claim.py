@@ -13,6 +13,7 @@ from vcf_batch.errors import RefusedError, redact_name
 from vcf_batch.output import appended, commits, receipts, run_file
 from vcf_batch.output.run_file import RecordedManifest, RunRecord
 from vcf_batch.setup.job import Job
+from vcf_batch.setup.run_models import hub_commits
 
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "pyarrow")
 """Libraries whose versions are recorded beside that of vcf-batch."""
@@ -23,7 +24,6 @@ Obstacle = Callable[[Mapping[str, Any]], str | None]
 run cannot be extended to this one; None if it can."""
 
 _HASH = re.compile(r"[0-9a-f]{40,}")
-_COMMIT = re.compile(r"[0-9a-f]{40}(?![0-9a-f])")
 _LENGTH = frozenset(("manifest_id", "limit"))
 """Fields in which a longer version of a run differs."""
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(RunConfig))
@@ -65,11 +65,11 @@ def commits_of(config: RunConfig, record: RunRecord | None) -> dict[str, str]:
     models = dict(record.named_models)
     if record.config.get("revision") != config.revision:
         models.pop("model", None)
-    found = {str(model["name"]): _COMMIT.match(str(model["identity"])) for model in models.values()}
+    identities = {str(model["name"]): str(model["identity"]) for model in models.values()}
     if "ip_adapter" in models:  # its identity ends with that of its image encoder
         encoder = str(models["ip_adapter"]["identity"]).rpartition(" ")[2]
-        found[str(record.config.get("image_encoder"))] = _COMMIT.match(encoder)
-    begun = {name: commit[0] for name, commit in found.items() if commit}
+        identities[str(record.config.get("image_encoder"))] = encoder
+    begun = hub_commits(identities)
     return begun if begun and commits.any_committed(config.output) else {}
 
 

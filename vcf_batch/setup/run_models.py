@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,6 +23,8 @@ OWN_JUDGE, OWN_PROBE, OWN_GUIDE, OWN_SAFETY = "judge", "probe", "image_encoder",
 OWN = "own"
 """Name of the safety checker that comes with the model."""
 TINY_PERCEPTUAL = "tiny-perceptual"
+
+_COMMIT = re.compile(r"[0-9a-f]{40}(?![0-9a-f])")
 
 
 @dataclass(frozen=True)
@@ -133,14 +136,20 @@ def _told(adapter: ResolvedModel) -> str:
     return name if name in ADAPTERS or name.endswith(adapter.within) else f"{name}:{adapter.within}"
 
 
+def hub_commits(identities: Mapping[str, str]) -> dict[str, str]:
+    """The commits on the Hub among the identities of models, by the models' names."""
+    found = {name: _COMMIT.match(identity) for name, identity in identities.items()}
+    return {name: commit[0] for name, commit in found.items() if commit}
+
+
 @dataclass(frozen=True)
-class _HubCommits:
-    """The commits on the Hub that a run has begun with, by the names of its models."""
+class BegunCommits:
+    """The commits on the Hub that a run or a score has begun with, by the names of its models without secrets."""
 
     commits: Mapping[str, str]
 
     def commit(self, name: str) -> str | None:
-        """None for what is no model of the Hub, or was none of the run."""
+        """None for what is no model of the Hub, or was not begun with."""
         is_here = storage.is_local(name) and storage.exists(storage.absolute(name.partition(":")[0]))
         return None if is_here else self.commits.get(redact(name))
 
@@ -159,7 +168,7 @@ def resolve(config: RunConfig, commits: Mapping[str, str] = MappingProxyType({})
     Raises:
         ModelError: one of them is not there.
     """
-    begun = _HubCommits(commits)
+    begun = BegunCommits(commits)
     pipeline = _resolve_pipeline(config, begun)
     own_judge = config.judge is None and resolution.read_config(pipeline, f"{OWN_JUDGE}/config.json") is not None
     own_probe = resolution.read_config(pipeline, f"{OWN_PROBE}/config.json") is not None
@@ -191,7 +200,7 @@ def resolve(config: RunConfig, commits: Mapping[str, str] = MappingProxyType({})
     )
 
 
-def _resolve_lora(name: str, lora: Lora, begun: _HubCommits) -> RunLora:
+def _resolve_lora(name: str, lora: Lora, begun: BegunCommits) -> RunLora:
     try:
         file = resolution.resolve_file(lora.source, begun.commit(lora.source))
     except ModelError as error:
@@ -199,7 +208,7 @@ def _resolve_lora(name: str, lora: Lora, begun: _HubCommits) -> RunLora:
     return RunLora(name, dataclasses.replace(file, name=lora.source), lora.scale or 0.0)
 
 
-def _resolve_pipeline(config: RunConfig, begun: _HubCommits) -> ResolvedModel:
+def _resolve_pipeline(config: RunConfig, begun: BegunCommits) -> ResolvedModel:
     """The model that generates. A preset needs no aligner for an IP-Adapter, and then stands for its base."""
     model = config.model or resolution.TINY
     if config.ip_adapter is not None and model in PRESETS and not storage.exists(storage.absolute(model)):
@@ -207,7 +216,7 @@ def _resolve_pipeline(config: RunConfig, begun: _HubCommits) -> ResolvedModel:
     return resolution.resolve(model, begun.commit(model) or config.revision)
 
 
-def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel:
+def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: BegunCommits) -> ResolvedModel:
     if config.judge is not None:
         return begun.resolve(config.judge)
     try:
@@ -219,7 +228,7 @@ def _resolve_judge(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommit
         ) from error
 
 
-def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: _HubCommits) -> ResolvedModel:
+def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: BegunCommits) -> ResolvedModel:
     if config.image_encoder is None:
         return adapters.encoder_beside(adapter)
     try:
@@ -231,7 +240,7 @@ def _resolve_encoder(config: RunConfig, adapter: ResolvedModel, begun: _HubCommi
         ) from error
 
 
-def _resolve_safety(config: RunConfig, pipeline: ResolvedModel, begun: _HubCommits) -> ResolvedModel | None:
+def _resolve_safety(config: RunConfig, pipeline: ResolvedModel, begun: BegunCommits) -> ResolvedModel | None:
     if config.safety_checker != OWN:
         return None if config.safety_checker is None else begun.resolve(config.safety_checker)
     if resolution.read_config(pipeline, f"{OWN_SAFETY}/config.json") is None:

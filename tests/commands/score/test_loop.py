@@ -90,7 +90,7 @@ def output(tmp_path: Path, restored_torch: None) -> Path:
 def score(url: Path, world: World) -> Added:
     """Score an output by the loop."""
     output = Output(str(url))
-    scores = wants.resolve([wants.parse("texture")], None)
+    scores = wants.resolve([wants.parse("texture")], None, [])
     store = ScoreStore(output.url)
     added = Added([each.definition for each in scores])
     with lease.hold(output.url) as held:

@@ -217,7 +217,7 @@ def test_what_cannot_be_had_is_refused(output: Path, wanted: str, message: str) 
 def test_names_are_given_once(output: Path) -> None:
     """Two scores of one name, in one call, are refused; and so is a call for nothing."""
     with pytest.raises(UsageError, match="two scores have the name 'texture'"):
-        wants.resolve([wants.parse("texture"), wants.parse("texture")], None)
+        wants.resolve([wants.parse("texture"), wants.parse("texture")], None, [])
     assert "--with is missing" in call("score", output).output
 
 

@@ -14,6 +14,7 @@ from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores import calibration
 from vcf_batch.output.scores.calibration import Calibration
+from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.setup.defaults import SILENT_SECONDS
 from vcf_batch.worker.scoring.job import needs
 from vcf_batch.worker.scoring.resolved_score import ResolvedScore
@@ -38,7 +39,7 @@ def score(
         VcfBatchError: see :func:`vcf_batch.commands.score.scoring.add`.
     """
     output = Output(output_url, changes)
-    scores = resolve(wanted, aesthetic_clip)
+    scores = resolve(wanted, aesthetic_clip, ScoreStore(output.url).definitions())
     refuse_lost_manifest(output, scores)
     return add(output, scores, scoring_config(output, changes))
 
@@ -61,7 +62,7 @@ def _found(output: Output, search: Search, changes: Mapping[str, Any]) -> Added:
     if search.by != "clip":
         return adding.add(output, search)
     near_embeddings.faiss()  # before what takes hours
-    embedding = wants.embedding(search.clip)
+    embedding = wants.embedding(search.clip, ScoreStore(output.url).definitions())
     if adding.is_complete(output, search, embedding.definition):
         return adding.add(output, search, embedding.definition)
     refuse_lost_manifest(output, (embedding,))
@@ -90,7 +91,8 @@ def calibrate(
         config = config.replace(gpus_per_worker=float(has_gpu()))
     device = Device.set_up(config)
     with lease.hold(output.url) as held:
-        found = calibrating.calibrate(output, resolve(wanted, aesthetic_clip), device)
+        scores = resolve(wanted, aesthetic_clip, ScoreStore(output.url).definitions())
+        found = calibrating.calibrate(output, scores, device)
         held.confirm()
         storage.publish_bytes(calibration.place(output.url), found.to_json())
     return found

@@ -17,7 +17,7 @@ from vcf_batch.models import resolution
 from vcf_batch.models.names import AESTHETIC_CLIP
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output.scores.definition import CALIBRATION_NAME, SCORE_NAME, ScoreDefinition
-from vcf_batch.setup.run_models import DEFAULT_JUDGE, lpips_identity_of
+from vcf_batch.setup.run_models import DEFAULT_JUDGE, BegunCommits, hub_commits, lpips_identity_of
 from vcf_batch.worker.scoring.resolved_score import IMAGES_AT_ONCE, PARTS, ResolvedScore, ScoreKind, with_columns
 
 WantedKind = ScoreKind | Literal["duplicates"]
@@ -79,12 +79,16 @@ def parse(text: str) -> Wanted:
     return Wanted(kind, name, source)
 
 
-def resolve(wanted: Sequence[Wanted], aesthetic_clip: str | None) -> tuple[ResolvedScore, ...]:
+def resolve(
+    wanted: Sequence[Wanted], aesthetic_clip: str | None, there: Sequence[ScoreDefinition]
+) -> tuple[ResolvedScore, ...]:
     """Find the models of scores.
 
     Args:
         wanted: the scores, none of them ``duplicates``.
         aesthetic_clip: the CLIP of aesthetic heads; None for the one of LAION's.
+        there: the scores that the output has. One of them goes on with the commits of the Hub that it has begun with,
+            though newer ones may be there by now.
 
     Raises:
         UsageError: a name is there twice, or a function cannot be found.
@@ -99,10 +103,18 @@ def resolve(wanted: Sequence[Wanted], aesthetic_clip: str | None) -> tuple[Resol
             f"--aesthetic-clip {redact(aesthetic_clip)} is for an aesthetic head: add --with {EXAMPLES['aesthetic']}, "
             "or leave it out"
         )
-    return tuple(_resolved(each, aesthetic_clip or AESTHETIC_CLIP) for each in wanted)
+    begun = {score.name: _commits(score) for score in there}
+    new = BegunCommits({})
+    return tuple(_resolved(each, aesthetic_clip or AESTHETIC_CLIP, begun.get(each.name, new)) for each in wanted)
 
 
-def _resolved(wanted: Wanted, aesthetic_clip: str) -> ResolvedScore:
+def _commits(score: ScoreDefinition) -> BegunCommits:
+    """The commits on the Hub of a score's models."""
+    identities = score.fields.get("models", {})
+    return BegunCommits(hub_commits({name: identities.get(part, "") for part, name in score.models.items()}))
+
+
+def _resolved(wanted: Wanted, aesthetic_clip: str, begun: BegunCommits) -> ResolvedScore:
     kind, name, source = cast(ScoreKind, wanted.kind), wanted.name, wanted.source
     models: dict[str, ResolvedModel] = {}
     identities: dict[str, str] = {}
@@ -115,9 +127,10 @@ def _resolved(wanted: Wanted, aesthetic_clip: str) -> ResolvedScore:
         place = storage.absolute(source)
         identities["model"] = lpips_identity_of(kind.removeprefix("lpips-"), place)
     elif kind == "aesthetic":
-        models = {"head": resolution.resolve_file(source), "clip": resolution.resolve(aesthetic_clip)}
+        head = resolution.resolve_file(source, begun.commit(source))
+        models = {"head": dataclasses.replace(head, name=source), "clip": begun.resolve(aesthetic_clip)}
     elif kind != "texture":
-        models = {"model": resolution.resolve(source)}
+        models = {"model": begun.resolve(source)}
     identities |= {part: f"{each.identity} {each.within}".strip() for part, each in models.items()}
     if identities:
         fields["models"] = identities
@@ -169,16 +182,19 @@ def searches(wanted: Sequence[Wanted], by: str | None, threshold: float | None) 
     return [Search(each.name, by or "phash", threshold, each.source) for each in found]
 
 
-def embedding(source: str) -> ResolvedScore:
+def embedding(source: str, there: Sequence[ScoreDefinition]) -> ResolvedScore:
     """The score that holds the embeddings of a CLIP for searches. Its name follows from the CLIP.
 
     Args:
         source: the CLIP; empty for :data:`vcf_batch.setup.run_models.DEFAULT_JUDGE`.
+        there: as for :func:`resolve`.
 
     Raises:
         ModelError: the CLIP is not there, is not safe to load, or the hub cannot be reached.
         StorageError: the storage failed.
     """
-    score = _resolved(Wanted("embedding", "embedding", source or DEFAULT_JUDGE), AESTHETIC_CLIP)
+    source = source or DEFAULT_JUDGE
+    same = (_commits(score) for score in there if score.is_embedding and redact(source) in score.models.values())
+    score = _resolved(Wanted("embedding", "embedding", source), AESTHETIC_CLIP, next(same, BegunCommits({})))
     named = dataclasses.replace(score.definition, name=f"embedding_{score.definition.fingerprint[:8]}")
     return dataclasses.replace(score, definition=with_columns(named, PARTS["embedding"]))
