@@ -1,5 +1,6 @@
 """Choose what a repair redoes: damaged and missing shards, and the rows that a condition selects or a file names."""
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import pyarrow as pa
@@ -19,6 +20,8 @@ from vcf_batch.setup.job import schema_of
 
 JUDGED_AT_ONCE = 1 << 14
 """Rows that a condition is evaluated for at once, unless a shard has more."""
+_PIECE = 16
+"""Most shards that are read one after the other by a thread: to hand over a single one takes as long as to read it."""
 SHOWN_KEYS = 5
 """Keys of a file that are shown in a message."""
 
@@ -112,21 +115,23 @@ class Repair:
     def _each(self, some: Iterable[Shard], count: int) -> Iterator[tuple[Shard, RowMask | DamageFound]]:
         """The rows of each shard that are selected or named, or what is wrong with its parquet.
 
-        Shards are read one by one, and many of them are judged at once, as a query takes longer than its rows do.
+        Many shards are judged at once, as a query takes longer than its rows do.
         """
         waiting: list[tuple[Shard, pa.Table]] = []
+        rows = 0
         processes = self._processes or default_processes(count)
-        for shard, found in read_in_processes(self._reader, some, processes):
+        left, size = iter(some), min(_PIECE, 1 + count // 1000)
+        pieces = iter(lambda: [*itertools.islice(left, size)], [])
+        read = (zip(piece, found, strict=True) for piece, found in read_in_processes(self._reader, pieces, processes))
+        for shard, found in itertools.chain.from_iterable(read):
             if isinstance(found, DamageFound):
                 yield shard, found
                 continue
-            if waiting and not found.schema.equals(waiting[0][1].schema):
+            if rows >= JUDGED_AT_ONCE or (waiting and not found.schema.equals(waiting[0][1].schema)):
                 yield from self._judge(waiting)
-                waiting = []
+                waiting, rows = [], 0
             waiting.append((shard, found))
-            if sum(table.num_rows for _, table in waiting) >= JUDGED_AT_ONCE:
-                yield from self._judge(waiting)
-                waiting = []
+            rows += found.num_rows
         yield from self._judge(waiting)
 
     def _judge(self, waiting: Sequence[tuple[Shard, pa.Table]]) -> Iterator[tuple[Shard, RowMask]]:
@@ -149,13 +154,16 @@ class _ColumnReader:
     def __init__(self, output_url: str, columns: Collection[str], scores: JoinedScores) -> None:
         self._output_url, self._columns, self._scores = output_url, [*columns], scores
 
-    def __call__(self, shard: Shard) -> pa.Table | DamageFound:
-        """The columns of a shard, or what is wrong with its parquet.
+    def __call__(self, some: Sequence[Shard]) -> list[pa.Table | DamageFound]:
+        """For each shard its columns, or what is wrong with its parquet.
 
         Raises:
             StorageError: the storage failed.
-            DamageFound: the scores of the shard are damaged.
+            DamageFound: the scores of a shard are damaged.
         """
+        return [self._read_or_fault(shard) for shard in some]
+
+    def _read_or_fault(self, shard: Shard) -> pa.Table | DamageFound:
         try:
             found = self._read(shard)
         except VcfBatchError:

@@ -15,13 +15,13 @@ from typing import Any, Generic, Self, TypeVar
 
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.output.shards import SHARD_READERS, side_by_side
-from vcf_batch.records import Shard
 
 READ_BY_A_PROCESS = 5_000
 """Rows, or shards of which some columns are read, for which one more process is worth its start of about a second."""
 
+Part = TypeVar("Part")
+"""What is read at once: a shard, or some."""
 Verified = TypeVar("Verified")
-Read = Callable[[Shard], Verified]
 
 _HELD = (signal.SIGINT, signal.SIGTERM)
 """Signals that this process answers for all: Ctrl-C reaches every process of a terminal."""
@@ -35,14 +35,16 @@ def default_processes(number: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), number // READ_BY_A_PROCESS))
 
 
-def read_in_processes(read: Read[Verified], some: Iterable[Shard], processes: int) -> Iterator[tuple[Shard, Verified]]:
+def read_in_processes(
+    read: Callable[[Part], Verified], some: Iterable[Part], processes: int
+) -> Iterator[tuple[Part, Verified]]:
     """Each shard, in order, with the result of ``read``, which runs in threads of several processes.
 
     Shards are read a few for each thread ahead, so memory does not grow with their number.
 
     Args:
         read: picklable, as are its results.
-        some: the shards.
+        some: the shards, or parts of several shards that are read by one thread.
         processes: 1 or more; 1 is this process.
 
     Raises:
@@ -54,13 +56,13 @@ def read_in_processes(read: Read[Verified], some: Iterable[Shard], processes: in
         return
     most = 2 * SHARD_READERS * processes
     left = enumerate(some)
-    sent: dict[int, Shard] = {}
+    sent: dict[int, Part] = {}
     found: dict[int, Verified] = {}
     with _Processes(read, processes) as members:
         for number in itertools.count():
-            for at, shard in itertools.islice(left, most - len(sent)):
-                sent[at] = shard
-                members.send(at, shard)
+            for at, part in itertools.islice(left, most - len(sent)):
+                sent[at] = part
+                members.send(at, part)
             if not sent:
                 return
             while number not in found:
@@ -71,7 +73,7 @@ def read_in_processes(read: Read[Verified], some: Iterable[Shard], processes: in
 class _Member:
     """A process that reads shards, and this side of its pipe."""
 
-    def __init__(self, read: Read[Any]) -> None:
+    def __init__(self, read: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, read), daemon=True)
@@ -88,7 +90,7 @@ class _Member:
 class _Processes(Generic[Verified]):
     """Processes that read shards; leaving the block ends them."""
 
-    def __init__(self, read: Read[Verified], number: int) -> None:
+    def __init__(self, read: Callable[[Any], Verified], number: int) -> None:
         self._read, self._number = read, number
         self._members: list[_Member] = []
 
@@ -113,11 +115,11 @@ class _Processes(Generic[Verified]):
             member.process.join()
             member.connection.close()
 
-    def send(self, number: int, shard: Shard) -> None:
+    def send(self, number: int, part: object) -> None:
         """Let the process with the least to do read a shard."""
         member = min(self._members, key=lambda member: member.under_way)
         with self._blamed(member):
-            member.connection.send((number, shard))
+            member.connection.send((number, part))
         member.under_way += 1
 
     def receive(self) -> dict[int, Verified]:
@@ -149,21 +151,21 @@ class _Processes(Generic[Verified]):
             ) from error
 
 
-def _serve(connection: Connection, read: Read[Any]) -> None:
+def _serve(connection: Connection, read: Callable[[Any], Any]) -> None:
     """Read what comes through a pipe, in threads, until its other end is closed."""
     lock = threading.Lock()
 
-    def answer(number: int, shard: Shard) -> None:
+    def answer(number: int, part: object) -> None:
         result, error = None, None
         try:
-            result = read(shard)
+            result = read(part)
         except Exception as raised:
             error = raised
         with lock:
             try:
                 connection.send((number, result, error))
             except (TypeError, AttributeError, ValueError) as unsent:
-                connection.send((number, None, VcfBatchError(f"shard {shard.name}: {error or unsent}")))
+                connection.send((number, None, VcfBatchError(f"cannot hand on {part}: {error or unsent}")))
 
     threads = ThreadPoolExecutor(SHARD_READERS, "shards")
     with contextlib.suppress(EOFError, OSError):
