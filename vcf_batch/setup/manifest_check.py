@@ -84,8 +84,7 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
     places = [f"{name!r} from {shown(column)}" for name, column in manifest.mapped.items()]
     read = [f"reads {', '.join(places)}"] if places else []
     if census:
-        counts = ", ".join(f"{_count(census, name)} {name}" for name in census.having)
-        read.insert(0, f"{census.rows:,} {'row' if census.rows == 1 else 'rows'}: {counts}")
+        read.insert(0, _counts(census))
     if read:
         yield "columns", "; ".join(read)
     if names := manifest.carried_schema.names:
@@ -103,9 +102,15 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
         )
 
 
-def _count(census: Census, name: str) -> str:
-    count = census.having[name]
-    return "not counted:" if count is None else f"{count:,} with" if count else "none with"
+def _counts(census: Census) -> str:
+    """The number of rows, and the columns that all of them, some of them and none of them have."""
+    names: dict[int | None, list[str]] = {}
+    for name, count in census.having.items():
+        names.setdefault(count, []).append(name)
+    whole = "1 row, with" if census.rows == 1 else f"{census.rows:,} rows, all with"
+    words = {census.rows: whole, 0: "none with", None: "not counted:"}
+    # The prompt comes first, and every row has one.
+    return "; ".join(f"{words.get(count, f'{count:,} with')} {', '.join(each)}" for count, each in names.items())
 
 
 def _check_output(manifest: Manifest, config: RunConfig) -> None:
