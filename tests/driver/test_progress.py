@@ -153,6 +153,16 @@ def test_beside_a_runs_bar_stand_whole_words(columns: int, words: str) -> None:
     assert re.fullmatch(rf" 38%\|[^|]{{5,}}\| {re.escape(words)}", working.rstrip()) and len(working) <= columns
 
 
+def test_a_bar_tells_what_there_is_to_tell() -> None:
+    """No rate before a first sample, and at the end no workers, but how long it took."""
+    seconds, stream = iter([0.0, 59.7, 70.0]), _Terminal()
+    with Progress(64, 0, stream, lambda: next(seconds)) as shown:
+        shown.update(0, 0, 2)
+        shown.update(64, 0, 0)
+    assert re.search(r"\| 0/64, 0 failed, 1m 00s so far, 2 workers *\r", stream.getvalue())
+    assert re.search(r"\| 64/64, 0 failed, in 1m 10s, 0\.91 a second *\r", stream.getvalue())
+
+
 @pytest.mark.parametrize(
     ("columns", "shown"),
     [

@@ -245,8 +245,10 @@ class Progress:
         left = f"{_whole((self._total - done) / rate)} left" if rate > 0 else ""
         if self._bar is not None:
             passed, count = _whole(now - self._start), f"{done:,}/{self._total:,}"
-            time_words = f"in {passed}" if done == self._total else left or f"{passed} so far"
-            work = [count, f"{failed:,} failed", time_words, plural(workers, "worker"), f"{rate:.2f} a second"]
+            is_done = done == self._total
+            work = [count, f"{failed:,} failed", f"in {passed}" if is_done else left or f"{passed} so far"]
+            work += [] if is_done else [plural(workers, "worker")]
+            work += [f"{rate:.2f} a second"] if rate > 0 else []
             self._draw(done, [phase, passed, count] if phase else [*work, *_scores(means)])
         elif now - self._shown >= LINE_SECONDS:
             self._shown = now
@@ -288,7 +290,8 @@ def duration(seconds: float) -> str:
 
 def _whole(seconds: float) -> str:
     """Seconds in words, without fractions: for what changes at each look."""
-    return f"{seconds:.0f}s" if seconds < 59.5 else duration(seconds)
+    whole = round(seconds)
+    return f"{whole}s" if whole < 60 else duration(whole)
 
 
 def _scores(means: Mapping[str, float]) -> list[str]:
