@@ -3,7 +3,7 @@ its prompts fit the default model."""
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, field_of
@@ -47,16 +47,20 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
     _log.info("reading %s", redact(config.manifest))
     manifest = run_file.open_manifest(config, record)
     found = [check() for check in checks(manifest, config, record)]
-    census = census_of(found)
-    for name, words in told(manifest, census):
+    for name, words in told(manifest, found):
         _log.info("%s: %s", name, words)
     if config.model is None:
         _log.info("model: %s, an %s, because none is named", TINY, EMBEDDED)
     return manifest
 
 
-def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], Census | None]]:
-    """The checks that :func:`open_checked` runs, in order. Each raises on failure; one of them counts."""
+Found = Census | default_model.Undrawable | None
+"""What a check finds where it does not fail."""
+
+
+def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], Found]]:
+    """The checks that :func:`open_checked` runs, in order. Each raises on failure; one of them counts, and one looks
+    at prompts."""
     fields = record.fields if record else {}
     limit = None if manifest.is_whole else config.limit
     was = tuple(field_of(fields, name) for name in ("manifest_id", "limit", "rows"))
@@ -70,17 +74,18 @@ def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> l
     ]
 
 
-def census_of(found: Iterable[Census | None]) -> Census | None:
+def census_of(found: Iterable[Found]) -> Census | None:
     """The count among what the checks have found; None if rows are not counted again, or the counting failed."""
-    return next(filter(None, found), None)
+    return next((each for each in found if isinstance(each, Census)), None)
 
 
-def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]:
+def told(manifest: Manifest, found: Sequence[Found]) -> Iterator[tuple[str, str]]:
     """Yield what is read of a manifest and what is not, as pairs of a short name and words.
 
     Args:
-        census: the numbers of rows; None where they are not counted again, because the run is resumed.
+        found: what the checks have found. A run that is resumed has no census, as rows are not counted again.
     """
+    census = census_of(found)
     places = [f"{name!r} from {shown(column)}" for name, column in manifest.mapped.items()]
     read = [f"reads {', '.join(places)}"] if places else []
     if census:
@@ -100,6 +105,9 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
             f"{census.weighted:,} {prompts} a weight such as (word:1.2), which is taken literally: it is text like any "
             "other",
         )
+    for each in found:
+        if isinstance(each, default_model.Undrawable):
+            yield "prompts", each.told
 
 
 def _counts(census: Census) -> str:
