@@ -159,7 +159,7 @@ def test_a_bar_tells_what_there_is_to_tell() -> None:
     with Progress(64, 0, stream, lambda: next(seconds)) as shown:
         shown.update(0, 0, 2)
         shown.update(64, 0, 0)
-    assert re.search(r"\| 0/64, 0 failed, 1m 00s so far, 2 workers *\r", stream.getvalue())
+    assert re.search(r"\| 0/64, 0 failed, 1m 00s, 2 workers *\r", stream.getvalue())
     assert re.search(r"\| 64/64, 0 failed, in 1m 10s, 0\.91 a second *\r", stream.getvalue())
 
 

@@ -246,7 +246,7 @@ class Progress:
         if self._bar is not None:
             passed, count = _whole(now - self._start), f"{done:,}/{self._total:,}"
             is_done = done == self._total
-            work = [count, f"{failed:,} failed", f"in {passed}" if is_done else left or f"{passed} so far"]
+            work = [count, f"{failed:,} failed", f"in {passed}" if is_done else left or passed]
             work += [] if is_done else [plural(workers, "worker")]
             work += [f"{rate:.2f} a second"] if rate > 0 else []
             self._draw(done, [phase, passed, count] if phase else [*work, *_scores(means)])
