@@ -182,7 +182,7 @@ def test_unsafe_ids_are_told_alike_by_plan_and_generate(tmp_path: Path, model: P
 def test_a_plan_tells_what_is_read_and_what_is_carried(tmp_path: Path, model: Path) -> None:
     runs.write_manifest(tmp_path, 10, {"image": [b"1"] * 10, "seed": [1] * 10})
     planned = call(tmp_path, model)
-    assert "  columns   10 rows: 10 with prompt, 8 with reference, none with sample_id, 10 with seed" in planned.output
+    assert "  columns   10 rows, all with prompt, seed; 8 with reference; none with sample_id" in planned.output
     assert "  carried   label\n" in planned.output
     assert "  left out  image (it holds bytes)\n" in planned.output
     found = json.loads(call(tmp_path, model, "--json").stdout)

@@ -1,5 +1,6 @@
 """What a run shows of itself."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -10,6 +11,7 @@ import select
 import struct
 import sys
 import termios
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import TextIO
@@ -17,7 +19,7 @@ from typing import TextIO
 import pytest
 
 from vcf_batch.driver import progress
-from vcf_batch.driver.progress import Progress, Steps, configure_log, duration, show_steps, steps
+from vcf_batch.driver.progress import Progress, Steps, awaiting, bar_format, configure_log, duration, show_steps, steps
 
 
 class _Terminal(io.StringIO):
@@ -68,6 +70,30 @@ def test_a_rate_is_never_negative(monkeypatch: pytest.MonkeyPatch, logged: io.St
     assert re.match(r"50 of 100 samples \(50%\), [1-9][.0-9]* a second, [0-9.]+s left", second)
 
 
+def test_the_time_left_follows_from_the_time_that_workers_work(
+    monkeypatch: pytest.MonkeyPatch, logged: io.StringIO
+) -> None:
+    """A start of a minute does not make the first minute's guess too long."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    seconds = iter([0.0, 60.0, 70.0])
+    with Progress(100, 0, now=lambda: next(seconds)) as shown:
+        shown.update(0, 0, 0, phase="loading the models on 2 workers")
+        shown.update(20, 0, 2)
+    assert logged.getvalue().splitlines()[1].startswith("20 of 100 samples (20%), 2.00 a second, 40s left, ")
+
+
+def test_what_is_awaited_is_said_until_it_is_there(monkeypatch: pytest.MonkeyPatch, logged: io.StringIO) -> None:
+    """Such as Ray, which takes half a minute to start on a busy machine."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    with awaiting("starting Ray on this machine"):
+        while logged.getvalue().count("\n") < 3:
+            time.sleep(0.01)
+    said = logged.getvalue()
+    assert re.match(r"starting Ray on this machine\n(starting Ray on this machine, 0s so far\n)+$", said)
+    time.sleep(0.05)
+    assert logged.getvalue() == said
+
+
 def test_a_log_is_not_flooded(logged: io.StringIO) -> None:
     with Progress(100, 0) as shown:
         for done in range(100):
@@ -80,8 +106,7 @@ def test_a_terminal_gets_one_bar() -> None:
     stream = _Terminal()
     with Progress(100, 0, stream) as shown:
         shown.update(40, 1, 1, {"lpips": 0.25})
-    assert "40/100" in stream.getvalue()
-    assert "1 failed, lpips 0.250, 1 worker" in stream.getvalue()
+    assert re.search(r"40/100, 1 failed, .* left, 1 worker, .* a second, lpips 0\.250", stream.getvalue())
 
 
 def test_a_notebook_gets_a_bar_though_it_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +131,57 @@ def test_durations(seconds: float, text: str) -> None:
 COLUMNS = 40
 
 
-@pytest.fixture
-def narrow_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
-    """A real terminal of few columns, and what was written to it so far."""
+MEANS = {"clip_score": 0.343, "clip_reference": 0.31, "lpips": 0.092}
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (40, "24/64, 0 failed, 40s left"),
+        (80, "24/64, 0 failed, 40s left, 2 workers, 1.00 a second"),
+        (110, "24/64, 0 failed, 40s left, 2 workers, 1.00 a second, clip_score 0.343, clip_reference 0.310"),
+    ],
+)
+def test_beside_a_runs_bar_stand_whole_words(columns: int, words: str) -> None:
+    """What matters most, as much of it as fits; nothing is cut off within a word."""
+    seconds = iter([0.0, 10.0, 34.0])
+    with terminal_of(columns) as (terminal, shown_there), Progress(64, 0, terminal, lambda: next(seconds)) as shown:
+        shown.update(0, 0, 0, phase="loading the models on 2 workers")
+        shown.update(24, 0, 2, MEANS)
+        waiting, working = shown_there().rstrip().split("\r")[-2:]
+    assert "loading the models on 2 workers, 10s" in waiting
+    assert re.fullmatch(rf" 38%\|[^|]{{5,}}\| {re.escape(words)}", working.rstrip()) and len(working) <= columns
+
+
+def test_a_bar_tells_what_there_is_to_tell() -> None:
+    """No rate before a first sample, and at the end no workers, but how long it took."""
+    seconds, stream = iter([0.0, 59.7, 70.0]), _Terminal()
+    with Progress(64, 0, stream, lambda: next(seconds)) as shown:
+        shown.update(0, 0, 2)
+        shown.update(64, 0, 0)
+    assert re.search(r"\| 0/64, 0 failed, 1m 00s, 2 workers *\r", stream.getvalue())
+    assert re.search(r"\| 64/64, 0 failed, in 1m 10s, 0\.91 a second *\r", stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (None, "{percentage:3.0f}%|{bar}| loading {{it}}, 4s, 0/64"),
+        (33, "{percentage:3.0f}%|{bar}| loading {{it}}, 4s"),
+        (14, "loading {{it}}"),
+        (7, "loading"),
+    ],
+)
+def test_a_bar_gives_way_to_the_first_words(columns: int | None, shown: str) -> None:
+    """They are cut only where they are longer than a line. A brace is a brace."""
+    assert bar_format(["loading {it}", "4s", "0/64"], columns) == shown
+
+
+@contextlib.contextmanager
+def terminal_of(columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A real terminal of so many columns, and what was written to it so far."""
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as terminal:
 
         def shown() -> str:
@@ -122,6 +193,13 @@ def narrow_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
 
         yield terminal, shown
     os.close(ours)
+
+
+@pytest.fixture
+def narrow_terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A terminal of few columns."""
+    with terminal_of(COLUMNS) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -187,4 +265,4 @@ def test_a_runs_bar_fits_a_narrow_terminal(narrow_terminal: tuple[TextIO, Callab
     with Progress(100_000, 20, terminal) as shown:
         shown.update(20, 3, 2, {"clip_score": 0.25, "lpips": 0.25})
     parts = re.split(r"[\r\n]", shown_there())
-    assert any("samples" in part for part in parts) and all(len(part) <= COLUMNS for part in parts)
+    assert any("20/100,000, 3 failed" in part for part in parts) and all(len(part) <= COLUMNS for part in parts)

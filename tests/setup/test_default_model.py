@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,37 @@ def test_tiny_by_name_runs_whatever_the_prompts_are(tmp_path: Path, monkeypatch:
     assert call("plan", manifest, "--config", "run.yaml", "--gpus-per-worker", 0).exit_code == 2
     drawn = call("preview", manifest, "--model", "tiny", "--rows", 1, "--steps", 1, "--gpus-per-worker", 0)
     assert drawn.exit_code == 0 and (tmp_path / "preview.png").exists()
+
+
+TOLD = "tiny cannot draw 2 of the first 5, such as 'a cat', 'a shiny star': no shape that it draws, or a word"
+FEW = ["a star", "a cat", "a ring", "a shiny star", "a heart"]
+
+
+@pytest.mark.parametrize("options", [(), ("--model", "tiny")], ids=["without a model", "by name"])
+def test_the_prompts_that_tiny_cannot_draw_are_told_where_they_are_few(options: Sequence[str], tmp_path: Path) -> None:
+    """Their number and the first ones, in a line, before the run and in its plan. The run is not refused."""
+    manifest = write(tmp_path / "in", FEW)
+    planned = call("plan", manifest, *options, "--gpus-per-worker", 0)
+    assert planned.exit_code == 0 and f"  prompts   {TOLD} " in planned.output
+
+
+def test_three_prompts_at_most_are_told_and_each_once(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model of another name may know every word. A run that goes on tells nothing anew."""
+    manifest, out = write(tmp_path / "in", [*FEW, *REAL, "a cat"]), tmp_path / "out"
+    with caplog.at_level(logging.INFO, "vcf_batch"):
+        begun = settled(manifest, out, model="tiny")
+    (line,) = (message for message in caplog.messages if message.startswith("prompts: "))
+    few = "'a cat', 'a shiny star', 'a photo of a cat'"
+    assert line.startswith(f"prompts: tiny cannot draw 6 of the first 10, such as {few}: no shape")
+    claim.claim(begun)
+    runs.commit_pictures(begun, begun.shards[0])
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "vcf_batch"):
+        settled(manifest, out, model="tiny")
+        settled(manifest, tmp_path / "other", model=str(model), height=32, width=32)
+    assert not [message for message in caplog.messages if "cannot draw" in message]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_first_lines_of_a_run_tell_what_is_read_carried_and_left_out(
         claim.claim(settle(manifest=manifest, **NAMES))
     assert caplog.messages == [
         f"reading {manifest}",
-        "columns: 2 rows: 2 with prompt, 1 with reference, 2 with sample_id, 2 with seed; reads 'prompt' from "
+        "columns: 2 rows, all with prompt, sample_id, seed; 1 with reference; reads 'prompt' from "
         "'caption', 'reference' from 'image', 'sample_id' from 'uid', 'seed' from 'noise'",
         "carried: text (not read as 'prompt'), at (nanoseconds become microseconds)",
         "left out: raw (it holds bytes)",

@@ -217,7 +217,7 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
     if manifest is not None:
         found = [collect(check) for check in manifest_check.checks(manifest, config, record)]
         census = manifest_check.census_of(found)
-        forecast.columns = dict(manifest_check.told(manifest, census))
+        forecast.columns = dict(manifest_check.told(manifest, found))
         forecast.rows_having = census.having if census else None
     models = collect(lambda: run_models.resolve(config, claim.commits_of(config, record)))
     if manifest is None or models is None:

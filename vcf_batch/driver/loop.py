@@ -287,11 +287,12 @@ class Loop:
         task, receipt = finished.task, finished.receipt
         self._ledger.committed(task, receipt)
         self._exporter.committed(receipt)
-        first = "" if self._has_committed else f", the first one of this call; its files are in {redact(self._output)}"
+        # The first one of a call is told, with the place of the pictures.
+        place = "" if self._has_committed else f" and lies in {redact(self._output)}"
         self._progress.note(
-            f"shard {task.title} is finished{first}",
+            f"shard {task.title} is finished{place}",
             "shard_finished",
-            logging.INFO if first else logging.DEBUG,
+            logging.INFO if place else logging.DEBUG,
             shard=task.shard.name,
             worker=receipt.timings.get("worker"),
             node=finished.node,

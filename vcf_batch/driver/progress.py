@@ -3,11 +3,13 @@
 The log has lines for people, or one JSON object a line for programs. A run in a notebook has a bar too.
 """
 
+import contextlib
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Literal, Self, TextIO, TypeVar
@@ -22,6 +24,13 @@ FIELDS = ("shard", "worker", "node", "rows", "seconds", "exit_code")
 
 BAR_SECONDS = 1.0
 """Seconds after which a command's bar appears, so that what is quick shows none."""
+
+_STEPS_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+"""Form of a command's bar. tqdm's own form tells a rate below 1 as the seconds of a step."""
+
+_HEAD = len("100%|" + "| ")
+_LEAST_BAR = 5
+"""Fewest columns of a run's bar itself."""
 
 _LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
 
@@ -108,6 +117,7 @@ class Steps:
                 unit=f" {self._noun}s",
                 file=sys.stderr,
                 dynamic_ncols=True,
+                bar_format=_STEPS_FORMAT,
                 delay=BAR_SECONDS,
                 leave=False,
             )
@@ -135,6 +145,29 @@ def steps(items: Iterable[Item], doing: str, total: int, noun: str) -> Iterator[
         for item in items:
             yield item
             shown.advance()
+
+
+@contextlib.contextmanager
+def awaiting(doing: str) -> Iterator[None]:
+    """Log what is waited for, and how long it takes every :data:`LINE_SECONDS` until it is there.
+
+    Args:
+        doing: what is waited for, such as ``starting Ray``.
+    """
+    begin, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(LINE_SECONDS):
+            _log.info("%s, %s so far", doing, _whole(time.monotonic() - begin))
+
+    _log.info("%s", doing)
+    teller = threading.Thread(target=tell, name="awaiting", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def clear_bars() -> None:
@@ -169,14 +202,15 @@ class Progress:
         self, total: int, done: int, bar: TextIO | None = None, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._total, self._initial, self._now = total, done, now
-        self._begin = self._shown = now()
+        self._start = self._begin = self._shown = now()
         self._bar: Any = None
         if bar is not None and (in_notebook() or bar.isatty()):
             if in_notebook():
                 from tqdm.auto import tqdm  # a widget, where there are widgets
             else:
                 from tqdm import tqdm
-            self._bar = tqdm(total=total, initial=done, unit=" samples", file=bar, dynamic_ncols=True)
+            start = bar_format([f"{done:,}/{total:,}"])
+            self._bar = tqdm(total=total, initial=done, file=bar, dynamic_ncols=True, bar_format=start)
             _bars.append(self._bar)
 
     def __enter__(self) -> Self:
@@ -202,17 +236,31 @@ class Progress:
             means: mean of each score so far.
             phase: what happens before a worker is ready; empty once one is.
         """
-        outcome = phase or _outcome(failed, workers, means)
+        now = self._now()
+        if phase:
+            self._begin, self._initial = now, done  # The time left follows from the time that workers work.
         # What is done again counts from there: a rate is never negative.
         self._initial = min(self._initial, done)
+        rate = (done - self._initial) / max(now - self._begin, 1e-9)
+        left = f"{_whole((self._total - done) / rate)} left" if rate > 0 else ""
         if self._bar is not None:
-            self._bar.initial = self._initial
-            self._bar.set_postfix_str(outcome, refresh=False)
-            self._bar.n = done
-            self._bar.refresh()
-        elif self._now() - self._shown >= LINE_SECONDS:
-            self._shown = self._now()
-            self.note(self._line(done, outcome, bool(phase)), "progress", rows=done)
+            passed, count = _whole(now - self._start), f"{done:,}/{self._total:,}"
+            is_done = done == self._total
+            work = [count, f"{failed:,} failed", f"in {passed}" if is_done else left or passed]
+            work += [] if is_done else [plural(workers, "worker")]
+            work += [f"{rate:.2f} a second"] if rate > 0 else []
+            self._draw(done, [phase, passed, count] if phase else [*work, *_scores(means)])
+        elif now - self._shown >= LINE_SECONDS:
+            self._shown = now
+            share = f"{done:,} of {self._total:,} samples ({done / self._total:.0%})"
+            work = [f"{rate:.2f} a second", left or "time left unknown", f"{failed:,} failed", *_scores(means)]
+            words = [phase] if phase else [*work, plural(workers, "worker")]
+            self.note(", ".join([share, *words]), "progress", rows=done)
+
+    def _draw(self, done: int, words: list[str]) -> None:
+        self._bar.n = done
+        self._bar.bar_format = bar_format(words, self._bar.format_dict["ncols"])
+        self._bar.refresh()
 
     def note(self, message: str, event: str = "note", level: int = logging.INFO, **fields: Any) -> None:
         """Log a message.
@@ -222,14 +270,6 @@ class Progress:
             fields: known fields of :data:`FIELDS`.
         """
         _log.log(level, message, extra={"event": event, **fields})
-
-    def _line(self, done: int, outcome: str, waits: bool) -> str:
-        share = f"{done:,} of {self._total:,} samples ({done / self._total:.0%})"
-        if waits:
-            return f"{share}, {outcome}"
-        rate = (done - self._initial) / max(self._shown - self._begin, 1e-9)
-        left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
-        return f"{share}, {rate:.2f} a second, {left}, {outcome}"
 
 
 def in_notebook() -> bool:
@@ -248,9 +288,44 @@ def duration(seconds: float) -> str:
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
 
 
-def _outcome(failed: int, workers: int, means: Mapping[str, float]) -> str:
-    scores = "".join(f", {name} {mean:.3f}" for name, mean in means.items())
-    return f"{failed} failed{scores}, {plural(workers, 'worker')}"
+def _whole(seconds: float) -> str:
+    """Seconds in words, without fractions: for what changes at each look."""
+    whole = round(seconds)
+    return f"{whole}s" if whole < 60 else duration(whole)
+
+
+def _scores(means: Mapping[str, float]) -> list[str]:
+    return [f"{name} {mean:.3f}" for name, mean in means.items()]
+
+
+def bar_format(parts: Sequence[str], columns: int | None = None) -> str:
+    """The form of a run's bar with as many words as fit beside it.
+
+    Args:
+        parts: the words, those that matter most first. The first part is always there, cut or without a bar if need be.
+        columns: width of the terminal; None for all words.
+    """
+    if columns is None:
+        words = ", ".join(parts)
+    elif (room := columns - _HEAD - _LEAST_BAR) >= len(parts[0]):
+        words = _fitting(parts, room)
+    else:
+        return _escaped(_fitting(parts, columns))
+    return "{percentage:3.0f}%|{bar}| " + _escaped(words)
+
+
+def _fitting(parts: Sequence[str], columns: int) -> str:
+    """As many of the parts, from the first one on, as fit into so many columns."""
+    words = parts[0][:columns]
+    for part in parts[1:]:
+        if len(words) + len(f", {part}") > columns:
+            break
+        words += f", {part}"
+    return words
+
+
+def _escaped(words: str) -> str:
+    return words.replace("{", "{{").replace("}", "}}")
 
 
 def plural(count: int, noun: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import ray
 from ray.exceptions import AuthenticationError
 
+from vcf_batch.driver.progress import awaiting
 from vcf_batch.errors import UsageError, VcfBatchError, redact
 
 _log = logging.getLogger(__name__)
@@ -148,14 +149,23 @@ def cluster(address: str | None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _use_short_folder()
-    _log.info(_told(address))
+    with awaiting(_told(address)):
+        _connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """Connect to Ray, and start it where none is: see :func:`cluster`."""
     _await_head(address)
     refused = f"cannot use the Ray cluster {redact(address) if address else '(RAY_ADDRESS or a new local one)'}"
     for number in range(1, STARTS + 1):
         try:
             with _own_sigterm(), _no_word_of_tokens():
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-            break
+            return
         except AuthenticationError as error:
             raise UsageError(f"{refused}: {error.message.rstrip('.')}. {_TOKEN}") from error
         except ConnectionError as error:  # Ray writes to standard error alone that a token was missing or wrong.
@@ -178,7 +188,3 @@ def cluster(address: str | None) -> Iterator[None]:
                     "--address"
                 ) from error
             _log.warning("Ray did not start within 30 seconds, as happens on a busy machine. It is started once more.")
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -3,7 +3,7 @@ its prompts fit the default model."""
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vcf_batch import storage
 from vcf_batch.config import RunConfig, field_of
@@ -47,16 +47,20 @@ def open_checked(config: RunConfig, record: RunRecord | None) -> Manifest:
     _log.info("reading %s", redact(config.manifest))
     manifest = run_file.open_manifest(config, record)
     found = [check() for check in checks(manifest, config, record)]
-    census = census_of(found)
-    for name, words in told(manifest, census):
+    for name, words in told(manifest, found):
         _log.info("%s: %s", name, words)
     if config.model is None:
         _log.info("model: %s, an %s, because none is named", TINY, EMBEDDED)
     return manifest
 
 
-def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], Census | None]]:
-    """The checks that :func:`open_checked` runs, in order. Each raises on failure; one of them counts."""
+Found = Census | default_model.Undrawable | None
+"""What a check finds where it does not fail."""
+
+
+def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> list[Callable[[], Found]]:
+    """The checks that :func:`open_checked` runs, in order. Each raises on failure; one of them counts, and one looks
+    at prompts."""
     fields = record.fields if record else {}
     limit = None if manifest.is_whole else config.limit
     was = tuple(field_of(fields, name) for name in ("manifest_id", "limit", "rows"))
@@ -70,22 +74,22 @@ def checks(manifest: Manifest, config: RunConfig, record: RunRecord | None) -> l
     ]
 
 
-def census_of(found: Iterable[Census | None]) -> Census | None:
+def census_of(found: Iterable[Found]) -> Census | None:
     """The count among what the checks have found; None if rows are not counted again, or the counting failed."""
-    return next(filter(None, found), None)
+    return next((each for each in found if isinstance(each, Census)), None)
 
 
-def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]:
+def told(manifest: Manifest, found: Sequence[Found]) -> Iterator[tuple[str, str]]:
     """Yield what is read of a manifest and what is not, as pairs of a short name and words.
 
     Args:
-        census: the numbers of rows; None where they are not counted again, because the run is resumed.
+        found: what the checks have found. A run that is resumed has no census, as rows are not counted again.
     """
+    census = census_of(found)
     places = [f"{name!r} from {shown(column)}" for name, column in manifest.mapped.items()]
     read = [f"reads {', '.join(places)}"] if places else []
     if census:
-        counts = ", ".join(f"{_count(census, name)} {name}" for name in census.having)
-        read.insert(0, f"{census.rows:,} {'row' if census.rows == 1 else 'rows'}: {counts}")
+        read.insert(0, _counts(census))
     if read:
         yield "columns", "; ".join(read)
     if names := manifest.carried_schema.names:
@@ -101,11 +105,20 @@ def told(manifest: Manifest, census: Census | None) -> Iterator[tuple[str, str]]
             f"{census.weighted:,} {prompts} a weight such as (word:1.2), which is taken literally: it is text like any "
             "other",
         )
+    for each in found:
+        if isinstance(each, default_model.Undrawable):
+            yield "prompts", each.told
 
 
-def _count(census: Census, name: str) -> str:
-    count = census.having[name]
-    return "not counted:" if count is None else f"{count:,} with" if count else "none with"
+def _counts(census: Census) -> str:
+    """The number of rows, and the columns that all of them, some of them and none of them have."""
+    names: dict[int | None, list[str]] = {}
+    for name, count in census.having.items():
+        names.setdefault(count, []).append(name)
+    whole = "1 row, with" if census.rows == 1 else f"{census.rows:,} rows, all with"
+    words = {census.rows: whole, 0: "none with", None: "not counted:"}
+    # The prompt comes first, and every row has one.
+    return "; ".join(f"{words.get(count, f'{count:,} with')} {', '.join(each)}" for count, each in names.items())
 
 
 def _check_output(manifest: Manifest, config: RunConfig) -> None:
