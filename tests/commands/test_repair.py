@@ -16,7 +16,7 @@ from vcf_batch import pool, storage
 from vcf_batch.cli import main
 from vcf_batch.commands.repair import Repair
 from vcf_batch.config import RunConfig
-from vcf_batch.driver.ledger import Summary
+from vcf_batch.driver.ledger import Ledger, Summary
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output
@@ -194,6 +194,19 @@ def test_receipts_are_trusted_if_that_is_asked_for(output: Path, monkeypatch: py
     assert needed(output, trust_receipts=True) == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [9]}
 
 
+def test_samples_stay_only_where_a_receipt_tells_of_their_device(tmp_path: Path) -> None:
+    """Where the driver's counts are trusted, its receipt may be damaged without another size."""
+    job = runs.write_output(runs.write_manifest(tmp_path / "in", ROWS), tmp_path / "out", SHARD_SIZE, failed={5})
+    Ledger(job)
+    receipt = tmp_path / "out/00001_stats.json"
+    receipt.write_bytes(bytes(receipt.stat().st_size))
+    assert needed(tmp_path / "out", "false", trust_receipts=True) == {}
+    lines: list[str] = []
+    redo = Repair(Output(str(tmp_path / "out")), FAILED, trust_receipts=True).rows(lines.append)
+    assert redo == {1: bytes([True]) * SHARD_SIZE}
+    assert lines[0].startswith("00001: its receipt is damaged")
+
+
 @pytest.mark.parametrize("damage", ["footer", "page", "rows", "columns", "receipt"])
 def test_a_parquet_that_cannot_be_read_costs_its_shard(output: Path, damage: str) -> None:
     """Where receipts are trusted, the shard is generated whole, and told."""
@@ -211,7 +224,7 @@ def test_a_parquet_that_cannot_be_read_costs_its_shard(output: Path, damage: str
     lines: list[str] = []
     redo = Repair(Output(str(output)), FAILED, trust_receipts=True).rows(lines.append)
     assert {index: sum(mask) for index, mask in redo.items()} == {1: 4, 2: 1}
-    assert lines[0].startswith("00001: its ") and lines[-1] == "5 rows in 2 shards are to be generated again"
+    assert lines[0].startswith("00001: ") and lines[-1] == "5 rows in 2 shards are to be generated again"
 
 
 @pytest.mark.parametrize("trust_receipts", [False, True])

@@ -94,8 +94,12 @@ def test_a_process_that_is_killed_ends_the_check_with_a_sentence() -> None:
 def test_what_a_process_raises_is_raised_here() -> None:
     with pytest.raises(StorageError, match="the store is down"):
         [*processes.read_in_processes(StrikingReader(shard_readers.failed), ShardPlan(400, 2), 2)]
-    with pytest.raises(VcfBatchError, match="cannot hand on .*00000"):
+    with pytest.raises(VcfBatchError, match=r"cannot hand on .*00000"):
         [*processes.read_in_processes(shard_readers.unsendable, ShardPlan(2, 2), 2)]
+    with pytest.raises(VcfBatchError, match=r"cannot hand on .*00000.*: the first, the second"):
+        [*processes.read_in_processes(shard_readers.raises_what_cannot_be_read, ShardPlan(2, 2), 2)]
+    with pytest.raises(VcfBatchError, match="SystemExit: 0"):
+        [*processes.read_in_processes(shard_readers.exits, ShardPlan(2, 2), 2)]
     assert not processes.multiprocessing.active_children()
 
 

@@ -167,6 +167,7 @@ def test_a_bar_tells_what_there_is_to_tell() -> None:
     ("columns", "shown"),
     [
         (None, "{percentage:3.0f}%|{bar}| loading {{it}}, 4s, 0/64"),
+        (-1, "{percentage:3.0f}%|{bar}| loading {{it}}, 4s, 0/64"),
         (33, "{percentage:3.0f}%|{bar}| loading {{it}}, 4s"),
         (14, "loading {{it}}"),
         (7, "loading"),

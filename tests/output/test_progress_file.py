@@ -207,6 +207,13 @@ def test_failed_rows_of_shards_that_are_not_there_are_not_believed(job: Job, fai
     assert seen(job) == counted(job)
 
 
+def test_counts_with_an_odd_fingerprint_are_not_believed(job: Job) -> None:
+    Ledger(job)
+    file = Path(job.config.output) / PROGRESS_NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fingerprint": []}))
+    assert seen(job) == counted(job)
+
+
 @pytest.mark.parametrize("lost", ["00001_stats.json", "00001.tar"])
 def test_a_shard_that_is_gone_is_not_counted(job: Job, lost: str) -> None:
     Ledger(job)

@@ -38,3 +38,18 @@ def failed() -> None:
 def unsendable(shard: Shard) -> Any:
     """A result that cannot be pickled."""
     return lambda: shard
+
+
+class TwoTexts(Exception):
+    """An exception that can be pickled, and not read back."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first}, {second}")
+
+
+def raises_what_cannot_be_read(shard: Shard) -> Any:
+    raise TwoTexts("the first", "the second")
+
+
+def exits(shard: Shard) -> Any:
+    raise SystemExit(0)

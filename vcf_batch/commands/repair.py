@@ -19,9 +19,11 @@ from vcf_batch.report.condition import Condition
 from vcf_batch.setup.job import schema_of
 
 JUDGED_AT_ONCE = 1 << 14
-"""Rows that a condition is evaluated for at once, unless a shard has more."""
+"""Rows that a condition is evaluated for at once, but for those of the last shard."""
 _PIECE = 16
 """Most shards that are read one after the other by a thread: to hand over a single one takes as long as to read it."""
+_PIECE_ROWS = 4096
+"""About the most rows of these shards."""
 SHOWN_KEYS = 5
 """Keys of a file that are shown in a message."""
 
@@ -55,7 +57,7 @@ class Repair:
         self._output, self._trust_receipts, self._processes = output, trust_receipts, processes
         scores = JoinedScores(output.url)
         self._condition = Condition(where, scores.schema(schema_of(output.config, manifest)))
-        self._reader = _ColumnReader(output.url, self._condition.columns, scores)
+        self._reader = _ColumnReader(output.url, self._condition.columns, scores.with_any(self._condition.columns))
         self._keys = frozenset(keys)
         self._refuse_unknown_keys(manifest)
 
@@ -86,12 +88,20 @@ class Repair:
             if isinstance(selected, DamageFound):
                 show(f"{shard.name}: {selected}")
                 redo[shard.index] = bytes([True]) * len(shard)
-            elif any(selected):
+            elif all(selected) or (any(selected) and self._has_receipt(shard)):
                 redo[shard.index] = selected
+            elif any(selected):
+                show(f"{shard.name}: its receipt is damaged, and tells nothing of the samples that would stay")
+                redo[shard.index] = bytes([True]) * len(shard)
         rows = sum(selected.count(True) for selected in redo.values())
         where = plural(len(redo), "shard")
         show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
         return redo
+
+    def _has_receipt(self, shard: Shard) -> bool:
+        """Whether a shard has a receipt of the run, which tells the device of the samples that stay."""
+        receipt = receipts.read_one(self._output.url, shard)
+        return receipt is not None and receipt.fingerprint in self._output.fingerprints
 
     def _findings(self) -> Iterator[Finding]:
         if self._trust_receipts:
@@ -119,8 +129,8 @@ class Repair:
         """
         waiting: list[tuple[Shard, pa.Table]] = []
         rows = 0
-        processes = self._processes or default_processes(count)
-        left, size = iter(some), min(_PIECE, 1 + count // 1000)
+        left, size = iter(some), min(_PIECE, 1 + count // 1000, 1 + _PIECE_ROWS // self._output.plan.shard_size)
+        processes = min(self._processes or default_processes(count), 1 + count // size)
         pieces = iter(lambda: [*itertools.islice(left, size)], [])
         read = (zip(piece, found, strict=True) for piece, found in read_in_processes(self._reader, pieces, processes))
         for shard, found in itertools.chain.from_iterable(read):
@@ -170,7 +180,7 @@ class _ColumnReader:
             raise
         # A damaged file may hold anything.
         except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
-            return DamageFound(f"its parquet cannot be read: {str(error).partition(chr(10))[0]}")
+            return DamageFound(f"its columns cannot be read: {str(error).partition(chr(10))[0]}")
         if found.num_rows != len(shard):
             return DamageFound(f"its parquet has {found.num_rows} rows, and it has {len(shard)}")
         return found
@@ -179,7 +189,10 @@ class _ColumnReader:
         with shards.open_parquet(shards.file_url(self._output_url, shard, "parquet")) as parquet:
             # It leaves out columns that are not there. To ask for the schema first takes as long as to read.
             table = parquet.read(self._columns, use_threads=False)
-        if table.num_columns < len(self._columns) and (receipt := receipts.read_one(self._output_url, shard)):
+        if table.num_columns < len(self._columns):
+            receipt = receipts.read_one(self._output_url, shard)
+            if receipt is None:
+                raise ValueError(f"{shard.name}{receipts.RECEIPT_SUFFIX} is damaged, so its scores cannot be found")
             batches = self._scores.batches(table.to_batches(), shard, receipt.parquet_hash)
             table = pa.Table.from_batches(batches, self._scores.schema(table.schema))
         return table.select(self._columns)

@@ -72,8 +72,8 @@ def _lot(index: int) -> int:
 def check_receipts(output: Output) -> Iterator[Finding]:
     """Yield the shards that are not generated yet, or whose files do not have the sizes in their receipts.
 
-    Damage that keeps the size of a file is not found: only receipts are read, and of them those alone that the driver
-    of the run has not counted.
+    Damage that keeps the size of a file is not found: only the receipts are read that the driver of the run has not
+    counted.
 
     Raises:
         StorageError: the storage failed.

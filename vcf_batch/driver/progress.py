@@ -303,9 +303,9 @@ def bar_format(parts: Sequence[str], columns: int | None = None) -> str:
 
     Args:
         parts: the words, those that matter most first. The first part is always there, cut or without a bar if need be.
-        columns: width of the terminal; None for all words.
+        columns: width of the terminal. None, or less than 1 as tqdm has it of a terminal without a size, is all words.
     """
-    if columns is None:
+    if columns is None or columns < 1:
         words = ", ".join(parts)
     elif (room := columns - _HEAD - _LEAST_BAR) >= len(parts[0]):
         words = _fitting(parts, room)

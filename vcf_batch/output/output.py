@@ -131,6 +131,8 @@ class Output:
                 continue  # a shard of no run that this is; verify reports it
             if isinstance(found, Receipt) and found.fingerprint not in self.fingerprints:
                 found = receipts.of_another_run(found)
+            elif isinstance(found, Receipt) and found.shard != self.plan[int(name)]:
+                found = receipts.of_other_rows(found, self.plan[int(name)])
             yield found
 
     def each_shard(self) -> Iterator[tuple[Shard, Receipt | Damaged | None]]:

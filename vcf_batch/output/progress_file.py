@@ -54,6 +54,8 @@ class Told:
         """
         try:
             record = json.loads(data)
+            if not isinstance(record["fingerprint"], str):
+                raise ValueError(f"its fingerprint is {record['fingerprint']!r}")
             devices = {device_type(device): device for device in record["devices"].values()}
             set_aside = {str(name): str(reason) for name, reason in record["set_aside"].items()}
             return cls(record["fingerprint"], RunSums.from_dict(record["totals"]), record["files"], devices, set_aside)
@@ -184,7 +186,7 @@ def _completed(
             if found.shard == shards[found.shard.index]:
                 told.add(found, sizes[found.shard.name + RECEIPT_SUFFIX])
             else:
-                damaged[found.shard.name] = receipts.of_other_rows(found).reason
+                damaged[found.shard.name] = receipts.of_other_rows(found, shards[found.shard.index]).reason
     return replace(told, damaged=damaged)
 
 

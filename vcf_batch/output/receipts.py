@@ -378,10 +378,14 @@ def of_another_run(receipt: Receipt) -> Damaged:
     return Damaged(name, f"{name}{RECEIPT_SUFFIX} has the fingerprint {receipt.fingerprint} of another run")
 
 
-def of_other_rows(receipt: Receipt) -> Damaged:
-    """The shard of a receipt whose rows are not those that its output's plan gives the shard."""
-    shard = receipt.shard
-    return Damaged(shard.name, f"its receipt is that of rows {shard.start} to {shard.stop - 1}")
+def of_other_rows(receipt: Receipt, shard: Shard) -> Damaged:
+    """The shard of a receipt that is another one than the shard of this number in its output's plan."""
+    own = receipt.shard
+    return Damaged(
+        own.name,
+        f"{own.name}{RECEIPT_SUFFIX} is the receipt of rows {own.start} to {own.stop - 1}; here belongs shard "
+        f"{shard.name} with rows {shard.start} to {shard.stop - 1}",
+    )
 
 
 def _receipt_in(data: bytes, stem: str) -> Receipt | Damaged:

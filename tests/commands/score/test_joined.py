@@ -75,13 +75,20 @@ def test_croissant_says_what_columns_of_scores_hold(output: Path, tmp_path: Path
 
 def test_outputs_with_different_scores_of_one_name_are_not_merged(output: Path, tmp_path: Path) -> None:
     """One column would hold values of two kinds."""
-    manifest = runs.write_manifest(tmp_path / "in", 3, {"id": ["x", "y", "z"]})
+    manifest = runs.write_manifest(tmp_path / "in", 3, {"sample_id": ["x", "y", "z"]})
     runs.write_output(manifest, tmp_path / "other", 3)
-    store = ScoreStore(str(tmp_path / "other"))
-    there = ScoreStore(str(output)).definitions()[0]
-    store.claim(dataclasses.replace(there, fields={**there.fields, "size": 512}))
+    assert call("score", tmp_path / "other", "--with", "texture").exit_code == 0
+    (there,) = ScoreStore(str(output)).definitions()
+    definition = tmp_path / "other/_scores/texture.json"
+    definition.write_bytes(dataclasses.replace(there, fields={**there.fields, "size": 512}).to_json())
     with pytest.raises(UsageError, match=r"the score 'texture' of .*other is another than that of .*out: size is 512"):
         exports.make(tmp_path / "t", output, tmp_path / "other", split="train=1", partial=True)
+    # What the message asks for. A definition alone is no obstacle.
+    shutil.rmtree(tmp_path / "other/_scores/texture")
+    exports.make(tmp_path / "t", output, tmp_path / "other", split="train=1", partial=True)
+    exports.make(tmp_path / "u", tmp_path / "other", output, split="train=1", partial=True)
+    croissant = json.loads((tmp_path / "u/croissant.json").read_text())
+    assert any(field["name"] == "texture" for field in croissant["recordSet"][0]["field"])
 
 
 def test_an_output_without_scores_is_exported_as_before(output: Path, tmp_path: Path) -> None:

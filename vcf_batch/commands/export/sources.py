@@ -24,8 +24,9 @@ from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, 
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
-from vcf_batch.output.scores.definition import ScoreDefinition
+from vcf_batch.output.scores.definition import SCORES_FOLDER, ScoreDefinition
 from vcf_batch.output.scores.joined import JoinedScores
+from vcf_batch.output.scores.store import ScoreStore
 from vcf_batch.records import Shard
 
 RUN = "run_fingerprint"
@@ -312,14 +313,19 @@ def _scores(sources: Sequence[Source]) -> Mapping[str, ScoreDefinition]:
     for source in sources:
         for score in source.scores.definitions:
             url, first = found.setdefault(score.name, (source.output.url, score))
-            if first.fingerprint != score.fingerprint:
-                names = sorted(first.fields.keys() | score.fields.keys())
-                name = next(name for name in names if first.fields.get(name) != score.fields.get(name))
-                raise UsageError(
-                    f"the score {score.name!r} of {source.output.url} is another than that of {url}: {name} is "
-                    f"{json.dumps(score.fields.get(name))}, and {json.dumps(first.fields.get(name))} there; score one "
-                    "of them under another name, or export them apart"
-                )
+            if first.fingerprint == score.fingerprint or not ScoreStore(source.output.url).count(score.name):
+                continue
+            if not ScoreStore(url).count(score.name):  # no shard has it
+                found[score.name] = source.output.url, score
+                continue
+            names = sorted(first.fields.keys() | score.fields.keys())
+            name = next(name for name in names if first.fields.get(name) != score.fields.get(name))
+            raise UsageError(
+                f"the score {score.name!r} of {source.output.url} is another than that of {url}: {name} is "
+                f"{json.dumps(score.fields.get(name))}, and {json.dumps(first.fields.get(name))} there; delete "
+                f"{SCORES_FOLDER}/{score.name} and {SCORES_FOLDER}/{score.name}.json of one of them and score it under "
+                "another name, or export them apart"
+            )
     return {name: score for name, (_, score) in found.items()}
 
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -161,11 +162,18 @@ def _serve(connection: Connection, read: Callable[[Any], Any]) -> None:
             result = read(part)
         except Exception as raised:
             error = raised
+        # An answer that does not come is waited for without end.
+        except BaseException as raised:
+            error = VcfBatchError(f"{type(raised).__name__}: {raised}")
+        try:
+            answered = pickle.dumps((number, result, error))
+            if error:
+                pickle.loads(answered)  # some exceptions are written, and cannot be read
+        except Exception as unsent:
+            failed = VcfBatchError(f"cannot hand on what {str(part)[:80]} gave: {error or unsent}")
+            answered = pickle.dumps((number, None, failed))
         with lock:
-            try:
-                connection.send((number, result, error))
-            except (TypeError, AttributeError, ValueError) as unsent:
-                connection.send((number, None, VcfBatchError(f"cannot hand on {part}: {error or unsent}")))
+            connection.send_bytes(answered)
 
     threads = ThreadPoolExecutor(SHARD_READERS, "shards")
     with contextlib.suppress(EOFError, OSError):

@@ -1,6 +1,7 @@
 """The rows of an output with the columns of its scores beside them."""
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Collection, Iterable, Iterator
 
 import pyarrow as pa
 
@@ -28,6 +29,20 @@ class JoinedScores:
     def __init__(self, output_url: str) -> None:
         self._store = ScoreStore(output_url)
         self.definitions = [score for score in self._store.definitions() if not score.is_embedding]
+
+    def with_any(self, columns: Collection[str]) -> "JoinedScores":
+        """Those of the scores alone that have one of some columns, for other processes to read.
+
+        Raises:
+            StorageError: the storage failed.
+        """
+        found = copy.copy(self)
+        found.definitions = [
+            score for score in self.definitions if any(column.name in columns for column in score.columns)
+        ]
+        if any(score.is_search for score in found.definitions):
+            _ = found._store.among  # all receipts are read for it, so not in each process
+        return found
 
     @property
     def fields(self) -> list[pa.Field]:
