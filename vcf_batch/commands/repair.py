@@ -88,11 +88,11 @@ class Repair:
             if isinstance(selected, DamageFound):
                 show(f"{shard.name}: {selected}")
                 redo[shard.index] = bytes([True]) * len(shard)
-            elif all(selected) or (any(selected) and self._has_receipt(shard)):
-                redo[shard.index] = selected
             elif any(selected):
-                show(f"{shard.name}: its receipt is damaged, and tells nothing of the samples that would stay")
-                redo[shard.index] = bytes([True]) * len(shard)
+                if not (all(selected) or self._has_receipt(shard)):
+                    show(f"{shard.name}: its receipt is damaged, and tells nothing of the samples that would stay")
+                    selected = bytes([True]) * len(shard)
+                redo[shard.index] = selected
         rows = sum(selected.count(True) for selected in redo.values())
         where = plural(len(redo), "shard")
         show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
