@@ -14,6 +14,7 @@ from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores.joined import JoinedScores
+from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import RowMask, Shard
 from vcf_batch.report.condition import Condition
 from vcf_batch.setup.job import schema_of
@@ -89,10 +90,13 @@ class Repair:
                 show(f"{shard.name}: {selected}")
                 redo[shard.index] = bytes([True]) * len(shard)
             elif any(selected):
-                if not (all(selected) or self._has_receipt(shard)):
-                    show(f"{shard.name}: its receipt is damaged, and tells nothing of the samples that would stay")
-                    selected = bytes([True]) * len(shard)
                 redo[shard.index] = selected
+        if self._trust_receipts:
+            keeping = [self._output.plan[index] for index, selected in redo.items() if not all(selected)]
+            for shard, has_receipt in side_by_side(self._has_receipt, keeping):
+                if not has_receipt:
+                    show(f"{shard.name}: its receipt is damaged, and tells nothing of the samples that would stay")
+                    redo[shard.index] = bytes([True]) * len(shard)
         rows = sum(selected.count(True) for selected in redo.values())
         where = plural(len(redo), "shard")
         show(f"{plural(rows, 'row')} in {where} {'is' if rows == 1 else 'are'} to be generated again")
