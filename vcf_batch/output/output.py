@@ -129,11 +129,8 @@ class Output:
             name = found.name if isinstance(found, Damaged) else found.shard.name
             if int(name) >= len(self.plan):
                 continue  # a shard of no run that this is; verify reports it
-            if isinstance(found, Receipt) and found.fingerprint not in self.fingerprints:
-                found = receipts.of_another_run(found)
-            elif isinstance(found, Receipt) and found.shard != self.plan[int(name)]:
-                found = receipts.of_other_rows(found, self.plan[int(name)])
-            yield found
+            foreign = receipts.foreign(found, self.fingerprints, self.plan) if isinstance(found, Receipt) else None
+            yield foreign or found
 
     def each_shard(self) -> Iterator[tuple[Shard, Receipt | Damaged | None]]:
         """Yield every shard of the run, in order, with its receipt, or what is wrong with it, or None.

@@ -180,13 +180,10 @@ def _completed(
     for found in receipts.examine(output, sizes, lambda index: index not in known):
         if isinstance(found, Damaged):
             damaged[found.name] = found.reason
-        elif found.fingerprint not in fingerprints:
-            damaged[found.shard.name] = receipts.of_another_run(found).reason
+        elif foreign := receipts.foreign(found, fingerprints, shards):
+            damaged[foreign.name] = foreign.reason
         elif found.shard.index < len(shards):
-            if found.shard == shards[found.shard.index]:
-                told.add(found, sizes[found.shard.name + RECEIPT_SUFFIX])
-            else:
-                damaged[found.shard.name] = receipts.of_other_rows(found, shards[found.shard.index]).reason
+            told.add(found, sizes[found.shard.name + RECEIPT_SUFFIX])
     return replace(told, damaged=damaged)
 
 

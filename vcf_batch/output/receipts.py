@@ -15,7 +15,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -378,9 +378,20 @@ def of_another_run(receipt: Receipt) -> Damaged:
     return Damaged(name, f"{name}{RECEIPT_SUFFIX} has the fingerprint {receipt.fingerprint} of another run")
 
 
-def of_other_rows(receipt: Receipt, shard: Shard) -> Damaged:
-    """The shard of a receipt that is another one than the shard of this number in its output's plan."""
+def foreign(receipt: Receipt, fingerprints: Set[str], shards: Sequence[Shard]) -> Damaged | None:
+    """The shard of a receipt that is none of a run; None for a sound one, and for one beyond the run's shards.
+
+    Args:
+        receipt: the receipt.
+        fingerprints: the fingerprints that the run's receipts may have.
+        shards: the shards of the run, by number.
+    """
     own = receipt.shard
+    if receipt.fingerprint not in fingerprints:
+        return of_another_run(receipt)
+    if own.index >= len(shards) or own == shards[own.index]:
+        return None
+    shard = shards[own.index]
     return Damaged(
         own.name,
         f"{own.name}{RECEIPT_SUFFIX} is the receipt of rows {own.start} to {own.stop - 1}; here belongs shard "
