@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,9 @@ from PIL import Image
 
 from support import imported
 from vcf_batch.models import resolution
-from vcf_batch.tiny import measure, world
-from vcf_batch.tiny.probe import Probe
+from vcf_batch.tiny import world
+from vcf_batch.tiny.pairs import HELD_OUT
+from vcf_batch.tiny.probe import Probe, agreement
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 REPOSITORY = Path(__file__).parents[2]
@@ -114,17 +116,19 @@ def test_the_embedded_weights_stay_small() -> None:
 
 
 def test_the_embedded_models_draw_what_captions_say() -> None:
-    """A small version of ``python -m vcf_batch.tiny.measure``, whose figures stand in the model card."""
+    """A small version of what ``python -m vcf_batch.tiny.goals`` measures, read by the family's own probe."""
     folder = Path(resolution.tiny_folder())
     probe = Probe.from_pretrained(folder / "probe", dtype=torch.float32)
-    real = world.sample_scenes(256, measure.HELD_OUT + 7)
-    seen = measure.read(probe, world.render(real), real)
-    assert min(seen.values()) > 0.9
+    real = world.sample_scenes(256, HELD_OUT + 7)
+    assert all(right.float().mean() > 0.9 for right in agreement(probe, world.render(real), real).values())
 
     pipeline = VCFPipeline.from_pretrained(folder, dtype=torch.float32)
-    drawn = measure.text_only(pipeline, probe, count=24, steps=8)
+    scenes = world.sample_scenes(24, HELD_OUT)
+    prompts = world.captions(scenes, random.Random(HELD_OUT), full=1.0)
+    drawn = agreement(probe, pipeline.generate(prompts, seeds=range(24), steps=8), scenes)
     chance = {name: 1 / len(values) for name, values in world.VALUES.items()}
-    assert all(drawn[name] > 2 * chance[name] for name in ("style", "pattern", "color", "shape", "position"))
+    for name in ("style", "pattern", "color", "shape", "position"):
+        assert drawn[name].float().mean() > 2 * chance[name]
 
 
 def test_the_model_card_shows_the_measurement() -> None:

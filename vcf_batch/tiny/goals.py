@@ -1,9 +1,10 @@
 """Measure the tiny family against its goals: ``python -m vcf_batch.tiny.goals --second-probe build/probe.safetensors``.
 
-Everything is read by the second probe, in four rows of pictures: text only by captions that name all; the same of
-stripes and gradients, with their direction; text only by prompts that name shape and colour; and these with a
-reference, which differs in everything, fused by ``concat`` at its default strength. Several folders of weights stand
-side by side, on the same prompts and noise.
+Everything is read by the second probe. The world's own pictures, and what the autoencoder restores of them, come first.
+Four rows of generated pictures follow: text only by captions that name all; the same of stripes and gradients, with
+their direction; text only by prompts that name shape and colour; and these with a reference, which differs in
+everything, fused by ``concat`` at its default strength. Several folders of weights stand side by side, on the same
+prompts and noise.
 """
 
 import random
@@ -23,11 +24,16 @@ from vcf_batch.tiny.fitting import chunks
 from vcf_batch.tiny.second_probe import SecondProbe, second_probe, shown
 from vcf_batch.vcf.pipeline import VCFPipeline
 
+REAL = "real renders"
+RESTORED = "VAE reconstructions"
 ALL_NAMED = "text only, all named"
 DIRECTION_NAMED = "text only, direction named"
 OBJECT_NAMED = "text only, shape and colour named"
 BY_CONCAT = "concat at its default"
 KEPT_SHARE = "concat keeps of text only"
+ROWS = (REAL, RESTORED, ALL_NAMED, DIRECTION_NAMED, OBJECT_NAMED, BY_CONCAT, KEPT_SHARE)
+RENDERS = 2048
+"""Pictures of the world itself that are read and restored."""
 
 WANTED_SHARES: Mapping[str, Mapping[str, float]] = {
     ALL_NAMED: {"shape": 0.97, "color": 0.97, "style": 0.97, "position": 0.99},
@@ -57,12 +63,28 @@ def draw(
         return torch.cat(list(batches()))
 
 
+@torch.no_grad()
+def restore(pipeline: VCFPipeline, pictures: Tensor) -> Tensor:
+    """Pictures ``[B, 3, 64, 64]`` in [0, 1] after a round trip through the latents."""
+    factor = pipeline.vae.config.scaling_factor
+    parts = (pipeline.vae.encode(pictures[part] * 2 - 1).latent_dist.mean for part in chunks(len(pictures), 64))
+    return torch.cat([pipeline.decode(latents * factor) for latents in parts])
+
+
+def shares(probe: SecondProbe, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
+    """Share of the pictures by attribute, 0 to 1, that show the scenes' value."""
+    return {key: right.float().mean().item() for key, right in shown(probe, pictures, scenes).items()}
+
+
 def measure(
-    weights: Path, probe: SecondProbe, count: int, sheets: Path | None, autocast: bool = False
+    weights: Path, probe: SecondProbe, count: int, sheets: Path | None, autocast: bool = False, renders: int = RENDERS
 ) -> dict[str, dict[str, float]]:
     """Shares by row of the table and attribute, from ``count`` prompts; ``sheets`` is where pictures are written."""
     pipeline = VCFPipeline.from_pretrained(weights, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    real = world.sample_scenes(renders, pairs.HELD_OUT + 3)
+    pictures = world.render(real)
+    rows = {REAL: shares(probe, pictures, real), RESTORED: shares(probe, restore(pipeline, pictures), real)}
     full = world.sample_scenes(count, pairs.HELD_OUT)
     captions = world.captions(full, random.Random(pairs.HELD_OUT), full=1.0)
     drawn = pairs.draw(count)
@@ -70,7 +92,6 @@ def measure(
     prompts, references = [pair.prompt for pair in drawn], [pair.reference for pair in drawn]
     lines = torch.isin(full.attributes["pattern"], torch.tensor([world.PATTERNS.index(p) for p in WITH_DIRECTION]))
     directed = full.part(lines)
-    rows = {}
     for name, texts, shown_to, scenes in (
         (ALL_NAMED, captions, None, full),
         (DIRECTION_NAMED, world.captions(directed, random.Random(pairs.HELD_OUT), 1.0, world.TAUGHT), None, directed),
@@ -78,7 +99,7 @@ def measure(
         (BY_CONCAT, prompts, references, wanted),
     ):
         pictures = draw(pipeline, texts, shown_to, name, autocast)
-        rows[name] = {key: right.float().mean().item() for key, right in shown(probe, pictures, scenes).items()}
+        rows[name] = shares(probe, pictures, scenes)
         if sheets:
             _sheet(pictures[:SHEET_PICTURES], sheets / f"{weights.name} {name}.png")
     for row, told in ((OBJECT_NAMED, pairs.PROMPT), (DIRECTION_NAMED, ("stripes", "gradients"))):
@@ -100,7 +121,7 @@ def _sheet(pictures: Tensor, file: Path) -> None:
 def table(measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A Markdown table of percentages: for each row of the goals, the goal and what each family reaches."""
     lines = ["| % | weights | " + " | ".join(READ_COLUMNS) + " |", "|---|---|" + "---|" * len(READ_COLUMNS)]
-    for row in (ALL_NAMED, DIRECTION_NAMED, OBJECT_NAMED, BY_CONCAT, KEPT_SHARE):
+    for row in ROWS:
         sources = {
             **({"goal": WANTED_SHARES[row]} if row in WANTED_SHARES else {}),
             **{n: rows[row] for n, rows in measured.items()},
@@ -122,12 +143,6 @@ def table(measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 def main(weights: tuple[Path, ...], file: Path, count: int, sheets: Path | None, autocast: bool) -> None:
     """Measure families of weights, and print their figures beside the goals."""
     probe = second_probe(file)
-    real = world.sample_scenes(2048, pairs.HELD_OUT + 3)
-    seen = shown(probe, world.render(real), real)
-    click.echo(
-        "the second probe on real renders: "
-        + ", ".join(f"{name} {100 * seen[name].float().mean().item():.1f}" for name in READ_COLUMNS)
-    )
     click.echo(table({str(folder): measure(folder, probe, count, sheets, autocast) for folder in map(Path, weights)}))
 
 
