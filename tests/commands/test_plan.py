@@ -17,7 +17,7 @@ from vcf_batch.commands.plan import Forecast, Measurement
 from vcf_batch.config import RunConfig
 from vcf_batch.errors import ManifestError
 from vcf_batch.output import lease
-from vcf_batch.setup import claim, manifest_check
+from vcf_batch.setup import claim, lora_batches, manifest_check
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +207,9 @@ def test_batches_and_switches_between_loras_are_told_with_the_order_that_is_bett
     in_order = {"loras": 3, "batches": 6, "switches": 3, "padding": 0}
     assert found.to_dict(None)["loras"] == {"as_it_is": by_turns, "sorted": in_order}
     told = found.told(None)
-    assert "3 different values of the column 'lora'; batches: 9, empty places in them: 6, switches: 9" in told
-    assert (
-        "Sorted by it (ORDER BY lora), the manifest would have batches: 6, empty places in them: 0, switches: 3" in told
-    )
+    assert "3 different choices of LoRAs; batches: 9, empty places in them: 6, switches: 9" in told
+    better = "the manifest would have batches: 6, empty places in them: 0, switches: 3"
+    assert f"Sorted by the column 'lora' (ORDER BY lora), {better}" in told
 
 
 def test_an_order_that_is_good_is_not_advised_against(tmp_path: Path, model: Path) -> None:
@@ -220,6 +219,18 @@ def test_an_order_that_is_good_is_not_advised_against(tmp_path: Path, model: Pat
     found = plan.look(config(tmp_path, model), calibrate=False)
     assert found.to_dict(None)["loras"]["as_it_is"] == {"loras": 2, "batches": 4, "switches": 2, "padding": 0}
     assert "ORDER BY" not in found.told(None)
+
+
+def test_a_lora_in_other_words_is_the_same_lora(tmp_path: Path, model: Path) -> None:
+    """A row may name a LoRA of the run, give its scale or the default one, or leave it to the run."""
+    values = [None, ["ink"], ["ink:0.5"], ["ink:0.50"], [""], [], ["a.safetensors"], None]
+    runs.write_manifest(tmp_path, 8, {"lora": values})
+    job = plan.look(config(tmp_path, model), calibrate=False).job
+    assert job
+    named = dataclasses.replace(job.config, lora=("ink=ink.safetensors:0.5",))
+    found = lora_batches.counted(dataclasses.replace(job, config=named))
+    assert found
+    assert vars(found[0]) == {"loras": 3, "batches": 5, "switches": 4, "padding": 2}
 
 
 def test_without_a_column_of_loras_nothing_is_said_of_them(tmp_path: Path, model: Path) -> None:

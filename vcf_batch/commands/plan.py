@@ -256,9 +256,9 @@ def _told_loras(as_it_is: LoraBatches, in_order: LoraBatches) -> str:
     def told(each: LoraBatches) -> str:
         return f"batches: {each.batches:,}, empty places in them: {each.padding:,}, switches: {each.switches:,}"
 
-    words = f"{plural(as_it_is.loras, 'different value')} of the column 'lora'; {told(as_it_is)}"
+    words = f"{plural(as_it_is.loras, 'different choice')} of LoRAs; {told(as_it_is)}"
     if lora_batches.is_worth_sorting(as_it_is, in_order):
-        words += f". Sorted by it (ORDER BY lora), the manifest would have {told(in_order)}"
+        words += f". Sorted by the column 'lora' (ORDER BY lora), the manifest would have {told(in_order)}"
     return words
 
 

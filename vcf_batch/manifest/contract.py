@@ -320,11 +320,11 @@ def _parse_overrides(values: Mapping[str, Any], references: int) -> dict[str, An
     if "reference_roles" in given:
         given["reference_roles"] = _check_roles(given["reference_roles"], references)
     if "lora" in given:
-        given["lora"] = _parse_loras(given["lora"])
+        given["lora"] = parse_loras(given["lora"])
     return given
 
 
-def _parse_loras(given: str | Sequence[str | None]) -> tuple[Lora, ...]:
+def parse_loras(given: str | Sequence[str | None]) -> tuple[Lora, ...]:
     """The LoRAs of a row. An empty text, or an empty list, is none.
 
     Raises:

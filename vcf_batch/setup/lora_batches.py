@@ -6,12 +6,19 @@ batches are, and how often a worker switches.
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache
+from typing import cast
 
 from vcf_batch import sharding
+from vcf_batch.errors import RowError
+from vcf_batch.manifest.contract import parse_loras
+from vcf_batch.records import Lora, settled_loras
 from vcf_batch.setup.job import Job
+
+_Value = str | tuple[str | None, ...] | None
+"""A value of the column ``lora``: one LoRA, several, or none of its own."""
 
 WORTH = 1.1
 """Least factor by which batches or switches have to be fewer for another order to be worth a word."""
@@ -22,7 +29,7 @@ class LoraBatches:
     """Batches of a run by LoRAs alone; other settings of rows may divide them further."""
 
     loras: int
-    """Number of different values of the column, nulls included."""
+    """Number of different sets of LoRAs, each with its scales. No LoRA is one of them."""
     batches: int
     switches: int
     """Number of batches with another value than the one before, if one worker does them all."""
@@ -40,10 +47,22 @@ def counted(job: Job) -> tuple[LoraBatches, LoraBatches] | None:
     """
     if not job.manifest.has_loras:
         return None
-    counts: Counter[Hashable] = Counter()
-    as_it_is = _cut(map(_key, job.manifest.each("lora")), job, counts)
+    counts: Counter[_Value] = Counter()
+
+    def counting() -> Iterator[_Value]:
+        for value in job.manifest.each("lora"):
+            hashable = tuple(value) if isinstance(value, list) else value
+            counts[hashable] += 1
+            yield hashable
+
+    @cache  # The values of a column are few.
+    def settled(value: _Value) -> tuple[Lora, ...]:
+        return _settled(value, job.config.loras)
+
+    as_it_is = _cut(map(settled, counting()), job)
     in_order = sorted(counts.items(), key=lambda each: str(each[0]))
-    return as_it_is, _cut(itertools.chain.from_iterable(itertools.starmap(itertools.repeat, in_order)), job, Counter())
+    values = itertools.chain.from_iterable(itertools.starmap(itertools.repeat, in_order))
+    return as_it_is, _cut(map(settled, values), job)
 
 
 def is_worth_sorting(as_it_is: LoraBatches, in_order: LoraBatches) -> bool:
@@ -51,18 +70,28 @@ def is_worth_sorting(as_it_is: LoraBatches, in_order: LoraBatches) -> bool:
     return as_it_is.batches > WORTH * in_order.batches or as_it_is.switches > WORTH * in_order.switches
 
 
-def _key(value: Any) -> Hashable:
-    return tuple(sorted(map(str, value))) if isinstance(value, list) else value
+def _settled(value: _Value, run: Mapping[str, Lora]) -> tuple[Lora, ...]:
+    """The LoRAs that a run uses for a value of the column, in whatever words it names them.
+
+    A value that cannot be used counts as null: its rows fail, which is told elsewhere.
+    """
+    try:
+        own = None if value is None else parse_loras(value)
+    except RowError:
+        own = None
+    return settled_loras(own, run)
 
 
-def _cut(keys: Iterable[Hashable], job: Job, counts: Counter[Hashable]) -> LoraBatches:
-    """Cut rows with these keys as a run does, and count each key."""
+def _cut(loras: Iterable[tuple[Lora, ...]], job: Job) -> LoraBatches:
+    """Cut rows with these LoRAs as a run does."""
     batch_size, shard_size = cast(int, job.config.batch_size), cast(int, job.config.shard_size)
-    batches, switches, last, rest = 0, 0, object(), iter(keys)
+    seen: set[tuple[Lora, ...]] = set()
+    rows, batches, switches, last, rest = 0, 0, 0, None, iter(loras)
     while shard := [*itertools.islice(rest, shard_size)]:
-        counts.update(shard)
+        seen.update(shard)
+        rows += len(shard)
         for batch in sorted(sharding.batches(shard, batch_size)):
             batches += 1
             switches += shard[batch[0]] != last
             last = shard[batch[0]]
-    return LoraBatches(len(counts), batches, switches, batches * batch_size - counts.total())
+    return LoraBatches(len(seen), batches, switches, batches * batch_size - rows)
