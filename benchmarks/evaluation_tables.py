@@ -106,7 +106,7 @@ def report(
         f"**{sentence(found['pairs'])}**",
         _NOTE.format(**settings),
         table(found["pairs"], perfect["pairs"]),
-        f"Made in {wall:.1f} hours, {cpu:.1f} of them of CPU, on one core, training of the families included.",
+        f"Made in {wall:.1f} hours on the clock, {cpu:.1f} hours of CPU, training of the families included.",
     ]
     for title, note, name in OTHERS:
         if found.get(name):
