@@ -219,13 +219,14 @@ def sentence(rows: Mapping[Method, Shares]) -> str:
                 )
         return None
 
-    plain = said("plain", "aligner-paper", "On a UNet that was trained as Stable Diffusion is, with the paper's loss")
+    plain = said("plain", "aligner-paper", "on a UNet that was trained as Stable Diffusion is, with the paper's loss")
     own = said("plain", LOOKS_AND_TETHER, "on the same UNet, with a tether and captions of looks")
     joined = said(
-        "embedded", "aligner-paper", "On the embedded UNet, which was trained for joined tokens, with the paper's loss"
+        "embedded", "aligner-paper", "on the embedded UNet, which was trained for joined tokens, with the paper's loss"
     )
     ours = said("embedded", LOOKS_AND_TETHER, "on the embedded UNet, with a tether and captions of looks")
-    return "; ".join(part for part in (plain, own, joined, ours) if part) + "."
+    told = "; ".join(part for part in (plain, own, joined, ours) if part)
+    return f"{told[:1].upper()}{told[1:]}."
 
 
 def document(

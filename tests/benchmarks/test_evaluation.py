@@ -92,7 +92,9 @@ def test_the_first_sentence_says_what_is_measured_of_the_method_as_published_and
     }
     told = tables.sentence(rows)
     assert told.count("; ") == 1 and "with the paper's loss" in told and "with a tether and captions of looks" in told
-    assert "Stable Diffusion" not in told and told[0].isupper()
+    assert "Stable Diffusion" not in told and told.startswith("On the embedded UNet")
+    both = tables.sentence({tables.Method("plain", "aligner-paper", "concat", 0.1): shares, **rows})
+    assert both.startswith("On a UNet that was trained as Stable Diffusion is") and "; on the embedded UNet" in both
 
 
 def test_strengths_are_chosen_on_pairs_that_are_not_reported(cases_of: Any) -> None:
