@@ -72,8 +72,9 @@ def restore(pipeline: VCFPipeline, pictures: Tensor) -> Tensor:
 
 
 def shares(probe: SecondProbe, pictures: Tensor, scenes: world.Scenes) -> dict[str, float]:
-    """Share of the pictures by attribute, 0 to 1, that show the scenes' value."""
-    return {key: right.float().mean().item() for key, right in shown(probe, pictures, scenes).items()}
+    """Share of the pictures by attribute, 0 to 1, that show the scenes' value; without those that no scene has."""
+    read = shown(probe, pictures, scenes).items()
+    return {key: right.float().mean().item() for key, right in read if len(right)}
 
 
 def measure(
@@ -103,8 +104,8 @@ def measure(
         if sheets:
             _sheet(pictures[:SHEET_PICTURES], sheets / f"{weights.name} {name}.png")
     for row, told in ((OBJECT_NAMED, pairs.PROMPT), (DIRECTION_NAMED, ("stripes", "gradients"))):
-        rows[row] = {key: rows[row][key] for key in told}
-    del rows[ALL_NAMED]["stripes"]  # Its captions do not say the direction.
+        rows[row] = {key: rows[row][key] for key in told if key in rows[row]}
+    rows[ALL_NAMED].pop("stripes", None)  # Its captions do not say the direction.
     rows[KEPT_SHARE] = {key: rows[BY_CONCAT][key] / max(rows[OBJECT_NAMED][key], 1e-9) for key in pairs.PROMPT}
     return rows
 
