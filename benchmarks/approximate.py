@@ -20,7 +20,8 @@ from full_size import FULL
 from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images, sharding, storage
-from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.output import commits, shards
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask

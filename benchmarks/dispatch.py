@@ -32,7 +32,7 @@ import ray
 from plan import CONTENT, peak_memory, receipt_of
 
 from vcf_batch import pool, storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.cluster import Heartbeat, Loaded
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.driver.loop import Loop

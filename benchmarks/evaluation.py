@@ -31,7 +31,7 @@ from evaluation_tables import FUSIONS, LOOKS_AND_TETHER, Method, Shares, best, s
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch.config import EVALUATED_STRENGTHS
+from vcf_batch.config.strengths import EVALUATED_STRENGTHS
 from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.report.contact_sheet import Cell, grid
 from vcf_batch.tiny import pairs, world

@@ -24,7 +24,7 @@ from measure import alternate
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.records import Sample

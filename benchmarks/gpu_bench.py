@@ -15,7 +15,8 @@ from measure import seconds
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vcf_batch.config import RunConfig, Sampling
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.vcf.attention import Kernel
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.pipeline import VCFPipeline

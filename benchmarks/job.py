@@ -19,7 +19,7 @@ from measure import alternate, between, marked_sampling
 from PIL import Image
 
 from vcf_batch import sharding
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.records import Shard
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask

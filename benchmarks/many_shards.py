@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from plan import peak_memory
 
+from vcf_batch.config.row_settings import settings_of
 from vcf_batch.output.shards import ShardFiles, ShardWriter
 from vcf_batch.records import Sample, Scores, Shard
-from vcf_batch.row_settings import settings_of
 from vcf_batch.setup.job import Job, schema_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

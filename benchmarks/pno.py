@@ -25,7 +25,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images, pool
-from vcf_batch.config import MAX_PIXELS, RunConfig, Sampling
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.output import shards

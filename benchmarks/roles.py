@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vcf_batch.config import ROLES
+from vcf_batch.config.limits import ROLES
 from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.tiny import pairs, world
 from vcf_batch.tiny.fitting import chunks

@@ -27,10 +27,10 @@ from PIL import Image
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from vcf_batch.commands.score import wanted
+from vcf_batch.config.row_settings import settings_of
 from vcf_batch.output.output import Output
 from vcf_batch.output.shards import ShardWriter
 from vcf_batch.records import Sample, Scores
-from vcf_batch.row_settings import settings_of
 from vcf_batch.setup.job import schema_of
 from vcf_batch.setup.shard_task import ShardTask
 from vcf_batch.worker.scoring.job import ScoreJob

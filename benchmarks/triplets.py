@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vcf_batch import images
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.models import resolution

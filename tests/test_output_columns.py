@@ -1,10 +1,12 @@
 """The table of columns: what is made from it has every column, and nothing else."""
 
-from vcf_batch.config import TOLD_SIZES, RunConfig, Sampling
+from vcf_batch.config.limits import TOLD_SIZES
+from vcf_batch.config.row_settings import settings_of
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.output import sample_records
 from vcf_batch.output_columns import COLUMNS, SETTINGS
 from vcf_batch.records import SCORES, Row, Sample
-from vcf_batch.row_settings import settings_of
 
 
 def test_a_sample_has_a_value_for_every_column() -> None:

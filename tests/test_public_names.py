@@ -9,7 +9,8 @@ import pytest
 
 import vcf_batch
 from vcf_batch.cli import main
-from vcf_batch.config import DECIDED_BY_EVALUATION, SETTLED, RunConfig
+from vcf_batch.config.mapping import SETTLED
+from vcf_batch.config.run_config import DECIDED_BY_EVALUATION, RunConfig
 from vcf_batch.training.training_config import TrainingConfig
 
 NAMES = sorted({*vcf_batch.__all__} - {"__version__"})

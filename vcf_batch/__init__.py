@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vcf_batch.commands.evaluate import Evaluation, evaluate
     from vcf_batch.commands.generate import run
     from vcf_batch.commands.preview import preview
-    from vcf_batch.config import RunConfig
+    from vcf_batch.config.run_config import RunConfig
     from vcf_batch.driver.ledger import Summary
     from vcf_batch.manifest.manifest import Manifest
     from vcf_batch.report.open_output import OpenOutput as Output
@@ -27,7 +27,7 @@ _HOMES = {
     "ImageAligner": "vcf_batch.vcf.aligner:ImageAligner",
     "Manifest": "vcf_batch.manifest.manifest:Manifest",
     "Output": "vcf_batch.report.open_output:OpenOutput",
-    "RunConfig": "vcf_batch.config:RunConfig",
+    "RunConfig": "vcf_batch.config.run_config:RunConfig",
     "Status": "vcf_batch.report.status:Status",
     "Summary": "vcf_batch.driver.ledger:Summary",
     "TrainingConfig": "vcf_batch.training.training_config:TrainingConfig",

@@ -23,7 +23,7 @@ from vcf_batch import pool
 from vcf_batch.cli import COMMANDS_BY_STAGE, main
 from vcf_batch.cli.model import train
 from vcf_batch.cli.run import generate
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, RefusedError, StorageError
 from vcf_batch.training.training_config import NOT_TRAINED, TrainingConfig

@@ -13,7 +13,7 @@ from vcf_batch.cli.command import Command
 from vcf_batch.cli.model import model
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
-from vcf_batch.config import DIFFUSERS_NAMES
+from vcf_batch.config.mapping import DIFFUSERS_NAMES
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from support import runs
 from vcf_batch.cli import main, settings_file
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.output.output import Output
 
 

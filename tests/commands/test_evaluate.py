@@ -18,7 +18,8 @@ from support import hub_server, ip_adapters, runs, sd_layouts
 from vcf_batch import pool
 from vcf_batch.cli import main
 from vcf_batch.commands import evaluate
-from vcf_batch.config import ROLES, RunConfig
+from vcf_batch.config.limits import ROLES
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.models.names import ADAPTERS_ID, PRESETS
 from vcf_batch.tiny.probe import HEADS, Probe

@@ -16,7 +16,8 @@ import vcf_batch
 from support import runs
 from vcf_batch import pool, storage
 from vcf_batch.commands import generate, verify
-from vcf_batch.config import SETTLED, RunConfig
+from vcf_batch.config.mapping import SETTLED
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import ManifestError, RefusedError, UsageError
 from vcf_batch.manifest.manifest import Manifest

@@ -11,7 +11,7 @@ from support import exports, runs
 from vcf_batch.cli import main
 from vcf_batch.commands import plan
 from vcf_batch.commands.verify import check
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import RefusedError
 from vcf_batch.output.output import Output
 from vcf_batch.report.open_output import OpenOutput

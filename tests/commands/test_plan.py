@@ -14,7 +14,7 @@ from support import runs
 from vcf_batch.cli import main
 from vcf_batch.commands import plan
 from vcf_batch.commands.plan import Forecast, Measurement
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ManifestError
 from vcf_batch.output import lease
 from vcf_batch.setup import claim, lora_batches, manifest_check

@@ -17,7 +17,7 @@ import vcf_batch
 from support import runs
 from vcf_batch.commands import preview
 from vcf_batch.commands.preview import parsed, variants
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.report import contact_sheet
 from vcf_batch.worker.worker import Worker

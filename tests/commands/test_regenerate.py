@@ -10,7 +10,7 @@ import pytest
 from support import runs
 from vcf_batch.commands import regenerate
 from vcf_batch.commands.regenerate import TOLERANCE
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import RefusedError
 from vcf_batch.output import commits
 from vcf_batch.output.output import Output

@@ -15,7 +15,7 @@ from support import runs
 from vcf_batch import pool, storage
 from vcf_batch.cli import main
 from vcf_batch.commands.repair import Repair
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.ledger import Ledger, Summary
 from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.output import commits, receipts, shards

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 
 from support import faults
 from vcf_batch import pool
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver import bisection, failing_shard, heartbeats, quarantine, workers
 from vcf_batch.driver.progress import Progress
 from vcf_batch.errors import VcfBatchError

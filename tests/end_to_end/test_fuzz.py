@@ -16,7 +16,8 @@ from PIL import Image
 
 from support import pictures
 from vcf_batch import images
-from vcf_batch.config import RunConfig, load_yaml
+from vcf_batch.config.mapping import load_yaml
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ManifestError, RowError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import sample_records, shards

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from support import layout_runs, loras, runs
 from vcf_batch import images
-from vcf_batch.config import MAX_PIXELS
+from vcf_batch.config.limits import MAX_PIXELS
 from vcf_batch.vcf.pipeline import VCFPipeline
 from vcf_batch.vcf.sampling import make_scheduler
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from support import runs
 from vcf_batch import storage
 from vcf_batch.cli import main
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.output import shards
 
 ODD = "josé 猫 #1?[x] 🎨%20*"

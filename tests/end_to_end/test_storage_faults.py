@@ -23,7 +23,7 @@ import ray
 
 from vcf_batch import pool, storage
 from vcf_batch.cli import main
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import Interrupted, StorageError

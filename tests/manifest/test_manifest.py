@@ -504,7 +504,8 @@ def test_neither_torch_nor_ray_is_imported() -> None:
     """``plan``, ``manifest``, ``records``, ``config``, ``storage`` import neither torch nor ray."""
     code = (
         "import json, sys;"
-        "import vcf_batch.manifest.manifest, vcf_batch.sharding, vcf_batch.manifest.contract, vcf_batch.config;"
+        "import vcf_batch.manifest.manifest, vcf_batch.sharding, vcf_batch.manifest.contract;"
+        "import vcf_batch.config.fingerprint;"
         "print(json.dumps([name for name in ('torch', 'ray', 'diffusers', 'transformers') if name in sys.modules]))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

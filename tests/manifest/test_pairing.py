@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcf_batch.config import PAIRINGS
+from vcf_batch.config.limits import PAIRINGS
 from vcf_batch.manifest.pairing import pairs
 
 SIDES = st.integers(1, 12)

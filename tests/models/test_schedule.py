@@ -3,7 +3,7 @@
 import pytest
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from vcf_batch.config import SCHEDULERS
+from vcf_batch.config.limits import SCHEDULERS
 from vcf_batch.errors import ModelError
 from vcf_batch.models.schedule import CLASSES, PINNED, check_schedule
 

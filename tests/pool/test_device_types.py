@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from support import runs
 from vcf_batch import pool
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.report import status
 
 ROWS, SHARD_SIZE = 24, 2

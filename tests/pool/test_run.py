@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 from vcf_batch import pool
 from vcf_batch.commands import verify
 from vcf_batch.commands.repair import Repair
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver import failing_shard
 from vcf_batch.driver.progress import Progress
 from vcf_batch.driver.workers import Workers

@@ -8,7 +8,7 @@ import pytest
 from PIL import ImageDraw
 
 from support import runs
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel

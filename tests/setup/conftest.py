@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from support import runs
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.output import run_file
 from vcf_batch.setup import absolute_paths, claim
 from vcf_batch.setup.job import Job

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.setup import absolute_paths
 

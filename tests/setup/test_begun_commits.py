@@ -8,7 +8,7 @@ import pytest
 from support import hub_server, runs
 from vcf_batch.commands.score import calibrating
 from vcf_batch.commands.score import wanted as wants
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.models.cache import CACHE_VARIABLE
 from vcf_batch.output import commits
 from vcf_batch.output.output import Output

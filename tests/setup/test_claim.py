@@ -14,7 +14,7 @@ import pytest
 from support import runs
 from vcf_batch import __version__, storage
 from vcf_batch.commands import verify
-from vcf_batch.config import ADDED_SETTINGS, fingerprint
+from vcf_batch.config.fingerprint import ADDED_SETTINGS, fingerprint
 from vcf_batch.errors import DamageFound, RefusedError, StorageError, UsageError
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, lease, run_file

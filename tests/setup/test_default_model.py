@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from support import runs
 from vcf_batch.cli import main
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.embedded import SHAPES

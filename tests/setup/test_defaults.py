@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from support import runs
 from vcf_batch import sharding
-from vcf_batch.config import ALIGNED_FUSIONS, DEFAULT_STRENGTHS, RunConfig
+from vcf_batch.config.limits import ALIGNED_FUSIONS
+from vcf_batch.config.row_settings import settings_of
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.strengths import DEFAULT_STRENGTHS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.single_file import layout
 from vcf_batch.records import Row
-from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import defaults
 from vcf_batch.setup.job import Job
 
@@ -30,7 +32,7 @@ def test_every_default_gets_a_value(settle: Callable[..., Job]) -> None:
 
 
 def test_the_models_own_size_is_the_default(settle: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vcf_batch.config.MIN_EDGE", 8)
+    monkeypatch.setattr("vcf_batch.config.limits.MIN_EDGE", 8)
     config = settle(height=None, width=None).config
     assert (config.height, config.width) == (16, 16)
 

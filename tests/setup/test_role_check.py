@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from support import runs, tiny_models
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution

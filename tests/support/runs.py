@@ -22,7 +22,9 @@ from PIL import Image
 from support.scorers import save_clip
 from support.tiny_models import build_pipeline
 from vcf_batch import sharding, storage
-from vcf_batch.config import RunConfig, fingerprint_fields
+from vcf_batch.config.fingerprint import fingerprint_fields
+from vcf_batch.config.row_settings import settings_of
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models.resolution import ResolvedModel
@@ -31,7 +33,6 @@ from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.row_json import row_json
 from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import TRIPLET, Objective, Sample, Scores, Shard, Status
-from vcf_batch.row_settings import settings_of
 from vcf_batch.setup import absolute_paths, claim, defaults, manifest_check, model_check, run_models
 from vcf_batch.setup.job import Job, fusions_of, schema_of
 from vcf_batch.setup.run_models import Models

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.cluster import Answer, Heartbeat, Loaded, Request, WorkerHandle
 from vcf_batch.driver.commit_queue import CommitQueue
 from vcf_batch.driver.fault import Failure, Fault

@@ -25,7 +25,7 @@ import torch
 
 from vcf_batch import storage
 from vcf_batch.cli import main
-from vcf_batch.config import EVALUATED_STRENGTHS
+from vcf_batch.config.strengths import EVALUATED_STRENGTHS
 from vcf_batch.models import resolution
 from vcf_batch.training.fit import Place, fit
 from vcf_batch.training.training_config import TrainingConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 from support import runs
 from support.captioned import write_tar
 from support.tiny_models import build_pipeline
-from vcf_batch.config import EVALUATED_STRENGTHS
+from vcf_batch.config.strengths import EVALUATED_STRENGTHS
 from vcf_batch.errors import UsageError
 from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.training import transfer as measuring

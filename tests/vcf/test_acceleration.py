@@ -12,7 +12,8 @@ from PIL import Image
 from support import loras, runs
 from support.tiny_models import build_pipeline
 from vcf_batch import images
-from vcf_batch.config import MAX_PIXELS, Sampling
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.vcf import acceleration
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline

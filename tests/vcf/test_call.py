@@ -14,7 +14,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 
 from support.tiny_models import IMAGE_SIZE, TEXT_TOKENS, TEXT_WIDTH, build_pipeline
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.fusion import Fusion
 from vcf_batch.vcf.pipeline import VCFPipeline

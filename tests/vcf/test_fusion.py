@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcf_batch.config import ALIGNED_FUSIONS, DEFAULT_STRENGTHS
+from vcf_batch.config.limits import ALIGNED_FUSIONS
+from vcf_batch.config.strengths import DEFAULT_STRENGTHS
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.fusion import Fusion, condition, fuse
 

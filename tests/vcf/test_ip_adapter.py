@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 
 from support import ip_adapters, sd_layouts
 from support.tiny_models import build_pipeline
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import ModelError
 from vcf_batch.records import Objective
 from vcf_batch.vcf import pno

@@ -10,7 +10,8 @@ from PIL import Image
 
 from support import ip_adapters
 from support.tiny_models import TEXT_TOKENS, build_pipeline
-from vcf_batch.config import FUSIONS, ROLED_FUSIONS, Sampling
+from vcf_batch.config.limits import FUSIONS, ROLED_FUSIONS
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Fusion

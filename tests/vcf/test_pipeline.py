@@ -15,8 +15,8 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 
 from support.tiny_models import IMAGE_TOKENS, TEXT_WIDTH, VISION_WIDTH, build_pipeline
-from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS
-from vcf_batch.config import IMAGE_TOKENS as IMAGE_TOKEN_CHOICES
+from vcf_batch.config.limits import ALIGNED_FUSIONS, SCHEDULERS
+from vcf_batch.config.limits import IMAGE_TOKENS as IMAGE_TOKEN_CHOICES
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.resolution import tiny_folder
 from vcf_batch.vcf.aligner import ImageAligner

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from support.tiny_models import build_pipeline
-from vcf_batch.config import SCHEDULERS, Sampling
+from vcf_batch.config.limits import SCHEDULERS
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.records import Objective
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.fusion import Conditioning, Fusion

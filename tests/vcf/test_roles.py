@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from support import ip_adapters
 from support.tiny_models import TEXT_WIDTH, build_pipeline
 from vcf_batch import images
-from vcf_batch.config import ROLED_FUSIONS, ROLES, Sampling
+from vcf_batch.config.limits import ROLED_FUSIONS, ROLES
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf import pno
 from vcf_batch.vcf.attention import accept_token_bias

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.tiny_models import IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH, build_pipeline
-from vcf_batch.config import ALIGNED_FUSIONS, SCHEDULERS, Sampling
+from vcf_batch.config.limits import ALIGNED_FUSIONS, SCHEDULERS
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.vcf.fusion import Fusion, condition
 from vcf_batch.vcf.pipeline import VCFPipeline

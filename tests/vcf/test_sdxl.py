@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from support import ip_adapters, sd_layouts
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import adapter_layout
 from vcf_batch.vcf import pno

@@ -33,7 +33,7 @@ MORE: tuple[dict[str, str], ...] = (
 
 RUN = """
 import hashlib, json, sys, tempfile
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.output import shards
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, run_models
 from vcf_batch.setup.shard_task import ShardTask

@@ -13,7 +13,7 @@ from support.runs import another, commit
 from vcf_batch import sharding
 from vcf_batch.commands.regenerate import regenerate
 from vcf_batch.commands.verify import check
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.output import shards
 from vcf_batch.output.kept_samples import KeptSamples

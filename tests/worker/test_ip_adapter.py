@@ -16,7 +16,8 @@ from support import hub_server, ip_adapters, loras, runs, sd_layouts
 from support.tiny_models import build_pipeline
 from vcf_batch import images
 from vcf_batch.cli import main
-from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models import resolution
 from vcf_batch.models.adapters import encoder_beside, resolve_adapter

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from support import runs, sd_layouts
 from vcf_batch.cli import main
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.output import commits
 from vcf_batch.setup import claim

@@ -11,7 +11,7 @@ from vcf_batch.cli.command import Command, check_ending, debug_option, json_opti
 from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
-from vcf_batch.config import PAIRINGS
+from vcf_batch.config.limits import PAIRINGS
 from vcf_batch.driver.progress import steps
 from vcf_batch.errors import UsageError, redact
 

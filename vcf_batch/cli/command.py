@@ -17,7 +17,8 @@ from click.core import ParameterSource
 from vcf_batch import ending, storage
 from vcf_batch.cli import documents, settings_file
 from vcf_batch.cli.documents import Fields
-from vcf_batch.config import RunConfig, meant
+from vcf_batch.config.mapping import meant
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.progress import clear_bars, configure_log, plural, show_steps
 from vcf_batch.errors import (
     DamageFound,

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from vcf_batch import config as settings
 from vcf_batch import storage
 from vcf_batch.cli.before import COLUMN_HELP, PROMPTS_HELP, REFERENCES_HELP
 from vcf_batch.cli.command import Command, Group, check_failed, debug_option, json_option, run, run_config, tell
@@ -14,10 +13,13 @@ from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
 from vcf_batch.cli.run import generate
 from vcf_batch.commands import known_models
+from vcf_batch.config import limits
+from vcf_batch.config.run_config import DECIDED_BY_EVALUATION
+from vcf_batch.config.strengths import EVALUATED_STRENGTHS
 from vcf_batch.errors import printable, redact
 from vcf_batch.training.training_config import SELECTIONS, TrainingConfig
 
-_DECIDED = {*settings.DECIDED_BY_EVALUATION, "push", "dump_config", "deadline"}
+_DECIDED = {*DECIDED_BY_EVALUATION, "push", "dump_config", "deadline"}
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
@@ -188,7 +190,7 @@ def fetch_model(name: str, revision: str | None, target: str | None, as_json: bo
 @_recipe("seed", click.IntRange(min=0), "Seed of the first weights, of the order, and of the captions that are drawn.")
 @_recipe(
     "dtype",
-    click.Choice(settings.DTYPES),
+    click.Choice(limits.DTYPES),
     "Precision of the frozen towers. 'auto' is bfloat16 on GPUs and float32 on CPUs. With bfloat16 the aligner "
     "computes in mixed precision.",
 )
@@ -247,7 +249,7 @@ def train(as_json: bool, **options: Any) -> None:
 @click.option("--out", required=True, metavar="DIR", help="Folder or URL for the model.")
 @click.option(
     "--dtype",
-    type=click.Choice(settings.DTYPES[1:]),
+    type=click.Choice(limits.DTYPES[1:]),
     default="float32",
     show_default=True,
     help="Precision of the weights that are written.",
@@ -363,7 +365,7 @@ def fit_roles(name: str, pairs: str | None, count: int, out: str | None, as_json
     "sweep",
     type=float,
     multiple=True,
-    default=settings.EVALUATED_STRENGTHS,
+    default=EVALUATED_STRENGTHS,
     show_default=True,
     help="Evaluate concat, and an IP-Adapter, at this strength too, besides their own strengths. Repeatable.",
 )

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from vcf_batch import config as settings
 from vcf_batch.cli import settings_file
 from vcf_batch.cli.command import Command, debug_option, json_option, run, run_config
 from vcf_batch.cli.documents import DOCUMENTS
 from vcf_batch.cli.option_groups import OPTION_GROUPS
+from vcf_batch.config import limits
 
 
 class _CountOrAuto(click.ParamType):
@@ -86,7 +86,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option("revision", str, "Branch, tag or commit of a Hub model. The run records the commit that it stands for.")
 @_option(
     "fusion",
-    click.Choice(settings.FUSIONS),
+    click.Choice(limits.FUSIONS),
     "How the reference joins the prompt: beside it as extra tokens (concat), averaged into it (naive), attended to "
     "(cross_attention), or by the published weights of an IP-Adapter (ip_adapter).  [default: concat]",
 )
@@ -130,20 +130,20 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option("fusion-hi", float, "Upper end of the part of the schedule that uses references.  [default: 1]")
 @_option(
     "role",
-    click.Choice(settings.ROLES),
+    click.Choice(limits.ROLES),
     "What references decide on, in rows without roles of their own: everything, the style, the palette or the layout "
     "alone. The column reference_roles has one for each reference.  [default: all]",
 )
 @_option(
     "unconditional",
-    click.Choice(settings.UNCONDITIONALS),
+    click.Choice(limits.UNCONDITIONALS),
     "What guidance leads away from besides the negative prompt, in rows without a negative reference: zeros, as in the "
     "paper, or the tokens of a blank image. 'negative' is zeros and requires a column 'negative_reference'.  "
     "[default: zeros]",
 )
 @_option(
     "image-tokens",
-    click.Choice(settings.IMAGE_TOKENS),
+    click.Choice(limits.IMAGE_TOKENS),
     "Which tokens of a reference to use: its patches, the one that sums it up (cls), or all.  [default: those that the "
     "aligner was trained on]",
 )
@@ -164,7 +164,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
     "[default: 1]",
     metavar="N",
 )
-@_option("scheduler", click.Choice(settings.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
+@_option("scheduler", click.Choice(limits.SCHEDULERS), "Sampler of the denoising steps.  [default: ddim]")
 @_option("eta", float, "Share of new noise in each step of the scheduler ddim, 0 to 1.  [default: 0]")
 @_option(
     "pno-steps",
@@ -204,7 +204,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 @_option("target-width", int, "Width that is meant, as a Stable Diffusion XL is told.  [default: the width]")
 @_option(
     "dtype",
-    click.Choice(settings.DTYPES),
+    click.Choice(limits.DTYPES),
     "Precision of the model; auto is bfloat16 on GPUs and float32 on CPUs.  [default: auto]",
 )
 @_option(
@@ -253,7 +253,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option(
     "lpips",
-    click.Choice(settings.LPIPS_NETWORKS),
+    click.Choice(limits.LPIPS_NETWORKS),
     "Network of the perceptual distance to the reference. 'auto' is the model's own, if it has one.  [default: auto]",
 )
 @_option(
@@ -323,19 +323,19 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option(
     "best-by",
-    click.Choice(tuple(settings.GATES.values())),
+    click.Choice(tuple(limits.GATES.values())),
     "The score that chooses which of a row's images is recorded if none passes.  [default: clip_score]",
 )
 @_option(
     "long-prompts",
-    click.Choice(settings.LONG_PROMPTS),
+    click.Choice(limits.LONG_PROMPTS),
     "What to do with a prompt or negative prompt of more tokens than the text encoder takes, 77 for Stable Diffusion: "
     "truncate cuts off the rest and marks the row, refuse fails the row, chunk encodes the text in windows of that "
     "length.  [default: truncate]",
 )
 @_option(
     "image-format",
-    click.Choice(settings.IMAGE_FORMATS),
+    click.Choice(limits.IMAGE_FORMATS),
     "File format of the images. webp is lossless, and the fastest.  [default: png]",
 )
 @_option(
@@ -421,7 +421,7 @@ def _option(name: str, kind: Any, text: str, **extra: Any) -> Callable[[Any], An
 )
 @_option(
     "log-format",
-    click.Choice(settings.LOG_FORMATS),
+    click.Choice(limits.LOG_FORMATS),
     "Format of the log on standard error: lines for people (text), or one JSON object a line (json), the last of which "
     "tells how the command ended. json has a line for each finished shard, and text has it with --verbose.  "
     "[default: text]",

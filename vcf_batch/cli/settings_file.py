@@ -4,9 +4,9 @@ from typing import Any
 
 import yaml
 
-from vcf_batch import config as settings
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.mapping import SETTLED, checked_mapping, load_yaml
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError, redact
 
 MAX_BYTES = 1 << 20
@@ -27,17 +27,17 @@ def read(source: str) -> dict[str, Any]:
         text = storage.read_bytes(source, limit=MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the configuration file {source}: {error}") from error
-    values = settings.load_yaml(text, redact(source))
+    values = load_yaml(text, redact(source))
     if values.keys() >= _RECORD:
-        values = settings.checked_mapping(values["config"], redact(source))
+        values = checked_mapping(values["config"], redact(source))
         if values.pop("default_strengths", None) is not None:
             values.pop("strength", None)
-    if settled := sorted(settings.SETTLED & values.keys()):
+    if settled := sorted(SETTLED & values.keys()):
         raise UsageError(f"{settled[0]} in {redact(source)} is no option: leave it out, or give strength instead")
     return values
 
 
 def dump(config: RunConfig) -> str:
     """Every setting of a run as YAML that :func:`read` takes, without credentials in URLs."""
-    values = {name: value for name, value in config.to_record().items() if name not in settings.SETTLED}
+    values = {name: value for name, value in config.to_record().items() if name not in SETTLED}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

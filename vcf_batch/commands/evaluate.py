@@ -21,17 +21,10 @@ import pyarrow.parquet as pq
 import torch
 
 from vcf_batch import images, pool, storage
-from vcf_batch.config import (
-    DECIDED_BY_EVALUATION,
-    EVALUATED_STRENGTHS,
-    IP_ADAPTER,
-    MAX_PIXELS,
-    REFERENCE_PARTS,
-    ROLES,
-    RunConfig,
-    default_strengths,
-    with_settings_of,
-)
+from vcf_batch.config.limits import IP_ADAPTER, MAX_PIXELS, REFERENCE_PARTS, ROLES
+from vcf_batch.config.run_config import DECIDED_BY_EVALUATION, RunConfig
+from vcf_batch.config.signature import with_settings_of
+from vcf_batch.config.strengths import EVALUATED_STRENGTHS, default_strengths
 from vcf_batch.errors import RefusedError, UsageError, printable, redact
 from vcf_batch.manifest import image_files
 from vcf_batch.manifest import prompts as prompt_files

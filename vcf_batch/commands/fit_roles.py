@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from vcf_batch import storage
-from vcf_batch.config import MAX_PIXELS
+from vcf_batch.config.limits import MAX_PIXELS
 from vcf_batch.errors import ModelError, RowError, UsageError, redact
 from vcf_batch.manifest import image_files
 from vcf_batch.manifest.contract import parse_references

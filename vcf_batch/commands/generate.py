@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import pool, storage
-from vcf_batch.config import RunConfig, with_settings_of
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.signature import with_settings_of
 from vcf_batch.driver.ledger import Summary
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, redact_name
 from vcf_batch.manifest import references

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pyarrow.parquet as pq
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.row_settings import checked
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest.references import LoraReader, ReferenceReader, refusal
@@ -17,7 +18,6 @@ from vcf_batch.models.prompt_tokens import read_tokenizer, text_lengths
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
-from vcf_batch.row_settings import checked
 from vcf_batch.setup import absolute_paths, claim, defaults, lora_batches, manifest_check, model_check, run_models
 from vcf_batch.setup.job import Job, fusions_of
 from vcf_batch.setup.lora_batches import LoraBatches

@@ -11,13 +11,15 @@ from typing import Any
 from PIL import Image
 
 from vcf_batch.commands.generate import ManifestLike, configured
-from vcf_batch.config import RunConfig, checked_values, with_settings_of
+from vcf_batch.config.mapping import checked_values
+from vcf_batch.config.row_settings import checked, settings_of
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.signature import with_settings_of
 from vcf_batch.driver.progress import Steps
 from vcf_batch.errors import RowError, StorageError, UsageError
 from vcf_batch.models.prompt_tokens import windows_of
 from vcf_batch.records import Row, Sample
 from vcf_batch.report.contact_sheet import Cell, grid, scores_of
-from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup import absolute_paths, defaults, manifest_check, model_check, run_models
 from vcf_batch.setup.job import fusions_of
 from vcf_batch.storage import scratch

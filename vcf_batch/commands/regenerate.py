@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from vcf_batch import images, storage
 from vcf_batch.commands.verify import Finding
-from vcf_batch.config import MAX_PIXELS
+from vcf_batch.config.limits import MAX_PIXELS
 from vcf_batch.driver.device_types import differences
 from vcf_batch.output import commits, receipts, shards
 from vcf_batch.output.output import Output

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.cluster import Answer, Cluster, Heartbeat, Loaded, Request, WorkerHandle
 from vcf_batch.driver.commit_queue import CommitQueue, Finished
 from vcf_batch.driver.device_types import DeviceTypes

@@ -65,7 +65,7 @@ def configure_log(log_format: str, verbosity: str = "normal", stream: TextIO | N
 
     Args:
         log_format: ``text``, or ``json``.
-        verbosity: see :attr:`vcf_batch.config.RunConfig.verbosity`. In ``json``, ``normal`` is ``verbose``.
+        verbosity: see :attr:`vcf_batch.config.run_config.RunConfig.verbosity`. In ``json``, ``normal`` is ``verbose``.
         stream: stream of the log; None is standard error.
     """
     as_json, package = log_format == "json", logging.getLogger("vcf_batch")

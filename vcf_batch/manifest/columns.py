@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from vcf_batch.config import COLUMN_SETTINGS
+from vcf_batch.config.run_config import COLUMN_SETTINGS
 from vcf_batch.errors import redact
 from vcf_batch.records import OVERRIDES
 

@@ -14,15 +14,8 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from vcf_batch import output_columns, sharding
-from vcf_batch.config import (
-    FUSIONS,
-    MAX_GUIDANCE_SCALE,
-    MAX_PNO_STEPS,
-    MAX_SEED,
-    MAX_STRENGTH,
-    ROLES,
-    reference_shares,
-)
+from vcf_batch.config.limits import FUSIONS, MAX_GUIDANCE_SCALE, MAX_PNO_STEPS, MAX_SEED, MAX_STRENGTH, ROLES
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.errors import ManifestError, RowError, UsageError
 from vcf_batch.manifest import carried as carrying
 from vcf_batch.manifest import columns as naming

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import images
-from vcf_batch.config import reference_shares
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.metrics.clip_score import ClipJudge, content_alignment, cosine
 from vcf_batch.metrics.lpips import PerceptualDistance
 from vcf_batch.metrics.shown import REFERENCES_KEPT, digest, means

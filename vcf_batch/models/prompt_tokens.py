@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vcf_batch.config import MAX_WINDOWS, RunConfig
+from vcf_batch.config.limits import MAX_WINDOWS
+from vcf_batch.config.row_settings import settings_of
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.resolution import ResolvedModel, read_file
 from vcf_batch.records import Row
-from vcf_batch.row_settings import settings_of
 from vcf_batch.storage import scratch
 
 _ENDS = 2
@@ -57,7 +58,7 @@ class TextLengths(NamedTuple):
 
         Args:
             most: see :meth:`excess`.
-            long_prompts: one of :data:`vcf_batch.config.LONG_PROMPTS`.
+            long_prompts: one of :data:`vcf_batch.config.limits.LONG_PROMPTS`.
         """
         if long_prompts == "refuse":
             return self.excess(most)

@@ -34,8 +34,8 @@ CLASSES = frozenset(
         "UniPCMultistep",
     )
 )
-"""Classes of diffusers whose models every scheduler of :data:`vcf_batch.config.SCHEDULERS` can sample. Their noise has
-a schedule of betas, and the models are not distilled for few steps."""
+"""Classes of diffusers whose models every scheduler of :data:`vcf_batch.config.limits.SCHEDULERS` can sample. Their
+noise has a schedule of betas, and the models are not distilled for few steps."""
 
 PINNED: Mapping[str, Mapping[str, Any]] = {
     # DDIM clips by default, which is meant for pixels and ruins latents, as thresholding is. The configuration of a
@@ -96,7 +96,7 @@ def check_schedule(scheduler: str, config: Mapping[str, Any], model: str) -> Non
     """Check that a scheduler samples as the configuration of a checkpoint's own scheduler says.
 
     Args:
-        scheduler: one of :data:`vcf_batch.config.SCHEDULERS`.
+        scheduler: one of :data:`vcf_batch.config.limits.SCHEDULERS`.
         config: the configuration of the checkpoint's own scheduler; empty stands for the scheduler's defaults.
         model: name of the checkpoint, for the message.
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vcf_batch.config import field_of, part_of
+from vcf_batch.config.fingerprint import field_of
+from vcf_batch.config.run_config import part_of
 from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.sharding import ShardPlan
 

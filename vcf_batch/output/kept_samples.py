@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import StorageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import sample_records, shards

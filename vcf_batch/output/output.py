@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import DamageFound, RefusedError, UsageError, VcfBatchError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import appended, lease, receipts, run_file

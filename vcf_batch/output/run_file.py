@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from vcf_batch import __version__, storage
-from vcf_batch.config import ADDED_SETTINGS, RunConfig, fingerprint
+from vcf_batch.config.fingerprint import ADDED_SETTINGS, fingerprint
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import RefusedError, StorageError, redact_name
 from vcf_batch.manifest.manifest import FileVersion, Manifest
 from vcf_batch.output import commits

@@ -5,7 +5,8 @@ import logging
 import ray
 from ray.exceptions import RayError
 
-from vcf_batch.config import MAX_BATCH_SIZE, RunConfig
+from vcf_batch.config.limits import MAX_BATCH_SIZE
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.loop import WAITING_SECONDS
 from vcf_batch.errors import VcfBatchError
 from vcf_batch.manifest.manifest import Manifest

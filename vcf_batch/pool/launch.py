@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.commit_queue import COMMITS_AT_ONCE, CommitQueue
 from vcf_batch.driver.ledger import Ledger, Summary
 from vcf_batch.driver.loop import Loop

@@ -8,7 +8,8 @@ import string
 import pyarrow as pa
 
 from vcf_batch import __version__, storage
-from vcf_batch.config import GATES, RunConfig
+from vcf_batch.config.limits import GATES
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.progress import told_truncated
 from vcf_batch.errors import DamageFound, UsageError
 from vcf_batch.models import embedded

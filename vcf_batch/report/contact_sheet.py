@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from vcf_batch import images
-from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import DamageFound, RowError, StorageError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from PIL import Image
 
 from vcf_batch import images, storage
-from vcf_batch.config import MAX_PIXELS
+from vcf_batch.config.limits import MAX_PIXELS
 from vcf_batch.errors import DamageFound, RowError, StorageError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.output import shards

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.models.resolution import tiny_folder
 

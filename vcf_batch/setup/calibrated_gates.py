@@ -2,7 +2,8 @@
 
 import logging
 
-from vcf_batch.config import GATES, RunConfig
+from vcf_batch.config.limits import GATES
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError, redact
 from vcf_batch.output.scores import calibration
 from vcf_batch.setup.run_models import Models

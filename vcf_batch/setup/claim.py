@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vcf_batch import __version__, sharding
-from vcf_batch.config import ADDED_SETTINGS, RunConfig, field_of
+from vcf_batch.config.fingerprint import ADDED_SETTINGS, field_of
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import RefusedError, redact_name
 from vcf_batch.output import appended, commits, receipts, run_file
 from vcf_batch.output.run_file import RecordedManifest, RunRecord

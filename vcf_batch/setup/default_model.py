@@ -6,7 +6,7 @@ So a forgotten option ends a run before it begins, and not with images of someth
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.columns import cut
 from vcf_batch.models.embedded import EMBEDDED, SHAPES, can_draw

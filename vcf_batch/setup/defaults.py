@@ -4,14 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from vcf_batch import sharding
-from vcf_batch.config import (
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_STEPS,
-    IP_ADAPTER,
-    RunConfig,
-    default_strengths,
-    fingerprint_fields,
-)
+from vcf_batch.config.fingerprint import fingerprint_fields
+from vcf_batch.config.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, IP_ADAPTER
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.strengths import default_strengths
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import resolution

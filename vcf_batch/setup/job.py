@@ -6,7 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from vcf_batch.config import FUSIONS, ROLES, RunConfig, fingerprint
+from vcf_batch.config.fingerprint import fingerprint
+from vcf_batch.config.limits import FUSIONS, ROLES
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import sample_records
 from vcf_batch.output_columns import Extra

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig, field_of
+from vcf_batch.config.fingerprint import field_of
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import RefusedError, UsageError, redact
 from vcf_batch.manifest.check import Census
 from vcf_batch.manifest.columns import cut, shown

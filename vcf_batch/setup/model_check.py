@@ -5,7 +5,8 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from vcf_batch.config import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE, REFERENCE_PARTS, RunConfig
+from vcf_batch.config.limits import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE, REFERENCE_PARTS
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError, UsageError, redact
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import adapter_layout, resolution

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError, redact
 from vcf_batch.models import adapters, resolution
 from vcf_batch.models.names import ADAPTERS, PRESETS

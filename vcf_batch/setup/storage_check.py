@@ -4,7 +4,7 @@ import socket
 from typing import Protocol
 
 from vcf_batch import storage
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import StorageError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import lease

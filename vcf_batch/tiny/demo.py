@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vcf_batch.config import ROLES
+from vcf_batch.config.limits import ROLES
 from vcf_batch.images import from_unit
 from vcf_batch.tiny import world
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from vcf_batch import storage
-from vcf_batch.config import EVALUATED_STRENGTHS
+from vcf_batch.config.strengths import EVALUATED_STRENGTHS
 from vcf_batch.errors import UsageError, VcfBatchError
 from vcf_batch.storage import scratch
 from vcf_batch.training.alignment import Alignment, Diverged, Losses, Trainer, level, summed

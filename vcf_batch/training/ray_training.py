@@ -23,7 +23,8 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vcf_batch import storage
-from vcf_batch.config import fingerprint, with_settings_of
+from vcf_batch.config.fingerprint import fingerprint
+from vcf_batch.config.signature import with_settings_of
 from vcf_batch.driver.progress import Progress, configure_log, duration
 from vcf_batch.errors import StorageError, UsageError, VcfBatchError, redact
 from vcf_batch.output import commits, lease, run_file

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vcf_batch.config import DTYPES, IMAGE_TOKENS, MAX_SEED, checked_values
+from vcf_batch.config.limits import DTYPES, IMAGE_TOKENS, MAX_SEED
+from vcf_batch.config.mapping import checked_values
 from vcf_batch.errors import UsageError
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
-from vcf_batch.config import IMAGE_TOKENS
+from vcf_batch.config.limits import IMAGE_TOKENS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.loading import refuse_missing_weights
 from vcf_batch.models.model_files import lone_variant
@@ -62,7 +62,7 @@ class ImageAligner(ModelMixin, ConfigMixin):
         default_strength: strength of ``concat`` with these tokens where none is given; None leaves it to the model.
 
     Raises:
-        ModelError: ``tokens`` is none of :data:`vcf_batch.config.IMAGE_TOKENS`.
+        ModelError: ``tokens`` is none of :data:`vcf_batch.config.limits.IMAGE_TOKENS`.
     """
 
     projections: Mapping[str, Projection] = MappingProxyType({})

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from vcf_batch import sharding
-from vcf_batch.config import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
+from vcf_batch.config.limits import IP_ADAPTER, MAX_SEED, UNCONDITIONALS
 from vcf_batch.errors import RowError, UsageError
 from vcf_batch.vcf.base.family import EncodedText
 from vcf_batch.vcf.fusion import Fusion, filled
@@ -102,7 +102,7 @@ def numbers_of(name: str, value: Any, count: int) -> list[Any]:
 def told_sizes(
     original: tuple[int, int] | None, crop: tuple[int, int] | None, target: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """The fields of :class:`vcf_batch.config.Sampling` for sizes as diffusers gives them, heights and tops first.
+    """The fields of :class:`vcf_batch.config.sampling.Sampling` for sizes as diffusers gives them, heights first.
 
     Raises:
         UsageError: one is no pair.

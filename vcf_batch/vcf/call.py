@@ -12,7 +12,8 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 from torch import Generator, Tensor
 
-from vcf_batch.config import MAX_EDGE, MAX_STEPS, Sampling
+from vcf_batch.config.limits import MAX_EDGE, MAX_STEPS
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.arguments import (
     References,
@@ -115,7 +116,8 @@ def call(
         guidance_lo, guidance_hi: the part of the schedule that is guided, as fractions.
         guidance_rescale: share, 0 to 1, of rescaling each guided prediction to the deviation of the prompt's own: Lin
             et al. 2023 (arXiv 2305.08891), section 3.4.
-        deep_cache: number of steps that share one output of the UNet's deep blocks: :class:`vcf_batch.config.Sampling`.
+        deep_cache: number of steps that share one output of the UNet's deep blocks:
+            :class:`vcf_batch.config.sampling.Sampling`.
         scheduler: ``ddim``, ``dpm++`` or ``euler``, with the noise schedule of the pipeline's own; None is the
             pipeline's own :attr:`scheduler`.
         eta: share of new noise in each step, 0 to 1; above 0 for DDIM alone.

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vcf_batch.config import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, ROLED_FUSIONS, reference_shares
+from vcf_batch.config.limits import ALIGNED_FUSIONS, FUSIONS, IP_ADAPTER, ROLED_FUSIONS
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.acceleration import upload
 from vcf_batch.vcf.base.family import AddedInputs
@@ -34,7 +35,7 @@ def fuse(
     Args:
         text_tokens: ``[B, T, Dt]``.
         image_tokens: aligned, ``[B, N, Dt]``; the tokens of several references stand one after the other.
-        mode: one of :data:`vcf_batch.config.ALIGNED_FUSIONS`.
+        mode: one of :data:`vcf_batch.config.limits.ALIGNED_FUSIONS`.
         strength: the weight ``a`` of the image part; 0 is text only. ``concat`` returns the same tokens at every
             strength: its strength is a bias on the attention logits of the image tokens, and callers pass the bias on
             beside the tokens.

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from vcf_batch.config import reference_shares
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.errors import ModelError
 from vcf_batch.models.loading import load_errors
 from vcf_batch.vcf.aligner import load_preprocessing, load_vision_tower, squash

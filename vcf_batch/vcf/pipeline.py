@@ -15,15 +15,9 @@ from PIL import Image
 from torch import Generator, Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch.config import (
-    ADAPTED_ROLES,
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_STEPS,
-    FUSIONS,
-    REFERENCE_PARTS,
-    Sampling,
-    default_strengths,
-)
+from vcf_batch.config.limits import ADAPTED_ROLES, DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, FUSIONS, REFERENCE_PARTS
+from vcf_batch.config.sampling import Sampling
+from vcf_batch.config.strengths import default_strengths
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
 from vcf_batch.models.model_files import loadable, read_header
@@ -344,7 +338,7 @@ class VCFPipeline(StableDiffusionPipeline):
             ``[B, N, Dt]`` on the pipeline's device, in the dtype of aligner or adapter.
 
         Raises:
-            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`, or the adapter.
+            ModelError: the model lacks one of :data:`vcf_batch.config.limits.REFERENCE_PARTS`, or the adapter.
             UsageError: no such choice of image tokens.
         """
         if adapted:
@@ -400,7 +394,7 @@ class VCFPipeline(StableDiffusionPipeline):
         Doing it twice changes nothing, and any thread may do it.
 
         Raises:
-            ModelError: the model lacks one of :data:`vcf_batch.config.REFERENCE_PARTS`, or the adapter.
+            ModelError: the model lacks one of :data:`vcf_batch.config.limits.REFERENCE_PARTS`, or the adapter.
         """
         if adapted:
             return self.adapter.prepare(image)
@@ -428,7 +422,7 @@ class VCFPipeline(StableDiffusionPipeline):
 
     def resolve_strength(self, fusion: str, strength: float | None) -> float:
         """The given strength, else the default of fusion, aligner and model:
-        :func:`vcf_batch.config.default_strengths`.
+        :func:`vcf_batch.config.strengths.default_strengths`.
 
         Raises:
             UsageError: no such fusion.
@@ -515,7 +509,7 @@ class VCFPipeline(StableDiffusionPipeline):
             text_tokens, negative_tokens: the prompts and negative prompts as :attr:`family` encodes them, of as many
                 tokens for each sample. Tokens ``[T, Dt]`` alone are enough for a family without pooled embeddings.
             fusions: one per sample, with its references' tokens and the way they join the prompt.
-            seeds: one per sample, 0 to :data:`vcf_batch.config.MAX_SEED`.
+            seeds: one per sample, 0 to :data:`vcf_batch.config.limits.MAX_SEED`.
             guidance_scale: one for all samples or one per sample; 1 is no guidance, None is the model's default.
             sampling: the way from noise to an image, for all samples.
 

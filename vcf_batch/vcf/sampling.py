@@ -12,7 +12,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.schedule import PINNED, SCHEDULER_CONFIG, check_schedule
@@ -43,7 +43,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """A new scheduler with a checkpoint's noise schedule, prediction type and spacing. It draws no noise of its own.
 
     Args:
-        name: one of :data:`vcf_batch.config.SCHEDULERS`.
+        name: one of :data:`vcf_batch.config.limits.SCHEDULERS`.
         config: the configuration of the checkpoint's own scheduler.
 
     Raises:

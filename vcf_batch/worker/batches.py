@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import sharding
-from vcf_batch.config import IP_ADAPTER
+from vcf_batch.config.limits import IP_ADAPTER
 from vcf_batch.metrics.scorer import Targets
 from vcf_batch.records import Lora, Objective, Reference, Row, Sample
 from vcf_batch.vcf.base.family import EncodedText

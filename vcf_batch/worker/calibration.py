@@ -5,11 +5,11 @@ import itertools
 import time
 from collections.abc import Sequence
 
+from vcf_batch.config.row_settings import checked, settings_of
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.prompt_tokens import windows_of
 from vcf_batch.records import Row
-from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.worker.batches import batch_key
 from vcf_batch.worker.clock import Clock
 from vcf_batch.worker.components import Components

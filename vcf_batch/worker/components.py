@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.vcf.guide import Guide

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models.cache import cache_folder
 from vcf_batch.vcf.attention import Kernel, cudnn_attention, pin_kernel

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
-from vcf_batch.config import GATES, RunConfig
+from vcf_batch.config.limits import GATES
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.records import Draw, Sample, Scores
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vcf_batch import sharding
-from vcf_batch.config import IP_ADAPTER
+from vcf_batch.config.limits import IP_ADAPTER
 from vcf_batch.errors import OutOfDeviceMemory
 from vcf_batch.models.forward_pass import ForwardPass, outputs
 from vcf_batch.records import Lora, Objective, Sample

@@ -10,7 +10,7 @@ import runpy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.setup.environment import environment
 from vcf_batch.setup.job import Job
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vcf_batch import images
-from vcf_batch.config import RunConfig
+from vcf_batch.config.row_settings import loras_of, settings_of
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.records import Lora, Reference, Row, Sample
-from vcf_batch.row_settings import loras_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ShardRows:
     rows: Sequence[Row]
     """Rows in order. Padding is without its content, see :func:`neutral`."""
     settings: Sequence[Mapping[str, Any]]
-    """The settings of each row, see :func:`vcf_batch.row_settings.settings_of`."""
+    """The settings of each row, see :func:`vcf_batch.config.row_settings.settings_of`."""
     known: Mapping[int, Sample]
     """Samples that exist already, by the number of their row."""
     padding: frozenset[int]
@@ -30,7 +30,7 @@ class ShardRows:
     windows: Sequence[int]
     """Number of windows that the texts of each row are encoded in; that of padding is its content's."""
     loras: Sequence[tuple[Lora, ...]]
-    """The LoRAs of each row, see :func:`vcf_batch.row_settings.loras_of`."""
+    """The LoRAs of each row, see :func:`vcf_batch.config.row_settings.loras_of`."""
 
     @classmethod
     def of(

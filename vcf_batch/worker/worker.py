@@ -13,6 +13,7 @@ from typing import cast
 import torch
 
 from vcf_batch import storage
+from vcf_batch.config.row_settings import checked, settings_of
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import LoraReader, ReferenceReader
 from vcf_batch.metrics.clip_score import ClipJudge
@@ -25,7 +26,6 @@ from vcf_batch.output import commits, shards
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output.shards import ShardFiles
 from vcf_batch.records import Row, Sample
-from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup.job import TRACE, Job, has_loras, schema_of
 from vcf_batch.setup.run_models import OWN_JUDGE, OWN_PROBE, OWN_SAFETY, TINY_PERCEPTUAL, Models
 from vcf_batch.setup.shard_task import ShardTask

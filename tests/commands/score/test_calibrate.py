@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from support import exports, runs, scorers
 from vcf_batch.cli import main
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import UsageError
 from vcf_batch.output.scores import calibration
 

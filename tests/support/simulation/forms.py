@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vcf_batch import images
+from vcf_batch.config.row_settings import settings_of
 from vcf_batch.output import shards
 from vcf_batch.records import Sample, Scores, Shard
-from vcf_batch.row_settings import settings_of
 from vcf_batch.setup.job import Job, schema_of
 
 FILE_BYTES = 2048

@@ -23,7 +23,8 @@ from support.simulation.readers import ACTIONS, Readers
 from support.simulation.replacements import Notes, replaced
 from support.simulation.witness import Witness
 from vcf_batch import storage
-from vcf_batch.config import RunConfig, fingerprint_fields
+from vcf_batch.config.fingerprint import fingerprint_fields
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.fault import Failure
 from vcf_batch.driver.ledger import Ledger
 from vcf_batch.errors import RefusedError, UsageError, VcfBatchError

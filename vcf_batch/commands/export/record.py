@@ -12,7 +12,7 @@ from vcf_batch.commands.export.selection import Choice
 from vcf_batch.commands.export.settings import ExportSettings
 from vcf_batch.commands.export.shard_files import KINDS, SUFFIXES
 from vcf_batch.commands.export.sources import RUN, Sources, Survey
-from vcf_batch.config import fingerprint
+from vcf_batch.config.fingerprint import fingerprint
 from vcf_batch.errors import RefusedError, redact_name
 from vcf_batch.output.output import EXPORT_NAME
 from vcf_batch.output.receipts import RECEIPT_SUFFIX

@@ -21,7 +21,8 @@ from PIL import Image
 
 from vcf_batch import images
 from vcf_batch.commands.score.scoring import require_manifest
-from vcf_batch.config import FALSE_ACCEPTS, MAX_PIXELS, reference_shares
+from vcf_batch.config.limits import FALSE_ACCEPTS, MAX_PIXELS
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.errors import DamageFound, RefusedError, RowError, StorageError, UsageError, VcfBatchError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.bootstrap import Bootstrap

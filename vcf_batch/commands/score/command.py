@@ -9,7 +9,7 @@ from vcf_batch.commands.score.duplicates import adding, near_embeddings
 from vcf_batch.commands.score.duplicates.search import Search
 from vcf_batch.commands.score.scoring import Added, add, require_manifest
 from vcf_batch.commands.score.wanted import Wanted, resolve
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.output import lease
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores import calibration

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.progress import configure_log
 from vcf_batch.errors import RefusedError, UsageError
 from vcf_batch.output import lease, shards

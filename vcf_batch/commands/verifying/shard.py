@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from vcf_batch import images, sharding, storage
-from vcf_batch.config import MAX_PIXELS, RunConfig
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.row_settings import checked, settings_of
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import DamageFound, RowError, Unfinished
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output import receipts, sample_records, shards
@@ -23,7 +25,6 @@ from vcf_batch.output.row_json import json_text, json_value, json_values
 from vcf_batch.output.sums import ShardSums
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import STATUSES, TRIPLET, FileEntry, Row, Shard
-from vcf_batch.row_settings import checked, settings_of
 from vcf_batch.setup.job import schema_of
 
 

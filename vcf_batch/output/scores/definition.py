@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from vcf_batch.config import fingerprint
+from vcf_batch.config.fingerprint import fingerprint
 
 SCORES_FOLDER = "_scores"
 CALIBRATION_NAME = "calibration.json"

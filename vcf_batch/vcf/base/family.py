@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 
 if TYPE_CHECKING:
     from vcf_batch.vcf.pipeline import VCFPipeline

@@ -16,7 +16,7 @@ class Layout:
     tokenizers: tuple[str, ...]
     """The folders of its tokenizers, one for each text encoder."""
     tells_sizes: bool
-    """Whether the UNet is told sizes: :data:`vcf_batch.config.TOLD_SIZES`."""
+    """Whether the UNet is told sizes: :data:`vcf_batch.config.limits.TOLD_SIZES`."""
     unet: Mapping[str, Any]
     """Keys of the UNet's configuration that stand for a further input, with the value that the family's have."""
 

@@ -16,7 +16,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from vcf_batch.config import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+from vcf_batch.config.limits import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.prompt_tokens import refuse_without_words
 from vcf_batch.vcf.aligner import ImageAligner

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vcf_batch.config import Sampling
+from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.acceleration import upload
 from vcf_batch.vcf.aligner import ENCODE_BATCH

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from vcf_batch.config import ROLES
+from vcf_batch.config.limits import ROLES
 from vcf_batch.errors import ModelError
 from vcf_batch.vcf.roles.role import ROLE_FILE
 

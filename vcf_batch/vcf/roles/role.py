@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vcf_batch.config import ROLES
+from vcf_batch.config.limits import ROLES
 from vcf_batch.errors import UsageError
 
 ROLE_FILE = "roles.safetensors"
@@ -51,7 +51,7 @@ _ROLES = (
 )
 
 BY_NAME: Mapping[str, Role] = {role.name: role for role in _ROLES}
-"""The role of each of :data:`vcf_batch.config.ROLES`."""
+"""The role of each of :data:`vcf_batch.config.limits.ROLES`."""
 assert (*BY_NAME,) == ROLES
 
 
@@ -63,7 +63,7 @@ def role_of(name: Any, adapted: bool = False) -> Role:
     """The role with a name.
 
     Args:
-        name: one of :data:`vcf_batch.config.ROLES`.
+        name: one of :data:`vcf_batch.config.limits.ROLES`.
         adapted: whether the reference's tokens are those of an IP-Adapter.
 
     Raises:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.output.output import Output
 from vcf_batch.output.scores.definition import ScoreDefinition

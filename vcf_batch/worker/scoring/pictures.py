@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vcf_batch import images
-from vcf_batch.config import MAX_PIXELS, reference_shares
+from vcf_batch.config.limits import MAX_PIXELS
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.errors import RowError, StorageError, VcfBatchError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.shown import Shown

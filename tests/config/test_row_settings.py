@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from vcf_batch.config import RunConfig
+from vcf_batch.config.row_settings import checked
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.records import Reference, Row
-from vcf_batch.row_settings import checked
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vcf_batch.config import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS, RunConfig, reference_shares
+from vcf_batch.config.limits import ADAPTED_ROLES, IP_ADAPTER, ROLED_FUSIONS
+from vcf_batch.config.run_config import RunConfig
+from vcf_batch.config.strengths import reference_shares
 from vcf_batch.output_columns import SETTINGS
 from vcf_batch.records import Lora, Row, settled_loras
 
