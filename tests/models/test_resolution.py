@@ -86,6 +86,13 @@ def test_a_folder_is_used_in_place_and_named_by_its_contents(
     assert resolve(str(tmp_path / "copy")).identity != resolved.identity
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_folder_may_be_named_like_a_file(name: str, tmp_path: Path) -> None:
+    """Programs that convert a checkpoint name the folder after it."""
+    folder = write(tmp_path / name, FILES)
+    assert resolve(folder).kind == "directory" and not resolve(folder).layout
+
+
 def test_another_model_on_a_node_is_refused(model_folder: str, tmp_path: Path) -> None:
     resolved = resolve(model_folder)
     write(tmp_path / "model", {"unet/diffusion_pytorch_model.safetensors": b"changed"})

@@ -97,6 +97,11 @@ def test_a_file_loads_as_the_folder_that_it_was_made_of(checkpoint: tuple[Path, 
     assert torch.equal(one.encode_prompts(["a b c"]), stock.encode_prompt("a b c", **settings)[0])
 
 
+def test_a_folder_that_is_named_like_a_file_loads_as_a_folder(tmp_path: Path) -> None:
+    folder = save_sd15(tmp_path / "model.safetensors")
+    assert VCFPipeline.from_pretrained(str(folder)).unet.config.in_channels == 4
+
+
 def test_its_configuration_is_read_without_its_weights(checkpoint: tuple[Path, Path]) -> None:
     model, file = checkpoint
     resolved = resolution.resolve(str(file))

@@ -6,6 +6,7 @@ Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_fil
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,12 +66,13 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
     if name == TINY:
         _no_revision(name, revision)
         return ResolvedModel(name, "tiny", TINY, folder_identity(tiny_folder()))
-    if name.endswith(PICKLES):
+    # A folder may have any name.
+    if name.endswith(PICKLES) and not os.path.isdir(name):
         raise ModelError(
             f"{redact(name)} is a pickle, which may run code when it is loaded: convert it to safetensors where you "
             "trust it"
         )
-    if not within and name.endswith(layout.SUFFIX):
+    if not within and layout.is_single_file(name):
         found = resolve_file(name, revision)
         shapes = tensor_shapes(found, redact(name), "name another file")
         return dataclasses.replace(found, name=name, layout=layout.layout_of(shapes, redact(name)))

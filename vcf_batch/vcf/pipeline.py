@@ -154,7 +154,7 @@ class VCFPipeline(StableDiffusionPipeline):
             return cls
         names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
         try:
-            if folder.endswith(single_file.SUFFIX):
+            if single_file.is_single_file(folder):
                 index = single_file.read_config(_layout_of(folder), "model_index.json")
             else:
                 index = cls.load_config(folder, **{name: given[name] for name in names if name in given})
@@ -197,7 +197,7 @@ class VCFPipeline(StableDiffusionPipeline):
             folder = tiny_folder()
         # Without a dtype transformers would keep the stored type of its parts, and diffusers gives float32 to its own.
         dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
-        if folder.endswith(single_file.SUFFIX):
+        if single_file.is_single_file(folder):
             return cls._from_file(folder, given | {"dtype": dtype})
         given["dtype"] = cls._dtypes(folder, dtype)
         if "variant" in given:

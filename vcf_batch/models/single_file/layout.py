@@ -14,7 +14,7 @@ from typing import Any
 from vcf_batch.errors import ModelError
 from vcf_batch.storage import scratch
 
-SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"
 CONFIGURATIONS = Path(__file__).parent / "layouts"
 VOCABULARY = Path(__file__).parent / "vocabulary"
 
@@ -42,6 +42,11 @@ _MARKS = {
     "layout, which has a scheduler of its own",
 }
 """Tensors that mark a checkpoint with another scheduler than the published model's. The weights do not tell it."""
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a model's name is that of one file. A folder may be named like the file that it was converted from."""
+    return name.endswith(_SUFFIX) and not os.path.isdir(name)
 
 
 def layout_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
