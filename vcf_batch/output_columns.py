@@ -40,7 +40,8 @@ _TABLE = (
         "reference",
         _TEXT,
         "manifest",
-        "The image that the result was to resemble, or a list of such images. Null means text only.",
+        "The image that the result was to resemble, or a list of such images. Embedded bytes without a path are named "
+        "by their hash, as `sha256:...`. Null means text only.",
     ),
     Column(
         "reference_weights",

@@ -1,6 +1,7 @@
 """The vocabulary every signature uses: Row, Lora, Shard, Scores, Sample."""
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -39,13 +40,21 @@ from the same noise, and the reference."""
 class Reference:
     """One reference image as the manifest gives it: a URI, embedded bytes, or both.
 
-    ``uri`` is what the output records. ``data``, when present, is the image itself and the URI is not opened.
+    ``data``, when present, is the image itself and the URI is not opened.
     """
 
     uri: str | None = None
     data: bytes | None = None
     sha256: str | None = None
     """Hex SHA-256 that the image's bytes must have; None if they may be any."""
+
+    @property
+    def name(self) -> str:
+        """What the output records: the URI, or ``sha256:`` and the hash of embedded bytes that have none."""
+        if self.uri is not None:
+            return self.uri
+        assert self.data is not None
+        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,15 @@ def test_the_seed_chooses_the_samples(output: Path) -> None:
     assert sum(map(len, chosen[2])) == 4
 
 
+def test_samples_are_those_of_their_shards_where_another_shard_is_damaged(output: Path, tmp_path: Path) -> None:
+    """A shard that verify did not look at may have no receipt that can be read."""
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    (copy / "00000_stats.json").write_text("no receipt")
+    assert [(each.shard.index, places) for each, places in regenerate._chosen(Output(str(copy)), 99, 0)] == [
+        (1, [0, 1, 2, 3])
+    ]
+
+
 def test_another_type_of_device_may_differ_a_little(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact on the same type of device and versions, else within a stated tolerance."""
     shift = {"pixels": 1.0}

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,27 @@ def test_a_condition_tells_the_columns_that_it_reads(whole: Path, where: str, co
     condition = Condition(where, rows.schema)
     assert [*condition.columns] == (columns or [name for name in rows.column_names if name != "half"])
     assert condition.keys(rows.select([*condition.columns])) == condition.keys(rows)
+
+
+def test_a_time_is_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is a time of UTC, so an export that goes on elsewhere selects the same rows."""
+    night = datetime(2024, 1, 1, 0, 30, tzinfo=UTC)
+    rows = pa.table({"key": ["a"], "night": pa.array([night], pa.timestamp("us", "UTC"))})
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert Condition("night >= '2024-01-01'", rows.schema).keys(rows) == {"a"}
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_columns_that_are_one_name_in_sql_are_refused() -> None:
+    """DuckDB takes the first one. A condition that reads neither is one."""
+    rows = pa.table({"key": ["a"], "Grade": [1.0], "grade": [9.0], "size": [3]})
+    with pytest.raises(UsageError, match="Grade and grade are one name in SQL"):
+        Condition("grade > 5", rows.schema)
+    assert Condition("size > 2", rows.schema).keys(rows) == {"a"}
 
 
 @pytest.mark.parametrize(

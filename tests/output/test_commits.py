@@ -198,6 +198,30 @@ def test_a_commit_that_takes_the_tar_away_goes_on_or_has_its_shard_generated_aga
     check(output, {0: receipt})
 
 
+def test_a_look_for_a_newer_receipt_that_fails_leaves_no_receipt_beside_an_older_tar(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the staged files are in their places, so a repeated call would not know of the older tar."""
+    old, new = two(tmp_path, "the new one")
+    commits.commit(output, receipt_for(old), commits.stage(old, output, SHARD, "one"))
+    staged = commits.stage(new, output, SHARD, "two")
+    content, looks = receipts.content, 0
+
+    def failing(*arguments: Any) -> bytes | None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            raise StorageError("as ordered")
+        return content(*arguments)
+
+    monkeypatch.setattr(receipts, "content", failing)
+    with pytest.raises(StagedFilesLost, match="as ordered"):
+        commits.commit(output, receipt_for(new), staged)
+    check(output, read_receipts(output))
+    commits.commit(output, receipt_for(new), commits.stage(new, output, SHARD, "three"))
+    check(output, {0: receipt_for(new)})
+
+
 @pytest.mark.parametrize("step", ["read_bytes", "move", "publish_bytes"])
 def test_a_driver_suspended_within_a_commit_harms_nothing_of_the_next_owners(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str

@@ -9,10 +9,11 @@ from PIL import ImageDraw
 
 from support import runs
 from vcf_batch.config.run_config import RunConfig
-from vcf_batch.errors import DamageFound, UsageError
+from vcf_batch.errors import DamageFound, RefusedError, UsageError
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.output import commits, sample_records, shards
+from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.records import Sample
 from vcf_batch.report import contact_sheet
@@ -58,9 +59,7 @@ def test_rows_of_one_prompt_stand_together(tmp_path: Path) -> None:
 
 
 def test_every_row_has_a_card_and_failed_ones_are_told(output: Path) -> None:
-    record = RunConfig(manifest=str(output.parent / "in" / "manifest.parquet"), output=str(output))
-    manifest = Manifest.open(record.manifest)
-    cards = list(contact_sheet._cards(str(output), record, manifest, [runs.read_receipts(str(output))[0]]))
+    cards = list(contact_sheet._cards(Output(str(output)), [runs.read_receipts(str(output))[0]]))
     assert [card.output is None for card in cards] == [False, True, False, False, False, True]
     assert [card.reference is None for card in cards] == [False, False, False, False, True, False]
     assert [card.notes[0] for card in cards if card.output] == ["concat 0.1", "concat 0.1", "concat 0.1", "text only"]
@@ -94,8 +93,15 @@ def test_the_first_line_names_the_model_and_the_embedded_one_by_what_it_is(
 
 
 def test_an_output_without_a_shard_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no finished shard"):
+    with pytest.raises(UsageError, match="holds no run"):
         contact_sheet.contact_sheet(str(tmp_path))
+
+
+def test_a_manifest_that_has_changed_is_refused(output: Path) -> None:
+    """Its prompts and references are not those of the images."""
+    runs.write_manifest(output.parent / "in", 6, {"prompt": [f"another {row}" for row in range(6)]})
+    with pytest.raises(RefusedError, match="has changed since the run"):
+        contact_sheet.contact_sheet(str(output))
 
 
 def test_a_damaged_tar_is_told_and_not_shown_as_failures(output: Path) -> None:

@@ -111,11 +111,28 @@ def test_histograms_count_every_value_and_know_their_quantiles() -> None:
         assert histogram.quantile(share) == pytest.approx(np.quantile(values, share), abs=0.001)
 
 
-def test_histograms_take_values_off_their_scale() -> None:
+@pytest.mark.parametrize(
+    ("middle", "spread", "within"), [(6.0, 1.0, 0.001), (128.0, 40.0, 0.03), (1e9, 1e8, 1e5), (-1e-3, 1e-2, 0.001)]
+)
+def test_histograms_take_values_of_any_size(middle: float, spread: float, within: float) -> None:
+    """Scores that are added may be grades from 1 to 10 or levels up to 255."""
+    values = np.random.default_rng(1).normal(middle, spread, 10_000)
     histogram = Histogram()
-    histogram.add(np.array([-7.0, 0.0, 99.0]))
-    assert sum(histogram.bars()[2]) == 3
-    assert (histogram.low, histogram.high) == (-7, 99)
+    for part in np.split(np.sort(values), 4):
+        histogram.add(part)
+    start, width, bars = histogram.bars()
+    assert sum(bars) == histogram.count == 10_000 and 4 <= len(bars) <= 40
+    assert start <= values.min() and values.max() <= start + width * len(bars)
+    for share in (0.05, 0.5, 0.95):
+        assert histogram.quantile(share) == pytest.approx(np.quantile(values, share), abs=within)
+
+
+def test_histograms_take_values_far_apart() -> None:
+    histogram = Histogram()
+    for value in (0.0, -7.0, 1e300, -1e300):
+        histogram.add(np.array([value]))
+    assert sum(histogram.bars()[2]) == 4
+    assert (histogram.low, histogram.high) == (-1e300, 1e300)
 
 
 def test_intervals_stay_few_and_lose_no_row() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,7 +19,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two outputs of a manifest with shards of other sizes; the second has other scores, and other failed rows."""
     folder = tmp_path_factory.mktemp("two")
     prompts = ["<b>evil</b>" if row == 2 else f"prompt {row}" for row in range(ROWS)]
-    manifest = runs.write_manifest(folder / "in", ROWS, {"prompt": prompts, "kind": ["a", "b"] * 5})
+    kinds = pa.array(["a", "b"] * 5, pa.large_string())  # as pandas and polars write texts
+    manifest = runs.write_manifest(folder / "in", ROWS, {"prompt": prompts, "kind": kinds})  # type: ignore[dict-item]
     runs.write_output(manifest, folder / "first", 4, failed={3}, rejected={4})
     runs.write_output(manifest, folder / "second", 3, failed={5})
     files = runs.Files(folder / "second", "00000")

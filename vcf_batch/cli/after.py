@@ -114,7 +114,8 @@ def score(
         raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}; or --calibrate")
     searches = wants.searches(asked, by, threshold)
     scores = [each for each in asked if each.kind != "duplicates"]
-    steps = [command.score(output, scores, aesthetic_clip, given(ctx))] if scores or not searches else []
+    adds = scores or aesthetic_clip or not searches
+    steps = [command.score(output, scores, aesthetic_clip, given(ctx))] if adds else []
     steps += command.find_duplicates(output, searches, given(ctx))
     measured = command.calibrate(output, scores, aesthetic_clip, given(ctx)) if calibrate else None
     words = []

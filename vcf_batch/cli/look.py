@@ -102,7 +102,7 @@ def report(
     if other is not None:
         if png is not None:
             raise UsageError(f"--png {png} shows one output: leave it out, or leave {other} out")
-        _compare(output, other, out, as_json)
+        _compare(output, other, given(ctx), out, as_json)
         return
     written: dict[str, str] = {}
     if out is not None or png is None:
@@ -118,12 +118,12 @@ def report(
     tell("\n".join(written.values()), written, as_json)
 
 
-def _compare(first: str, second: str, out: str | None, as_json: bool) -> None:
+def _compare(first: str, second: str, changes: Mapping[str, Any], out: str | None, as_json: bool) -> None:
     """Compare two outputs, and write a page of it to ``out``, if there is one."""
     from vcf_batch.output.output import Output  # Pillow and pyarrow are not needed to print a help text
     from vcf_batch.report.two_outputs import beside, pairs
 
-    outputs = Output(first), Output(second)
+    outputs = Output(first, changes), Output(second, changes)
     found = pairs.compare(*outputs)
     document = {"first": redact(first), "second": redact(second), **found.to_dict()}
     words = beside.markdown(found)

@@ -212,9 +212,12 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
 
 
 def _label(variant: Variant) -> list[str]:
-    return [str(value) if name in ("fusion", "role") else f"{name} {value:g}" for name, value in variant.items()] or [
-        "as asked"
-    ]
+    def shown(name: str, value: Any) -> str:
+        if name in ("fusion", "role"):
+            return str(value)
+        return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+    return [shown(name, value) for name, value in variant.items()] or ["as asked"]
 
 
 def _cell(sample: Sample) -> Cell:

@@ -87,12 +87,13 @@ def _load(output: Output, folder: str) -> Worker:
 
 def _chosen(output: Output, count: int, seed: int) -> Iterator[tuple[Receipt, list[int]]]:
     """Choose samples with equal probability: each receipt with places, from 0, among the shard's successful samples."""
-    counts = [receipt.counts["success"] for receipt in receipts.read(output.url)]
-    stops = [0, *itertools.accumulate(counts)]
+    counts = {receipt.shard.index: receipt.counts["success"] for receipt in receipts.read(output.url)}
+    # Shards without a readable receipt are missing here, so a shard's place among the others is not its index.
+    indices, stops = [*counts], [0, *itertools.accumulate(counts.values())]
     places: dict[int, list[int]] = defaultdict(list)
     for number in sorted(random.Random(seed).sample(range(stops[-1]), min(count, stops[-1]))):
-        index = bisect_right(stops, number) - 1
-        places[index].append(number - stops[index])
+        position = bisect_right(stops, number) - 1
+        places[indices[position]].append(number - stops[position])
     for receipt in receipts.read(output.url):
         if receipt.shard.index in places:
             yield receipt, places[receipt.shard.index]

@@ -130,10 +130,10 @@ def commit(output_url: str, receipt: Receipt, staged: dict[str, str], stays: Con
             storage.move(storage.join(output_url, path), storage.join(output_url, storage.name(path)))
             del staged[kind]
         for file, its_version in surplus.items():
-            # The next owner may have committed the shard since, and the tar may be its own.
-            if receipts.content(output_url, receipt.shard.name) is not None:
-                raise FileExistsError(receipt_url)
             try:
+                # The next owner may have committed the shard since, and the tar may be its own.
+                if receipts.content(output_url, receipt.shard.name) is not None:
+                    raise FileExistsError(receipt_url)
                 storage.move(file, storage.join(folder, _OLD_FILE + storage.name(file)), its_version)
             except StorageError as error:
                 # A repeated call has no staged file left by which it knows that it is not too late.

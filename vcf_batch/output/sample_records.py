@@ -11,7 +11,7 @@ import pyarrow as pa
 from vcf_batch.errors import printable, redact_name
 from vcf_batch.output.row_json import finite
 from vcf_batch.output_columns import COLUMNS, SETTINGS, Extra, columns_of
-from vcf_batch.records import SCORES, TEXTURE, Draw, Objective, Row, Sample, Scores
+from vcf_batch.records import SCORES, TEXTURE, Draw, Objective, Reference, Row, Sample, Scores
 
 
 def schema(carried_schema: pa.Schema, reference_is_list: bool, extras: Collection[Extra | None] = ()) -> pa.Schema:
@@ -79,17 +79,16 @@ def of_manifest(
         reference_is_web: see :attr:`vcf_batch.manifest.manifest.Manifest.reference_is_web`.
     """
 
-    def named(uri: str | None) -> str | None:
-        return uri and redact_name(uri, reference_is_web)
+    def named(reference: Reference | None) -> str | None:
+        return None if reference is None else redact_name(reference.name, reference_is_web)
 
-    uris = [named(reference.uri) for reference in row.references]
-    negative = row.negative_reference.uri if row.negative_reference else None
+    names = [named(reference) for reference in row.references]
     return {
         "key": row.key,
         "prompt": row.prompt,
-        "reference": (uris or None) if reference_is_list else next(iter(uris), None),
-        "reference_masks": [named(mask.uri if mask else None) for mask in row.masks] or None,
-        "negative_reference": named(negative),
+        "reference": (names or None) if reference_is_list else next(iter(names), None),
+        "reference_masks": [*map(named, row.masks)] or None,
+        "negative_reference": named(row.negative_reference),
         **{name: row.carried.get(name) for name in carried},
     }
 

@@ -7,6 +7,7 @@ anything but their arguments, the clock and chance.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ from vcf_batch.errors import UsageError
 _CLOSED: dict[str, Any] = {
     "enable_external_access": False,
     "python_enable_replacements": False,
-    "lock_configuration": True,
 }
 
 _CLOCK_AND_CHANCE = {
@@ -46,6 +46,9 @@ class Condition:
     def __init__(self, where: str, schema: pa.Schema, is_repeatable: bool = False) -> None:
         self._where, self._is_repeatable = where, is_repeatable
         self._database = duckdb.connect(":memory:", config=_CLOSED)
+        # Times are compared with texts in this zone, wherever the process runs.
+        self._database.execute("SET GLOBAL TimeZone = 'UTC'")
+        self._database.execute("SET GLOBAL lock_configuration = true")
         self._columns = [field.name for field in schema if self._takes(field)]
         self.columns: Sequence[str] = self._columns
         """Columns that have to be in the rows of :meth:`keys`: the key, and those that the condition reads."""
@@ -103,6 +106,11 @@ class Condition:
             return self._columns
         # A name may be that of a field or a parameter: to read a column more does not change the result.
         named = {name.lower() for node in nodes for name in node.get("column_names", [])}
+        alike = Counter(name.lower() for name in self._columns)
+        for name in self._columns:
+            if name.lower() in named and alike[name.lower()] > 1:
+                others = " and ".join(other for other in self._columns if other.lower() == name.lower())
+                raise self._not_a_condition(f"{others} are one name in SQL, which tells no case of letters")
         return [name for name in self._columns if name == "key" or name.lower() in named]
 
     def _not_a_condition(self, reason: str) -> UsageError:

@@ -12,12 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vcf_batch import images
 from vcf_batch.config.limits import MAX_PIXELS
-from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import DamageFound, RowError, StorageError, UsageError
-from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.models import embedded
-from vcf_batch.output import receipts, run_file, shards
+from vcf_batch.output import receipts, shards
+from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Receipt
 from vcf_batch.output_columns import COLUMNS
 from vcf_batch.records import Row
@@ -56,18 +55,18 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
         changes: settings that are not what they were, such as the place of a manifest that has moved.
 
     Raises:
-        UsageError: the output has no finished shard, or its manifest is gone.
+        UsageError: the output has no finished shard.
+        VcfBatchError: its manifest cannot be read any more, or has changed.
         DamageFound: a tar cannot be read.
         StorageError: the storage failed.
     """
-    record = run_file.read(output)
-    done = receipts.read(output)
+    opened = Output(output, changes)
+    record, done = opened.record, receipts.read(opened.url)
     first = next(done, None)
-    if record is None or first is None:
+    if first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
-    config = record.run_config(output, changes)
-    manifest = run_file.open_manifest(config, record)
-    cards = itertools.islice(_cards(output, config, manifest, itertools.chain([first], done)), limit)
+    opened.need_manifest()
+    cards = itertools.islice(_cards(opened, itertools.chain([first], done)), limit)
     by_prompt: dict[str, list[_Card]] = {}
     for card in cards:
         by_prompt.setdefault(card.prompt, []).append(card)
@@ -145,14 +144,15 @@ def scores_of(record: Mapping[str, Any]) -> list[str]:
     return [f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if record[name] is not None]
 
 
-def _cards(output: str, config: RunConfig, manifest: Manifest, done: Iterable[Receipt]) -> Iterator[_Card]:
-    reader = ReferenceReader(manifest.base, config.reference_root, config.max_pixels)
+def _cards(output: Output, done: Iterable[Receipt]) -> Iterator[_Card]:
+    config = output.config
+    reader = ReferenceReader(output.need_manifest().base, config.reference_root, config.max_pixels)
     for receipt in done:
         shard = receipt.shard
         # Rows and samples are in manifest order; only successful rows have a sample.
-        samples = _samples(shards.file_url(output, shard, "tar")) if receipt.counts["success"] else iter(())
+        samples = _samples(shards.file_url(output.url, shard, "tar")) if receipt.counts["success"] else iter(())
         sample = next(samples, None)
-        for row in manifest.rows(shard.start, shard.stop, config.seed):
+        for row in output.manifest_rows(shard.start, shard.stop):
             if sample is None or sample["__key__"] != row.key:
                 yield _Card(row.prompt, _reference(row, reader), None, ["see error_message in the parquet"])
                 continue

@@ -4,6 +4,7 @@ Receipts and parquets are read once, several shards at a time. Memory does not g
 """
 
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,13 +66,15 @@ _CAUSE_LENGTH = 240
 
 
 class Histogram:
-    """Counts of values in bins of width :attr:`STEP`. The outermost bins also count the values beyond them."""
+    """Counts of values in bins of one width, :data:`STEP`, which doubles while they span :data:`MOST_BINS` or more."""
 
     STEP = 0.001
-    LOW, HIGH = -1.0, 4.0
+    MOST_BINS = 10_000
 
     def __init__(self) -> None:
-        self._bins = np.zeros(round((self.HIGH - self.LOW) / self.STEP), np.int64)
+        self._step = self.STEP
+        self._bins: Counter[float] = Counter()
+        """Number of values by the number of their bin, a whole number. Bin 0 begins at 0."""
         self._sum = 0.0
         self.low, self.high = np.inf, -np.inf
 
@@ -79,14 +82,21 @@ class Histogram:
         """Count finite values."""
         if not len(values):
             return
-        places = np.clip(np.floor((values - self.LOW) / self.STEP), 0, len(self._bins) - 1).astype(np.int64)
-        self._bins += np.bincount(places, minlength=len(self._bins))
         self._sum += float(values.sum())
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        there, step = self._bins, self._step
+        while self.high // self._step - self.low // self._step >= self.MOST_BINS:
+            self._step *= 2
+        if self._step != step:
+            self._bins = Counter()
+            for place, count in there.items():
+                self._bins[place // (self._step / step)] += count
+        for place, count in zip(*np.unique(values // self._step, return_counts=True), strict=True):
+            self._bins[float(place)] += int(count)
 
     @property
     def count(self) -> int:
-        return int(self._bins.sum())
+        return self._bins.total()
 
     @property
     def mean(self) -> float:
@@ -95,17 +105,21 @@ class Histogram:
 
     def quantile(self, share: float) -> float:
         """The value that a ``share`` (0 to 1) of the values does not exceed, to half a bin. Needs a value at least."""
-        place = int(np.searchsorted(np.cumsum(self._bins), max(share * self.count, 1)))
-        return min(max(self.LOW + (place + 0.5) * self.STEP, self.low), self.high)
+        places = sorted(self._bins)
+        counts = np.cumsum([self._bins[place] for place in places])
+        place = places[int(np.searchsorted(counts, max(share * self.count, 1)))]
+        return min(max((place + 0.5) * self._step, self.low), self.high)
 
     def bars(self, most: int = 40) -> tuple[float, float, list[int]]:
         """Start, width and heights of at most ``most`` bars over the range of the values. Needs at least one value."""
-        used = np.flatnonzero(self._bins)
-        per_bar = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if used[-1] // n - used[0] // n < most)
-        first, last = int(used[0]) // per_bar, int(used[-1]) // per_bar
-        fine = self._bins[first * per_bar : (last + 1) * per_bar]
-        bars = np.add.reduceat(fine, np.arange(0, len(fine), per_bar))
-        return self.LOW + first * per_bar * self.STEP, per_bar * self.STEP, bars.tolist()
+        low, high = min(self._bins), max(self._bins)
+        widths = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+        per_bar = next(n for n in widths if high // n - low // n < most)
+        first = low // per_bar
+        heights = [0] * int(high // per_bar - first + 1)
+        for place, count in self._bins.items():
+            heights[int(place // per_bar - first)] += count
+        return first * per_bar * self._step, per_bar * self._step, heights
 
 
 class Chosen(NamedTuple):

@@ -116,6 +116,7 @@ def test_lists_and_embedded_references_are_copied(tmp_path: Path) -> None:
         (
             (pa.array([["reference0.png", "reference1.png"], None]), 2),
             (pa.array([{"bytes": data, "path": None}, {"bytes": data, "path": "x.png"}], image), 1),
+            (pa.array([[{"bytes": data, "path": None}], None], pa.large_list(image)), 1),
         )
     ):
         folder = tmp_path / str(number)
@@ -143,6 +144,36 @@ def test_a_reference_is_taken_down_by_its_hash(tmp_path: Path, references: str) 
     assert [row["key"] for row in rows] == ["000000000", "000000003", "000000006"]
     assert {row["reference_sha256"] for row in rows} == {sha256(tmp_path / "in/reference0.png")}
     assert not [*(tmp_path / "t").rglob(f"*{gone}*")]
+
+
+@pytest.mark.parametrize("kind", [pa.large_list(pa.large_string()), pa.list_(pa.string(), 1)])
+@pytest.mark.parametrize("references", ["relative", "copy"])
+def test_a_reference_is_taken_down_by_its_hash_whatever_kind_of_list_has_it(
+    tmp_path: Path, references: str, kind: pa.DataType
+) -> None:
+    """polars writes every list as a large one."""
+    zero = hashlib.sha256(runs.png(0)).hexdigest()
+    one = hashlib.sha256(runs.png(1)).hexdigest()
+    lists = {"reference": [["reference0.png"], ["reference1.png"]]}
+    source = output(tmp_path, lists["reference"], reference_sha256=pa.array([[zero], [one]], kind))  # type: ignore[arg-type]
+    where = f"NOT list_contains(reference_sha256, '{one}')"
+    exports.make(tmp_path / "t", source, split="train=1", where=where, references=references)
+    assert [(row["key"], row["reference_sha256"]) for row in exports.rows(tmp_path / "t")] == [("000000000", [zero])]
+    assert [*ExportCheck(str(tmp_path / "t")).findings()] == []
+
+
+def test_embedded_images_without_a_path_are_references_by_their_hash(tmp_path: Path) -> None:
+    """Datasets that were made in memory have no paths. The same bytes are one reference, and stay in one split."""
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pictures = [runs.png(row % 3) for row in range(60)]
+    given = pa.array([{"bytes": data, "path": None} for data in pictures], image)
+    source = output(tmp_path, given, prompt=[f"prompt {row}" for row in range(60)])  # type: ignore[arg-type]
+    exports.make(tmp_path / "t", source, split="train=0.5,test=0.5", split_by="reference")
+    rows = {split: exports.rows(tmp_path / "t", split) for split in ("train", "test")}
+    names = {split: {row["reference"] for row in found} for split, found in rows.items()}
+    assert not names["train"] & names["test"]
+    digests = {f"sha256:{hashlib.sha256(data).hexdigest()}" for data in pictures}
+    assert names["train"] | names["test"] == digests
 
 
 def test_a_reference_that_is_gone_is_told(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten rows in three shards, one of them without an image, two without a reference, with triplets."""
     folder = tmp_path_factory.mktemp("source")
-    manifest = runs.write_manifest(folder / "in", ROWS)
+    manifest = runs.write_manifest(folder / "in", ROWS, {"Quality": [1.0] * ROWS})
     runs.write_output(manifest, folder / "out", 4, failed={FAILED}, triplets=True)
     return folder / "out"
 
@@ -203,6 +203,7 @@ def test_other_settings_under_the_same_name_are_refused(output: Path, models: Pa
         ("texture:calibration", "not 'calibration'"),
         ("texture:lpips", "is also one of"),
         ("texture:label", "is also one of"),
+        ("texture:quality", "is also one of"),  # `Quality`, which is the same name in SQL
         ("clip=no/such/folder", "is not a folder here"),
         ("python=no_such_module_at_all:f", "there is no module"),
     ],

@@ -9,6 +9,7 @@ import pyarrow.types as pt
 
 from vcf_batch.commands.export.record import ExportRecord
 from vcf_batch.commands.export.shard_files import PICTURE
+from vcf_batch.manifest.carried import is_list, is_text
 from vcf_batch.output_columns import COLUMNS
 
 _CONTEXT = {
@@ -117,8 +118,9 @@ def _split() -> dict[str, Any]:
 def _fields(record: ExportRecord, schema: pa.Schema) -> Iterator[dict[str, Any]]:
     meanings = {**{name: column.meaning for name, column in COLUMNS.items()}, **record.meanings}
     for column in schema:
-        is_list = pt.is_list(column.type)
-        kind = "sc:ImageObject" if column.type == PICTURE else _kind(column.type.value_type if is_list else column.type)
+        repeated = is_list(column.type)
+        own = column.type.value_type if repeated else column.type
+        kind = "sc:ImageObject" if own == PICTURE else _kind(own)
         if kind is None or column.name == _SPLIT:
             continue
         other = "The image." if kind == "sc:ImageObject" else "From the manifest."
@@ -128,7 +130,7 @@ def _fields(record: ExportRecord, schema: pa.Schema) -> Iterator[dict[str, Any]]
             "name": column.name,
             "description": meanings.get(column.name, other),
             "dataType": kind,
-            **({"repeated": True} if is_list else {}),
+            **({"repeated": True} if repeated else {}),
             "source": {
                 "fileSet": {"@id": _ROWS},
                 "extract": {"column": column.name},
@@ -139,7 +141,7 @@ def _fields(record: ExportRecord, schema: pa.Schema) -> Iterator[dict[str, Any]]
 
 def _kind(kind: pa.DataType) -> str | None:
     """The type of a value in the words of schema.org; None if it has none."""
-    if pt.is_string(kind) or pt.is_large_string(kind):
+    if is_text(kind) and not pt.is_null(kind):
         return "sc:Text"
     if pt.is_boolean(kind):
         return "sc:Boolean"

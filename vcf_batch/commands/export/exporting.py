@@ -26,6 +26,7 @@ from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceSha
 from vcf_batch.commands.push import ABANDONED_SECONDS, check_target
 from vcf_batch.driver.progress import steps
 from vcf_batch.errors import RefusedError, UsageError
+from vcf_batch.manifest.carried import is_list
 from vcf_batch.output import shards
 from vcf_batch.output.receipts import RECEIPT_SUFFIX
 from vcf_batch.storage import scratch
@@ -227,7 +228,7 @@ class _Writing:
 
     def _formed(self, column: str, values: list[str]) -> list[str] | str | None:
         """Values in the form of a column: a list, or one value. None if there is none."""
-        if pa.types.is_list(self._selection.schema.field(column).type):
+        if is_list(self._selection.schema.field(column).type):
             return values or None
         return next(iter(values), None)
 

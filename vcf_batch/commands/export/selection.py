@@ -14,6 +14,7 @@ from vcf_batch.commands.export.sources import REFERENCE_HASH, Sources, SourceSha
 from vcf_batch.commands.export.split import Split
 from vcf_batch.driver.progress import plural, steps
 from vcf_batch.errors import UsageError
+from vcf_batch.manifest.carried import is_list
 from vcf_batch.manifest.check import RepeatFinder
 from vcf_batch.output.shards import side_by_side
 from vcf_batch.records import Row
@@ -164,7 +165,7 @@ class Selection:
         for status, row in zip(batch.column("status").to_pylist(), rows, strict=True):
             assert row
             found = self.images.hashes(shard.source, row) if status == "success" else []
-            hashes.append((found or None) if pa.types.is_list(kind) else next(iter(found), None))
+            hashes.append((found or None) if is_list(kind) else next(iter(found), None))
         columns = [
             pa.array(hashes, kind) if each.name == REFERENCE_HASH else batch.column(each.name) for each in batch.schema
         ]

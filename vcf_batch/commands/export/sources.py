@@ -19,8 +19,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from vcf_batch import storage
+from vcf_batch.commands.score.duplicates.search import options_of
 from vcf_batch.driver.progress import plural, plural_are
-from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, VcfBatchError
+from vcf_batch.errors import DamageFound, RefusedError, Unfinished, UsageError, VcfBatchError, redact
 from vcf_batch.output import receipts, shards
 from vcf_batch.output.output import Output
 from vcf_batch.output.receipts import Damaged
@@ -105,9 +106,9 @@ class Survey:
     left_out: tuple[str, ...]
     """Lines that name what is left out."""
     unscored: tuple[str, ...] = ()
-    """Lines that name the scores that finished shards lack."""
+    """Lines that name the scores that finished shards lack, searches for duplicates aside."""
     unsearched: tuple[str, ...] = ()
-    """Those of them that name searches for duplicates."""
+    """Lines that name these searches, each with the command that searches again."""
 
 
 class Sources:
@@ -202,10 +203,10 @@ class Sources:
                 name: f"{plural(count, 'finished shard')} of {source.output.url} without the score {name!r}"
                 for name, count in sorted(lacking.items())
             }
-            unscored += told.values()
-            unsearched += [
-                told[each.name] for each in source.scores.definitions if each.is_search and each.name in told
-            ]
+            searches = {each.name: options_of(each) for each in source.scores.definitions if each.is_search}
+            unscored += [line for name, line in told.items() if name not in searches]
+            command = f"vcf-batch score {redact(source.output.url)}"
+            unsearched += [f"{line}: {command} {searches[name]}" for name, line in told.items() if name in searches]
             damaged.append(broken)
             unfinished.append(left)
             if left:
@@ -365,8 +366,8 @@ def refuse_old_searches(survey: Survey) -> None:
     if survey.unsearched:
         told = "\n".join(survey.unsearched)
         raise Unfinished(
-            f"duplicates were searched before shards were finished or changed, and nothing is exported:\n{told}\n"
-            "Rerun 'vcf-batch score OUTPUT --with duplicates', which searches the shards that there are."
+            "duplicates were searched before shards were finished or changed, and nothing is exported. Search again:\n"
+            f"{told}"
         )
 
 

@@ -142,17 +142,18 @@ def refuse_repeated(output: Output, store: ScoreStore, scores: Sequence[ScoreDef
         UsageError: there is such a column.
         DamageFound, StorageError: the output cannot be read.
     """
-    taken = dict.fromkeys(_columns(output), f"of {output.url} itself")
+    # In SQL, names that differ in the case of letters are one name.
+    taken = {name.lower(): f"of {output.url} itself" for name in _columns(output)}
     names = {score.name for score in scores}
     for score in [*(each for each in store.definitions() if each.name not in names), *scores]:
         for column in score.columns:
-            if where := taken.get(column.name):
+            if where := taken.get(column.name.lower()):
                 kind = score.fields["kind"]
                 raise UsageError(
                     f"the score {score.name!r} has a column {column.name!r}, which is also one {where}: give it "
                     f"another name, as in --with {kind}:NAME=..."
                 )
-            taken[column.name] = f"of the score {score.name!r}"
+            taken[column.name.lower()] = f"of the score {score.name!r}"
 
 
 def _columns(output: Output) -> list[str]:

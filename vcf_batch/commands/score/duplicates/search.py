@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
-from pyarrow.types import is_string as is_text
+from pyarrow.types import is_null
 
 from vcf_batch.commands.score.duplicates import near_hashes
 from vcf_batch.errors import UsageError, redact
+from vcf_batch.manifest.carried import is_text
 from vcf_batch.output.scores.definition import ScoreColumn, ScoreDefinition
 
 By = Literal["phash", "clip"]
@@ -31,6 +32,15 @@ _NEAR_REFERENCE_OF = (
     "Key of the first row that stays and whose reference this one's is a near-duplicate of; null if it stays, and "
     "without a reference."
 )
+
+
+def options_of(score: ScoreDefinition) -> str:
+    """The options of ``vcf-batch score`` by which an output got a search."""
+    by = score.fields["by"]
+    name = "" if score.name == "duplicates" else f":{score.name}"
+    clip = f"={score.models['model']}" if by == "clip" else ""
+    limit = score.fields["cosine" if by == "clip" else "distance"]
+    return f"--with duplicates{name}{clip} --by {by} --threshold {limit:g}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,8 @@ class Search:
             fields |= {"cosine": float(self.limit), "references": "clip", "models": embedding.fields["models"]}
             fields |= {"images_at_once": embedding.fields["images_at_once"]}
         else:
-            by_phash = is_text(columns.get(REFERENCE_PHASH, pa.null()))
+            phashes = columns.get(REFERENCE_PHASH, pa.null())
+            by_phash = is_text(phashes) and not is_null(phashes)
             fields |= {"distance": int(self.limit), "references": "phash" if by_phash else "sha256"}
         prefix = "" if self.name == "duplicates" else f"{self.name}_"
         of_references = _NEAR_REFERENCE_OF if embedding else _REFERENCE_DUPLICATE_OF
