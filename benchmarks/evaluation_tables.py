@@ -106,7 +106,8 @@ def report(
         f"**{sentence(found['pairs'])}**",
         _NOTE.format(**settings),
         table(found["pairs"], perfect["pairs"]),
-        f"Made in {wall:.1f} hours on the clock, {cpu:.1f} hours of CPU, training of the families included.",
+        f"Made in {wall:.1f} hours on the clock, {cpu:.1f} hours of CPU, training of the families included, from the "
+        "last start of each stage.",
     ]
     for title, note, name in OTHERS:
         if found.get(name):

@@ -26,7 +26,7 @@ def name_of(run: RunConfig) -> str:
     return fingerprint(fingerprint_fields(run, **IDENTITIES))
 
 
-def test_every_setting_has_a_row_in_this_test() -> None:
+def test_every_setting_has_another_value_to_be_tried() -> None:
     assert set(OTHER) == {field.name for field in dataclasses.fields(RunConfig)}
     assert all(getattr(config(), name) != value for name, value in OTHER.items())
 
@@ -57,7 +57,8 @@ def test_fingerprint_is_the_same_everywhere() -> None:
     fields = fingerprint_fields(config(), **IDENTITIES)
     assert fingerprint(dict(reversed(fields.items()))) == fingerprint(fields)
     code = (
-        "from vcf_batch.config.fingerprint import *; c = RunConfig(manifest='x', output='y');"
+        "from vcf_batch.config.fingerprint import fingerprint, fingerprint_fields;"
+        "from vcf_batch.config.run_config import RunConfig; c = RunConfig(manifest='x', output='y');"
         "print(fingerprint(fingerprint_fields(c, manifest='m', model='w', judge='j', lpips='p', pno_guide=None,"
         "safety_checker=None, ip_adapter=None)))"
     )

@@ -227,7 +227,7 @@ def test_what_goes_in_is_read_back_by_webdataset_and_pyarrow(
     assert table["seed"].to_pylist() == [s.row.seed for s in samples]
     assert table["strength"].to_pylist() == [s.settings["strength"] for s in samples]
     names = [[redact_name(one.name) for one in s.row.references] for s in samples]
-    assert table["reference"].to_pylist() == [(some or None) if is_list else (some or [None])[0] for some in names]
+    assert table["reference"].to_pylist() == [(some or None) if is_list else next(iter(some), None) for some in names]
     negatives = [s.row.negative_reference for s in samples]
     assert table["negative_reference"].to_pylist() == [one and redact_name(one.name) for one in negatives]
 

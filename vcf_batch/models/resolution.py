@@ -6,7 +6,6 @@ Nothing is loaded here, so torch is not needed. :mod:`vcf_batch.models.model_fil
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +66,7 @@ def resolve(name: str, revision: str | None = None, within: str = "") -> Resolve
         _no_revision(name, revision)
         return ResolvedModel(name, "tiny", TINY, folder_identity(tiny_folder()))
     # A folder may have any name.
-    if name.endswith(PICKLES) and not os.path.isdir(name):
+    if name.endswith(PICKLES) and not layout.is_folder(name):
         raise ModelError(
             f"{redact(name)} is a pickle, which may run code when it is loaded: convert it to safetensors where you "
             "trust it"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vcf_batch import storage
 from vcf_batch.errors import ModelError
 from vcf_batch.storage import scratch
 
@@ -46,7 +47,12 @@ _MARKS = {
 
 def is_single_file(name: str) -> bool:
     """Whether a model's name is that of one file. A folder may be named like the file that it was converted from."""
-    return name.endswith(_SUFFIX) and not os.path.isdir(name)
+    return name.endswith(_SUFFIX) and not is_folder(name)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a folder of this machine."""
+    return storage.is_local(name) and os.path.isdir(storage.absolute(name))
 
 
 def layout_of(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
