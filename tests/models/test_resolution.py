@@ -86,6 +86,33 @@ def test_a_folder_is_used_in_place_and_named_by_its_contents(
     assert resolve(str(tmp_path / "copy")).identity != resolved.identity
 
 
+def test_a_single_file_is_found_without_a_look_at_what_lies_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lie in a home with folders that nobody may read, or in a bucket with millions of objects."""
+    names = {"a.safetensors": b"a", "b.safetensors": b"b"}
+    folder = write(tmp_path / "home", names)
+    place = "memory://bucket"
+    for name, data in names.items():
+        storage.publish_bytes(f"{place}/{name}", data)
+    found = [resolution.resolve_file(f"{where}/a.safetensors").identity for where in (folder, place)]
+
+    list_tree = storage.list_tree
+
+    def refused(url: str) -> dict[str, int]:
+        if url in (folder, place):
+            raise PermissionError(url)
+        return list_tree(url)
+
+    for listing in ("list_tree", "list_checksums"):
+        monkeypatch.setattr(storage, listing, refused)
+    assert [resolution.resolve_file(f"{where}/a.safetensors").identity for where in (folder, place)] == found
+    assert Path(fetch(resolution.resolve_file(f"{place}/a.safetensors"))).read_bytes() == b"a"
+    for where in (folder, place):
+        with pytest.raises(ModelError, match=r"has no c\.safetensors; the weights that it has are a\.safetensors, b"):
+            resolution.resolve_file(f"{where}/c.safetensors")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_a_folder_may_be_named_like_a_file(name: str, tmp_path: Path) -> None:
     """Programs that convert a checkpoint name the folder after it."""
@@ -177,6 +204,9 @@ def test_only_the_model_s_own_files_count() -> None:
     assert model_files.chosen(both) == only_bin, "OpenCLIP's names are not those that transformers loads"
     sharded = ["m-00001-of-00002.safetensors", "m.fp16-00001-of-00002.safetensors", "m.safetensors.index.fp16.json"]
     assert model_files.chosen([*sharded, "m.safetensors.index.json"]) == [sharded[0], "m.safetensors.index.json"]
+    in_shards = ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"]
+    assert model_files.chosen([*in_shards, "m.fp16.safetensors"]) == sorted(in_shards)
+    assert model_files.chosen(["m.safetensors", *sharded[1:]]) == ["m.safetensors"]
 
 
 def test_of_stable_diffusion_xl_on_the_hub_only_what_loads_is_downloaded(

@@ -37,6 +37,18 @@ def test_the_models_own_size_is_the_default(settle: Callable[..., Job], monkeypa
     assert (config.height, config.width) == (16, 16)
 
 
+@pytest.mark.parametrize(("version", "size"), [("0.8.1.dev0", 64), ("0.9.0", 32), ("0.10.2", 32)])
+def test_a_size_that_an_early_diffusers_wrote_wrongly_is_mended(
+    settle: Callable[..., Job], model: Path, version: str, size: int
+) -> None:
+    """As diffusers' own pipelines do, so that the command line makes images of the size that Python makes."""
+    file = model / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_diffusers_version": version, "sample_size": 32}))
+    config = settle(height=None, width=None).config
+    factor = 2 ** (len(json.loads((model / "vae/config.json").read_text())["block_out_channels"]) - 1)
+    assert config.height == config.width == size * factor
+
+
 def test_the_models_own_judge_is_the_default(settle: Callable[..., Job]) -> None:
     job = settle()
     assert job.models.judge is None

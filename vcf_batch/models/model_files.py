@@ -37,6 +37,7 @@ _PARTS = frozenset(
 )
 """Folders of a pipeline. Published ones have more beside them: another VAE, and parts for OpenVINO and ONNX."""
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(?=[.-])")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)|\.index\.json$")
 
 
 def chosen(files: Sequence[str]) -> list[str]:
@@ -56,13 +57,14 @@ def chosen(files: Sequence[str]) -> list[str]:
         and not PurePosixPath(file).name.startswith(("open_clip_", "openvino_"))
         and file != FETCH_RECORD
     ]
-    present = set(plain)
+    whole = {_SHARD.sub("", file) for file in plain if not _VARIANT.search(file)}
     safe = {PurePosixPath(file).parent for file in plain if file.endswith(".safetensors")}
-    is_pipeline = "model_index.json" in present
+    is_pipeline = "model_index.json" in plain
     return sorted(
         file
         for file in plain
-        if not (_VARIANT.search(file) and _VARIANT.sub("", file) in present)
+        # One of the two may be in shards, and the other in one file.
+        if not (_VARIANT.search(file) and _SHARD.sub("", _VARIANT.sub("", file)) in whole)
         and not (file.endswith(".bin") and PurePosixPath(file).parent in safe)
         and not (is_pipeline and "/" not in file and file.endswith(WEIGHTS))
         and not (is_pipeline and "/" in file and PurePosixPath(file).parts[0] not in _PARTS)

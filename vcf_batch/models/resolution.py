@@ -224,12 +224,33 @@ def folder_identity(folder: str, within: str = "") -> str:
         ModelError: there is no model in it, or one that may not be loaded.
         StorageError: the storage failed.
     """
-    files = storage.list_tree(folder)
+    size = _size_of_file(folder, within)
+    files = storage.list_tree(folder) if size is None else {within: size}
     if not files:
         raise ModelError(f"there is no model in {folder} on this node; put it there, or give the URL of shared storage")
     selected = select(folder, files, within)
     refuse_code(folder, list(selected), lambda file: storage.read_bytes(storage.join(folder, file), _MAX_CONFIG_BYTES))
     return _content_identity(folder, list(selected), within)
+
+
+def _size_of_file(place: str, within: str) -> int | None:
+    """Size of a model that is a single file of weights; None if ``within`` names none.
+
+    The folder may be a home or a bucket, of which nothing else is a model's business.
+
+    Raises:
+        ModelError: the folder has no such file.
+    """
+    if not within.endswith(WEIGHTS):
+        return None
+    try:
+        return storage.size(storage.join(place, within))
+    except storage.NotAFileError:
+        return None
+    except FileNotFoundError:
+        if beside := storage.list_files(place):
+            select(place, beside, within)
+        return None
 
 
 def _content_identity(place: str, files: Sequence[str], within: str) -> str:
@@ -260,7 +281,11 @@ def url_files(url: str, within: str = "") -> tuple[dict[str, int], str]:
     if url.startswith(("http://", "https://")) and PurePosixPath(within).suffix:  # cannot be listed
         entry = storage.digest(storage.join(url, within))
         return {within: entry.size}, _combine({_inside(within, within): entry.sha256})
-    found = storage.list_checksums(url)
+    size = _size_of_file(url, within)
+    if size is None:
+        found = storage.list_checksums(url)
+    else:
+        found = {within: (size, storage.remote_checksum(storage.join(url, within)))}
     files = select(url, {file: size for file, (size, _) in found.items()}, within)
     refuse_code(url, list(files), lambda file: storage.read_bytes(storage.join(url, file), _MAX_CONFIG_BYTES))
     if all(found[file][1] for file in files):

@@ -1,5 +1,6 @@
 """Defaults, settled once: a value for every setting that was left open, from the model's JSON files. No torch here."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -37,6 +38,8 @@ GPU_SPEED = 4e13
 CPU_SPEED = 2e10
 """Operations a second of a modest data-center GPU in 16 bits, and of one CPU thread."""
 
+_BEFORE_0_9 = re.compile(r"0\.[0-8]\.")
+
 
 def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
     """Give every setting that was left open its value. Settling a settled configuration changes nothing.
@@ -67,8 +70,7 @@ def settle(config: RunConfig, manifest: Manifest, resolved: Models) -> Job:
         if config.strength is None:
             strengths = default_strengths(aligner, index)
             config = config.replace(strength=strengths[config.fusion], default_strengths=strengths)
-        native = unet["sample_size"]
-        native_height, native_width = (native, native) if isinstance(native, int) else native
+        native_height, native_width = _native_size(unet)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         config = config.replace(
             model=model,
@@ -121,6 +123,19 @@ def _operations(unet: Mapping[str, Any]) -> float:
         (OPERATIONS + LAYER_OPERATIONS * (count - 1)) * width**2 / 4**level
         for level, (width, count) in enumerate(zip(channels, layers, strict=True))
     )
+
+
+def _native_size(unet: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latents that a UNet was trained on.
+
+    diffusers before 0.9 wrote 32 for Stable Diffusion 1.x, and its pipelines take that for 64.
+    """
+    size = unet["sample_size"]
+    if not isinstance(size, int):
+        height, width = size
+        return height, width
+    is_old = _BEFORE_0_9.match(unet.get("_diffusers_version", "")) is not None
+    return (64, 64) if is_old and size < 64 else (size, size)
 
 
 def _seconds_per_sample(config: RunConfig, operations: float, factor: int) -> float:

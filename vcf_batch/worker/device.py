@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vcf_batch.config.run_config import RunConfig
-from vcf_batch.errors import ModelError
+from vcf_batch.errors import NodeError
 from vcf_batch.models.cache import cache_folder
 from vcf_batch.vcf.attention import Kernel, cudnn_attention, pin_kernel
 from vcf_batch.worker.device_type import describe
@@ -46,18 +46,19 @@ class Device:
             config: the run, with ``dtype`` and ``gpus_per_worker`` resolved.
 
         Raises:
-            ModelError: this machine cannot compute as the run asks.
-            NodeError: this node cannot have the kernel of attention that other nodes have.
+            NodeError: this node has no GPU that computes as the run asks, or cannot have the kernel of attention that
+                other nodes have.
         """
         kind = "cuda" if config.gpus_per_worker else "cpu"
         dtype = getattr(torch, config.dtype)
         if kind == "cuda" and not torch.cuda.is_available():
-            raise ModelError(
+            raise NodeError(
                 f"--gpus-per-worker is {config.gpus_per_worker}, but torch {torch.__version__} sees no GPU on "
                 f"{socket.gethostname()}; install a CUDA build of torch there, or use --gpus-per-worker 0"
             )
         if kind == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ModelError(f"{torch.cuda.get_device_name()} has no bfloat16; use --dtype float16 or float32")
+            name = f"{torch.cuda.get_device_name()} on {socket.gethostname()}"
+            raise NodeError(f"{name} has no bfloat16; use --dtype float16 or float32")
         # For processes that Ray did not start with the run's environment.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if config.compile:
