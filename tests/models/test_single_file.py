@@ -1,6 +1,7 @@
 """A Stable Diffusion in one file loads without a network, with the configuration of the published model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from support.original_layout import save_checkpoint, save_layout
 from support.sd_layouts import save_clip, save_sd15, save_sd21, save_sdxl
+from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError
 from vcf_batch.models import resolution
 from vcf_batch.models.cache import fetch
 from vcf_batch.models.parts import Parts
+from vcf_batch.models.prompt_tokens import windows_of
 from vcf_batch.models.single_file import layout
+from vcf_batch.records import Row
 from vcf_batch.training.assembly import assemble
 from vcf_batch.vcf.aligner import ImageAligner
 from vcf_batch.vcf.pipeline import VCFPipeline
@@ -162,6 +166,28 @@ def test_the_vae_of_an_xl_file_stays_float32_in_half_precision(tmp_path: Path, m
     assert (one.vae.dtype, one.unet.dtype, one.text_encoder_2.dtype) == (torch.float32, *[torch.bfloat16] * 2)
     ours, theirs = one.vae.state_dict(), other.vae.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_long_prompt_has_as_many_windows_in_both_text_encoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published tokenizers of Stable Diffusion XL have different tokens for signs such as ``!!``."""
+    vocabulary = layout.VOCABULARY
+    pipeline = VCFPipeline.from_pretrained(str(make("sdxl", tmp_path, monkeypatch)[1]))
+    folder = tmp_path / "words"
+    shutil.copytree(vocabulary, folder)
+    pipeline.tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=9)
+    pipeline.tokenizer_2 = CLIPTokenizer.from_pretrained(folder, model_max_length=9, pad_token="!")
+    texts = ["wow!!!!!! " * 3, "a star"]
+    for encoder in pipeline.family.encoders:
+        encoder.resize_token_embeddings(len(pipeline.tokenizer_2))
+    config = RunConfig(manifest="m", output="o", strength=1.0, guidance_scale=5.0, long_prompts="chunk")
+    wanted = windows_of(
+        pipeline.tokenizers, [Row(number, str(number), text) for number, text in enumerate(texts)], config
+    )
+    lengths = [len(tokenizer(texts[0])["input_ids"]) for tokenizer in pipeline.tokenizers]
+    assert lengths[0] < lengths[1] and wanted[0] > 2 and wanted[1] == 1
+    assert [len(own) for own in pipeline.encode_windows(texts)] == [9 * count for count in wanted]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vcf_batch.metrics.clip_score import ClipJudge
 from vcf_batch.models import resolution
 from vcf_batch.models.loading import load_errors
 from vcf_batch.models.model_files import chosen, lone_variant
-from vcf_batch.models.prompt_tokens import read_tokenizer
+from vcf_batch.models.prompt_tokens import read_tokenizers
 from vcf_batch.vcf.pipeline import VCFPipeline
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -133,7 +133,7 @@ def test_a_model_without_words_is_refused(model: Path, emptied: bool) -> None:
     with pytest.raises(ModelError, match=message):
         load(model)
     with pytest.raises(ModelError, match=message):
-        read_tokenizer(resolution.resolve(str(model)))
+        read_tokenizers(resolution.resolve(str(model)))
     with pytest.raises(ModelError, match=f"has no vocabulary: {remedy}"):
         runs.settled(manifest, model.parent / "out", model, judge=str(judge))
     assert not (model.parent / "out").exists()

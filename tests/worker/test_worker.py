@@ -18,7 +18,7 @@ from transformers import CLIPModel
 from support import runs
 from support.runs import another, commit, load
 from vcf_batch import images, sharding
-from vcf_batch.errors import ModelError, StorageError
+from vcf_batch.errors import ModelError, NodeError, StorageError
 from vcf_batch.manifest.references import ReferenceReader
 from vcf_batch.metrics.scorer import Scorer
 from vcf_batch.output import commits, sample_records, shards
@@ -662,10 +662,10 @@ def test_two_shards_of_a_worker_overlap_at_the_same_bytes(
     assert runs.data_files(tmp_path / "together") == runs.data_files(tmp_path / "apart")
 
 
-def test_a_run_that_asks_for_a_gpu_says_so_where_there_is_none(loaded: Worker) -> None:
+def test_a_node_without_the_gpu_that_a_run_asks_for_says_so(loaded: Worker) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ModelError, match="--gpus-per-worker 0"):
+    with pytest.raises(NodeError, match="--gpus-per-worker 0"):
         Device.set_up(loaded.components.config.replace(gpus_per_worker=1.0))
 
 

@@ -14,7 +14,7 @@ from vcf_batch.config.run_config import RunConfig
 from vcf_batch.driver.progress import duration, plural
 from vcf_batch.errors import ManifestError, RefusedError, UsageError, VcfBatchError, redact
 from vcf_batch.manifest.references import LoraReader, ReferenceReader, refusal
-from vcf_batch.models.prompt_tokens import read_tokenizer, text_lengths
+from vcf_batch.models.prompt_tokens import read_tokenizers, text_lengths
 from vcf_batch.output import lease, progress_file, run_file
 from vcf_batch.output.sums import RunSums
 from vcf_batch.records import Row
@@ -232,9 +232,9 @@ def look(config: RunConfig, calibrate: bool) -> Forecast:
         return forecast
     forecast.lora_batches = collect(lambda: lora_batches.counted(job))
     first = collect(lambda: [*_first_rows(job)]) or []
-    if tokenizer := collect(lambda: read_tokenizer(models.pipeline)):
-        forecast.max_tokens = int(tokenizer.model_max_length)
-        lengths = text_lengths(tokenizer, [row for row, _ in first], job.config)
+    if tokenizers := collect(lambda: read_tokenizers(models.pipeline)):
+        forecast.max_tokens = int(tokenizers[0].model_max_length)
+        lengths = text_lengths(tokenizers, [row for row, _ in first], job.config)
         long = [found.excess(forecast.max_tokens) for found in lengths]
         forecast.long_prompts = sum(reason is not None for reason in long)
         refused = [found.error(forecast.max_tokens, job.config.long_prompts) for found in lengths]

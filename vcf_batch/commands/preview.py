@@ -199,7 +199,7 @@ def _generated(components: Components, rows: Sequence[Row]) -> list[Sample]:
     }
     made: list[Sample] = []
     components.device.use_threads()
-    windows = windows_of(components.pipeline.tokenizer, chosen, components.config)
+    windows = windows_of(components.pipeline.tokenizers, chosen, components.config)
     whole = ShardRows.of(chosen, failed, components.config, windows)
     with Steps("drawing", len(chosen), "image") as shown:
 

@@ -18,6 +18,8 @@ from vcf_batch.storage import scratch
 _ENDS = 2
 """Tokens of a window that are no words: its begin and its end."""
 _TOKENIZER = "tokenizer"
+_SECOND_TOKENIZER = "tokenizer_2"
+"""That of Stable Diffusion XL's second text encoder."""
 _FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.json", "vocab.json", "merges.txt"),
@@ -70,25 +72,28 @@ class TextLengths(NamedTuple):
         return None
 
 
-def text_lengths(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list[TextLengths]:
+def text_lengths(tokenizers: Sequence[Any], rows: Sequence[Row], config: RunConfig) -> list[TextLengths]:
     """The lengths of the texts of each row.
 
     Args:
-        tokenizer: the ``CLIPTokenizer`` of a model, whose text encoder takes ``tokenizer.model_max_length`` tokens.
+        tokenizers: each ``CLIPTokenizer`` of a model, whose text encoders take ``model_max_length`` tokens. The longest
+            length of a text counts: those of Stable Diffusion XL have different tokens for ``!!``.
         rows: any number; equal texts are counted once.
         config: the run, with every default settled.
     """
     pairs = [(row.prompt, settings_of(row, config)["negative_prompt"]) for row in rows]
     texts = [*dict.fromkeys(itertools.chain.from_iterable(pairs))]
-    tokens = tokenizer(texts, truncation=False, padding=False)["input_ids"] if texts else []
-    lengths = dict(zip(texts, map(len, tokens), strict=True))
+    counts = [
+        map(len, tokenizer(texts, truncation=False, padding=False)["input_ids"]) for tokenizer in tokenizers if texts
+    ]
+    lengths = dict(zip(texts, map(max, zip(*counts, strict=True)), strict=True))
     return [TextLengths(lengths[prompt], lengths[negative]) for prompt, negative in pairs]
 
 
-def windows_of(tokenizer: Any, rows: Sequence[Row], config: RunConfig) -> list[int]:
+def windows_of(tokenizers: Sequence[Any], rows: Sequence[Row], config: RunConfig) -> list[int]:
     """Number of windows that the texts of each row are encoded in; for the arguments see :func:`text_lengths`."""
-    lengths = text_lengths(tokenizer, rows, config)
-    return [found.windows(int(tokenizer.model_max_length), config.long_prompts) for found in lengths]
+    most, lengths = int(tokenizers[0].model_max_length), text_lengths(tokenizers, rows, config)
+    return [found.windows(most, config.long_prompts) for found in lengths]
 
 
 def refuse_without_words(tokenizer: Any, folder: str = _TOKENIZER) -> None:
@@ -122,8 +127,8 @@ def require_vocabulary(model: ResolvedModel, folders: Sequence[str] = (_TOKENIZE
             raise ModelError(f"{model.name} has no vocabulary: {_LACKING.format(folder)}")
 
 
-def read_tokenizer(model: ResolvedModel) -> Any:
-    """The ``CLIPTokenizer`` of a model, without fetching its weights.
+def read_tokenizers(model: ResolvedModel) -> list[Any]:
+    """Each ``CLIPTokenizer`` of a model, without fetching its weights.
 
     Raises:
         ModelError: the model has no readable tokenizer, or the hub cannot be reached.
@@ -132,11 +137,21 @@ def read_tokenizer(model: ResolvedModel) -> Any:
     from transformers import CLIPTokenizer, logging  # takes a second, which nobody else should wait for
 
     logging.set_verbosity_error()  # that a prompt is long is what it is asked for
+    return [
+        tokenizer
+        for place in (_TOKENIZER, _SECOND_TOKENIZER)
+        if (tokenizer := _read_one(model, place, CLIPTokenizer)) is not None
+    ]
+
+
+def _read_one(model: ResolvedModel, place: str, kind: Any) -> Any:
     with scratch.temporary("a tokenizer") as folder:
         for name in _FILES:
-            if (data := read_file(model, f"{_TOKENIZER}/{name}", _MAX_BYTES)) is not None:
+            if (data := read_file(model, f"{place}/{name}", _MAX_BYTES)) is not None:
                 Path(folder, name).write_bytes(data)
-        with load_errors(f"the tokenizer of the model {model.name}"):
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        refuse_without_words(tokenizer)
+        if place == _SECOND_TOKENIZER and not [*Path(folder).iterdir()]:
+            return None
+        with load_errors(f"the {place} of the model {model.name}"):
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        refuse_without_words(tokenizer, place)
         return tokenizer

@@ -50,6 +50,9 @@ Sampler = Callable[[Tensor, Conditioning], Tensor]
 """Function that makes images of noise and conditioning."""
 
 DECODE_BATCH = 8
+DECODE_BYTES = DECODE_BATCH * 768 * 768 * 2
+"""Most bytes of one channel of the images that are decoded at once, so that the decoder's feature maps stay near 9 GB
+whatever the size of images: 8 of 768 x 768 in 16 bits, 2 of 1024 x 1024 in float32."""
 
 
 class VCFPipeline(StableDiffusionPipeline):
@@ -237,6 +240,8 @@ class VCFPipeline(StableDiffusionPipeline):
         for network in (self.unet, self.vae):
             network.requires_grad_(False)  # gradients pass through them, on the way to conditioning and noise
         self.to(device)
+        if self.aligner is not None:
+            self.aligner.projections = {role: each.to(device) for role, each in self.aligner.projections.items()}
         if self.ip_adapter is not None:
             self.ip_adapter.to(device)
         if device == "cuda":
@@ -317,6 +322,11 @@ class VCFPipeline(StableDiffusionPipeline):
     def family(self) -> BaseFamily:
         """What is particular to the family of this base model."""
         return StableDiffusion(self)
+
+    @property
+    def tokenizers(self) -> Sequence[Any]:
+        """The tokenizer of each text encoder."""
+        return [self.tokenizer]
 
     @property
     def max_tokens(self) -> int:
@@ -486,7 +496,9 @@ class VCFPipeline(StableDiffusionPipeline):
             float32 ``[B, 3, H, W]`` in [0, 1], on the device of the latents; NaN where a value is not finite.
         """
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        parts = scaled.split(1 if torch.is_grad_enabled() else DECODE_BATCH)
+        image_bytes = latents[0, 0].numel() * self.vae_scale_factor**2 * scaled.element_size()
+        most = 1 if torch.is_grad_enabled() else max(1, min(DECODE_BATCH, DECODE_BYTES // image_bytes))
+        parts = scaled.split(most)
         decoded = [recomputed(functools.partial(self.vae.decode, return_dict=False), part)[0].float() for part in parts]
         images = torch.cat(decoded) / 2 + 0.5
         # Clamping would turn infinity into white or black, which looks like an image.

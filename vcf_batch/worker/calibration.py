@@ -91,7 +91,7 @@ def fastest_batch_size(components: Components, manifest: Manifest, limit: int) -
 
 def _generate(components: Components, rows: Sequence[Row]) -> None:
     components.device.use_threads()
-    windows = windows_of(components.pipeline.tokenizer, rows, components.config)
+    windows = windows_of(components.pipeline.tokenizers, rows, components.config)
     whole = ShardRows.of(rows, {}, components.config, windows)
     Generation(components, whole, lambda _: None, Clock(), last_attempt=False, sampled_at_once=None).run()
 
@@ -101,7 +101,7 @@ def _most_demanding(components: Components, manifest: Manifest) -> Row:
     rows = [*manifest.first_rows(CALIBRATION_ROWS, components.config.seed)]
     sound = [row for row in rows if not checked(row, components.config).error]
     config = components.config
-    windows = windows_of(components.pipeline.tokenizer, sound, config)
+    windows = windows_of(components.pipeline.tokenizers, sound, config)
     row, _ = max(
         zip(sound, windows, strict=True),
         key=lambda each: batch_key(each[0], settings_of(each[0], config), each[1]),

@@ -244,7 +244,7 @@ class Worker:
                 with clock("read_manifest"):
                     read = self.manifest.rows(task.shard.start, task.shard.stop, config.seed)
                     rows = [checked(row, config) for row in read]
-                lengths = text_lengths(components.pipeline.tokenizer, rows, config)
+                lengths = text_lengths(components.pipeline.tokenizers, rows, config)
                 most, way = components.pipeline.max_tokens, config.long_prompts
                 told = zip(rows, (found.error(most, way) for found in lengths), strict=True)
                 rows = [row if row.error else dataclasses.replace(row, error=error) for row, error in told]

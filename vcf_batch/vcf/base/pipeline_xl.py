@@ -1,5 +1,6 @@
 """VCFXLPipeline: :class:`vcf_batch.vcf.pipeline.VCFPipeline` for Stable Diffusion XL."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn
 
 import diffusers
@@ -100,6 +101,10 @@ class VCFXLPipeline(StableDiffusionXLLoraLoaderMixin, VCFPipeline):
         blocks = self.vae.config.block_out_channels if self.vae is not None else [0] * 4
         self.vae_scale_factor = 2 ** (len(blocks) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def tokenizers(self) -> Sequence[Any]:
+        return [self.tokenizer, self.tokenizer_2]
 
     @classmethod
     def _dtypes(cls, place: str, dtype: Any) -> Any:

@@ -39,9 +39,15 @@ class StableDiffusionXL:
     def encode(self, texts: Sequence[str], chunked: bool = False, clip_skip: int | None = None) -> list[EncodedText]:
         if not chunked:
             warn_of_cuts(self.pipeline, texts)
+        windows = [windows_of(self.pipeline, tokenizer, texts, chunked) for tokenizer in self.pipeline.tokenizers]
+        counts = [max(own) for own in zip(*(side.counts for side in windows), strict=True)]
         sides, pooled = [], torch.empty(0)
-        for encoder, tokenizer in zip(self.encoders, (self.pipeline.tokenizer, self.pipeline.tokenizer_2), strict=True):
-            ids, _, counts = windows_of(self.pipeline, tokenizer, texts, chunked)
+        for encoder, tokenizer, side in zip(self.encoders, self.pipeline.tokenizers, windows, strict=True):
+            ids = side.ids
+            if side.counts != counts:  # Each tokenizer has tokens of its own for some signs, such as "!!".
+                nothing = windows_of(self.pipeline, tokenizer, [""], False).ids
+                parts = zip(ids.split(side.counts), side.counts, counts, strict=True)
+                ids = torch.cat([torch.cat([own, nothing.repeat(most - count, 1)]) for own, count, most in parts])
             found = [self._encode(encoder, batch, clip_skip) for batch in ids.split(ENCODE_BATCH)]
             sides.append(torch.cat([tokens for tokens, _ in found]))
             pooled = torch.cat([own for _, own in found])

@@ -34,6 +34,10 @@ class Projection:
     up: Tensor
     """``[Dt, K]``."""
 
+    def to(self, device: str) -> "Projection":
+        """The projection in float32 on a device, where it need not be copied for each reference."""
+        return Projection(*(each.to(device, torch.float32) for each in (self.mean, self.down, self.up)))
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """Project the aligned tokens ``[N, Dt]`` of a reference: all of them, the patches, or CLS.
 
