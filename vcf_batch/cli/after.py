@@ -112,10 +112,9 @@ def score(
     asked = [*map(wants.parse, wanted)]
     if not asked and not calibrate:
         raise UsageError(f"--with is missing: say what to add, as in --with {wants.EXAMPLES['clip']}; or --calibrate")
-    searches = wants.searches(asked, by, threshold)
+    searches = wants.searches(asked, by, threshold, aesthetic_clip)
     scores = [each for each in asked if each.kind != "duplicates"]
-    adds = scores or aesthetic_clip or not searches
-    steps = [command.score(output, scores, aesthetic_clip, given(ctx))] if adds else []
+    steps = [command.score(output, scores, aesthetic_clip, given(ctx))] if scores or not searches else []
     steps += command.find_duplicates(output, searches, given(ctx))
     measured = command.calibrate(output, scores, aesthetic_clip, given(ctx)) if calibrate else None
     words = []

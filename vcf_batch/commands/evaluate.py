@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from vcf_batch import images, pool, storage
-from vcf_batch.config.limits import IP_ADAPTER, MAX_PIXELS, REFERENCE_PARTS, ROLES
+from vcf_batch.config.limits import IP_ADAPTER, MAX_PIXELS, ROLES
 from vcf_batch.config.run_config import DECIDED_BY_EVALUATION, RunConfig
 from vcf_batch.config.signature import with_settings_of
 from vcf_batch.config.strengths import EVALUATED_STRENGTHS, default_strengths
@@ -31,6 +31,7 @@ from vcf_batch.manifest import prompts as prompt_files
 from vcf_batch.metrics.bootstrap import DRAWS, LEVEL, Bootstrap
 from vcf_batch.models import adapter_layout, embedded, resolution
 from vcf_batch.models.cache import fetch
+from vcf_batch.models.parts import REFERENCE_PARTS
 from vcf_batch.output import receipts, run_file, shards
 from vcf_batch.output.run_file import RunRecord
 from vcf_batch.records import Shard

@@ -39,9 +39,6 @@ GATES: Mapping[str, str] = {
 FALSE_ACCEPTS = (0.01, 0.05, 0.1)
 """Shares of false accepts that a calibration has thresholds for, and that a gate may name."""
 
-REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
-"""Parts that a model needs for references, besides Stable Diffusion's own parts."""
-
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 9.0
 """Defaults, those of the paper, for a model that recommends nothing (``default_...`` in its model_index.json)."""

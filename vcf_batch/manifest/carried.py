@@ -196,7 +196,12 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
+    """Whether values of a type are texts or nulls."""
+    return is_string(kind) or pt.is_null(kind)
+
+
+def is_string(kind: pa.DataType) -> bool:
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
 
 
 def is_list(kind: pa.DataType) -> bool:

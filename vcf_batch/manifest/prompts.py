@@ -17,6 +17,7 @@ import pyarrow.types as pt
 from vcf_batch import storage
 from vcf_batch.errors import UsageError
 from vcf_batch.manifest import parquet
+from vcf_batch.manifest.carried import is_text
 
 DEFAULT_COLUMN = "prompt"
 """Column of the prompts, if none is named."""
@@ -175,7 +176,7 @@ def _of_parquet(url: str, column: str) -> Iterator[str]:
     kind = schema.field(_place(url, column, schema.names)).type
     if pt.is_dictionary(kind):
         kind = kind.value_type
-    if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)):
+    if not is_text(kind):
         raise UsageError(f"column {column!r} of {url} is {kind}; prompts must be strings")
     for first, batch in file.batches(0, file.num_rows, [column], _BATCH_ROWS):
         for number, value in enumerate(batch.column(0), first):

@@ -9,6 +9,8 @@ from vcf_batch.models.names import PRESETS
 from vcf_batch.models.resolution import ResolvedModel
 
 MODEL_INDEX = "model_index.json"
+REFERENCE_PARTS = ("aligner", "image_encoder", "feature_extractor")
+"""Parts that a model needs for references, besides Stable Diffusion's own parts."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as pt
 
+from vcf_batch.manifest.carried import is_list
+
 
 def finite(value: float | None) -> float | None:
     """The number; None for NaN and infinities, which JSON does not have."""
@@ -58,7 +60,7 @@ def json_type(kind: pa.DataType) -> pa.DataType:
         return pa.struct([pa.field(field.name, json_type(field.type)) for field in kind])
     if pt.is_map(kind):
         return pa.list_(pa.struct({"key": json_type(kind.key_type), "value": json_type(kind.item_type)}))
-    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+    if is_list(kind):
         return pa.list_(json_type(kind.value_type))
     if isinstance(kind, pa.BaseExtensionType):
         return json_type(kind.storage_type)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from vcf_batch.manifest.carried import is_text
+from vcf_batch.manifest.carried import is_string
 from vcf_batch.output_columns import COLUMNS
 
 MOST_VALUES = 20
@@ -31,7 +31,7 @@ class Categories:
             for field in schema
             if field.name not in COLUMNS
             and field.name not in self._dropped | NOT_CATEGORIES
-            and any(fits(field.type) for fits in (is_text, types.is_integer, types.is_boolean))
+            and any(fits(field.type) for fits in (is_string, types.is_integer, types.is_boolean))
         ]
 
     def add(self, table: pa.Table) -> None:

@@ -65,7 +65,6 @@ def contact_sheet(output: str, limit: int = 64, changes: Mapping[str, Any] = Map
     first = next(done, None)
     if first is None:
         raise UsageError(f"{output} has no finished shard to show; generate into it first")
-    opened.need_manifest()
     cards = itertools.islice(_cards(opened, itertools.chain([first], done)), limit)
     by_prompt: dict[str, list[_Card]] = {}
     for card in cards:

@@ -5,12 +5,13 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from vcf_batch.config.limits import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE, REFERENCE_PARTS
+from vcf_batch.config.limits import ALIGNED_FUSIONS, IP_ADAPTER, MIN_EDGE
 from vcf_batch.config.run_config import RunConfig
 from vcf_batch.errors import ModelError, UsageError, redact
 from vcf_batch.manifest.manifest import Manifest
 from vcf_batch.models import adapter_layout, resolution
 from vcf_batch.models.lora import header
+from vcf_batch.models.parts import REFERENCE_PARTS
 from vcf_batch.models.prompt_tokens import require_vocabulary
 from vcf_batch.models.resolution import ResolvedModel
 from vcf_batch.models.schedule import SCHEDULER_CONFIG, check_schedule

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Generator, Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from vcf_batch.config.limits import ADAPTED_ROLES, DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, FUSIONS, REFERENCE_PARTS
+from vcf_batch.config.limits import ADAPTED_ROLES, DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS, FUSIONS
 from vcf_batch.config.sampling import Sampling
 from vcf_batch.config.strengths import default_strengths
 from vcf_batch.errors import ModelError, UsageError
 from vcf_batch.models.loading import load_errors, refuse_missing_weights
 from vcf_batch.models.model_files import loadable, read_header
+from vcf_batch.models.parts import REFERENCE_PARTS
 from vcf_batch.models.prompt_tokens import refuse_without_words
 from vcf_batch.models.resolution import TINY, tiny_folder
 from vcf_batch.models.single_file import layout as single_file
@@ -348,7 +349,7 @@ class VCFPipeline(StableDiffusionPipeline):
             ``[B, N, Dt]`` on the pipeline's device, in the dtype of aligner or adapter.
 
         Raises:
-            ModelError: the model lacks one of :data:`vcf_batch.config.limits.REFERENCE_PARTS`, or the adapter.
+            ModelError: the model lacks one of :data:`vcf_batch.models.parts.REFERENCE_PARTS`, or the adapter.
             UsageError: no such choice of image tokens.
         """
         if adapted:
@@ -404,7 +405,7 @@ class VCFPipeline(StableDiffusionPipeline):
         Doing it twice changes nothing, and any thread may do it.
 
         Raises:
-            ModelError: the model lacks one of :data:`vcf_batch.config.limits.REFERENCE_PARTS`, or the adapter.
+            ModelError: the model lacks one of :data:`vcf_batch.models.parts.REFERENCE_PARTS`, or the adapter.
         """
         if adapted:
             return self.adapter.prepare(image)

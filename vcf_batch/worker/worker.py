@@ -53,7 +53,7 @@ def load(job: Job) -> "Worker":
         job: the run. The worker writes to the output that its ``config`` names.
 
     Raises:
-        ModelError: a model is not there, unsafe, incomplete, or this machine cannot run it.
+        ModelError: a model is not there, unsafe, or incomplete.
         NodeError: this node cannot compute as the others do.
         StorageError: storage or network failed.
     """

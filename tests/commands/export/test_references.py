@@ -154,8 +154,8 @@ def test_a_reference_is_taken_down_by_its_hash_whatever_kind_of_list_has_it(
     """polars writes every list as a large one."""
     zero = hashlib.sha256(runs.png(0)).hexdigest()
     one = hashlib.sha256(runs.png(1)).hexdigest()
-    lists = {"reference": [["reference0.png"], ["reference1.png"]]}
-    source = output(tmp_path, lists["reference"], reference_sha256=pa.array([[zero], [one]], kind))  # type: ignore[arg-type]
+    hashes = pa.array([[zero], [one]], kind)
+    source = output(tmp_path, [["reference0.png"], ["reference1.png"]], reference_sha256=hashes)  # type: ignore[arg-type]
     where = f"NOT list_contains(reference_sha256, '{one}')"
     exports.make(tmp_path / "t", source, split="train=1", where=where, references=references)
     assert [(row["key"], row["reference_sha256"]) for row in exports.rows(tmp_path / "t")] == [("000000000", [zero])]

@@ -222,6 +222,13 @@ def test_names_are_given_once(output: Path) -> None:
     assert "--with is missing" in call("score", output).output
 
 
+def test_a_clip_for_no_head_is_refused(output: Path) -> None:
+    """Searches for duplicates have a CLIP of their own."""
+    for wanted in ("texture", "duplicates"):
+        result = call("score", output, "--with", wanted, "--aesthetic-clip", "x")
+        assert result.exit_code == 2 and "--aesthetic-clip x is for an aesthetic head" in result.output
+
+
 def test_a_run_at_work_is_not_disturbed(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output's lease is taken, so nothing is scored while a run owns the output."""
     monkeypatch.setattr(lease, "WAIT_SECONDS", 0.1)

@@ -9,7 +9,7 @@ import pyarrow.types as pt
 
 from vcf_batch.commands.export.record import ExportRecord
 from vcf_batch.commands.export.shard_files import PICTURE
-from vcf_batch.manifest.carried import is_list, is_text
+from vcf_batch.manifest.carried import is_list, is_string
 from vcf_batch.output_columns import COLUMNS
 
 _CONTEXT = {
@@ -141,7 +141,7 @@ def _fields(record: ExportRecord, schema: pa.Schema) -> Iterator[dict[str, Any]]
 
 def _kind(kind: pa.DataType) -> str | None:
     """The type of a value in the words of schema.org; None if it has none."""
-    if is_text(kind) and not pt.is_null(kind):
+    if is_string(kind):
         return "sc:Text"
     if pt.is_boolean(kind):
         return "sc:Boolean"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vcf_batch.manifest.carried import is_list
 from vcf_batch.output.row_json import row_json
 from vcf_batch.storage.tar import BLOCK
 
@@ -178,7 +179,7 @@ def _leaves(path: str, kind: pa.DataType) -> list[str]:
     if pa.types.is_map(kind):
         inner = (("key", kind.key_type), ("value", kind.item_type))
         return [leaf for name, each in inner for leaf in _leaves(f"{path}.key_value.{name}", each)]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         return _leaves(f"{path}.list.element", kind.value_type)
     return [path]
 

@@ -203,10 +203,12 @@ class Sources:
                 name: f"{plural(count, 'finished shard')} of {source.output.url} without the score {name!r}"
                 for name, count in sorted(lacking.items())
             }
-            searches = {each.name: options_of(each) for each in source.scores.definitions if each.is_search}
+            searches = {each.name: each for each in source.scores.definitions if each.is_search}
             unscored += [line for name, line in told.items() if name not in searches]
             command = f"vcf-batch score {redact(source.output.url)}"
-            unsearched += [f"{line}: {command} {searches[name]}" for name, line in told.items() if name in searches]
+            unsearched += [
+                f"{line}: {command} {options_of(searches[name])}" for name, line in told.items() if name in searches
+            ]
             damaged.append(broken)
             unfinished.append(left)
             if left:

@@ -98,11 +98,6 @@ def resolve(
     names = [each.name for each in wanted]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two scores have the name {repeated[0]!r}: name one of them, as in --with KIND:NAME=...")
-    if aesthetic_clip is not None and not any(each.kind == "aesthetic" for each in wanted):
-        raise UsageError(
-            f"--aesthetic-clip {redact(aesthetic_clip)} is for an aesthetic head: add --with {EXAMPLES['aesthetic']}, "
-            "or leave it out"
-        )
     begun = {score.name: _commits(score) for score in there}
     new = BegunCommits({})
     return tuple(_resolved(each, aesthetic_clip or AESTHETIC_CLIP, begun.get(each.name, new)) for each in wanted)
@@ -160,16 +155,19 @@ def _hash_of_module(function: str, folder: str) -> str:
     return hashlib.sha256(storage.read_bytes(found.origin)).hexdigest()
 
 
-def searches(wanted: Sequence[Wanted], by: str | None, threshold: float | None) -> list[Search]:
+def searches(
+    wanted: Sequence[Wanted], by: str | None, threshold: float | None, aesthetic_clip: str | None
+) -> list[Search]:
     """The searches for duplicates among what is wanted.
 
     Args:
         wanted: the scores.
         by: see :class:`Search`; None for its default.
         threshold: the distance, likewise.
+        aesthetic_clip: see :func:`resolve`. No search has one.
 
     Raises:
-        UsageError: see :class:`Search`; or a name is there twice, or something is given for no search.
+        UsageError: see :class:`Search`; or a name is there twice, or something is given that no score takes.
     """
     names = [each.name for each in wanted]
     given = {name: value for name, value in (("by", by), ("threshold", threshold)) if value is not None}
@@ -177,6 +175,11 @@ def searches(wanted: Sequence[Wanted], by: str | None, threshold: float | None) 
     if given and not found:
         name, value = next(iter(given.items()))
         raise UsageError(f"--{name} {value} is for --with duplicates: add it, or leave --{name} out")
+    if aesthetic_clip is not None and not any(each.kind == "aesthetic" for each in wanted):
+        raise UsageError(
+            f"--aesthetic-clip {redact(aesthetic_clip)} is for an aesthetic head: add --with {EXAMPLES['aesthetic']}, "
+            "or leave it out"
+        )
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two scores have the name {repeated[0]!r}: name one of them, as in --with KIND:NAME=...")
     return [Search(each.name, by or "phash", threshold, each.source) for each in found]

@@ -10,7 +10,7 @@ from vcf_batch.config.sampling import Sampling
 from vcf_batch.errors import UsageError
 from vcf_batch.vcf.acceleration import upload
 from vcf_batch.vcf.aligner import ENCODE_BATCH
-from vcf_batch.vcf.base.family import AddedInputs, EncodedText, windows_of
+from vcf_batch.vcf.base.family import AddedInputs, EncodedText, Windows, windows_of
 from vcf_batch.vcf.base.stable_diffusion import require_layers, warn_of_cuts
 
 if TYPE_CHECKING:
@@ -43,11 +43,8 @@ class StableDiffusionXL:
         counts = [max(own) for own in zip(*(side.counts for side in windows), strict=True)]
         sides, pooled = [], torch.empty(0)
         for encoder, tokenizer, side in zip(self.encoders, self.pipeline.tokenizers, windows, strict=True):
-            ids = side.ids
-            if side.counts != counts:  # Each tokenizer has tokens of its own for some signs, such as "!!".
-                nothing = windows_of(self.pipeline, tokenizer, [""], False).ids
-                parts = zip(ids.split(side.counts), side.counts, counts, strict=True)
-                ids = torch.cat([torch.cat([own, nothing.repeat(most - count, 1)]) for own, count, most in parts])
+            # Each tokenizer has tokens of its own for some signs, such as "!!".
+            ids = side.ids if side.counts == counts else self._filled(side, counts, tokenizer)
             found = [self._encode(encoder, batch, clip_skip) for batch in ids.split(ENCODE_BATCH)]
             sides.append(torch.cat([tokens for tokens, _ in found]))
             pooled = torch.cat([own for _, own in found])
@@ -56,6 +53,12 @@ class StableDiffusionXL:
         return [
             EncodedText(own.flatten(0, 1), one, not text) for own, one, text in zip(tokens, first, texts, strict=True)
         ]
+
+    def _filled(self, windows: Windows, counts: Sequence[int], tokenizer: Any) -> Tensor:
+        """Token ids of texts whose windows are filled up to ``counts`` with windows of the empty text."""
+        empty = windows_of(self.pipeline, tokenizer, [""], False).ids
+        own = zip(windows.ids.split(windows.counts), counts, strict=True)
+        return torch.cat([torch.cat([ids, empty.repeat(count - len(ids), 1)]) for ids, count in own])
 
     def _encode(self, encoder: Any, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, T, D]`` and the first output ``[B, ...]`` of one text encoder for token ids ``[B, T]``."""

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
-from pyarrow.types import is_null
 
 from vcf_batch.commands.score.duplicates import near_hashes
 from vcf_batch.errors import UsageError, redact
-from vcf_batch.manifest.carried import is_text
+from vcf_batch.manifest.carried import is_string
 from vcf_batch.output.scores.definition import ScoreColumn, ScoreDefinition
 
 By = Literal["phash", "clip"]
@@ -101,8 +100,7 @@ class Search:
             fields |= {"cosine": float(self.limit), "references": "clip", "models": embedding.fields["models"]}
             fields |= {"images_at_once": embedding.fields["images_at_once"]}
         else:
-            phashes = columns.get(REFERENCE_PHASH, pa.null())
-            by_phash = is_text(phashes) and not is_null(phashes)
+            by_phash = is_string(columns.get(REFERENCE_PHASH, pa.null()))
             fields |= {"distance": int(self.limit), "references": "phash" if by_phash else "sha256"}
         prefix = "" if self.name == "duplicates" else f"{self.name}_"
         of_references = _NEAR_REFERENCE_OF if embedding else _REFERENCE_DUPLICATE_OF
